@@ -1,0 +1,94 @@
+"""Cases: the numbered prompting recipes of ``configs/cases.yaml`` and how each turns reports into prompts."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from splitwiser.data import Report
+from splitwiser.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe. A prompt is ``start_prefix``, the in-context examples and the question, which stands the finding
+    between ``insert_prefix`` and ``prompt``, lower-cased and with white space folded, as in RadAdapt."""
+
+    case_id: int
+    description: str
+    method: str = "discrete"
+    examples: int = 0
+    start_prefix: str = ""
+    insert_prefix: str = "### findings:"
+    prompt: str = "### impressions:"
+    max_new_tokens: int = 200
+
+    def question(self, finding: str) -> str:
+        """The finding as the model is asked about it."""
+        return " ".join(f"{self.insert_prefix} {finding} {self.prompt}".lower().split())
+
+    def example(self, report: Report) -> str:
+        """A report as an in-context example: the question and its answer."""
+        return f"{self.question(report.finding)} {' '.join(report.impression.lower().split())}"
+
+    def prompt_text(self, finding: str, examples: Sequence[Report] = ()) -> str:
+        """The whole prompt for ``finding``; ``examples`` come first, a blank line between them."""
+        question = self.question(finding)
+        if examples:
+            question = "\n\n".join(map(self.example, examples)) + "\n" + question
+        return f"{self.start_prefix}\n{question}" if self.start_prefix else question
+
+    def prompts(self, reports: Sequence[Report], training: Sequence[Report], seed: int) -> list[str]:
+        """One prompt a report, in their order; the in-context examples are drawn from ``training``, for each report
+        afresh and without repeats, by a generator seeded with ``seed``."""
+        if self.examples > len(training):
+            raise InputError(
+                f"case {self.case_id} draws {self.examples} examples, but the training set has {len(training)} reports"
+            )
+        rng = random.Random(seed)
+        return [self.prompt_text(report.finding, rng.sample(training, self.examples)) for report in reports]
+
+
+def load_cases(path: Path) -> dict[int, Case]:
+    """Read every case of a ``cases.yaml``. Raises :class:`InputError` naming the file, the case and the key."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{path}: must map case numbers to recipes, such as '0: {{description: null prompt}}'")
+    return {case_id: _case(path, case_id, entry) for case_id, entry in entries.items()}
+
+
+def _case(path: Path, case_id: object, entry: dict[str, object]) -> Case:
+    where = f"{path}, case {case_id}"
+    if not isinstance(case_id, int):
+        raise InputError(f"{where}: a case's name must be a whole number")
+    fields = {field.name: field.type for field in dataclasses.fields(Case) if field.name != "case_id"}
+    for key, value in entry.items():
+        if key not in fields:
+            raise InputError(f"{where}: {unknown('key', key, fields)}")
+        if not isinstance(value, str if fields[key] is str else int):
+            raise InputError(
+                f"{where}: '{key}' must be {'text' if fields[key] is str else 'a whole number'}, not {value!r}"
+            )
+    if "description" not in entry:
+        raise InputError(f"{where}: needs a 'description'")
+    return Case(case_id=case_id, **entry)  # type: ignore[arg-type]  # checked against the fields above
+
+
+def get_case(path: Path, case_id: int) -> Case:
+    """The case to run. Raises :class:`InputError` for an unknown number or a method that is not supported yet."""
+    cases = load_cases(path)
+    if case_id not in cases:
+        raise unknown("case", case_id, cases)
+    case = cases[case_id]
+    if case.method != "discrete":
+        usable = ", ".join(str(other.case_id) for other in cases.values() if other.method == "discrete")
+        raise InputError(f"case {case_id} ({case.description}) is not supported yet; use one of {usable}")
+    return case

@@ -1,0 +1,69 @@
+"""The catalogue of models, ``configs/models.yaml``: from the name a user gives to where weights and figures come from."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from splitwiser import constants
+from splitwiser.errors import InputError, unknown
+
+EMBEDDED_MODEL = "radiology-opt"
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A model by name: its checkpoint directory or hub id and, for a decoder, the figures to build it without either."""
+
+    name: str
+    path: str = ""
+    hub: str = ""
+    kind: Literal["decoder", "encoder-decoder"] = "decoder"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def location(self) -> str:
+        """What transformers is asked to load: a directory of this project or a hub id."""
+        return str(constants.DIR_PROJECT / self.path) if self.path else self.hub
+
+
+def load_catalog(path: Path) -> dict[str, CatalogEntry]:
+    """Read a ``models.yaml``. Raises :class:`InputError` naming the file, the model and the key."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{path}: must map model names to entries, such as 'opt-125m: {{hub: facebook/opt-125m}}'")
+    known = [each.name for each in fields(CatalogEntry) if each.name != "name"]
+    for name, entry in entries.items():
+        for key in entry:
+            if key not in known:
+                raise InputError(f"{path}, model {name}: {unknown('key', key, known)}")
+        if not entry.get("path") and not entry.get("hub"):
+            raise InputError(f"{path}, model {name}: needs a 'path' or a 'hub' id")
+    return {name: CatalogEntry(name=name, **entry) for name, entry in entries.items()}
+
+
+def resolve_model(model: str | Path, catalog_path: Path | None = None) -> CatalogEntry:
+    """The entry for a catalogue name, a checkpoint directory, or a hub id such as ``org/name``.
+
+    Raises :class:`InputError` for anything else and for a directory without ``config.json``.
+    """
+    catalog = load_catalog(catalog_path or constants.DIR_CONFIGS / "models.yaml")
+    name = str(model)
+    if name in catalog:
+        return catalog[name]
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise InputError(
+                f"model directory {name}: no config.json in it; a checkpoint as save_pretrained writes it is needed"
+            )
+        return CatalogEntry(name=directory.resolve().name, path=str(directory.resolve()))
+    if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
+        return CatalogEntry(name=name.split("/")[1], hub=name)
+    raise unknown("model", name, catalog)

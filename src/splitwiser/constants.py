@@ -1,0 +1,31 @@
+"""The one file a user edits: every default of the command line and of the Python API. A flag overrides it for one run."""
+
+from pathlib import Path
+
+DIR_PROJECT = (
+    Path(__file__).resolve().parents[2]
+)  # where configs/, models/ and results/ lie; point it elsewhere at will
+DIR_CONFIGS = DIR_PROJECT / "configs"  # cases.yaml and models.yaml
+DIR_DATA = DIR_PROJECT / "models" / "data"  # {train,validate,test}.{findings,impression}.tok
+DIR_RESULTS = DIR_PROJECT / "results"  # one folder a run
+
+MODEL = "radiology-opt"  # a name of configs/models.yaml, a checkpoint directory or a hub id
+CASE_ID = 0  # a prompting recipe of configs/cases.yaml: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix
+MODE = "sequential"  # how the phases are placed: generate or sequential
+SPLIT = "test"  # which set of DIR_DATA is summarised: train, validate or test
+
+DTYPE = "float32"  # float32 (exact), bfloat16 or float16 (faster, half the memory); auto takes the checkpoint's own
+DEVICE = "auto"  # auto (the first GPU if there is one), cpu, cuda or cuda:N
+LOAD_FORMAT = "auto"  # auto reads a checkpoint; dummy builds the architecture with random weights, for timing
+
+MAX_BATCH = 64  # most requests in one decode step; in mode generate, rows of a padded batch
+PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step; longer prompts are split over steps
+BLOCK_TOKENS = 16  # tokens in one block of the KV pool
+KV_MEMORY = (
+    "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
+)
+
+TEMPERATURE = 0.0  # 0 is greedy; above, tokens are drawn at random
+TOP_K = 0  # keep only the K likeliest tokens when drawing; 0 keeps all
+TOP_P = 1.0  # keep the likeliest tokens that make up this probability when drawing; 1 keeps all
+SEED = 0  # draws of in-context examples, dummy weights and tokens

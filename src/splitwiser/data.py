@@ -1,0 +1,128 @@
+"""Reads reports (a finding and its reference impression) from .tok sets, jsonl, csv, parquet or a ``datasets`` name."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from splitwiser.errors import InputError, first_line, unknown
+
+SPLITS = ("train", "validate", "test")
+TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".csv": pd.read_csv,
+    ".parquet": pd.read_parquet,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report: the text to summarise and, where the set has one, the reference summary (else empty)."""
+
+    finding: str
+    impression: str = ""
+
+
+def load_reports(
+    source: str | Path, split: str, finding_column: str = "findings", impression_column: str = "impression"
+) -> list[Report]:
+    """Read reports from ``source``, in its order.
+
+    ``source`` is a directory with ``{split}.findings.tok`` and ``{split}.impression.tok`` (one report a line, the
+    RadAdapt format), a ``.jsonl``, ``.csv`` or ``.parquet`` file with the two named columns (the reference may be
+    missing), or the name of a ``datasets`` set on the hub or saved on disk. Raises :class:`InputError`.
+    """
+    path = Path(source)
+    if path.is_file():
+        reports = _from_table(path, finding_column, impression_column)
+    elif path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+        reports = load_tok(path, split)
+    elif path.is_dir() or (not path.suffix and not path.is_absolute() and not str(source).startswith(".")):
+        reports = _from_datasets(str(source), split, finding_column, impression_column)
+    else:
+        raise InputError(f"--data {source}: no such file or directory")
+    if not reports:
+        raise InputError(f"--data {source}: no reports in it; at least one is needed")
+    return reports
+
+
+def load_tok(directory: Path, split: str) -> list[Report]:
+    """Read ``{split}.findings.tok`` and ``{split}.impression.tok`` of ``directory``; line i of one belongs to line i of
+    the other. Raises :class:`InputError` on a missing file, differing line counts or an empty finding."""
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    paths = [directory / f"{split}.{part}.tok" for part in ("findings", "impression")]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; a .tok set needs {paths[0].name} and {paths[1].name}")
+    findings, impressions = (path.read_text(encoding="utf-8").splitlines() for path in paths)
+    if len(findings) != len(impressions):
+        raise InputError(
+            f"{paths[0]} has {len(findings)} lines but {paths[1].name} has {len(impressions)}; one report a line in both"
+        )
+    for number, finding in enumerate(findings, start=1):
+        if not finding.strip():
+            raise InputError(f"{paths[0]}, line {number}: empty; every line holds one report's findings")
+    return [
+        Report(finding.strip(), impression.strip()) for finding, impression in zip(findings, impressions, strict=True)
+    ]
+
+
+def _from_table(path: Path, finding_column: str, impression_column: str) -> list[Report]:
+    if path.suffix not in TABLE_READERS:
+        raise InputError(f"--data {path}: unknown ending '{path.suffix}'; known: {', '.join(TABLE_READERS)}")
+    try:
+        table = TABLE_READERS[path.suffix](path)
+    except pd.errors.EmptyDataError:
+        return []
+    except (ValueError, OSError) as error:
+        raise InputError(f"--data {path}: cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
+    return _from_columns(
+        str(path),
+        {name: table[name].tolist() for name in map(str, table.columns)},
+        finding_column,
+        impression_column,
+    )
+
+
+def _from_datasets(name: str, split: str, finding_column: str, impression_column: str) -> list[Report]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"--data {name}: reading it needs the 'datasets' package; pip install datasets") from error
+    try:
+        if Path(name).is_dir():
+            found = datasets.load_from_disk(name)
+            table = found[split] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            table = datasets.load_dataset(name, split=split)
+    except KeyError as error:
+        raise unknown(f"split of --data {name}", split, found) from error
+    except Exception as error:  # the library raises many kinds: no such set, no network, a bad script
+        raise InputError(f"--data {name}: not a file, and 'datasets' cannot load it: {first_line(error)}") from error
+    wanted = [column for column in (finding_column, impression_column) if column in table.column_names]
+    return _from_columns(
+        name,
+        {column: table[column][:] if column in wanted else [] for column in table.column_names},
+        finding_column,
+        impression_column,
+    )
+
+
+def _from_columns(
+    source: str, columns: dict[str, list[object]], finding_column: str, impression_column: str
+) -> list[Report]:
+    if finding_column not in columns:
+        raise InputError(
+            f"--data {source}: no column '{finding_column}' (--finding_column); its columns: {', '.join(columns)}"
+        )
+    findings: Sequence[object] = columns[finding_column]
+    impressions: Sequence[object] = columns.get(impression_column) or [""] * len(findings)
+    for number, finding in enumerate(findings, start=1):
+        if not isinstance(finding, str) or not finding.strip():
+            raise InputError(f"--data {source}, row {number}: column '{finding_column}' holds no text")
+    return [
+        Report(str(finding).strip(), impression.strip() if isinstance(impression, str) else "")
+        for finding, impression in zip(findings, impressions, strict=True)
+    ]
