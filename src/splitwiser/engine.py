@@ -1,0 +1,160 @@
+"""The parent's side: feeds requests to the workers as they arrive, collects what they report, and takes part in no step."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from splitwiser.errors import InputError
+from splitwiser.messages import Message, Progress, StepRecord
+from splitwiser.model import LoadedModel
+from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
+from splitwiser.stopping import final_text
+
+
+class Observer:
+    """Is told of each step and each finished request while a run goes on; subclass it for what is wanted."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """A worker ended a step."""
+
+    def on_output(self, output: RequestOutput) -> None:
+        """A request finished."""
+
+
+class Engine(Protocol):
+    """What runs requests, in every mode."""
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Most tokens (prompt and new) that one request can have, or None without such a limit."""
+        ...
+
+    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+        """Answer every request, each not before its arrival; outputs in the order of ``requests``. ``start_ns`` is the
+        moment of ``time.perf_counter_ns`` that arrivals count from."""
+        ...
+
+    def close(self) -> None:
+        """Give up workers and memory."""
+        ...
+
+
+class Placement(Protocol):
+    """Where the workers run."""
+
+    def submit(self, request: Request) -> None:
+        """Give a request to a decode worker."""
+        ...
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        """What the workers reported. Returns when there is something, or at ``until_ns`` (None: no request is still to
+        come). Raises :class:`RunError` if nothing can come any more."""
+        ...
+
+    def close(self) -> None:
+        """Stop the workers."""
+        ...
+
+
+@dataclass
+class _Open:
+    request: Request
+    metrics: RequestMetrics
+    token_ids: list[int]
+
+
+class SplitEngine:
+    """Runs requests on the workers of a placement; the same for every mode but ``generate``."""
+
+    def __init__(self, model: LoadedModel, placement: Placement, capacity_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self._model = model
+        self._placement = placement
+        self._open: dict[int, _Open] = {}
+
+    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+        """See :meth:`Engine.run`."""
+        outputs: dict[int, RequestOutput] = {}
+        to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
+        self._open = {}
+        while len(outputs) < len(requests):
+            while to_come and arrival_ns(to_come[0], start_ns) <= time.perf_counter_ns():
+                self._submit(to_come.popleft(), start_ns)
+            for message in self._placement.poll(arrival_ns(to_come[0], start_ns) if to_come else None):
+                match message:
+                    case StepRecord():
+                        observer.on_step(message)
+                    case Progress():
+                        for output in self._take(message):
+                            outputs[output.request_id] = output
+                            observer.on_output(output)
+                    case _:
+                        raise TypeError(f"the engine has no use for {message}")
+        return [outputs[request.request_id] for request in requests]
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        self._placement.close()
+
+    def _submit(self, request: Request, start_ns: int) -> None:
+        self._open[request.request_id] = _Open(request, RequestMetrics(arrival_ns(request, start_ns)), [])
+        self._placement.submit(request)
+
+    def _take(self, progress: Progress) -> list[RequestOutput]:
+        for handoff in progress.handoffs:
+            opened = self._open[handoff.request_id]
+            opened.token_ids.append(handoff.first_token)
+            opened.metrics.prefill_start_ns = handoff.prefill_start_ns
+            opened.metrics.token_ns.append(handoff.first_token_ns)
+            opened.metrics.prefill_worker = handoff.prefill_worker
+            opened.metrics.decode_worker = progress.worker
+        for request_id, token in progress.tokens:
+            self._open[request_id].token_ids.append(token)
+            self._open[request_id].metrics.token_ns.append(progress.time_ns)
+        return [self._finish(request_id, reason) for request_id, reason in progress.finished]
+
+    def _finish(self, request_id: int, reason: FinishReason) -> RequestOutput:
+        opened = self._open.pop(request_id)
+        return make_output(self._model, opened.request, opened.token_ids, reason, opened.metrics)
+
+
+def arrival_ns(request: Request, start_ns: int) -> int:
+    """When ``request`` arrives, in nanoseconds of ``time.perf_counter_ns``."""
+    return start_ns + int(request.arrival_s * 1e9)
+
+
+def make_output(
+    model: LoadedModel, request: Request, token_ids: list[int], reason: FinishReason, metrics: RequestMetrics
+) -> RequestOutput:
+    """The output of a finished request, with its text."""
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        token_ids=token_ids,
+        text=final_text(request.params, token_ids, model.decode),
+        finish_reason=reason,
+        metrics=metrics,
+    )
+
+
+def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None) -> None:
+    """Refuse a request that could never be served, with the figure it needs. Raises :class:`InputError`."""
+    where = f"request {request.request_id}"
+    prompt, new = len(request.prompt_token_ids), request.params.max_tokens
+    if not prompt:
+        raise InputError(f"{where}: the prompt has no tokens; at least one is needed")
+    wrong = [token for token in request.prompt_token_ids if not 0 <= token < model.vocabulary]
+    if wrong:
+        raise InputError(f"{where}: token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}")
+    if model.max_positions is not None and prompt + new - 1 > model.max_positions:
+        raise InputError(
+            f"{where}: {prompt} prompt tokens and {new} new ones need {prompt + new - 1} positions, and {model.name} has "
+            f"{model.max_positions}; shorten the prompt or lower max_new_tokens"
+        )
+    if capacity_tokens is not None and request.most_tokens > capacity_tokens:
+        raise InputError(
+            f"{where}: {prompt} prompt tokens and {new} new ones need room for {request.most_tokens} tokens in the KV pool, "
+            f"which holds {capacity_tokens}; raise kv_memory or lower max_new_tokens"
+        )

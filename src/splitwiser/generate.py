@@ -1,0 +1,142 @@
+"""Mode ``generate``: transformers' own ``model.generate`` over padded static batches, the reference for tokens and the
+baseline for time. Each step is timed from within, so the mode writes the same files as the others."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from splitwiser.engine import Observer, arrival_ns, make_output
+from splitwiser.messages import Phase, StepRecord
+from splitwiser.model import LoadedModel
+from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput, SamplingParams
+from splitwiser.sampling import choose
+from splitwiser.stopping import finish_reason
+
+WORKER = "generate-0"
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request as a row of a padded batch; ``finish`` is set once it has finished."""
+
+    request: Request
+    metrics: RequestMetrics
+    token_ids: list[int]
+    finish: FinishReason | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def drawn(self) -> int:
+        return len(self.token_ids)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves of each row's logits only the token that :func:`choose` draws, so that the seeds mean in this mode what they
+    mean in the others (transformers draws a batch from one generator)."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        kept = choose(scores, self._rows).unsqueeze(-1)
+        return torch.full_like(scores, float("-inf")).scatter(-1, kept, 0.0)
+
+
+class _Follow(StoppingCriteria):
+    """Is called once a step with all tokens so far: stamps their time, reports the step and says which rows are done."""
+
+    def __init__(self, model: LoadedModel, rows: Sequence[_Row], observer: Observer) -> None:
+        self._model = model
+        self._rows = rows
+        self._observer = observer
+        self._last_ns = time.perf_counter_ns()
+        self._step_tokens = sum(len(row.request.prompt_token_ids) for row in rows)
+        for row in rows:
+            row.metrics.prefill_start_ns = self._last_ns
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        tokens = input_ids[:, -1].tolist()  # waits for the device
+        now_ns = time.perf_counter_ns()
+        phase: Phase = "decode" if any(row.token_ids for row in self._rows) else "prefill"
+        record = StepRecord(WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens)
+        self._last_ns, self._step_tokens = now_ns, len(self._rows)
+        for row, token in zip(self._rows, tokens, strict=True):
+            if row.finish is None:
+                row.token_ids.append(token)
+                row.metrics.token_ns.append(now_ns)
+                row.finish = finish_reason(row.params, row.token_ids, self._model.eos_token_ids, self._model.decode)
+        self._observer.on_step(record)
+        return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
+
+
+class GenerateEngine:
+    """Takes the requests that have arrived, up to ``max_batch``, pads them on the left and generates until all have ended;
+    then the next batch."""
+
+    capacity_tokens: int | None = None
+
+    def __init__(self, model: LoadedModel, max_batch: int) -> None:
+        self._model = model
+        self._max_batch = max_batch
+
+    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+        """See :meth:`splitwiser.engine.Engine.run`."""
+        outputs: dict[int, RequestOutput] = {}
+        to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
+        while to_come:
+            time.sleep(max(0, arrival_ns(to_come[0], start_ns) - time.perf_counter_ns()) / 1e9)
+            batch: list[Request] = []
+            while to_come and len(batch) < self._max_batch:
+                if arrival_ns(to_come[0], start_ns) > time.perf_counter_ns():
+                    break
+                batch.append(to_come.popleft())
+            for output in self._generate(batch, observer, start_ns):
+                outputs[output.request_id] = output
+                observer.on_output(output)
+        return [outputs[request.request_id] for request in requests]
+
+    def close(self) -> None:
+        """See :meth:`splitwiser.engine.Engine.close`; nothing runs outside this thread."""
+
+    def _generate(self, batch: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+        rows = [
+            _Row(
+                request, RequestMetrics(arrival_ns(request, start_ns), prefill_worker=WORKER, decode_worker=WORKER), []
+            )
+            for request in batch
+        ]
+        width = max(len(request.prompt_token_ids) for request in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, request in enumerate(batch):
+            ids[number, width - len(request.prompt_token_ids) :] = torch.tensor(request.prompt_token_ids)
+            mask[number, width - len(request.prompt_token_ids) :] = 1
+        # generate would end a row at end-of-sequence by itself; the rule of the other modes decides instead
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=max(request.params.max_tokens for request in batch), pad_token_id=0
+        )
+        drawing = any(request.params.temperature > 0 for request in batch)
+        generate = cast("Callable[..., Tensor]", self._model.module.generate)
+        generate(
+            input_ids=ids.to(self._model.device),
+            attention_mask=mask.to(self._model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Draw(rows)] if drawing else []),
+            stopping_criteria=StoppingCriteriaList([_Follow(self._model, rows, observer)]),
+        )
+        return [
+            make_output(self._model, row.request, row.token_ids, row.finish or "length", row.metrics) for row in rows
+        ]

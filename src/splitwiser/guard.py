@@ -1,0 +1,111 @@
+"""Attaches the engine to a model, or refuses it with the reason: what cannot be served exactly is never served wrongly."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from splitwiser import attention
+from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
+from splitwiser.errors import UnsupportedModelError, first_line
+from splitwiser.kv_pool import KVPool, LayerShape
+from splitwiser.model import LoadedModel
+from splitwiser.steps import forward
+
+
+def attach_engine(model: LoadedModel) -> list[LayerShape]:
+    """Make ``model`` attend through the KV pool, and return what each of its layers keeps there.
+
+    Raises :class:`UnsupportedModelError` with the reason unless it is shown that the engine serves the model exactly:
+    the class must dispatch its attention through transformers' interface; in a forward each layer must store K and V
+    and then attend exactly once, with a causal mask; and two prompts packed in one row must give the logits that the
+    model's own attention gives for each alone.
+    """
+    module = model.module
+    name = type(module).__name__
+    if not module._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{name} does not dispatch its attention through transformers' attention interface, so the engine cannot serve "
+            "it; use --mode generate"
+        )
+    prompts = _probe_prompts(model)
+    try:
+        with torch.inference_mode():
+            expected = [_own_logits(model, prompt) for prompt in prompts]
+            module.set_attn_implementation(attention.NAME)
+            layers = _probe_layers(model, prompts[0])
+            packed = _packed_logits(model, layers, prompts)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a foreign forward raises means the same: it cannot be served
+        raise UnsupportedModelError(
+            f"{name} cannot be served by the engine; use --mode generate ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    for ours, theirs in zip(packed, expected, strict=True):
+        # half precisions differ by rounding; a dropped term or a leak between requests differs by far more
+        bound = {torch.float32: 1e-3}.get(model.dtype, 5e-2) * max(1.0, float(theirs.abs().max()))
+        if not bool((ours - theirs).abs().max() <= bound):
+            raise UnsupportedModelError(
+                f"{name}: two packed prompts do not give the logits that each gives alone, so the engine would give wrong "
+                "tokens; use --mode generate"
+            )
+    return layers
+
+
+class _Probe(StepCache):
+    """Stands in for the pool in one forward and notes what each layer does."""
+
+    def __init__(self) -> None:
+        self.stored: dict[int, LayerShape] = {}
+        self.events: list[tuple[str, int]] = []
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        self.events.append(("stores", layer_idx))
+        self.stored[layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        self.events.append(("attends", self.events[-1][1] if self.events else -1))
+        if not isinstance(mask, Mask):
+            raise UnsupportedModelError("a layer attends without the model's mask")
+        first = torch.zeros((), dtype=torch.long, device=query.device)
+        if bool(mask(first, first + 1)):
+            raise UnsupportedModelError("a layer's attention looks at later tokens")
+        return attention.attend(query, key, value, None, options).transpose(1, 2)
+
+
+def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
+    probe = _Probe()
+    try:
+        forward(model.module, probe, probe, prompt, range(len(prompt)), [len(prompt) - 1])
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model.module).__name__}: {error}; use --mode generate") from error
+    layers = model.module.config.get_text_config().num_hidden_layers
+    expected = [(event, layer) for layer in range(layers) for event in ("stores", "attends")]
+    if probe.events != expected:
+        seen = sum(event == "attends" for event, _ in probe.events)
+        raise UnsupportedModelError(
+            f"{type(model.module).__name__}: {seen} attentions over stored K and V in a forward of {layers} layers, where "
+            "each layer must store and attend exactly once; use --mode generate"
+        )
+    return [probe.stored[layer] for layer in range(layers)]
+
+
+def _probe_prompts(model: LoadedModel) -> list[list[int]]:
+    return [[(7 * number + 3) % model.vocabulary for number in range(start, start + 5)] for start in (0, 11)]
+
+
+def _own_logits(model: LoadedModel, prompt: list[int]) -> Tensor:
+    ids = torch.tensor([prompt], device=model.device)
+    logits: Tensor = model.module(input_ids=ids).logits
+    return logits[0, -1].float()
+
+
+def _packed_logits(model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]]) -> Tensor:
+    pool = KVPool(layers, len(prompts), len(prompts[0]), model.dtype, model.device)
+    segments = [Segment([block], len(prompt), len(prompt)) for block, prompt in enumerate(prompts)]
+    step = StepAttention(pool, segments, model.device)
+    tokens = [token for prompt in prompts for token in prompt]
+    positions = [position for segment in segments for position in segment.positions]
+    ends = [(number + 1) * len(prompts[0]) - 1 for number in range(len(prompts))]
+    return forward(model.module, step, step, tokens, positions, ends).float()

@@ -1,0 +1,160 @@
+"""The KV pool: the preallocated cache of all requests in blocks, and the allocator that hands blocks out."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from splitwiser.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps for a token: ``kv_heads`` keys of ``key_dim`` and values of ``value_dim`` numbers."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class KVPool:
+    """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
+
+    A *slot* is one token's place: block number x ``block_tokens`` + offset. The pool is zeroed once: a masked slot must
+    hold finite numbers, since 0 x NaN is NaN.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerShape], blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.blocks = blocks
+        self.block_tokens = block_tokens
+
+        def tensor(heads: int, dim: int) -> Tensor:
+            shape = (blocks, block_tokens, heads, dim)
+            if device.type == "cuda":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            # numpy asks the system for zeroed pages, which cost nothing until they are used; torch writes the zeros
+            size = math.prod(shape) * dtype.itemsize
+            return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+        self.keys = [tensor(layer.kv_heads, layer.key_dim) for layer in layers]
+        self.values = [tensor(layer.kv_heads, layer.value_dim) for layer in layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in [*self.keys, *self.values])
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store ``keys`` and ``values`` of shape (tokens, kv_heads, head size) in ``slots`` (int64, shape (tokens,))."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values in ``tables`` (block numbers, shape (requests, blocks)), each of shape
+        (requests, blocks x block_tokens, kv_heads, head size)."""
+        return self.keys[layer][tables].flatten(1, 2), self.values[layer][tables].flatten(1, 2)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that ``tokens`` tokens take."""
+        return -(-tokens // self.block_tokens)
+
+
+def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+    return numbers * block_tokens * dtype.itemsize
+
+
+class BlockAllocator:
+    """The free blocks of a range of the pool. It has one owner, a decode worker; nobody else allocates or frees."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.count = count
+        self._free = list(range(first + count - 1, first - 1, -1))
+        self._used: set[int] = set()
+
+    @property
+    def free_count(self) -> int:
+        """Blocks not in use."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """``count`` block numbers, or None if fewer are free."""
+        if count > len(self._free):
+            return None
+        blocks = [self._free.pop() for _ in range(count)]
+        self._used.update(blocks)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take ``blocks`` back. Raises ValueError if one is not in use."""
+        if not self._used.issuperset(blocks) or len(set(blocks)) != len(blocks):
+            raise ValueError(f"blocks {sorted(set(blocks) - self._used)} are not in use; a block is freed once")
+        self._used.difference_update(blocks)
+        self._free.extend(reversed(blocks))
+
+
+_LONGEST_REQUEST = 8192  # tokens a request is taken to need at most, where the pool's size is chosen automatically
+
+
+def plan_blocks(
+    layers: Sequence[LayerShape],
+    kv_memory: str,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_batch: int,
+    max_positions: int | None,
+) -> int:
+    """How many blocks the pool gets.
+
+    ``kv_memory`` is a size such as ``512MiB``, or ``auto``: what ``max_batch`` requests of the model's longest length need,
+    but at most a quarter of a CPU's available memory or half of what a GPU has free after loading. Raises
+    :class:`InputError` if not even one block fits.
+    """
+    nbytes = block_nbytes(layers, block_tokens, dtype)
+    if kv_memory != "auto":
+        blocks = parse_bytes(kv_memory) // nbytes
+        if not blocks:
+            raise InputError(
+                f"kv_memory '{kv_memory}' is less than one block, which takes {nbytes} bytes for this model"
+            )
+        return blocks
+    longest = min(max_positions or _LONGEST_REQUEST, _LONGEST_REQUEST)
+    wanted = max_batch * -(-longest // block_tokens)
+    on_gpu = device.type == "cuda"
+    affordable = torch.cuda.mem_get_info(device)[0] // 2 if on_gpu else available_memory() // 4
+    return max(1, min(wanted, affordable // nbytes))
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as ``512MiB`` or ``4GiB``. Raises :class:`InputError`."""
+    folded = text.strip().lower()
+    unit = next((unit for unit in _UNITS if folded.endswith(unit)), "")
+    try:
+        size = int(float(folded[: len(folded) - len(unit)]) * _UNITS[unit or "b"])
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise InputError(
+            f"kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
+        )
+    return size

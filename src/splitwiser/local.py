@@ -1,0 +1,76 @@
+"""Mode ``sequential``: one mixed worker that steps in the parent's own thread."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from splitwiser.decode import Decoder
+from splitwiser.engine import SplitEngine
+from splitwiser.errors import RunError
+from splitwiser.guard import attach_engine
+from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
+from splitwiser.messages import Message, Submit
+from splitwiser.model import LoadedModel
+from splitwiser.prefill import Prefiller
+from splitwiser.request import Request
+from splitwiser.worker import Worker
+
+
+class LocalTransport:
+    """Two queues in one thread."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[Message] = deque()
+        self.outbox: list[Message] = []
+
+    def receive(self) -> list[Message]:
+        """See :meth:`splitwiser.worker.Transport.receive`."""
+        messages = list(self.inbox)
+        self.inbox.clear()
+        return messages
+
+    def send(self, to: str, message: Message) -> None:
+        """See :meth:`splitwiser.worker.Transport.send`; the one worker has nobody to send to but the parent."""
+        self.outbox.append(message)
+
+
+class LocalPlacement:
+    """One worker, stepped whenever the engine asks what is new."""
+
+    def __init__(self, worker: Worker, transport: LocalTransport) -> None:
+        self._worker = worker
+        self._transport = transport
+
+    def submit(self, request: Request) -> None:
+        """See :meth:`splitwiser.engine.Placement.submit`."""
+        self._transport.inbox.append(Submit(request))
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        """See :meth:`splitwiser.engine.Placement.poll`."""
+        if not self._worker.turn():
+            if until_ns is None:
+                raise RunError(f"{self._worker.name}: requests are open, but none can be taken up")
+            time.sleep(max(0, until_ns - time.perf_counter_ns()) / 1e9)
+        messages, self._transport.outbox = self._transport.outbox, []
+        return messages
+
+    def close(self) -> None:
+        """See :meth:`splitwiser.engine.Placement.close`; nothing runs outside this thread."""
+
+
+def start_sequential(
+    model: LoadedModel, *, max_batch: int, prefill_tokens: int, block_tokens: int, kv_memory: str
+) -> tuple[SplitEngine, KVPool]:
+    """An engine with one ``mixed`` worker over the whole device and the whole pool."""
+    layers = attach_engine(model)
+    blocks = plan_blocks(layers, kv_memory, block_tokens, model.dtype, model.device, max_batch, model.max_positions)
+    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device)
+    name = "mixed-0"
+    transport = LocalTransport()
+    worker = Worker(
+        name,
+        transport,
+        prefiller=Prefiller(name, model, pool, prefill_tokens),
+        decoder=Decoder(name, model, pool, BlockAllocator(0, blocks), max_batch),
+    )
+    return SplitEngine(model, LocalPlacement(worker, transport), blocks * block_tokens), pool

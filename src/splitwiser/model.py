@@ -1,0 +1,282 @@
+"""Loads a model, unmodified from transformers: a checkpoint, or the architecture alone with random weights."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from splitwiser import constants
+from splitwiser.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
+
+T = TypeVar("T")
+
+LoadFormat = Literal["auto", "dummy"]
+
+# generation settings of a checkpoint that would change the tokens; no mode applies them, and the user is told
+_TOKEN_CHANGING = (
+    "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "bad_words_ids", "sequence_bias", "min_length", "min_new_tokens", "num_beams",
+    "exponential_decay_length_penalty", "guidance_scale", "penalty_alpha", "dola_layers",
+)  # fmt: skip
+_MAKES_NO_CHANGE: tuple[object, ...] = (None, 0, 1, 1.0, [], ())
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device with what serving it takes. ``tokenizer`` is None where a checkpoint has none."""
+
+    name: str
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    dtype: torch.dtype
+    load_format: LoadFormat
+    load_s: float
+    eos_token_ids: frozenset[int]
+    max_positions: int | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids the model has embeddings for."""
+        weight = self.module.get_input_embeddings().weight
+        return len(weight) if isinstance(weight, Tensor) else 0
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids`` without special tokens; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names. Raises :class:`InputError` if it is not there."""
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise InputError(f"device '{device}': must be auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise InputError(f"device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
+        if int(number or 0) >= count:
+            raise InputError(f"device '{device}': there are {count} GPUs, numbered from 0")
+        return torch.device("cuda", int(number or 0))
+    return torch.device("cpu")
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
+    """The torch type that ``dtype`` names; ``auto`` is the checkpoint's own. Raises :class:`InputError`."""
+    if dtype == "auto":
+        own = config.dtype
+        return own if isinstance(own, torch.dtype) else torch.float32
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, ["auto", *DTYPES])
+    return DTYPES[dtype]
+
+
+def load_model(
+    model: str | Path, *, dtype: str, device: str, load_format: str, seed: int = constants.SEED
+) -> LoadedModel:
+    """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
+
+    ``load_format`` ``auto`` reads its weights; ``dummy`` draws random ones with ``seed`` from the architecture alone,
+    and falls back on the embedded model's tokenizer where the model's own is not on this machine. The attention
+    implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Raises :class:`InputError`.
+    """
+    if load_format not in ("auto", "dummy"):
+        raise unknown("load_format", load_format, ["auto", "dummy"])
+    began = time.perf_counter()
+    entry = resolve_model(model)
+    if entry.kind == "encoder-decoder":
+        raise UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
+    place = resolve_device(device)
+    if load_format == "dummy":
+        config = _dummy_config(entry)
+        _refuse_encoder_decoder(entry, config)
+        module = build_dummy(config, resolve_dtype(dtype, config), place, seed)
+    else:
+        config = _checkpoint_config(entry)
+        _refuse_encoder_decoder(entry, config)
+        module = _read_checkpoint(entry, config, resolve_dtype(dtype, config), place)
+    notes = _unapplied_settings(module.generation_config)
+    tokenizer = _load_tokenizer(entry, local_only=load_format == "dummy")
+    if tokenizer is None and load_format == "dummy":
+        tokenizer = _load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
+        notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
+    eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
+    # a fresh one, so that mode generate applies nothing that the engine does not
+    module.generation_config = GenerationConfig(eos_token_id=sorted(eos) or None, pad_token_id=0)
+    return LoadedModel(
+        name=entry.name,
+        module=module.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        device=place,
+        dtype=module.dtype,
+        load_format="dummy" if load_format == "dummy" else "auto",
+        load_s=time.perf_counter() - began,
+        eos_token_ids=eos,
+        max_positions=_max_positions(module.config),
+        notes=notes,
+    )
+
+
+def build_dummy(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """The architecture of ``config`` with the random weights its own initialisation gives, drawn with ``seed``.
+
+    Built without memory first (accelerate) and then made straight on ``device``, so a second copy never exists.
+    """
+    with init_empty_weights(include_buffers=False):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=_own_attention(config)
+        )
+    module.tie_weights()
+    for name, parameter in list(module.named_parameters()):
+        set_module_tensor_to_device(module, name, device, value=torch.empty_like(parameter, device=device))
+    module.tie_weights()
+    torch.nn.Module.to(module, device)  # the buffers
+    for part in module.modules():
+        part.__dict__.pop("_is_hf_initialized", None)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        module.init_weights()
+    return module
+
+
+def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
+    if entry.config:
+        figures = dict(entry.config)
+        built: PreTrainedConfig = AutoConfig.for_model(figures.pop("model_type"), **figures)
+        return built
+    return _checkpoint_config(entry)
+
+
+def _own_attention(config: PreTrainedConfig) -> str | None:
+    """The model's own attention where the engine does not serve it: transformers' choice, but for soft-capped scores,
+    which its fused function drops silently in 5.17."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def _refuse_encoder_decoder(entry: CatalogEntry, config: PreTrainedConfig) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
+
+
+def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
+    """``load(local_files_only)`` from this machine or, if it is not there, from the hub."""
+    try:
+        return load(True)
+    except OSError as error:
+        if not entry.hub:
+            raise InputError(
+                f"model {entry.name}: cannot be read from {entry.location}: {first_line(error)}"
+            ) from error
+    try:
+        return load(False)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
+            f"directory, or use --load_format dummy for timing with random weights ({first_line(error)})"
+        ) from error
+
+
+def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
+    def load(local_files_only: bool) -> PreTrainedConfig:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(entry.location, local_files_only=local_files_only)
+        return config
+
+    try:
+        return _from_cache_or_hub(entry, load)
+    except ValueError as error:  # transformers does not know the architecture
+        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+
+
+def _read_checkpoint(
+    entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    def load(local_files_only: bool) -> PreTrainedModel:
+        module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            entry.location,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=_own_attention(config),
+            local_files_only=local_files_only,
+        )
+        return module
+
+    try:
+        return _from_cache_or_hub(entry, load)
+    except ValueError as error:
+        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+
+
+def _load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> PreTrainedTokenizerBase | None:
+    for local in (True,) if local_only or entry.path else (True, False):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
+        except (OSError, ValueError, KeyError):
+            continue
+        # without any tokenizer file, transformers makes one of special tokens alone, which drops all text
+        if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
+            return tokenizer
+    return None
+
+
+def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    for source in (module.generation_config, module.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
+    given = {name: getattr(generation, name, None) for name in _TOKEN_CHANGING}
+    settings = [f"{name}={value}" for name, value in given.items() if value not in _MAKES_NO_CHANGE]
+    if not settings:
+        return []
+    return [f"the checkpoint's generation settings are not applied, in any mode: {', '.join(settings)}"]
+
+
+def _max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions the model takes, or None if it has no limit.
+
+    Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes past the original
+    length for every request in the pack, so such a model is served up to that length only.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit

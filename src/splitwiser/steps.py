@@ -1,0 +1,124 @@
+"""The two functions that every engine mode runs: one prefill step and one decode step."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from splitwiser import attention
+from splitwiser.attention import Segment, StepAttention, StepCache
+from splitwiser.kv_pool import KVPool
+from splitwiser.model import LoadedModel
+from splitwiser.request import Request, SamplingParams
+from splitwiser.sampling import choose
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A request in the pool: its blocks and the tokens drawn for it so far."""
+
+    request: Request
+    blocks: Sequence[int]
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request's sampling parameters."""
+        return self.request.params
+
+    @property
+    def seed(self) -> int:
+        """The request's seed."""
+        return self.request.seed
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``tokens`` tokens of a sequence's prompt, from position ``start`` on."""
+
+    sequence: InFlight
+    start: int
+    tokens: int
+
+    @property
+    def end(self) -> int:
+        """The position after the chunk's last."""
+        return self.start + self.tokens
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt ends with this chunk, so that its first token is due."""
+        return self.end == len(self.sequence.request.prompt_token_ids)
+
+
+@torch.inference_mode()
+def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
+    """Compute K and V of ``chunks``, packed in one row, into their blocks.
+
+    Returns the first token of each sequence whose prompt ends here, in order, when the device has finished.
+    """
+    tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
+    segments = [Segment(chunk.sequence.blocks, chunk.end, chunk.tokens) for chunk in chunks]
+    ends, total = [], 0
+    for chunk in chunks:
+        total += chunk.tokens
+        if chunk.is_last:
+            ends.append(total - 1)
+    step = StepAttention(pool, segments, model.device)
+    logits = forward(model.module, step, step, tokens, _positions(segments), ends or [total - 1])
+    if not ends:  # the middle of a long prompt: nothing is read back, so wait for the device explicitly
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return []
+    return choose(logits, [chunk.sequence for chunk in chunks if chunk.is_last]).tolist()
+
+
+@torch.inference_mode()
+def decode_step(model: LoadedModel, pool: KVPool, sequences: Sequence[InFlight]) -> list[int]:
+    """Store K and V of each sequence's last token and return its next one, when the device has finished."""
+    segments = [Segment(each.blocks, len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
+    step = StepAttention(pool, segments, model.device)
+    tokens = [each.token_ids[-1] for each in sequences]
+    logits = forward(model.module, step, step, tokens, _positions(segments), range(len(sequences)))
+    return choose(logits, sequences).tolist()
+
+
+def forward(
+    module: PreTrainedModel,
+    cache: StepCache,
+    step: attention.Attends,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    rows: Sequence[int],
+) -> Tensor:
+    """One forward of packed tokens; the logits of ``rows``, shape (rows, vocabulary), in the model's dtype."""
+    kept = torch.tensor(rows, device=module.device)
+    keeps = "logits_to_keep" in _parameters(type(module).forward)
+    with attention.serving(step):
+        output = module(
+            input_ids=torch.tensor([token_ids], device=module.device),
+            position_ids=torch.tensor([positions], device=module.device),
+            past_key_values=cache,
+            use_cache=True,
+            **({"logits_to_keep": kept} if keeps else {}),
+        )
+    logits: Tensor = output.logits[0]
+    return logits if keeps else logits[kept]
+
+
+def _positions(segments: Sequence[Segment]) -> list[int]:
+    return [position for segment in segments for position in segment.positions]
+
+
+@cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -1,0 +1,92 @@
+"""A worker: the prefill side, the decode side or both, between an inbox and an outbox. It does not know where it runs."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from splitwiser.decode import Decoder
+from splitwiser.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit
+from splitwiser.prefill import Prefiller
+
+PARENT = "parent"
+
+
+class Transport(Protocol):
+    """How a worker's messages travel; the only thing that differs between placements."""
+
+    def receive(self) -> Sequence[Message]:
+        """What has come since the last call; does not wait."""
+        ...
+
+    def send(self, to: str, message: Message) -> None:
+        """Send to a worker by name, or to :data:`PARENT`."""
+        ...
+
+
+class Worker:
+    """Steps when there is work. A ``mixed`` worker has both sides and alternates: one prefill step, one decode step."""
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        *,
+        prefiller: Prefiller | None = None,
+        decoder: Decoder | None = None,
+        prefill_workers: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.role: Role = "mixed" if prefiller and decoder else "prefill" if prefiller else "decode"
+        self._transport = transport
+        self._prefiller = prefiller
+        self._decoder = decoder
+        self._prefill_workers = deque(prefill_workers or [name])
+
+    def turn(self) -> bool:
+        """Take in what has come and run what is due: at most one prefill and one decode step. Returns whether it ran."""
+        for message in self._transport.receive():
+            self._take(message)
+        ran = False
+        if self._decoder:
+            for task in self._decoder.admit():
+                self._send(self._prefill_workers[0], task)
+                self._prefill_workers.rotate(-1)
+        if self._prefiller and (prefilled := self._prefiller.step()):
+            ran = True
+            self._send(
+                PARENT,
+                StepRecord(
+                    self.name, self.role, "prefill",
+                    prefilled.start_ns, prefilled.end_ns, prefilled.requests, prefilled.tokens,
+                ),
+            )  # fmt: skip
+            for task, handoff in prefilled.finished:
+                self._send(task.decode_worker, handoff)
+        if self._decoder and (decoded := self._decoder.step()):
+            ran = True
+            progress = decoded.progress
+            if decoded.requests:
+                record = StepRecord(
+                    self.name, self.role, "decode",
+                    decoded.start_ns, progress.time_ns, decoded.requests, decoded.requests,
+                )  # fmt: skip
+                self._send(PARENT, record)
+            self._send(PARENT, progress)
+        return ran
+
+    def _send(self, to: str, message: Message) -> None:
+        if to == self.name:
+            self._take(message)
+        else:
+            self._transport.send(to, message)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Submit(request) if self._decoder:
+                self._decoder.submit(request)
+            case PrefillTask() if self._prefiller:
+                self._prefiller.add(message)
+            case Handoff() if self._decoder:
+                self._decoder.receive(message)
+            case _:
+                raise TypeError(f"{self.name} ({self.role}) has no use for {message}")

@@ -1,0 +1,96 @@
+"""Attention written out token by token in float64 against what the engine computes over the pool."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention
+from splitwiser.kv_pool import KVPool, LayerShape
+
+HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
+
+
+def written_out(
+    query: Tensor, keys: Tensor, values: Tensor, context: int, mask: Mask, options: AttentionOptions
+) -> Tensor:
+    """Attention of the last ``len(query)`` of ``context`` tokens; all of shape (tokens, heads, dim)."""
+    output = torch.zeros(len(query), HEADS, VALUE_DIM, dtype=torch.float64)
+    for row in range(len(query)):
+        position = context - len(query) + row
+        seen = [key for key in range(context) if bool(mask(torch.tensor(position), torch.tensor(key)))]
+        for head in range(HEADS):
+            kv_head = head // (HEADS // KV_HEADS)
+            scores = [float(query[row, head].double() @ keys[key, kv_head].double()) * options.scaling for key in seen]
+            if options.softcap is not None:
+                scores = [options.softcap * math.tanh(score / options.softcap) for score in scores]
+            sink = [] if options.sinks is None else [float(options.sinks[head])]
+            weights = torch.tensor(scores + sink, dtype=torch.float64).softmax(0)
+            for weight, key in zip(weights, seen, strict=False):
+                output[row, head] += weight * values[key, kv_head].double()
+    return output
+
+
+OPTIONS = {
+    "plain": AttentionOptions(0.35),
+    "softcap": AttentionOptions(0.35, softcap=0.8),
+    "sinks": AttentionOptions(0.35, sinks=torch.linspace(-1, 2, HEADS)),
+}
+MASKS = {"causal": Mask(causal_mask_function), "window": Mask(sliding_window_causal_mask_function(3))}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([(7, 7), (1, 1), (12, 12)], id="whole prompts"),
+        pytest.param([(9, 4), (13, 1), (5, 5)], id="the rest of a prompt"),
+        pytest.param([(9, 1), (2, 1), (30, 1), (4, 1), (5, 1), (8, 1)], id="decode"),
+    ],
+)
+def test_attends_as_written_out(parts: list[tuple[int, int]], mask: str, option: str) -> None:
+    generator = torch.Generator().manual_seed(len(parts))
+    pool = KVPool([LayerShape(KV_HEADS, KEY_DIM, VALUE_DIM)], 40, BLOCK, torch.float32, torch.device("cpu"))
+    free = torch.randperm(40, generator=generator).tolist()
+    segments, expected, queries, new_keys, new_values = [], [], [], [], []
+    for context, tokens in parts:
+        blocks = [free.pop() for _ in range(pool.blocks_for(context) + 1)]
+        keys = torch.randn(context, KV_HEADS, KEY_DIM, generator=generator)
+        values = torch.randn(context, KV_HEADS, VALUE_DIM, generator=generator)
+        query = torch.randn(tokens, HEADS, KEY_DIM, generator=generator)
+        slots = torch.tensor(
+            [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(context - tokens)], dtype=torch.long
+        )
+        pool.write(0, slots, keys[: context - tokens], values[: context - tokens])
+        segments.append(Segment(blocks, context, tokens))
+        queries.append(query)
+        new_keys.append(keys[context - tokens :])
+        new_values.append(values[context - tokens :])
+        expected.append(written_out(query, keys, values, context, MASKS[mask], OPTIONS[option]))
+
+    step = StepAttention(pool, segments, torch.device("cpu"))
+    query, key, value = (torch.cat(each).transpose(0, 1)[None] for each in (queries, new_keys, new_values))
+    key, value = step.update(key, value, layer_idx=0)
+    output = step.attend(query, key, value, MASKS[mask], OPTIONS[option])
+
+    assert output.shape == (1, sum(tokens for _, tokens in parts), HEADS, VALUE_DIM)
+    torch.testing.assert_close(output[0].double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_decode_is_close_to_float32(dtype: torch.dtype) -> None:
+    outputs = []
+    for kind in (torch.float32, dtype):
+        generator = torch.Generator().manual_seed(3)
+        pool = KVPool([LayerShape(KV_HEADS, KEY_DIM, KEY_DIM)], 8, BLOCK, kind, torch.device("cpu"))
+        kept = torch.randn(32, KV_HEADS, KEY_DIM, generator=generator).to(kind)
+        pool.write(0, torch.arange(32), kept, kept)
+        step = StepAttention(pool, [Segment(range(8), 31, 1), Segment([5, 2], 7, 1)], torch.device("cpu"))
+        query = torch.randn(1, HEADS, 2, KEY_DIM, generator=generator).to(kind)
+        new = torch.randn(1, KV_HEADS, 2, KEY_DIM, generator=generator).to(kind)
+        step.update(new, new, 0)
+        outputs.append(step.attend(query, new, new, MASKS["causal"], OPTIONS["plain"]).float())
+    torch.testing.assert_close(outputs[1], outputs[0], atol=0.03, rtol=0.03)

@@ -1,0 +1,90 @@
+"""Which models the engine takes on, and why it refuses the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+from torch import Tensor
+
+from splitwiser import LLM, SamplingParams
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.guard import attach_engine
+from splitwiser.kv_pool import LayerShape
+from splitwiser.model import LoadedModel, load_model
+
+
+def load(directory: Path) -> LoadedModel:
+    return load_model(directory, dtype="float32", device="cpu", load_format="auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gptj", "GPTJForCausalLM does not dispatch its attention through transformers' attention interface"),
+        ("bloom", "BloomForCausalLM does not dispatch its attention"),
+        ("mamba", "MambaForCausalLM"),
+    ],
+)
+def test_refuses_by_what_the_model_does(name: str, reason: str, tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        attach_engine(load(tiny(name)))
+    assert "--mode generate" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gptj", "bloom", "mamba"])
+def test_mode_generate_serves_what_the_engine_refuses(name: str, tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny(name), mode="generate") as llm:
+        (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert len(output.token_ids) == 3
+
+
+def test_layer_shapes_are_what_the_layers_pass(tiny: Callable[[str], Path]) -> None:
+    assert attach_engine(load(tiny("llama"))) == [LayerShape(kv_heads=2, key_dim=12, value_dim=12)] * 3
+
+
+def test_refuses_attention_that_looks_ahead(tmp_path: Path) -> None:
+    model = load(make_tiny("llama", tmp_path, is_causal=False))
+    with pytest.raises(UnsupportedModelError, match="looks at later tokens"):
+        attach_engine(model)
+
+
+def test_refuses_a_model_that_mixes_packed_requests(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("opt"))
+    layer = model.module.model.decoder.layers[1]
+    assert isinstance(layer, torch.nn.Module)
+
+    def shift(_: torch.nn.Module, __: object, output: Tensor) -> Tensor:
+        return output + 0.5 * output.roll(1, dims=1)  # as a convolution over the row would
+
+    layer.register_forward_hook(shift)
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
+        attach_engine(model)
+
+
+def test_refuses_an_attention_argument_it_does_not_know(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("llama"))
+    layer = model.module.model.layers[0].self_attn
+
+    def add(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        return args, {**kwargs, "position_bias": torch.ones(1)}
+
+    layer.register_forward_pre_hook(add, with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention asks its attention for position_bias"):
+        attach_engine(model)
+
+
+def test_refuses_layers_that_do_not_store(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("llama"))
+    layers = model.module.model.layers
+    layers[1] = layers[0]  # its K and V would be stored twice in layer 0
+    with pytest.raises(UnsupportedModelError, match="each layer must store and attend exactly once"):
+        attach_engine(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rounding_of_half_precisions_is_no_reason_to_refuse(dtype: str, tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("gemma2"), dtype=dtype, device="cpu", load_format="auto")
+    assert len(attach_engine(model)) == 3

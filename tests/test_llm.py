@@ -1,0 +1,213 @@
+"""The Python API."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import POSITIONS, VOCABULARY
+
+from splitwiser import LLM, SamplingParams, constants
+from splitwiser.engine import Observer
+from splitwiser.errors import InputError
+from splitwiser.messages import StepRecord
+from splitwiser.request import RequestOutput
+
+
+class Seen(Observer):
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.outputs: list[RequestOutput] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def on_output(self, output: RequestOutput) -> None:
+        self.outputs.append(output)
+
+
+MODES = pytest.mark.parametrize("mode", ["sequential", "generate"])
+
+
+@MODES
+def test_text_in_and_out_with_the_embedded_model(mode: str) -> None:
+    prompts = [
+        "### findings: the lungs are clear. ### impressions:",
+        "### findings: large left effusion. ### impressions:",
+    ]
+    with LLM(mode=mode) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=40))
+    assert [output.prompt for output in outputs] == prompts
+    assert all(output.text.strip() and "</s>" not in output.text for output in outputs)
+    assert [output.finish_reason for output in outputs] == ["stop", "stop"]
+
+
+@MODES
+def test_outputs_are_in_the_order_of_the_prompts(mode: str, tiny: Callable[[str], Path]) -> None:
+    prompts = [[3 + number] * (1 + number) for number in range(6)]
+    params = [SamplingParams(max_tokens=6 - number, ignore_eos=True) for number in range(6)]  # the last ends first
+    seen = Seen()
+    with LLM(tiny("opt"), mode=mode) as llm:
+        outputs = llm.generate(prompts, params, observer=seen)
+    assert [output.prompt_token_ids for output in outputs] == [tuple(prompt) for prompt in prompts]
+    assert [len(output.token_ids) for output in outputs] == [6, 5, 4, 3, 2, 1]
+    assert sorted(output.request_id for output in seen.outputs) == list(range(6))
+
+
+@MODES
+def test_ends_at_end_of_sequence_unless_told_not_to(mode: str, tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), mode=mode) as llm:
+        (free,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+        llm.model.eos_token_ids = frozenset({free.token_ids[4]})  # as if that token ended sequences
+        (stopped,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30))
+        (ignored,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+    first = free.token_ids.index(free.token_ids[4])
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: first + 1], "stop")
+    assert (ignored.token_ids, ignored.finish_reason) == (free.token_ids, "length")
+
+
+@MODES
+def test_a_stop_string_ends_the_request_and_is_cut_off(mode: str) -> None:
+    prompt = "### findings: there is a large left pleural effusion. ### impressions:"
+    with LLM(mode=mode) as llm:
+        (whole,) = llm.generate([prompt], SamplingParams(max_tokens=40))
+        stop = whole.text[5:9]
+        (cut, other) = llm.generate(
+            [prompt, prompt], [SamplingParams(max_tokens=40, stop=(stop,)), SamplingParams(max_tokens=40)]
+        )
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert len(cut.token_ids) < len(whole.token_ids)
+    assert other.text == whole.text
+
+
+@MODES
+def test_times_are_in_order_and_steps_account_for_every_token(mode: str, tiny: Callable[[str], Path]) -> None:
+    seen = Seen()
+    arrivals = [0.0, 0.0, 0.15]
+    with LLM(tiny("llama"), mode=mode) as llm:
+        outputs = llm.generate(
+            [[5] * 20, [6] * 3, [7] * 9],
+            SamplingParams(max_tokens=5, ignore_eos=True),
+            arrival_s=arrivals,
+            observer=seen,
+        )
+    for output in outputs:
+        metrics = output.metrics
+        moments = [metrics.arrival_ns, metrics.prefill_start_ns, *metrics.token_ns]
+        assert moments == sorted(moments)
+        assert len(metrics.token_ns) == len(output.token_ids)
+    start_ns = outputs[0].metrics.arrival_ns
+    assert [round((output.metrics.arrival_ns - start_ns) / 1e9, 6) for output in outputs] == arrivals
+    assert sum(step.tokens for step in seen.steps if step.phase == "prefill") == 32
+    assert sum(step.tokens for step in seen.steps if step.phase == "decode") == 3 * 4
+    step_ends = {step.end_ns for step in seen.steps}
+    assert {moment for output in outputs for moment in output.metrics.token_ns} <= step_ends
+    assert all(step.start_ns < step.end_ns for step in seen.steps)
+
+
+def test_runs_again_after_a_run(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt")) as llm:
+        first = llm.generate([[4, 5, 6]], SamplingParams(max_tokens=5))
+        second = llm.generate([[4, 5, 6]], SamplingParams(max_tokens=5))
+    assert first[0].token_ids == second[0].token_ids
+
+
+def test_dummy_weights_follow_the_seed() -> None:
+    tokens = []
+    for seed in (1, 1, 2):
+        with LLM("opt-125m", load_format="dummy", seed=seed, kv_memory="16MiB") as llm:
+            assert llm.model.parameters == 125_239_296
+            tokens.append(llm.generate([[4, 5, 6]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids)
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_dummy_text_is_tokenised_without_a_download() -> None:
+    with LLM("smollm2-135m", load_format="dummy", dtype="bfloat16", kv_memory="16MiB") as llm:
+        (output,) = llm.generate(["heart size is normal."], SamplingParams(max_tokens=2, ignore_eos=True))
+        assert any(constants.MODEL in note for note in llm.model.notes)
+    assert len(output.prompt_token_ids) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"mode": "sequentail"}, "unknown mode 'sequentail'; known: "),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'; known: auto, float32, bfloat16, float16"),
+        ({"load_format": "gguf"}, "unknown load_format 'gguf'; known: auto, dummy"),
+        ({"device": "tpu"}, "device 'tpu': must be auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "device 'cuda:99': "),
+        ({"max_batch": 0}, "max_batch must be 1 or more, not 0"),
+        ({"prefill_tokens": 0}, "prefill_tokens must be 1 or more, not 0"),
+        ({"kv_memory": "lots"}, "kv_memory 'lots' is not a size; write 'auto' or a number with a unit"),
+        ({"kv_memory": "10B"}, "kv_memory '10B' is less than one block"),
+        ({"model": "t5-base"}, "model t5-base is an encoder-decoder; only decoder-only models are served"),
+        ({"model": "opt-125"}, "unknown model 'opt-125'; did you mean opt-125m"),
+    ],
+)
+def test_wrong_arguments_get_one_line(arguments: dict[str, object], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        LLM(**arguments)  # type: ignore[arg-type]  # wrong on purpose
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"neither in the local cache nor to be had from the hub.*--load_format dummy"):
+        LLM("opt-125m")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "line"),
+    [
+        ([], 1, "request 0: the prompt has no tokens"),
+        ([VOCABULARY], 1, f"request 0: token id {VOCABULARY} is not in .* vocabulary of {VOCABULARY}"),
+        ([-1], 1, "request 0: token id -1 is not in"),
+        ([5] * POSITIONS, 2, f"request 0: {POSITIONS} prompt tokens and 2 new ones need {POSITIONS + 1} positions"),
+        (
+            [5] * 60,
+            10,
+            "request 0: 60 prompt tokens and 10 new ones need room for 69 tokens in the KV pool, which holds 64",
+        ),
+        ("text", 1, "request 0: .* has no tokenizer; give its prompt as token ids"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_at_once(
+    prompt: str | list[int], max_tokens: int, line: str, tiny: Callable[[str], Path]
+) -> None:
+    seen = Seen()
+    # 4 blocks of 16 tokens, each 3 layers x 2 x 2 heads x 12 x 4 bytes a token
+    with LLM(tiny("llama"), kv_memory=f"{4 * 16 * 3 * 2 * 2 * 12 * 4}B") as llm, pytest.raises(InputError, match=line):
+        llm.generate([prompt], SamplingParams(max_tokens=max_tokens), observer=seen)
+    assert seen.steps == []
+
+
+def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt")) as llm:
+        with pytest.raises(InputError, match="sampling_params has 1 entries for 2 prompts"):
+            llm.generate([[3], [4]], [SamplingParams()])
+        with pytest.raises(InputError, match="arrival_s has 3 entries for 2 prompts"):
+            llm.generate([[3], [4]], arrival_s=[0, 0, 0])
+        with pytest.raises(InputError, match="request 1: arrival_s must be 0 or more seconds, not -1"):
+            llm.generate([[3], [4]], arrival_s=[0, -1])
+        with pytest.raises(InputError, match="stop strings need a tokenizer"):
+            llm.generate([[3]], SamplingParams(stop=("a",)))
+
+
+def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    import json
+    import shutil
+
+    directory = tmp_path / "penalised"
+    shutil.copytree(tiny("llama"), directory)
+    settings = json.loads((directory / "generation_config.json").read_text())
+    (directory / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 5.0}))
+    tokens = []
+    for where, mode in ((tiny("llama"), "generate"), (directory, "generate"), (directory, "sequential")):
+        with LLM(where, mode=mode) as llm:
+            tokens.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=30))[0].token_ids)
+            notes = llm.model.notes
+    assert notes == ["the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0"]
+    assert tokens[0] == tokens[1] == tokens[2]
