@@ -1,0 +1,69 @@
+"""What a run ran on: machine, versions and commit, for its record."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitwiser import constants
+
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, system and, if ``device`` is one, the GPU."""
+    described: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": platform.platform(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpu_sms": properties.multi_processor_count,
+        }
+    return described
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Versions of Python, CUDA and the packages that a result depends on; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def git_commit() -> str | None:
+    """The project's commit, with ``-dirty`` if tracked files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(constants.DIR_PROJECT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far, in MB (10^6 bytes): of the device's allocations on a GPU, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

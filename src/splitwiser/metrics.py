@@ -1,0 +1,95 @@
+"""The figures of a run: a row of ``latency.csv`` a request, a row of ``throughput.csv`` a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from splitwiser.request import RequestOutput
+
+LATENCY_COLUMNS = (
+    "request_id", "prompt_tokens", "output_tokens", "arrival_s", "prefill_start_s", "first_token_s", "finish_s",
+    "queue_ms", "ttft_ms", "tpot_ms", "itl_p50_ms", "itl_p99_ms", "e2el_ms", "finish_reason", "prefill_worker",
+    "decode_worker",
+)  # fmt: skip
+STATISTICS = ("mean", "median", "std", "p90", "p99")
+METRICS = ("ttft", "tpot", "itl", "e2el")
+
+
+def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
+    """One request's row; times in ``_s`` count from ``start_ns``. Figures between tokens are None for a single token."""
+    metrics = output.metrics
+
+    def seconds(moment_ns: int) -> float:
+        return (moment_ns - start_ns) / 1e9
+
+    gaps = metrics.itl_ms
+    return {
+        "request_id": output.request_id,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "output_tokens": len(output.token_ids),
+        "arrival_s": seconds(metrics.arrival_ns),
+        "prefill_start_s": seconds(metrics.prefill_start_ns),
+        "first_token_s": seconds(metrics.token_ns[0]),
+        "finish_s": seconds(metrics.token_ns[-1]),
+        "queue_ms": metrics.queue_ms,
+        "ttft_ms": metrics.ttft_ms,
+        "tpot_ms": metrics.tpot_ms,
+        "itl_p50_ms": float(np.percentile(gaps, 50)) if gaps else None,
+        "itl_p99_ms": float(np.percentile(gaps, 99)) if gaps else None,
+        "e2el_ms": metrics.e2el_ms,
+        "finish_reason": output.finish_reason,
+        "prefill_worker": metrics.prefill_worker,
+        "decode_worker": metrics.decode_worker,
+    }
+
+
+def throughput_figures(outputs: Sequence[RequestOutput], failed: int, start_ns: int) -> dict[str, Any]:
+    """The run's figures, named as ``vllm bench serve`` names them.
+
+    ``duration`` runs from ``start_ns`` to the last token, in seconds; throughputs are per second of it. Percentiles of
+    TTFT, TPOT and E2E are over requests, those of ITL over every gap of every request (numpy's linear interpolation;
+    the standard deviation is the population's). A figure of nothing is None.
+    """
+    end_ns = max((output.metrics.token_ns[-1] for output in outputs), default=start_ns)
+    duration = (end_ns - start_ns) / 1e9
+    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    output_tokens = sum(len(output.token_ids) for output in outputs)
+
+    def rate(amount: int) -> float | None:
+        return amount / duration if duration else None
+
+    figures: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(outputs),
+        "failed": failed,
+        "total_input_tokens": prompt_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": rate(len(outputs)),
+        "output_throughput": rate(output_tokens),
+        "total_token_throughput": rate(prompt_tokens + output_tokens),
+    }
+    samples = {
+        "ttft": [output.metrics.ttft_ms for output in outputs],
+        "tpot": [output.metrics.tpot_ms for output in outputs if output.metrics.tpot_ms is not None],
+        "itl": [gap for output in outputs for gap in output.metrics.itl_ms],
+        "e2el": [output.metrics.e2el_ms for output in outputs],
+    }
+    for metric in METRICS:
+        for statistic in STATISTICS:
+            figures[f"{statistic}_{metric}_ms"] = _statistic(statistic, samples[metric])
+    return figures
+
+
+def _statistic(statistic: str, values: Sequence[float]) -> float | None:
+    if not values:
+        return None
+    match statistic:
+        case "mean":
+            return float(np.mean(values))
+        case "median":
+            return float(np.median(values))
+        case "std":
+            return float(np.std(values))
+        case _:
+            return float(np.percentile(values, int(statistic[1:])))

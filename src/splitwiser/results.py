@@ -1,0 +1,158 @@
+"""Writes a run's files as its results come, so that a killed run leaves what it had finished."""
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+
+from splitwiser.data import Report
+from splitwiser.engine import Observer
+from splitwiser.messages import StepRecord
+from splitwiser.metrics import LATENCY_COLUMNS, latency_row, throughput_figures
+from splitwiser.request import RequestOutput
+from splitwiser.timeline import draw_timeline, write_trace
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+
+STEP_COLUMNS = ("worker", "role", "phase", "start_s", "end_s", "requests", "tokens")
+GENERATION_COLUMNS = ("request_id", "finding", "summary_ref", "summary_gen")
+FLUSH_S = 0.5  # rows reach the disk at most this much later than they came
+
+
+class _Table:
+    """A CSV that grows: rows are kept until :meth:`flush`, which another thread may call, appends them."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self._path = path
+        self._columns = list(columns)
+        self._rows: list[dict[str, Any]] = []
+        pd.DataFrame(columns=self._columns).to_csv(path, index=False)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def flush(self) -> None:
+        rows, self._rows = self._rows, []
+        if rows:
+            pd.DataFrame(rows, columns=self._columns).to_csv(self._path, mode="a", header=False, index=False)
+
+
+def make_run_directory(results: Path, model: str, case: str, mode: str) -> Path:
+    """A new folder ``<model>_case<id>_<mode>_<UTC time>`` under ``results``; a number is added if two runs start in the
+    same second."""
+    name = f"{model}_{case}_{mode}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    results.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        directory = results / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        return directory
+    raise FileExistsError(f"{results / name} and 999 numbered ones exist")
+
+
+class RunRecorder(Observer):
+    """Records one run in ``directory``. ``record`` goes into ``run.yaml`` whole; ``labels`` are the columns of
+    ``throughput.csv`` before its figures."""
+
+    def __init__(
+        self, directory: Path, record: dict[str, Any], labels: dict[str, Any], reports: Sequence[Report]
+    ) -> None:
+        self.directory = directory
+        self.outputs: list[RequestOutput] = []
+        self._record = record
+        self._labels = labels
+        self._reports = reports
+        self._start_ns = 0
+        self._steps: list[StepRecord] = []
+        self._latency = _Table(directory / "latency.csv", LATENCY_COLUMNS)
+        self._step_table = _Table(directory / "steps.csv", STEP_COLUMNS)
+        self._generations = _Table(directory / "generations.csv", GENERATION_COLUMNS)
+        self._ended = threading.Event()
+        # a thread, since what has finished must reach the disk while the engine waits for an arrival or runs a long step
+        self._flusher = threading.Thread(target=self._flush_regularly, name="flush results", daemon=True)
+        self._write_record("running")
+
+    def begin(self) -> int:
+        """Start the run's clock: the moment of ``time.perf_counter_ns`` that its times count from."""
+        self._flusher.start()
+        self._start_ns = time.perf_counter_ns()
+        return self._start_ns
+
+    def on_step(self, record: StepRecord) -> None:
+        """See :class:`Observer`."""
+        self._steps.append(record)
+        row = asdict(record)
+        row["start_s"] = (record.start_ns - self._start_ns) / 1e9
+        row["end_s"] = (record.end_ns - self._start_ns) / 1e9
+        self._step_table.add(row)
+
+    def on_output(self, output: RequestOutput) -> None:
+        """See :class:`Observer`."""
+        self.outputs.append(output)
+        report = self._reports[output.request_id]
+        self._latency.add(latency_row(output, self._start_ns))
+        self._generations.add(
+            {
+                "request_id": output.request_id,
+                "finding": report.finding,
+                "summary_ref": report.impression,
+                "summary_gen": output.text.strip(),
+            }
+        )
+
+    def finish(self, status: Status, memory: dict[str, float], error: str | None = None) -> dict[str, Any]:
+        """Write what is left: the tables' last rows, the figures, the timeline and the outcome. A run that was not
+        finished does not enter ``runs.csv``. Returns the row of ``throughput.csv``."""
+        self._ended.set()
+        if self._flusher.ident is not None:
+            self._flusher.join()
+        self._flush()
+        failed = len(self._reports) - len(self.outputs)
+        figures = {**self._labels, **throughput_figures(self.outputs, failed, self._start_ns), **memory}
+        pd.DataFrame([figures]).to_csv(self.directory / "throughput.csv", index=False)
+        write_trace(self.directory / "trace.json", self._steps, self._start_ns)
+        draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
+        if error is not None:
+            self._record["error"] = error
+        self._write_record(status)
+        if status == "finished":
+            append_row(self.directory.parent / "runs.csv", figures)
+        return figures
+
+    def _write_record(self, status: Status) -> None:
+        text = yaml.safe_dump({"status": status, **self._record}, sort_keys=False, allow_unicode=True)
+        replace(self.directory / "run.yaml", text)
+
+    def _flush_regularly(self) -> None:
+        while not self._ended.wait(FLUSH_S):
+            self._flush()
+
+    def _flush(self) -> None:
+        for table in (self._latency, self._step_table, self._generations):
+            table.flush()
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add ``row`` to the CSV at ``path``; columns that only one side has stay empty in the other. Several runs may do so at
+    once: a lock file keeps them apart, and the CSV is replaced as a whole."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [pd.read_csv(path, dtype=object)] if path.exists() else []
+        replace(path, pd.concat([*rows, pd.DataFrame([row], dtype=object)]).to_csv(index=False))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader, or a run killed half-way, finds the old content or the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

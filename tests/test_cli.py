@@ -1,0 +1,225 @@
+"""The command as a user runs it: real processes, real files, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from splitwiser.metrics import LATENCY_COLUMNS
+from splitwiser.results import GENERATION_COLUMNS, STEP_COLUMNS
+
+COMMAND = [sys.executable, "-m", "splitwiser"]
+FILES = {
+    "latency.csv", "throughput.csv", "steps.csv", "generations.csv", "run.yaml", "timeline.png", "trace.json",
+}  # fmt: skip
+
+
+def splitwiser(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def write_workload(path: Path, prompts: Sequence[object], new_tokens: int = 4, **fields: object) -> Path:
+    path.write_text(json.dumps({"max_new_tokens": new_tokens, "prompts": prompts, **fields}))
+    return path
+
+
+def only_run(results: Path) -> Path:
+    (directory,) = (path for path in results.iterdir() if path.is_dir())
+    return directory
+
+
+@pytest.mark.parametrize("mode", ["sequential", "generate"])
+def test_the_main_job_writes_every_file(mode: str, tmp_path: Path) -> None:
+    done = splitwiser("run", "--mode", mode, "--limit", "6", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    directory = only_run(tmp_path)
+    assert directory.name.startswith(f"radiology-opt_case0_{mode}_")
+    assert {path.name for path in directory.iterdir()} == FILES
+    latency, steps, generations, throughput, runs = (
+        pd.read_csv(path)
+        for path in (
+            directory / "latency.csv", directory / "steps.csv", directory / "generations.csv",
+            directory / "throughput.csv", tmp_path / "runs.csv",
+        )
+    )  # fmt: skip
+    assert tuple(latency.columns) == LATENCY_COLUMNS
+    assert tuple(steps.columns) == STEP_COLUMNS
+    assert tuple(generations.columns) == GENERATION_COLUMNS
+    assert sorted(latency.request_id) == sorted(generations.request_id) == list(range(6))
+    row = throughput.iloc[0]
+    assert (row.completed, row.failed, row.total_output_tokens) == (6, 0, latency.output_tokens.sum())
+    assert row.total_input_tokens == latency.prompt_tokens.sum() == steps[steps.phase == "prefill"].tokens.sum()
+    assert row.duration == pytest.approx(latency.finish_s.max())
+    assert runs.run_id.tolist() == [directory.name]
+    assert generations.summary_gen.str.len().min() > 10
+    record = yaml.safe_load((directory / "run.yaml").read_text())
+    assert record["status"] == "finished"
+    assert record["configuration"]["mode"] == mode
+    assert record["versions"]["torch"]
+    for shown in ("requests    6 in", "TTFT        p50", "ITL         p50", "E2E         p50", str(directory)):
+        assert shown in done.stdout
+    assert "6/6 requests" in done.stderr
+
+
+def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
+    made = []
+    for mode in ("sequential", "generate"):
+        assert (
+            splitwiser("run", "--mode", mode, "--case_id", "1", "--limit", "5", "--results", tmp_path / mode).returncode
+            == 0
+        )
+        table = pd.read_csv(only_run(tmp_path / mode) / "generations.csv").sort_values("request_id")
+        made.append(table.summary_gen.tolist())
+    assert made[0] == made[1]
+
+
+def test_a_workload_of_token_ids_needs_no_tokenizer(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    workload = write_workload(tmp_path / "short.json", [[5, 6], [7]], arrival_s=[0.0, 0.2])
+    done = splitwiser(
+        "run", "--model", tiny("llama"), "--workload", workload, "--ignore-eos", "--results", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    latency = pd.read_csv(only_run(tmp_path / "out") / "latency.csv").sort_values("request_id")
+    assert latency.output_tokens.tolist() == [4, 4]
+    assert latency.arrival_s.tolist() == [0.0, 0.2]
+    assert latency.prefill_start_s[1] >= 0.2
+
+
+def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
+    """Arguments that are wrong, and what the one line must say."""
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "test.findings.tok").write_text("a\nb\n")
+    (short / "test.impression.tok").write_text("a\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for part in ("findings", "impression"):
+        (empty / f"test.{part}.tok").write_text("")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    long = write_workload(tmp_path / "long.json", [[5] * 3000])
+    large = write_workload(tmp_path / "large.json", [[5] * 500])
+    return {
+        "missing file": (["--data", tmp_path / "none.csv"], "none.csv: no such file"),
+        "line counts": (["--data", short], "test.findings.tok has 2 lines but test.impression.tok has 1"),
+        "empty data": (["--data", empty], "no reports in it"),
+        "long prompt": (["--workload", long], "request 0: 3000 prompt tokens and 4 new ones need 3003 positions"),
+        "large request": (["--workload", large, "--kv_memory", "1MiB"], "in the KV pool, which holds"),
+        "unknown case": (["--case_id", "3"], "unknown case '3'; known: 0, 1, 2, 4, 5, 100, 200"),
+        "unsupported case": (["--case_id", "200"], "case 200 (LoRA) is not supported yet; use one of 0, 1, 2, 4, 5"),
+        "no config": (["--model", bare], "no config.json in it"),
+        "unknown mode": (["--mode", "fast"], "unknown mode 'fast'"),
+        "missing workload": (["--workload", tmp_path / "no.json"], "no.json: no such file"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing file", "line counts", "empty data", "long prompt", "large request", "unknown case", "unsupported case",
+        "no config", "unknown mode", "missing workload",
+    ],
+)  # fmt: skip
+def test_a_wrong_input_gets_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
+    arguments, line = broken_data(tmp_path)[name]
+    done = splitwiser("run", *arguments, "--results", tmp_path / "out")
+    assert done.returncode == 2
+    (shown,) = [each for each in done.stderr.splitlines() if each.startswith("splitwiser: ")]
+    assert line in shown
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    done = splitwiser("run", "--case_id", "3", "--results", tmp_path, "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_an_unknown_option_is_refused() -> None:
+    done = splitwiser("run", "--case", "0")  # not taken for --case_id
+    assert done.returncode == 2
+    assert "unrecognized arguments: --case" in done.stderr
+
+
+@pytest.mark.parametrize(("command", "shown"), [("cases", "four in-context examples"), ("models", "facebook/opt-125m")])
+def test_lists(command: str, shown: str) -> None:
+    done = splitwiser(command)
+    assert done.returncode == 0
+    assert shown in done.stdout
+
+
+def start_long_run(tmp_path: Path, model: Path) -> "subprocess.Popen[str]":
+    """A run of a short request and one that lasts, waited for until the short one is on disk."""
+    workload = write_workload(tmp_path / "two.json", [[5]] * 3 + [[6]], 200, arrival_s=[0, 0, 0, 3600])
+    process = subprocess.Popen(
+        [*COMMAND, "run", "--model", model, "--workload", workload, "--ignore_eos", "--results", tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        found = list((tmp_path / "out").glob("*/latency.csv"))
+        if found and len(found[0].read_text().splitlines()) == 4:
+            return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("the first three requests did not reach the disk")
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    process = start_long_run(tmp_path, tiny("opt"))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    directory = only_run(tmp_path / "out")
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert yaml.safe_load((directory / "run.yaml").read_text())["status"] == "interrupted"
+    row = pd.read_csv(directory / "throughput.csv").iloc[0]
+    assert (row.completed, row.failed) == (3, 1)
+    assert not (tmp_path / "out" / "runs.csv").exists()
+
+
+def test_a_killed_run_leaves_what_was_finished(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    process = start_long_run(tmp_path, tiny("opt"))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    directory = only_run(tmp_path / "out")
+    assert sorted(pd.read_csv(directory / "latency.csv").request_id) == [0, 1, 2]
+    assert yaml.safe_load((directory / "run.yaml").read_text())["status"] == "running"
+
+
+def test_a_fault_in_the_run_gets_exit_code_1_and_keeps_what_was_finished(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    workload = write_workload(tmp_path / "two.json", [[5], [6]], 4, arrival_s=[0, 0.5])
+    script = (
+        "import sys\n"
+        "from splitwiser import steps, prefill, cli\n"
+        "real = steps.prefill_step\n"
+        "def failing(model, pool, chunks):\n"
+        "    if chunks[0].sequence.request.prompt_token_ids == (6,): raise RuntimeError('the device is gone')\n"
+        "    return real(model, pool, chunks)\n"
+        "prefill.prefill_step = failing\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "run", "--model", tiny("opt"), "--workload", workload, "--ignore_eos",
+         "--results", tmp_path / "out"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    directory = only_run(tmp_path / "out")
+    assert done.returncode == 1
+    assert "splitwiser: RuntimeError: the device is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+    record = yaml.safe_load((directory / "run.yaml").read_text())
+    assert (record["status"], record["error"]) == ("failed", "RuntimeError: the device is gone")
+    assert pd.read_csv(directory / "latency.csv").request_id.tolist() == [0]
