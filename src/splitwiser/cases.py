@@ -9,7 +9,10 @@ from pathlib import Path
 import yaml
 
 from splitwiser.data import Report
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, first_line, unknown
+
+METHODS = ("discrete", "prefix_tuning", "lora")  # only the first is supported yet
+LEAST = {"examples": 0, "max_new_tokens": 1}
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,17 @@ class Case:
 
     def prompts(self, reports: Sequence[Report], training: Sequence[Report], seed: int) -> list[str]:
         """One prompt a report, in their order; the in-context examples are drawn from ``training``, for each report
-        afresh and without repeats, by a generator seeded with ``seed``."""
-        if self.examples > len(training):
-            raise InputError(
-                f"case {self.case_id} draws {self.examples} examples, but the training set has {len(training)} reports"
-            )
+        afresh, without repeats and without the report itself, by a generator seeded with ``seed``."""
         rng = random.Random(seed)
-        return [self.prompt_text(report.finding, rng.sample(training, self.examples)) for report in reports]
+        prompts = []
+        for report in reports:
+            others = [example for example in training if example.finding != report.finding]
+            if self.examples > len(others):
+                raise InputError(
+                    f"case {self.case_id} draws {self.examples} examples, but the training set has {len(others)} reports"
+                )
+            prompts.append(self.prompt_text(report.finding, rng.sample(others, self.examples)))
+        return prompts
 
 
 def load_cases(path: Path) -> dict[int, Case]:
@@ -58,6 +65,8 @@ def load_cases(path: Path) -> dict[int, Case]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
@@ -67,16 +76,20 @@ def load_cases(path: Path) -> dict[int, Case]:
 
 def _case(path: Path, case_id: object, entry: dict[str, object]) -> Case:
     where = f"{path}, case {case_id}"
-    if not isinstance(case_id, int):
+    if not isinstance(case_id, int) or isinstance(case_id, bool):
         raise InputError(f"{where}: a case's name must be a whole number")
     fields = {field.name: field.type for field in dataclasses.fields(Case) if field.name != "case_id"}
     for key, value in entry.items():
         if key not in fields:
             raise InputError(f"{where}: {unknown('key', key, fields)}")
-        if not isinstance(value, str if fields[key] is str else int):
+        if not isinstance(value, str if fields[key] is str else int) or isinstance(value, bool):
             raise InputError(
                 f"{where}: '{key}' must be {'text' if fields[key] is str else 'a whole number'}, not {value!r}"
             )
+        if key in LEAST and value < LEAST[key]:  # type: ignore[operator]  # checked to be a number above
+            raise InputError(f"{where}: '{key}' must be {LEAST[key]} or more, not {value}")
+    if entry.get("method", "discrete") not in METHODS:
+        raise InputError(f"{where}: {unknown('method', entry['method'], METHODS)}")
     if "description" not in entry:
         raise InputError(f"{where}: needs a 'description'")
     return Case(case_id=case_id, **entry)  # type: ignore[arg-type]  # checked against the fields above

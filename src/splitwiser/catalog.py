@@ -7,8 +7,9 @@ from typing import Any, Literal
 import yaml
 
 from splitwiser import constants
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, first_line, unknown
 
+KINDS = ("decoder", "encoder-decoder")
 EMBEDDED_MODEL = "radiology-opt"
 
 
@@ -34,6 +35,8 @@ def load_catalog(path: Path) -> dict[str, CatalogEntry]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
@@ -43,6 +46,17 @@ def load_catalog(path: Path) -> dict[str, CatalogEntry]:
         for key in entry:
             if key not in known:
                 raise InputError(f"{path}, model {name}: {unknown('key', key, known)}")
+        for key, value in entry.items():
+            if not isinstance(value, dict if key == "config" else str):
+                raise InputError(
+                    f"{path}, model {name}: '{key}' must be {'a mapping' if key == 'config' else 'text'}, not {value!r}"
+                )
+        if entry.get("kind", "decoder") not in KINDS:
+            raise InputError(f"{path}, model {name}: {unknown('kind', entry['kind'], KINDS)}")
+        if "config" in entry and "model_type" not in entry["config"]:
+            raise InputError(
+                f"{path}, model {name}: 'config' needs a 'model_type', as transformers names architectures"
+            )
         if not entry.get("path") and not entry.get("hub"):
             raise InputError(f"{path}, model {name}: needs a 'path' or a 'hub' id")
     return {name: CatalogEntry(name=name, **entry) for name, entry in entries.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from splitwiser import constants
+from splitwiser.data import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
 from splitwiser.errors import InputError
 from splitwiser.request import SamplingParams
 
@@ -21,13 +22,21 @@ class RunConfig:
 
     model: str = _option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
     case_id: int = _option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", int)
-    mode: str = _option(constants.MODE, "how the phases are placed: generate or sequential")
+    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential or mp")
+    workers: str = _option(
+        constants.WORKERS, "worker layout of mode mp: YAML file or text; empty: one prefill, one decode"
+    )
+    lend_cores: bool = _option(
+        constants.LEND_CORES, "mode mp on a CPU: idle workers lend their cores, step by step", bool
+    )
     data: str = _option(
         str(constants.DIR_DATA), "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name"
     )
     split: str = _option(constants.SPLIT, "which set of --data: train, validate or test")
-    finding_column: str = _option("findings", "column of --data that holds the text to summarise")
-    impression_column: str = _option("impression", "column of --data that holds the reference summary, if any")
+    finding_column: str = _option(DEFAULT_FINDING_COLUMN, "column of --data that holds the text to summarise")
+    impression_column: str = _option(
+        DEFAULT_IMPRESSION_COLUMN, "column of --data that holds the reference summary, if any"
+    )
     limit: int | None = _option(None, "only the first N requests", int)
     workload: str | None = _option(None, "JSON file of prompts and arrival times, instead of --data and --case_id")
     max_new_tokens: int | None = _option(None, "most new tokens a request, instead of the case's or workload's", int)

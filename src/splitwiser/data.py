@@ -1,5 +1,6 @@
 """Reads reports (a finding and its reference impression) from .tok sets, jsonl, csv, parquet or a ``datasets`` name."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,29 @@ import pandas as pd
 
 from splitwiser.errors import InputError, first_line, unknown
 
+DEFAULT_FINDING_COLUMN = "findings"
+DEFAULT_IMPRESSION_COLUMN = "impression"
 SPLITS = ("train", "validate", "test")
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    # not pandas' reader, which turns text that looks like a number or a date into one
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every line must be an object, its keys the columns")
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells of longer rows for labels
+        raise ValueError("its rows have more cells than its header; quote a text that holds commas")
+    return table
+
+
 TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
-    ".csv": pd.read_csv,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
     ".parquet": pd.read_parquet,
 }
 
@@ -25,7 +45,10 @@ class Report:
 
 
 def load_reports(
-    source: str | Path, split: str, finding_column: str = "findings", impression_column: str = "impression"
+    source: str | Path,
+    split: str,
+    finding_column: str = DEFAULT_FINDING_COLUMN,
+    impression_column: str = DEFAULT_IMPRESSION_COLUMN,
 ) -> list[Report]:
     """Read reports from ``source``, in its order.
 
@@ -56,7 +79,7 @@ def load_tok(directory: Path, split: str) -> list[Report]:
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file; a .tok set needs {paths[0].name} and {paths[1].name}")
-    findings, impressions = (path.read_text(encoding="utf-8").splitlines() for path in paths)
+    findings, impressions = map(_tok_lines, paths)
     if len(findings) != len(impressions):
         raise InputError(
             f"{paths[0]} has {len(findings)} lines but {paths[1].name} has {len(impressions)}; one report a line in both"
@@ -69,6 +92,15 @@ def load_tok(directory: Path, split: str) -> list[Report]:
     ]
 
 
+def _tok_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
+    # only a newline ends a report: str.splitlines would also split at form feeds and at U+2028
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def _from_table(path: Path, finding_column: str, impression_column: str) -> list[Report]:
     if path.suffix not in TABLE_READERS:
         raise InputError(f"--data {path}: unknown ending '{path.suffix}'; known: {', '.join(TABLE_READERS)}")
@@ -78,6 +110,8 @@ def _from_table(path: Path, finding_column: str, impression_column: str) -> list
         return []
     except (ValueError, OSError) as error:
         raise InputError(f"--data {path}: cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
+    if table.empty:
+        return []
     return _from_columns(
         str(path),
         {name: table[name].tolist() for name in map(str, table.columns)},
@@ -116,6 +150,10 @@ def _from_columns(
     if finding_column not in columns:
         raise InputError(
             f"--data {source}: no column '{finding_column}' (--finding_column); its columns: {', '.join(columns)}"
+        )
+    if impression_column != DEFAULT_IMPRESSION_COLUMN and impression_column not in columns:
+        raise InputError(
+            f"--data {source}: no column '{impression_column}' (--impression_column); its columns: {', '.join(columns)}"
         )
     findings: Sequence[object] = columns[finding_column]
     impressions: Sequence[object] = columns.get(impression_column) or [""] * len(findings)

@@ -1,6 +1,5 @@
 """The KV pool: the preallocated cache of all requests in blocks, and the allocator that hands blocks out."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,26 +24,32 @@ class LayerShape:
 class KVPool:
     """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
 
-    A *slot* is one token's place: block number x ``block_tokens`` + offset. The pool is zeroed once: a masked slot must
-    hold finite numbers, since 0 x NaN is NaN.
+    A *slot* is one token's place: block number x ``block_tokens`` + offset. ``memory`` (uint8, as many bytes as
+    :func:`block_nbytes` x ``blocks``) is where the pool lies, such as memory that processes share; without it the pool gets
+    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN.
     """
 
     def __init__(
-        self, layers: Sequence[LayerShape], blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[LayerShape],
+        blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: Tensor | None = None,
     ) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
-
-        def tensor(heads: int, dim: int) -> Tensor:
-            shape = (blocks, block_tokens, heads, dim)
-            if device.type == "cuda":
-                return torch.zeros(shape, dtype=dtype, device=device)
-            # numpy asks the system for zeroed pages, which cost nothing until they are used; torch writes the zeros
-            size = math.prod(shape) * dtype.itemsize
-            return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
-
-        self.keys = [tensor(layer.kv_heads, layer.key_dim) for layer in layers]
-        self.values = [tensor(layer.kv_heads, layer.value_dim) for layer in layers]
+        if memory is None:
+            memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * blocks, device)
+        slots = blocks * block_tokens
+        sizes = [slots * layer.kv_heads * dim for layer in layers for dim in (layer.key_dim, layer.value_dim)]
+        parts = iter(memory.view(dtype).split(sizes))
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for layer in layers:
+            self.keys.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.key_dim))
+            self.values.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.value_dim))
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +69,14 @@ class KVPool:
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens take."""
         return -(-tokens // self.block_tokens)
+
+
+def zeroed_memory(nbytes: int, device: torch.device) -> Tensor:
+    """``nbytes`` zeros of type uint8."""
+    if device.type == "cuda":
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    # numpy asks the system for zeroed pages, which cost nothing until they are used; torch would write the zeros
+    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8))
 
 
 def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
@@ -95,9 +108,12 @@ class BlockAllocator:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take ``blocks`` back. Raises ValueError if one is not in use."""
-        if not self._used.issuperset(blocks) or len(set(blocks)) != len(blocks):
-            raise ValueError(f"blocks {sorted(set(blocks) - self._used)} are not in use; a block is freed once")
-        self._used.difference_update(blocks)
+        given: set[int] = set()
+        for block in blocks:
+            if block not in self._used or block in given:
+                raise ValueError(f"blocks [{block}] are not in use; a block is freed once")
+            given.add(block)
+        self._used -= given
         self._free.extend(reversed(blocks))
 
 
@@ -120,17 +136,20 @@ def plan_blocks(
     :class:`InputError` if not even one block fits.
     """
     nbytes = block_nbytes(layers, block_tokens, dtype)
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
     if kv_memory != "auto":
-        blocks = parse_bytes(kv_memory) // nbytes
-        if not blocks:
+        size = parse_bytes(kv_memory)
+        if size < nbytes:
             raise InputError(
                 f"kv_memory '{kv_memory}' is less than one block, which takes {nbytes} bytes for this model"
             )
-        return blocks
+        if size > available:
+            raise InputError(f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available")
+        return size // nbytes
     longest = min(max_positions or _LONGEST_REQUEST, _LONGEST_REQUEST)
     wanted = max_batch * -(-longest // block_tokens)
-    on_gpu = device.type == "cuda"
-    affordable = torch.cuda.mem_get_info(device)[0] // 2 if on_gpu else available_memory() // 4
+    affordable = available // (2 if on_gpu else 4)
     return max(1, min(wanted, affordable // nbytes))
 
 

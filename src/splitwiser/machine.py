@@ -59,6 +59,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory so far, in MB (10^6 bytes): of the device's allocations on a GPU, else this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    # not ru_maxrss, which keeps what the process that started this one held
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -38,7 +38,7 @@ class SamplingParams:
             raise InputError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not isinstance(self.stop, tuple) or not all(self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(each, str) and each for each in self.stop):
             raise InputError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
 
 
@@ -69,6 +69,7 @@ class RequestMetrics:
     arrival_ns: int
     prefill_start_ns: int = 0
     token_ns: list[int] = field(default_factory=list)
+    decode_start_ns: int | None = None
     prefill_worker: str = ""
     decode_worker: str = ""
 
@@ -76,6 +77,11 @@ class RequestMetrics:
     def queue_ms(self) -> float:
         """From arrival to the start of the first prefill step."""
         return (self.prefill_start_ns - self.arrival_ns) / 1e6
+
+    @property
+    def handoff_ms(self) -> float | None:
+        """From the end of the prefill step to the start of the first decode step; None for a request of one token."""
+        return None if self.decode_start_ns is None else (self.decode_start_ns - self.token_ns[0]) / 1e6
 
     @property
     def ttft_ms(self) -> float:

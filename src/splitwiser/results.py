@@ -1,5 +1,7 @@
 """Writes a run's files as its results come, so that a killed run leaves what it had finished."""
 
+import contextlib
+import csv
 import fcntl
 import os
 import threading
@@ -42,7 +44,13 @@ class _Table:
     def flush(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
-            pd.DataFrame(rows, columns=self._columns).to_csv(self._path, mode="a", header=False, index=False)
+            # text is quoted: a bare carriage return would end its row
+            table = pd.DataFrame(rows, columns=self._columns)
+            try:
+                table.to_csv(self._path, mode="a", header=False, index=False, quoting=csv.QUOTE_NONNUMERIC)
+            except OSError:
+                self._rows[:0] = rows
+                raise
 
 
 def make_run_directory(results: Path, model: str, case: str, mode: str) -> Path:
@@ -117,16 +125,19 @@ class RunRecorder(Observer):
         if self._flusher.ident is not None:
             self._flusher.join()
         self._flush()
-        failed = len(self._reports) - len(self.outputs)
+        answered = {output.request_id for output in self.outputs}
+        unanswered = [number for number in range(len(self._reports)) if number not in answered]
+        failed = len(unanswered)
         figures = {**self._labels, **throughput_figures(self.outputs, failed, self._start_ns), **memory}
         pd.DataFrame([figures]).to_csv(self.directory / "throughput.csv", index=False)
-        write_trace(self.directory / "trace.json", self._steps, self._start_ns)
-        draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
         if error is not None:
-            self._record["error"] = error
+            self._record |= {"error": error, "unanswered": unanswered}
         self._write_record(status)
         if status == "finished":
             append_row(self.directory.parent / "runs.csv", figures)
+        # last: no fault of the picture costs the figures
+        write_trace(self.directory / "trace.json", self._steps, self._start_ns)
+        draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
         return figures
 
     def _write_record(self, status: Status) -> None:
@@ -135,7 +146,8 @@ class RunRecorder(Observer):
 
     def _flush_regularly(self) -> None:
         while not self._ended.wait(FLUSH_S):
-            self._flush()
+            with contextlib.suppress(OSError):  # the rows are kept: the next flush writes them, or the last one fails
+                self._flush()
 
     def _flush(self) -> None:
         for table in (self._latency, self._step_table, self._generations):
@@ -147,12 +159,15 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     once: a lock file keeps them apart, and the CSV is replaced as a whole."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = [pd.read_csv(path, dtype=object)] if path.exists() else []
+        rows = [pd.read_csv(path, dtype=object, keep_default_na=False)] if path.exists() and path.stat().st_size else []
         replace(path, pd.concat([*rows, pd.DataFrame([row], dtype=object)]).to_csv(index=False))
 
 
 def replace(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader, or a run killed half-way, finds the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

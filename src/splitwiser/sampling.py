@@ -62,7 +62,10 @@ def _draw(logits: Tensor, requests: Sequence[Drawing]) -> Tensor:
     def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(-1)
 
-    logits = logits / column([each.temperature for each in params], torch.float32)
+    # the largest is 0, so that no temperature, however small, makes it infinite
+    logits = (logits.double() - logits.amax(dim=-1, keepdim=True)) / column(
+        [each.temperature for each in params], torch.float64
+    )
     largest_k = max(each.top_k for each in params)
     if largest_k:
         ks = [min(each.top_k or vocabulary, vocabulary) for each in params]
@@ -73,7 +76,6 @@ def _draw(logits: Tensor, requests: Sequence[Drawing]) -> Tensor:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones make up already
         surplus = before >= column([each.top_p for each in params], torch.float64)
-        surplus[:, 0] = False
         probabilities = probabilities.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     aims = column([uniform(request.seed, request.drawn) for request in requests], torch.float64) * cumulative[:, -1:]

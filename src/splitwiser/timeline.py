@@ -61,7 +61,7 @@ def draw_timeline(path: Path, steps: Sequence[StepRecord], start_ns: int, title:
         bars.broken_barh(spans, (row - 0.38, 0.76), facecolors=PHASE_COLOURS[lane[1]], edgecolor="white", linewidth=0.2)
     bars.set_yticks(range(len(rows)), [f"{worker}\n{phase}" for worker, phase in rows])
     bars.set_ylim(len(rows) - 0.4, -0.6)
-    bars.set_title(title, loc="left", fontsize=11)
+    bars.set_title(title, loc="left", fontsize=11, parse_math=False)
     for worker in sorted({step.worker for step in steps if step.phase == "decode"}):
         running = [step for step in steps if step.phase == "decode" and step.worker == worker]
         moments = [(step.start_ns - start_ns) / 1e9 for step in running]
@@ -70,7 +70,8 @@ def draw_timeline(path: Path, steps: Sequence[StepRecord], start_ns: int, title:
     batch.set_xlabel("seconds from the run's start")
     batch.set_ylim(bottom=0)
     batch.yaxis.set_major_locator(MaxNLocator(integer=True))
-    batch.legend(loc="upper right", fontsize=8, frameon=False)
+    if batch.get_lines():
+        batch.legend(loc="upper right", fontsize=8, frameon=False)
     for axes in (bars, batch):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)

@@ -1,6 +1,7 @@
 """Workload files: prompts, their lengths and when they arrive, as JSON."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def load_workload(path: Path) -> Workload:
             f"--workload {path}: 'arrival_s' must be a list with one number for each of the {len(prompts)} prompts"
         )
     for number, arrival in enumerate(arrivals):
-        if not isinstance(arrival, (int, float)) or not 0 <= arrival < float("inf"):
+        if isinstance(arrival, bool) or not isinstance(arrival, (int, float)) or not 0 <= arrival <= sys.float_info.max:
             raise InputError(
                 f"--workload {path}: arrival_s of prompt {number} must be 0 or more seconds, not {arrival!r}"
             )

@@ -1,0 +1,66 @@
+"""What several test modules share: the refusal of a wrong input, and answers and steps with known times."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from splitwiser.errors import InputError
+from splitwiser.messages import Phase, Role, StepRecord
+from splitwiser.request import FinishReason, RequestMetrics, RequestOutput
+
+MS = 1_000_000  # nanoseconds
+START_NS = 7_000 * MS
+
+
+def refusal(call: Callable[..., object], *arguments: Any, **settings: Any) -> str:
+    """The one line with which ``call`` refuses its input."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **settings)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message
+
+
+def assert_says(message: str, *parts: str) -> None:
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{message!r} does not say {missing}"
+
+
+def make_output(
+    request_id: int = 0,
+    *,
+    arrival: int = 0,
+    prefill: int = 0,
+    decode: int | None = None,
+    tokens: Sequence[int] = (1,),
+    prompt_tokens: int = 3,
+    text: str = "",
+    reason: FinishReason = "length",
+    start_ns: int = START_NS,
+) -> RequestOutput:
+    """An answered request; times in milliseconds from ``start_ns``, ``tokens`` holds the time of each."""
+    metrics = RequestMetrics(
+        start_ns + arrival * MS,
+        prefill_start_ns=start_ns + prefill * MS,
+        token_ns=[start_ns + moment * MS for moment in tokens],
+        decode_start_ns=None if decode is None else start_ns + decode * MS,
+        prefill_worker="prefill-0",
+        decode_worker="decode-1",
+    )
+    return RequestOutput(request_id, tuple(range(prompt_tokens)), [9] * len(tokens), text, reason, metrics)
+
+
+def make_step(
+    worker: str,
+    phase: Phase,
+    start: int,
+    end: int,
+    *,
+    requests: int = 1,
+    tokens: int = 1,
+    role: Role = "mixed",
+    start_ns: int = START_NS,
+) -> StepRecord:
+    """A step from ``start`` to ``end``, in milliseconds from ``start_ns``."""
+    return StepRecord(worker, role, phase, start_ns + start * MS, start_ns + end * MS, requests, tokens)

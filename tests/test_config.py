@@ -1,0 +1,94 @@
+"""A run's configuration: its defaults, what it derives and what it refuses."""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import refusal
+
+from splitwiser import constants
+from splitwiser.config import RunConfig
+from splitwiser.request import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("name", "constant"),
+    [
+        ("model", constants.MODEL), ("case_id", constants.CASE_ID), ("mode", constants.MODE),
+        ("data", str(constants.DIR_DATA)), ("split", constants.SPLIT), ("temperature", constants.TEMPERATURE),
+        ("top_k", constants.TOP_K), ("top_p", constants.TOP_P), ("seed", constants.SEED), ("dtype", constants.DTYPE),
+        ("device", constants.DEVICE), ("load_format", constants.LOAD_FORMAT), ("max_batch", constants.MAX_BATCH),
+        ("prefill_tokens", constants.PREFILL_TOKENS), ("kv_memory", constants.KV_MEMORY),
+        ("results", str(constants.DIR_RESULTS)),
+    ],
+)  # fmt: skip
+def test_default_is_the_constant(name: str, constant: Any) -> None:
+    assert getattr(RunConfig(), name) == constant
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(RunConfig)])
+def test_field_can_be_an_option(name: str) -> None:
+    (field,) = (each for each in fields(RunConfig) if each.name == name)
+    assert field.default is not MISSING
+    assert field.metadata["help"].strip()
+    assert field.metadata["type"] in (str, int, float, bool)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(RunConfig) if field.default is not None])
+def test_default_is_of_the_type_an_option_gives(name: str) -> None:
+    (field,) = (each for each in fields(RunConfig) if each.name == name)
+    assert type(field.default) is field.metadata["type"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "device"),
+    [
+        ({}, "auto"),
+        ({"device": "cpu"}, "cpu"),
+        ({"gpu_id": 0}, "cuda:0"),
+        ({"gpu_id": 3}, "cuda:3"),
+        ({"gpu_id": 1, "device": "cuda:1"}, "cuda:1"),
+    ],
+)
+def test_device_and_gpu_id_name_a_device(settings: dict[str, Any], device: str) -> None:
+    assert RunConfig(**settings).device_name == device
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": 0}, "--limit must be 1 or more, not 0"),
+        ({"limit": -2}, "--limit must be 1 or more, not -2"),
+        ({"gpu_id": 0, "device": "cpu"}, "--gpu_id 0 and --device cpu disagree; give one of them"),
+        ({"gpu_id": 1, "device": "cuda:0"}, "--gpu_id 1 and --device cuda:0 disagree; give one of them"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
+    assert refusal(RunConfig, **settings) == message
+
+
+def test_results_cannot_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "results").touch()
+    message = refusal(RunConfig, results=str(tmp_path / "results"))
+    assert message == f"--results {tmp_path / 'results'}: is a file; a directory is needed"
+
+
+@pytest.mark.parametrize("name", [".", "new", "new/and/deep"])
+def test_results_may_exist_or_not(name: str, tmp_path: Path) -> None:
+    assert RunConfig(results=str(tmp_path / name)).results == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 200), (7, 7)])
+def test_option_goes_before_the_cases_new_tokens(given: int | None, expected: int) -> None:
+    assert RunConfig(max_new_tokens=given).sampling_params(200).max_tokens == expected
+
+
+def test_options_become_sampling_parameters() -> None:
+    config = RunConfig(temperature=0.5, top_k=3, top_p=0.25, ignore_eos=True)
+    expected = SamplingParams(max_tokens=9, temperature=0.5, top_k=3, top_p=0.25, ignore_eos=True)
+    assert config.sampling_params(9) == expected
+
+
+def test_zero_new_tokens_are_refused_and_not_replaced() -> None:
+    assert refusal(RunConfig(max_new_tokens=0).sampling_params, 200) == "max_tokens must be 1 or more, not 0"

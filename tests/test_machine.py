@@ -1,0 +1,140 @@
+"""What a run's record says of the machine, the versions and the commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from splitwiser import constants, machine
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+def test_cpu_is_described_without_a_gpu() -> None:
+    keys = ["processor", "cores", "memory_gib", "system", "torch_threads"]
+    assert list(machine.describe_machine(CPU)) == keys
+
+
+def test_processor_has_a_name() -> None:
+    assert machine.describe_machine(CPU)["processor"].strip()
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 6})
+    assert machine.describe_machine(CPU)["cores"] == 3
+
+
+def test_memory_is_that_of_the_machine() -> None:
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    assert machine.describe_machine(CPU)["memory_gib"] == pytest.approx(
+        int(total.split()[1]) / 2**20, rel=0.02, abs=0.1
+    )
+
+
+def test_gpu_is_described_where_it_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="a GPU", total_memory=80 * 2**30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    described = machine.describe_machine(CUDA)
+    assert {key: described[key] for key in described if key.startswith("gpu")} == {
+        "gpu": "a GPU", "gpu_memory_gib": 80.0, "gpu_sms": 132,
+    }  # fmt: skip
+
+
+def test_versions_name_what_a_result_depends_on() -> None:
+    assert set(machine.describe_versions()) == {
+        "python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("python", platform.python_version()), ("numpy", np.__version__), ("torch", torch.__version__)],
+)
+def test_version_is_the_one_that_runs(package: str, version: str) -> None:
+    assert machine.describe_versions()[package] == version
+
+
+def test_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "datasets":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = machine.describe_versions()
+    assert (versions["datasets"], versions["accelerate"]) == (None, "1.0")
+
+
+def test_commit_is_what_git_says_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.extend(command)
+        return subprocess.CompletedProcess(command, 0, stdout="0123abcd-dirty\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert machine.git_commit() == "0123abcd-dirty"
+    assert asked[:3] == ["git", "-C", str(constants.DIR_PROJECT)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("git"), subprocess.CalledProcessError(128, "git"), subprocess.TimeoutExpired("git", 10)],
+    ids=["no git", "no checkout", "too slow"],
+)
+def test_no_commit_where_git_has_no_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert machine.git_commit() is None
+
+
+def resident_mb(field: str) -> float:
+    """What the kernel says of this process: VmRSS is held now, VmHWM was the most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def test_peak_memory_is_the_most_so_far() -> None:
+    assert machine.peak_memory_mb(CPU) == pytest.approx(resident_mb("VmHWM"), rel=0.05)
+
+
+def test_peak_memory_keeps_what_was_given_back() -> None:
+    before = machine.peak_memory_mb(CPU)
+    block = np.ones(int((resident_mb("VmHWM") - resident_mb("VmRSS") + 100) * 1e6), dtype=np.uint8)
+    del block
+    assert machine.peak_memory_mb(CPU) >= before + 80
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    script = (
+        "import sys, types\n"
+        "sys.modules['torch'] = types.SimpleNamespace(device=object)  # a small process: its parent has the real one\n"
+        "from splitwiser.machine import peak_memory_mb\n"
+        "print(peak_memory_mb(types.SimpleNamespace(type='cpu')))\n"
+    )
+    path = os.pathsep.join(sys.path)
+    made = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert float(made.stdout) < 100
+
+
+def test_peak_memory_of_a_gpu_is_that_of_its_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5_500_000)
+    assert machine.peak_memory_mb(CUDA) == 5.5

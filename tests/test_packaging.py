@@ -1,0 +1,111 @@
+"""One set of versions: the pins of both environments, the ranges of the package and the scripts that use them."""
+
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from splitwiser import constants
+
+PROJECT = constants.DIR_PROJECT
+SCRIPTS = ["run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/test.sh"]
+
+
+def pins_of(lines: list[str]) -> dict[str, str]:
+    """Versions by name; each line must pin exactly one."""
+    pins: dict[str, str] = {}
+    for requirement in map(Requirement, lines):
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", requirement
+        assert requirement.name not in pins, requirement
+        pins[requirement.name] = specifier.version
+    return pins
+
+
+def pip_pins() -> dict[str, str]:
+    lines = (PROJECT / "env" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return pins_of([line for line in lines if line.strip() and not line.startswith("#")])
+
+
+def conda_dependencies() -> list[Any]:
+    content = yaml.safe_load((PROJECT / "env" / "environment.yml").read_text(encoding="utf-8"))
+    dependencies: list[Any] = content["dependencies"]
+    return dependencies
+
+
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
+
+
+RANGES = [
+    *project()["dependencies"],
+    *(line for extra in project()["optional-dependencies"].values() for line in extra),
+]
+
+
+def test_both_environments_pin_the_same() -> None:
+    (pip,) = [each["pip"] for each in conda_dependencies() if isinstance(each, dict)]
+    assert pins_of(pip) == pip_pins()
+
+
+@pytest.mark.parametrize("line", RANGES)
+def test_dependency_is_pinned_within_its_range(line: str) -> None:
+    requirement = Requirement(line)
+    assert requirement.name in pip_pins()
+    assert requirement.specifier.contains(pip_pins()[requirement.name])
+
+
+def test_nothing_is_pinned_that_the_project_does_not_ask_for() -> None:
+    assert set(pip_pins()) == {Requirement(line).name for line in RANGES}
+
+
+def test_extras_are_datasets_and_dev() -> None:
+    assert set(project()["optional-dependencies"]) == {"datasets", "dev"}
+
+
+def test_conda_python_is_one_the_package_takes() -> None:
+    (line,) = [each for each in conda_dependencies() if isinstance(each, str) and each.startswith("python=")]
+    assert SpecifierSet(project()["requires-python"]).contains(line.removeprefix("python="))
+
+
+def test_torch_is_pinned_to_its_version() -> None:
+    assert pip_pins()["torch"] == "2.13.0"
+
+
+def test_type_checker_and_linter_aim_at_the_oldest_python() -> None:
+    tools = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    oldest = project()["requires-python"].removeprefix(">=")
+    assert (tools["mypy"]["python_version"], tools["ruff"]["target-version"]) == (
+        oldest,
+        f"py{oldest.replace('.', '')}",
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_can_be_executed(script: str) -> None:
+    assert os.access(PROJECT / script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_starts_with_bash(script: str) -> None:
+    assert (PROJECT / script).read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "scripts/setup.sh"])
+def test_bash_can_read_the_script(script: str) -> None:
+    checked = subprocess.run(["bash", "-n", str(PROJECT / script)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("mode", ["sequential", "mp", "mps"])
+def test_each_run_script_runs_its_mode(mode: str) -> None:
+    name = "run_discrete.sh" if mode == "sequential" else f"run_discrete_{mode}.sh"
+    last = (Path(PROJECT) / name).read_text(encoding="utf-8").rstrip().splitlines()[-1]
+    assert last.endswith(f' run --mode {mode} "$@"')

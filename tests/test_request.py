@@ -1,0 +1,101 @@
+"""Sampling parameters and their limits, what a request needs, and the times derived from its tokens."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from helpers import make_output, refusal
+
+from splitwiser.request import Request, RequestMetrics, SamplingParams
+
+
+def test_greedy_is_the_default() -> None:
+    params = SamplingParams()
+    assert (params.temperature, params.top_k, params.top_p, params.stop, params.ignore_eos) == (0, 0, 1, (), False)
+    assert (params.max_tokens, params.seed) == (16, None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": 1},
+        {"temperature": 0},
+        {"temperature": 100.0},
+        {"top_k": 1},
+        {"top_k": 10**9},
+        {"top_p": 1e-9},
+        {"top_p": 1},
+        {"seed": -5},
+        {"stop": ("a", "\n")},
+    ],
+)
+def test_limits_themselves_are_fine(settings: dict[str, Any]) -> None:
+    params = SamplingParams(**settings)
+    assert {key: getattr(params, key) for key in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, not 0"),
+        ({"max_tokens": -3}, "max_tokens must be 1 or more, not -3"),
+        ({"temperature": -0.1}, "temperature must be 0 (greedy) or more, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 (greedy) or more, not nan"),
+        ({"top_k": -1}, "top_k must be 0 (all tokens) or more, not -1"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1, not 1.01"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, not nan"),
+        ({"stop": "abc"}, "stop must be a tuple of non-empty strings, not 'abc'"),
+        ({"stop": ["abc"]}, "stop must be a tuple of non-empty strings, not ['abc']"),
+        ({"stop": ("abc", "")}, "stop must be a tuple of non-empty strings, not ('abc', '')"),
+        ({"stop": (3,)}, "stop must be a tuple of non-empty strings, not (3,)"),
+    ],
+)
+def test_value_out_of_range_is_named_with_the_range(settings: dict[str, Any], message: str) -> None:
+    assert refusal(SamplingParams, **settings) == message
+
+
+def test_parameters_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().top_k = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("prompt", "new", "most"), [(1, 1, 1), (5, 1, 5), (5, 3, 7)])
+def test_request_keeps_all_but_its_last_token(prompt: int, new: int, most: int) -> None:
+    assert Request(0, tuple(range(prompt)), SamplingParams(max_tokens=new), seed=0).most_tokens == most
+
+
+# arrives at 100 ms, prefill starts at 150 ms, decode at 215 ms, tokens at 200, 230, 240 and 300 ms
+WORKED = make_output(arrival=100, prefill=150, decode=215, tokens=(200, 230, 240, 300)).metrics
+SINGLE = make_output(arrival=100, prefill=150, tokens=(200,)).metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("queue_ms", 50),
+        ("ttft_ms", 100),
+        ("handoff_ms", 15),
+        ("e2el_ms", 200),
+        ("tpot_ms", 100 / 3),
+        ("itl_ms", [30, 10, 60]),
+    ],
+)
+def test_time_of_a_worked_request(name: str, value: float | list[float]) -> None:
+    assert getattr(WORKED, name) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ttft_ms", 100), ("e2el_ms", 100), ("tpot_ms", None), ("itl_ms", []), ("handoff_ms", None)]
+)
+def test_time_of_a_request_of_one_token(name: str, value: float | list[float] | None) -> None:
+    assert getattr(SINGLE, name) == value
+
+
+def test_times_add_up() -> None:
+    assert WORKED.ttft_ms + sum(WORKED.itl_ms) == pytest.approx(WORKED.e2el_ms)
+
+
+def test_requests_do_not_share_their_times() -> None:
+    RequestMetrics(0).token_ns.append(5)
+    assert RequestMetrics(0).token_ns == []
