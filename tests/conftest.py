@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+torch.set_num_threads(1)  # for models this small, more threads only wait for each other
+
 VOCABULARY = 151
 POSITIONS = 256
 
@@ -37,6 +39,19 @@ TINY: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--setup", action="store_true", help="also build an environment in a clean clone (minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {"setup": None if config.getoption("--setup") else "builds an environment; run with --setup",
+               "gpu": None if torch.cuda.is_available() else "needs a CUDA device, and there is none"}  # fmt: skip
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:

@@ -17,14 +17,18 @@ from splitwiser.summary import columns, run_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a fault, 2 for a wrong input, 130 after Ctrl-C."""
+    """Run the command; returns its exit code: 0, 1 for a fault, 2 for a wrong input, 130 after Ctrl-C, 143 after
+    SIGTERM."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         options.command(options)
     except SplitwiserError as error:
         return _fail(f"splitwiser: {error}", error.exit_code, options.debug)
+    except TerminatedError:
+        return _fail("splitwiser: terminated", 128 + signal.SIGTERM, options.debug)
     except KeyboardInterrupt:
-        return _fail("splitwiser: interrupted", 130, options.debug)
+        return _fail("splitwiser: interrupted", 128 + signal.SIGINT, options.debug)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -32,6 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"splitwiser: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
         return _fail(line, 1, options.debug)
     return 0
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: ends a run as Ctrl-C does, so that nothing of it is left behind."""
+
+
+def _terminated(*_: object) -> None:
+    raise TerminatedError
 
 
 def entry_point() -> None:
@@ -90,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     for each in fields(RunConfig):
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         if each.metadata["type"] is bool:
-            run.add_argument(*flags, action="store_true", help=each.metadata["help"], default=each.default)
+            run.add_argument(
+                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
+            )
         else:
             kind = each.metadata["type"]
             run.add_argument(

@@ -15,10 +15,9 @@ from splitwiser.stopping import finish_reason
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """One turn: the report for the parent and, if a step ran, its start and how many requests it took."""
+    """One turn: the report for the parent, and how many requests its step took (0: none ran)."""
 
     progress: Progress
-    start_ns: int
     requests: int
 
 
@@ -82,8 +81,10 @@ class Decoder:
         end_ns = time.perf_counter_ns()
         ids = [sequence.request.request_id for sequence in batch]
         finished += self._collect(ids)
-        progress = Progress(self.name, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished))
-        return DecodeResult(progress, start_ns, len(batch))
+        progress = Progress(
+            self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
+        )
+        return DecodeResult(progress, len(batch))
 
     def _collect(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
         finished = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.messages import Message, Progress, StepRecord
 from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
@@ -50,12 +50,24 @@ class Placement(Protocol):
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """What the workers reported. Returns when there is something, or at ``until_ns`` (None: no request is still to
-        come). Raises :class:`RunError` if nothing can come any more."""
+        come). Raises :class:`RunError` if nothing can come any more, and
+        :class:`WorkerLostError` if a worker was lost."""
         ...
 
     def close(self) -> None:
         """Stop the workers."""
         ...
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What every engine over the KV pool is set up with; see :class:`splitwiser.llm.LLM` for the meanings."""
+
+    max_batch: int
+    prefill_tokens: int
+    block_tokens: int
+    kv_memory: str
+    lend_cores: bool
 
 
 @dataclass
@@ -82,7 +94,12 @@ class SplitEngine:
         while len(outputs) < len(requests):
             while to_come and arrival_ns(to_come[0], start_ns) <= time.perf_counter_ns():
                 self._submit(to_come.popleft(), start_ns)
-            for message in self._placement.poll(arrival_ns(to_come[0], start_ns) if to_come else None):
+            try:
+                messages = self._placement.poll(arrival_ns(to_come[0], start_ns) if to_come else None)
+            except WorkerLostError as lost:
+                unanswered = sorted(set(self._open).union(request.request_id for request in to_come))
+                raise _with_requests(lost, unanswered) from lost
+            for message in messages:
                 match message:
                     case StepRecord():
                         observer.on_step(message)
@@ -111,13 +128,24 @@ class SplitEngine:
             opened.metrics.prefill_worker = handoff.prefill_worker
             opened.metrics.decode_worker = progress.worker
         for request_id, token in progress.tokens:
-            self._open[request_id].token_ids.append(token)
-            self._open[request_id].metrics.token_ns.append(progress.time_ns)
+            opened = self._open[request_id]
+            opened.token_ids.append(token)
+            opened.metrics.token_ns.append(progress.time_ns)
+            opened.metrics.decode_start_ns = opened.metrics.decode_start_ns or progress.start_ns
         return [self._finish(request_id, reason) for request_id, reason in progress.finished]
 
     def _finish(self, request_id: int, reason: FinishReason) -> RequestOutput:
         opened = self._open.pop(request_id)
         return make_output(self._model, opened.request, opened.token_ids, reason, opened.metrics)
+
+
+def _with_requests(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError:
+    """``lost`` with the requests that it leaves without an answer."""
+    named = ", ".join(map(str, unanswered[:20])) + (f" and {len(unanswered) - 20} more" if len(unanswered) > 20 else "")
+    error = RunError(f"{lost}; not answered: requests {named}")
+    for note in getattr(lost, "__notes__", []):
+        error.add_note(note)
+    return error
 
 
 def arrival_ns(request: Request, start_ns: int) -> int:

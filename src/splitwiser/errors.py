@@ -24,6 +24,10 @@ class RunError(SplitwiserError):
     """Something failed during a run; what was finished before is kept."""
 
 
+class WorkerLostError(RunError):
+    """A worker process died, failed or does not answer; the message names it and how."""
+
+
 def unknown(kind: str, given: object, known: Iterable[object]) -> InputError:
     """An :class:`InputError` for a name that does not exist, with the nearest valid ones (all, if few or none is near)."""
     names = [str(name) for name in known]

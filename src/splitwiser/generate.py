@@ -77,6 +77,8 @@ class _Follow(StoppingCriteria):
             if row.finish is None:
                 row.token_ids.append(token)
                 row.metrics.token_ns.append(now_ns)
+                if phase == "decode":
+                    row.metrics.decode_start_ns = row.metrics.decode_start_ns or record.start_ns
                 row.finish = finish_reason(row.params, row.token_ids, self._model.eos_token_ids, self._model.decode)
         self._observer.on_step(record)
         return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)

@@ -1,22 +1,30 @@
 """The Python API: a model with an engine around it, in the spelling that vLLM's users know."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from splitwiser import constants
-from splitwiser.engine import Engine, Observer, check_fits
+from splitwiser.engine import Engine, EngineSettings, Observer, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
 from splitwiser.kv_pool import KVPool
-from splitwiser.local import start_sequential
+from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
+from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model
+from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
 
-Mode = Literal["generate", "sequential"]
+Mode = Literal["generate", "sequential", "mp"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+PLANNED_MODES = {
+    "mps": "workers as clients of an NVIDIA MPS daemon",
+    "green": "both phases in one process, each in a CUDA green context",
+}
+DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH}
 
 Prompt = str | Sequence[int]
 
@@ -27,7 +35,10 @@ class LLM:
     Args:
         model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
-        mode: how the two phases are placed: ``generate`` or ``sequential``.
+        mode: how the two phases are placed: ``generate``, ``sequential`` or ``mp``.
+        workers: the layout of mode ``mp``: a list such as ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML
+            file's path or YAML text; empty for one prefill and one decode worker.
+        lend_cores: in mode ``mp`` on a CPU, whether a worker without work lends its cores to the others, step by step.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
@@ -45,6 +56,8 @@ class LLM:
         model: str | Path = constants.MODEL,
         *,
         mode: str = constants.MODE,
+        workers: str | Sequence[dict[str, Any]] = constants.WORKERS,
+        lend_cores: bool = constants.LEND_CORES,
         dtype: str = constants.DTYPE,
         device: str = constants.DEVICE,
         load_format: str = constants.LOAD_FORMAT,
@@ -53,32 +66,40 @@ class LLM:
         prefill_tokens: int = constants.PREFILL_TOKENS,
         seed: int = constants.SEED,
     ) -> None:
+        if mode in PLANNED_MODES:
+            raise InputError(f"mode {mode} is not there yet ({PLANNED_MODES[mode]}); use one of {', '.join(MODES)}")
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
         if max_batch < 1:
             raise InputError(f"max_batch must be 1 or more, not {max_batch}")
         if prefill_tokens < 1:
             raise InputError(f"prefill_tokens must be 1 or more, not {prefill_tokens}")
+        if workers and mode != "mp":
+            raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
+        layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
         began = time.perf_counter()
+        if mode == "mp":
+            warm_up_start()
         self.mode = mode
         self.seed = seed
         self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
         self.pool: KVPool | None = None
-        self.workers: str
+        self.workers = str(layout or "1 generate")
         self._engine: Engine
-        if mode == "generate":
-            self.workers = "1 generate"
+        if layout is None:
             self._engine = GenerateEngine(self.model, max_batch)
         else:
-            self.workers = "1 mixed"
-            self._engine, self.pool = start_sequential(
+            start = start_processes if mode == "mp" else start_local
+            self._engine, self.pool = start(
                 self.model,
-                max_batch=max_batch,
-                prefill_tokens=prefill_tokens,
-                block_tokens=constants.BLOCK_TOKENS,
-                kv_memory=kv_memory,
+                layout,
+                EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores),
             )
-        self._warm_up()
+        try:
+            self._warm_up(layout)
+        except BaseException:
+            self.close()
+            raise
         self.ready_s = time.perf_counter() - began
 
     def __enter__(self) -> Self:
@@ -155,7 +176,9 @@ class LLM:
             raise InputError(f"request {number}: {self.model.name} has no tokenizer; give its prompt as token ids")
         return tuple(self.model.tokenizer(prompt).input_ids)
 
-    def _warm_up(self) -> None:
-        """Run both phases once, so that nothing that happens only once falls into a measured run."""
+    def _warm_up(self, layout: WorkerLayout | None) -> None:
+        """Run both phases once on every pair of workers, so that what happens only once stays out of measured runs."""
+        count = math.prod(group.count for group in layout.groups) if layout else 1
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-        self._engine.run([Request(0, (0, 0), params, seed=0)], Observer(), time.perf_counter_ns())
+        requests = [Request(number, (0, 0), params, seed=0) for number in range(count)]
+        self._engine.run(requests, Observer(), time.perf_counter_ns())

@@ -5,10 +5,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from splitwiser.decode import Decoder
-from splitwiser.engine import SplitEngine
+from splitwiser.engine import EngineSettings, SplitEngine
 from splitwiser.errors import RunError
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
+from splitwiser.layout import WorkerLayout
 from splitwiser.messages import Message, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
@@ -58,19 +59,25 @@ class LocalPlacement:
         """See :meth:`splitwiser.engine.Placement.close`; nothing runs outside this thread."""
 
 
-def start_sequential(
-    model: LoadedModel, *, max_batch: int, prefill_tokens: int, block_tokens: int, kv_memory: str
-) -> tuple[SplitEngine, KVPool]:
-    """An engine with one ``mixed`` worker over the whole device and the whole pool."""
+def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> tuple[SplitEngine, KVPool]:
+    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
+    (spec,) = layout.workers
     layers = attach_engine(model)
-    blocks = plan_blocks(layers, kv_memory, block_tokens, model.dtype, model.device, max_batch, model.max_positions)
-    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device)
-    name = "mixed-0"
+    blocks = plan_blocks(
+        layers,
+        settings.kv_memory,
+        settings.block_tokens,
+        model.dtype,
+        model.device,
+        settings.max_batch,
+        model.max_positions,
+    )
+    pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device)
     transport = LocalTransport()
     worker = Worker(
-        name,
+        spec.name,
         transport,
-        prefiller=Prefiller(name, model, pool, prefill_tokens),
-        decoder=Decoder(name, model, pool, BlockAllocator(0, blocks), max_batch),
+        prefiller=Prefiller(spec.name, model, pool, settings.prefill_tokens),
+        decoder=Decoder(spec.name, model, pool, BlockAllocator(0, blocks), settings.max_batch),
     )
-    return SplitEngine(model, LocalPlacement(worker, transport), blocks * block_tokens), pool
+    return SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens), pool

@@ -45,9 +45,10 @@ class Handoff:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a decode worker's requests came to: those handed over since the last report, a token of each running one
-    (drawn at ``time_ns``), and those that finished."""
+    (drawn by the step from ``start_ns`` to ``time_ns``), and those that finished."""
 
     worker: str
+    start_ns: int
     time_ns: int
     handoffs: tuple[Handoff, ...]
     tokens: tuple[tuple[int, int], ...]
@@ -67,4 +68,25 @@ class StepRecord:
     tokens: int
 
 
-Message = Submit | PrefillTask | Handoff | Progress | StepRecord
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker process is up and waits for work."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A worker process ends on an exception: its line, and the traceback for ``--debug``."""
+
+    worker: str
+    error: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A worker process is to end after the step it is in."""
+
+
+Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop

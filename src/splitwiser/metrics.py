@@ -9,11 +9,11 @@ from splitwiser.request import RequestOutput
 
 LATENCY_COLUMNS = (
     "request_id", "prompt_tokens", "output_tokens", "arrival_s", "prefill_start_s", "first_token_s", "finish_s",
-    "queue_ms", "ttft_ms", "tpot_ms", "itl_p50_ms", "itl_p99_ms", "e2el_ms", "finish_reason", "prefill_worker",
-    "decode_worker",
+    "queue_ms", "ttft_ms", "handoff_ms", "tpot_ms", "itl_p50_ms", "itl_p99_ms", "e2el_ms", "finish_reason",
+    "prefill_worker", "decode_worker",
 )  # fmt: skip
 STATISTICS = ("mean", "median", "std", "p90", "p99")
-METRICS = ("ttft", "tpot", "itl", "e2el")
+METRICS = ("ttft", "tpot", "itl", "e2el", "handoff")
 
 
 def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
         "finish_s": seconds(metrics.token_ns[-1]),
         "queue_ms": metrics.queue_ms,
         "ttft_ms": metrics.ttft_ms,
+        "handoff_ms": metrics.handoff_ms,
         "tpot_ms": metrics.tpot_ms,
         "itl_p50_ms": float(np.percentile(gaps, 50)) if gaps else None,
         "itl_p99_ms": float(np.percentile(gaps, 99)) if gaps else None,
@@ -74,6 +75,7 @@ def throughput_figures(outputs: Sequence[RequestOutput], failed: int, start_ns: 
         "tpot": [output.metrics.tpot_ms for output in outputs if output.metrics.tpot_ms is not None],
         "itl": [gap for output in outputs for gap in output.metrics.itl_ms],
         "e2el": [output.metrics.e2el_ms for output in outputs],
+        "handoff": [output.metrics.handoff_ms for output in outputs if output.metrics.handoff_ms is not None],
     }
     for metric in METRICS:
         for statistic in STATISTICS:

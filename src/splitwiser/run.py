@@ -67,6 +67,8 @@ def run(config: RunConfig) -> RunResult:
     with LLM(
         config.model,
         mode=config.mode,
+        workers=config.workers,
+        lend_cores=config.lend_cores,
         dtype=config.dtype,
         device=config.device_name,
         load_format=config.load_format,

@@ -68,7 +68,7 @@ class Worker:
             if decoded.requests:
                 record = StepRecord(
                     self.name, self.role, "decode",
-                    decoded.start_ns, progress.time_ns, decoded.requests, decoded.requests,
+                    progress.start_ns, progress.time_ns, decoded.requests, decoded.requests,
                 )  # fmt: skip
                 self._send(PARENT, record)
             self._send(PARENT, progress)

@@ -1,0 +1,399 @@
+"""Mode ``mp``: workers in processes of their own that share one copy of the weights and one KV pool.
+
+The parent loads the model, moves its weights into shared memory, makes the pool there and starts the workers; tensors are
+never sent again. From then on it only feeds, collects and supervises.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from splitwiser.cores import Board, LentThreads, plan_threads
+from splitwiser.decode import Decoder
+from splitwiser.engine import EngineSettings, SplitEngine
+from splitwiser.errors import InputError, RunError, WorkerLostError
+from splitwiser.guard import attach_engine
+from splitwiser.kv_pool import BlockAllocator, KVPool, LayerShape, block_nbytes, plan_blocks
+from splitwiser.layout import WorkerLayout, WorkerSpec
+from splitwiser.mailbox import Mailbox, Pipe
+from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
+from splitwiser.model import LoadedModel
+from splitwiser.prefill import Prefiller
+from splitwiser.request import Request
+from splitwiser.shared import SharedMemory, SharedModule
+from splitwiser.worker import PARENT, Worker
+
+BEAT_S = 0.1  # how often a worker shows that it lives
+CHECK_S = 0.25  # how often the parent looks
+MISSED_CHECKS = 4  # looks in a row without a beat after which a worker counts as lost
+START_S = 300.0  # longest that workers may take to come up
+STOP_S = 5.0  # longest that they may take to end by themselves
+
+# forkserver: CUDA forbids a fork once it is initialised, and a fork after OpenMP has run hangs in the child, so a plain
+# fork of the parent is out. spawn would import torch and transformers anew in every worker, seconds of both cores and
+# some 200 MB each. The fork server has imported them once and has used neither CUDA nor OpenMP: workers start in
+# milliseconds and share those pages. Its price is a further process, which ends with the parent.
+_context = torch.multiprocessing.get_context("forkserver")
+
+
+def warm_up_start() -> None:
+    """Start the fork server, so that its imports go on while the parent loads the model."""
+    forkserver.set_forkserver_preload([__name__])
+    with _environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
+        forkserver.ensure_running()
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """All that a worker process is given as it starts."""
+
+    index: int
+    workers: tuple[WorkerSpec, ...]
+    model: LoadedModel
+    module: SharedModule
+    layers: list[LayerShape]
+    pool: SharedMemory
+    blocks: int
+    own_blocks: range
+    board: SharedMemory
+    settings: EngineSettings
+    cores: int
+    inbox: dict[str, Pipe]
+    outbox: dict[str, Pipe]
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """This worker's."""
+        return self.workers[self.index]
+
+
+class _PipeTransport:
+    """A worker's ends of its pipes."""
+
+    def __init__(self, inbox: Mailbox, outbox: dict[str, Pipe]) -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+        self.stopped = False
+
+    def receive(self) -> list[Message]:
+        """See :meth:`splitwiser.worker.Transport.receive`."""
+        messages = self._inbox.take()
+        if any(isinstance(message, Stop) for message in messages):
+            self.stopped = True
+        return [message for message in messages if not isinstance(message, Stop)]
+
+    def send(self, to: str, message: Message) -> None:
+        """See :meth:`splitwiser.worker.Transport.send`."""
+        try:
+            self._outbox[to].send(message)
+        except OSError:
+            if to == PARENT:
+                raise
+            # the receiver has died; the parent learns so by itself and ends the run
+
+    def wait(self) -> None:
+        """Return when there is something to receive."""
+        self._inbox.wait()
+
+
+def _work(setup: _Setup) -> None:
+    """What a worker process runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    name = setup.spec.name
+    Path("/proc/self/comm").write_text(name, encoding="ascii")  # what ps and top show
+
+    def closed(sender: str) -> None:
+        if sender == PARENT:
+            os._exit(1)  # nobody is left to answer, whatever step is under way
+
+    transport = _PipeTransport(Mailbox(setup.inbox, closed), setup.outbox)
+    try:
+        _serve(setup, transport)
+    except BaseException as error:
+        line = f"{type(error).__name__}: {error}"
+        transport.send(PARENT, Failed(name, line, traceback.format_exc()))
+        sys.exit(1)
+
+
+def _serve(setup: _Setup, transport: _PipeTransport) -> None:
+    board = Board.over(setup.board.tensor)
+    threading.Thread(target=_beat, args=(board, setup.index), name="heartbeat", daemon=True).start()
+    threads = LentThreads(
+        board, setup.index, plan_threads(setup.workers, setup.cores), setup.cores, setup.settings.lend_cores
+    )
+    if setup.model.device.type == "cuda":
+        torch.cuda.set_device(setup.model.device)
+    module = setup.module.open()
+    assert isinstance(module, PreTrainedModel)
+    model = replace(setup.model, module=module)
+    pool = KVPool(
+        setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, memory=setup.pool.tensor
+    )
+    spec = setup.spec
+    allocator = BlockAllocator(setup.own_blocks.start, len(setup.own_blocks))
+    prefill_names = [worker.name for worker in setup.workers if worker.role == "prefill"]
+    turned = setup.index % max(1, len(prefill_names))  # decode workers start at different prefill workers
+    worker = Worker(
+        spec.name,
+        transport,
+        prefiller=None if spec.role == "decode" else Prefiller(spec.name, model, pool, setup.settings.prefill_tokens),
+        decoder=None
+        if spec.role == "prefill"
+        else Decoder(spec.name, model, pool, allocator, setup.settings.max_batch),
+        prefill_workers=[] if spec.role == "mixed" else prefill_names[turned:] + prefill_names[:turned],
+    )
+    threads.before_step()
+    transport.send(PARENT, Ready(spec.name))
+    while not transport.stopped:
+        threads.before_step()
+        if not worker.turn() and not transport.stopped:
+            threads.idle()
+            transport.wait()
+
+
+def _beat(board: Board, index: int) -> None:
+    while True:
+        board.beat(index)
+        time.sleep(BEAT_S)
+
+
+class ProcessPlacement:
+    """Worker processes and the pipes to them; see :class:`splitwiser.engine.Placement`."""
+
+    def __init__(self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]]) -> None:
+        self._setups = setups
+        self._outbox = {name: to for name, (to, _) in parent_ends.items()}
+        self._board = Board.over(setups[0].board.tensor)
+        self._beats = self._board.beats()
+        self._missed = [0] * len(setups)
+        self._next_check_s = 0.0
+        self._room = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
+        self._reserved: dict[int, tuple[str, int]] = {}
+        self._block_tokens = setups[0].settings.block_tokens
+        with _main_left_alone():
+            self._processes = [
+                _context.Process(target=_work, args=(setup,), name=setup.spec.name, daemon=True) for setup in setups
+            ]
+            for process in self._processes:
+                process.start()
+        for setup in setups:  # the workers hold their ends now; a pipe closes only when nobody holds its other end
+            for pipe in [*setup.inbox.values(), *setup.outbox.values()]:
+                pipe.close()
+        self._inbox = Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by worker."""
+        return {process.name: process.pid or 0 for process in self._processes}
+
+    def wait_ready(self) -> None:
+        """Return when every worker is up; shows a progress line on a terminal."""
+        deadline = time.monotonic() + START_S
+        waiting = {process.name for process in self._processes}
+        with tqdm(total=len(waiting), desc="workers ready", unit="worker", disable=None, leave=False) as bar:
+            while waiting:
+                for message in self.poll(time.perf_counter_ns() + int(CHECK_S * 1e9)):
+                    if isinstance(message, Ready):
+                        waiting.discard(message.worker)
+                        bar.update(1)
+                if time.monotonic() > deadline:
+                    raise RunError(f"workers {', '.join(sorted(waiting))} were not ready after {START_S:.0f} s")
+
+    def submit(self, request: Request) -> None:
+        """Give the request to the decode worker that has the most room left."""
+        name = max(self._room, key=self._room.__getitem__)
+        blocks = -(-request.most_tokens // self._block_tokens)
+        self._room[name] -= blocks
+        self._reserved[request.request_id] = name, blocks
+        try:
+            self._outbox[name].send(Submit(request))
+        except OSError:  # it has died; the next poll says so
+            return
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        """See :meth:`splitwiser.engine.Placement.poll`; a lost worker is noticed within a second."""
+        while True:
+            messages = self._inbox.take()
+            for message in messages:
+                match message:
+                    case Failed(worker, error, traced):
+                        lost = WorkerLostError(f"worker {worker} failed: {error}")
+                        lost.add_note(traced)
+                        raise lost
+                    case Progress(finished=finished):
+                        for request_id, _ in finished:
+                            name, blocks = self._reserved.pop(request_id)
+                            self._room[name] += blocks
+            if messages:
+                return messages
+            self._check()
+            left_s = float("inf") if until_ns is None else (until_ns - time.perf_counter_ns()) / 1e9
+            if left_s <= 0:
+                return []
+            self._inbox.wait(min(left_s, CHECK_S))
+
+    def close(self) -> None:
+        """Ask every worker to stop after its step, wait, and end by force those that do not."""
+        for pipe in self._outbox.values():
+            try:
+                pipe.send(Stop())
+            except OSError:
+                continue
+        self._join(STOP_S)
+        for process in self._processes:
+            process.terminate()
+        self._join(1.0)
+        for process in self._processes:
+            process.kill()
+        self._join(1.0)
+        for pipe in self._outbox.values():
+            pipe.close()
+
+    def _join(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def _check(self) -> None:
+        for process in self._processes:
+            if process.exitcode is not None:
+                raise WorkerLostError(
+                    f"worker {process.name} (process {process.pid}) {_how_it_ended(process.exitcode)}"
+                )
+        if time.monotonic() < self._next_check_s:
+            return
+        self._next_check_s = time.monotonic() + CHECK_S
+        beats = self._board.beats()
+        for number, process in enumerate(self._processes):
+            # counted in looks, not in time: where the whole machine stood still, so did the looks
+            self._missed[number] = self._missed[number] + 1 if beats[number] == self._beats[number] else 0
+            if self._missed[number] >= MISSED_CHECKS and beats[number]:
+                raise WorkerLostError(
+                    f"worker {process.name} (process {process.pid}, {_process_state(process.pid)}) does not answer"
+                )
+        self._beats = beats
+
+
+def _how_it_ended(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}"
+    return f"was killed by {signal.Signals(-exitcode).name}"
+
+
+def _process_state(pid: int | None) -> str:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return "gone"
+    return next(line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State"))
+
+
+def start_processes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> tuple[SplitEngine, KVPool]:
+    """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
+    pool's blocks. Returns when all are ready."""
+    layers = attach_engine(model)
+    specs = layout.workers
+    owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
+    block_tokens = settings.block_tokens
+    blocks = plan_blocks(
+        layers, settings.kv_memory, block_tokens, model.dtype, model.device, settings.max_batch, model.max_positions
+    )
+    part = blocks // len(owners)
+    if not part:
+        raise InputError(
+            f"kv_memory '{settings.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
+        )
+    module = SharedModule(model.module, model.device)
+    pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
+    board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
+    inboxes, outboxes, parent_ends = _pipes([spec.name for spec in specs])
+    setups = [
+        _Setup(
+            index=number,
+            workers=specs,
+            model=replace(model, module=None),  # type: ignore[arg-type]  # it travels as shared memory
+            module=module,
+            layers=layers,
+            pool=pool_memory,
+            blocks=blocks,
+            own_blocks=range(owners.index(number) * part, (owners.index(number) + 1) * part)
+            if number in owners
+            else range(0),
+            board=board,
+            settings=settings,
+            cores=len(os.sched_getaffinity(0)),
+            inbox=inboxes[spec.name],
+            outbox=outboxes[spec.name],
+        )
+        for number, spec in enumerate(specs)
+    ]
+    placement = ProcessPlacement(setups, parent_ends)
+    try:
+        placement.wait_ready()
+    except BaseException:
+        placement.close()
+        raise
+    finally:
+        for memory in (module.memory, pool_memory, board):
+            memory.close()
+    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, memory=pool_memory.tensor)
+    return SplitEngine(model, placement, part * block_tokens), pool
+
+
+def _pipes(
+    names: Sequence[str],
+) -> tuple[dict[str, dict[str, Pipe]], dict[str, dict[str, Pipe]], dict[str, tuple[Pipe, Pipe]]]:
+    """A pipe for every ordered pair of processes: inboxes and outboxes of the workers by the other's name, and the
+    parent's two ends (to, from) by worker."""
+    inboxes: dict[str, dict[str, Pipe]] = {name: {} for name in names}
+    outboxes: dict[str, dict[str, Pipe]] = {name: {} for name in names}
+    parent_ends = {}
+    for name in names:
+        inboxes[name][PARENT], to_worker = _context.Pipe(duplex=False)
+        from_worker, outboxes[name][PARENT] = _context.Pipe(duplex=False)
+        parent_ends[name] = to_worker, from_worker
+        for other in names:
+            if other != name:
+                inboxes[other][name], outboxes[name][other] = _context.Pipe(duplex=False)
+    return inboxes, outboxes, parent_ends
+
+
+@contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Keep multiprocessing from importing the user's script anew in each worker, which needs nothing of it; so a script
+    that uses this package needs no ``if __name__ == "__main__"``."""
+    main = sys.modules["__main__"].__dict__
+    kept: dict[str, object] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(kept)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,130 @@
+"""Memory that processes share: weights and pool exist once, however many workers map them."""
+
+import io
+import mmap
+import os
+import pickle
+from collections.abc import Callable
+from multiprocessing import reduction
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
+
+
+class SharedMemory:
+    """Zeroed memory that is shared by sending this object to a process as it starts.
+
+    On a CPU it is an anonymous file (memfd): no name that a killed run could leave behind, no ``/dev/shm`` whose size a
+    container limits, and pages cost nothing until they are used. On a GPU it is one CUDA allocation, sent as its CUDA-IPC
+    handle by torch.multiprocessing. ``tensor`` is all of it as uint8.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._fd: int | None = None
+        if device.type == "cuda":
+            self.tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        else:
+            self._fd = os.memfd_create("splitwiser", os.MFD_CLOEXEC)
+            os.ftruncate(self._fd, nbytes)
+            self.tensor = _mapped(self._fd, nbytes)
+
+    def __reduce__(self) -> tuple[Callable[..., "SharedMemory"], tuple[object, ...]]:
+        if self._fd is None:
+            return _opened, (self.tensor,)
+        return _received, (reduction.DupFd(self._fd), self.tensor.nbytes)
+
+    def close(self) -> None:
+        """Give up the handle; the memory goes when the last tensor over it has gone, in every process."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class _SentFd(Protocol):
+    """What ``multiprocessing.reduction.DupFd`` arrives as."""
+
+    def detach(self) -> int: ...
+
+
+def _mapped(fd: int, nbytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+
+
+def _opened(tensor: Tensor) -> SharedMemory:
+    shared = SharedMemory.__new__(SharedMemory)
+    shared._fd = None
+    shared.tensor = tensor
+    return shared
+
+
+def _received(fd: "_SentFd", nbytes: int) -> SharedMemory:
+    number = fd.detach()
+    try:
+        return _opened(_mapped(number, nbytes))
+    finally:
+        os.close(number)
+
+
+class SharedModule:
+    """A module whose weights and buffers lie in one :class:`SharedMemory`.
+
+    Making it moves the tensors of ``module`` there, one by one, so that a second copy never exists as a whole on a CPU;
+    sending it to a process and calling :meth:`open` there gives the same module over the same memory.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+        offsets: dict[int, int] = {}
+        total = 0
+        for key, tensor in tensors.items():
+            offsets[key] = total
+            total += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.memory = SharedMemory(max(total, 1), device)
+        for key, tensor in tensors.items():
+            place = _view(self.memory.tensor, offsets[key], tensor.shape, tensor.dtype)
+            place.copy_(tensor.detach())
+            tensor.data = place
+        buffer = io.BytesIO()
+        _Pickler(buffer, offsets).dump(module)
+        self._skeleton = buffer.getvalue()
+
+    def open(self) -> nn.Module:
+        """The module, over the shared memory."""
+        module: nn.Module = _Unpickler(io.BytesIO(self._skeleton), self.memory.tensor).load()
+        return module
+
+
+def _view(memory: Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return memory[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a module with each shared tensor as its place in the memory."""
+
+    def __init__(self, file: io.BytesIO, offsets: dict[int, int]) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._offsets = offsets
+
+    def persistent_id(self, value: object) -> object:
+        if not isinstance(value, Tensor) or id(value) not in self._offsets:
+            return None
+        return self._offsets[id(value)], tuple(value.shape), value.dtype, isinstance(value, nn.Parameter)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what :class:`_Pickler` wrote; a tensor that several modules hold (tied weights) is one object again."""
+
+    def __init__(self, file: io.BytesIO, memory: Tensor) -> None:
+        super().__init__(file)
+        self._memory = memory
+        self._opened: dict[int, Tensor] = {}
+
+    def persistent_load(self, place: tuple[int, tuple[int, ...], torch.dtype, bool]) -> Tensor:
+        offset, shape, dtype, is_parameter = place
+        if offset not in self._opened:
+            tensor = _view(self._memory, offset, torch.Size(shape), dtype)
+            self._opened[offset] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        return self._opened[offset]
