@@ -1,6 +1,7 @@
 """Attention written out token by token in float64 against what the engine computes over the pool."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention
+from splitwiser.cpu_kernel import load_kernel
 from splitwiser.kv_pool import KVPool, LayerShape
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
@@ -38,9 +40,35 @@ OPTIONS = {
     "softcap": AttentionOptions(0.35, softcap=0.8),
     "sinks": AttentionOptions(0.35, sinks=torch.linspace(-1, 2, HEADS)),
 }
-MASKS = {"causal": Mask(causal_mask_function), "window": Mask(sliding_window_causal_mask_function(3))}
 
 
+def every_other(_: int, __: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """A causal mask with holes, which no range of positions describes."""
+    return (keys <= queries) & ((queries - keys) % 2 == 0)
+
+
+MASKS = {
+    "causal": Mask(causal_mask_function),
+    "window": Mask(sliding_window_causal_mask_function(3)),
+    "holes": Mask(every_other),
+}
+
+
+KERNELS = {
+    "compiled": pytest.param(
+        "auto", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+    ),
+    "plain": pytest.param("plain"),
+}
+
+
+def pool_of(value_dim: int, blocks: int, dtype: torch.dtype, kernels: str) -> KVPool:
+    cpu = torch.device("cpu")
+    kernel, _ = load_kernel(kernels, cpu)
+    return KVPool([LayerShape(KV_HEADS, KEY_DIM, value_dim)], blocks, BLOCK, dtype, cpu, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
@@ -51,9 +79,9 @@ MASKS = {"causal": Mask(causal_mask_function), "window": Mask(sliding_window_cau
         pytest.param([(9, 1), (2, 1), (30, 1), (4, 1), (5, 1), (8, 1)], id="decode"),
     ],
 )
-def test_attends_as_written_out(parts: list[tuple[int, int]], mask: str, option: str) -> None:
+def test_attends_as_written_out(parts: list[tuple[int, int]], mask: str, option: str, kernels: str) -> None:
     generator = torch.Generator().manual_seed(len(parts))
-    pool = KVPool([LayerShape(KV_HEADS, KEY_DIM, VALUE_DIM)], 40, BLOCK, torch.float32, torch.device("cpu"))
+    pool = pool_of(VALUE_DIM, 40, torch.float32, kernels)
     free = torch.randperm(40, generator=generator).tolist()
     segments, expected, queries, new_keys, new_values = [], [], [], [], []
     for context, tokens in parts:
@@ -80,12 +108,13 @@ def test_attends_as_written_out(parts: list[tuple[int, int]], mask: str, option:
     torch.testing.assert_close(output[0].double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_decode_is_close_to_float32(dtype: torch.dtype) -> None:
+def test_half_precision_decode_is_close_to_float32(dtype: torch.dtype, kernels: str) -> None:
     outputs = []
     for kind in (torch.float32, dtype):
         generator = torch.Generator().manual_seed(3)
-        pool = KVPool([LayerShape(KV_HEADS, KEY_DIM, KEY_DIM)], 8, BLOCK, kind, torch.device("cpu"))
+        pool = pool_of(KEY_DIM, 8, kind, kernels)
         kept = torch.randn(32, KV_HEADS, KEY_DIM, generator=generator).to(kind)
         pool.write(0, torch.arange(32), kept, kept)
         step = StepAttention(pool, [Segment(range(8), 31, 1), Segment([5, 2], 7, 1)], torch.device("cpu"))

@@ -7,6 +7,8 @@ import pytest
 from conftest import POSITIONS, VOCABULARY
 
 from splitwiser import LLM, SamplingParams, constants
+from splitwiser.cases import get_case
+from splitwiser.data import load_tok
 from splitwiser.engine import Observer
 from splitwiser.errors import InputError
 from splitwiser.messages import StepRecord
@@ -30,10 +32,8 @@ MODES = pytest.mark.parametrize("mode", ["sequential", "generate"])
 
 @MODES
 def test_text_in_and_out_with_the_embedded_model(mode: str) -> None:
-    prompts = [
-        "### findings: the lungs are clear. ### impressions:",
-        "### findings: large left effusion. ### impressions:",
-    ]
+    case = get_case(constants.DIR_CONFIGS / "cases.yaml", 0)
+    prompts = [case.prompt_text(report.finding) for report in load_tok(constants.DIR_DATA, "test")[:2]]
     with LLM(mode=mode) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=40))
     assert [output.prompt for output in outputs] == prompts

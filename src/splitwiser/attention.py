@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -159,8 +160,8 @@ class StepCache:
 class StepAttention(StepCache):
     """The attention of one step: where its tokens lie in the pool and which requests they belong to.
 
-    A decode step (one token a request) reads its requests in groups of similar length, so that little is padded; in any
-    other step each request is attended on its own.
+    A decode step (one token a request) is read by the pool's kernel, or in groups of requests of similar length, so that
+    little is padded; in any other step each request is attended on its own.
     """
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device) -> None:
@@ -176,8 +177,8 @@ class StepAttention(StepCache):
         self._slots = torch.tensor(slots, device=device)
         self._layer = -1
         self._masks: dict[tuple[Mask, int], Tensor] = {}
-        decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
-        self._groups = self._grouped() if decoding else []
+        self._starts: dict[Mask, Tensor | None] = {}
+        self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write this step's K and V, each of shape (1, kv_heads, tokens, head size), into the pool's layer."""
@@ -191,10 +192,16 @@ class StepAttention(StepCache):
         if not isinstance(mask, Mask):
             raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        if self._groups:
-            self._attend_groups(query, mask, options, output)
-        else:
+        if not self._decoding:
             self._attend_segments(query, key, value, mask, options, output)
+        elif self.pool.kernel and (starts := self._first_seen(mask)) is not None:
+            keys, values = self.pool.keys[self._layer], self.pool.values[self._layer]
+            output = self.pool.kernel(
+                query[0].transpose(0, 1), keys, values, self._batch.tables, starts, self._batch.lengths,
+                options.scaling, options.softcap, options.sinks,
+            )  # fmt: skip
+        else:
+            self._attend_groups(query, mask, options, output)
         return output.unsqueeze(0)
 
     def _attend_segments(
@@ -240,7 +247,29 @@ class StepAttention(StepCache):
             self._masks[key] = seen[:, None, None]
         return self._masks[key]
 
-    def _grouped(self) -> list[_Group]:
+    def _first_seen(self, mask: Mask) -> Tensor | None:
+        """The first position that each request's token sees, if it sees all from there on, as under a causal mask, a window
+        or chunks; None for any other mask. Layers share it."""
+        if mask not in self._starts:
+            lengths = self._batch.lengths
+            if mask.is_causal:
+                self._starts[mask] = torch.zeros_like(lengths)
+            else:
+                positions = torch.arange(int(lengths.max()), device=self.device)[None]
+                seen = mask(lengths[:, None] - 1, positions) & (positions < lengths[:, None])
+                starts = lengths - seen.sum(dim=-1)
+                self._starts[mask] = starts if bool((seen.int().argmax(dim=-1) == starts).all()) else None
+        return self._starts[mask]
+
+    @cached_property
+    def _batch(self) -> _Group:
+        """All requests of a decode step, in their order."""
+        most = max(self.pool.blocks_for(segment.context) for segment in self.segments)
+        return self._group(list(range(len(self.segments))), most)
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        """The requests of a decode step by similar length."""
         needs = [self.pool.blocks_for(segment.context) for segment in self.segments]
         groups: list[list[int]] = []
         for row in sorted(range(len(needs)), key=needs.__getitem__):

@@ -54,6 +54,9 @@ class RunConfig:
     )
     prefill_tokens: int = _option(constants.PREFILL_TOKENS, "most prompt tokens in one prefill step", int)
     kv_memory: str = _option(constants.KV_MEMORY, "size of the KV pool, such as 512MiB, or auto")
+    kernels: str = _option(
+        constants.KERNELS, "auto compiles what is faster so, where there is a compiler; plain does not"
+    )
     results: str = _option(str(constants.DIR_RESULTS), "directory that gets a folder for this run")
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ KV_MEMORY = (
     "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
 )
 
+KERNELS = "auto"  # auto compiles what is faster so, where there is a compiler; plain uses PyTorch alone
+
 TEMPERATURE = 0.0  # 0 is greedy; above, tokens are drawn at random
 TOP_K = 0  # keep only the K likeliest tokens when drawing; 0 keeps all
 TOP_P = 1.0  # keep the likeliest tokens that make up this probability when drawing; 1 keeps all

@@ -68,6 +68,7 @@ class EngineSettings:
     block_tokens: int
     kv_memory: str
     lend_cores: bool
+    kernels: str
 
 
 @dataclass

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splitwiser.cpu_kernel import DecodeKernel
 from splitwiser.errors import InputError
 
 
@@ -26,7 +27,8 @@ class KVPool:
 
     A *slot* is one token's place: block number x ``block_tokens`` + offset. ``memory`` (uint8, as many bytes as
     :func:`block_nbytes` x ``blocks``) is where the pool lies, such as memory that processes share; without it the pool gets
-    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN.
+    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernel`` reads the pool in
+    decode steps; without one PyTorch does.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         memory: Tensor | None = None,
+        kernel: DecodeKernel | None = None,
     ) -> None:
         self.blocks = blocks
+        self.kernel = kernel
         self.block_tokens = block_tokens
         if memory is None:
             memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * blocks, device)

@@ -45,6 +45,7 @@ class LLM:
         kv_memory: the KV pool's size, such as ``512MiB``, or ``auto``.
         max_batch: most requests in one decode step; in mode ``generate``, rows of a padded batch.
         prefill_tokens: most prompt tokens in one prefill step.
+        kernels: ``auto`` compiles what is faster so, where there is a compiler; ``plain`` uses PyTorch alone.
         seed: of dummy weights, and of the draws of requests that have no seed of their own.
 
     Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` on wrong arguments and
@@ -64,6 +65,7 @@ class LLM:
         kv_memory: str = constants.KV_MEMORY,
         max_batch: int = constants.MAX_BATCH,
         prefill_tokens: int = constants.PREFILL_TOKENS,
+        kernels: str = constants.KERNELS,
         seed: int = constants.SEED,
     ) -> None:
         if mode in PLANNED_MODES:
@@ -84,16 +86,17 @@ class LLM:
         self.seed = seed
         self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
         self.pool: KVPool | None = None
+        self.kernels = "transformers' own"
         self.workers = str(layout or "1 generate")
         self._engine: Engine
         if layout is None:
             self._engine = GenerateEngine(self.model, max_batch)
         else:
             start = start_processes if mode == "mp" else start_local
-            self._engine, self.pool = start(
+            self._engine, self.pool, self.kernels = start(
                 self.model,
                 layout,
-                EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores),
+                EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores, kernels),
             )
         try:
             self._warm_up(layout)

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from splitwiser.cpu_kernel import load_kernel
 from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine
 from splitwiser.errors import RunError
@@ -59,8 +60,9 @@ class LocalPlacement:
         """See :meth:`splitwiser.engine.Placement.close`; nothing runs outside this thread."""
 
 
-def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> tuple[SplitEngine, KVPool]:
-    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
+def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> tuple[SplitEngine, KVPool, str]:
+    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool; with the pool and
+    which kernel reads it."""
     (spec,) = layout.workers
     layers = attach_engine(model)
     blocks = plan_blocks(
@@ -72,7 +74,8 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
         settings.max_batch,
         model.max_positions,
     )
-    pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device)
+    kernel, described = load_kernel(settings.kernels, model.device)
+    pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=kernel)
     transport = LocalTransport()
     worker = Worker(
         spec.name,
@@ -80,4 +83,4 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
         prefiller=Prefiller(spec.name, model, pool, settings.prefill_tokens),
         decoder=Decoder(spec.name, model, pool, BlockAllocator(0, blocks), settings.max_batch),
     )
-    return SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens), pool
+    return SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens), pool, described

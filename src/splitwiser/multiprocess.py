@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from splitwiser.cores import Board, LentThreads, plan_threads
+from splitwiser.cpu_kernel import load_kernel
 from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine
 from splitwiser.errors import InputError, RunError, WorkerLostError
@@ -136,11 +137,12 @@ def _serve(setup: _Setup, transport: _PipeTransport) -> None:
     )
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
+    kernel, _ = load_kernel(setup.settings.kernels, setup.model.device)
     module = setup.module.open()
     assert isinstance(module, PreTrainedModel)
     model = replace(setup.model, module=module)
     pool = KVPool(
-        setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, memory=setup.pool.tensor
+        setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, setup.pool.tensor, kernel
     )
     spec = setup.spec
     allocator = BlockAllocator(setup.own_blocks.start, len(setup.own_blocks))
@@ -301,9 +303,11 @@ def _process_state(pid: int | None) -> str:
     return next(line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State"))
 
 
-def start_processes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> tuple[SplitEngine, KVPool]:
+def start_processes(
+    model: LoadedModel, layout: WorkerLayout, settings: EngineSettings
+) -> tuple[SplitEngine, KVPool, str]:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
-    pool's blocks. Returns when all are ready."""
+    pool's blocks. Returns when all are ready, with the pool and which kernel reads it."""
     layers = attach_engine(model)
     specs = layout.workers
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
@@ -316,6 +320,7 @@ def start_processes(model: LoadedModel, layout: WorkerLayout, settings: EngineSe
         raise InputError(
             f"kv_memory '{settings.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
         )
+    kernel, described = load_kernel(settings.kernels, model.device)  # built here, once, for all workers
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
     board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
@@ -349,8 +354,8 @@ def start_processes(model: LoadedModel, layout: WorkerLayout, settings: EngineSe
     finally:
         for memory in (module.memory, pool_memory, board):
             memory.close()
-    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, memory=pool_memory.tensor)
-    return SplitEngine(model, placement, part * block_tokens), pool
+    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, pool_memory.tensor, kernel)
+    return SplitEngine(model, placement, part * block_tokens), pool, described
 
 
 def _pipes(

@@ -10,7 +10,6 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from splitwiser import constants
-from splitwiser.attention import kernels
 from splitwiser.cases import get_case
 from splitwiser.config import RunConfig
 from splitwiser.data import Report, load_reports, load_tok
@@ -75,6 +74,7 @@ def run(config: RunConfig) -> RunResult:
         kv_memory=config.kv_memory,
         max_batch=config.max_batch,
         prefill_tokens=config.prefill_tokens,
+        kernels=config.kernels,
         seed=config.seed,
     ) as llm:
         for note in llm.model.notes:
@@ -172,7 +172,7 @@ def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
         },
         "workers": llm.workers,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
-        "kernels": kernels(llm.model.device, llm.model.dtype) if pool else {"attention": "transformers' own"},
+        "decode_attention": llm.kernels,
         "load_s": llm.model.load_s,
         "ready_s": llm.ready_s,
         "machine": describe_machine(llm.model.device),
