@@ -25,6 +25,7 @@ SHOWN = {  # column of throughput.csv: heading
     "p99_ttft_ms": "TTFT p99 ms",
     "median_itl_ms": "ITL p50 ms",
     "p99_itl_ms": "ITL p99 ms",
+    "median_handoff_ms": "handoff p50 ms",
 }
 
 
@@ -45,12 +46,13 @@ def make_workload(path: Path, options: argparse.Namespace, rate: float | None) -
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def run(mode: str, workload: Path, options: argparse.Namespace, extra: list[str]) -> pd.DataFrame:
+def run(mode: str, workload: Path | None, options: argparse.Namespace, extra: list[str]) -> pd.DataFrame:
     """Run one mode in a fresh process; its row of ``throughput.csv``."""
     results = options.out / "runs"
     before = set(results.glob("*/throughput.csv"))
     command = [
-        sys.executable, "-m", "splitwiser", "run", "--mode", mode, "--workload", str(workload), "--ignore_eos",
+        sys.executable, "-m", "splitwiser", "run", "--mode", mode,
+        *(["--case_id", str(options.case_id)] if workload is None else ["--workload", str(workload), "--ignore_eos"]),
         "--model", options.model, "--load_format", options.load_format, "--dtype", options.dtype,
         "--results", str(results), *extra,
     ]  # fmt: skip
@@ -96,6 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sigma", type=float, default=0.6, help="its standard deviation")
     parser.add_argument("--longest", type=int, default=900, help="longest prompt")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case_id", type=int, help="instead of the workload, this case over the shipped data")
     parser.add_argument("--load", type=float, help="Poisson arrivals at this fraction of capacity")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark"))
     options, extra = parser.parse_known_args()
@@ -108,14 +111,15 @@ def main() -> None:
     options = parse()
     modes = options.modes.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
-    workload = options.out / "workload.json"
+    workload = None if options.case_id is not None else options.out / "workload.json"
     rate = None
-    if options.load is not None:
+    if workload and options.load is not None:
         make_workload(workload, options, None)
         probe = next(mode for mode in modes if mode != "generate")
         rate = options.load * float(run(probe, workload, options, options.extra)["request_throughput"].iloc[0])
         print(f"arrivals at {rate:.3f} requests/s: {options.load:.0%} of what {probe} answers offline")
-    make_workload(workload, options, rate)
+    if workload:
+        make_workload(workload, options, rate)
     rows = []
     with tqdm(total=options.repeats * len(modes), unit="run") as bar:
         for number in range(options.repeats):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
 import pytest
 from helpers import assert_says, refusal
 
 from splitwiser import constants
 from splitwiser.data import SPLITS, Report, load_reports, load_tok
+
+datasets = pytest.importorskip("datasets")
 
 FINDINGS = ["the lungs are clear, both of them.", 'a "nodule" in the left lung', "größe 3 mm"]
 IMPRESSIONS = ["no acute process", "nodule", "unverändert"]
@@ -273,7 +274,7 @@ def test_damaged_saved_dataset_is_named(tmp_path: Path) -> None:
 def test_name_is_asked_of_the_hub_with_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(name: str, split: str) -> datasets.Dataset:
+    def load(name: str, split: str) -> Any:
         asked.append((name, split))
         return datasets.Dataset.from_dict(TABLE)
 
@@ -288,7 +289,7 @@ def test_hub_set_without_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, **_: str) -> datasets.Dataset:
+    def fail(name: str, **_: str) -> Any:
         raise ConnectionError(f"cannot reach the hub for {name}\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)

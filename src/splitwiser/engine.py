@@ -31,6 +31,11 @@ class Engine(Protocol):
         """Most tokens (prompt and new) that one request can have, or None without such a limit."""
         ...
 
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of workers that run outside this process, by name."""
+        ...
+
     def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
         """Answer every request, each not before its arrival; outputs in the order of ``requests``. ``start_ns`` is the
         moment of ``time.perf_counter_ns`` that arrivals count from."""
@@ -43,6 +48,11 @@ class Engine(Protocol):
 
 class Placement(Protocol):
     """Where the workers run."""
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of workers that run outside this process, by name."""
+        ...
 
     def submit(self, request: Request) -> None:
         """Give a request to a decode worker."""
@@ -86,6 +96,11 @@ class SplitEngine:
         self._model = model
         self._placement = placement
         self._open: dict[int, _Open] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """See :meth:`Engine.pids`."""
+        return self._placement.pids
 
     def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
         """See :meth:`Engine.run`."""

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class GenerateEngine:
     then the next batch."""
 
     capacity_tokens: int | None = None
+    pids: ClassVar[dict[str, int]] = {}
 
     def __init__(self, model: LoadedModel, max_batch: int) -> None:
         self._model = model

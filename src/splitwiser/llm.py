@@ -117,6 +117,11 @@ class LLM:
         """Give up workers and memory."""
         self._engine.close()
 
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers that run outside this process, by name."""
+        return self._engine.pids
+
     def make_requests(
         self,
         prompts: Sequence[Prompt],

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import ClassVar
 
 from splitwiser.cpu_kernel import load_kernel
 from splitwiser.decode import Decoder
@@ -42,6 +43,8 @@ class LocalPlacement:
     def __init__(self, worker: Worker, transport: LocalTransport) -> None:
         self._worker = worker
         self._transport = transport
+
+    pids: ClassVar[dict[str, int]] = {}
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.engine.Placement.submit`."""

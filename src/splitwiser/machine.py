@@ -3,8 +3,8 @@
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from splitwiser import constants
 
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
+PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def describe_versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and the packages that a result depends on; None where one is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions["torch"] = str(torch.__version__)  # with the build, such as +cpu
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -55,15 +56,26 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory so far, in MB (10^6 bytes): of the device's allocations on a GPU, else this process's resident set."""
+def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float:
+    """The most memory so far, in MB (10^6 bytes): of the device's allocations on a GPU, else this process's resident set.
+
+    With ``workers`` (process ids) on a CPU, what this process and they hold now, as their proportional set sizes: memory
+    that they share counts once, which the peaks of each cannot tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if workers:
+        return sum(_memory_kib(pid, "smaps_rollup", "Pss:") for pid in [os.getpid(), *workers]) * 1024 / 1e6
     # not ru_maxrss, which keeps what the process that started this one held
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return _memory_kib(os.getpid(), "status", "VmHWM:") * 1024 / 1e6
+
+
+def _memory_kib(pid: int, file: str, field: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
+    except OSError:  # it has ended
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def _processor() -> str:

@@ -95,8 +95,10 @@ def run(config: RunConfig) -> RunResult:
             raise
         finally:
             memory = {
-                "peak_memory_mb": peak_memory_mb(llm.model.device), "load_s": llm.model.load_s, "ready_s": llm.ready_s,
-            }  # fmt: skip
+                "peak_memory_mb": peak_memory_mb(llm.model.device, llm.pids.values()),
+                "load_s": llm.model.load_s,
+                "ready_s": llm.ready_s,
+            }
             figures = recorder.finish(status, memory, error)
             if status != "finished":
                 print(f"{status}; what was finished is in {directory}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Memory that processes share: weights and pool exist once, however many workers map them."""
 
+import ctypes
 import io
 import mmap
 import os
@@ -87,6 +88,7 @@ class SharedModule:
             place = _view(self.memory.tensor, offsets[key], tensor.shape, tensor.dtype)
             place.copy_(tensor.detach())
             tensor.data = place
+        _return_freed_memory()
         buffer = io.BytesIO()
         _Pickler(buffer, offsets).dump(module)
         self._skeleton = buffer.getvalue()
@@ -95,6 +97,13 @@ class SharedModule:
         """The module, over the shared memory."""
         module: nn.Module = _Unpickler(io.BytesIO(self._skeleton), self.memory.tensor).load()
         return module
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give freed memory back to the system; it would keep the weights' old places for itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not need it
+    if trim is not None:
+        trim(0)
 
 
 def _view(memory: Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
