@@ -137,6 +137,7 @@ def test_dummy_text_is_tokenised_without_a_download() -> None:
         ({"device": "tpu"}, "device 'tpu': must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device 'cuda:99': "),
         ({"max_batch": 0}, "max_batch must be 1 or more, not 0"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
         ({"prefill_tokens": 0}, "prefill_tokens must be 1 or more, not 0"),
         ({"kv_memory": "lots"}, "kv_memory 'lots' is not a size; write 'auto' or a number with a unit"),
         ({"kv_memory": "10B"}, "kv_memory '10B' is less than one block"),

@@ -49,9 +49,8 @@ class RunConfig:
     device: str = _option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
     gpu_id: int | None = _option(None, "the GPU to use, as the original's flag; the same as --device cuda:N", int)
     load_format: str = _option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
-    max_batch: int = _option(
-        constants.MAX_BATCH, "most requests in one decode step; in mode generate, rows of a padded batch", int
-    )
+    max_batch: int = _option(constants.MAX_BATCH, "most requests in one decode step", int)
+    batch_size: int = _option(constants.BATCH_SIZE, "mode generate: rows of a padded batch", int)
     prefill_tokens: int = _option(constants.PREFILL_TOKENS, "most prompt tokens in one prefill step", int)
     kv_memory: str = _option(constants.KV_MEMORY, "size of the KV pool, such as 512MiB, or auto")
     kernels: str = _option(

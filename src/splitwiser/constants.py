@@ -22,7 +22,8 @@ DTYPE = "float32"  # float32 (exact), bfloat16 or float16 (faster, half the memo
 DEVICE = "auto"  # auto (the first GPU if there is one), cpu, cuda or cuda:N
 LOAD_FORMAT = "auto"  # auto reads a checkpoint; dummy builds the architecture with random weights, for timing
 
-MAX_BATCH = 64  # most requests in one decode step; in mode generate, rows of a padded batch
+MAX_BATCH = 64  # most requests in one decode step
+BATCH_SIZE = 20  # mode generate: rows of a padded batch, as in the original
 PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step; longer prompts are split over steps
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
 KV_MEMORY = (

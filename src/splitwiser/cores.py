@@ -1,6 +1,7 @@
 """A worker's share of a CPU: how many threads its steps use, and lending them while a worker has nothing to do."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from splitwiser.layout import WorkerSpec
 def plan_threads(workers: Sequence[WorkerSpec], cores: int) -> list[int]:
     """Threads of each worker: its share of ``cores``, rounded, but at least one."""
     return [max(1, round(worker.share * cores / 100)) for worker in workers]
+
+
+def plan_cores(workers: Sequence[WorkerSpec], cores: Sequence[int]) -> list[set[int]]:
+    """The cores of each worker where none are lent: as many as its threads, no core in two workers' hands while there are
+    enough; if there are not, every worker may use all."""
+    threads = plan_threads(workers, len(cores))
+    if sum(threads) > len(cores):
+        return [set(cores) for _ in workers]
+    ends = list(accumulate(threads))
+    return [set(cores[end - count : end]) for count, end in zip(threads, ends, strict=True)]
 
 
 class Board:

@@ -85,15 +85,15 @@ class _Follow(StoppingCriteria):
 
 
 class GenerateEngine:
-    """Takes the requests that have arrived, up to ``max_batch``, pads them on the left and generates until all have ended;
+    """Takes the requests that have arrived, up to ``batch_size``, pads them on the left and generates until all have ended;
     then the next batch."""
 
     capacity_tokens: int | None = None
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, model: LoadedModel, max_batch: int) -> None:
+    def __init__(self, model: LoadedModel, batch_size: int) -> None:
         self._model = model
-        self._max_batch = max_batch
+        self._batch_size = batch_size
 
     def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
         """See :meth:`splitwiser.engine.Engine.run`."""
@@ -102,7 +102,7 @@ class GenerateEngine:
         while to_come:
             time.sleep(max(0, arrival_ns(to_come[0], start_ns) - time.perf_counter_ns()) / 1e9)
             batch: list[Request] = []
-            while to_come and len(batch) < self._max_batch:
+            while to_come and len(batch) < self._batch_size:
                 if arrival_ns(to_come[0], start_ns) > time.perf_counter_ns():
                     break
                 batch.append(to_come.popleft())

@@ -43,7 +43,8 @@ class LLM:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
         kv_memory: the KV pool's size, such as ``512MiB``, or ``auto``.
-        max_batch: most requests in one decode step; in mode ``generate``, rows of a padded batch.
+        max_batch: most requests in one decode step.
+        batch_size: rows of a padded batch in mode ``generate``.
         prefill_tokens: most prompt tokens in one prefill step.
         kernels: ``auto`` compiles what is faster so, where there is a compiler; ``plain`` uses PyTorch alone.
         seed: of dummy weights, and of the draws of requests that have no seed of their own.
@@ -64,6 +65,7 @@ class LLM:
         load_format: str = constants.LOAD_FORMAT,
         kv_memory: str = constants.KV_MEMORY,
         max_batch: int = constants.MAX_BATCH,
+        batch_size: int = constants.BATCH_SIZE,
         prefill_tokens: int = constants.PREFILL_TOKENS,
         kernels: str = constants.KERNELS,
         seed: int = constants.SEED,
@@ -72,10 +74,9 @@ class LLM:
             raise InputError(f"mode {mode} is not there yet ({PLANNED_MODES[mode]}); use one of {', '.join(MODES)}")
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
-        if max_batch < 1:
-            raise InputError(f"max_batch must be 1 or more, not {max_batch}")
-        if prefill_tokens < 1:
-            raise InputError(f"prefill_tokens must be 1 or more, not {prefill_tokens}")
+        for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
+            if given < 1:
+                raise InputError(f"{name} must be 1 or more, not {given}")
         if workers and mode != "mp":
             raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
         layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
@@ -90,7 +91,7 @@ class LLM:
         self.workers = str(layout or "1 generate")
         self._engine: Engine
         if layout is None:
-            self._engine = GenerateEngine(self.model, max_batch)
+            self._engine = GenerateEngine(self.model, batch_size)
         else:
             start = start_processes if mode == "mp" else start_local
             self._engine, self.pool, self.kernels = start(

@@ -21,7 +21,7 @@ import torch.multiprocessing
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from splitwiser.cores import Board, LentThreads, plan_threads
+from splitwiser.cores import Board, LentThreads, plan_cores, plan_threads
 from splitwiser.cpu_kernel import load_kernel
 from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine
@@ -38,8 +38,8 @@ from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.worker import PARENT, Worker
 
 BEAT_S = 0.1  # how often a worker shows that it lives
-CHECK_S = 0.25  # how often the parent looks
-MISSED_CHECKS = 4  # looks in a row without a beat after which a worker counts as lost
+LOOK_S = 0.25  # how often the parent looks
+MISSED_LOOKS = 4  # looks in a row without a beat after which a worker counts as lost
 START_S = 300.0  # longest that workers may take to come up
 STOP_S = 5.0  # longest that they may take to end by themselves
 
@@ -71,7 +71,7 @@ class _Setup:
     own_blocks: range
     board: SharedMemory
     settings: EngineSettings
-    cores: int
+    cores: tuple[int, ...]
     inbox: dict[str, Pipe]
     outbox: dict[str, Pipe]
 
@@ -132,9 +132,10 @@ def _work(setup: _Setup) -> None:
 def _serve(setup: _Setup, transport: _PipeTransport) -> None:
     board = Board.over(setup.board.tensor)
     threading.Thread(target=_beat, args=(board, setup.index), name="heartbeat", daemon=True).start()
-    threads = LentThreads(
-        board, setup.index, plan_threads(setup.workers, setup.cores), setup.cores, setup.settings.lend_cores
-    )
+    lending = setup.settings.lend_cores
+    if not lending:
+        os.sched_setaffinity(0, plan_cores(setup.workers, setup.cores)[setup.index])  # this thread and those it makes
+    threads = LentThreads(board, setup.index, plan_threads(setup.workers, len(setup.cores)), len(setup.cores), lending)
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
     kernel, _ = load_kernel(setup.settings.kernels, setup.model.device)
@@ -181,7 +182,8 @@ class ProcessPlacement:
         self._board = Board.over(setups[0].board.tensor)
         self._beats = self._board.beats()
         self._missed = [0] * len(setups)
-        self._next_check_s = 0.0
+        self._next_look_s = 0.0
+        self._lost: WorkerLostError | None = None
         self._room = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
         self._reserved: dict[int, tuple[str, int]] = {}
         self._block_tokens = setups[0].settings.block_tokens
@@ -207,7 +209,7 @@ class ProcessPlacement:
         waiting = {process.name for process in self._processes}
         with tqdm(total=len(waiting), desc="workers ready", unit="worker", disable=None, leave=False) as bar:
             while waiting:
-                for message in self.poll(time.perf_counter_ns() + int(CHECK_S * 1e9)):
+                for message in self.poll(time.perf_counter_ns() + int(LOOK_S * 1e9)):
                     if isinstance(message, Ready):
                         waiting.discard(message.worker)
                         bar.update(1)
@@ -226,26 +228,31 @@ class ProcessPlacement:
             return
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
-        """See :meth:`splitwiser.engine.Placement.poll`; a lost worker is noticed within a second."""
+        """See :meth:`splitwiser.engine.Placement.poll`; a lost worker is noticed within a second.
+
+        What the workers reported before one was lost is returned first.
+        """
         while True:
+            if self._lost:
+                raise self._lost
             messages = self._inbox.take()
             for message in messages:
                 match message:
                     case Failed(worker, error, traced):
-                        lost = WorkerLostError(f"worker {worker} failed: {error}")
-                        lost.add_note(traced)
-                        raise lost
+                        self._lost = WorkerLostError(f"worker {worker} failed: {error}")
+                        self._lost.add_note(traced)
                     case Progress(finished=finished):
                         for request_id, _ in finished:
                             name, blocks = self._reserved.pop(request_id)
                             self._room[name] += blocks
+            self._lost = self._lost or self._find_lost()
             if messages:
-                return messages
-            self._check()
+                return [message for message in messages if not isinstance(message, Failed)]
             left_s = float("inf") if until_ns is None else (until_ns - time.perf_counter_ns()) / 1e9
             if left_s <= 0:
                 return []
-            self._inbox.wait(min(left_s, CHECK_S))
+            if not self._lost:
+                self._inbox.wait(min(left_s, LOOK_S))
 
     def close(self) -> None:
         """Ask every worker to stop after its step, wait, and end by force those that do not."""
@@ -269,24 +276,24 @@ class ProcessPlacement:
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
 
-    def _check(self) -> None:
+    def _find_lost(self) -> WorkerLostError | None:
         for process in self._processes:
             if process.exitcode is not None:
-                raise WorkerLostError(
-                    f"worker {process.name} (process {process.pid}) {_how_it_ended(process.exitcode)}"
-                )
-        if time.monotonic() < self._next_check_s:
-            return
-        self._next_check_s = time.monotonic() + CHECK_S
+                how = _how_it_ended(process.exitcode)
+                return WorkerLostError(f"worker {process.name} (process {process.pid}) {how}")
+        if time.monotonic() < self._next_look_s:
+            return None
+        self._next_look_s = time.monotonic() + LOOK_S
         beats = self._board.beats()
-        for number, process in enumerate(self._processes):
+        for number, (now, before) in enumerate(zip(beats, self._beats, strict=True)):
             # counted in looks, not in time: where the whole machine stood still, so did the looks
-            self._missed[number] = self._missed[number] + 1 if beats[number] == self._beats[number] else 0
-            if self._missed[number] >= MISSED_CHECKS and beats[number]:
-                raise WorkerLostError(
-                    f"worker {process.name} (process {process.pid}, {_process_state(process.pid)}) does not answer"
-                )
+            self._missed[number] = self._missed[number] + 1 if now == before and now else 0
         self._beats = beats
+        for process, missed in zip(self._processes, self._missed, strict=True):
+            if missed >= MISSED_LOOKS:
+                state = _process_state(process.pid)
+                return WorkerLostError(f"worker {process.name} (process {process.pid}, {state}) does not answer")
+        return None
 
 
 def _how_it_ended(exitcode: int) -> str:
@@ -339,7 +346,7 @@ def start_processes(
             else range(0),
             board=board,
             settings=settings,
-            cores=len(os.sched_getaffinity(0)),
+            cores=tuple(sorted(os.sched_getaffinity(0))),
             inbox=inboxes[spec.name],
             outbox=outboxes[spec.name],
         )

@@ -73,6 +73,7 @@ def run(config: RunConfig) -> RunResult:
         load_format=config.load_format,
         kv_memory=config.kv_memory,
         max_batch=config.max_batch,
+        batch_size=config.batch_size,
         prefill_tokens=config.prefill_tokens,
         kernels=config.kernels,
         seed=config.seed,
