@@ -163,7 +163,7 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- 0\n- 1", "just text", "0: null prompt", "0:"])
 def test_file_that_maps_no_recipes_shows_what_it_should(text: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
-    assert_says(refusal(load_cases, path), f"{path}: must map case numbers to recipes", "0: {description: null prompt}")
+    assert_says(refusal(load_cases, path), f"{path}: must map names to entries", "0: {description: null prompt}")
 
 
 @pytest.mark.parametrize(

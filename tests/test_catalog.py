@@ -158,7 +158,7 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- opt", "opt", "opt-125m: facebook/opt-125m", "opt-125m:"])
 def test_file_that_maps_no_entries_shows_what_it_should(text: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
-    assert_says(refusal(load_catalog, path), f"{path}: must map model names to entries", "hub: facebook/opt-125m")
+    assert_says(refusal(load_catalog, path), f"{path}: must map names to entries", "hub: facebook/opt-125m")
 
 
 @pytest.mark.parametrize(

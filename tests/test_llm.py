@@ -10,7 +10,7 @@ from splitwiser import LLM, SamplingParams, constants
 from splitwiser.cases import get_case
 from splitwiser.data import load_tok
 from splitwiser.engine import Observer
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, RunError
 from splitwiser.messages import StepRecord
 from splitwiser.request import RequestOutput
 
@@ -212,3 +212,15 @@ def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
             notes = llm.model.notes
     assert notes == ["the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0"]
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str], Path]) -> None:
+    class Interrupts(Observer):
+        def on_step(self, record: StepRecord) -> None:
+            raise KeyboardInterrupt
+
+    with LLM(tiny("opt")) as llm:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[5]], SamplingParams(max_tokens=9), observer=Interrupts())
+        with pytest.raises(RunError, match=r"an earlier run was broken off.*make a new LLM"):
+            llm.generate([[5]], SamplingParams(max_tokens=9))

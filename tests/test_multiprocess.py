@@ -318,8 +318,10 @@ class Running:
 
 @pytest.fixture
 def running(tmp_path: Path, tiny: Callable[[str], Path]) -> Iterator[Running]:
+    segments = set(Path("/dev/shm").iterdir())
     run = Running(tmp_path, tiny("opt"))
     yield run
+    assert set(Path("/dev/shm").iterdir()) <= segments
     for pid in session_of(run.process.pid):
         os.kill(pid, signal.SIGKILL)
 

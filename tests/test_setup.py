@@ -41,6 +41,12 @@ def test_run_discrete_in_a_clean_clone(tmp_path: Path) -> None:
     assert time.monotonic() - began < 2
     assert (second.stdout, second.stderr) == (f"{clone}/.venv/bin/python\n", "")
 
+    # the second command, with one file of tests: the whole suite is what calls this test
+    tests = start("scripts/test.sh", "tests/test_errors.py")
+    assert tests.returncode == 0, tests.stdout + tests.stderr
+    assert "All checks passed!" in tests.stdout
+    assert "Success: no issues found" in tests.stdout
+
     status = start("git", "status", "--porcelain")
     assert status.stdout == ""  # what set-up and a run make is ignored by git
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from splitwiser.data import Report
-from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.errors import InputError, unknown
+from splitwiser.yaml_file import read_entries
 
 METHODS = ("discrete", "prefix_tuning", "lora")  # only the first is supported yet
 LEAST = {"examples": 0, "max_new_tokens": 1}
@@ -61,16 +60,7 @@ class Case:
 
 def load_cases(path: Path) -> dict[int, Case]:
     """Read every case of a ``cases.yaml``. Raises :class:`InputError` naming the file, the case and the key."""
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise InputError(f"{path}: must map case numbers to recipes, such as '0: {{description: null prompt}}'")
+    entries = read_entries(path, "0: {description: null prompt}")
     return {case_id: _case(path, case_id, entry) for case_id, entry in entries.items()}
 
 

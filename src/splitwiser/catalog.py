@@ -4,10 +4,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from splitwiser import constants
-from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.errors import InputError, unknown
+from splitwiser.yaml_file import read_entries
 
 KINDS = ("decoder", "encoder-decoder")
 EMBEDDED_MODEL = "radiology-opt"
@@ -31,16 +30,7 @@ class CatalogEntry:
 
 def load_catalog(path: Path) -> dict[str, CatalogEntry]:
     """Read a ``models.yaml``. Raises :class:`InputError` naming the file, the model and the key."""
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise InputError(f"{path}: must map model names to entries, such as 'opt-125m: {{hub: facebook/opt-125m}}'")
+    entries = read_entries(path, "opt-125m: {hub: facebook/opt-125m}")
     known = [each.name for each in fields(CatalogEntry) if each.name != "name"]
     for name, entry in entries.items():
         for key in entry:

@@ -12,6 +12,8 @@ from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 from splitwiser.stopping import final_text
 
+_SETTLE_NS = 2_000_000  # how long the end of a run waits for step records that are still on their way
+
 
 class Observer:
     """Is told of each step and each finished request while a run goes on; subclass it for what is wanted."""
@@ -96,6 +98,7 @@ class SplitEngine:
         self._model = model
         self._placement = placement
         self._open: dict[int, _Open] = {}
+        self._broken_off = False
 
     @property
     def pids(self) -> dict[str, int]:
@@ -104,6 +107,14 @@ class SplitEngine:
 
     def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
         """See :meth:`Engine.run`."""
+        if self._broken_off:
+            raise RunError("an earlier run was broken off, and its requests are still under way; make a new LLM")
+        self._broken_off = True
+        outputs = self._run(requests, observer, start_ns)
+        self._broken_off = False
+        return outputs
+
+    def _run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
         to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
         self._open = {}
@@ -116,20 +127,30 @@ class SplitEngine:
                 unanswered = sorted(set(self._open).union(request.request_id for request in to_come))
                 raise _with_requests(lost, unanswered) from lost
             for message in messages:
-                match message:
-                    case StepRecord():
-                        observer.on_step(message)
-                    case Progress():
-                        for output in self._take(message):
-                            outputs[output.request_id] = output
-                            observer.on_output(output)
-                    case _:
-                        raise TypeError(f"the engine has no use for {message}")
+                for output in self._hear(message, observer, start_ns):
+                    outputs[output.request_id] = output
+        # the record of the last prefill step travels by another pipe than the report that ended the run
+        for message in self._placement.poll(time.perf_counter_ns() + _SETTLE_NS):
+            self._hear(message, observer, start_ns)
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self._placement.close()
+
+    def _hear(self, message: Message, observer: Observer, start_ns: int) -> list[RequestOutput]:
+        """Take a worker's message in; the outputs that it completes."""
+        match message:
+            case StepRecord():
+                if message.start_ns >= start_ns:  # else it belongs to the run before
+                    observer.on_step(message)
+                return []
+            case Progress():
+                outputs = self._take(message)
+                for output in outputs:
+                    observer.on_output(output)
+                return outputs
+        raise TypeError(f"the engine has no use for {message}")
 
     def _submit(self, request: Request, start_ns: int) -> None:
         self._open[request.request_id] = _Open(request, RequestMetrics(arrival_ns(request, start_ns)), [])

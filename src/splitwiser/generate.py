@@ -14,8 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from splitwiser.engine import Observer, arrival_ns, make_output
 from splitwiser.messages import Phase, StepRecord
 from splitwiser.model import LoadedModel
-from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput, SamplingParams
+from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 from splitwiser.sampling import choose
+from splitwiser.steps import InFlight
 from splitwiser.stopping import finish_reason
 
 WORKER = "generate-0"
@@ -25,22 +26,9 @@ WORKER = "generate-0"
 class _Row:
     """A request as a row of a padded batch; ``finish`` is set once it has finished."""
 
-    request: Request
+    sequence: InFlight
     metrics: RequestMetrics
-    token_ids: list[int]
     finish: FinishReason | None = None
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
-
-    @property
-    def seed(self) -> int:
-        return self.request.seed
-
-    @property
-    def drawn(self) -> int:
-        return len(self.token_ids)
 
 
 class _Draw(LogitsProcessor):
@@ -51,7 +39,7 @@ class _Draw(LogitsProcessor):
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        kept = choose(scores, self._rows).unsqueeze(-1)
+        kept = choose(scores, [row.sequence for row in self._rows]).unsqueeze(-1)
         return torch.full_like(scores, float("-inf")).scatter(-1, kept, 0.0)
 
 
@@ -63,23 +51,25 @@ class _Follow(StoppingCriteria):
         self._rows = rows
         self._observer = observer
         self._last_ns = time.perf_counter_ns()
-        self._step_tokens = sum(len(row.request.prompt_token_ids) for row in rows)
+        self._step_tokens = sum(len(row.sequence.request.prompt_token_ids) for row in rows)
         for row in rows:
             row.metrics.prefill_start_ns = self._last_ns
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         tokens = input_ids[:, -1].tolist()  # waits for the device
         now_ns = time.perf_counter_ns()
-        phase: Phase = "decode" if any(row.token_ids for row in self._rows) else "prefill"
+        phase: Phase = "decode" if any(row.sequence.token_ids for row in self._rows) else "prefill"
         record = StepRecord(WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens)
         self._last_ns, self._step_tokens = now_ns, len(self._rows)
         for row, token in zip(self._rows, tokens, strict=True):
             if row.finish is None:
-                row.token_ids.append(token)
+                row.sequence.token_ids.append(token)
                 row.metrics.token_ns.append(now_ns)
                 if phase == "decode":
                     row.metrics.decode_start_ns = row.metrics.decode_start_ns or record.start_ns
-                row.finish = finish_reason(row.params, row.token_ids, self._model.eos_token_ids, self._model.decode)
+                row.finish = finish_reason(
+                    row.sequence.params, row.sequence.token_ids, self._model.eos_token_ids, self._model.decode
+                )
         self._observer.on_step(record)
         return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
 
@@ -117,7 +107,8 @@ class GenerateEngine:
     def _generate(self, batch: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
         rows = [
             _Row(
-                request, RequestMetrics(arrival_ns(request, start_ns), prefill_worker=WORKER, decode_worker=WORKER), []
+                InFlight(request, blocks=()),
+                RequestMetrics(arrival_ns(request, start_ns), prefill_worker=WORKER, decode_worker=WORKER),
             )
             for request in batch
         ]
@@ -141,5 +132,6 @@ class GenerateEngine:
             stopping_criteria=StoppingCriteriaList([_Follow(self._model, rows, observer)]),
         )
         return [
-            make_output(self._model, row.request, row.token_ids, row.finish or "length", row.metrics) for row in rows
+            make_output(self._model, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics)
+            for row in rows
         ]

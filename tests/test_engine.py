@@ -1,0 +1,95 @@
+"""The parent's loop, over a placement that says what the test wants."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pytest
+from test_llm import Seen
+
+from splitwiser.engine import SplitEngine
+from splitwiser.errors import RunError, WorkerLostError
+from splitwiser.messages import Handoff, Message, Progress, StepRecord
+from splitwiser.model import LoadedModel, load_model
+from splitwiser.request import Request, SamplingParams
+
+
+class Scripted:
+    """Answers each poll with the next of ``answers``; an exception among them is raised."""
+
+    pids: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, *answers: Sequence[Message] | Exception) -> None:
+        self.answers = deque(answers)
+        self.submitted: list[int] = []
+
+    def submit(self, request: Request) -> None:
+        self.submitted.append(request.request_id)
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        answer = self.answers.popleft() if self.answers else []
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    from conftest import make_tiny
+
+    return load_model(
+        make_tiny("opt", tmp_path_factory.mktemp("engine") / "tiny"), dtype="float32", device="cpu", load_format="auto"
+    )
+
+
+def request(number: int, arrival_s: float = 0.0) -> Request:
+    return Request(number, (5, 6), SamplingParams(max_tokens=2, ignore_eos=True), seed=0, arrival_s=arrival_s)
+
+
+def answered(number: int) -> Progress:
+    handoff = Handoff(number, 7, 1_000, 2_000, "prefill-0")
+    return Progress("decode-0", 2_500, 3_000, (handoff,), ((number, 8),), ((number, "length"),))
+
+
+def test_an_answer_is_put_together_from_handoff_and_tokens(model: LoadedModel) -> None:
+    (output,) = SplitEngine(model, Scripted([answered(0)]), 100).run([request(0)], Seen(), 0)
+    assert (output.token_ids, output.finish_reason) == ([7, 8], "length")
+    metrics = output.metrics
+    assert (metrics.prefill_start_ns, metrics.token_ns, metrics.decode_start_ns) == (1_000, [2_000, 3_000], 2_500)
+    assert (metrics.prefill_worker, metrics.decode_worker) == ("prefill-0", "decode-0")
+
+
+def test_a_step_record_that_comes_after_the_last_answer_is_kept(model: LoadedModel) -> None:
+    late = StepRecord("prefill-0", "prefill", "prefill", 1_000, 2_000, 1, 2)
+    seen = Seen()
+    SplitEngine(model, Scripted([answered(0)], [late]), 100).run([request(0)], seen, 0)
+    assert seen.steps == [late]
+
+
+def test_a_step_record_of_the_run_before_is_dropped(model: LoadedModel) -> None:
+    early = StepRecord("prefill-0", "prefill", "prefill", -10, -5, 1, 2)
+    seen = Seen()
+    SplitEngine(model, Scripted([early], [answered(0)]), 100).run([request(0)], seen, 0)
+    assert seen.steps == []
+
+
+def test_requests_are_submitted_when_they_arrive(model: LoadedModel) -> None:
+    import time
+
+    placement = Scripted([], [], [answered(1), answered(0)])
+    SplitEngine(model, placement, 100).run([request(0), request(1, arrival_s=-1)], Seen(), time.perf_counter_ns())
+    assert placement.submitted == [1, 0]
+
+
+def test_a_lost_worker_leaves_the_unanswered_by_id(model: LoadedModel) -> None:
+    lost = WorkerLostError("worker decode-0 was killed by SIGKILL")
+    lost.add_note("where")
+    engine = SplitEngine(model, Scripted([answered(0)], lost), 100)
+    with pytest.raises(RunError) as caught:
+        engine.run([request(0), request(1), *(request(number, 10**6) for number in range(2, 30))], Seen(), 0)
+    ids = ", ".join(map(str, range(1, 21)))
+    assert str(caught.value) == f"worker decode-0 was killed by SIGKILL; not answered: requests {ids} and 9 more"
+    assert caught.value.__notes__ == ["where"]
