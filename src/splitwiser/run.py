@@ -175,7 +175,10 @@ def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
         },
         "workers": llm.workers,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
-        "decode_attention": llm.kernels,
+        "kernels": {
+            "prefill_attention": "torch.nn.functional.scaled_dot_product_attention" if pool else llm.kernels,
+            "decode_attention": llm.kernels,
+        },
         "load_s": llm.model.load_s,
         "ready_s": llm.ready_s,
         "machine": describe_machine(llm.model.device),
