@@ -158,6 +158,20 @@ def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.Monkey
         LLM("opt-125m")
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(
+    load_format: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitwiser.model.available_memory", lambda: 1000)
+    monkeypatch.setattr("splitwiser.model.draw_weights", pytest.fail)
+    monkeypatch.setattr("splitwiser.model._read_checkpoint", pytest.fail)
+    line = (
+        r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller --dtype or model is needed"
+    )
+    with pytest.raises(InputError, match=line):
+        LLM(tiny("llama"), load_format=load_format, dtype="float16")
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "line"),
     [

@@ -23,6 +23,7 @@ from transformers import (
 from splitwiser import constants
 from splitwiser.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
+from splitwiser.kv_pool import available_memory
 
 T = TypeVar("T")
 
@@ -114,16 +115,18 @@ def load_model(
     began = time.perf_counter()
     entry = resolve_model(model)
     if entry.kind == "encoder-decoder":
-        raise UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
+        raise _encoder_decoder(entry)
     place = resolve_device(device)
+    config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _encoder_decoder(entry)
+    weights_dtype = resolve_dtype(dtype, config)
+    module = _without_memory(entry, config, weights_dtype)
+    _check_room(entry, module, place)
     if load_format == "dummy":
-        config = _dummy_config(entry)
-        _refuse_encoder_decoder(entry, config)
-        module = build_dummy(config, resolve_dtype(dtype, config), place, seed)
+        draw_weights(module, place, seed)
     else:
-        config = _checkpoint_config(entry)
-        _refuse_encoder_decoder(entry, config)
-        module = _read_checkpoint(entry, config, resolve_dtype(dtype, config), place)
+        module = _read_checkpoint(entry, config, weights_dtype, place)
     notes = _unapplied_settings(module.generation_config)
     tokenizer = _load_tokenizer(entry, local_only=load_format == "dummy")
     if tokenizer is None and load_format == "dummy":
@@ -146,15 +149,15 @@ def load_model(
     )
 
 
-def build_dummy(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """The architecture of ``config`` with the random weights its own initialisation gives, drawn with ``seed``.
+def _encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
+    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
 
-    Built without memory first (accelerate) and then made straight on ``device``, so a second copy never exists.
+
+def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``.
+
+    They are made straight on ``device`` (accelerate), so a second copy never exists.
     """
-    with init_empty_weights(include_buffers=False):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=_own_attention(config)
-        )
     module.tie_weights()
     for name, parameter in list(module.named_parameters()):
         set_module_tensor_to_device(module, name, device, value=torch.empty_like(parameter, device=device))
@@ -165,7 +168,31 @@ def build_dummy(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         module.init_weights()
+
+
+def _without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture of ``config``, its weights on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            module: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_own_attention(config)
+            )
+    except ValueError as error:  # no causal model of this kind
+        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    module.tie_weights()
     return module
+
+
+def _check_room(entry: CatalogEntry, module: PreTrainedModel, device: torch.device) -> None:
+    """Refuse a model whose weights alone are more than the memory there is, before the system kills the run for it."""
+    needed = sum(parameter.nbytes for parameter in module.parameters())
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed > available:
+        dtype = str(module.dtype).removeprefix("torch.")
+        raise InputError(
+            f"model {entry.name}: its weights in {dtype} take {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are "
+            f"available on {device}; a smaller --dtype or model is needed"
+        )
 
 
 def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
@@ -180,11 +207,6 @@ def _own_attention(config: PreTrainedConfig) -> str | None:
     """The model's own attention where the engine does not serve it: transformers' choice, but for soft-capped scores,
     which its fused function drops silently in 5.17."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-def _refuse_encoder_decoder(entry: CatalogEntry, config: PreTrainedConfig) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
 
 
 def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
