@@ -75,10 +75,12 @@ def test_project_path_is_relative_to_the_project() -> None:
     assert resolve_model(EMBEDDED_MODEL).location == str(constants.DIR_PROJECT / "models" / EMBEDDED_MODEL)
 
 
-def test_catalogue_name_gives_its_entry(tmp_path: Path) -> None:
-    path = write(tmp_path, "mine: {hub: org/mine-7b, config: {model_type: opt, vocab_size: 5}}")
+def test_catalogue_name_gives_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = "mine: {hub: org/mine-7b, config: {model_type: opt, vocab_size: 5}}"
+    (tmp_path / "models.yaml").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(constants, "DIR_CONFIGS", tmp_path)
     expected = CatalogEntry("mine", hub="org/mine-7b", config={"model_type": "opt", "vocab_size": 5})
-    assert resolve_model("mine", path) == expected
+    assert resolve_model("mine") == expected
     assert expected.location == "org/mine-7b"
 
 

@@ -60,6 +60,13 @@ def test_a_compiler_that_fails_is_named(cache: Path, tmp_path: Path, monkeypatch
     assert list(cache.iterdir()) == []
 
 
+def test_a_compiler_that_hangs_is_given_up(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_compiler(tmp_path, "exec sleep 60", monkeypatch)
+    monkeypatch.setattr(cpu_kernel, "COMPILE_S", 0.2)
+    assert load_kernel("auto", CPU) == (None, "plain PyTorch (g++ took more than 0.2 s)")
+    assert not cache.exists()
+
+
 def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fake_compiler(tmp_path, 'for last; do :; done; test "$1" = --version || echo junk > "$last"', monkeypatch)

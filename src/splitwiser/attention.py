@@ -191,17 +191,17 @@ class StepAttention(StepCache):
         :func:`attention_function`."""
         if not isinstance(mask, Mask):
             raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
-        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        if not self._decoding:
-            self._attend_segments(query, key, value, mask, options, output)
-        elif self.pool.kernel and (starts := self._first_seen(mask)) is not None:
+        if self._decoding and self.pool.kernel and (starts := self._first_seen(mask)) is not None:
             keys, values = self.pool.keys[self._layer], self.pool.values[self._layer]
-            output = self.pool.kernel(
+            return self.pool.kernel(
                 query[0].transpose(0, 1), keys, values, self._batch.tables, starts, self._batch.lengths,
                 options.scaling, options.softcap, options.sinks,
-            )  # fmt: skip
-        else:
+            ).unsqueeze(0)  # fmt: skip
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        if self._decoding:
             self._attend_groups(query, mask, options, output)
+        else:
+            self._attend_segments(query, key, value, mask, options, output)
         return output.unsqueeze(0)
 
     def _attend_segments(

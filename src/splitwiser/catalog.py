@@ -52,12 +52,12 @@ def load_catalog(path: Path) -> dict[str, CatalogEntry]:
     return {name: CatalogEntry(name=name, **entry) for name, entry in entries.items()}
 
 
-def resolve_model(model: str | Path, catalog_path: Path | None = None) -> CatalogEntry:
+def resolve_model(model: str | Path) -> CatalogEntry:
     """The entry for a catalogue name, a checkpoint directory, or a hub id such as ``org/name``.
 
     Raises :class:`InputError` for anything else and for a directory without ``config.json``.
     """
-    catalog = load_catalog(catalog_path or constants.DIR_CONFIGS / "models.yaml")
+    catalog = load_catalog(constants.DIR_CONFIGS / "models.yaml")
     name = str(model)
     if name in catalog:
         return catalog[name]

@@ -17,6 +17,7 @@ from splitwiser.errors import first_line, unknown
 SOURCE = Path(__file__).with_name("kernels") / "decode_attention.cpp"
 FLAGS = ("-O3", "-march=native", "-funroll-loops", "-std=c++17", "-fopenmp", "-fPIC")
 KERNELS = ("auto", "plain")
+COMPILE_S = 120  # a second is usual
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -80,6 +81,8 @@ def load_kernel(choice: str, device: torch.device) -> tuple[DecodeKernel | None,
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
         return None, f"plain PyTorch (g++ failed: {lines[0]})"
+    except subprocess.TimeoutExpired:
+        return None, f"plain PyTorch (g++ took more than {COMPILE_S} s)"
     except OSError as error:
         return None, f"plain PyTorch (the compiled kernel cannot be used: {first_line(error)})"
     return kernel, f"{SOURCE.name}, compiled by {compiler}"
@@ -92,7 +95,7 @@ def cache_directory() -> Path:
 
 def _build(compiler: str) -> Path:
     """The shared library, compiled unless the cache has it for this source, compiler and processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_S).stdout
     identity = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, FLAGS), version, _processor_flags()]))
     library = cache_directory() / f"decode_attention-{identity.hexdigest()[:16]}.so"
     if library.exists():
@@ -105,7 +108,7 @@ def _build(compiler: str) -> Path:
             [compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{built}.o"],
             [compiler, "-shared", f"{built}.o", "-o", f"{built}.so"],
         ):
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_S)
         Path(f"{built}.so").replace(library)  # whole or not at all, should two runs build at once
     return library
 

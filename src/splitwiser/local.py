@@ -40,11 +40,11 @@ class LocalTransport:
 class LocalPlacement:
     """One worker, stepped whenever the engine asks what is new."""
 
+    pids: ClassVar[dict[str, int]] = {}
+
     def __init__(self, worker: Worker, transport: LocalTransport) -> None:
         self._worker = worker
         self._transport = transport
-
-    pids: ClassVar[dict[str, int]] = {}
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.engine.Placement.submit`."""

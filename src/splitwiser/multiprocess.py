@@ -45,7 +45,7 @@ STOP_S = 5.0  # longest that they may take to end by themselves
 
 # forkserver: CUDA forbids a fork once it is initialised, and a fork after OpenMP has run hangs in the child, so a plain
 # fork of the parent is out. spawn would import torch and transformers anew in every worker, seconds of both cores and
-# some 200 MB each. The fork server has imported them once and has used neither CUDA nor OpenMP: workers start in
+# their memory once more each. The fork server has imported them once and has used neither CUDA nor OpenMP: workers start in
 # milliseconds and share those pages. Its price is a further process, which ends with the parent.
 _context = torch.multiprocessing.get_context("forkserver")
 
@@ -177,7 +177,6 @@ class ProcessPlacement:
     """Worker processes and the pipes to them; see :class:`splitwiser.engine.Placement`."""
 
     def __init__(self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]]) -> None:
-        self._setups = setups
         self._outbox = {name: to for name, (to, _) in parent_ends.items()}
         self._board = Board.over(setups[0].board.tensor)
         self._beats = self._board.beats()
