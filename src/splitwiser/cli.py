@@ -7,13 +7,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import TypeVar
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import RunConfig
+from splitwiser.config import ProfileConfig, RunConfig
 from splitwiser.errors import SplitwiserError
 from splitwiser.summary import columns, run_summary
+
+Config = TypeVar("Config", RunConfig, ProfileConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,11 +62,22 @@ def _fail(line: str, exit_code: int, debug: bool) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = RunConfig(**{field.name: getattr(options, field.name) for field in fields(RunConfig)})
+    config = _configuration(RunConfig, options)
     from splitwiser.run import run  # brings in torch and transformers, which the other commands do without
 
     result = run(config)
     print(run_summary(result.figures, result.directory))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    config = _configuration(ProfileConfig, options)
+    from splitwiser.profile import profile, profile_summary
+
+    print(profile_summary(profile(config)))
+
+
+def _configuration(kind: type[Config], options: argparse.Namespace) -> Config:
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
 
 
 def _cases(_: argparse.Namespace) -> None:
@@ -99,20 +113,35 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    for each in fields(RunConfig):
-        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
-        if each.metadata["type"] is bool:
-            run.add_argument(
-                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
-            )
-        else:
-            kind = each.metadata["type"]
-            run.add_argument(
-                *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
-            )
+    _add_options(run, RunConfig)
     run.set_defaults(command=_run)
+    profile = commands.add_parser(
+        "profile",
+        parents=[debugging],
+        help="measure both phases of a model on this machine, step by step",
+        description="Times prefill by prompt length and decode by batch size and context, against what the machine can do.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_options(profile, ProfileConfig)
+    profile.set_defaults(command=_profile)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
     models.set_defaults(command=_models)
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
+    """An option for each field of ``kind``."""
+    for each in fields(kind):
+        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
+        if each.metadata["type"] is bool:
+            parser.add_argument(
+                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
+            )
+        else:
+            kind = each.metadata["type"]
+            parser.add_argument(
+                *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
+            )
