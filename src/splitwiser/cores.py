@@ -24,6 +24,12 @@ def plan_cores(workers: Sequence[WorkerSpec], cores: Sequence[int]) -> list[set[
     return [set(cores[end - count : end]) for count, end in zip(threads, ends, strict=True)]
 
 
+def lent_threads(worker: int, threads: Sequence[int], busy: Sequence[bool], cores: int) -> int:
+    """Threads of ``worker``'s next step where cores are lent: its own and those of the workers without work."""
+    lent = sum(count for count, has_work in zip(threads, busy, strict=True) if not has_work)
+    return min(threads[worker] + lent, max(cores, threads[worker]))
+
+
 class Board:
     """A word a worker in memory that all processes of a run share: whether it has work, and a count that shows it lives.
 
@@ -69,7 +75,7 @@ class LentThreads:
         self._board = board
         self._worker = worker
         self._threads = threads
-        self._cores = max(cores, threads[worker])
+        self._cores = cores
         self._lending = lending
         self._set = 0
 
@@ -78,9 +84,7 @@ class LentThreads:
         self._board.set_busy(self._worker, True)
         count = self._threads[self._worker]
         if self._lending:
-            busy = self._board.busy()
-            count += sum(threads for threads, has_work in zip(self._threads, busy, strict=True) if not has_work)
-            count = min(count, self._cores)
+            count = lent_threads(self._worker, self._threads, self._board.busy(), self._cores)
         if count != self._set:
             torch.set_num_threads(count)
             self._set = count

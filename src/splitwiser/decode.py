@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitwiser.errors import RunError
@@ -73,18 +74,26 @@ class Decoder:
         if not handoffs and not batch:
             return None
         tokens: list[int] = []
-        start_ns = time.perf_counter_ns()
+        start_ns = self.now_ns()
         if batch:
-            tokens = decode_step(self._model, self._pool, batch)
+            tokens = self.run_step(batch)
             for sequence, token in zip(batch, tokens, strict=True):
                 sequence.token_ids.append(token)
-        end_ns = time.perf_counter_ns()
+        end_ns = self.now_ns()
         ids = [sequence.request.request_id for sequence in batch]
         finished += self._collect(ids)
         progress = Progress(
             self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
         )
         return DecodeResult(progress, len(batch))
+
+    def run_step(self, batch: Sequence[InFlight]) -> list[int]:
+        """The step itself: the next token of each request. A simulation has its own."""
+        return decode_step(self._model, self._pool, batch)
+
+    def now_ns(self) -> int:
+        """The clock that steps are timed by."""
+        return time.perf_counter_ns()
 
     def _collect(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
         finished = []

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,10 +93,17 @@ class _Open:
 class SplitEngine:
     """Runs requests on the workers of a placement; the same for every mode but ``generate``."""
 
-    def __init__(self, model: LoadedModel, placement: Placement, capacity_tokens: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        placement: Placement,
+        capacity_tokens: int,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
         self.capacity_tokens = capacity_tokens
         self._model = model
         self._placement = placement
+        self._clock = clock
         self._open: dict[int, _Open] = {}
         self._broken_off = False
 
@@ -119,7 +126,7 @@ class SplitEngine:
         to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
         self._open = {}
         while len(outputs) < len(requests):
-            while to_come and arrival_ns(to_come[0], start_ns) <= time.perf_counter_ns():
+            while to_come and arrival_ns(to_come[0], start_ns) <= self._clock():
                 self._submit(to_come.popleft(), start_ns)
             try:
                 messages = self._placement.poll(arrival_ns(to_come[0], start_ns) if to_come else None)
@@ -130,7 +137,7 @@ class SplitEngine:
                 for output in self._hear(message, observer, start_ns):
                     outputs[output.request_id] = output
         # the record of the last prefill step travels by another pipe than the report that ended the run
-        for message in self._placement.poll(time.perf_counter_ns() + _SETTLE_NS):
+        for message in self._placement.poll(self._clock() + _SETTLE_NS):
             self._hear(message, observer, start_ns)
         return [outputs[request.request_id] for request in requests]
 
