@@ -6,17 +6,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TypeVar
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import ProfileConfig, RunConfig
+from splitwiser.config import AdviseConfig, ProfileConfig, RunConfig, option_fields
 from splitwiser.errors import SplitwiserError
 from splitwiser.summary import columns, run_summary
 
-Config = TypeVar("Config", RunConfig, ProfileConfig)
+Config = TypeVar("Config", RunConfig, ProfileConfig, AdviseConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,8 +75,15 @@ def _profile(options: argparse.Namespace) -> None:
     print(profile_summary(profile(config)))
 
 
+def _advise(options: argparse.Namespace) -> None:
+    config = _configuration(AdviseConfig, options)
+    from splitwiser.advise import advice_summary, advise
+
+    print(advice_summary(advise(config)))
+
+
 def _configuration(kind: type[Config], options: argparse.Namespace) -> Config:
-    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
+    return kind(**{field.name: getattr(options, field.name) for field in option_fields(kind)})
 
 
 def _cases(_: argparse.Namespace) -> None:
@@ -125,6 +131,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(profile, ProfileConfig)
     profile.set_defaults(command=_profile)
+    advise = commands.add_parser(
+        "advise",
+        parents=[debugging],
+        help="predict each placement of the phases for a workload, check the best, and recommend one",
+        description="Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_options(advise, AdviseConfig)
+    advise.set_defaults(command=_advise)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
@@ -134,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
     """An option for each field of ``kind``."""
-    for each in fields(kind):
+    for each in option_fields(kind):
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         if each.metadata["type"] is bool:
             parser.add_argument(

@@ -1,15 +1,17 @@
 """The configuration of a run, checked once, where it enters: each field is also an option of ``splitwiser run``."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from splitwiser import constants
 from splitwiser.data import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, unknown
 from splitwiser.request import SamplingParams
 
 T = TypeVar("T")
+
+OBJECTIVES = ("throughput", "ttft", "itl", "e2el")
 
 
 def _option(default: T, help_text: str, kind: type = str) -> T:
@@ -135,6 +137,39 @@ class ProfileConfig:
     def device_name(self) -> str:
         """The device that ``device`` and ``gpu_id`` name together."""
         return _device_name(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig(RunConfig):
+    """What to advise on: the options of a run, but for those that the advice is about, and these. Each is also an option of
+    ``splitwiser advise``."""
+
+    mode: str = constants.MODE  # no option, as the next two
+    workers: str = constants.WORKERS
+    batch_size: int = constants.BATCH_SIZE
+    objective: str = _option("throughput", f"what is to be best: {', '.join(OBJECTIVES)}")
+    profile: str | None = _option(
+        None, "folder of an earlier advise: predict from what it measured, measure nothing anew"
+    )
+    checks: int = _option(3, "how many of the predicted placements to run, the best first; 0: none", int)
+    repeats: int = _option(1, "how often to run each of them, in interleaved rounds", int)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        for name, least in (("checks", 0), ("repeats", 1), ("prefill_tokens", 1), ("max_batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be {least} or more, not {getattr(self, name)}")
+        if self.profile is not None and not (Path(self.profile) / "profile.yaml").is_file():
+            raise InputError(
+                f"--profile {self.profile}: no profile.yaml in it; give the folder that an advise has made"
+            )
+
+
+def option_fields(kind: type[RunConfig] | type[ProfileConfig]) -> list[Field[Any]]:
+    """The fields of ``kind`` that are options."""
+    return [each for each in fields(kind) if each.metadata]
 
 
 def whole_numbers(name: str, text: str) -> tuple[int, ...]:

@@ -102,13 +102,20 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
 
 
 def load_model(
-    model: str | Path, *, dtype: str, device: str, load_format: str, seed: int = constants.SEED
+    model: str | Path,
+    *,
+    dtype: str,
+    device: str,
+    load_format: str,
+    seed: int = constants.SEED,
+    weights: bool = True,
 ) -> LoadedModel:
     """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
 
     ``load_format`` ``auto`` reads its weights; ``dummy`` draws random ones with ``seed`` from the architecture alone,
     and falls back on the embedded model's tokenizer where the model's own is not on this machine. The attention
-    implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Raises :class:`InputError`.
+    implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Without ``weights`` there is only
+    what is known of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
     """
     if load_format not in ("auto", "dummy"):
         raise unknown("load_format", load_format, ["auto", "dummy"])
@@ -122,10 +129,11 @@ def load_model(
         raise _encoder_decoder(entry)
     weights_dtype = resolve_dtype(dtype, config)
     module = _without_memory(entry, config, weights_dtype)
-    _check_room(entry, module, place)
-    if load_format == "dummy":
+    if weights:
+        _check_room(entry, module, place)
+    if weights and load_format == "dummy":
         draw_weights(module, place, seed)
-    else:
+    elif weights:
         module = _read_checkpoint(entry, config, weights_dtype, place)
     notes = _unapplied_settings(module.generation_config)
     tokenizer = _load_tokenizer(entry, local_only=load_format == "dummy")

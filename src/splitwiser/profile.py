@@ -174,9 +174,9 @@ class Bench:
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
         status: Status = "failed"
-        _start_csv(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
-        _start_csv(directory / "prefill.csv", PREFILL_COLUMNS)
-        _start_csv(directory / "decode.csv", DECODE_COLUMNS)
+        start_csv(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
+        start_csv(directory / "prefill.csv", PREFILL_COLUMNS)
+        start_csv(directory / "decode.csv", DECODE_COLUMNS)
         record = self._record()
         _write_record(directory, "running", record)
         try:
@@ -187,11 +187,11 @@ class Bench:
                         probes = measure_ceilings(self.model.dtype, self.model.device)
                         ceilings[threads] = ceilings_of(probes)
                         for probe in probes:
-                            _append(directory / "ceilings.csv", {"threads": threads, **probe.row()})
+                            append_row(directory / "ceilings.csv", {"threads": threads, **probe.row()})
                         for point in (each for each in self.points if each.threads == threads):
                             bar.set_postfix_str(f"{point.phase} {point}")
                             row = self._measure(point, ceilings[threads], monitor)
-                            _append(directory / f"{point.phase}.csv", row)
+                            append_row(directory / f"{point.phase}.csv", row)
                             measured.append((point, row))
                             bar.update()
             status = "finished"
@@ -436,12 +436,13 @@ def _write_record(directory: Path, status: Status, record: dict[str, Any]) -> No
     replace(directory / "profile.yaml", text)
 
 
-def _start_csv(path: Path, columns: Sequence[str]) -> None:
+def start_csv(path: Path, columns: Sequence[str]) -> None:
+    """Write a CSV of ``columns`` without a row."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow(columns)
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add ``row`` to the CSV at ``path``, its values in the order of the header."""
     with path.open("r+", newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file))
