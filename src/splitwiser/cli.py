@@ -77,7 +77,8 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _advise(options: argparse.Namespace) -> None:
     config = _configuration(AdviseConfig, options)
-    from splitwiser.advise import advice_summary, advise
+    from splitwiser.advice import advice_summary
+    from splitwiser.advise import advise
 
     print(advice_summary(advise(config)))
 

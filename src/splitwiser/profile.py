@@ -1,6 +1,5 @@
 """Characterises the two phases of a model on this machine: steps of known size, run and timed one by one."""
 
-import csv
 import random
 import sys
 import time
@@ -32,6 +31,7 @@ from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results import Status, make_directory, replace
 from splitwiser.roofline import RooflinePoint, draw_roofline
+from splitwiser.rows import add_row, start_rows
 from splitwiser.steps import Chunk, InFlight, decode_step, prefill_step
 from splitwiser.summary import columns
 
@@ -174,9 +174,9 @@ class Bench:
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
         status: Status = "failed"
-        start_csv(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
-        start_csv(directory / "prefill.csv", PREFILL_COLUMNS)
-        start_csv(directory / "decode.csv", DECODE_COLUMNS)
+        start_rows(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
+        start_rows(directory / "prefill.csv", PREFILL_COLUMNS)
+        start_rows(directory / "decode.csv", DECODE_COLUMNS)
         record = self._record()
         _write_record(directory, "running", record)
         try:
@@ -187,11 +187,11 @@ class Bench:
                         probes = measure_ceilings(self.model.dtype, self.model.device)
                         ceilings[threads] = ceilings_of(probes)
                         for probe in probes:
-                            append_row(directory / "ceilings.csv", {"threads": threads, **probe.row()})
+                            add_row(directory / "ceilings.csv", {"threads": threads, **probe.row()})
                         for point in (each for each in self.points if each.threads == threads):
                             bar.set_postfix_str(f"{point.phase} {point}")
                             row = self._measure(point, ceilings[threads], monitor)
-                            append_row(directory / f"{point.phase}.csv", row)
+                            add_row(directory / f"{point.phase}.csv", row)
                             measured.append((point, row))
                             bar.update()
             status = "finished"
@@ -434,17 +434,3 @@ def using_threads(count: int) -> Iterator[None]:
 def _write_record(directory: Path, status: Status, record: dict[str, Any]) -> None:
     text = yaml.safe_dump({"status": status, **record}, sort_keys=False, allow_unicode=True)
     replace(directory / "profile.yaml", text)
-
-
-def start_csv(path: Path, columns: Sequence[str]) -> None:
-    """Write a CSV of ``columns`` without a row."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(columns)
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add ``row`` to the CSV at ``path``, its values in the order of the header."""
-    with path.open("r+", newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file))
-        file.seek(0, 2)
-        csv.DictWriter(file, columns).writerow(row)
