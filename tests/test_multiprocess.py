@@ -59,6 +59,21 @@ def test_sampled_tokens_do_not_depend_on_the_workers(tiny: Callable[[str], Path]
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.parametrize(("target_ms", "level"), [(0.001, 2), (1e6, 0)])
+def test_auto_moves_cores_to_the_phase_that_needs_them(
+    target_ms: float, level: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})  # three ways to cut four cores
+    prompts = prompts_of([100] * 60, seed=7)
+    with LLM(tiny("llama"), mode="mp", share="auto", itl_target_ms=target_ms, prefill_tokens=100) as llm:
+        assert llm.started.division == [{"prefill-0": 4 - units, "decode-0": units} for units in (1, 2, 3)]
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
+        assert placement_of(llm)._board.level == level
+    with LLM(tiny("llama")) as llm:
+        expected = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
 def test_every_worker_takes_part(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), mode="mp", workers=LAYOUTS["two of each"]) as llm:
         outputs = llm.generate(prompts_of([20] * 12), SamplingParams(max_tokens=8, ignore_eos=True))
@@ -82,7 +97,7 @@ def test_a_layout_that_makes_no_sense_is_refused(
 
 
 def test_workers_in_another_mode_are_refused(tiny: Callable[[str], Path]) -> None:
-    with pytest.raises(InputError, match="workers are laid out in mode mp, not in mode sequential"):
+    with pytest.raises(InputError, match="workers are laid out in modes mp and green, not in mode sequential"):
         LLM(tiny("opt"), workers="[{role: mixed}]")
 
 
@@ -150,9 +165,9 @@ def test_weights_and_pool_count_once_however_many_workers() -> None:
 
 def test_the_pool_is_the_same_memory_in_every_process(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), mode="mp", kv_memory="8MiB") as llm:
-        assert llm.pool is not None
+        assert llm.started.pool is not None
         llm.generate([[5] * 20], SamplingParams(max_tokens=4, ignore_eos=True))
-        written = [bool(keys.any()) for keys in llm.pool.keys]  # by the workers, seen by the parent
+        written = [bool(keys.any()) for keys in llm.started.pool.keys]  # by the workers, seen by the parent
         mappings = []
         for pid in [*llm.pids.values(), os.getpid()]:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()

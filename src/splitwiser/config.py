@@ -22,13 +22,16 @@ class RunConfig:
 
     model: str = _option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
     case_id: int = _option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", int)
-    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential or mp")
+    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential, mp or green")
     workers: str = _option(
-        constants.WORKERS, "worker layout of mode mp: YAML file or text; empty: one prefill, one decode"
+        constants.WORKERS, "worker layout of modes mp, green: YAML file or text; empty: one prefill, one decode"
     )
-    lend_cores: bool = _option(
-        constants.LEND_CORES, "mode mp on a CPU: idle workers lend their cores, step by step", bool
+    share: str = _option(
+        constants.SHARE,
+        "how workers divide the device (cores in mp, SMs in green): fixed, by their shares; auto, by --itl_target_ms; none",
     )
+    itl_target_ms: float = _option(constants.ITL_TARGET_MS, "share auto: what decode keeps between two tokens", float)
+    lend: bool = _option(constants.LEND, "idle workers lend their part of the device, step by step", bool)
     data: str = _option(
         str(constants.DIR_DATA), "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name"
     )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from splitwiser.errors import InputError, RunError, WorkerLostError
+from splitwiser.kv_pool import KVPool
 from splitwiser.messages import Message, Progress, StepRecord
 from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
+from splitwiser.shares import ShareSettings
 from splitwiser.stopping import final_text
 
 _SETTLE_NS = 2_000_000  # how long the end of a run waits for step records that are still on their way
@@ -79,8 +81,27 @@ class EngineSettings:
     prefill_tokens: int
     block_tokens: int
     kv_memory: str
-    lend_cores: bool
+    shares: ShareSettings
     kernels: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
+    of compute, how many units (cores, multiprocessors) each worker has."""
+
+    engine: "Engine"
+    pool: KVPool | None
+    kernels: dict[str, str]
+    division: list[dict[str, int]]
+
+
+def describe_kernels(decode_attention: str) -> dict[str, str]:
+    """Which kernel serves each phase of an engine over the pool, for a run's record."""
+    return {
+        "prefill_attention": "torch.nn.functional.scaled_dot_product_attention",
+        "decode_attention": decode_attention,
+    }
 
 
 @dataclass

@@ -8,23 +8,24 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from splitwiser import constants
-from splitwiser.engine import Engine, EngineSettings, Observer, check_fits
+from splitwiser.engine import EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
-from splitwiser.kv_pool import KVPool
+from splitwiser.green import check_green, start_green
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
-from splitwiser.model import LoadedModel, load_model
+from splitwiser.model import LoadedModel, load_model, resolve_device
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
+from splitwiser.shares import ShareSettings
 
-Mode = Literal["generate", "sequential", "mp"]
+Mode = Literal["generate", "sequential", "mp", "green"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 PLANNED_MODES = {
     "mps": "workers as clients of an NVIDIA MPS daemon",
-    "green": "both phases in one process, each in a CUDA green context",
 }
-DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH}
+DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "green": ONE_OF_EACH}
+STARTS = {"sequential": start_local, "mp": start_processes, "green": start_green}
 
 Prompt = str | Sequence[int]
 
@@ -35,10 +36,14 @@ class LLM:
     Args:
         model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
-        mode: how the two phases are placed: ``generate``, ``sequential`` or ``mp``.
-        workers: the layout of mode ``mp``: a list such as ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML
-            file's path or YAML text; empty for one prefill and one decode worker.
-        lend_cores: in mode ``mp`` on a CPU, whether a worker without work lends its cores to the others, step by step.
+        mode: how the two phases are placed: ``generate``, ``sequential``, ``mp`` or ``green``.
+        workers: the layout of modes ``mp`` and ``green``: a list such as
+            ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML file's path or YAML text; empty for one
+            prefill and one decode worker.
+        share: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their shares,
+            ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
+        itl_target_ms: what share ``auto`` keeps the time between two tokens under, in milliseconds.
+        lend: whether a worker without work lends its part of the device to the others, step by step.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
@@ -59,7 +64,9 @@ class LLM:
         *,
         mode: str = constants.MODE,
         workers: str | Sequence[dict[str, Any]] = constants.WORKERS,
-        lend_cores: bool = constants.LEND_CORES,
+        share: str = constants.SHARE,
+        itl_target_ms: float = constants.ITL_TARGET_MS,
+        lend: bool = constants.LEND,
         dtype: str = constants.DTYPE,
         device: str = constants.DEVICE,
         load_format: str = constants.LOAD_FORMAT,
@@ -77,28 +84,28 @@ class LLM:
         for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
             if given < 1:
                 raise InputError(f"{name} must be 1 or more, not {given}")
-        if workers and mode != "mp":
-            raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
+        if workers and mode not in ("mp", "green"):
+            raise InputError(f"workers are laid out in modes mp and green, not in mode {mode}")
         layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+        shares = ShareSettings(share, itl_target_ms, lend)
+        if layout is not None:
+            shares.check(mode, layout)
+            if mode == "green":
+                check_green(resolve_device(device), layout)
         began = time.perf_counter()
         if mode == "mp":
             warm_up_start()
         self.mode = mode
         self.seed = seed
         self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
-        self.pool: KVPool | None = None
-        self.kernels = "transformers' own"
         self.workers = str(layout or "1 generate")
-        self._engine: Engine
         if layout is None:
-            self._engine = GenerateEngine(self.model, batch_size)
+            kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
+            self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])
         else:
-            start = start_processes if mode == "mp" else start_local
-            self._engine, self.pool, self.kernels = start(
-                self.model,
-                layout,
-                EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores, kernels),
-            )
+            settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
+            self.started = STARTS[mode](self.model, layout, settings)
+        self._engine = self.started.engine
         try:
             self._warm_up(layout)
         except BaseException:

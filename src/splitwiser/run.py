@@ -67,7 +67,9 @@ def run(config: RunConfig) -> RunResult:
         config.model,
         mode=config.mode,
         workers=config.workers,
-        lend_cores=config.lend_cores,
+        share=config.share,
+        itl_target_ms=config.itl_target_ms,
+        lend=config.lend,
         dtype=config.dtype,
         device=config.device_name,
         load_format=config.load_format,
@@ -160,7 +162,7 @@ def _labels(config: RunConfig, llm: LLM, run_id: str) -> dict[str, Any]:
 
 
 def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
-    pool = llm.pool
+    pool = llm.started.pool
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
@@ -175,10 +177,8 @@ def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
         },
         "workers": llm.workers,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
-        "kernels": {
-            "prefill_attention": "torch.nn.functional.scaled_dot_product_attention" if pool else llm.kernels,
-            "decode_attention": llm.kernels,
-        },
+        "division": llm.started.division,
+        "kernels": llm.started.kernels,
         "load_s": llm.model.load_s,
         "ready_s": llm.ready_s,
         "machine": describe_machine(llm.model.device),
