@@ -110,9 +110,8 @@ def main() -> int:
     print("doctor:", run_stage(doctor, folder, 60), flush=True)
     modes = working_modes(folder)
     usable = {name: variant for name, variant in VARIANTS.items() if variant[0] in modes}
-    each_mode: dict[str, tuple[str, str]] = {mode: (mode, "") for mode in ("generate", *sorted(modes - {"generate"}))}
-        mode: (mode, "") for mode in ("generate", "sequential", "mp", "mps", "green") if mode in modes
-    }
+    named = ("generate", *sorted(modes - {"generate"}))
+    each_mode: dict[str, tuple[str, str]] = {mode: (mode, "") for mode in named}
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(PROJECT / "tests")]
     stages = [
         Stage("gpu_tests", tests, 0.4),
