@@ -228,6 +228,25 @@ def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+@MODES
+def test_a_checkpoints_own_end_of_sequence_can_be_ignored(
+    mode: str, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    import json
+    import shutil
+
+    with LLM(tiny("opt"), mode=mode) as llm:
+        (free,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+    directory = tmp_path / "ends"
+    shutil.copytree(tiny("opt"), directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": free.token_ids[4]}))
+    with LLM(directory, mode=mode) as llm:
+        (ended,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30))
+        (ignoring,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert len(ended.token_ids) <= 5
+    assert ignoring.token_ids == free.token_ids
+
+
 def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str], Path]) -> None:
     class Interrupts(Observer):
         def on_step(self, record: StepRecord) -> None:

@@ -133,8 +133,9 @@ def load_model(
         tokenizer = _load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
-    # a fresh one, so that mode generate applies nothing that the engine does not
-    module.generation_config = GenerationConfig(eos_token_id=sorted(eos) or None, pad_token_id=0)
+    # a fresh one, so that mode generate applies nothing that the engine does not: no end-of-sequence token either, since
+    # transformers would end a row at it even where the request ignores it
+    module.generation_config = GenerationConfig(pad_token_id=0)
     return LoadedModel(
         name=entry.name,
         module=module.eval().requires_grad_(False),
