@@ -60,6 +60,14 @@ class LoadedModel:
         return len(weight) if isinstance(weight, Tensor) else 0
 
     @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Token ids that stand for no text: end-of-sequence, begin, padding and what the tokenizer counts among them."""
+        config = self.module.config.get_text_config()
+        named = (getattr(config, name, None) for name in ("bos_token_id", "pad_token_id"))
+        of_tokenizer = self.tokenizer.all_special_ids if self.tokenizer else []
+        return self.eos_token_ids.union(of_tokenizer, (each for each in named if isinstance(each, int)))
+
+    @property
     def parameters(self) -> int:
         """Number of weights, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
