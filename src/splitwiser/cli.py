@@ -86,6 +86,17 @@ def _models(_: argparse.Namespace) -> None:
     print(columns([("model", "from", "without a download, as dummy"), *rows]))
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling of each option, and no default where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [each for each in action.option_strings if "-" not in each.lstrip("-").removeprefix("no-")]
+        return " ".join([", ".join(spellings), *([action.metavar] if isinstance(action.metavar, str) else [])])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -94,20 +105,26 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         parents=[debugging],
+        usage="%(prog)s [options]",
         help="run a model over reports or a workload and write latency and throughput",
-        description="Defaults come from src/splitwiser/constants.py.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Defaults come from src/splitwiser/constants.py. A hyphen may stand for each underscore.",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    groups = {
+        name: run.add_argument_group(name)
+        for name in ("requests", "arrivals", "model and placement", "sampling", "results")
+    }
     for each in fields(RunConfig):
+        group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         if each.metadata["type"] is bool:
-            run.add_argument(
+            group.add_argument(
                 *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
             )
         else:
             kind = each.metadata["type"]
-            run.add_argument(
+            group.add_argument(
                 *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
             )
     run.set_defaults(command=_run)

@@ -1,19 +1,23 @@
 """The configuration of a run, checked once, where it enters: each field is also an option of ``splitwiser run``."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from splitwiser import constants
 from splitwiser.data import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
 from splitwiser.errors import InputError
+from splitwiser.metrics import parse_goodput
 from splitwiser.request import SamplingParams
+from splitwiser.request_trace import parse_slice
+from splitwiser.synthetic import SPELLINGS, parse_lengths
 
 T = TypeVar("T")
 
 
-def _option(default: T, help_text: str, kind: type = str) -> T:
-    return field(default=default, metadata={"help": help_text, "type": kind})
+def _option(default: T, help_text: str, kind: type = str, *, group: str = "model and placement") -> T:
+    return field(default=default, metadata={"help": help_text, "type": kind, "group": group})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class RunConfig:
     """What to run and how. Raises :class:`~splitwiser.errors.InputError` on values that make no sense together."""
 
     model: str = _option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
-    case_id: int = _option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", int)
+    case_id: int = _option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", int, group="requests")
     mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential, mp or green")
     workers: str = _option(
         constants.WORKERS, "worker layout of modes mp, green: YAML file or text; empty: one prefill, one decode"
@@ -33,21 +37,83 @@ class RunConfig:
     itl_target_ms: float = _option(constants.ITL_TARGET_MS, "share auto: what decode keeps between two tokens", float)
     lend: bool = _option(constants.LEND, "idle workers lend their part of the device, step by step", bool)
     data: str = _option(
-        str(constants.DIR_DATA), "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name"
+        str(constants.DIR_DATA),
+        "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name",
+        group="requests",
     )
-    split: str = _option(constants.SPLIT, "which set of --data: train, validate or test")
-    finding_column: str = _option(DEFAULT_FINDING_COLUMN, "column of --data that holds the text to summarise")
+    split: str = _option(constants.SPLIT, "which set of --data: train, validate or test", group="requests")
+    finding_column: str = _option(
+        DEFAULT_FINDING_COLUMN, "column of --data that holds the text to summarise", group="requests"
+    )
     impression_column: str = _option(
-        DEFAULT_IMPRESSION_COLUMN, "column of --data that holds the reference summary, if any"
+        DEFAULT_IMPRESSION_COLUMN, "column of --data that holds the reference summary, if any", group="requests"
     )
-    limit: int | None = _option(None, "only the first N requests", int)
-    workload: str | None = _option(None, "JSON file of prompts and arrival times, instead of --data and --case_id")
-    max_new_tokens: int | None = _option(None, "most new tokens a request, instead of the case's or workload's", int)
-    temperature: float = _option(constants.TEMPERATURE, "0 is greedy; above, tokens are drawn at random", float)
-    top_k: int = _option(constants.TOP_K, "draw among the K likeliest tokens; 0: all", int)
-    top_p: float = _option(constants.TOP_P, "draw among the likeliest tokens of this total probability; 1: all", float)
-    ignore_eos: bool = _option(False, "do not end a request at an end-of-sequence token", bool)
-    seed: int = _option(constants.SEED, "of in-context examples, dummy weights and drawn tokens", int)
+    workload: str | None = _option(
+        None, "JSON file of prompts, lengths and arrival times, instead of --data and --case_id", group="requests"
+    )
+    trace: str | None = _option(
+        None,
+        "CSV of TIMESTAMP, ContextTokens, GeneratedTokens (the public Azure traces) to replay with random prompts of "
+        "those lengths, instead of --data and --case_id",
+        group="requests",
+    )
+    trace_slice: str | None = _option(
+        None, "START:END, in seconds from the trace's first request: only what arrived then", group="requests"
+    )
+    trace_speed: float = _option(1.0, "replay the trace this many times as fast", float, group="requests")
+    prompt_tokens: str | None = _option(
+        None,
+        f"random prompts of such lengths, instead of --data and --case_id, or of the trace's lengths: {SPELLINGS}",
+        group="requests",
+    )
+    output_tokens: str | None = _option(
+        None,
+        "every request makes just so many tokens, past end-of-sequence ones; spelt as --prompt_tokens "
+        f"(default with that: {constants.OUTPUT_TOKENS})",
+        group="requests",
+    )
+    requests: int | None = _option(
+        None, f"how many requests --prompt_tokens makes (default: {constants.REQUESTS})", int, group="requests"
+    )
+    limit: int | None = _option(None, "only the first N requests", int, group="requests")
+    max_prompt_tokens: int | None = _option(
+        None, "cut longer prompts of --trace or --prompt_tokens to this", int, group="requests"
+    )
+    max_new_tokens: int | None = _option(
+        None,
+        "most new tokens a request, instead of the case's or workload's; cuts the trace's and --output_tokens",
+        int,
+        group="requests",
+    )
+    request_rate: float | None = _option(
+        None,
+        "requests per second, instead of the workload's or trace's own times; inf, or without such times: all at once",
+        float,
+        group="arrivals",
+    )
+    burstiness: float = _option(
+        1.0, "of --request_rate: 1 is Poisson, less is burstier, more is steadier, inf is even", float, group="arrivals"
+    )
+    max_concurrency: int | None = _option(
+        None, "closed loop: N requests at a time, the next arrives the moment one finishes", int, group="arrivals"
+    )
+    goodput: str | None = _option(
+        None, "targets in ms, such as ttft:200,tpot:50,e2el:5000: report the requests/s that meet all", group="results"
+    )
+    temperature: float = _option(
+        constants.TEMPERATURE, "0 is greedy; above, tokens are drawn at random", float, group="sampling"
+    )
+    top_k: int = _option(constants.TOP_K, "draw among the K likeliest tokens; 0: all", int, group="sampling")
+    top_p: float = _option(
+        constants.TOP_P, "draw among the likeliest tokens of this total probability; 1: all", float, group="sampling"
+    )
+    ignore_eos: bool = _option(False, "do not end a request at an end-of-sequence token", bool, group="sampling")
+    seed: int = _option(
+        constants.SEED,
+        "of in-context examples, lengths, arrivals, random prompts, dummy weights and drawn tokens",
+        int,
+        group="sampling",
+    )
     dtype: str = _option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
     device: str = _option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
     gpu_id: int | None = _option(None, "the GPU to use, as the original's flag; the same as --device cuda:N", int)
@@ -59,7 +125,7 @@ class RunConfig:
     kernels: str = _option(
         constants.KERNELS, "auto compiles what is faster so, where there is a compiler; plain does not"
     )
-    results: str = _option(str(constants.DIR_RESULTS), "directory that gets a folder for this run")
+    results: str = _option(str(constants.DIR_RESULTS), "directory that gets a folder for this run", group="results")
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -68,18 +134,74 @@ class RunConfig:
             raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
         if Path(self.results).exists() and not Path(self.results).is_dir():
             raise InputError(f"--results {self.results}: is a file; a directory is needed")
+        self._check_requests()
+        self._check_arrivals()
+        if self.goodput is not None:
+            parse_goodput(self.goodput)
+
+    def _check_requests(self) -> None:
+        for name in ("requests", "max_prompt_tokens"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise InputError(f"--{name} must be 1 or more, not {given}")
+        for other in ("trace", "prompt_tokens"):
+            if self.workload is not None and getattr(self, other) is not None:
+                raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
+        if self.trace is None and (self.trace_slice is not None or self.trace_speed != 1):
+            raise InputError("--trace_slice and --trace_speed take a part of a trace; give its file with --trace")
+        if not 0 < self.trace_speed < math.inf:
+            raise InputError(f"--trace_speed must be above 0, not {self.trace_speed:g}")
+        if self.requests is not None and self.source != "synthetic":
+            raise InputError("--requests is for --prompt_tokens without --trace; --limit takes the first N of others")
+        if self.max_prompt_tokens is not None and self.source not in ("trace", "synthetic"):
+            raise InputError(
+                "--max_prompt_tokens cuts the random prompts of --trace or --prompt_tokens; give one of them"
+            )
+        if self.trace_slice is not None:
+            parse_slice(self.trace_slice)
+        for name in ("prompt_tokens", "output_tokens"):
+            if getattr(self, name) is not None:
+                parse_lengths(f"--{name}", getattr(self, name))
+
+    def _check_arrivals(self) -> None:
+        if self.request_rate is not None and not self.request_rate > 0:
+            raise InputError(f"--request_rate must be above 0 requests per second, not {self.request_rate:g}")
+        if not self.burstiness > 0:
+            raise InputError(f"--burstiness must be above 0, not {self.burstiness:g}")
+        if self.burstiness != 1 and self.request_rate is None:
+            raise InputError("--burstiness is of arrivals at a rate; give --request_rate")
+        if self.max_concurrency is not None and self.max_concurrency < 1:
+            raise InputError(f"--max_concurrency must be 1 or more, not {self.max_concurrency}")
+        if self.max_concurrency is not None and self.request_rate is not None:
+            raise InputError(
+                "--max_concurrency lets requests in as others finish, --request_rate at times; give one of them"
+            )
+        if self.trace_speed != 1 and (self.max_concurrency is not None or self.request_rate is not None):
+            raise InputError(
+                "--trace_speed is of the trace's own times, which --request_rate or --max_concurrency replaces"
+            )
+
+    @property
+    def source(self) -> Literal["case", "workload", "trace", "synthetic"]:
+        """Where the requests come from."""
+        if self.workload is not None:
+            return "workload"
+        if self.trace is not None:
+            return "trace"
+        return "case" if self.prompt_tokens is None else "synthetic"
 
     @property
     def device_name(self) -> str:
         """The device that ``device`` and ``gpu_id`` name together."""
         return self.device if self.gpu_id is None else f"cuda:{self.gpu_id}"
 
-    def sampling_params(self, max_new_tokens: int) -> SamplingParams:
-        """Sampling parameters of every request; ``max_new_tokens`` is the case's or workload's."""
+    def sampling_params(self, max_new_tokens: int, exact: bool = False) -> SamplingParams:
+        """Sampling parameters of a request whose case, workload or trace says ``max_new_tokens``; if ``exact``, it makes
+        just as many, whatever else."""
         return SamplingParams(
-            max_tokens=max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+            max_tokens=max_new_tokens if exact or self.max_new_tokens is None else self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            ignore_eos=self.ignore_eos,
+            ignore_eos=self.ignore_eos or exact,
         )

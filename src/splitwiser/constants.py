@@ -18,6 +18,9 @@ ITL_TARGET_MS = 50.0  # the time between two tokens that SHARE = "auto" keeps de
 LEND = True  # a worker without work lends its part of the device to the others, step by step
 SPLIT = "test"  # which set of DIR_DATA is summarised: train, validate or test
 
+REQUESTS = 100  # how many synthetic requests, where --requests does not say
+OUTPUT_TOKENS = 128  # new tokens of each, where --output_tokens does not say
+
 DTYPE = "float32"  # float32 (exact), bfloat16 or float16 (faster, half the memory); auto takes the checkpoint's own
 DEVICE = "auto"  # auto (the first GPU if there is one), cpu, cuda or cuda:N
 LOAD_FORMAT = "auto"  # auto reads a checkpoint; dummy builds the architecture with random weights, for timing

@@ -161,6 +161,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrival_s: Sequence[float] | None = None,
+        max_concurrency: int | None = None,
         observer: Observer | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt and return the outputs in their order.
@@ -169,21 +170,28 @@ class LLM:
             prompts: strings or sequences of token ids.
             sampling_params: for all prompts, or one each.
             arrival_s: when each prompt arrives, in seconds from the call; all at once if not given.
+            max_concurrency: if given, so many arrive at the call and each further one the moment one finishes.
             observer: is told of steps and finished requests as they come.
 
         Raises :class:`~splitwiser.errors.InputError` before anything runs if a prompt could never be served.
         """
+        if max_concurrency is not None and arrival_s is not None:
+            raise InputError("with max_concurrency requests arrive as others finish; leave arrival_s out")
+        if max_concurrency is not None and max_concurrency < 1:
+            raise InputError(f"max_concurrency must be 1 or more, not {max_concurrency}")
         if isinstance(prompts, str):
             prompts = [prompts]
         requests = self.make_requests(prompts, sampling_params, arrival_s)
-        outputs = self.run(requests, observer or Observer(), time.perf_counter_ns())
+        outputs = self.run(requests, observer or Observer(), time.perf_counter_ns(), max_concurrency)
         for output, prompt in zip(outputs, prompts, strict=True):
             output.prompt = prompt if isinstance(prompt, str) else None
         return outputs
 
-    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def run(
+        self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
+    ) -> list[RequestOutput]:
         """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`."""
-        return self._engine.run(requests, observer, start_ns)
+        return self._engine.run(requests, observer, start_ns, max_concurrency)
 
     def _token_ids(self, number: int, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
