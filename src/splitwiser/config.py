@@ -22,12 +22,18 @@ class RunConfig:
 
     model: str = _option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
     case_id: int = _option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", int)
-    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential or mp")
+    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential, mp or mps")
     workers: str = _option(
-        constants.WORKERS, "worker layout of mode mp: YAML file or text; empty: one prefill, one decode"
+        constants.WORKERS, "worker layout of modes mp and mps: YAML file or text; empty: one prefill, one decode"
     )
     lend_cores: bool = _option(
         constants.LEND_CORES, "mode mp on a CPU: idle workers lend their cores, step by step", bool
+    )
+    mps: str = _option(
+        constants.MPS, "mode mps: private starts an MPS daemon for this run; existing uses the one there"
+    )
+    exclusive: bool = _option(
+        constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root", bool
     )
     data: str = _option(
         str(constants.DIR_DATA), "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name"

@@ -11,11 +11,13 @@ DIR_RESULTS = DIR_PROJECT / "results"  # one folder a run
 
 MODEL = "radiology-opt"  # a name of configs/models.yaml, a checkpoint directory or a hub id
 CASE_ID = 0  # a prompting recipe of configs/cases.yaml: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix
-MODE = "sequential"  # how the phases are placed: generate, sequential or mp
+MODE = "sequential"  # how the phases are placed: generate, sequential, mp or mps
 WORKERS = (
-    ""  # worker layout of mode mp: a YAML file or text such as "[{role: mixed, count: 4}]"; empty: one of each phase
+    ""  # worker layout of modes mp and mps: YAML file or text, "[{role: mixed, count: 4}]"; empty: one of each phase
 )
 LEND_CORES = True  # mode mp on a CPU: a worker without work lends its cores to the others, step by step
+MPS = "private"  # mode mps: private starts an MPS daemon for each run; existing uses the one that is there
+EXCLUSIVE = False  # mode mps: put the GPU into compute mode EXCLUSIVE_PROCESS for the run; needs root
 SPLIT = "test"  # which set of DIR_DATA is summarised: train, validate or test
 
 DTYPE = "float32"  # float32 (exact), bfloat16 or float16 (faster, half the memory); auto takes the checkpoint's own

@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -15,16 +17,18 @@ from splitwiser.kv_pool import KVPool
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model
+from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
 
-Mode = Literal["generate", "sequential", "mp"]
+Mode = Literal["generate", "sequential", "mp", "mps"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 PLANNED_MODES = {
-    "mps": "workers as clients of an NVIDIA MPS daemon",
     "green": "both phases in one process, each in a CUDA green context",
 }
-DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH}
+DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "mps": ONE_OF_EACH}
+PROCESS_MODES = ("mp", "mps")
+MPS_DAEMONS = ("private", "existing")
 
 Prompt = str | Sequence[int]
 
@@ -35,10 +39,14 @@ class LLM:
     Args:
         model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
-        mode: how the two phases are placed: ``generate``, ``sequential`` or ``mp``.
-        workers: the layout of mode ``mp``: a list such as ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML
-            file's path or YAML text; empty for one prefill and one decode worker.
+        mode: how the two phases are placed: ``generate``, ``sequential``, ``mp`` or ``mps``.
+        workers: the layout of modes ``mp`` and ``mps``: a list such as
+            ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML file's path or YAML text; empty for one
+            prefill and one decode worker.
         lend_cores: in mode ``mp`` on a CPU, whether a worker without work lends its cores to the others, step by step.
+        mps: the MPS daemon of mode ``mps``: ``private`` starts one for this object and stops it with :meth:`close`,
+            ``existing`` uses the one that is there.
+        exclusive: in mode ``mps``, whether the GPU is in compute mode EXCLUSIVE_PROCESS until :meth:`close` (needs root).
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
@@ -60,6 +68,8 @@ class LLM:
         mode: str = constants.MODE,
         workers: str | Sequence[dict[str, Any]] = constants.WORKERS,
         lend_cores: bool = constants.LEND_CORES,
+        mps: str = constants.MPS,
+        exclusive: bool = constants.EXCLUSIVE,
         dtype: str = constants.DTYPE,
         device: str = constants.DEVICE,
         load_format: str = constants.LOAD_FORMAT,
@@ -77,33 +87,48 @@ class LLM:
         for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
             if given < 1:
                 raise InputError(f"{name} must be 1 or more, not {given}")
-        if workers and mode != "mp":
-            raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
+        if mps not in MPS_DAEMONS:
+            raise unknown("mps", mps, MPS_DAEMONS)
+        if workers and mode not in PROCESS_MODES:
+            raise InputError(f"workers are laid out in mode mp or mps, not in mode {mode}")
+        if mps == "existing" and mode != "mps":
+            raise InputError(f"mps existing goes with mode mps, not with mode {mode}")
+        if exclusive and (mode != "mps" or mps == "existing"):
+            raise InputError("exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses")
         layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
         began = time.perf_counter()
-        if mode == "mp":
-            warm_up_start()
         self.mode = mode
         self.seed = seed
-        self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
         self.pool: KVPool | None = None
         self.kernels = "transformers' own"
         self.workers = str(layout or "1 generate")
+        self.mps: dict[str, Any] | None = None
         self._engine: Engine
-        if layout is None:
-            self._engine = GenerateEngine(self.model, batch_size)
-        else:
-            start = start_processes if mode == "mp" else start_local
-            self._engine, self.pool, self.kernels = start(
-                self.model,
-                layout,
-                EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores, kernels),
-            )
-        try:
+        start = start_local
+        with ExitStack() as undo:  # of whatever was done, should the rest fail
+            if mode == "mps" and layout:
+                index = gpu_index(device)
+                daemon = undo.enter_context(mps_daemon(mps == "existing", exclusive, index))
+                device = f"cuda:{index}"
+                start = partial(start_processes, daemon=daemon)
+                shares = {spec.name: thread_percentage(spec) for spec in layout.workers}
+                self.mps = {"daemon": mps, "exclusive": exclusive, "active_thread_percentages": shares}
+            elif mode == "mp":
+                start = start_processes
+            if mode in PROCESS_MODES:
+                warm_up_start()
+            self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
+            if layout is None:
+                self._engine = GenerateEngine(self.model, batch_size)
+            else:
+                self._engine, self.pool, self.kernels = start(
+                    self.model,
+                    layout,
+                    EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores, kernels),
+                )
+            undo.callback(self._engine.close)
             self._warm_up(layout)
-        except BaseException:
-            self.close()
-            raise
+            self._undo: Callable[[], None] = undo.pop_all().close
         self.ready_s = time.perf_counter() - began
 
     def __enter__(self) -> Self:
@@ -115,8 +140,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give up workers and memory."""
-        self._engine.close()
+        """Give up workers, memory and MPS daemon."""
+        self._undo()
 
     @property
     def pids(self) -> dict[str, int]:

@@ -68,6 +68,8 @@ def run(config: RunConfig) -> RunResult:
         mode=config.mode,
         workers=config.workers,
         lend_cores=config.lend_cores,
+        mps=config.mps,
+        exclusive=config.exclusive,
         dtype=config.dtype,
         device=config.device_name,
         load_format=config.load_format,
@@ -174,6 +176,7 @@ def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
             "notes": llm.model.notes,
         },
         "workers": llm.workers,
+        "mps": llm.mps,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
         "kernels": {
             "prefill_attention": "torch.nn.functional.scaled_dot_product_attention" if pool else llm.kernels,
