@@ -46,6 +46,7 @@ DEFAULT_PIPES, DEFAULT_LOGS = "/tmp/nvidia-mps", "/var/log/nvidia-mps"
 
 COMMAND_S = 5.0  # longest that a command to the daemon may take
 START_S = 10.0  # longest that the daemon may take to answer
+SETTLE_S = 0.5  # a daemon that detaches may not be seen for a moment
 REGISTER_S = 10.0  # longest that a worker that is up may be missing from the daemon's list
 QUIT_S = 5  # whole seconds that servers have to end in peace
 FORCE_S = 2.0  # from SIGTERM to SIGKILL
@@ -88,7 +89,7 @@ class MpsDaemon:
     kind: Literal["private", "existing"]
     pipe_directory: Path
     log_directory: Path
-    pid: int | None
+    pid: int | None  # None: it cannot be seen from here
     started: int | None
     environment: dict[str, str]
 
@@ -104,12 +105,18 @@ class MpsDaemon:
     def wait_for_clients(self, pids: Mapping[str, int]) -> None:
         """Return when all of ``pids`` (by worker) are clients. Raises :class:`RunError` that names those that are not."""
         deadline = time.monotonic() + REGISTER_S
-        while missing := [f"{name} (process {pid})" for name, pid in pids.items() if pid not in self.clients()]:
+        while True:
+            if fault := self.find_fault():
+                raise RunError(fault)
+            clients = self.clients()
+            missing = [f"{name} (process {pid})" for name, pid in pids.items() if pid not in clients]
+            if not missing:
+                return
             if time.monotonic() > deadline:
-                elsewhere = "" if self.pid else "; a daemon outside this container counts process ids of its own"
-                raise RunError(
-                    f"not on the MPS server: {', '.join(missing)}{elsewhere}; its logs end: {log_tail(self.log_directory)}"
-                )
+                outside = self.kind == "existing" and self.pid is None
+                why = "; a daemon outside this container counts process ids of its own" if outside else ""
+                logs = log_tail(self.log_directory)
+                raise RunError(f"not on the MPS server: {', '.join(missing)}{why}; its logs end: {logs}")
             time.sleep(0.1)
 
     def find_fault(self) -> str | None:
@@ -301,22 +308,21 @@ def _start(directory: Path, gpu: Gpu) -> MpsDaemon:
             raise fault(f"cannot be run ({error})") from error
     if done.returncode:
         raise fault(f"ended with exit code {done.returncode}")
-    deadline = time.monotonic() + START_S
+    began = time.monotonic()
     while True:
         try:
             _ask(pipes, "get_server_list")
             break
         except NoAnswerError as error:
-            if not _processes(pipes):
+            waited_s = time.monotonic() - began
+            if waited_s > SETTLE_S and not _processes(pipes):
                 raise fault("died as it started") from error
-            if time.monotonic() > deadline:
+            if waited_s > START_S:
                 raise fault(f"did not answer within {START_S:g} s ({error})") from error
         time.sleep(0.05)
     running = _processes(pipes)
-    if not running:
-        raise fault("answered and died")
-    pid = min(running, key=running.__getitem__)  # it started its servers
-    return MpsDaemon("private", pipes, logs, pid, running[pid], clients)
+    pid = min(running, key=running.__getitem__, default=None)  # the oldest: it started its servers
+    return MpsDaemon("private", pipes, logs, pid, running[pid] if pid else None, clients)
 
 
 @uninterrupted()
@@ -324,11 +330,13 @@ def _remove(directory: Path) -> None:
     """End the daemon of ``directory``, put the compute mode back and remove the directory. Never raises: it runs on every
     way out, and says on stderr what it could not do."""
     pipes = directory / "pipe"
-    if _processes(pipes):
+    running = _processes(pipes)
+    if running or (pipes / "control").exists():
         try:
             _ask(pipes, f"quit -t {QUIT_S}", QUIT_S + COMMAND_S)
         except NoAnswerError as error:
-            print(f"splitwiser: the MPS daemon is ended by force: {error}", file=sys.stderr)
+            if running:
+                print(f"splitwiser: the MPS daemon is ended by force: {error}", file=sys.stderr)
         left = _wait_until_gone(pipes, FORCE_S)
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in left:
