@@ -153,7 +153,7 @@ def test_options_are_shown_in_groups_in_one_spelling() -> None:
     assert "--request_rate REQUEST_RATE" in shown
     assert "--request-rate" not in shown
     assert "default: None" not in shown
-    assert "--lend_cores, --no-lend_cores" in shown
+    assert "--lend, --no-lend" in shown
 
 
 def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:

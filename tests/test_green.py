@@ -10,7 +10,7 @@ import torch
 from helpers import assert_says, refusal
 
 from splitwiser import LLM
-from splitwiser.green import AUTO_PREFILL_PERCENT, GreenDivision, check_green, plan_prefill_sms
+from splitwiser.green import AUTO_PREFILL_PERCENT, GreenDivision, check_layout, plan_prefill_sms
 from splitwiser.layout import ONE_OF_EACH, parse_layout
 from splitwiser.shares import ShareSettings
 
@@ -43,7 +43,7 @@ def test_the_command_refuses_with_exit_code_2() -> None:
     command = [sys.executable, "-m", "splitwiser", "run", "--mode", "green", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert_says(done.stderr, "mode green cannot run here", "use mode mp")
+    assert_says(done.stderr, "mode green:", "use mode mp")
 
 
 @pytest.mark.gpu
@@ -65,7 +65,6 @@ def test_auto_has_a_choice_of_splits() -> None:
     assert decode == sorted(decode)
 
 
-@pytest.mark.gpu
 def test_other_layouts_are_refused() -> None:
     layout = parse_layout("[{role: prefill, count: 2}, {role: decode}]")
-    assert_says(refusal(check_green, torch.device("cuda", 0), layout), "one prefill and one decode", "mode mp")
+    assert_says(refusal(check_layout, layout), "one prefill and one decode", "mode mp")

@@ -294,13 +294,13 @@ def test_a_script_needs_no_main_guard(tmp_path: Path, tiny: Callable[[str], Path
 
 
 class Running:
-    """``splitwiser run --mode mp`` in a session of its own, with a request that lasts and three that are finished."""
+    """``splitwiser run`` in a session of its own, with a request that lasts and three that are finished."""
 
-    def __init__(self, tmp_path: Path, model: Path) -> None:
+    def __init__(self, tmp_path: Path, model: Path, mode: str = "mp", command: Sequence[str] = COMMAND) -> None:
         self.results = tmp_path / "out"
         workload = write_workload(tmp_path / "w.json", [[5]] * 3 + [[6]], 200, arrival_s=[0, 0, 0, 3600])
         self.process = subprocess.Popen(
-            [*COMMAND, "run", "--mode", "mp", "--model", model, "--workload", workload, "--ignore_eos",
+            [*command, "run", "--mode", mode, "--model", model, "--workload", workload, "--ignore_eos",
              "--results", self.results],
             stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip

@@ -26,16 +26,22 @@ class RunConfig:
 
     model: str = _option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
     case_id: int = _option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", int, group="requests")
-    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential, mp or green")
+    mode: str = _option(constants.MODE, "how the phases are placed: generate, sequential, mp, mps or green")
     workers: str = _option(
-        constants.WORKERS, "worker layout of modes mp, green: YAML file or text; empty: one prefill, one decode"
+        constants.WORKERS, "worker layout of modes mp, mps, green: YAML file or text; empty: one prefill, one decode"
     )
     share: str = _option(
         constants.SHARE,
-        "how workers divide the device (cores in mp, SMs in green): fixed, by their shares; auto, by --itl_target_ms; none",
+        "how workers divide the device: fixed, by their shares; auto, by --itl_target_ms (mp on a CPU, green); none",
     )
     itl_target_ms: float = _option(constants.ITL_TARGET_MS, "share auto: what decode keeps between two tokens", float)
     lend: bool = _option(constants.LEND, "idle workers lend their part of the device, step by step", bool)
+    mps: str = _option(
+        constants.MPS, "mode mps: private starts an MPS daemon for this run; existing uses the one there"
+    )
+    exclusive: bool = _option(
+        constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root", bool
+    )
     data: str = _option(
         str(constants.DIR_DATA),
         "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name",

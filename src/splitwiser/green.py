@@ -51,11 +51,8 @@ def start_green(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     return start_lanes(model, layout, settings, GreenDivision(model.device, layout, settings.shares))
 
 
-def check_green(device: torch.device, layout: WorkerLayout) -> None:
-    """Refuse a device without green contexts, and a layout other than one prefill and one decode worker. Raises
-    :class:`InputError`."""
-    if problem := find_problem(device):
-        raise InputError(f"mode green cannot run here: {problem}; use mode mp or sequential")
+def check_layout(layout: WorkerLayout) -> None:
+    """Refuse a layout other than one prefill and one decode worker. Raises :class:`InputError`."""
     if sorted(spec.role for spec in layout.workers) != ["decode", "prefill"]:
         raise InputError(f"mode green has one prefill and one decode worker, not {layout}; use mode mp for others")
 

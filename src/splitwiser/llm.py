@@ -2,32 +2,72 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from splitwiser import constants
+from splitwiser import constants, green
 from splitwiser.engine import EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
-from splitwiser.green import check_green, start_green
+from splitwiser.green import check_layout, start_green
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model, resolve_device
+from splitwiser.mps import find_problem, gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
 from splitwiser.shares import ShareSettings
 
-Mode = Literal["generate", "sequential", "mp", "green"]
+Mode = Literal["generate", "sequential", "mp", "mps", "green"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-PLANNED_MODES = {
-    "mps": "workers as clients of an NVIDIA MPS daemon",
-}
-DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "green": ONE_OF_EACH}
-STARTS = {"sequential": start_local, "mp": start_processes, "green": start_green}
+DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "mps": ONE_OF_EACH, "green": ONE_OF_EACH}
+LAID_OUT = ("mp", "mps", "green")  # the modes whose workers a user lays out
+MPS_DAEMONS = ("private", "existing")
 
 Prompt = str | Sequence[int]
+
+
+def plan_workers(mode: str, workers: str | Sequence[dict[str, Any]], shares: ShareSettings) -> WorkerLayout | None:
+    """The workers of ``mode``, laid out as ``workers`` says or by default; None for mode ``generate``.
+
+    Raises :class:`InputError` for a mode that is not there, and for a layout or shares that it cannot have.
+    """
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    if workers and mode not in LAID_OUT:
+        raise InputError(f"workers are laid out in modes {', '.join(LAID_OUT)}, not in mode {mode}")
+    layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+    if layout is not None:
+        shares.check(mode, layout)
+        if mode == "green":
+            check_layout(layout)
+    return layout
+
+
+def check_mps(mode: str, mps: str, exclusive: bool) -> None:
+    """Refuse settings of mode ``mps`` that make no sense. Raises :class:`InputError`."""
+    if mps not in MPS_DAEMONS:
+        raise unknown("mps", mps, MPS_DAEMONS)
+    if mps == "existing" and mode != "mps":
+        raise InputError(f"mps existing goes with mode mps, not with mode {mode}")
+    if exclusive and (mode != "mps" or mps == "existing"):
+        raise InputError("exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses")
+
+
+def check_mode_here(mode: str, device: str) -> None:
+    """Refuse a mode that this machine cannot run, with the reason and the mode to use instead. Raises
+    :class:`InputError`; does not initialise CUDA for mode ``mps``."""
+    problem = None
+    if mode == "green":
+        problem = green.find_problem(resolve_device(device))
+    elif mode == "mps":
+        problem = find_problem(gpu_index(device))
+    if problem:
+        raise InputError(f"mode {mode}: {problem}; use mode mp")
 
 
 class LLM:
@@ -36,8 +76,8 @@ class LLM:
     Args:
         model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
-        mode: how the two phases are placed: ``generate``, ``sequential``, ``mp`` or ``green``.
-        workers: the layout of modes ``mp`` and ``green``: a list such as
+        mode: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
+        workers: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
             ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML file's path or YAML text; empty for one
             prefill and one decode worker.
         share: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their shares,
@@ -67,6 +107,8 @@ class LLM:
         share: str = constants.SHARE,
         itl_target_ms: float = constants.ITL_TARGET_MS,
         lend: bool = constants.LEND,
+        mps: str = constants.MPS,
+        exclusive: bool = constants.EXCLUSIVE,
         dtype: str = constants.DTYPE,
         device: str = constants.DEVICE,
         load_format: str = constants.LOAD_FORMAT,
@@ -77,40 +119,41 @@ class LLM:
         kernels: str = constants.KERNELS,
         seed: int = constants.SEED,
     ) -> None:
-        if mode in PLANNED_MODES:
-            raise InputError(f"mode {mode} is not there yet ({PLANNED_MODES[mode]}); use one of {', '.join(MODES)}")
-        if mode not in MODES:
-            raise unknown("mode", mode, MODES)
+        shares = ShareSettings(share, itl_target_ms, lend)
+        layout = plan_workers(mode, workers, shares)
+        check_mps(mode, mps, exclusive)
         for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
             if given < 1:
                 raise InputError(f"{name} must be 1 or more, not {given}")
-        if workers and mode not in ("mp", "green"):
-            raise InputError(f"workers are laid out in modes mp and green, not in mode {mode}")
-        layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
-        shares = ShareSettings(share, itl_target_ms, lend)
-        if layout is not None:
-            shares.check(mode, layout)
-            if mode == "green":
-                check_green(resolve_device(device), layout)
+        if mode == "green":
+            check_mode_here(mode, device)
         began = time.perf_counter()
-        if mode == "mp":
-            warm_up_start()
         self.mode = mode
         self.seed = seed
-        self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
         self.workers = str(layout or "1 generate")
-        if layout is None:
-            kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
-            self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])
-        else:
-            settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
-            self.started = STARTS[mode](self.model, layout, settings)
-        self._engine = self.started.engine
-        try:
+        self.mps: dict[str, Any] | None = None
+        start = {"green": start_green, "mp": start_processes}.get(mode, start_local)
+        with ExitStack() as undo:  # of whatever was done, should the rest fail
+            if mode == "mps" and layout:
+                index = gpu_index(device)
+                daemon = undo.enter_context(mps_daemon(mps == "existing", exclusive, index))
+                device = f"cuda:{index}"
+                start = partial(start_processes, daemon=daemon)
+                percentages = {spec.name: thread_percentage(spec, share) for spec in layout.workers}
+                self.mps = {"daemon": mps, "exclusive": exclusive, "active_thread_percentages": percentages}
+            if mode in ("mp", "mps"):
+                warm_up_start()
+            self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
+            if layout is None:
+                kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
+                self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])
+            else:
+                settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
+                self.started = start(self.model, layout, settings)
+            self._engine = self.started.engine
+            undo.callback(self._engine.close)
             self._warm_up(layout)
-        except BaseException:
-            self.close()
-            raise
+            self._undo: Callable[[], None] = undo.pop_all().close
         self.ready_s = time.perf_counter() - began
 
     def __enter__(self) -> Self:
@@ -122,8 +165,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give up workers and memory."""
-        self._engine.close()
+        """Give up workers, memory and MPS daemon."""
+        self._undo()
 
     @property
     def pids(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Mode ``mp``: workers in processes of their own that share one copy of the weights and one KV pool.
+"""Modes ``mp`` and ``mps``: workers in processes of their own that share one copy of the weights and one KV pool.
 
 The parent loads the model, moves its weights into shared memory, makes the pool there and starts the workers; tensors are
 never sent again. From then on it only feeds, collects and supervises.
@@ -34,10 +34,12 @@ from splitwiser.layout import WorkerLayout, WorkerSpec
 from splitwiser.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
 from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
 from splitwiser.model import LoadedModel
+from splitwiser.mps import MpsDaemon
 from splitwiser.prefill import Prefiller
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
+from splitwiser.system import environment, uninterrupted
 from splitwiser.worker import PARENT, Worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
@@ -55,7 +57,7 @@ _context = torch.multiprocessing.get_context("forkserver")
 def warm_up_start() -> None:
     """Start the fork server, so that its imports go on while the parent loads the model."""
     forkserver.set_forkserver_preload([__name__])
-    with _environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
+    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
         forkserver.ensure_running()
 
 
@@ -75,6 +77,7 @@ class _Setup:
     settings: EngineSettings
     cores: tuple[int, ...]
     thread_levels: list[list[int]]
+    environment: dict[str, str]
     inbox: dict[str, Pipe]
     outbox: dict[str, Pipe]
 
@@ -86,6 +89,7 @@ class _Setup:
 
 def _work(setup: _Setup) -> None:
     """What a worker process runs."""
+    os.environ.update(setup.environment)  # first, as CUDA reads it once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     name = setup.spec.name
     Path("/proc/self/comm").write_text(name, encoding="ascii")  # what ps and top show
@@ -163,7 +167,10 @@ def _beat(board: Board, index: int) -> None:
 class ProcessPlacement(MailPlacement):
     """Worker processes and the pipes to them; see :class:`splitwiser.engine.Placement`."""
 
-    def __init__(self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]]) -> None:
+    def __init__(
+        self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]], daemon: MpsDaemon | None
+    ) -> None:
+        self._daemon = daemon
         self._outbox = {name: to for name, (to, _) in parent_ends.items()}
         self._board = Board.over(setups[0].board.tensor)
         self._beats = self._board.beats()
@@ -190,7 +197,8 @@ class ProcessPlacement(MailPlacement):
         return {process.name: process.pid or 0 for process in self._processes}
 
     def wait_ready(self) -> None:
-        """Return when every worker is up; shows a progress line on a terminal."""
+        """Return when every worker is up, and a client of the MPS daemon if there is one; shows a progress line on a
+        terminal."""
         deadline = time.monotonic() + START_S
         waiting = {process.name for process in self._processes}
         with tqdm(total=len(waiting), desc="workers ready", unit="worker", disable=None, leave=False) as bar:
@@ -202,6 +210,8 @@ class ProcessPlacement(MailPlacement):
                         bar.update(1)
                 if time.monotonic() > deadline:
                     raise RunError(f"workers {', '.join(sorted(waiting))} were not ready after {START_S:.0f} s")
+        if self._daemon:
+            self._daemon.wait_for_clients(self.pids)
 
     def submit(self, request: Request) -> None:
         """Give the request to the decode worker that has the most room left."""
@@ -214,6 +224,7 @@ class ProcessPlacement(MailPlacement):
         except OSError:  # it has died; the next poll says so
             return
 
+    @uninterrupted()
     def close(self) -> None:
         """Ask every worker to stop after its step, wait, and end by force those that do not."""
         for pipe in self._outbox.values():
@@ -250,6 +261,8 @@ class ProcessPlacement(MailPlacement):
         if time.monotonic() < self._next_look_s:
             return None
         self._next_look_s = time.monotonic() + LOOK_S
+        if self._daemon and (fault := self._daemon.find_fault()):
+            return WorkerLostError(fault)
         beats = self._board.beats()
         for number, (now, before) in enumerate(zip(beats, self._beats, strict=True)):
             # counted in looks, not in time: where the whole machine stood still, so did the looks
@@ -276,9 +289,11 @@ def _process_state(pid: int | None) -> str:
     return next(line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State"))
 
 
-def start_processes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
+def start_processes(
+    model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, daemon: MpsDaemon | None = None
+) -> Started:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
-    pool's blocks. Returns when all are ready."""
+    pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
     layers = attach_engine(model)
     specs = layout.workers
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
@@ -315,12 +330,13 @@ def start_processes(model: LoadedModel, layout: WorkerLayout, settings: EngineSe
             settings=settings,
             cores=cores,
             thread_levels=thread_levels,
+            environment=daemon.worker_environment(spec, settings.shares.share) if daemon else {},
             inbox=inboxes[spec.name],
             outbox=outboxes[spec.name],
         )
         for number, spec in enumerate(specs)
     ]
-    placement = ProcessPlacement(setups, parent_ends)
+    placement = ProcessPlacement(setups, parent_ends, daemon)
     try:
         placement.wait_ready()
     except BaseException:
@@ -370,17 +386,3 @@ def _main_left_alone() -> Iterator[None]:
         yield
     finally:
         main.update(kept)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -6,11 +6,13 @@ import mmap
 import os
 import pickle
 from collections.abc import Callable
+from functools import cached_property, partial
 from multiprocessing import reduction
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import reduce_tensor
 
 _ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 
@@ -20,21 +22,28 @@ class SharedMemory:
 
     On a CPU it is an anonymous file (memfd): no name that a killed run could leave behind, no ``/dev/shm`` whose size a
     container limits, and pages cost nothing until they are used. On a GPU it is one CUDA allocation, sent as its CUDA-IPC
-    handle by torch.multiprocessing. ``tensor`` is all of it as uint8.
+    handle by torch.multiprocessing and opened when ``tensor`` is first asked for: until then the receiver has not
+    initialised CUDA, and can still set what CUDA reads then.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._fd: int | None = None
         if device.type == "cuda":
-            self.tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         else:
             self._fd = os.memfd_create("splitwiser", os.MFD_CLOEXEC)
             os.ftruncate(self._fd, nbytes)
-            self.tensor = _mapped(self._fd, nbytes)
+            tensor = _mapped(self._fd, nbytes)
+        self._open: Callable[[], Tensor] = lambda: tensor
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """All of the memory, as uint8."""
+        return self._open()
 
     def __reduce__(self) -> tuple[Callable[..., "SharedMemory"], tuple[object, ...]]:
         if self._fd is None:
-            return _opened, (self.tensor,)
+            return _opened, reduce_tensor(self.tensor)
         return _received, (reduction.DupFd(self._fd), self.tensor.nbytes)
 
     def close(self) -> None:
@@ -54,19 +63,20 @@ def _mapped(fd: int, nbytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
 
 
-def _opened(tensor: Tensor) -> SharedMemory:
+def _opened(rebuild: Callable[..., Tensor], arguments: tuple[object, ...]) -> SharedMemory:
     shared = SharedMemory.__new__(SharedMemory)
     shared._fd = None
-    shared.tensor = tensor
+    shared._open = partial(rebuild, *arguments)
     return shared
 
 
 def _received(fd: "_SentFd", nbytes: int) -> SharedMemory:
     number = fd.detach()
     try:
-        return _opened(_mapped(number, nbytes))
+        tensor = _mapped(number, nbytes)
     finally:
         os.close(number)
+    return _opened(lambda: tensor, ())
 
 
 class SharedModule:
