@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import make_tiny
 from test_cli import COMMAND, only_run, write_workload
@@ -47,6 +48,33 @@ def test_tokens_do_not_depend_on_the_workers(name: str, layout: str, tiny: Calla
     with LLM(tiny(name), mode="mp", workers=LAYOUTS[layout], prefill_tokens=24, kv_memory=memory) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=24), arrival_s=arrivals)
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["opt", "mistral"])
+def test_tokens_on_a_gpu_do_not_depend_on_the_workers(name: str, layout: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=5)
+    made = []
+    for settings in ({}, {"mode": "mp", "workers": LAYOUTS[layout]}):
+        with LLM(tiny(name), device="cuda", dtype="float32", **settings) as llm:
+            made.append([output.token_ids for output in llm.generate(prompts, SamplingParams(max_tokens=20))])
+    assert made[0] == made[1]
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_count_once_however_many_workers() -> None:
+    used = []
+    for count in (1, 3):
+        free_before = torch.cuda.mem_get_info()[0]
+        workers = [{"role": "mixed", "count": count}]
+        settings = {"load_format": "dummy", "dtype": "bfloat16", "device": "cuda", "kv_memory": "256MiB"}
+        with LLM("llama-3.2-1b", mode="mp", workers=workers, **settings) as llm:  # type: ignore[arg-type]
+            llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+            used.append(free_before - torch.cuda.mem_get_info()[0])
+        torch.cuda.empty_cache()
+    contexts = used[1] - used[0]  # a CUDA context and its libraries take several hundred megabytes, the weights 2,472
+    assert contexts < 2 * 1.8e9, f"two workers more take {contexts / 1e6:.0f} MB"
 
 
 def test_sampled_tokens_do_not_depend_on_the_workers(tiny: Callable[[str], Path]) -> None:

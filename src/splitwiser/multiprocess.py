@@ -1,6 +1,6 @@
 """Modes ``mp`` and ``mps``: workers in processes of their own that share one copy of the weights and one KV pool.
 
-The parent loads the model, moves its weights into shared memory, makes the pool there and starts the workers; tensors are
+The parent loads the model, puts its weights into shared memory, makes the pool there and starts the workers; tensors are
 never sent again. From then on it only feeds, collects and supervises.
 """
 
@@ -343,7 +343,7 @@ def start_processes(
         placement.close()
         raise
     finally:
-        for memory in (module.memory, pool_memory, board):
+        for memory in (*module.memories, pool_memory, board):
             memory.close()
     pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, pool_memory.tensor, kernel)
     return Started(
