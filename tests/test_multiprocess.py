@@ -56,7 +56,8 @@ def test_tokens_do_not_depend_on_the_workers(name: str, layout: str, tiny: Calla
 def test_tokens_on_a_gpu_do_not_depend_on_the_workers(name: str, layout: str, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS, seed=5)
     made = []
-    for settings in ({}, {"mode": "mp", "workers": LAYOUTS[layout]}):
+    placements: list[dict[str, Any]] = [{}, {"mode": "mp", "workers": LAYOUTS[layout]}]
+    for settings in placements:
         with LLM(tiny(name), device="cuda", dtype="float32", **settings) as llm:
             made.append([output.token_ids for output in llm.generate(prompts, SamplingParams(max_tokens=20))])
     assert made[0] == made[1]
@@ -68,8 +69,8 @@ def test_weights_on_a_gpu_count_once_however_many_workers() -> None:
     for count in (1, 3):
         free_before = torch.cuda.mem_get_info()[0]
         workers = [{"role": "mixed", "count": count}]
-        settings = {"load_format": "dummy", "dtype": "bfloat16", "device": "cuda", "kv_memory": "256MiB"}
-        with LLM("llama-3.2-1b", mode="mp", workers=workers, **settings) as llm:  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"load_format": "dummy", "dtype": "bfloat16", "device": "cuda"}
+        with LLM("llama-3.2-1b", mode="mp", workers=workers, kv_memory="256MiB", **settings) as llm:
             llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
             used.append(free_before - torch.cuda.mem_get_info()[0])
         torch.cuda.empty_cache()
