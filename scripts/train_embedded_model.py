@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from make_reports import DATA, make_reports
-from rouge_score import rouge_scorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +37,7 @@ from splitwiser.cases import Case, load_cases
 from splitwiser.constants import DIR_CONFIGS
 from splitwiser.data import Report, load_tok
 from splitwiser.errors import SplitwiserError
+from splitwiser.quality import rouge
 
 MODEL = Path("models/radiology-opt")
 PAD, BOS_EOS = "<pad>", "</s>"  # OPT's own special tokens, under OPT's own ids
@@ -234,11 +234,7 @@ def generate(
 
 def rouge_l(texts: Sequence[str], reports: Sequence[Report]) -> float:
     """Mean ROUGE-L f-measure of ``texts`` against the reports' impressions."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    scores = [
-        scorer.score(report.impression, text)["rougeL"].fmeasure for text, report in zip(texts, reports, strict=True)
-    ]
-    return float(sum(scores)) / len(scores)
+    return rouge([report.impression for report in reports], texts)["rougeL"]
 
 
 def evaluate(args: argparse.Namespace, cases: dict[int, Case]) -> None:

@@ -66,7 +66,7 @@ def recorded(directory: Path, model: str, *, beside: float, **changes: Any) -> P
 def on_record(tiny: Tiny, tmp_path: Path) -> Callable[..., Advice]:
     def run(beside: float, **options: Any) -> Advice:
         model = tiny("opt")
-        profile = recorded(tmp_path / f"profile-{beside}", model.name, beside=beside)
+        profile = recorded(tmp_path / f"profile-{len(list(tmp_path.iterdir()))}", model.name, beside=beside)
         workload = write_workload(tmp_path / "work.json")
         settings = {"checks": 0, "ignore_eos": True, "prefill_tokens": 128, **options}
         return advise(
@@ -76,6 +76,10 @@ def on_record(tiny: Tiny, tmp_path: Path) -> Callable[..., Advice]:
         )
 
     return run
+
+
+def predicted(advice: Advice, figure: str) -> dict[str, float]:
+    return {str(row["mode"]): float(row[figure]) for row in advice.table.to_dict("records")}
 
 
 def test_where_phases_do_not_hinder_each_other_they_are_split(on_record: Callable[..., Advice]) -> None:
@@ -97,10 +101,25 @@ def test_what_is_best_depends_on_what_for(on_record: Callable[..., Advice]) -> N
     # a token waits for a prefill step of up to 130 ms and its own of 20, or takes 50 ms beside one
     advice = on_record(beside=2.5, objective="itl")
     assert advice.split
-    figures = advice.table.set_index("mode")["p99_itl_ms"]
+    figures = predicted(advice, "p99_itl_ms")
     assert figures["sequential"] == pytest.approx(140, abs=10)
     assert 50 <= figures["mp"] < 100
     assert_says(advice.reasons[0], f"ITL p99 is {figures['mp']:,.1f} ms with split phases", "better")
+
+
+def test_goodput_counts_the_requests_that_meet_their_targets(on_record: Callable[..., Advice]) -> None:
+    advice = on_record(beside=1.2, objective="goodput", goodput="tpot:40")
+    assert advice.split  # beside prefill a token takes 24 ms; behind a step of it, 100 and more
+    assert predicted(advice, "request_goodput")["mp"] > predicted(advice, "request_goodput")["sequential"]
+    assert_says(advice.reasons[0], "Goodput is", "requests/s")
+    assert "--goodput tpot:40" in advice.command
+
+
+def test_requests_that_arrive_as_others_finish_are_predicted_so(on_record: Callable[..., Advice]) -> None:
+    one, all_at_once = on_record(beside=1.0, max_concurrency=1), on_record(beside=1.0)
+    ttft = [predicted(advice, "p99_ttft_ms")["mp"] for advice in (one, all_at_once)]
+    assert ttft[0] == pytest.approx(2 + 65, abs=1)  # nobody waits: a prompt of 65 tokens
+    assert ttft[1] > 10 * ttft[0]
 
 
 def test_the_files_of_an_advice(on_record: Callable[..., Advice]) -> None:
@@ -188,10 +207,10 @@ def test_every_objective_of_the_option_is_known() -> None:
 
 
 def test_the_arguments_of_a_run_say_what_differs_from_its_defaults() -> None:
-    config = AdviseConfig(model="m", workload="w x.json", ignore_eos=True, lend_cores=False, limit=5, checks=1)
+    config = AdviseConfig(model="m", workload="w x.json", ignore_eos=True, lend=False, limit=5, checks=1)
     arguments = run_arguments(config, Candidate("mp", SPLIT, 256))
     assert arguments == [
-        "--model", "m", "--mode", "mp", "--workers", SPLIT, "--no-lend_cores", "--limit", "5", "--workload", "w x.json",
+        "--model", "m", "--mode", "mp", "--workers", SPLIT, "--no-lend", "--workload", "w x.json", "--limit", "5",
         "--ignore_eos", "--prefill_tokens", "256",
     ]  # fmt: skip
     assert run_arguments(AdviseConfig(), Candidate("sequential", "", RunConfig().prefill_tokens)) == [
@@ -225,7 +244,8 @@ def test_the_short_profile_spans_the_workload() -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"objective": "speed"}, ["unknown objective 'speed'", "throughput, ttft, itl, e2el"]),
+        ({"objective": "speed"}, ["unknown objective 'speed'", "throughput, goodput, ttft, itl, e2el"]),
+        ({"objective": "goodput"}, ["--objective goodput needs targets", "--goodput"]),
         ({"checks": -1}, ["--checks must be 0 or more, not -1"]),
         ({"repeats": 0}, ["--repeats must be 1 or more, not 0"]),
         ({"profile": "/nowhere"}, ["--profile /nowhere: no profile.yaml in it"]),

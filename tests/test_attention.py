@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention
-from splitwiser.cpu_kernel import load_kernel
+from splitwiser.decode_kernel import load_kernel
 from splitwiser.kv_pool import KVPool, LayerShape
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4

@@ -69,7 +69,7 @@ def test_factors_of_steps_alone_and_beside() -> None:
         decode(125, 150),
         decode(200, 220),  # alone: 1
     ]
-    conditions = conditions_of(steps, {1: ONE}, ONE_OF_EACH, cores=None, lend_cores=True)
+    conditions = conditions_of(steps, {1: ONE}, ONE_OF_EACH, cores=None, lend=True)
     assert conditions.prefill_alone == pytest.approx(2)
     assert conditions.prefill_beside == pytest.approx(2)
     assert conditions.decode_beside == pytest.approx(1.25)
@@ -78,7 +78,7 @@ def test_factors_of_steps_alone_and_beside() -> None:
 
 def test_steps_that_are_beside_another_for_a_part_do_not_count() -> None:
     steps = [prefill(0, 100, tokens=5), decode(50, 80), decode(200, 220)]
-    conditions = conditions_of(steps, {1: ONE}, ONE_OF_EACH, cores=None, lend_cores=True)
+    conditions = conditions_of(steps, {1: ONE}, ONE_OF_EACH, cores=None, lend=True)
     assert conditions.prefill_alone == 1  # none left to tell
     assert conditions.decode_beside == pytest.approx(1.5)
 
@@ -91,7 +91,7 @@ def test_a_lone_step_of_a_split_run_is_held_against_all_cores_where_they_are_len
 
 
 def test_without_steps_side_by_side_those_alone_stand_in() -> None:
-    conditions = conditions_of([prefill(0, 30, tokens=5)], {1: ONE}, ONE_OF_EACH, None, lend_cores=True)
+    conditions = conditions_of([prefill(0, 30, tokens=5)], {1: ONE}, ONE_OF_EACH, None, lend=True)
     assert [conditions.prefill_beside, conditions.decode_beside] == pytest.approx([2, 1])
 
 
@@ -100,4 +100,4 @@ def test_the_gap_is_the_median_between_a_workers_steps() -> None:
         return SizedStep(make_step("mixed-0", "decode", start, end), batch=1, context=5)
 
     steps = [step(0, 20), step(22, 42), step(44, 64), step(500, 520)]
-    assert conditions_of(steps, {1: ONE}, ONE_MIXED, None, lend_cores=True).gap_s == pytest.approx(0.002)
+    assert conditions_of(steps, {1: ONE}, ONE_MIXED, None, lend=True).gap_s == pytest.approx(0.002)

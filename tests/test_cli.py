@@ -93,6 +93,69 @@ def test_a_workload_of_token_ids_needs_no_tokenizer(tmp_path: Path, tiny: Callab
     assert latency.prefill_start_s[1] >= 0.2
 
 
+@pytest.mark.parametrize("mode", ["sequential", "generate"])
+def test_a_trace_is_replayed_with_goodput(mode: str, tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    trace = tmp_path / "conv.csv"
+    rows = ["2023-11-16 18:15:00.0,9,3", "2023-11-16 18:15:01.0,300,6", "2023-11-16 18:15:02.0,20,2"]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    done = splitwiser(
+        "run", "--model", tiny("llama"), "--mode", mode, "--trace", trace, "--trace_slice", "0.5:", "--trace_speed", "10",
+        "--max_prompt_tokens", "30", "--goodput", "ttft:60000,e2el:60000", "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "note: 1 of 2 requests are cut to 30 prompt tokens" in done.stdout + done.stderr
+    latency = pd.read_csv(only_run(tmp_path / "out") / "latency.csv").sort_values("request_id")
+    assert latency.prompt_tokens.tolist() == [30, 20]
+    assert latency.output_tokens.tolist() == [6, 2]
+    assert latency.arrival_s.tolist() == pytest.approx([0.05, 0.15])
+    row = pd.read_csv(only_run(tmp_path / "out") / "throughput.csv").iloc[0]
+    assert row.request_goodput == row.request_throughput > 0
+    assert "requests/s meet every target" in done.stdout
+
+
+def test_a_closed_loop_with_synthetic_lengths(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    done = splitwiser(
+        "run", "--model", tiny("llama"), "--prompt_tokens", "uniform:5:20", "--output_tokens", "4", "--requests", "7",
+        "--max_concurrency", "2", "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    directory = only_run(tmp_path / "out")
+    latency = pd.read_csv(directory / "latency.csv").sort_values("request_id")
+    assert latency.arrival_s.tolist()[:2] == [0, 0]
+    assert set(latency.arrival_s[2:]) <= set(latency.finish_s)
+    assert latency.output_tokens.tolist() == [4] * 7
+    row = pd.read_csv(directory / "throughput.csv").iloc[0]
+    assert (row.max_concurrency, row.completed) == (2, 7)
+    record = yaml.safe_load((directory / "run.yaml").read_text())
+    assert record["requests"]["source"] == "synthetic"
+    assert record["requests"]["prompt_tokens"]["mean"] == pytest.approx(latency.prompt_tokens.mean())
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_texts_are_scored_where_the_library_is_there(installed: bool, tmp_path: Path) -> None:
+    script = "" if installed else "import sys; sys.modules['rouge_score'] = None\n"
+    script += "import sys; from splitwiser import cli; sys.exit(cli.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "run", "--limit", "3", "--results", str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = pd.read_csv(only_run(tmp_path) / "throughput.csv").iloc[0]
+    assert ("ROUGE-L" in done.stdout) is installed
+    assert ("rouge-score is not installed" in done.stdout + done.stderr) is not installed
+    assert (row.rougeL > 0.9) if installed else pd.isna(row.rougeL)
+
+
+def test_options_are_shown_in_groups_in_one_spelling() -> None:
+    shown = splitwiser("run", "--help").stdout
+    for heading in ("requests:", "arrivals:", "model and placement:", "sampling:", "results:"):
+        assert f"\n{heading}\n" in shown
+    assert "--request_rate REQUEST_RATE" in shown
+    assert "--request-rate" not in shown
+    assert "default: None" not in shown
+    assert "--lend, --no-lend" in shown
+
+
 def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
     """Arguments that are wrong, and what the one line must say."""
     short = tmp_path / "short"

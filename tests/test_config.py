@@ -68,6 +68,75 @@ def test_values_that_make_no_sense_are_named(settings: dict[str, Any], message: 
     assert refusal(RunConfig, **settings) == message
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"request_rate": 0.0}, "--request_rate must be above 0 requests per second, not 0"),
+        ({"request_rate": float("nan")}, "--request_rate must be above 0 requests per second, not nan"),
+        ({"request_rate": 1.0, "burstiness": 0.0}, "--burstiness must be above 0, not 0"),
+        ({"burstiness": 2.0}, "--burstiness is of arrivals at a rate; give --request_rate"),
+        ({"max_concurrency": 0}, "--max_concurrency must be 1 or more, not 0"),
+        ({"requests": 0, "prompt_tokens": "5"}, "--requests must be 1 or more, not 0"),
+        ({"max_prompt_tokens": 0, "prompt_tokens": "5"}, "--max_prompt_tokens must be 1 or more, not 0"),
+        ({"trace": "t", "trace_speed": 0.0}, "--trace_speed must be above 0, not 0"),
+        ({"trace": "t", "trace_speed": float("inf")}, "--trace_speed must be above 0, not inf"),
+        ({"workload": "w", "trace": "t"}, "--workload and --trace both say what the prompts are; give one of them"),
+        (
+            {"workload": "w", "prompt_tokens": "5"},
+            "--workload and --prompt_tokens both say what the prompts are; give one of them",
+        ),
+    ],
+)
+def test_loads_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
+    assert refusal(RunConfig, **settings) == message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_concurrency": 4, "request_rate": 2.0},
+        {"trace": "t", "trace_speed": 2.0, "request_rate": 2.0},
+        {"trace": "t", "trace_speed": 2.0, "max_concurrency": 2},
+        {"trace_slice": "0:5"},
+        {"trace_speed": 2.0},
+        {"requests": 5},
+        {"requests": 5, "workload": "w"},
+        {"requests": 5, "trace": "t", "prompt_tokens": "5"},
+        {"max_prompt_tokens": 5},
+        {"max_prompt_tokens": 5, "workload": "w"},
+        {"trace": "t", "trace_slice": "5"},
+        {"prompt_tokens": "x"},
+        {"output_tokens": "x"},
+        {"goodput": "fast"},
+    ],
+)
+def test_options_that_would_do_nothing_or_are_misspelt_are_refused(settings: dict[str, Any]) -> None:
+    option = max(
+        settings, key=lambda name: name in ("trace_slice", "trace_speed")
+    )  # the one at fault, where two are given
+    assert f"--{option}" in refusal(RunConfig, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        ({}, "case"),
+        ({"workload": "w"}, "workload"),
+        ({"trace": "t"}, "trace"),
+        ({"trace": "t", "prompt_tokens": "5"}, "trace"),
+        ({"prompt_tokens": "5"}, "synthetic"),
+        ({"output_tokens": "5"}, "case"),
+    ],
+)
+def test_source_of_the_requests(settings: dict[str, Any], source: str) -> None:
+    assert RunConfig(**settings).source == source
+
+
+def test_exact_requests_make_just_as_many_tokens() -> None:
+    params = RunConfig(max_new_tokens=5).sampling_params(3, exact=True)
+    assert (params.max_tokens, params.ignore_eos) == (3, True)
+
+
 def test_results_cannot_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "results").touch()
     message = refusal(RunConfig, results=str(tmp_path / "results"))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from splitwiser.cores import Board, LentThreads, plan_cores, plan_threads
-from splitwiser.layout import WorkerSpec
+from splitwiser.board import Board
+from splitwiser.cores import Threads, plan_cores, plan_levels, plan_threads
+from splitwiser.layout import WorkerSpec, parse_layout
+from splitwiser.shares import Part
 
 
 def workers(*shares: float) -> list[WorkerSpec]:
@@ -38,8 +40,8 @@ def board() -> Board:
     return Board.over(torch.zeros(Board.nbytes(3), dtype=torch.uint8))
 
 
-def lent(board: Board, lending: bool = True) -> list[LentThreads]:
-    return [LentThreads(board, number, [2, 1, 1], 4, lending) for number in range(3)]
+def lent(board: Board, lending: bool = True) -> list[Threads]:
+    return [Threads(Part(board, number, lending), [[2, 1, 1]], 4) for number in range(3)]
 
 
 def test_idle_workers_lend_their_threads_and_get_them_back(board: Board) -> None:
@@ -52,7 +54,7 @@ def test_idle_workers_lend_their_threads_and_get_them_back(board: Board) -> None
         assert first.before_step() == 3
         assert third.before_step() == 1
         assert first.before_step() == 2
-        third.idle()
+        third.leave()
         assert first.before_step() == 3
     finally:
         torch.set_num_threads(before)
@@ -66,9 +68,31 @@ def test_without_lending_each_has_its_own(board: Board) -> None:
         torch.set_num_threads(before)
 
 
-def test_beats_are_counted_by_worker(board: Board) -> None:
-    board.beat(1)
-    board.beat(1)
-    board.beat(2)
-    assert board.beats() == [0, 2, 1]
-    assert board.busy() == [False] * 3
+@pytest.mark.parametrize(
+    ("layout", "cores", "levels"),
+    [
+        ("[{role: prefill}, {role: decode}]", 2, [[1, 1]]),
+        ("[{role: prefill}, {role: decode}]", 4, [[3, 1], [2, 2], [1, 3]]),
+        ("[{role: prefill, count: 2}, {role: decode}]", 5, [[2, 2, 1], [1, 1, 2], [1, 1, 3]]),
+        ("[{role: prefill, count: 2}, {role: decode, count: 2}]", 2, [[1, 1, 1, 1]]),
+    ],
+)
+def test_auto_cuts_the_cores_between_the_phases(layout: str, cores: int, levels: list[list[int]]) -> None:
+    assert plan_levels(parse_layout(layout).workers, cores, "auto") == levels
+
+
+def test_undivided_cores_are_all_for_everyone() -> None:
+    assert plan_levels(workers(50, 50), 4, "none") == [[4, 4]]
+
+
+def test_the_level_says_which_threads_hold(board: Board) -> None:
+    before = torch.get_num_threads()
+    try:
+        for worker in (0, 1, 2):
+            board.set_busy(worker, True)
+        first = Threads(Part(board, 0, True), [[2, 1, 1], [1, 2, 1]], 4)
+        assert first.before_step() == 2
+        board.level = 1
+        assert first.before_step() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from splitwiser import cpu_kernel
-from splitwiser.cpu_kernel import cache_directory, load_kernel
+from splitwiser.cpu_kernel import cache_directory
+from splitwiser.decode_kernel import load_kernel
 from splitwiser.errors import InputError
 
 CPU = torch.device("cpu")

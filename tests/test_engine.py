@@ -84,6 +84,29 @@ def test_requests_are_submitted_when_they_arrive(model: LoadedModel) -> None:
     assert placement.submitted == [1, 0]
 
 
+def test_a_closed_loop_submits_the_next_when_one_finishes(model: LoadedModel) -> None:
+    placement = Scripted([], [answered(1)], [answered(0)], [answered(3), answered(2)])
+    engine = SplitEngine(model, placement, 100)
+    submitted = []
+    poll = placement.poll
+
+    def watching(until_ns: int | None) -> Sequence[Message]:
+        submitted.append(list(placement.submitted))
+        return poll(until_ns)
+
+    placement.poll = watching  # type: ignore[method-assign]
+    outputs = engine.run([request(number, arrival_s=10**6) for number in range(4)], Seen(), 77, max_concurrency=2)
+    assert submitted[:4] == [[0, 1], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    # answered() ends at 3,000 ns
+    assert [output.metrics.arrival_ns for output in outputs] == [77, 77, 3_000, 3_000]
+
+
+def test_requests_that_were_not_let_in_are_unanswered(model: LoadedModel) -> None:
+    engine = SplitEngine(model, Scripted([answered(0)], WorkerLostError("worker decode-0 was lost")), 100)
+    with pytest.raises(RunError, match=r"not answered: requests 1, 2, 3$"):
+        engine.run([request(number) for number in range(4)], Seen(), 0, max_concurrency=1)
+
+
 def test_a_lost_worker_leaves_the_unanswered_by_id(model: LoadedModel) -> None:
     lost = WorkerLostError("worker decode-0 was killed by SIGKILL")
     lost.add_note("where")

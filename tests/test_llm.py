@@ -197,6 +197,32 @@ def test_a_request_that_cannot_be_served_is_refused_at_once(
     assert seen.steps == []
 
 
+@MODES
+def test_a_closed_loop_keeps_so_many_requests_open(mode: str, tiny: Callable[[str], Path]) -> None:
+    params = [SamplingParams(max_tokens=2 + 3 * (number % 4), ignore_eos=True) for number in range(11)]
+    seen = Seen()
+    with LLM(tiny("opt"), mode=mode, batch_size=4) as llm:
+        outputs = llm.generate([[5 + number] for number in range(11)], params, max_concurrency=3, observer=seen)
+        (start_ns,) = {output.metrics.arrival_ns for output in outputs[:3]}
+    finishes = [output.metrics.token_ns[-1] for output in outputs]
+    for output in outputs:
+        moment = output.metrics.arrival_ns
+        assert output.metrics.prefill_start_ns >= moment
+        arrived = sum(other.metrics.arrival_ns <= moment for other in outputs)
+        assert arrived - sum(finish <= moment for finish in finishes) <= 3
+    assert {output.metrics.arrival_ns for output in outputs[3:]} <= set(finishes)
+    assert min(output.metrics.arrival_ns for output in outputs[3:]) > start_ns
+    assert max(step.requests for step in seen.steps) <= 3
+
+
+def test_a_closed_loop_has_no_arrival_times(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt")) as llm:
+        with pytest.raises(InputError, match="leave arrival_s out"):
+            llm.generate([[3]], arrival_s=[0], max_concurrency=1)
+        with pytest.raises(InputError, match="max_concurrency must be 1 or more, not 0"):
+            llm.generate([[3]], max_concurrency=0)
+
+
 def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt")) as llm:
         with pytest.raises(InputError, match="sampling_params has 1 entries for 2 prompts"):
@@ -226,6 +252,25 @@ def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
             notes = llm.model.notes
     assert notes == ["the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0"]
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+@MODES
+def test_a_checkpoints_own_end_of_sequence_can_be_ignored(
+    mode: str, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    import json
+    import shutil
+
+    with LLM(tiny("opt"), mode=mode) as llm:
+        (free,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+    directory = tmp_path / "ends"
+    shutil.copytree(tiny("opt"), directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": free.token_ids[4]}))
+    with LLM(directory, mode=mode) as llm:
+        (ended,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30))
+        (ignoring,) = llm.generate([[7, 8, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert len(ended.token_ids) <= 5
+    assert ignoring.token_ids == free.token_ids
 
 
 def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str], Path]) -> None:

@@ -135,8 +135,8 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
     assert float(made.stdout) < 100
 
 
-def test_peak_memory_of_a_gpu_is_that_of_its_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5_500_000)
+def test_memory_of_a_gpu_is_what_is_in_use_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4_500_000, 10_000_000))
     assert machine.peak_memory_mb(CUDA) == 5.5
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import START_NS, make_output
+from helpers import START_NS, assert_says, make_output, refusal
 
-from splitwiser.metrics import LATENCY_COLUMNS, latency_row, throughput_figures
+from splitwiser.metrics import LATENCY_COLUMNS, latency_row, meets, parse_goodput, throughput_figures
 
 # arrives at 100 ms, waits 50 ms, is decoded from 215 ms on, tokens at 200, 230, 240 and 300 ms: gaps of 30, 10 and 60 ms
 WORKED = make_output(
@@ -116,7 +116,7 @@ def test_throughput_column_of_two_worked_requests(column: str, value: float) -> 
 def test_throughput_columns_are_those_documented() -> None:
     counts = [
         "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
-        "output_throughput", "total_token_throughput",
+        "request_goodput", "output_throughput", "total_token_throughput",
     ]  # fmt: skip
     metrics = ("ttft", "tpot", "itl", "e2el", "handoff")
     statistics = [f"{statistic}_{metric}_ms" for metric in metrics for statistic in STATISTICS]
@@ -141,7 +141,8 @@ def test_no_requests_leave_counts_of_zero_and_figures_of_none() -> None:
 def test_requests_of_one_token_have_no_figures_between_tokens() -> None:
     figures = throughput_figures([SINGLE, SINGLE], 0, START_NS)
     empty = {column for column, value in figures.items() if value is None}
-    assert empty == {f"{statistic}_{metric}_ms" for metric in ("tpot", "itl", "handoff") for statistic in STATISTICS}
+    missing = {f"{statistic}_{metric}_ms" for metric in ("tpot", "itl", "handoff") for statistic in STATISTICS}
+    assert empty == missing | {"request_goodput"}
 
 
 def random_times(seed: int) -> list[list[int]]:
@@ -174,3 +175,77 @@ def test_no_gap_spans_two_requests() -> None:
 def test_figures_do_not_depend_on_the_order_of_the_outputs() -> None:
     outputs = [make_output(number, tokens=times) for number, times in enumerate(random_times(1))]
     assert throughput_figures(outputs, 0, START_NS) == pytest.approx(throughput_figures(outputs[::-1], 0, START_NS))
+
+
+# goodput. WORKED: TTFT 100 ms, TPOT 100 / 3 ms, E2E 200 ms. SINGLE: TTFT and E2E 50 ms, no TPOT
+
+
+@pytest.mark.parametrize(
+    ("targets", "good"),
+    [
+        ({"ttft": 100}, True),  # a figure equal to its target meets it
+        ({"ttft": 99.9}, False),
+        ({"tpot": 33.4}, True),
+        ({"tpot": 33.3}, False),
+        ({"e2el": 200}, True),
+        ({"e2el": 199}, False),
+        ({"ttft": 100, "tpot": 34, "e2el": 200}, True),
+        ({"ttft": 100, "tpot": 34, "e2el": 199}, False),
+        ({"ttft": 99, "tpot": 34, "e2el": 200}, False),
+        ({"ttft": 100, "tpot": 33, "e2el": 200}, False),
+    ],
+)
+def test_a_request_is_good_if_it_meets_every_target(targets: dict[str, float], good: bool) -> None:
+    assert meets(WORKED.metrics, targets) is good
+
+
+def test_a_request_of_one_token_has_a_time_per_token_of_zero_for_goodput() -> None:
+    assert meets(SINGLE.metrics, {"tpot": 0})
+    assert not meets(SINGLE.metrics, {"tpot": 0, "ttft": 49})
+
+
+@pytest.mark.parametrize(
+    ("targets", "good"), [({"ttft": 100}, 2), ({"ttft": 60}, 1), ({"ttft": 10}, 0), ({"ttft": 60, "e2el": 40}, 0)]
+)
+def test_goodput_is_good_requests_per_second_of_the_run(targets: dict[str, float], good: int) -> None:
+    figures = throughput_figures([WORKED, SINGLE], 3, START_NS, targets)
+    assert figures["request_goodput"] == pytest.approx(good / 0.3)
+    assert figures["request_throughput"] == pytest.approx(2 / 0.3)
+
+
+def test_goodput_is_that_of_numpy_over_all_requests() -> None:
+    times = random_times(6)
+    outputs = [make_output(tokens=each) for each in times]
+    ttft, e2el = (np.array([each[end] for each in times]) for end in (0, -1))
+    tpot = np.array([(each[-1] - each[0]) / max(1, len(each) - 1) for each in times])
+    good = np.sum((ttft <= 60) & (tpot <= 45) & (e2el <= 900))
+    assert 0 < good < len(times)
+    figures = throughput_figures(outputs, 0, START_NS, {"ttft": 60, "tpot": 45, "e2el": 900})
+    assert figures["request_goodput"] == pytest.approx(good / (max(e2el) / 1000))
+
+
+def test_no_targets_no_goodput() -> None:
+    assert throughput_figures([WORKED], 0, START_NS)["request_goodput"] is None
+
+
+@pytest.mark.parametrize(
+    "text", ["ttft:200,tpot:50.5,e2el:5e3", "ttft:200 tpot:50.5 e2el:5e3", "e2el:5000, tpot:50.5, ttft:200"]
+)
+def test_targets_may_be_parted_by_commas_or_spaces(text: str) -> None:
+    assert parse_goodput(text) == {"ttft": 200, "tpot": 50.5, "e2el": 5000}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["needs at least one target"]),
+        ("ttfs:200", ["unknown target of --goodput 'ttfs'", "ttft"]),
+        ("ttft", ["ttft must be 0 or more milliseconds"]),
+        ("ttft:fast", ["ttft must be 0 or more milliseconds"]),
+        ("ttft:200,tpot:-1", ["tpot must be 0 or more milliseconds"]),
+        ("e2el:nan", ["e2el must be 0 or more milliseconds"]),
+        ("ttft:1,ttft:2", ["ttft is given twice"]),
+    ],
+)
+def test_wrong_targets_are_refused(text: str, parts: list[str]) -> None:
+    assert_says(refusal(parse_goodput, text), "--goodput", *parts)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import make_tiny
 from test_cli import COMMAND, only_run, write_workload
@@ -49,6 +50,34 @@ def test_tokens_do_not_depend_on_the_workers(name: str, layout: str, tiny: Calla
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["opt", "mistral"])
+def test_tokens_on_a_gpu_do_not_depend_on_the_workers(name: str, layout: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=5)
+    made = []
+    placements: list[dict[str, Any]] = [{}, {"mode": "mp", "workers": LAYOUTS[layout]}]
+    for settings in placements:
+        with LLM(tiny(name), device="cuda", dtype="float32", **settings) as llm:
+            made.append([output.token_ids for output in llm.generate(prompts, SamplingParams(max_tokens=20))])
+    assert made[0] == made[1]
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_count_once_however_many_workers() -> None:
+    used = []
+    for count in (1, 3):
+        free_before = torch.cuda.mem_get_info()[0]
+        workers = [{"role": "mixed", "count": count}]
+        settings: dict[str, Any] = {"load_format": "dummy", "dtype": "bfloat16", "device": "cuda"}
+        with LLM("llama-3.2-1b", mode="mp", workers=workers, kv_memory="256MiB", **settings) as llm:
+            llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+            used.append(free_before - torch.cuda.mem_get_info()[0])
+        torch.cuda.empty_cache()
+    contexts = used[1] - used[0]  # a CUDA context and its libraries take several hundred megabytes, the weights 2,472
+    assert contexts < 2 * 1.8e9, f"two workers more take {contexts / 1e6:.0f} MB"
+
+
 def test_sampled_tokens_do_not_depend_on_the_workers(tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS, seed=6)
     params = [SamplingParams(max_tokens=16, temperature=1.1, top_p=0.95, seed=number) for number in range(len(prompts))]
@@ -57,6 +86,21 @@ def test_sampled_tokens_do_not_depend_on_the_workers(tiny: Callable[[str], Path]
         with LLM(tiny("llama"), **settings) as llm:
             made.append([output.token_ids for output in llm.generate(prompts, params)])
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize(("target_ms", "level"), [(0.001, 2), (1e6, 0)])
+def test_auto_moves_cores_to_the_phase_that_needs_them(
+    target_ms: float, level: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})  # three ways to cut four cores
+    prompts = prompts_of([100] * 60, seed=7)
+    with LLM(tiny("llama"), mode="mp", share="auto", itl_target_ms=target_ms, prefill_tokens=100) as llm:
+        assert llm.started.division == [{"prefill-0": 4 - units, "decode-0": units} for units in (1, 2, 3)]
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
+        assert placement_of(llm)._board.level == level
+    with LLM(tiny("llama")) as llm:
+        expected = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
 
 
 def test_every_worker_takes_part(tiny: Callable[[str], Path]) -> None:
@@ -82,7 +126,7 @@ def test_a_layout_that_makes_no_sense_is_refused(
 
 
 def test_workers_in_another_mode_are_refused(tiny: Callable[[str], Path]) -> None:
-    with pytest.raises(InputError, match="workers are laid out in mode mp, not in mode sequential"):
+    with pytest.raises(InputError, match="workers are laid out in modes mp and green, not in mode sequential"):
         LLM(tiny("opt"), workers="[{role: mixed}]")
 
 
@@ -150,9 +194,9 @@ def test_weights_and_pool_count_once_however_many_workers() -> None:
 
 def test_the_pool_is_the_same_memory_in_every_process(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), mode="mp", kv_memory="8MiB") as llm:
-        assert llm.pool is not None
+        assert llm.started.pool is not None
         llm.generate([[5] * 20], SamplingParams(max_tokens=4, ignore_eos=True))
-        written = [bool(keys.any()) for keys in llm.pool.keys]  # by the workers, seen by the parent
+        written = [bool(keys.any()) for keys in llm.started.pool.keys]  # by the workers, seen by the parent
         mappings = []
         for pid in [*llm.pids.values(), os.getpid()]:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
@@ -279,13 +323,13 @@ def test_a_script_needs_no_main_guard(tmp_path: Path, tiny: Callable[[str], Path
 
 
 class Running:
-    """``splitwiser run --mode mp`` in a session of its own, with a request that lasts and three that are finished."""
+    """``splitwiser run`` in a session of its own, with a request that lasts and three that are finished."""
 
-    def __init__(self, tmp_path: Path, model: Path) -> None:
+    def __init__(self, tmp_path: Path, model: Path, mode: str = "mp", command: Sequence[str] = COMMAND) -> None:
         self.results = tmp_path / "out"
         workload = write_workload(tmp_path / "w.json", [[5]] * 3 + [[6]], 200, arrival_s=[0, 0, 0, 3600])
         self.process = subprocess.Popen(
-            [*COMMAND, "run", "--mode", "mp", "--model", model, "--workload", workload, "--ignore_eos",
+            [*command, "run", "--mode", mode, "--model", model, "--workload", workload, "--ignore_eos",
              "--results", self.results],
             stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip

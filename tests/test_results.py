@@ -113,13 +113,13 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         (
             "throughput.csv",
             "run_id,model,case_id,mode,workers,device,dtype,load_format,duration,completed,failed,total_input_tokens,"
-            "total_output_tokens,request_throughput,output_throughput,total_token_throughput,"
+            "total_output_tokens,request_throughput,request_goodput,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"
                 for metric in ("ttft", "tpot", "itl", "e2el", "handoff")
                 for statistic in ("mean", "median", "std", "p90", "p99")
             )
-            + ",peak_memory_mb,load_s,ready_s",
+            + ",rouge1,rouge2,rougeL,peak_memory_mb,load_s,ready_s",
         ),
     ],
 )
@@ -195,7 +195,7 @@ def test_throughput_row_is_the_one_returned(tmp_path: Path) -> None:
     feed(recorder, start_ns)
     figures = recorder.finish("finished", MEMORY)
     (row,) = rows(tmp_path / "run" / "throughput.csv")
-    assert row == {column: str(value) for column, value in figures.items()}
+    assert row == {column: "" if value is None else str(value) for column, value in figures.items()}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,46 @@ def test_throughput_figure_of_a_worked_run(column: str, value: Any, tmp_path: Pa
     feed(recorder, start_ns)
     found = recorder.finish("finished", MEMORY)[column]
     assert found == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+def test_goodput_is_of_the_targets_given(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, targets={"e2el": 81})
+    feed(recorder, recorder.begin())
+    assert recorder.finish("finished", MEMORY)["request_goodput"] == pytest.approx(2 / 0.082)
+
+
+def scored_run(directory: Path, status: Status, text: str = " first other\n") -> dict[str, Any]:
+    (directory / "run").mkdir()
+    recorder = RunRecorder(directory / "run", dict(RECORD), LABELS, REPORTS, scored=True)
+    feed(recorder, recorder.begin(), (text, "first", "reference"))
+    return recorder.finish(status, MEMORY)
+
+
+def test_quality_is_of_the_requests_that_have_a_reference(tmp_path: Path) -> None:
+    figures = scored_run(tmp_path, "finished")  # "first other" for "first reference"
+    assert {name: figures[name] for name in ("rouge1", "rouge2", "rougeL")} == {
+        "rouge1": 0.5,
+        "rouge2": 0,
+        "rougeL": 0.5,
+    }
+    for path in (tmp_path / "run" / "throughput.csv", tmp_path / "runs.csv"):
+        assert [float(row["rougeL"]) for row in rows(path)] == [0.5]
+
+
+def test_a_run_that_did_not_finish_is_not_scored(tmp_path: Path) -> None:
+    assert scored_run(tmp_path, "interrupted")["rougeL"] is None
+
+
+def test_figures_are_on_disk_before_texts_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "rouge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scored_run(tmp_path, "finished")
+    (row,) = rows(tmp_path / "run" / "throughput.csv")
+    assert (row["completed"], row["rougeL"]) == ("3", "")
 
 
 def test_requests_without_an_answer_count_as_failed(tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ def token_ms(
     machine: Machine = DEVICE,
     prefill_tokens: int = 6,
     max_batch: int = 64,
-    lend_cores: bool = True,
+    lend: bool = True,
     conditions: Conditions = PLAIN,
     output_tokens: Mapping[int, int] | None = None,
 ) -> list[list[float]]:
     """When each request's tokens come."""
-    schedule = Schedule(layout, prefill_tokens, max_batch, lend_cores)
+    schedule = Schedule(layout, prefill_tokens, max_batch, lend)
     outputs = simulate(requests, machine, schedule, conditions, output_tokens)
     return [[moment / 1e6 for moment in output.metrics.token_ns] for output in outputs]
 
@@ -89,7 +89,7 @@ def test_idle_workers_lend_their_cores() -> None:
 
 
 def test_without_lending_each_keeps_its_own() -> None:
-    assert token_ms(PAIR, ONE_OF_EACH, machine=TWO_CORES, lend_cores=False) == [[15, 35, 55], [28, 55, 75]]
+    assert token_ms(PAIR, ONE_OF_EACH, machine=TWO_CORES, lend=False) == [[15, 35, 55], [28, 55, 75]]
 
 
 def test_one_worker_has_all_cores() -> None:
@@ -98,7 +98,7 @@ def test_one_worker_has_all_cores() -> None:
 
 def test_more_threads_than_cores_share_them() -> None:
     three = WorkerLayout((WorkerGroup("mixed", 3),))
-    times = token_ms([request(n, 5, new=1) for n in range(3)], three, machine=TWO_CORES, lend_cores=False)
+    times = token_ms([request(n, 5, new=1) for n in range(3)], three, machine=TWO_CORES, lend=False)
     assert times == [[22.5], [22.5], [22.5]]  # 15 ms at two thirds
 
 
@@ -212,8 +212,8 @@ def test_the_schedule_is_the_real_engines(tiny: Callable[[str], Path]) -> None:
     real, predicted = Seen(), Seen()
     with LLM(tiny("opt"), mode="sequential", kv_memory="400KiB", max_batch=6, prefill_tokens=40) as llm:
         llm.generate(prompts, params, observer=real)
-        assert llm.pool is not None
-        machine = Machine({1: ONE_THREAD}, None, llm.pool.blocks)
+        assert llm.started.pool is not None
+        machine = Machine({1: ONE_THREAD}, None, llm.started.pool.blocks)
         requests = llm.make_requests(prompts, params)
     simulate(requests, machine, Schedule(ONE_MIXED, 40, 6), Conditions(), observer=predicted)
     steps = [[(step.phase, step.requests, step.tokens) for step in seen.steps] for seen in (real, predicted)]

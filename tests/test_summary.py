@@ -7,6 +7,7 @@ import pytest
 from helpers import START_NS, make_output
 
 from splitwiser.metrics import throughput_figures
+from splitwiser.quality import ROUGE
 from splitwiser.request import RequestOutput
 from splitwiser.summary import columns, run_summary
 
@@ -15,7 +16,7 @@ LABELS = {"model": "opt-125m", "mode": "mp", "device": "cpu", "dtype": "float32"
 
 def summary_of(outputs: list[RequestOutput], **labels: Any) -> dict[str, str]:
     """The shown lines by their first word."""
-    figures = {**LABELS, **labels, **throughput_figures(outputs, 0, START_NS)}
+    figures = {**LABELS, **throughput_figures(outputs, 0, START_NS), **dict.fromkeys(ROUGE), **labels}
     lines = run_summary(figures, Path("/results/a run")).splitlines()
     return {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
 
@@ -58,6 +59,13 @@ def test_line_of_a_finished_run(line: str, value: str) -> None:
 @pytest.mark.parametrize(("load_format", "shown"), [("dummy", True), ("auto", False)])
 def test_dummy_weights_are_said(load_format: str, shown: bool) -> None:
     assert ("(dummy weights)" in summary_of([make_output()], load_format=load_format)["model"]) is shown
+
+
+def test_goodput_and_quality_are_shown_where_there_are_any() -> None:
+    assert not {"goodput", "quality"} & set(summary_of([make_output()]))
+    shown = summary_of([make_output(tokens=(500,))], request_goodput=1.5, rouge1=0.5, rouge2=0.25, rougeL=0.4)
+    assert shown["goodput"] == "1.50 of 2.00 requests/s meet every target"
+    assert shown["quality"] == "ROUGE-1 0.500, ROUGE-2 0.250, ROUGE-L 0.400"
 
 
 def test_figure_of_nothing_is_a_dash() -> None:

@@ -18,7 +18,12 @@ def write(directory: Path, content: Any) -> Path:
 
 def test_prompts_may_be_text_or_token_ids(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": 7, "prompts": ["größe", [5, 0, 9]], "arrival_s": [0.25, 3]})
-    assert load_workload(path) == Workload(("größe", (5, 0, 9)), 7, (0.25, 3.0))
+    assert load_workload(path) == Workload(("größe", (5, 0, 9)), (7, 7), (0.25, 3.0))
+
+
+def test_each_prompt_may_have_its_own_limit(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": [3, 9], "prompts": ["a", [1]]})
+    assert load_workload(path).max_new_tokens == (3, 9)
 
 
 def test_requests_arrive_at_once_without_times(tmp_path: Path) -> None:
@@ -67,6 +72,12 @@ PROMPT = "must be text or a list of token ids, and not empty"
         ({**FINE, "max_new_tokens": True}, f"{NEW_TOKENS}True"),
         ({**FINE, "max_new_tokens": 2.0}, f"{NEW_TOKENS}2.0"),
         ({**FINE, "max_new_tokens": "4"}, f"{NEW_TOKENS}'4'"),
+        ({**FINE, "max_new_tokens": [4, 0]}, f"{NEW_TOKENS}0"),
+        ({**FINE, "max_new_tokens": [4, None]}, f"{NEW_TOKENS}None"),
+        (
+            {**FINE, "max_new_tokens": [4]},
+            "'max_new_tokens' must be one number, or a list with one for each of the 2 prompts, not of 1",
+        ),
         ({"max_new_tokens": 4}, "'prompts' must be a list with at least one prompt"),
         ({**FINE, "prompts": []}, "'prompts' must be a list with at least one prompt"),
         ({**FINE, "prompts": "a"}, "'prompts' must be a list with at least one prompt"),

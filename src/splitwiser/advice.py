@@ -13,14 +13,17 @@ from splitwiser.placements import CANDIDATE_COLUMNS, Candidate
 from splitwiser.summary import columns
 
 FIGURES = (
-    "output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "median_e2el_ms", "p99_e2el_ms",
+    "output_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms",
+    "median_e2el_ms", "p99_e2el_ms",
 )  # fmt: skip
 OBJECTIVE_FIGURES = {  # figure of throughput.csv, whether more is better, its name in a sentence, its unit
     "throughput": ("output_throughput", True, "throughput", "tokens/s"),
+    "goodput": ("request_goodput", True, "goodput", "requests/s"),
     "ttft": ("p99_ttft_ms", False, "TTFT p99", "ms"),
     "itl": ("p99_itl_ms", False, "ITL p99", "ms"),
     "e2el": ("p99_e2el_ms", False, "E2E p99", "ms"),
 }
+_TRADED = ("output_throughput", "p99_ttft_ms", "p99_itl_ms")  # what the reasons show beside the objective
 AIM = 0.2  # a prediction is good within this part of what was measured
 # splitting must gain this much to be recommended: it takes more processes, and trades one latency for another
 WORTH = 0.05
@@ -71,12 +74,13 @@ def recommend(config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFr
         ratio = value(split, figure) / value(whole, figure)
         gain = ratio - 1 if more_is_better else 1 / ratio - 1
         best = split if gain > WORTH else whole
+        better = "better" if gain > 0 else "worse"
         kept = ", too little to be worth it" if 0 < gain <= WORTH else ""
-        others = [each for each in OBJECTIVE_FIGURES.values() if each[0] not in (figure, "p99_e2el_ms")]
+        others = [each for each in OBJECTIVE_FIGURES.values() if each[0] in _TRADED and each[0] != figure]
         changes = [f"{label} {value(whole, key):,.1f} to {value(split, key):,.1f} {of}" for key, _, label, of in others]
         reasons = [
             f"{name[0].upper()}{name[1:]} is {value(split, figure):,.1f} {unit} with split phases and "
-            f"{value(whole, figure):,.1f} {unit} without ({basis}): splitting makes it {abs(gain):.0%} {'better' if gain > 0 else 'worse'}{kept}.",
+            f"{value(whole, figure):,.1f} {unit} without ({basis}): splitting makes it {abs(gain):.0%} {better}{kept}.",
             f"From one worker to split phases, {' and '.join(changes)}.",
         ]
     errors = median_errors(checks)

@@ -26,8 +26,9 @@ from splitwiser.advice import FIGURES, Advice, choose_checks, recommend, relativ
 from splitwiser.config import AdviseConfig, option_fields
 from splitwiser.engine import check_fits
 from splitwiser.errors import InputError, RunError
+from splitwiser.job import prepare_job
 from splitwiser.machine import describe_machine, describe_versions, git_commit
-from splitwiser.metrics import throughput_figures
+from splitwiser.metrics import parse_goodput, throughput_figures
 from splitwiser.model import LoadedModel, load_model, resolve_device
 from splitwiser.placements import (
     BUDGETS,
@@ -42,7 +43,6 @@ from splitwiser.profile import Bench
 from splitwiser.request import Request
 from splitwiser.results import Status, make_directory, replace
 from splitwiser.rows import add_row, start_rows
-from splitwiser.run import prepare_job
 from splitwiser.simulate import Machine, Schedule, simulate
 
 PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
@@ -91,9 +91,9 @@ def advise(config: AdviseConfig) -> Advice:
 def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     """The workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can serve."""
     job = prepare_job(config)
-    params = config.sampling_params(job.max_new_tokens)
     requests = []
-    for number, (prompt, arrival_s) in enumerate(zip(job.prompts, job.arrival_s, strict=True)):
+    given = zip(job.make_prompts(shell, config.seed), job.sampling_params(config), job.arrival_s, strict=True)
+    for number, (prompt, params, arrival_s) in enumerate(given):
         if isinstance(prompt, str):
             if shell.tokenizer is None:
                 raise InputError(f"request {number}: {shell.name} has no tokenizer; give its prompt as token ids")
@@ -106,6 +106,7 @@ def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
 def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, directory: Path) -> pd.DataFrame:
     """Simulate every placement with every prefill budget; the rows of ``predictions.csv``."""
     start_rows(directory / "predictions.csv", PREDICTION_COLUMNS)
+    targets = None if config.goodput is None else parse_goodput(config.goodput)
     rng = random.Random(config.seed)
     ends = {
         request.request_id: min(request.params.max_tokens, rng.choice(basis.output_tokens))
@@ -119,11 +120,14 @@ def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, dir
         for (mode, workers), (conditions, blocks) in basis.placements.items():
             for budget in budgets:
                 candidate = Candidate(mode, workers, budget)
-                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend_cores)
+                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
                 row = candidate.row
                 try:
-                    outputs = simulate(requests, Machine(basis.costs, basis.cores, blocks), schedule, conditions, ends)
-                    figures = throughput_figures(outputs, 0, 0)
+                    machine = Machine(basis.costs, basis.cores, blocks)
+                    outputs = simulate(
+                        requests, machine, schedule, conditions, ends, max_concurrency=config.max_concurrency
+                    )
+                    figures = throughput_figures(outputs, 0, 0, targets)
                     row |= {name: figures[name] for name in FIGURES}
                 except InputError as error:
                     row["not_possible"] = str(error)
@@ -154,7 +158,7 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
                     bar.update()
                     continue
                 predicted = predictions.loc[rows_of(predictions, candidate)].iloc[0]
-                for name in FIGURES:
+                for name in (each for each in FIGURES if pd.notna(predicted[each])):
                     row = {
                         **candidate.row,
                         "round": number,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from splitwiser import attention
 from splitwiser.attention import AttentionOptions, Mask, StepCache
 from splitwiser.errors import UnsupportedModelError
+from splitwiser.forward import forward
 from splitwiser.model import LoadedModel
-from splitwiser.steps import forward
 
 # what configurations call the number of experts that a token is sent to
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")

@@ -178,6 +178,7 @@ class StepAttention(StepCache):
         self._layer = -1
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
+        self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -214,9 +215,9 @@ class StepAttention(StepCache):
             if segment.tokens == segment.context:  # a whole prompt: all it sees is in this step
                 keys, values = key[:, :, rows], value[:, :, rows]
             else:
-                table = torch.tensor([segment.blocks[: self.pool.blocks_for(segment.context)]], device=self.device)
                 keys, values = (
-                    kept[:, : segment.context].transpose(1, 2) for kept in self.pool.read(self._layer, table)
+                    kept[:, : segment.context].transpose(1, 2)
+                    for kept in self.pool.read(self._layer, self._segment_table(number, segment))
                 )
             seen = self._segment_mask(number, segment, mask)
             output[rows] = attend(query[:, :, rows], keys, values, seen, options)[0].transpose(0, 1)
@@ -227,6 +228,13 @@ class StepAttention(StepCache):
             queries = query[0].transpose(0, 1)[group.rows].unsqueeze(2)
             seen = self._group_mask(number, group, keys.shape[2], mask)
             output[group.rows] = attend(queries, keys, values, seen, options).squeeze(2)
+
+    def _segment_table(self, number: int, segment: Segment) -> Tensor:
+        """The blocks of a request's context, (1, blocks). Layers share it."""
+        if number not in self._tables:
+            blocks = segment.blocks[: self.pool.blocks_for(segment.context)]
+            self._tables[number] = torch.tensor([blocks], device=self.device)
+        return self._tables[number]
 
     def _segment_mask(self, number: int, segment: Segment, mask: Mask) -> Tensor | None:
         """What a request's new tokens see: boolean (tokens, context), or None where plainly causal. Layers share it."""

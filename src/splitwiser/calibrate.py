@@ -106,7 +106,7 @@ def conditions_of(
     costs: Mapping[int, StepCosts],
     layout: WorkerLayout,
     cores: int | None,
-    lend_cores: bool,
+    lend: bool,
 ) -> Conditions:
     """The factors that explain ``steps``: measured over predicted seconds of the steps alone, and of those beside another.
 
@@ -121,7 +121,7 @@ def conditions_of(
             continue
         beside = overlap >= _BESIDE
         own = threads[step.record.worker]
-        count = max(own, cores or 1) if lend_cores and not beside else own
+        count = max(own, cores or 1) if lend and not beside else own
         seconds[step.record.phase, beside].append((step.seconds, step.predicted(nearest_costs(costs, count))))
 
     def factor(phase: Phase, beside: bool) -> float:

@@ -107,6 +107,17 @@ def _models(_: argparse.Namespace) -> None:
     print(columns([("model", "from", "without a download, as dummy"), *rows]))
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling of each option, and no default where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [each for each in action.option_strings if "-" not in each.lstrip("-").removeprefix("no-")]
+        return " ".join([", ".join(spellings), *([action.metavar] if isinstance(action.metavar, str) else [])])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -115,9 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         parents=[debugging],
+        usage="%(prog)s [options]",
         help="run a model over reports or a workload and write latency and throughput",
-        description="Defaults come from src/splitwiser/constants.py.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Defaults come from src/splitwiser/constants.py. A hyphen may stand for each underscore.",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     _add_options(run, RunConfig)
@@ -127,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[debugging],
         help="measure both phases of a model on this machine, step by step",
         description="Times prefill by prompt length and decode by batch size and context, against what the machine can do.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [options]",
         allow_abbrev=False,
     )
     _add_options(profile, ProfileConfig)
@@ -137,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[debugging],
         help="predict each placement of the phases for a workload, check the best, and recommend one",
         description="Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [options]",
         allow_abbrev=False,
     )
     _add_options(advise, AdviseConfig)
@@ -150,15 +164,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
-    """An option for each field of ``kind``."""
+    """An option for each field of ``kind``, in groups."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name in ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results"):
+        if any(each.metadata["group"] == name for each in option_fields(kind)):
+            groups[name] = parser.add_argument_group(name)
     for each in option_fields(kind):
+        group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         if each.metadata["type"] is bool:
-            parser.add_argument(
+            group.add_argument(
                 *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
             )
         else:
-            kind = each.metadata["type"]
-            parser.add_argument(
-                *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
-            )
+            group.add_argument(
+                *flags, type=each.metadata["type"], help=each.metadata["help"], default=each.default,
+                metavar=each.name.upper(),
+            )  # fmt: skip

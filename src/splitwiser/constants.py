@@ -11,12 +11,17 @@ DIR_RESULTS = DIR_PROJECT / "results"  # one folder a run
 
 MODEL = "radiology-opt"  # a name of configs/models.yaml, a checkpoint directory or a hub id
 CASE_ID = 0  # a prompting recipe of configs/cases.yaml: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix
-MODE = "sequential"  # how the phases are placed: generate, sequential or mp
-WORKERS = (
-    ""  # worker layout of mode mp: a YAML file or text such as "[{role: mixed, count: 4}]"; empty: one of each phase
-)
-LEND_CORES = True  # mode mp on a CPU: a worker without work lends its cores to the others, step by step
+MODE = "sequential"  # how the phases are placed: generate, sequential, mp, mps or green
+WORKERS = ""  # worker layout of modes mp, mps and green: a YAML file or text; empty: one prefill and one decode worker
+SHARE = "fixed"  # how workers divide the device: fixed (their shares), auto (decode keeps ITL_TARGET_MS) or none
+ITL_TARGET_MS = 50.0  # the time between two tokens that SHARE = "auto" keeps decode under while prompts are prefilled
+LEND = True  # a worker without work lends its part of the device to the others, step by step
+MPS = "private"  # mode mps: private starts an MPS daemon for each run; existing uses the one that is there
+EXCLUSIVE = False  # mode mps: put the GPU into compute mode EXCLUSIVE_PROCESS for the run; needs root
 SPLIT = "test"  # which set of DIR_DATA is summarised: train, validate or test
+
+REQUESTS = 100  # how many synthetic requests, where --requests does not say
+OUTPUT_TOKENS = 128  # new tokens of each, where --output_tokens does not say
 
 DTYPE = "float32"  # float32 (exact), bfloat16 or float16 (faster, half the memory); auto takes the checkpoint's own
 DEVICE = "auto"  # auto (the first GPU if there is one), cpu, cuda or cuda:N

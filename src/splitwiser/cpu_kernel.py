@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from splitwiser.errors import first_line, unknown
+from splitwiser.errors import first_line
 
 SOURCE = Path(__file__).with_name("kernels") / "decode_attention.cpp"
 FLAGS = ("-O3", "-march=native", "-funroll-loops", "-std=c++17", "-fopenmp", "-fPIC")
-KERNELS = ("auto", "plain")
 COMPILE_S = 120  # a second is usual
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class DecodeKernel:
-    """The function of ``kernels/decode_attention.cpp``, called through ctypes."""
+class CpuKernel:
+    """The function of ``kernels/decode_attention.cpp``, called through ctypes; a
+    :class:`~splitwiser.decode_kernel.DecodeKernel`."""
 
     def __init__(self, library: Path) -> None:
         self._function = ctypes.CDLL(str(library)).decode_attention
@@ -43,11 +43,7 @@ class DecodeKernel:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attend from ``query`` (requests, heads, key size) to each request's positions ``starts`` to ``lengths`` - 1.
-
-        ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size); ``tables`` (requests,
-        blocks), ``starts`` and ``lengths`` (requests,) are int64. Returns (requests, heads, value size).
-        """
+        """See :meth:`splitwiser.decode_kernel.DecodeKernel.__call__`."""
         query = query.contiguous()
         requests, heads, key_dim = query.shape
         _, block_tokens, kv_heads, value_dim = values.shape
@@ -62,22 +58,13 @@ class DecodeKernel:
         return output
 
 
-def load_kernel(choice: str, device: torch.device) -> tuple[DecodeKernel | None, str]:
-    """The kernel and a line for the run's record; None, and the reason, where plain PyTorch is used instead.
-
-    ``choice`` is ``auto`` or ``plain``. Raises :class:`~splitwiser.errors.InputError` for another.
-    """
-    if choice not in KERNELS:
-        raise unknown("kernels", choice, KERNELS)
-    if choice == "plain":
-        return None, "plain PyTorch (as asked for)"
-    if device.type != "cpu":
-        return None, "plain PyTorch"
+def load_cpu_kernel() -> tuple[CpuKernel | None, str]:
+    """The kernel and a line for the run's record; None, and the reason, where it cannot be had."""
     compiler = shutil.which("g++")  # another compiler's OpenMP is not the one that PyTorch has loaded
     if compiler is None:
         return None, "plain PyTorch (no g++ on PATH)"
     try:
-        kernel = DecodeKernel(_build(compiler))
+        kernel = CpuKernel(_build(compiler))
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
         return None, f"plain PyTorch (g++ failed: {lines[0]})"

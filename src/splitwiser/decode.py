@@ -2,10 +2,11 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from splitwiser.errors import RunError
+from splitwiser.graphs import DecodeGraphs
 from splitwiser.kv_pool import BlockAllocator, KVPool
 from splitwiser.messages import Handoff, PrefillTask, Progress
 from splitwiser.model import LoadedModel
@@ -28,10 +29,21 @@ class Decoder:
     All blocks that a request can come to need are reserved when it is admitted, so a running request never waits for
     another, and admission in order of arrival cannot deadlock.
 
+    ``graphs`` replay its steps; ``on_itl`` is told of each gap between two tokens of its requests, in seconds.
+
     State: waiting -> admitted (blocks reserved, with prefill) -> running -> finished (blocks freed).
     """
 
-    def __init__(self, name: str, model: LoadedModel, pool: KVPool, allocator: BlockAllocator, max_batch: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: LoadedModel,
+        pool: KVPool,
+        allocator: BlockAllocator,
+        max_batch: int,
+        graphs: DecodeGraphs | None = None,
+        on_itl: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self.name = name
         self._model = model
         self._pool = pool
@@ -41,6 +53,9 @@ class Decoder:
         self._admitted: dict[int, InFlight] = {}
         self._running: dict[int, InFlight] = {}
         self._handoffs: list[Handoff] = []
+        self._graphs = graphs
+        self._on_itl = on_itl
+        self._last_end_ns: int | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
@@ -80,8 +95,11 @@ class Decoder:
             for sequence, token in zip(batch, tokens, strict=True):
                 sequence.token_ids.append(token)
         end_ns = self.now_ns()
+        if self._last_end_ns is not None:
+            self._on_itl((end_ns - self._last_end_ns) / 1e9)
         ids = [sequence.request.request_id for sequence in batch]
         finished += self._collect(ids)
+        self._last_end_ns = end_ns if self._running else None
         progress = Progress(
             self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
         )
@@ -89,7 +107,7 @@ class Decoder:
 
     def run_step(self, batch: Sequence[InFlight]) -> list[int]:
         """The step itself: the next token of each request. A simulation has its own."""
-        return decode_step(self._model, self._pool, batch)
+        return decode_step(self._model, self._pool, batch, self._graphs)
 
     def now_ns(self) -> int:
         """The clock that steps are timed by."""

@@ -1,15 +1,17 @@
 """The parent's side: feeds requests to the workers as they arrive, collects what they report, and takes part in no step."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from splitwiser.arrivals import Arrivals
 from splitwiser.errors import InputError, RunError, WorkerLostError
+from splitwiser.kv_pool import KVPool
 from splitwiser.messages import Message, Progress, StepRecord
 from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
+from splitwiser.shares import ShareSettings
 from splitwiser.stopping import final_text
 
 _SETTLE_NS = 2_000_000  # how long the end of a run waits for step records that are still on their way
@@ -38,9 +40,12 @@ class Engine(Protocol):
         """Process ids of workers that run outside this process, by name."""
         ...
 
-    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def run(
+        self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
+    ) -> list[RequestOutput]:
         """Answer every request, each not before its arrival; outputs in the order of ``requests``. ``start_ns`` is the
-        moment of ``time.perf_counter_ns`` that arrivals count from."""
+        moment of ``time.perf_counter_ns`` that arrivals count from; with ``max_concurrency`` requests arrive as others
+        finish (:class:`~splitwiser.arrivals.Arrivals`)."""
         ...
 
     def close(self) -> None:
@@ -61,8 +66,8 @@ class Placement(Protocol):
         ...
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
-        """What the workers reported. Returns when there is something, or at ``until_ns`` (None: no request is still to
-        come). Raises :class:`RunError` if nothing can come any more, and
+        """What the workers reported. Returns when there is something, or at ``until_ns`` (None: none is to come, or
+        none before one finishes). Raises :class:`RunError` if nothing can come any more, and
         :class:`WorkerLostError` if a worker was lost."""
         ...
 
@@ -79,8 +84,27 @@ class EngineSettings:
     prefill_tokens: int
     block_tokens: int
     kv_memory: str
-    lend_cores: bool
+    shares: ShareSettings
     kernels: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
+    of compute, how many units (cores, multiprocessors) each worker has."""
+
+    engine: "Engine"
+    pool: KVPool | None
+    kernels: dict[str, str]
+    division: list[dict[str, int]]
+
+
+def describe_kernels(decode_attention: str) -> dict[str, str]:
+    """Which kernel serves each phase of an engine over the pool, for a run's record."""
+    return {
+        "prefill_attention": "torch.nn.functional.scaled_dot_product_attention",
+        "decode_attention": decode_attention,
+    }
 
 
 @dataclass
@@ -112,30 +136,34 @@ class SplitEngine:
         """See :meth:`Engine.pids`."""
         return self._placement.pids
 
-    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def run(
+        self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
+    ) -> list[RequestOutput]:
         """See :meth:`Engine.run`."""
         if self._broken_off:
             raise RunError("an earlier run was broken off, and its requests are still under way; make a new LLM")
         self._broken_off = True
-        outputs = self._run(requests, observer, start_ns)
+        outputs = self._run(requests, observer, start_ns, Arrivals(requests, start_ns, max_concurrency, self._clock))
         self._broken_off = False
         return outputs
 
-    def _run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def _run(
+        self, requests: Sequence[Request], observer: Observer, start_ns: int, arrivals: Arrivals
+    ) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
-        to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
         self._open = {}
         while len(outputs) < len(requests):
-            while to_come and arrival_ns(to_come[0], start_ns) <= self._clock():
-                self._submit(to_come.popleft(), start_ns)
+            for request, arrival_ns in arrivals.due():
+                self._submit(request, arrival_ns)
             try:
-                messages = self._placement.poll(arrival_ns(to_come[0], start_ns) if to_come else None)
+                messages = self._placement.poll(arrivals.next_ns)
             except WorkerLostError as lost:
-                unanswered = sorted(set(self._open).union(request.request_id for request in to_come))
+                unanswered = sorted({*self._open, *arrivals.request_ids})
                 raise _with_requests(lost, unanswered) from lost
             for message in messages:
                 for output in self._hear(message, observer, start_ns):
                     outputs[output.request_id] = output
+                    arrivals.finished(output.metrics.token_ns[-1])
         # the record of the last prefill step travels by another pipe than the report that ended the run
         for message in self._placement.poll(self._clock() + _SETTLE_NS):
             self._hear(message, observer, start_ns)
@@ -159,8 +187,8 @@ class SplitEngine:
                 return outputs
         raise TypeError(f"the engine has no use for {message}")
 
-    def _submit(self, request: Request, start_ns: int) -> None:
-        self._open[request.request_id] = _Open(request, RequestMetrics(arrival_ns(request, start_ns)), [])
+    def _submit(self, request: Request, arrival_ns: int) -> None:
+        self._open[request.request_id] = _Open(request, RequestMetrics(arrival_ns), [])
         self._placement.submit(request)
 
     def _take(self, progress: Progress) -> list[RequestOutput]:
@@ -190,11 +218,6 @@ def _with_requests(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError
     for note in getattr(lost, "__notes__", []):
         error.add_note(note)
     return error
-
-
-def arrival_ns(request: Request, start_ns: int) -> int:
-    """When ``request`` arrives, in nanoseconds of ``time.perf_counter_ns``."""
-    return start_ns + int(request.arrival_s * 1e9)
 
 
 def make_output(

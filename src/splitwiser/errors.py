@@ -25,7 +25,7 @@ class RunError(SplitwiserError):
 
 
 class WorkerLostError(RunError):
-    """A worker process died, failed or does not answer; the message names it and how."""
+    """A worker process, or the MPS daemon of all, died, failed or does not answer; the message names it and how."""
 
 
 def unknown(kind: str, given: object, known: Iterable[object]) -> InputError:

@@ -2,16 +2,17 @@
 baseline for time. Each step is timed from within, so the mode writes the same files as the others."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from splitwiser.engine import Observer, arrival_ns, make_output
+from splitwiser.arrivals import Arrivals
+from splitwiser.engine import Observer, make_output
 from splitwiser.messages import Phase, StepRecord
 from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
@@ -85,32 +86,31 @@ class GenerateEngine:
         self._model = model
         self._batch_size = batch_size
 
-    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def run(
+        self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
+    ) -> list[RequestOutput]:
         """See :meth:`splitwiser.engine.Engine.run`."""
         outputs: dict[int, RequestOutput] = {}
-        to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
-        while to_come:
-            time.sleep(max(0, arrival_ns(to_come[0], start_ns) - time.perf_counter_ns()) / 1e9)
-            batch: list[Request] = []
-            while to_come and len(batch) < self._batch_size:
-                if arrival_ns(to_come[0], start_ns) > time.perf_counter_ns():
-                    break
-                batch.append(to_come.popleft())
-            for output in self._generate(batch, observer, start_ns):
+        arrivals = Arrivals(requests, start_ns, max_concurrency)
+        while (next_ns := arrivals.next_ns) is not None:
+            time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
+            for output in self._generate(list(islice(arrivals.due(), self._batch_size)), observer):
                 outputs[output.request_id] = output
+                arrivals.finished(output.metrics.token_ns[-1])
                 observer.on_output(output)
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.Engine.close`; nothing runs outside this thread."""
 
-    def _generate(self, batch: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def _generate(self, arrived: Sequence[tuple[Request, int]], observer: Observer) -> list[RequestOutput]:
+        batch = [request for request, _ in arrived]
         rows = [
             _Row(
                 InFlight(request, blocks=()),
-                RequestMetrics(arrival_ns(request, start_ns), prefill_worker=WORKER, decode_worker=WORKER),
+                RequestMetrics(arrival_ns, prefill_worker=WORKER, decode_worker=WORKER),
             )
-            for request in batch
+            for request, arrival_ns in arrived
         ]
         width = max(len(request.prompt_token_ids) for request in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)

@@ -8,9 +8,9 @@ from torch import Tensor
 from splitwiser import attention
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
 from splitwiser.errors import UnsupportedModelError, first_line
+from splitwiser.forward import forward
 from splitwiser.kv_pool import KVPool, LayerShape
 from splitwiser.model import LoadedModel
-from splitwiser.steps import forward
 
 
 def attach_engine(model: LoadedModel) -> list[LayerShape]:

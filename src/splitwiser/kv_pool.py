@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitwiser.cpu_kernel import DecodeKernel
+from splitwiser.decode_kernel import DecodeKernel
 from splitwiser.errors import InputError
 
 

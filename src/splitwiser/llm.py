@@ -2,31 +2,72 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from splitwiser import constants
-from splitwiser.engine import Engine, EngineSettings, Observer, check_fits
+from splitwiser import constants, green
+from splitwiser.engine import EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
-from splitwiser.kv_pool import KVPool
+from splitwiser.green import check_layout, start_green
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
-from splitwiser.model import LoadedModel, load_model
+from splitwiser.model import LoadedModel, load_model, resolve_device
+from splitwiser.mps import find_problem, gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
+from splitwiser.shares import ShareSettings
 
-Mode = Literal["generate", "sequential", "mp"]
+Mode = Literal["generate", "sequential", "mp", "mps", "green"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-PLANNED_MODES = {
-    "mps": "workers as clients of an NVIDIA MPS daemon",
-    "green": "both phases in one process, each in a CUDA green context",
-}
-DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH}
+DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "mps": ONE_OF_EACH, "green": ONE_OF_EACH}
+LAID_OUT = ("mp", "mps", "green")  # the modes whose workers a user lays out
+MPS_DAEMONS = ("private", "existing")
 
 Prompt = str | Sequence[int]
+
+
+def plan_workers(mode: str, workers: str | Sequence[dict[str, Any]], shares: ShareSettings) -> WorkerLayout | None:
+    """The workers of ``mode``, laid out as ``workers`` says or by default; None for mode ``generate``.
+
+    Raises :class:`InputError` for a mode that is not there, and for a layout or shares that it cannot have.
+    """
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    if workers and mode not in LAID_OUT:
+        raise InputError(f"workers are laid out in modes {', '.join(LAID_OUT)}, not in mode {mode}")
+    layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+    if layout is not None:
+        shares.check(mode, layout)
+        if mode == "green":
+            check_layout(layout)
+    return layout
+
+
+def check_mps(mode: str, mps: str, exclusive: bool) -> None:
+    """Refuse settings of mode ``mps`` that make no sense. Raises :class:`InputError`."""
+    if mps not in MPS_DAEMONS:
+        raise unknown("mps", mps, MPS_DAEMONS)
+    if mps == "existing" and mode != "mps":
+        raise InputError(f"mps existing goes with mode mps, not with mode {mode}")
+    if exclusive and (mode != "mps" or mps == "existing"):
+        raise InputError("exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses")
+
+
+def check_mode_here(mode: str, device: str) -> None:
+    """Refuse a mode that this machine cannot run, with the reason and the mode to use instead. Raises
+    :class:`InputError`; does not initialise CUDA for mode ``mps``."""
+    problem = None
+    if mode == "green":
+        problem = green.find_problem(resolve_device(device))
+    elif mode == "mps":
+        problem = find_problem(gpu_index(device))
+    if problem:
+        raise InputError(f"mode {mode}: {problem}; use mode mp")
 
 
 class LLM:
@@ -35,10 +76,14 @@ class LLM:
     Args:
         model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
-        mode: how the two phases are placed: ``generate``, ``sequential`` or ``mp``.
-        workers: the layout of mode ``mp``: a list such as ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML
-            file's path or YAML text; empty for one prefill and one decode worker.
-        lend_cores: in mode ``mp`` on a CPU, whether a worker without work lends its cores to the others, step by step.
+        mode: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
+        workers: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
+            ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML file's path or YAML text; empty for one
+            prefill and one decode worker.
+        share: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their shares,
+            ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
+        itl_target_ms: what share ``auto`` keeps the time between two tokens under, in milliseconds.
+        lend: whether a worker without work lends its part of the device to the others, step by step.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
@@ -59,7 +104,11 @@ class LLM:
         *,
         mode: str = constants.MODE,
         workers: str | Sequence[dict[str, Any]] = constants.WORKERS,
-        lend_cores: bool = constants.LEND_CORES,
+        share: str = constants.SHARE,
+        itl_target_ms: float = constants.ITL_TARGET_MS,
+        lend: bool = constants.LEND,
+        mps: str = constants.MPS,
+        exclusive: bool = constants.EXCLUSIVE,
         dtype: str = constants.DTYPE,
         device: str = constants.DEVICE,
         load_format: str = constants.LOAD_FORMAT,
@@ -70,40 +119,41 @@ class LLM:
         kernels: str = constants.KERNELS,
         seed: int = constants.SEED,
     ) -> None:
-        if mode in PLANNED_MODES:
-            raise InputError(f"mode {mode} is not there yet ({PLANNED_MODES[mode]}); use one of {', '.join(MODES)}")
-        if mode not in MODES:
-            raise unknown("mode", mode, MODES)
+        shares = ShareSettings(share, itl_target_ms, lend)
+        layout = plan_workers(mode, workers, shares)
+        check_mps(mode, mps, exclusive)
         for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
             if given < 1:
                 raise InputError(f"{name} must be 1 or more, not {given}")
-        if workers and mode != "mp":
-            raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
-        layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+        if mode == "green":
+            check_mode_here(mode, device)
         began = time.perf_counter()
-        if mode == "mp":
-            warm_up_start()
         self.mode = mode
         self.seed = seed
-        self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
-        self.pool: KVPool | None = None
-        self.kernels = "transformers' own"
         self.workers = str(layout or "1 generate")
-        self._engine: Engine
-        if layout is None:
-            self._engine = GenerateEngine(self.model, batch_size)
-        else:
-            start = start_processes if mode == "mp" else start_local
-            self._engine, self.pool, self.kernels = start(
-                self.model,
-                layout,
-                EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, lend_cores, kernels),
-            )
-        try:
+        self.mps: dict[str, Any] | None = None
+        start = {"green": start_green, "mp": start_processes}.get(mode, start_local)
+        with ExitStack() as undo:  # of whatever was done, should the rest fail
+            if mode == "mps" and layout:
+                index = gpu_index(device)
+                daemon = undo.enter_context(mps_daemon(mps == "existing", exclusive, index))
+                device = f"cuda:{index}"
+                start = partial(start_processes, daemon=daemon)
+                percentages = {spec.name: thread_percentage(spec, share) for spec in layout.workers}
+                self.mps = {"daemon": mps, "exclusive": exclusive, "active_thread_percentages": percentages}
+            if mode in ("mp", "mps"):
+                warm_up_start()
+            self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
+            if layout is None:
+                kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
+                self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])
+            else:
+                settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
+                self.started = start(self.model, layout, settings)
+            self._engine = self.started.engine
+            undo.callback(self._engine.close)
             self._warm_up(layout)
-        except BaseException:
-            self.close()
-            raise
+            self._undo: Callable[[], None] = undo.pop_all().close
         self.ready_s = time.perf_counter() - began
 
     def __enter__(self) -> Self:
@@ -115,8 +165,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give up workers and memory."""
-        self._engine.close()
+        """Give up workers, memory and MPS daemon."""
+        self._undo()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -154,6 +204,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrival_s: Sequence[float] | None = None,
+        max_concurrency: int | None = None,
         observer: Observer | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt and return the outputs in their order.
@@ -162,21 +213,28 @@ class LLM:
             prompts: strings or sequences of token ids.
             sampling_params: for all prompts, or one each.
             arrival_s: when each prompt arrives, in seconds from the call; all at once if not given.
+            max_concurrency: if given, so many arrive at the call and each further one the moment one finishes.
             observer: is told of steps and finished requests as they come.
 
         Raises :class:`~splitwiser.errors.InputError` before anything runs if a prompt could never be served.
         """
+        if max_concurrency is not None and arrival_s is not None:
+            raise InputError("with max_concurrency requests arrive as others finish; leave arrival_s out")
+        if max_concurrency is not None and max_concurrency < 1:
+            raise InputError(f"max_concurrency must be 1 or more, not {max_concurrency}")
         if isinstance(prompts, str):
             prompts = [prompts]
         requests = self.make_requests(prompts, sampling_params, arrival_s)
-        outputs = self.run(requests, observer or Observer(), time.perf_counter_ns())
+        outputs = self.run(requests, observer or Observer(), time.perf_counter_ns(), max_concurrency)
         for output, prompt in zip(outputs, prompts, strict=True):
             output.prompt = prompt if isinstance(prompt, str) else None
         return outputs
 
-    def run(self, requests: Sequence[Request], observer: Observer, start_ns: int) -> list[RequestOutput]:
+    def run(
+        self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
+    ) -> list[RequestOutput]:
         """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`."""
-        return self._engine.run(requests, observer, start_ns)
+        return self._engine.run(requests, observer, start_ns, max_concurrency)
 
     def _token_ids(self, number: int, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):

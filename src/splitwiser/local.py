@@ -5,10 +5,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
 
-from splitwiser.cpu_kernel import load_kernel
 from splitwiser.decode import Decoder
-from splitwiser.engine import EngineSettings, SplitEngine
+from splitwiser.decode_kernel import load_kernel
+from splitwiser.engine import EngineSettings, SplitEngine, Started, describe_kernels
 from splitwiser.errors import RunError
+from splitwiser.graphs import capture_graphs
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
 from splitwiser.layout import WorkerLayout
@@ -63,9 +64,8 @@ class LocalPlacement:
         """See :meth:`splitwiser.engine.Placement.close`; nothing runs outside this thread."""
 
 
-def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> tuple[SplitEngine, KVPool, str]:
-    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool; with the pool and
-    which kernel reads it."""
+def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
+    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
     (spec,) = layout.workers
     layers = attach_engine(model)
     blocks = plan_blocks(
@@ -79,11 +79,17 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     )
     kernel, described = load_kernel(settings.kernels, model.device)
     pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=kernel)
+    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
     transport = LocalTransport()
     worker = Worker(
         spec.name,
         transport,
         prefiller=Prefiller(spec.name, model, pool, settings.prefill_tokens),
-        decoder=Decoder(spec.name, model, pool, BlockAllocator(0, blocks), settings.max_batch),
+        decoder=Decoder(spec.name, model, pool, BlockAllocator(0, blocks), settings.max_batch, graphs),
     )
-    return SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens), pool, described
+    return Started(
+        SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens),
+        pool,
+        {**describe_kernels(described), "decode_graphs": graphs_described},
+        [],
+    )

@@ -58,13 +58,16 @@ def git_commit() -> str | None:
 
 
 def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float:
-    """The most memory so far, in MB (10^6 bytes): of the device's allocations on a GPU, else this process's resident set.
+    """The memory of a run so far, in MB (10^6 bytes).
 
-    With ``workers`` (process ids) on a CPU, what this process and they hold now, as their proportional set sizes: memory
+    On a GPU all that is in use there now, contexts of processes included: what processes share counts once, and PyTorch
+    keeps what it once had, so it is the peak where nobody else uses the GPU. On a CPU the peak of this process's resident
+    set, or, with ``workers`` (process ids), what this process and they hold now, as their proportional set sizes: memory
     that they share counts once, which the peaks of each cannot tell.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 1e6
     if workers:
         return sum(_memory_kib(pid, "smaps_rollup", "Pss:") for pid in [os.getpid(), *workers]) * 1024 / 1e6
     # not ru_maxrss, which keeps what the process that started this one held

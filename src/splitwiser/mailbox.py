@@ -1,12 +1,18 @@
-"""Messages between processes: a pipe from each process to each it talks to, emptied by a thread at the receiving end."""
+"""How messages get about: a letterbox for each worker and the parent, which other threads post into, or a thread that
+empties the pipes from other processes."""
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from splitwiser.messages import Message
+from splitwiser.errors import WorkerLostError
+from splitwiser.messages import Failed, Message, Stop
+from splitwiser.worker import PARENT
+
+LOOK_S = 0.25  # how often the parent looks after its workers
 
 if TYPE_CHECKING:
     # messages travel pickled; only the processes of one run hold the ends
@@ -15,20 +21,18 @@ else:
     Pipe = Connection  # not generic when it runs
 
 
-class Mailbox:
-    """Collects what comes over ``connections`` (by the sender's name).
+class Letterbox:
+    """Messages for one receiver, in the order in which they came."""
 
-    A thread reads, so that no sender ever waits for a receiver that is in the middle of a step: a pipe holds 64 KiB, and
-    two processes each waiting for the other's pipe to empty would wait for ever. ``on_closed`` is called in that thread
-    with the name of a sender whose end has closed, which happens at the latest when its process dies.
-    """
-
-    def __init__(self, connections: Mapping[str, Pipe], on_closed: Callable[[str], None]) -> None:
-        self._names = {connection: name for name, connection in connections.items()}
-        self._on_closed = on_closed
+    def __init__(self) -> None:
         self._messages: deque[Message] = deque()
         self._came = threading.Condition()
-        threading.Thread(target=self._read, name="mailbox", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Put a message in."""
+        with self._came:
+            self._messages.append(message)
+            self._came.notify()
 
     def take(self) -> list[Message]:
         """What has come since the last call, in order."""
@@ -38,10 +42,25 @@ class Mailbox:
         return messages
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return when there is something to take, a sender has closed, or after ``timeout_s``."""
+        """Return when there is something to take or to look after, or after ``timeout_s``."""
         with self._came:
             if not self._messages:
                 self._came.wait(timeout_s)
+
+
+class Mailbox(Letterbox):
+    """A letterbox that collects what comes over ``connections`` (by the sender's name).
+
+    A thread reads, so that no sender ever waits for a receiver that is in the middle of a step: a pipe holds 64 KiB, and
+    two processes each waiting for the other's pipe to empty would wait for ever. ``on_closed`` is called in that thread
+    with the name of a sender whose end has closed, which happens at the latest when its process dies.
+    """
+
+    def __init__(self, connections: Mapping[str, Pipe], on_closed: Callable[[str], None]) -> None:
+        super().__init__()
+        self._names = {connection: name for name, connection in connections.items()}
+        self._on_closed = on_closed
+        threading.Thread(target=self._read, name="mailbox", daemon=True).start()
 
     def _read(self) -> None:
         while self._names:
@@ -54,6 +73,80 @@ class Mailbox:
                     with self._came:
                         self._came.notify()
                     continue
-                with self._came:
-                    self._messages.append(message)
-                    self._came.notify()
+                self.send(message)
+
+
+class Sends(Protocol):
+    """Where a message can be put in: a letterbox, or a pipe to another process."""
+
+    def send(self, message: Message, /) -> None:
+        """Put a message in."""
+        ...
+
+
+class MailTransport:
+    """A worker's transport (see :class:`splitwiser.worker.Transport`): its letterbox, and those of the others by name."""
+
+    def __init__(self, inbox: Letterbox, outbox: Mapping[str, Sends]) -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+        self.stopped = False
+
+    def receive(self) -> list[Message]:
+        """What has come; notes whether the worker is to stop."""
+        messages = self._inbox.take()
+        if any(isinstance(message, Stop) for message in messages):
+            self.stopped = True
+        return [message for message in messages if not isinstance(message, Stop)]
+
+    def send(self, to: str, message: Message) -> None:
+        """See :meth:`splitwiser.worker.Transport.send`."""
+        try:
+            self._outbox[to].send(message)
+        except OSError:
+            if to == PARENT:
+                raise
+            # the receiver has died; the parent learns so by itself and ends the run
+
+    def wait(self) -> None:
+        """Return when there is something to receive."""
+        self._inbox.wait()
+
+
+class MailPlacement:
+    """The parent's side of workers that report to its letterbox; see :class:`splitwiser.engine.Placement`."""
+
+    def __init__(self, inbox: Letterbox) -> None:
+        self._inbox = inbox
+        self._lost: WorkerLostError | None = None
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        """See :meth:`splitwiser.engine.Placement.poll`; a lost worker is noticed within a second.
+
+        What the workers reported before one was lost is returned first.
+        """
+        while True:
+            if self._lost:
+                raise self._lost
+            messages = self._inbox.take()
+            for message in messages:
+                if isinstance(message, Failed):
+                    self._lost = WorkerLostError(f"worker {message.worker} failed: {message.error}")
+                    self._lost.add_note(message.traceback)
+                else:
+                    self._note(message)
+            self._lost = self._lost or self._find_lost()
+            if messages:
+                return [message for message in messages if not isinstance(message, Failed)]
+            left_s = float("inf") if until_ns is None else (until_ns - time.perf_counter_ns()) / 1e9
+            if left_s <= 0:
+                return []
+            if not self._lost:
+                self._inbox.wait(min(left_s, LOOK_S))
+
+    def _note(self, message: Message) -> None:
+        """Take in what the placement itself wants of a message."""
+
+    def _find_lost(self) -> WorkerLostError | None:
+        """A worker that ended without saying so, if there is one."""
+        return None

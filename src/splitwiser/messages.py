@@ -70,9 +70,10 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker process is up and waits for work."""
+    """A worker process is up and waits for work; one that decodes says what it has of CUDA graphs."""
 
     worker: str
+    graphs: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,14 @@ class LoadedModel:
         return len(weight) if isinstance(weight, Tensor) else 0
 
     @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Token ids that stand for no text: end-of-sequence, begin, padding and what the tokenizer counts among them."""
+        config = self.module.config.get_text_config()
+        named = (getattr(config, name, None) for name in ("bos_token_id", "pad_token_id"))
+        of_tokenizer = self.tokenizer.all_special_ids if self.tokenizer else []
+        return self.eos_token_ids.union(of_tokenizer, (each for each in named if isinstance(each, int)))
+
+    @property
     def parameters(self) -> int:
         """Number of weights, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
@@ -141,8 +149,9 @@ def load_model(
         tokenizer = _load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
-    # a fresh one, so that mode generate applies nothing that the engine does not
-    module.generation_config = GenerationConfig(eos_token_id=sorted(eos) or None, pad_token_id=0)
+    # a fresh one, so that mode generate applies nothing that the engine does not: no end-of-sequence token either, since
+    # transformers would end a row at it even where the request ignores it
+    module.generation_config = GenerationConfig(pad_token_id=0)
     return LoadedModel(
         name=entry.name,
         module=module.eval().requires_grad_(False),

@@ -1,6 +1,6 @@
-"""Mode ``mp``: workers in processes of their own that share one copy of the weights and one KV pool.
+"""Modes ``mp`` and ``mps``: workers in processes of their own that share one copy of the weights and one KV pool.
 
-The parent loads the model, moves its weights into shared memory, makes the pool there and starts the workers; tensors are
+The parent loads the model, puts its weights into shared memory, makes the pool there and starts the workers; tensors are
 never sent again. From then on it only feeds, collects and supervises.
 """
 
@@ -21,24 +21,28 @@ import torch.multiprocessing
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from splitwiser.cores import Board, LentThreads, plan_cores, plan_threads
-from splitwiser.cpu_kernel import load_kernel
+from splitwiser.board import Board
+from splitwiser.cores import Threads, plan_cores, plan_levels
 from splitwiser.decode import Decoder
-from splitwiser.engine import EngineSettings, SplitEngine
+from splitwiser.decode_kernel import load_kernel
+from splitwiser.engine import EngineSettings, SplitEngine, Started, describe_kernels
 from splitwiser.errors import InputError, RunError, WorkerLostError
+from splitwiser.graphs import capture_graphs
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import BlockAllocator, KVPool, LayerShape, block_nbytes, plan_blocks
 from splitwiser.layout import WorkerLayout, WorkerSpec
-from splitwiser.mailbox import Mailbox, Pipe
+from splitwiser.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
 from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
 from splitwiser.model import LoadedModel
+from splitwiser.mps import MpsDaemon
 from splitwiser.prefill import Prefiller
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
-from splitwiser.worker import PARENT, Worker
+from splitwiser.shares import AutoLevel, Part
+from splitwiser.system import environment, uninterrupted
+from splitwiser.worker import PARENT, Worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
-LOOK_S = 0.25  # how often the parent looks
 MISSED_LOOKS = 4  # looks in a row without a beat after which a worker counts as lost
 START_S = 300.0  # longest that workers may take to come up
 STOP_S = 5.0  # longest that they may take to end by themselves
@@ -53,7 +57,7 @@ _context = torch.multiprocessing.get_context("forkserver")
 def warm_up_start() -> None:
     """Start the fork server, so that its imports go on while the parent loads the model."""
     forkserver.set_forkserver_preload([__name__])
-    with _environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
+    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
         forkserver.ensure_running()
 
 
@@ -72,6 +76,8 @@ class _Setup:
     board: SharedMemory
     settings: EngineSettings
     cores: tuple[int, ...]
+    thread_levels: list[list[int]]
+    environment: dict[str, str]
     inbox: dict[str, Pipe]
     outbox: dict[str, Pipe]
 
@@ -81,37 +87,9 @@ class _Setup:
         return self.workers[self.index]
 
 
-class _PipeTransport:
-    """A worker's ends of its pipes."""
-
-    def __init__(self, inbox: Mailbox, outbox: dict[str, Pipe]) -> None:
-        self._inbox = inbox
-        self._outbox = outbox
-        self.stopped = False
-
-    def receive(self) -> list[Message]:
-        """See :meth:`splitwiser.worker.Transport.receive`."""
-        messages = self._inbox.take()
-        if any(isinstance(message, Stop) for message in messages):
-            self.stopped = True
-        return [message for message in messages if not isinstance(message, Stop)]
-
-    def send(self, to: str, message: Message) -> None:
-        """See :meth:`splitwiser.worker.Transport.send`."""
-        try:
-            self._outbox[to].send(message)
-        except OSError:
-            if to == PARENT:
-                raise
-            # the receiver has died; the parent learns so by itself and ends the run
-
-    def wait(self) -> None:
-        """Return when there is something to receive."""
-        self._inbox.wait()
-
-
 def _work(setup: _Setup) -> None:
     """What a worker process runs."""
+    os.environ.update(setup.environment)  # first, as CUDA reads it once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     name = setup.spec.name
     Path("/proc/self/comm").write_text(name, encoding="ascii")  # what ps and top show
@@ -120,7 +98,7 @@ def _work(setup: _Setup) -> None:
         if sender == PARENT:
             os._exit(1)  # nobody is left to answer, whatever step is under way
 
-    transport = _PipeTransport(Mailbox(setup.inbox, closed), setup.outbox)
+    transport = MailTransport(Mailbox(setup.inbox, closed), setup.outbox)
     try:
         _serve(setup, transport)
     except BaseException as error:
@@ -129,13 +107,14 @@ def _work(setup: _Setup) -> None:
         sys.exit(1)
 
 
-def _serve(setup: _Setup, transport: _PipeTransport) -> None:
+def _serve(setup: _Setup, transport: MailTransport) -> None:
     board = Board.over(setup.board.tensor)
     threading.Thread(target=_beat, args=(board, setup.index), name="heartbeat", daemon=True).start()
-    lending = setup.settings.lend_cores
-    if not lending:
+    shares = setup.settings.shares
+    if shares.share == "fixed" and not shares.lend:
         os.sched_setaffinity(0, plan_cores(setup.workers, setup.cores)[setup.index])  # this thread and those it makes
-    threads = LentThreads(board, setup.index, plan_threads(setup.workers, len(setup.cores)), len(setup.cores), lending)
+    part = _part(setup, board)
+    threads = Threads(part, setup.thread_levels, len(setup.cores))
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
     kernel, _ = load_kernel(setup.settings.kernels, setup.model.device)
@@ -149,22 +128,34 @@ def _serve(setup: _Setup, transport: _PipeTransport) -> None:
     allocator = BlockAllocator(setup.own_blocks.start, len(setup.own_blocks))
     prefill_names = [worker.name for worker in setup.workers if worker.role == "prefill"]
     turned = setup.index % max(1, len(prefill_names))  # decode workers start at different prefill workers
+    graphs, graphs_described = None, ""
+    if spec.role != "prefill":
+        graphs, graphs_described = capture_graphs(model, pool, setup.settings.max_batch)
     worker = Worker(
         spec.name,
         transport,
         prefiller=None if spec.role == "decode" else Prefiller(spec.name, model, pool, setup.settings.prefill_tokens),
         decoder=None
         if spec.role == "prefill"
-        else Decoder(spec.name, model, pool, allocator, setup.settings.max_batch),
+        else Decoder(spec.name, model, pool, allocator, setup.settings.max_batch, graphs, part.observe),
         prefill_workers=[] if spec.role == "mixed" else prefill_names[turned:] + prefill_names[:turned],
     )
     threads.before_step()
-    transport.send(PARENT, Ready(spec.name))
-    while not transport.stopped:
-        threads.before_step()
-        if not worker.turn() and not transport.stopped:
-            threads.idle()
-            transport.wait()
+    transport.send(PARENT, Ready(spec.name, graphs_described))
+    serve(worker, transport, threads)
+
+
+def _part(setup: _Setup, board: Board) -> Part:
+    """The worker's part of the device; the first decode worker moves the level, if it moves."""
+    shares = setup.settings.shares
+    names = [worker.role for worker in setup.workers]
+    auto = None
+    if shares.share == "auto" and setup.index == names.index("decode"):
+        units = [sum(threads for threads, role in zip(level, names, strict=True) if role == "decode")
+                 for level in setup.thread_levels]  # fmt: skip
+        auto = AutoLevel(units, board.level, shares.itl_target_ms / 1e3)
+    prefill = [number for number, role in enumerate(names) if role == "prefill"]
+    return Part(board, setup.index, shares.lend, auto, prefill)
 
 
 def _beat(board: Board, index: int) -> None:
@@ -173,16 +164,19 @@ def _beat(board: Board, index: int) -> None:
         time.sleep(BEAT_S)
 
 
-class ProcessPlacement:
+class ProcessPlacement(MailPlacement):
     """Worker processes and the pipes to them; see :class:`splitwiser.engine.Placement`."""
 
-    def __init__(self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]]) -> None:
+    def __init__(
+        self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]], daemon: MpsDaemon | None
+    ) -> None:
+        self._daemon = daemon
         self._outbox = {name: to for name, (to, _) in parent_ends.items()}
         self._board = Board.over(setups[0].board.tensor)
         self._beats = self._board.beats()
         self._missed = [0] * len(setups)
         self._next_look_s = 0.0
-        self._lost: WorkerLostError | None = None
+        self.graphs = ""  # what the workers that decode say of their CUDA graphs
         self._room = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
         self._reserved: dict[int, tuple[str, int]] = {}
         self._block_tokens = setups[0].settings.block_tokens
@@ -195,7 +189,7 @@ class ProcessPlacement:
         for setup in setups:  # the workers hold their ends now; a pipe closes only when nobody holds its other end
             for pipe in [*setup.inbox.values(), *setup.outbox.values()]:
                 pipe.close()
-        self._inbox = Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None)
+        super().__init__(Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None))
 
     @property
     def pids(self) -> dict[str, int]:
@@ -203,17 +197,21 @@ class ProcessPlacement:
         return {process.name: process.pid or 0 for process in self._processes}
 
     def wait_ready(self) -> None:
-        """Return when every worker is up; shows a progress line on a terminal."""
+        """Return when every worker is up, and a client of the MPS daemon if there is one; shows a progress line on a
+        terminal."""
         deadline = time.monotonic() + START_S
         waiting = {process.name for process in self._processes}
         with tqdm(total=len(waiting), desc="workers ready", unit="worker", disable=None, leave=False) as bar:
             while waiting:
                 for message in self.poll(time.perf_counter_ns() + int(LOOK_S * 1e9)):
                     if isinstance(message, Ready):
+                        self.graphs = message.graphs or self.graphs
                         waiting.discard(message.worker)
                         bar.update(1)
                 if time.monotonic() > deadline:
                     raise RunError(f"workers {', '.join(sorted(waiting))} were not ready after {START_S:.0f} s")
+        if self._daemon:
+            self._daemon.wait_for_clients(self.pids)
 
     def submit(self, request: Request) -> None:
         """Give the request to the decode worker that has the most room left."""
@@ -226,33 +224,7 @@ class ProcessPlacement:
         except OSError:  # it has died; the next poll says so
             return
 
-    def poll(self, until_ns: int | None) -> Sequence[Message]:
-        """See :meth:`splitwiser.engine.Placement.poll`; a lost worker is noticed within a second.
-
-        What the workers reported before one was lost is returned first.
-        """
-        while True:
-            if self._lost:
-                raise self._lost
-            messages = self._inbox.take()
-            for message in messages:
-                match message:
-                    case Failed(worker, error, traced):
-                        self._lost = WorkerLostError(f"worker {worker} failed: {error}")
-                        self._lost.add_note(traced)
-                    case Progress(finished=finished):
-                        for request_id, _ in finished:
-                            name, blocks = self._reserved.pop(request_id)
-                            self._room[name] += blocks
-            self._lost = self._lost or self._find_lost()
-            if messages:
-                return [message for message in messages if not isinstance(message, Failed)]
-            left_s = float("inf") if until_ns is None else (until_ns - time.perf_counter_ns()) / 1e9
-            if left_s <= 0:
-                return []
-            if not self._lost:
-                self._inbox.wait(min(left_s, LOOK_S))
-
+    @uninterrupted()
     def close(self) -> None:
         """Ask every worker to stop after its step, wait, and end by force those that do not."""
         for pipe in self._outbox.values():
@@ -270,6 +242,12 @@ class ProcessPlacement:
         for pipe in self._outbox.values():
             pipe.close()
 
+    def _note(self, message: Message) -> None:
+        if isinstance(message, Progress):
+            for request_id, _ in message.finished:
+                name, blocks = self._reserved.pop(request_id)
+                self._room[name] += blocks
+
     def _join(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         for process in self._processes:
@@ -283,6 +261,8 @@ class ProcessPlacement:
         if time.monotonic() < self._next_look_s:
             return None
         self._next_look_s = time.monotonic() + LOOK_S
+        if self._daemon and (fault := self._daemon.find_fault()):
+            return WorkerLostError(fault)
         beats = self._board.beats()
         for number, (now, before) in enumerate(zip(beats, self._beats, strict=True)):
             # counted in looks, not in time: where the whole machine stood still, so did the looks
@@ -310,10 +290,10 @@ def _process_state(pid: int | None) -> str:
 
 
 def start_processes(
-    model: LoadedModel, layout: WorkerLayout, settings: EngineSettings
-) -> tuple[SplitEngine, KVPool, str]:
+    model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, daemon: MpsDaemon | None = None
+) -> Started:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
-    pool's blocks. Returns when all are ready, with the pool and which kernel reads it."""
+    pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
     layers = attach_engine(model)
     specs = layout.workers
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
@@ -330,6 +310,9 @@ def start_processes(
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
     board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    thread_levels = plan_levels(specs, len(cores), settings.shares.share)
+    Board.over(board.tensor).level = len(thread_levels) // 2
     inboxes, outboxes, parent_ends = _pipes([spec.name for spec in specs])
     setups = [
         _Setup(
@@ -345,23 +328,32 @@ def start_processes(
             else range(0),
             board=board,
             settings=settings,
-            cores=tuple(sorted(os.sched_getaffinity(0))),
+            cores=cores,
+            thread_levels=thread_levels,
+            environment=daemon.worker_environment(spec, settings.shares.share) if daemon else {},
             inbox=inboxes[spec.name],
             outbox=outboxes[spec.name],
         )
         for number, spec in enumerate(specs)
     ]
-    placement = ProcessPlacement(setups, parent_ends)
+    placement = ProcessPlacement(setups, parent_ends, daemon)
     try:
         placement.wait_ready()
     except BaseException:
         placement.close()
         raise
     finally:
-        for memory in (module.memory, pool_memory, board):
+        for memory in (*module.memories, pool_memory, board):
             memory.close()
     pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, pool_memory.tensor, kernel)
-    return SplitEngine(model, placement, part * block_tokens), pool, described
+    return Started(
+        SplitEngine(model, placement, part * block_tokens),
+        pool,
+        {**describe_kernels(described), "decode_graphs": placement.graphs},
+        [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]
+        if model.device.type == "cpu"
+        else [],
+    )
 
 
 def _pipes(
@@ -394,17 +386,3 @@ def _main_left_alone() -> Iterator[None]:
         yield
     finally:
         main.update(kept)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

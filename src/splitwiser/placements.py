@@ -19,7 +19,7 @@ from splitwiser.cores import plan_threads
 from splitwiser.costs import StepCosts, fit_costs
 from splitwiser.errors import InputError
 from splitwiser.layout import ONE_MIXED, WorkerLayout, parse_layout
-from splitwiser.llm import DEFAULT_LAYOUTS, LLM
+from splitwiser.llm import DEFAULT_LAYOUTS, LLM, check_mode_here
 from splitwiser.machine import describe_machine
 from splitwiser.model import LoadedModel, resolve_device
 from splitwiser.request import Request, SamplingParams
@@ -138,11 +138,13 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
     costs = fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv"))
     start_rows(directory / "placements.csv", PLACEMENT_COLUMNS)
     sample = requests[:: -(-len(requests) // _SAMPLE)]
-    if device.type == "cpu":
-        for mode in _GPU_MODES:
-            row = {"mode": mode, "workers": "", "not_possible": "needs an NVIDIA GPU; the device is a CPU"}
-            add_row(directory / "placements.csv", row)
     listed = placements(device.type, cores)
+    for mode in _GPU_MODES:
+        try:
+            check_mode_here(mode, config.device_name)
+        except InputError as error:
+            add_row(directory / "placements.csv", {"mode": mode, "workers": "", "not_possible": str(error)})
+            listed = [each for each in listed if each[0] != mode]
     with tqdm(listed, desc="side by side", unit="placement") as bar:
         for mode, workers in bar:
             bar.set_postfix_str(f"{mode} {workers}")
@@ -156,7 +158,7 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
                 continue
             layout = Candidate(mode, workers, config.prefill_tokens).layout
             steps = size_steps(recording)
-            conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend_cores)
+            conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
             add_row(directory / "placements.csv", row | asdict(conditions) | {"blocks": blocks, "steps": len(steps)})
             if mode == "sequential" and not config.ignore_eos:
                 lengths = pd.DataFrame({"output_tokens": [len(output.token_ids) for output in recording.outputs]})
@@ -174,14 +176,16 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
         prefill_tokens=min(config.prefill_tokens, max(64, total // 8)),
         device=config.device_name,
         **{name: getattr(config, name) for name in _SHARED_OPTIONS if name not in ("device", "gpu_id")},
-        lend_cores=config.lend_cores,
+        lend=config.lend,
+        mps=config.mps,
+        exclusive=config.exclusive,
         max_batch=config.max_batch,
     ) as llm:
         prompts, params = zip(*((each.prompt_token_ids, _sample_params(each.params)) for each in sample), strict=True)
         recording = Recording()
         llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())
-        assert llm.pool is not None
-        blocks = llm.pool.blocks
+        assert llm.started.pool is not None
+        blocks = llm.started.pool.blocks
     del llm
     gc.collect()  # before the next model comes
     return recording, blocks

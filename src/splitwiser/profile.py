@@ -20,13 +20,15 @@ from splitwiser import constants
 from splitwiser.architecture import Architecture, StepCost, count_architecture
 from splitwiser.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.config import ProfileConfig, whole_numbers
-from splitwiser.cpu_kernel import load_kernel
+from splitwiser.decode_kernel import load_kernel
+from splitwiser.engine import describe_kernels
 from splitwiser.errors import InputError
+from splitwiser.graphs import capture_graphs
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb, reset_peak_memory
 from splitwiser.messages import Phase
-from splitwiser.model import LoadedModel, load_model
+from splitwiser.model import load_model
 from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results import Status, make_directory, replace
@@ -74,9 +76,10 @@ class PrefillPoint:
         """Its operations and bytes."""
         return architecture.prefill([(self.start_tokens, self.prompt_tokens)] * self.prompts, rows=self.prompts)
 
-    def run(self, model: LoadedModel, pool: KVPool, sequences: Sequence[InFlight]) -> None:
+    def run(self, bench: "Bench", sequences: Sequence[InFlight]) -> None:
         """Run the step."""
-        prefill_step(model, pool, [Chunk(sequence, self.start_tokens, self.prompt_tokens) for sequence in sequences])
+        chunks = [Chunk(sequence, self.start_tokens, self.prompt_tokens) for sequence in sequences]
+        prefill_step(bench.model, bench.pool, chunks)
 
     def __str__(self) -> str:
         packed = f"{self.prompts} x " if self.prompts > 1 else ""
@@ -106,9 +109,9 @@ class DecodePoint:
         """Its operations and bytes."""
         return architecture.decode(self.lengths)
 
-    def run(self, model: LoadedModel, pool: KVPool, sequences: Sequence[InFlight]) -> None:
+    def run(self, bench: "Bench", sequences: Sequence[InFlight]) -> None:
         """Run the step; it draws a token and forgets it, so that it can be run again."""
-        decode_step(model, pool, sequences)
+        decode_step(bench.model, bench.pool, sequences, bench.graphs)
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.context}"
@@ -149,17 +152,20 @@ class Bench:
             seed=config.seed,
         )
         layers = attach_engine(self.model)
+        most = max(whole_numbers("batch_sizes", config.batch_sizes))
         blocks = plan_blocks(
             layers,
             config.kv_memory,
             constants.BLOCK_TOKENS,
             self.model.dtype,
             self.model.device,
-            max(whole_numbers("batch_sizes", config.batch_sizes)),
+            most,
             self.model.max_positions,
         )
-        kernel, self.kernel = load_kernel(config.kernels, self.model.device)
+        kernel, kernel_described = load_kernel(config.kernels, self.model.device)
         self.pool = KVPool(layers, blocks, constants.BLOCK_TOKENS, self.model.dtype, self.model.device, kernel=kernel)
+        self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
+        self.kernels = {**describe_kernels(kernel_described), "decode_graphs": graphs_described}
         self.architecture = count_architecture(self.model)
         self.threads = self._thread_counts()
         self.notes = [*self.model.notes, *self.architecture.notes]
@@ -286,13 +292,13 @@ class Bench:
         """The row of one point: its steps' median time after one that does not count, and the figures that follow."""
         sequences = self._sequences(point)
         reset_peak_memory(self.model.device)
-        point.run(self.model, self.pool, sequences)
+        point.run(self, sequences)
         times: list[float] = []
         least_s = _LEAST_SAMPLED_S if monitor else _LEAST_S
         with monitor.watch() if monitor else nullcontext(NO_ACTIVITY) as activity:
             while len(times) < self.config.repeats or sum(times) < least_s:
                 began = time.perf_counter()
-                point.run(self.model, self.pool, sequences)
+                point.run(self, sequences)
                 times.append(time.perf_counter() - began)
         own = {each.name: getattr(point, each.name) for each in fields(point)}
         row = own | figures(point.cost(self.architecture), point.tokens, times, ceilings)
@@ -317,10 +323,7 @@ class Bench:
                 "expert_weights": sum(each.numbers for each in self.architecture.experts),
             },
             "kv_pool": {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
-            "kernels": {
-                "prefill_attention": "torch.nn.functional.scaled_dot_product_attention",
-                "decode_attention": self.kernel,
-            },
+            "kernels": self.kernels,
             "notes": self.notes,
             "load_s": model.load_s,
             "machine": describe_machine(model.device),

@@ -6,7 +6,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from splitwiser.data import Report
 from splitwiser.engine import Observer
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import LATENCY_COLUMNS, latency_row, throughput_figures
+from splitwiser.quality import ROUGE, rouge
 from splitwiser.request import RequestOutput
 from splitwiser.timeline import draw_timeline, write_trace
 
@@ -75,16 +76,26 @@ def make_directory(results: Path, kind: str) -> Path:
 
 class RunRecorder(Observer):
     """Records one run in ``directory``. ``record`` goes into ``run.yaml`` whole; ``labels`` are the columns of
-    ``throughput.csv`` before its figures."""
+    ``throughput.csv`` before its figures. ``targets`` are those of goodput; ``scored`` says whether a finished run's texts
+    are compared with the references."""
 
     def __init__(
-        self, directory: Path, record: dict[str, Any], labels: dict[str, Any], reports: Sequence[Report]
+        self,
+        directory: Path,
+        record: dict[str, Any],
+        labels: dict[str, Any],
+        reports: Sequence[Report],
+        *,
+        targets: Mapping[str, float] | None = None,
+        scored: bool = False,
     ) -> None:
         self.directory = directory
         self.outputs: list[RequestOutput] = []
         self._record = record
         self._labels = labels
         self._reports = reports
+        self._targets = targets
+        self._scored = scored
         self._start_ns = 0
         self._steps: list[StepRecord] = []
         self._latency = _Table(directory / "latency.csv", LATENCY_COLUMNS)
@@ -133,17 +144,33 @@ class RunRecorder(Observer):
         answered = {output.request_id for output in self.outputs}
         unanswered = [number for number in range(len(self._reports)) if number not in answered]
         failed = len(unanswered)
-        figures = {**self._labels, **throughput_figures(self.outputs, failed, self._start_ns), **memory}
-        pd.DataFrame([figures]).to_csv(self.directory / "throughput.csv", index=False)
+        figures: dict[str, Any] = {
+            **self._labels,
+            **throughput_figures(self.outputs, failed, self._start_ns, self._targets),
+            **dict.fromkeys(ROUGE),
+            **memory,
+        }
+        self._write_figures(figures)
         if error is not None:
             self._record |= {"error": error, "unanswered": unanswered}
         self._write_record(status)
         if status == "finished":
+            if self._scored:  # may take a while: what is there has been written
+                figures |= self._rouge()
+                self._write_figures(figures)
             append_row(self.directory.parent / "runs.csv", figures)
         # last: no fault of the picture costs the figures
         write_trace(self.directory / "trace.json", self._steps, self._start_ns)
         draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
         return figures
+
+    def _rouge(self) -> dict[str, float]:
+        pairs = [(self._reports[output.request_id].impression, output.text.strip()) for output in self.outputs]
+        references, texts = zip(*(pair for pair in pairs if pair[0]), strict=True)
+        return rouge(references, texts)
+
+    def _write_figures(self, figures: dict[str, Any]) -> None:
+        replace(self.directory / "throughput.csv", pd.DataFrame([figures]).to_csv(index=False))
 
     def _write_record(self, status: Status) -> None:
         text = yaml.safe_dump({"status": status, **self._record}, sort_keys=False, allow_unicode=True)

@@ -9,28 +9,18 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from splitwiser import constants
-from splitwiser.cases import get_case
 from splitwiser.config import RunConfig
-from splitwiser.data import Report, load_reports, load_tok
 from splitwiser.engine import Observer
-from splitwiser.llm import LLM, Prompt
+from splitwiser.job import Job, prepare_job
+from splitwiser.llm import LLM
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb
 from splitwiser.messages import StepRecord
+from splitwiser.metrics import parse_goodput
+from splitwiser.quality import can_score
 from splitwiser.request import Request, RequestOutput
 from splitwiser.results import RunRecorder, Status, make_run_directory
-from splitwiser.workload import load_workload
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a run asks for: a prompt and a report (finding and reference) each request, and when they arrive."""
-
-    label: str
-    prompts: Sequence[Prompt]
-    reports: Sequence[Report]
-    max_new_tokens: int
-    arrival_s: Sequence[float]
+NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip install rouge-score"
 
 
 @dataclass(frozen=True)
@@ -39,21 +29,6 @@ class RunResult:
 
     directory: Path
     figures: dict[str, Any]
-
-
-def prepare_job(config: RunConfig) -> Job:
-    """The prompts of ``config``'s workload file, or of its case over its data."""
-    if config.workload is not None:
-        workload = load_workload(Path(config.workload))
-        prompts = workload.prompts[: config.limit]
-        reports = [Report(prompt if isinstance(prompt, str) else "") for prompt in prompts]
-        label = Path(config.workload).stem
-        return Job(label, prompts, reports, workload.max_new_tokens, workload.arrival_s[: config.limit])
-    case = get_case(constants.DIR_CONFIGS / "cases.yaml", config.case_id)
-    reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
-    training = load_tok(constants.DIR_DATA, "train") if case.examples else []
-    texts = case.prompts(reports, training, config.seed)
-    return Job(f"case{case.case_id}", texts, reports, case.max_new_tokens, [0.0] * len(texts))
 
 
 def run(config: RunConfig) -> RunResult:
@@ -67,7 +42,11 @@ def run(config: RunConfig) -> RunResult:
         config.model,
         mode=config.mode,
         workers=config.workers,
-        lend_cores=config.lend_cores,
+        share=config.share,
+        itl_target_ms=config.itl_target_ms,
+        lend=config.lend,
+        mps=config.mps,
+        exclusive=config.exclusive,
         dtype=config.dtype,
         device=config.device_name,
         load_format=config.load_format,
@@ -78,17 +57,25 @@ def run(config: RunConfig) -> RunResult:
         kernels=config.kernels,
         seed=config.seed,
     ) as llm:
-        for note in llm.model.notes:
+        scored = llm.model.load_format == "auto" and any(report.impression for report in job.reports)
+        for note in [*llm.model.notes, *job.notes, *([NO_ROUGE] if scored and not can_score() else [])]:
             tqdm.write(f"note: {note}")
-        requests = llm.make_requests(job.prompts, config.sampling_params(job.max_new_tokens), job.arrival_s)
+        prompts = job.make_prompts(llm.model, config.seed)
+        requests = llm.make_requests(prompts, job.sampling_params(config), job.arrival_s)
         directory = make_run_directory(Path(config.results), llm.model.name, job.label, config.mode)
-        record = _record(config, llm, requests[0].params.max_tokens)
-        recorder = RunRecorder(directory, record, _labels(config, llm, directory.name), job.reports)
+        recorder = RunRecorder(
+            directory,
+            _record(config, llm, job, requests),
+            _labels(config, llm, directory.name),
+            job.reports,
+            targets=None if config.goodput is None else parse_goodput(config.goodput),
+            scored=scored and can_score(),
+        )
         status: Status = "failed"
         error = None
         try:
             with _Progress(recorder, requests, config.mode) as progress:
-                llm.run(requests, progress, recorder.begin())
+                llm.run(requests, progress, recorder.begin(), config.max_concurrency)
             status = "finished"
         except BaseException as fault:
             status = "interrupted" if isinstance(fault, KeyboardInterrupt) else "failed"
@@ -150,21 +137,37 @@ def _labels(config: RunConfig, llm: LLM, run_id: str) -> dict[str, Any]:
     return {
         "run_id": run_id,
         "model": llm.model.name,
-        "case_id": config.case_id if config.workload is None else None,
+        "case_id": config.case_id if config.source == "case" else None,
         "mode": config.mode,
         "workers": llm.workers,
         "device": str(llm.model.device),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "load_format": llm.model.load_format,
+        "request_rate": config.request_rate,
+        "burstiness": None if config.request_rate is None else config.burstiness,
+        "max_concurrency": config.max_concurrency,
     }
 
 
-def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
-    pool = llm.pool
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+
+
+def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) -> dict[str, Any]:
+    pool = llm.started.pool
+    new_tokens = [request.params.max_tokens for request in requests]
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "configuration": {**asdict(config), "device": str(llm.model.device), "max_new_tokens": max_new_tokens},
+        "configuration": {**asdict(config), "device": str(llm.model.device), "max_new_tokens": max(new_tokens)},
+        "requests": {
+            "source": config.source,
+            "count": len(requests),
+            "prompt_tokens": _spread([len(request.prompt_token_ids) for request in requests]),
+            "max_new_tokens": _spread(new_tokens),
+            "last_arrival_s": None if config.max_concurrency else max(request.arrival_s for request in requests),
+            "notes": list(job.notes),
+        },
         "model": {
             "name": llm.model.name,
             "class": type(llm.model.module).__name__,
@@ -174,11 +177,10 @@ def _record(config: RunConfig, llm: LLM, max_new_tokens: int) -> dict[str, Any]:
             "notes": llm.model.notes,
         },
         "workers": llm.workers,
+        "mps": llm.mps,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
-        "kernels": {
-            "prefill_attention": "torch.nn.functional.scaled_dot_product_attention" if pool else llm.kernels,
-            "decode_attention": llm.kernels,
-        },
+        "division": llm.started.division,
+        "kernels": llm.started.kernels,
         "load_s": llm.model.load_s,
         "ready_s": llm.ready_s,
         "machine": describe_machine(llm.model.device),

@@ -10,14 +10,16 @@ Not in it: the time that messages travel, and what else the machine does.
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from splitwiser import constants
-from splitwiser.cores import lent_threads, plan_threads
+from splitwiser.board import Board
+from splitwiser.cores import plan_levels, take_threads
 from splitwiser.costs import StepCosts, nearest_costs
 from splitwiser.decode import Decoder
 from splitwiser.engine import Observer, SplitEngine
@@ -28,8 +30,9 @@ from splitwiser.messages import Message, Phase, Progress, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
 from splitwiser.request import Request, RequestOutput, SamplingParams
+from splitwiser.shares import Part
 from splitwiser.steps import Chunk, InFlight
-from splitwiser.worker import PARENT, Worker
+from splitwiser.worker import PARENT, Worker, serve
 
 _END, _OTHER = 0, 1  # the tokens that simulated steps draw: one that ends its request, and any other
 _NOTHING_S = 1e-12  # less work than this is none
@@ -71,7 +74,7 @@ class Schedule:
     layout: WorkerLayout
     prefill_tokens: int
     max_batch: int
-    lend_cores: bool = True
+    lend: bool = True
 
 
 def simulate(
@@ -81,10 +84,12 @@ def simulate(
     conditions: Conditions,
     output_tokens: Mapping[int, int] | None = None,
     observer: Observer | None = None,
+    max_concurrency: int | None = None,
 ) -> list[RequestOutput]:
     """The predicted outputs of ``requests``, whose times count from 0 nanoseconds; their tokens mean nothing.
 
-    ``output_tokens`` says by request id how many tokens each makes before it ends by itself; without it, as many as it may.
+    Requests arrive as in :meth:`splitwiser.engine.Engine.run`. ``output_tokens`` says by request id how many tokens each
+    makes before it ends by itself; without it, as many as it may. Raises :class:`InputError` for one that never fits.
     """
     lengths = {request.request_id: request.params.max_tokens for request in requests} | dict(output_tokens or {})
     # stop strings and end-of-sequence cannot be foreseen: a request ends at its length
@@ -99,7 +104,7 @@ def simulate(
     placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
     try:
         engine = SplitEngine(_no_model(), placement, machine.blocks * machine.block_tokens, placement.now_ns)
-        return engine.run(plain, observer or Observer(), 0)
+        return engine.run(plain, observer or Observer(), 0, max_concurrency)
     finally:
         placement.close()
 
@@ -118,7 +123,8 @@ class _SimulatedPlacement:
         self.lengths = lengths
         self.outbox: list[Message] = []
         self.specs = schedule.layout.workers
-        self.threads = plan_threads(self.specs, machine.cores) if machine.cores else [1] * len(self.specs)
+        self.board = Board.over(torch.zeros(Board.nbytes(len(self.specs)), dtype=torch.uint8))
+        self.levels = plan_levels(self.specs, machine.cores, "fixed") if machine.cores else [[0] * len(self.specs)]
         self.gap_s = conditions.gap_s
         self._conditions = conditions
         self._now_s = 0.0
@@ -185,13 +191,6 @@ class _SimulatedPlacement:
         ends = sequence.drawn + 1 >= self.lengths[sequence.request.request_id]
         return _END if ends else _OTHER
 
-    def threads_of(self, place: int) -> int:
-        """Threads of the next step of the worker at ``place``."""
-        if not (self.schedule.lend_cores and self.machine.cores):
-            return self.threads[place]
-        busy = [lane.has_work for lane in self.lanes.values()]
-        return lent_threads(place, self.threads, busy, self.machine.cores)
-
     def _rate(self, lane: "_Lane") -> float:
         """How fast ``lane``'s step goes on, against the profile's; 1 between two steps."""
         if lane.phase is None:
@@ -208,15 +207,16 @@ class _Lane:
 
     def __init__(self, world: _SimulatedPlacement, place: int, spec: WorkerSpec, part: int) -> None:
         self.inbox: deque[Message] = deque()
+        self.stopped = False  # never: the simulation ends its thread instead
         self.is_idle = True
-        self.has_work = False
         self.left_s = 0.0
         self.phase: Phase | None = None
         self.step_threads = 0
         self._world = world
-        self._place = place
+        self._part = Part(world.board, place, world.schedule.lend)
         self._error: BaseException | None = None
         self._ended = False
+        self._stepped = False
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
         prefill_names = [each.name for each in world.specs if each.role == "prefill"]
@@ -243,6 +243,7 @@ class _Lane:
 
     def step(self, phase: Phase, seconds: float) -> None:
         """Be in a step of ``phase`` that takes ``seconds`` where nothing runs beside it."""
+        self._stepped = True
         self.phase = phase
         self._spend(seconds)
         self.phase = None
@@ -260,17 +261,31 @@ class _Lane:
         self._may_go.release()
         self._thread.join()
 
+    def wait(self) -> None:
+        """See :class:`splitwiser.worker.Waits`."""
+        if not self.inbox:
+            self.is_idle = True
+            self._stop()
+            self.is_idle = False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See :meth:`splitwiser.worker.Lane.turn`."""
+        self.step_threads = take_threads(self._part, self._world.levels, self._world.machine.cores or 0)
+        self._stepped = False
+        yield
+        if self._stepped:
+            self._spend(self._world.gap_s)  # the parent may act between two turns
+
+    def leave(self) -> None:
+        """See :meth:`splitwiser.worker.Lane.leave`."""
+        self._part.leave()
+
     def _live(self) -> None:
         try:
             self._wait()
-            while True:
-                self.is_idle, self.has_work = False, True
-                self.step_threads = self._world.threads_of(self._place)
-                if self._worker.turn():
-                    self._spend(self._world.gap_s)  # the parent may act between two turns
-                elif not self.inbox:
-                    self.is_idle, self.has_work = True, False
-                    self._stop()
+            self.is_idle = False
+            serve(self._worker, self, self)
         except _EndedError:
             return
         except BaseException as error:

@@ -1,16 +1,13 @@
 """The two functions that every engine mode runs: one prefill step and one decode step."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from splitwiser import attention
-from splitwiser.attention import Segment, StepAttention, StepCache
+from splitwiser.attention import Segment, StepAttention
+from splitwiser.forward import forward
+from splitwiser.graphs import DecodeGraphs
 from splitwiser.kv_pool import KVPool
 from splitwiser.model import LoadedModel
 from splitwiser.request import Request, SamplingParams
@@ -77,48 +74,26 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
     logits = forward(model.module, step, step, tokens, _positions(segments), ends or [total - 1])
     if not ends:  # the middle of a long prompt: nothing is read back, so wait for the device explicitly
         if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+            torch.cuda.current_stream(model.device).synchronize()  # not the device: decode may be at work beside this
         return []
     return choose(logits, [chunk.sequence for chunk in chunks if chunk.is_last]).tolist()
 
 
 @torch.inference_mode()
-def decode_step(model: LoadedModel, pool: KVPool, sequences: Sequence[InFlight]) -> list[int]:
-    """Store K and V of each sequence's last token and return its next one, when the device has finished."""
+def decode_step(
+    model: LoadedModel, pool: KVPool, sequences: Sequence[InFlight], graphs: DecodeGraphs | None = None
+) -> list[int]:
+    """Store K and V of each sequence's last token and return its next one, when the device has finished. With ``graphs``
+    the forward is replayed instead of launched layer by layer."""
     segments = [Segment(each.blocks, len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
-    step = StepAttention(pool, segments, model.device)
     tokens = [each.token_ids[-1] for each in sequences]
-    logits = forward(model.module, step, step, tokens, _positions(segments), range(len(sequences)))
+    if graphs:
+        logits = graphs.logits(segments, tokens)
+    else:
+        step = StepAttention(pool, segments, model.device)
+        logits = forward(model.module, step, step, tokens, _positions(segments), range(len(sequences)))
     return choose(logits, sequences).tolist()
-
-
-def forward(
-    module: PreTrainedModel,
-    cache: StepCache,
-    step: attention.Attends,
-    token_ids: Sequence[int],
-    positions: Sequence[int],
-    rows: Sequence[int],
-) -> Tensor:
-    """One forward of packed tokens; the logits of ``rows``, shape (rows, vocabulary), in the model's dtype."""
-    kept = torch.tensor(rows, device=module.device)
-    keeps = "logits_to_keep" in _parameters(type(module).forward)
-    with attention.serving(step):
-        output = module(
-            input_ids=torch.tensor([token_ids], device=module.device),
-            position_ids=torch.tensor([positions], device=module.device),
-            past_key_values=cache,
-            use_cache=True,
-            **({"logits_to_keep": kept} if keeps else {}),
-        )
-    logits: Tensor = output.logits[0]
-    return logits if keeps else logits[kept]
 
 
 def _positions(segments: Sequence[Segment]) -> list[int]:
     return [position for segment in segments for position in segment.positions]
-
-
-@cache
-def _parameters(function: Callable[..., object]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)

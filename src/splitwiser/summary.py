@@ -1,8 +1,10 @@
 """The short tables that the terminal shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from splitwiser.quality import ROUGE
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -18,6 +20,13 @@ def run_summary(figures: dict[str, Any], directory: Path) -> str:
     def number(key: str, unit: str) -> str:
         value = figures[key]
         return "-" if value is None else f"{value:,.1f} {unit}"
+
+    def optional() -> Iterator[tuple[str, str]]:
+        if figures["request_goodput"] is not None:
+            asked, met = (f"{figures[key]:,.2f}" for key in ("request_throughput", "request_goodput"))
+            yield "goodput", f"{met} of {asked} requests/s meet every target"
+        if figures["rougeL"] is not None:
+            yield "quality", ", ".join(f"{name.replace('rouge', 'ROUGE-')} {figures[name]:.3f}" for name in ROUGE)
 
     def latency(metric: str) -> str:
         return f"p50 {number(f'median_{metric}_ms', 'ms')}, p99 {number(f'p99_{metric}_ms', 'ms')}"
@@ -35,6 +44,7 @@ def run_summary(figures: dict[str, Any], directory: Path) -> str:
                 "throughput",
                 f"{number('output_throughput', 'tokens/s out')}, {number('total_token_throughput', 'in and out')}",
             ),
+            *optional(),
             ("results", str(directory)),
         ]
     )

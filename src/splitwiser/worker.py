@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from splitwiser.decode import Decoder
@@ -20,6 +21,28 @@ class Transport(Protocol):
 
     def send(self, to: str, message: Message) -> None:
         """Send to a worker by name, or to :data:`PARENT`."""
+        ...
+
+
+class Waits(Transport, Protocol):
+    """A transport that a worker in a thread or process of its own waits at."""
+
+    stopped: bool
+
+    def wait(self) -> None:
+        """Return when there is something to receive."""
+        ...
+
+
+class Lane(Protocol):
+    """The part of the device that a worker's steps run on."""
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Have the worker's part, and what is lent to it, while this lasts."""
+        ...
+
+    def leave(self) -> None:
+        """Have no work, and lend the part."""
         ...
 
 
@@ -90,3 +113,13 @@ class Worker:
                 self._decoder.receive(message)
             case _:
                 raise TypeError(f"{self.name} ({self.role}) has no use for {message}")
+
+
+def serve(worker: Worker, transport: Waits, lane: Lane) -> None:
+    """Turn after turn of ``worker`` on ``lane``, until ``transport`` says to stop."""
+    while not transport.stopped:
+        with lane.turn():
+            ran = worker.turn()
+        if not ran and not transport.stopped:
+            lane.leave()
+            transport.wait()

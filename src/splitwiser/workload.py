@@ -4,24 +4,26 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from splitwiser.errors import InputError
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts (text or token ids), the new tokens each gets, and arrival times in seconds from the start (all 0 if the
-    file names none)."""
+    """Prompts (text or token ids), the most new tokens that each gets, and arrival times in seconds from the start (all 0
+    if the file names none)."""
 
     prompts: tuple[str | tuple[int, ...], ...]
-    max_new_tokens: int
+    max_new_tokens: tuple[int, ...]
     arrival_s: tuple[float, ...]
 
 
 def load_workload(path: Path) -> Workload:
     """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text", ...], "arrival_s": [...]}`` (the last optional).
 
-    Raises :class:`InputError` naming the file and the field.
+    ``max_new_tokens`` is one number, or a list with one for each prompt. Raises :class:`InputError` naming the file and
+    the field.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -35,14 +37,22 @@ def load_workload(path: Path) -> Workload:
         if key not in ("max_new_tokens", "prompts", "arrival_s"):
             raise InputError(f"--workload {path}: unknown field '{key}'; known: max_new_tokens, prompts, arrival_s")
     new_tokens, prompts = content.get("max_new_tokens"), content.get("prompts")
-    if not isinstance(new_tokens, int) or isinstance(new_tokens, bool) or new_tokens < 1:
-        raise InputError(f"--workload {path}: 'max_new_tokens' must be a whole number of 1 or more, not {new_tokens!r}")
     if not isinstance(prompts, list) or not prompts:
         raise InputError(f"--workload {path}: 'prompts' must be a list with at least one prompt")
     for number, prompt in enumerate(prompts):
         is_ids = isinstance(prompt, list) and all(map(_is_whole, prompt))
         if not prompt or not (isinstance(prompt, str) or is_ids):
             raise InputError(f"--workload {path}: prompt {number} must be text or a list of token ids, and not empty")
+    if not isinstance(new_tokens, list):
+        new_tokens = [new_tokens] * len(prompts)
+    elif len(new_tokens) != len(prompts):
+        raise InputError(
+            f"--workload {path}: 'max_new_tokens' must be one number, or a list with one for each of the {len(prompts)} "
+            f"prompts, not of {len(new_tokens)}"
+        )
+    for each in new_tokens:
+        if not _is_whole(each) or each < 1:
+            raise InputError(f"--workload {path}: 'max_new_tokens' must be a whole number of 1 or more, not {each!r}")
     arrivals = content.get("arrival_s", [0.0] * len(prompts))
     if not isinstance(arrivals, list) or len(arrivals) != len(prompts):
         raise InputError(
@@ -55,10 +65,10 @@ def load_workload(path: Path) -> Workload:
             )
     return Workload(
         tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts),
-        new_tokens,
+        tuple(new_tokens),
         tuple(map(float, arrivals)),
     )
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

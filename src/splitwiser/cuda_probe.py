@@ -1,0 +1,64 @@
+"""What the CUDA driver says of the GPUs, as JSON on stdout.
+
+Run as a program, so that the process that asks does not initialise CUDA: an MPS client must know its daemon by then. It
+uses the driver's library alone (CUDA Driver API) and needs no package.
+"""
+
+import ctypes
+import json
+import uuid
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _COMPUTE_MODE = 75, 76, 20  # CUdevice_attribute
+_COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}  # CUcomputemode, in nvidia-smi's words
+
+
+class CudaError(Exception):
+    """A call into the driver failed."""
+
+
+def probe() -> list[dict[str, object]]:
+    """``uuid``, ``name``, ``capability`` and ``compute_mode`` of each visible GPU, as CUDA numbers them. Raises
+    :class:`CudaError`."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError("the driver's libcuda.so.1 cannot be loaded") from error
+
+    def call(function: str, *arguments: object) -> None:
+        code = getattr(cuda, function)(*arguments)
+        if code:
+            said = ctypes.c_char_p()
+            cuda.cuGetErrorString(code, ctypes.byref(said))
+            raise CudaError(f"{function}: {(said.value or b'unknown error').decode()} ({code})")
+
+    def attribute(device: ctypes.c_int, which: int) -> int:
+        value = ctypes.c_int()
+        call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
+        return value.value
+
+    call("cuInit", 0)
+    count = ctypes.c_int()
+    call("cuDeviceGetCount", ctypes.byref(count))
+    gpus: list[dict[str, object]] = []
+    for index in range(count.value):
+        device, name, identity = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.create_string_buffer(16)
+        call("cuDeviceGet", ctypes.byref(device), index)
+        call("cuDeviceGetName", name, len(name), device)
+        call("cuDeviceGetUuid_v2", identity, device)  # v2: of the MIG instance, where there is one
+        described = name.value.decode(errors="replace")
+        gpus.append(
+            {
+                "uuid": f"{'MIG' if ' MIG ' in described else 'GPU'}-{uuid.UUID(bytes=identity.raw)}",
+                "name": described,
+                "capability": [attribute(device, _CAPABILITY_MAJOR), attribute(device, _CAPABILITY_MINOR)],
+                "compute_mode": _COMPUTE_MODES.get(attribute(device, _COMPUTE_MODE), "unknown"),
+            }
+        )
+    return gpus
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps({"gpus": probe()}))
+    except CudaError as error:
+        print(json.dumps({"error": str(error)}))

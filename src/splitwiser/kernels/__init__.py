@@ -1,0 +1,1 @@
+"""Code for other compilers than Python's."""

@@ -1,0 +1,121 @@
+"""Workers as lanes of one process: a thread each, with letterboxes between them."""
+
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+
+from splitwiser.decode import Decoder
+from splitwiser.decode_kernel import load_kernel
+from splitwiser.engine import EngineSettings, SplitEngine, Started, describe_kernels
+from splitwiser.graphs import capture_graphs
+from splitwiser.guard import attach_engine
+from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
+from splitwiser.layout import WorkerLayout
+from splitwiser.mailbox import Letterbox, MailPlacement, MailTransport
+from splitwiser.messages import Failed, Stop, Submit
+from splitwiser.model import LoadedModel
+from splitwiser.prefill import Prefiller
+from splitwiser.request import Request
+from splitwiser.worker import PARENT, Lane, Worker, serve
+
+STOP_S = 30.0  # longest that a lane may take to end: the step it is in
+
+
+class LanePlacement(MailPlacement):
+    """Threads and the letterboxes to them; see :class:`splitwiser.engine.Placement`."""
+
+    pids: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, workers: Sequence[tuple[Worker, MailTransport, Lane]], boxes: Mapping[str, Letterbox]) -> None:
+        super().__init__(boxes[PARENT])
+        self._boxes = boxes
+        self._decode = next(worker.name for worker, _, _ in workers if worker.role != "prefill")
+        self._threads = [threading.Thread(target=_run, args=each, name=each[0].name, daemon=True) for each in workers]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: Request) -> None:
+        """See :meth:`splitwiser.engine.Placement.submit`."""
+        self._boxes[self._decode].send(Submit(request))
+
+    def close(self) -> None:
+        """Ask every lane to stop after its step, and wait."""
+        for thread in self._threads:
+            self._boxes[thread.name].send(Stop())
+        for thread in self._threads:
+            thread.join(STOP_S)
+
+
+def _run(worker: Worker, transport: MailTransport, lane: Lane) -> None:
+    try:
+        serve(worker, transport, lane)
+    except BaseException as error:
+        transport.send(PARENT, Failed(worker.name, f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+class Division(Protocol):
+    """How the device is divided between the lanes."""
+
+    units: list[dict[str, int]]
+
+    @property
+    def decode_streams(self) -> "Sequence[torch.cuda.Stream] | None":
+        """The streams that decode steps may run on; None on a CPU."""
+        ...
+
+    def lane(self, worker: str) -> Lane:
+        """The part of ``worker``."""
+        ...
+
+    def observe(self, gap_s: float) -> None:
+        """Hear of a gap between two tokens of a request."""
+        ...
+
+
+def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, division: Division) -> Started:
+    """An engine over one prefill and one decode lane on the parts that ``division`` gives them."""
+    prefill, decode = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
+    layers = attach_engine(model)
+    blocks = plan_blocks(
+        layers,
+        settings.kv_memory,
+        settings.block_tokens,
+        model.dtype,
+        model.device,
+        settings.max_batch,
+        model.max_positions,
+    )
+    kernel, described = load_kernel(settings.kernels, model.device)
+    pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=kernel)
+    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.decode_streams)
+    boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
+    transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in (prefill, decode)}
+    workers = [
+        Worker(
+            prefill.name,
+            transports[prefill.name],
+            prefiller=Prefiller(prefill.name, model, pool, settings.prefill_tokens),
+        ),
+        Worker(
+            decode.name,
+            transports[decode.name],
+            decoder=Decoder(
+                decode.name, model, pool, BlockAllocator(0, blocks), settings.max_batch, graphs, division.observe
+            ),
+            prefill_workers=[prefill.name],
+        ),
+    ]
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # the lanes' streams wait for nothing that was begun on another
+    placement = LanePlacement(
+        [(worker, transports[worker.name], division.lane(worker.name)) for worker in workers], boxes
+    )
+    return Started(
+        SplitEngine(model, placement, blocks * settings.block_tokens),
+        pool,
+        {**describe_kernels(described), "decode_graphs": graphs_described},
+        division.units,
+    )

@@ -1,0 +1,124 @@
+"""Decode steps of fixed sizes give the tokens of steps of any size; their capture needs a GPU."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_token_identity import LENGTHS, SERVED, prompts_of
+
+from splitwiser import LLM, SamplingParams
+from splitwiser.attention import Mask
+from splitwiser.decode_kernel import load_kernel
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.graphs import DecodeGraphs, capture_graphs, ladder
+from splitwiser.guard import attach_engine
+from splitwiser.kv_pool import KVPool
+from splitwiser.model import LoadedModel, load_model
+from splitwiser.request import Request
+from splitwiser.steps import Chunk, InFlight, decode_step, prefill_step
+
+BLOCK = 16
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])]
+)
+def test_sizes_are_powers_of_two_up_to_the_largest_batch(max_batch: int, sizes: list[int]) -> None:
+    assert ladder(max_batch) == sizes
+
+
+def loaded(directory: Path, device: str = "cpu") -> tuple[LoadedModel, KVPool]:
+    model = load_model(directory, dtype="float32", device=device, load_format="auto")
+    layers = attach_engine(model)
+    kernel, described = load_kernel("auto", model.device)
+    if kernel is None:
+        pytest.skip(f"fixed steps need the compiled decode attention: {described}")
+    return model, KVPool(layers, 64, BLOCK, model.dtype, model.device, kernel=kernel)
+
+
+def in_flight(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[InFlight]:
+    """The prompts with blocks of their own, given out from the pool's end so that no table is in order."""
+    sequences, free = [], list(range(64))
+    params = SamplingParams(max_tokens=new_tokens, temperature=0)
+    for number, prompt in enumerate(prompts):
+        count = -(-(len(prompt) + new_tokens) // BLOCK)
+        blocks = [free.pop() for _ in range(count)][::-1]
+        sequences.append(InFlight(Request(number, tuple(prompt), params, 0), blocks))
+    return sequences
+
+
+def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> list[list[int]]:
+    """Twelve tokens each, of a batch that changes: one request leaves half-way, and another takes its blocks."""
+    sequences = in_flight(prompts_of(LENGTHS[:5]), 14)
+    last = InFlight(Request(9, (5, 6, 7), sequences[0].params, 0), list(sequences[2].blocks))
+    for sequence in sequences:
+        sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, len(sequence.request.prompt_token_ids))])
+    running = list(sequences)
+    for step in range(12):
+        if step == 6:
+            running[2] = last
+            last.token_ids += prefill_step(model, pool, [Chunk(last, 0, 3)])
+        for sequence, token in zip(running, decode_step(model, pool, running, graphs), strict=True):
+            sequence.token_ids.append(token)
+    return [sequence.token_ids for sequence in [*sequences, last]]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_fixed_steps_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
+    model, pool = loaded(tiny(name))
+    expected = tokens_of(model, pool, None)
+    assert tokens_of(model, pool, DecodeGraphs(model, pool, max_batch=8)) == expected
+
+
+def test_a_mask_with_holes_is_refused(tiny: Callable[[str], Path]) -> None:
+    model, pool = loaded(tiny("mistral"))
+
+    def every_other(_batch: int, _head: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & ((query - key) % 2 == 0)
+
+    graphs = DecodeGraphs(model, pool, max_batch=1)
+    step = graphs._steps[0]
+    with pytest.raises(UnsupportedModelError, match="holes"):
+        step.attend(torch.zeros(1, 4, 1, 12), torch.empty(0), torch.empty(0), Mask(every_other), None)  # type: ignore[arg-type]
+
+
+def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
+    model, pool = loaded(tiny("opt"))
+    assert capture_graphs(model, pool, 4) == (None, "none (they are a GPU's)")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SERVED)
+def test_replayed_graphs_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
+    model, pool = loaded(tiny(name), "cuda")
+    expected = tokens_of(model, pool, None)
+    graphs, described = capture_graphs(model, pool, 8)
+    if graphs is None and name == "gpt_oss":
+        pytest.skip(f"a mixture of experts may choose its experts on the host: {described}")
+    assert graphs is not None, described
+    assert tokens_of(model, pool, graphs) == expected
+
+
+@pytest.mark.gpu
+def test_a_graph_runs_on_the_stream_it_is_asked_on(tiny: Callable[[str], Path]) -> None:
+    model, pool = loaded(tiny("llama"), "cuda")
+    expected = tokens_of(model, pool, None)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    graphs, described = capture_graphs(model, pool, 8, streams)
+    assert graphs is not None, described
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            assert tokens_of(model, pool, graphs) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"share": "none"}, {"share": "auto", "itl_target_ms": 1.0}])
+def test_green_makes_the_tokens_of_sequential(settings: dict[str, Any], tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS * 3)
+    made = []
+    for mode, given in (("sequential", {}), ("green", settings)):
+        with LLM(tiny("llama"), mode=mode, device="cuda", dtype="float32", **given) as llm:
+            made.append([output.token_ids for output in llm.generate(prompts, SamplingParams(max_tokens=24))])
+    assert made[0] == made[1]
