@@ -18,7 +18,7 @@ from splitwiser.results import GENERATION_COLUMNS, STEP_COLUMNS
 
 COMMAND = [sys.executable, "-m", "splitwiser"]
 FILES = {
-    "latency.csv", "throughput.csv", "steps.csv", "generations.csv", "run.yaml", "timeline.png", "trace.json",
+    "latency.csv", "throughput.csv", "steps.csv", "generations.csv", "tokens.csv", "run.yaml", "timeline.png", "trace.json",
 }  # fmt: skip
 
 
