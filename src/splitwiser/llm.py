@@ -11,7 +11,7 @@ from splitwiser import constants
 from splitwiser.engine import Engine, EngineSettings, Observer, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
-from splitwiser.kv_pool import KVPool
+from splitwiser.kv_pool import KVPool, parse_bytes
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model
@@ -27,6 +27,29 @@ PLANNED_MODES = {
 DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH}
 
 Prompt = str | Sequence[int]
+
+
+def plan_workers(mode: str, workers: str | Sequence[dict[str, Any]]) -> WorkerLayout | None:
+    """The workers of ``mode``, laid out as ``workers`` says or by default; None for mode ``generate``.
+
+    Raises :class:`InputError` for a mode that is not there or takes no layout, and for a wrong layout.
+    """
+    if mode in PLANNED_MODES:
+        raise InputError(f"mode {mode} is not there yet ({PLANNED_MODES[mode]}); use one of {', '.join(MODES)}")
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    if workers and mode != "mp":
+        raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
+    return parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+
+
+def check_sizes(kv_memory: str, **counts: int) -> None:
+    """Raises :class:`InputError` unless ``kv_memory`` is a size or ``auto`` and each of ``counts`` is 1 or more."""
+    for name, given in counts.items():
+        if given < 1:
+            raise InputError(f"{name} must be 1 or more, not {given}")
+    if kv_memory != "auto":
+        parse_bytes(kv_memory)
 
 
 class LLM:
@@ -70,16 +93,8 @@ class LLM:
         kernels: str = constants.KERNELS,
         seed: int = constants.SEED,
     ) -> None:
-        if mode in PLANNED_MODES:
-            raise InputError(f"mode {mode} is not there yet ({PLANNED_MODES[mode]}); use one of {', '.join(MODES)}")
-        if mode not in MODES:
-            raise unknown("mode", mode, MODES)
-        for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
-            if given < 1:
-                raise InputError(f"{name} must be 1 or more, not {given}")
-        if workers and mode != "mp":
-            raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
-        layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+        layout = plan_workers(mode, workers)
+        check_sizes(kv_memory, max_batch=max_batch, batch_size=batch_size, prefill_tokens=prefill_tokens)
         began = time.perf_counter()
         if mode == "mp":
             warm_up_start()

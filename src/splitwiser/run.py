@@ -14,9 +14,10 @@ from splitwiser.cases import get_case
 from splitwiser.config import RunConfig
 from splitwiser.data import Report, load_reports, load_tok
 from splitwiser.engine import Observer
-from splitwiser.llm import LLM, Prompt
+from splitwiser.llm import LLM, Prompt, check_sizes, plan_workers
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb
 from splitwiser.messages import StepRecord
+from splitwiser.model import plan_model
 from splitwiser.request import Request, RequestOutput
 from splitwiser.results import RunRecorder, Status, make_run_directory
 from splitwiser.workload import load_workload
@@ -54,6 +55,24 @@ def prepare_job(config: RunConfig) -> Job:
     training = load_tok(constants.DIR_DATA, "train") if case.examples else []
     texts = case.prompts(reports, training, config.seed)
     return Job(f"case{case.case_id}", texts, reports, case.max_new_tokens, [0.0] * len(texts))
+
+
+def check(config: RunConfig) -> Job:
+    """What ``config`` asks for, if all is right that can be known without loading the model.
+
+    Raises :class:`~splitwiser.errors.InputError` as :func:`run` would, for commands that start many runs.
+    """
+    plan_workers(config.mode, config.workers)
+    check_sizes(
+        config.kv_memory,
+        max_batch=config.max_batch,
+        batch_size=config.batch_size,
+        prefill_tokens=config.prefill_tokens,
+    )
+    plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
+    job = prepare_job(config)
+    config.sampling_params(job.max_new_tokens)
+    return job
 
 
 def run(config: RunConfig) -> RunResult:
