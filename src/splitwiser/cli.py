@@ -6,13 +6,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
 from splitwiser.config import RunConfig
 from splitwiser.errors import SplitwiserError
+from splitwiser.options import add_run_options, given_options
 from splitwiser.summary import columns, run_summary
 
 
@@ -59,11 +60,28 @@ def _fail(line: str, exit_code: int, debug: bool) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = RunConfig(**{field.name: getattr(options, field.name) for field in fields(RunConfig)})
+    config = RunConfig(**given_options(options))
     from splitwiser.run import run  # brings in torch and transformers, which the other commands do without
 
     result = run(config)
     print(run_summary(result.figures, result.directory))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from splitwiser.compare import compare, make_variants
+
+    modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
+    compare(make_variants(given_options(options), modes, options.variant), options.repeats)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from splitwiser.sweep import list_points, read_sweep, sweep
+
+    grid = read_sweep(options.file)
+    if options.list:
+        print(list_points(grid, options.results))
+    else:
+        sweep(grid, options.file, options.results, fresh=options.fresh)
 
 
 def _cases(_: argparse.Namespace) -> None:
@@ -99,18 +117,42 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    for each in fields(RunConfig):
-        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
-        if each.metadata["type"] is bool:
-            run.add_argument(
-                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
-            )
-        else:
-            kind = each.metadata["type"]
-            run.add_argument(
-                *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
-            )
+    add_run_options(run)
     run.set_defaults(command=_run)
+    comparing = commands.add_parser(
+        "compare",
+        parents=[debugging],
+        help="run several modes or layouts on the same requests, in interleaved rounds",
+        description="Every run is a fresh process; a round runs each variant once.",
+        allow_abbrev=False,
+    )
+    comparing.add_argument(
+        "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the base"
+    )
+    comparing.add_argument(
+        "--variant", action="append", default=[], metavar="'NAME: OPTIONS'",
+        help="a variant by options of splitwiser run, such as 'four: --mode mp --workers configs/workers/four_mixed.yaml'; "
+        "may be repeated",
+    )  # fmt: skip
+    comparing.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+    add_run_options(comparing.add_argument_group("options of splitwiser run, for all variants"), defaults=False)
+    comparing.set_defaults(command=_compare)
+    sweeping = commands.add_parser(
+        "sweep",
+        parents=[debugging],
+        help="run a grid of options from a YAML file; goes on where it was stopped",
+        description="Runs that have finished are kept; those that failed are tried again at the next start.",
+        allow_abbrev=False,
+    )
+    sweeping.add_argument("file", type=Path, help="the grid, such as those in configs/sweeps/")
+    sweeping.add_argument("--list", action="store_true", help="print the points and run nothing")
+    sweeping.add_argument(
+        "--fresh", action="store_true", help="start anew; the old results are kept under another name"
+    )
+    sweeping.add_argument(
+        "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
+    )
+    sweeping.set_defaults(command=_sweep)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
