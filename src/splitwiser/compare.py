@@ -214,7 +214,7 @@ def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str
     """What the comparison of tokens says, and whether it is a fault; a variant by its worst run."""
     if not checks:
         yield f"not compared, since no run of {first} finished", False
-    elif not any(each.differ or each.other_prompts for each in checks):
+    elif len(checks) > 1 and not any(each.differ or each.other_prompts for each in checks):
         yield f"the same for all {checks[0].requests} requests in every run", False
     by_differences = sorted(checks, key=lambda each: (each.other_prompts, each.differ))
     for variant, worst in {each.variant: each for each in by_differences}.items():

@@ -78,8 +78,13 @@ class RoundsBar:
     """A progress bar over runs; on a terminal it also says how far the run under way is."""
 
     def __init__(self, total: int, done: int = 0) -> None:
-        # the average over all runs: they differ in length, so the last few say little about those to come
-        self._bar = tqdm(total=total, initial=done, unit="run", smoothing=0)
+        self._what = ""
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            smoothing=0,  # the average over all runs: they differ in length, so the last few say little about the others
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs, {elapsed}<{remaining}",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -89,18 +94,18 @@ class RoundsBar:
 
     def begin(self, what: str) -> None:
         """Name the run that starts now."""
-        self._bar.set_description_str(what, refresh=True)
+        self._what = what
+        self._bar.set_description_str(what)
 
     def show(self, progress: str) -> None:
         """Say how far it is."""
         if sys.stderr.isatty():
-            self._bar.set_postfix_str(progress, refresh=True)
+            self._bar.set_description_str(f"{self._what}, {progress}" if progress else self._what)
 
     def end(self, outcome: Outcome) -> None:
         """Count it; a failed one is named above the bar."""
         if outcome.status == "failed":
-            tqdm.write(f"{self._bar.desc}: failed: {outcome.error}", file=sys.stderr)
-        self._bar.set_postfix_str("", refresh=False)
+            tqdm.write(f"{self._what}: failed: {outcome.error}", file=sys.stderr)
         self._bar.update()
 
 
