@@ -188,6 +188,16 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Pa
     assert not (tmp_path / "out" / "runs.csv").exists()
 
 
+def test_terminated_twice_it_still_ends_in_order(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    process = start_long_run(tmp_path, tiny("opt"))
+    for _ in range(20):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert yaml.safe_load((only_run(tmp_path / "out") / "run.yaml").read_text())["status"] == "interrupted"
+
+
 def test_a_killed_run_leaves_what_was_finished(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process = start_long_run(tmp_path, tiny("opt"))
     os.kill(process.pid, signal.SIGKILL)

@@ -44,6 +44,8 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def _terminated(*_: object) -> None:
+    # once: a parent's death is signalled again for each of its threads, and must not break into the clean-up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise TerminatedError
 
 
