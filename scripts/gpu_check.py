@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,10 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, and the part of the time left that it may take."""
+    """A command, given the seconds that it may take, and the part of the time left that these are."""
 
     name: str
-    command: list[str]
+    command: Callable[[float], list[str]]
     part: float
 
 
@@ -61,7 +62,7 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> str:
     """Run it for at most ``seconds``, what it prints into ``<name>.txt``; returns how it ended."""
     began = time.monotonic()
     with (folder / f"{stage.name}.txt").open("w") as output:
-        process = subprocess.Popen(stage.command, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT)
+        process = subprocess.Popen(stage.command(seconds), stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT)
         try:
             ended = {0: "passed"}.get(process.wait(seconds), f"ended with exit code {process.returncode}")
         except subprocess.TimeoutExpired:
@@ -74,13 +75,17 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> str:
     return f"{ended} ({time.monotonic() - began:.0f} s)"
 
 
-def compare(folder: Path, variants: dict[str, tuple[str, str]], options: str, repeats: int = 9) -> list[str]:
-    """``splitwiser compare`` of ``variants``; far more rounds than there is time for, unless told."""
+def compare(
+    folder: Path, variants: dict[str, tuple[str, str]], options: str, repeats: int = 9
+) -> Callable[[float], list[str]]:
+    """``splitwiser compare`` of ``variants``, as many rounds as there is time for, up to ``repeats``."""
     described = [f"{name}: --mode {mode} {own}" for name, (mode, own) in variants.items()]
-    return [
+    command = [
         sys.executable, "-m", "splitwiser", "compare", "--repeats", str(repeats), "--results", str(folder), *options.split(),
         *(argument for text in described for argument in ("--variant", text)),
     ]  # fmt: skip
+    # a round that begins before half of the time is over should end in time
+    return lambda seconds: [*command, "--minutes", f"{max(seconds, 2) / 120:.2f}"]
 
 
 def working_modes(folder: Path) -> set[str]:
@@ -106,7 +111,7 @@ def main() -> int:
     began = time.monotonic()
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    doctor = Stage("doctor", [sys.executable, "-m", "splitwiser", "doctor", "--json"], 0.1)
+    doctor = Stage("doctor", lambda _: [sys.executable, "-m", "splitwiser", "doctor", "--json"], 0.1)
     print("doctor:", run_stage(doctor, folder, 60), flush=True)
     modes = working_modes(folder)
     usable = {name: variant for name, variant in VARIANTS.items() if variant[0] in modes}
@@ -114,7 +119,7 @@ def main() -> int:
     each_mode: dict[str, tuple[str, str]] = {mode: (mode, "") for mode in named}
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(PROJECT / "tests")]
     stages = [
-        Stage("gpu_tests", tests, 0.4),
+        Stage("gpu_tests", lambda _: tests, 0.4),
         Stage("tokens", compare(folder, each_mode, "--model radiology-opt --dtype float32 --limit 40", repeats=1), 0.3),
         *(
             Stage(model, compare(folder, usable, f"--model {model} --dtype bfloat16 --load_format dummy {load}"), part)

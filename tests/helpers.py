@@ -1,6 +1,8 @@
 """What several test modules share: the refusal of a wrong input, and answers and steps with known times."""
 
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +66,22 @@ def make_step(
 ) -> StepRecord:
     """A step from ``start`` to ``end``, in milliseconds from ``start_ns``."""
     return StepRecord(worker, role, phase, start_ns + start * MS, start_ns + end * MS, requests, tokens)
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 150
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.05)
+
+
+def processes_naming(path: Path) -> list[int]:
+    """Processes with ``path`` in their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(path).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found

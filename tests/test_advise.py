@@ -21,7 +21,7 @@ from splitwiser.advice import (
     choose_checks,
     recommend,
     relative_error,
-    run_arguments,
+    run_options,
 )
 from splitwiser.advise import CHECK_COLUMNS, advise
 from splitwiser.config import OBJECTIVES, AdviseConfig, RunConfig
@@ -86,7 +86,7 @@ def test_where_phases_do_not_hinder_each_other_they_are_split(on_record: Callabl
     advice = on_record(beside=1.0)
     assert advice.split
     assert (advice.best.mode, advice.best.splits) == ("mp", True)
-    assert "--mode mp" in advice.command
+    assert "--mode=mp" in advice.command
 
 
 def test_where_side_by_side_is_slower_than_in_turns_they_are_not(on_record: Callable[..., Advice]) -> None:
@@ -112,7 +112,7 @@ def test_goodput_counts_the_requests_that_meet_their_targets(on_record: Callable
     assert advice.split  # beside prefill a token takes 24 ms; behind a step of it, 100 and more
     assert predicted(advice, "request_goodput")["mp"] > predicted(advice, "request_goodput")["sequential"]
     assert_says(advice.reasons[0], "Goodput is", "requests/s")
-    assert "--goodput tpot:40" in advice.command
+    assert "--goodput=tpot:40" in advice.command
 
 
 def test_requests_that_arrive_as_others_finish_are_predicted_so(on_record: Callable[..., Advice]) -> None:
@@ -206,17 +206,15 @@ def test_every_objective_of_the_option_is_known() -> None:
     assert {figure for figure, *_ in OBJECTIVE_FIGURES.values()} <= set(FIGURES)
 
 
-def test_the_arguments_of_a_run_say_what_differs_from_its_defaults() -> None:
+def test_the_options_of_a_run_say_what_differs_from_its_defaults() -> None:
     config = AdviseConfig(model="m", workload="w x.json", ignore_eos=True, lend=False, limit=5, checks=1)
-    arguments = run_arguments(config, Candidate("mp", SPLIT, 256))
-    assert arguments == [
-        "--model", "m", "--mode", "mp", "--workers", SPLIT, "--no-lend", "--workload", "w x.json", "--limit", "5",
-        "--ignore_eos", "--prefill_tokens", "256",
-    ]  # fmt: skip
-    assert run_arguments(AdviseConfig(), Candidate("sequential", "", RunConfig().prefill_tokens)) == [
-        "--mode",
-        "sequential",
-    ]
+    assert run_options(config, Candidate("mp", SPLIT, 256)) == {
+        "model": "m", "mode": "mp", "workers": SPLIT, "lend": False, "workload": "w x.json", "limit": 5,
+        "ignore_eos": True, "prefill_tokens": 256,
+    }  # fmt: skip
+    assert run_options(AdviseConfig(), Candidate("sequential", "", RunConfig().prefill_tokens)) == {
+        "mode": "sequential"
+    }
 
 
 def test_shares_that_come_to_the_same_threads_are_one() -> None:

@@ -18,7 +18,7 @@ from splitwiser.results import GENERATION_COLUMNS, STEP_COLUMNS
 
 COMMAND = [sys.executable, "-m", "splitwiser"]
 FILES = {
-    "latency.csv", "throughput.csv", "steps.csv", "generations.csv", "run.yaml", "timeline.png", "trace.json",
+    "latency.csv", "throughput.csv", "steps.csv", "generations.csv", "tokens.csv", "run.yaml", "timeline.png", "trace.json",
 }  # fmt: skip
 
 
@@ -249,6 +249,16 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Pa
     row = pd.read_csv(directory / "throughput.csv").iloc[0]
     assert (row.completed, row.failed) == (3, 1)
     assert not (tmp_path / "out" / "runs.csv").exists()
+
+
+def test_terminated_twice_it_still_ends_in_order(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    process = start_long_run(tmp_path, tiny("opt"))
+    for _ in range(20):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert yaml.safe_load((only_run(tmp_path / "out") / "run.yaml").read_text())["status"] == "interrupted"
 
 
 def test_a_killed_run_leaves_what_was_finished(tmp_path: Path, tiny: Callable[[str], Path]) -> None:

@@ -96,7 +96,8 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
     feed(recorder, start_ns)
     recorder.finish("finished", MEMORY)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "generations.csv", "latency.csv", "run.yaml", "steps.csv", "throughput.csv", "timeline.png", "trace.json",
+        "generations.csv", "latency.csv", "run.yaml", "steps.csv", "throughput.csv", "timeline.png", "tokens.csv",
+        "trace.json",
     ]  # fmt: skip
 
 
@@ -110,6 +111,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         ),
         ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens"),
         ("generations.csv", "request_id,finding,summary_ref,summary_gen"),
+        ("tokens.csv", "request_id,prompt_token_ids,token_ids"),
         (
             "throughput.csv",
             "run_id,model,case_id,mode,workers,device,dtype,load_format,duration,completed,failed,total_input_tokens,"
@@ -176,6 +178,15 @@ def test_generation_stands_beside_its_own_report(tmp_path: Path) -> None:
         ("2", "third", "", "c"),
         ("1", 'a "second", finding', "", ""),
         ("0", "first finding", "first reference", "some text"),
+    ]
+
+
+def test_tokens_stand_beside_their_prompt(tmp_path: Path) -> None:
+    recorder, start_ns = start(tmp_path)
+    recorder.on_output(make_output(1, tokens=(1, 2), prompt_tokens=4, start_ns=start_ns))
+    recorder.finish("finished", MEMORY)
+    assert rows(tmp_path / "run" / "tokens.csv") == [
+        {"request_id": "1", "prompt_token_ids": "0 1 2 3", "token_ids": "9 9"}
     ]
 
 
@@ -300,12 +311,12 @@ def test_record_keeps_the_error(tmp_path: Path) -> None:
 
 def test_tables_have_their_header_before_the_first_row(tmp_path: Path) -> None:
     make(tmp_path)
-    for name in ("latency.csv", "steps.csv", "generations.csv"):
+    for name in ("latency.csv", "steps.csv", "generations.csv", "tokens.csv"):
         assert rows(tmp_path / "run" / name) == []
         assert header(tmp_path / "run" / name)
 
 
-COUNTS = {"latency.csv": 3, "steps.csv": 2, "generations.csv": 3}
+COUNTS = {"latency.csv": 3, "steps.csv": 2, "generations.csv": 3, "tokens.csv": 3}
 
 
 def counts(directory: Path) -> dict[str, int]:

@@ -4,11 +4,13 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pandas as pd
 
 from splitwiser.config import AdviseConfig, RunConfig, option_fields
 from splitwiser.layout import parse_layout
+from splitwiser.options import to_arguments
 from splitwiser.placements import CANDIDATE_COLUMNS, Candidate
 from splitwiser.summary import columns
 
@@ -91,7 +93,7 @@ def recommend(config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFr
             f"Predictions of {name} were off by {errors[figure]:.0%} (median of {checks['run_id'].nunique()} runs), "
             f"{'within' if met else 'outside'} the aim of {AIM:.0%}{again}."
         )
-    command = shlex.join(["splitwiser", "run", *run_arguments(config, best)])
+    command = shlex.join(["splitwiser", "run", *to_arguments(run_options(config, best))])
     return Advice(directory, table, best, best.splits, command, reasons, errors)
 
 
@@ -123,18 +125,12 @@ def relative_error(predicted: float | None, measured: float | None) -> float | N
     return (predicted - measured) / measured
 
 
-def run_arguments(config: AdviseConfig, candidate: Candidate) -> list[str]:
-    """The arguments of ``splitwiser run`` that run ``candidate`` over ``config``'s workload: what differs from defaults."""
-    changed = {"mode": candidate.mode, "workers": candidate.workers, "prefill_tokens": candidate.prefill_tokens}
-    arguments = []
-    for option in option_fields(RunConfig):
-        value = changed.get(option.name, getattr(config, option.name))
-        if option.name == "mode" or value != option.default:
-            if option.metadata["type"] is bool:
-                arguments.append(f"--{option.name}" if value else f"--no-{option.name}")
-            else:
-                arguments += [f"--{option.name}", str(value)]
-    return arguments
+def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
+    """The options of ``splitwiser run`` that run ``candidate`` over ``config``'s workload, but for those at their
+    defaults."""
+    changed = candidate.row
+    values = {each: changed.get(each.name, getattr(config, each.name)) for each in option_fields(RunConfig)}
+    return {each.name: value for each, value in values.items() if each.name == "mode" or value != each.default}
 
 
 def advice_summary(advice: Advice) -> str:

@@ -9,8 +9,6 @@
 """
 
 import random
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,7 +20,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from splitwiser.advice import FIGURES, Advice, choose_checks, recommend, relative_error, rows_of, run_arguments
+from splitwiser.advice import FIGURES, Advice, choose_checks, recommend, relative_error, rows_of, run_options
 from splitwiser.config import AdviseConfig, option_fields
 from splitwiser.engine import check_fits
 from splitwiser.errors import InputError, RunError
@@ -42,12 +40,12 @@ from splitwiser.placements import (
 from splitwiser.profile import Bench
 from splitwiser.request import Request
 from splitwiser.results import Status, make_directory, replace
+from splitwiser.rounds import RoundsBar, run_once
 from splitwiser.rows import add_row, start_rows
 from splitwiser.simulate import Machine, Schedule, simulate
 
 PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
 CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id")
-_STOP_S = 30.0  # longest that a check may take to end after Ctrl-C
 
 
 def advise(config: AdviseConfig) -> Advice:
@@ -147,54 +145,30 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
     chosen = choose_checks(config, predictions)
     start_rows(directory / "checks.csv", CHECK_COLUMNS)
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(chosen) * config.repeats, desc="checks", unit="run") as bar:
+    with RoundsBar(len(chosen) * config.repeats) as bar:
         for number in range(config.repeats):
-            for candidate in chosen:
-                bar.set_postfix_str(str(candidate))
-                try:
-                    figures = _run(run_arguments(config, candidate), directory / "runs")
-                except RunError as error:
-                    tqdm.write(f"note: {error}", file=sys.stderr)
-                    bar.update()
-                    continue
+            for place, candidate in enumerate(chosen, start=1):
+                bar.begin(f"check of {candidate}")
+                outcome = run_once(run_options(config, candidate), directory, f"round{number}-{place}", bar.show)
+                bar.end(outcome)
                 predicted = predictions.loc[rows_of(predictions, candidate)].iloc[0]
-                for name in (each for each in FIGURES if pd.notna(predicted[each])):
-                    row = {
-                        **candidate.row,
-                        "round": number,
-                        "figure": name,
-                        "predicted": predicted[name],
-                        "measured": figures[name],
-                        "error": relative_error(predicted[name], figures[name]),
-                        "run_id": figures["run_id"],
-                    }
-                    rows.append(row)
-                    add_row(directory / "checks.csv", row)
-                bar.update()
+                for name in FIGURES if outcome.status == "finished" else ():
+                    if outcome.figures[name]:
+                        measured = float(outcome.figures[name])
+                        row = {
+                            **candidate.row,
+                            "round": number,
+                            "figure": name,
+                            "predicted": predicted[name],
+                            "measured": measured,
+                            "error": relative_error(predicted[name], measured),
+                            "run_id": outcome.figures["run_id"],
+                        }
+                        rows.append(row)
+                        add_row(directory / "checks.csv", row)
     if chosen and not rows:
-        raise RunError("every check failed, so nothing is recommended; see the notes above")
+        raise RunError("every check failed, so nothing is recommended; see above and the folder logs/")
     return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
-
-
-def _run(arguments: Sequence[str], results: Path) -> dict[str, Any]:
-    """``splitwiser run`` in a process of its own: its row of ``throughput.csv``. Raises :class:`RunError` if it fails."""
-    before = set(results.glob("*/throughput.csv"))
-    command = [sys.executable, "-m", "splitwiser", "run", *arguments, "--results", str(results)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = process.communicate()
-    except BaseException:
-        process.terminate()  # it ends its workers and writes what it has
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-    if process.returncode:
-        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise RunError(f"the check '{shlex.join(arguments)}' failed: {lines[-1].removeprefix('splitwiser: ')}")
-    (written,) = set(results.glob("*/throughput.csv")) - before
-    return {str(name): value for name, value in pd.read_csv(written).iloc[0].items()}
 
 
 class _Record:

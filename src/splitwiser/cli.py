@@ -6,16 +6,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import AdviseConfig, ProfileConfig, RunConfig, option_fields
+from splitwiser.config import AdviseConfig, ProfileConfig, RunConfig
 from splitwiser.errors import SplitwiserError
+from splitwiser.options import add_options, add_run_options, given_options
 from splitwiser.summary import columns, run_summary
-
-Config = TypeVar("Config", RunConfig, ProfileConfig, AdviseConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +44,8 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def _terminated(*_: object) -> None:
+    # once: a parent's death is signalled again for each of its threads, and must not break into the clean-up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise TerminatedError
 
 
@@ -61,30 +62,43 @@ def _fail(line: str, exit_code: int, debug: bool) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = _configuration(RunConfig, options)
+    config = RunConfig(**given_options(options))
     from splitwiser.run import run  # brings in torch and transformers, which the other commands do without
 
     result = run(config)
     print(run_summary(result.figures, result.directory))
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from splitwiser.compare import compare, make_variants
+
+    modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
+    compare(make_variants(given_options(options), modes, options.variant), options.repeats, options.minutes)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from splitwiser.sweep import list_points, read_sweep, sweep
+
+    grid = read_sweep(options.file)
+    if options.list:
+        print(list_points(grid, options.results))
+    else:
+        sweep(grid, options.file, options.results, fresh=options.fresh)
+
+
 def _profile(options: argparse.Namespace) -> None:
-    config = _configuration(ProfileConfig, options)
+    config = ProfileConfig(**given_options(options, ProfileConfig))
     from splitwiser.profile import profile, profile_summary
 
     print(profile_summary(profile(config)))
 
 
 def _advise(options: argparse.Namespace) -> None:
-    config = _configuration(AdviseConfig, options)
+    config = AdviseConfig(**given_options(options, AdviseConfig))
     from splitwiser.advice import advice_summary
     from splitwiser.advise import advise
 
     print(advice_summary(advise(config)))
-
-
-def _configuration(kind: type[Config], options: argparse.Namespace) -> Config:
-    return kind(**{field.name: getattr(options, field.name) for field in option_fields(kind)})
 
 
 def _cases(_: argparse.Namespace) -> None:
@@ -111,7 +125,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows one spelling of each option, and no default where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        says_nothing = action.default in (None, False, "", [])
+        return action.help if says_nothing else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         spellings = [each for each in action.option_strings if "-" not in each.lstrip("-").removeprefix("no-")]
@@ -132,52 +147,69 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    _add_options(run, RunConfig)
+    add_run_options(run)
     run.set_defaults(command=_run)
-    profile = commands.add_parser(
+    comparing = commands.add_parser(
+        "compare",
+        parents=[debugging],
+        help="run several modes or layouts on the same requests, in interleaved rounds",
+        description="Every run is a fresh process; a round runs each variant once.",
+        usage="%(prog)s --modes MODE,MODE... [options of splitwiser run, for all variants]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    comparing.add_argument(
+        "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the base"
+    )
+    comparing.add_argument(
+        "--variant", action="append", default=[], metavar="'NAME: OPTIONS'",
+        help="a variant by options of splitwiser run, such as 'four: --mode mp --workers configs/workers/four_mixed.yaml'; "
+        "may be repeated",
+    )  # fmt: skip
+    comparing.add_argument("--repeats", type=int, default=3, help="rounds")
+    comparing.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
+    add_run_options(comparing, defaults=False)
+    comparing.set_defaults(command=_compare)
+    sweeping = commands.add_parser(
+        "sweep",
+        parents=[debugging],
+        help="run a grid of options from a YAML file; goes on where it was stopped",
+        description="Runs that have finished are kept; those that failed are tried again at the next start.",
+        allow_abbrev=False,
+    )
+    sweeping.add_argument("file", type=Path, help="the grid, such as those in configs/sweeps/")
+    sweeping.add_argument("--list", action="store_true", help="print the points and run nothing")
+    sweeping.add_argument(
+        "--fresh", action="store_true", help="start anew; the old results are kept under another name"
+    )
+    sweeping.add_argument(
+        "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
+    )
+    sweeping.set_defaults(command=_sweep)
+    profiling = commands.add_parser(
         "profile",
         parents=[debugging],
+        usage="%(prog)s [options]",
         help="measure both phases of a model on this machine, step by step",
         description="Times prefill by prompt length and decode by batch size and context, against what the machine can do.",
         formatter_class=_HelpFormatter,
-        usage="%(prog)s [options]",
         allow_abbrev=False,
     )
-    _add_options(profile, ProfileConfig)
-    profile.set_defaults(command=_profile)
-    advise = commands.add_parser(
+    add_options(profiling, ProfileConfig)
+    profiling.set_defaults(command=_profile)
+    advising = commands.add_parser(
         "advise",
         parents=[debugging],
-        help="predict each placement of the phases for a workload, check the best, and recommend one",
+        usage="%(prog)s [options]",
+        help="predict every placement of the phases for a workload, check the best, and recommend one",
         description="Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run.",
         formatter_class=_HelpFormatter,
-        usage="%(prog)s [options]",
         allow_abbrev=False,
     )
-    _add_options(advise, AdviseConfig)
-    advise.set_defaults(command=_advise)
+    add_options(advising, AdviseConfig)
+    advising.set_defaults(command=_advise)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
     models.set_defaults(command=_models)
     return parser
-
-
-def _add_options(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
-    """An option for each field of ``kind``, in groups."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for name in ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results"):
-        if any(each.metadata["group"] == name for each in option_fields(kind)):
-            groups[name] = parser.add_argument_group(name)
-    for each in option_fields(kind):
-        group = groups[each.metadata["group"]]
-        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
-        if each.metadata["type"] is bool:
-            group.add_argument(
-                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
-            )
-        else:
-            group.add_argument(
-                *flags, type=each.metadata["type"], help=each.metadata["help"], default=each.default,
-                metavar=each.name.upper(),
-            )  # fmt: skip

@@ -14,6 +14,7 @@ from splitwiser.engine import EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
 from splitwiser.green import check_layout, start_green
+from splitwiser.kv_pool import parse_bytes
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model, resolve_device
@@ -70,6 +71,15 @@ def check_mode_here(mode: str, device: str) -> None:
         raise InputError(f"mode {mode}: {problem}; use mode mp")
 
 
+def check_sizes(kv_memory: str, **counts: int) -> None:
+    """Raises :class:`InputError` unless ``kv_memory`` is a size or ``auto`` and each of ``counts`` is 1 or more."""
+    for name, given in counts.items():
+        if given < 1:
+            raise InputError(f"{name} must be 1 or more, not {given}")
+    if kv_memory != "auto":
+        parse_bytes(kv_memory)
+
+
 class LLM:
     """A model ready to generate.
 
@@ -122,9 +132,7 @@ class LLM:
         shares = ShareSettings(share, itl_target_ms, lend)
         layout = plan_workers(mode, workers, shares)
         check_mps(mode, mps, exclusive)
-        for name, given in (("max_batch", max_batch), ("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
-            if given < 1:
-                raise InputError(f"{name} must be 1 or more, not {given}")
+        check_sizes(kv_memory, max_batch=max_batch, batch_size=batch_size, prefill_tokens=prefill_tokens)
         if mode == "green":
             check_mode_here(mode, device)
         began = time.perf_counter()

@@ -109,6 +109,22 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def plan_model(
+    model: str | Path, *, dtype: str, device: str, load_format: str
+) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
+    """What :func:`load_model` would load, and where to; arguments as for it. Raises :class:`InputError`."""
+    if load_format not in ("auto", "dummy"):
+        raise unknown("load_format", load_format, ["auto", "dummy"])
+    entry = resolve_model(model)
+    if entry.kind == "encoder-decoder":
+        raise _encoder_decoder(entry)
+    place = resolve_device(device)
+    config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _encoder_decoder(entry)
+    return entry, place, config, resolve_dtype(dtype, config)
+
+
 def load_model(
     model: str | Path,
     *,
@@ -125,17 +141,8 @@ def load_model(
     implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Without ``weights`` there is only
     what is known of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
     """
-    if load_format not in ("auto", "dummy"):
-        raise unknown("load_format", load_format, ["auto", "dummy"])
     began = time.perf_counter()
-    entry = resolve_model(model)
-    if entry.kind == "encoder-decoder":
-        raise _encoder_decoder(entry)
-    place = resolve_device(device)
-    config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
-    if getattr(config, "is_encoder_decoder", False):
-        raise _encoder_decoder(entry)
-    weights_dtype = resolve_dtype(dtype, config)
+    entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
     module = _without_memory(entry, config, weights_dtype)
     if weights:
         _check_room(entry, module, place)

@@ -27,6 +27,7 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 
 STEP_COLUMNS = ("worker", "role", "phase", "start_s", "end_s", "requests", "tokens")
 GENERATION_COLUMNS = ("request_id", "finding", "summary_ref", "summary_gen")
+TOKEN_COLUMNS = ("request_id", "prompt_token_ids", "token_ids")
 FLUSH_S = 0.5  # rows reach the disk at most this much later than they came
 
 
@@ -101,6 +102,7 @@ class RunRecorder(Observer):
         self._latency = _Table(directory / "latency.csv", LATENCY_COLUMNS)
         self._step_table = _Table(directory / "steps.csv", STEP_COLUMNS)
         self._generations = _Table(directory / "generations.csv", GENERATION_COLUMNS)
+        self._tokens = _Table(directory / "tokens.csv", TOKEN_COLUMNS)
         self._ended = threading.Event()
         # a thread, since what has finished must reach the disk while the engine waits for an arrival or runs a long step
         self._flusher = threading.Thread(target=self._flush_regularly, name="flush results", daemon=True)
@@ -131,6 +133,13 @@ class RunRecorder(Observer):
                 "finding": report.finding,
                 "summary_ref": report.impression,
                 "summary_gen": output.text.strip(),
+            }
+        )
+        self._tokens.add(
+            {
+                "request_id": output.request_id,
+                "prompt_token_ids": " ".join(map(str, output.prompt_token_ids)),
+                "token_ids": " ".join(map(str, output.token_ids)),
             }
         )
 
@@ -182,7 +191,7 @@ class RunRecorder(Observer):
                 self._flush()
 
     def _flush(self) -> None:
-        for table in (self._latency, self._step_table, self._generations):
+        for table in (self._latency, self._step_table, self._generations, self._tokens):
             table.flush()
 
 

@@ -12,13 +12,15 @@ from tqdm import tqdm
 from splitwiser.config import RunConfig
 from splitwiser.engine import Observer
 from splitwiser.job import Job, prepare_job
-from splitwiser.llm import LLM
+from splitwiser.llm import LLM, check_mode_here, check_mps, check_sizes, plan_workers
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import parse_goodput
+from splitwiser.model import plan_model
 from splitwiser.quality import can_score
 from splitwiser.request import Request, RequestOutput
 from splitwiser.results import RunRecorder, Status, make_run_directory
+from splitwiser.shares import ShareSettings
 
 NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip install rouge-score"
 
@@ -29,6 +31,26 @@ class RunResult:
 
     directory: Path
     figures: dict[str, Any]
+
+
+def check(config: RunConfig) -> Job:
+    """What ``config`` asks for, if all is right that can be known without loading the model.
+
+    Raises :class:`~splitwiser.errors.InputError` as :func:`run` would, for commands that start many runs.
+    """
+    plan_workers(config.mode, config.workers, ShareSettings(config.share, config.itl_target_ms, config.lend))
+    check_mps(config.mode, config.mps, config.exclusive)
+    check_mode_here(config.mode, config.device_name)
+    check_sizes(
+        config.kv_memory,
+        max_batch=config.max_batch,
+        batch_size=config.batch_size,
+        prefill_tokens=config.prefill_tokens,
+    )
+    plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
+    job = prepare_job(config)
+    job.sampling_params(config)
+    return job
 
 
 def run(config: RunConfig) -> RunResult:

@@ -1,4 +1,4 @@
-"""Reads a YAML file of named entries, as the files in ``configs/`` are."""
+"""Reads YAML files, such as those of named entries in ``configs/``."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,21 @@ import yaml
 from splitwiser.errors import InputError, first_line
 
 
-def read_entries(path: Path, example: str) -> dict[Any, dict[str, Any]]:
-    """The entries of ``path`` by name. Raises :class:`InputError` naming the file; ``example`` shows what one looks like."""
+def read_yaml(path: Path, hint: str = "") -> object:
+    """The content of ``path``. Raises :class:`InputError` naming it; ``hint`` says where a missing file should lie."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies") from error
+        raise InputError(f"{path}: no such file{hint}") from error
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_entries(path: Path, example: str) -> dict[Any, dict[str, Any]]:
+    """The entries of ``path`` by name. Raises :class:`InputError` naming the file; ``example`` shows what one looks like."""
+    entries = read_yaml(path, "; DIR_PROJECT in constants.py says where configs/ lies")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"{path}: must map names to entries, such as '{example}'")
     return entries

@@ -1,0 +1,157 @@
+"""Runs ``splitwiser run`` in fresh processes, one after another, for the commands that need many runs."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pandas as pd
+from tqdm import tqdm
+
+from splitwiser.options import to_arguments
+from splitwiser.results import replace
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # what files may be named by
+LOOK_S = 0.5  # how often the progress of the run under way is read
+STOP_S = 30.0  # longest that an interrupted run may take to write what it has and to end its workers
+
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_libc = ctypes.CDLL(None)  # opened here: between fork and exec only the call itself is safe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, its folder (None if it made none) and, of a finished one, its row of ``throughput.csv`` as text."""
+
+    status: Literal["finished", "failed"]
+    error: str = ""
+    directory: Path | None = None
+    figures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def row(self) -> dict[str, str]:
+        """How it ended, then its figures."""
+        return {"status": self.status, "error": self.error, **self.figures}
+
+
+def run_once(options: Mapping[str, Any], folder: Path, label: str, show: Callable[[str], None]) -> Outcome:
+    """``splitwiser run`` with ``options`` in a process of its own; its folder comes under ``folder/runs``, what it prints
+    in ``folder/logs/<label>.log``. ``show`` is told how far it is.
+
+    If this is interrupted, the run is ended first; if this process is killed, the run gets SIGTERM and ends by itself.
+    """
+    runs, log = folder / "runs", folder / "logs" / f"{label}.log"
+    runs.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(exist_ok=True)
+    before = set(runs.iterdir())
+    command = [sys.executable, "-m", "splitwiser", "run", "--debug", *to_arguments({**options, "results": str(runs)})]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which decides what it means
+            preexec_fn=_end_with(os.getpid()),
+        )
+        try:
+            while not _ended(process):
+                show(_progress(log))
+        except BaseException:
+            _end(process)
+            raise
+    made = sorted(path for path in set(runs.iterdir()) - before if path.is_dir())
+    directory = made[-1] if made else None
+    if process.returncode or directory is None:
+        return Outcome("failed", _error(process.returncode, log), directory)
+    row = pd.read_csv(directory / "throughput.csv", dtype=str, keep_default_na=False)
+    return Outcome("finished", "", directory, {str(name): str(value) for name, value in row.iloc[0].items()})
+
+
+class RoundsBar:
+    """A progress bar over runs; on a terminal it also says how far the run under way is."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._what = ""
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            smoothing=0,  # the average over all runs: they differ in length, so the last few say little about the others
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs, {elapsed}<{remaining}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, what: str) -> None:
+        """Name the run that starts now."""
+        self._what = what
+        self._bar.set_description_str(what)
+
+    def show(self, progress: str) -> None:
+        """Say how far it is."""
+        if sys.stderr.isatty():
+            self._bar.set_description_str(f"{self._what}, {progress}" if progress else self._what)
+
+    def end(self, outcome: Outcome) -> None:
+        """Count it; a failed one is named above the bar."""
+        if outcome.status == "failed":
+            tqdm.write(f"{self._what}: failed: {outcome.error}", file=sys.stderr)
+        self._bar.update()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the CSV at ``path``; columns are those of all ``rows``, as they first come."""
+    replace(path, pd.DataFrame(list(rows)).to_csv(index=False))
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    def ask_for_a_signal() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+    return ask_for_a_signal
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> bool:
+    try:
+        process.wait(LOOK_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask the run to end, so that it writes what it has; force it and its workers after a while or at a second Ctrl-C."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _progress(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 500))
+        found = re.findall(rb"\d+/\d+ requests", file.read())
+    return found[-1].decode() if found else ""
+
+
+def _error(exit_code: int, log: Path) -> str:
+    """The run's own line of what went wrong, or how it ended."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix("splitwiser: ") for line in lines if line.startswith("splitwiser: ")]
+    if said:
+        return said[-1]
+    return f"ended with exit code {exit_code}" if exit_code >= 0 else f"killed by {signal.Signals(-exit_code).name}"

@@ -1,0 +1,78 @@
+"""Run options from text and YAML, and back to arguments."""
+
+import argparse
+from typing import Any
+
+import pytest
+from helpers import assert_says, refusal
+
+from splitwiser.config import RunConfig
+from splitwiser.options import add_run_options, given_options, parse_options, split_options, to_arguments, typed_options
+
+
+def test_only_what_is_given_is_found() -> None:
+    assert parse_options(["--max-batch", "8", "--no-lend"]) == {"max_batch": 8, "lend": False}
+
+
+def test_with_defaults_the_options_are_a_whole_configuration() -> None:
+    parser = argparse.ArgumentParser()
+    add_run_options(parser)
+    assert RunConfig(**given_options(parser.parse_args([]))) == RunConfig()
+
+
+def test_text_is_quoted_as_for_a_shell() -> None:
+    found = split_options(" --mode mp --workers '[{role: mixed, count: 2}]'")
+    assert found == {"mode": "mp", "workers": "[{role: mixed, count: 2}]"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "mp", "limit": 3, "temperature": 0.5, "ignore_eos": True, "lend": False},
+        {"workers": "[{role: mixed, count: 2}]", "model": "a b'c", "data": "-x"},
+    ],
+)
+def test_arguments_come_back_as_they_were(options: dict[str, Any]) -> None:
+    assert parse_options(to_arguments(options)) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "typed"),
+    [
+        ({"temperature": 1}, {"temperature": 1.0}),
+        ({"limit": None, "max_batch": 4}, {"max_batch": 4}),
+        ({"split": 7}, {"split": "7"}),
+        ({"ignore_eos": True}, {"ignore_eos": True}),
+    ],
+)
+def test_values_from_yaml_become_those_of_the_command_line(given: dict[str, Any], typed: dict[str, Any]) -> None:
+    found = typed_options(given)
+    assert found == typed
+    assert [type(value) for value in found.values()] == [type(value) for value in typed.values()]
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"max_bach": 4}, ["unknown option 'max_bach'", "max_batch"]),
+        ({"max_batch": "many"}, ["--max_batch", "invalid int value: 'many'"]),
+        ({"max_batch": 2.5}, ["--max_batch", "2.5"]),
+        ({"max_batch": True}, ["option 'max_batch' cannot be true or false"]),
+        ({"ignore_eos": "yes"}, ["option 'ignore_eos' must be true or false", "'yes'"]),
+        ({"workers": [{"role": "mixed"}]}, ["option 'workers' must be one value, in quotation marks"]),
+    ],
+)
+def test_a_wrong_value_from_yaml_is_named(given: dict[str, Any], parts: list[str]) -> None:
+    assert_says(refusal(typed_options, given), *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("--mod mp", ["unknown option '--mod'", "--mode"]),
+        ("--mode", ["--mode", "expected one argument"]),
+        ("--workers '[", ["No closing quotation"]),
+    ],
+)
+def test_wrong_text_is_named(text: str, parts: list[str]) -> None:
+    assert_says(refusal(split_options, text), *parts)
