@@ -122,6 +122,23 @@ def test_requests_that_arrive_as_others_finish_are_predicted_so(on_record: Calla
     assert ttft[1] > 10 * ttft[0]
 
 
+def test_answers_end_as_a_sample_of_them_did(tiny: Tiny, tmp_path: Path, on_record: Callable[..., Advice]) -> None:
+    longest = on_record(beside=1.0, ignore_eos=False)
+    (profile,) = tmp_path.glob("profile-*")
+    pd.DataFrame({"output_tokens": [5]}).to_csv(profile / "output_tokens.csv", index=False)
+    options = {
+        "model": str(tiny("opt")),
+        "workload": str(tmp_path / "work.json"),
+        "results": str(tmp_path),
+        "checks": 0,
+    }
+    shorter = advise(AdviseConfig(profile=str(profile), prefill_tokens=128, **options))  # type: ignore[arg-type]
+    rates = [predicted(advice, "p99_e2el_ms")["sequential"] for advice in (longest, shorter)]
+    assert rates[0] - rates[1] >= 12 * 20  # of 20 tokens, the last 15 are not made, most of them 20 ms each
+    record = yaml.safe_load((shorter.directory / "advice.yaml").read_text())
+    assert record["answers_end"] == "as a sample of them did"
+
+
 def test_the_files_of_an_advice(on_record: Callable[..., Advice]) -> None:
     advice = on_record(beside=1.0)
     assert advice.directory.name.startswith("advise_tiny-opt_")

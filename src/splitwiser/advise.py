@@ -66,7 +66,7 @@ def advise(config: AdviseConfig) -> Advice:
     try:
         if bench is not None:
             bench.measure(directory)
-            del bench
+            bench = None  # its model goes before the next comes
             measure_placements(config, requests, directory)
             basis = read_basis(directory, shell)
         assert basis is not None

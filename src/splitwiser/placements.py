@@ -70,7 +70,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Basis:
-    """What predictions rest on, as :func:`measure` writes it and :func:`read_basis` reads it.
+    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_basis` reads it.
 
     ``placements`` holds (mode, workers): the conditions there and the blocks of the pool; ``not_possible`` those that this
     machine cannot run, with the reason; ``output_tokens`` the lengths of a sample of answers that ended by themselves.
@@ -160,13 +160,15 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
             steps = size_steps(recording)
             conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
             add_row(directory / "placements.csv", row | asdict(conditions) | {"blocks": blocks, "steps": len(steps)})
-            if mode == "sequential" and not config.ignore_eos:
-                lengths = pd.DataFrame({"output_tokens": [len(output.token_ids) for output in recording.outputs]})
-                lengths.to_csv(directory / "output_tokens.csv", index=False)
+            if mode == "sequential":
+                made = {output.request_id: len(output.token_ids) for output in recording.outputs}
+                lengths = [made[place] for place, each in enumerate(sample) if not each.params.ignore_eos]
+                pd.DataFrame({"output_tokens": lengths}).to_csv(directory / "output_tokens.csv", index=False)
 
 
 def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[Request]) -> tuple[Recording, int]:
     """Run ``sample``, all at once; with the blocks of the pool."""
+    release_memory()
     total = sum(len(request.prompt_token_ids) for request in sample)
     with LLM(
         config.model,
@@ -185,10 +187,14 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
         recording = Recording()
         llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())
         assert llm.started.pool is not None
-        blocks = llm.started.pool.blocks
-    del llm
-    gc.collect()  # before the next model comes
-    return recording, blocks
+        return recording, llm.started.pool.blocks
+
+
+def release_memory() -> None:
+    """Give back what models that are gone held, before the next is loaded and its pool sized by what is free."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _sample_params(params: SamplingParams) -> SamplingParams:
@@ -223,7 +229,7 @@ def read_basis(directory: Path, shell: LoadedModel) -> Basis:
             conditions[key] = factors, int(float(row["blocks"]))
     if not conditions:
         raise InputError(f"{where}: its placements.csv has no placement; give the folder of an advise that finished")
-    lengths = directory / "output_tokens.csv"
+    lengths = directory / "output_tokens.csv"  # of no row where every answer has a set length
     return Basis(
         costs=fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv")),
         cores=record["machine"]["cores"] if record["configuration"]["device"] == "cpu" else None,
