@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from splitwiser import constants
+from splitwiser.checks import find_mode_problem
+from splitwiser.device import resolve_device
 from splitwiser.engine import Engine, EngineSettings, Observer, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
@@ -80,12 +82,21 @@ class LLM:
         if workers and mode != "mp":
             raise InputError(f"workers are laid out in mode mp, not in mode {mode}")
         layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+        if problem := find_mode_problem(mode, resolve_device(device)):
+            raise InputError(problem)
         began = time.perf_counter()
         if mode == "mp":
             warm_up_start()
         self.mode = mode
         self.seed = seed
-        self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
+        self.model: LoadedModel = load_model(
+            model,
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            seed=seed,
+            kv_memory="auto" if layout is None else kv_memory,
+        )
         self.pool: KVPool | None = None
         self.kernels = "transformers' own"
         self.workers = str(layout or "1 generate")
