@@ -1,6 +1,7 @@
 """The ``splitwiser`` command."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,8 @@ from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
 from splitwiser.config import RunConfig
-from splitwiser.errors import SplitwiserError
+from splitwiser.doctor import Question, diagnose
+from splitwiser.errors import RunError, SplitwiserError
 from splitwiser.summary import columns, run_summary
 
 
@@ -86,6 +88,13 @@ def _models(_: argparse.Namespace) -> None:
     print(columns([("model", "from", "without a download, as dummy"), *rows]))
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    diagnosis = diagnose(Question(**{field.name: getattr(options, field.name) for field in fields(Question)}))
+    print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
+    if not diagnosis.works:
+        raise RunError("no mode will work here; the reasons are above")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -99,20 +108,39 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    for each in fields(RunConfig):
-        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
-        if each.metadata["type"] is bool:
-            run.add_argument(
-                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
-            )
-        else:
-            kind = each.metadata["type"]
-            run.add_argument(
-                *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
-            )
+    _add_options(run, [field.name for field in fields(RunConfig)])
     run.set_defaults(command=_run)
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[debugging],
+        help="what this machine has and which modes will work on it, with the reason for each that will not",
+        description="Exit code 0 if at least one mode will work for the model, else 1.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_options(doctor, [field.name for field in fields(Question) if field.name != "hub"])
+    doctor.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    doctor.set_defaults(command=_doctor)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
     models.set_defaults(command=_models)
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Options for the fields ``names`` of :class:`RunConfig`, spelt with a hyphen, too."""
+    for each in fields(RunConfig):
+        if each.name not in names:
+            continue
+        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
+        if each.metadata["type"] is bool:
+            parser.add_argument(
+                *flags, action=argparse.BooleanOptionalAction, help=each.metadata["help"], default=each.default
+            )
+        else:
+            kind = each.metadata["type"]
+            parser.add_argument(
+                *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
+            )

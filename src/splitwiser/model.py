@@ -217,10 +217,15 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     try:
         return load(False)
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
-            f"directory, or use --load_format dummy for timing with random weights ({first_line(error)})"
-        ) from error
+        raise InputError(not_to_be_had(entry, first_line(error))) from error
+
+
+def not_to_be_had(entry: CatalogEntry, why: str) -> str:
+    """The line for a model of the hub that is not on this machine and cannot be downloaded."""
+    return (
+        f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
+        f"directory, or use --load_format dummy for timing with random weights ({why})"
+    )
 
 
 def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
