@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from splitwiser import cgroup, constants
 from splitwiser.catalog import CatalogEntry, resolve_model
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from splitwiser.kv_pool import LayerShape
 
 MODES = ("generate", "sequential", "mp", "mps", "green")
-GIB = 1 << 30
+SECTIONS = ("software", "gpu", "processor", "memory", "hub", "model")
 DEVICES_S, SHARE_S, MODE_S, HUB_S, TOOL_S = 60.0, 90.0, 60.0, 20.0, 10.0  # longest that each question may take
 FEW_FILES = 256  # a run opens some tens of files, and a pipe for every pair of processes
 IPC_COUNTERS = 10_000 * 8  # bytes of /dev/shm that PyTorch's CUDA IPC takes (torch/csrc/CudaIPCTypes.h)
 # what the decode kernel and PyTorch's products are fast with, as x86 and Arm processors name it
 PROCESSOR_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+DOWNLOAD = "not in the local cache, so a run downloads it first"
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
@@ -96,7 +99,7 @@ class Diagnosis:
     def __str__(self) -> str:
         marks = {True: "ok", False: "NO", None: "-"}
         lines = []
-        for section in dict.fromkeys(finding.section for finding in self.findings):
+        for section in SECTIONS:
             rows = [(f"  {each.name}", marks[each.ok], each.text) for each in self.findings if each.section == section]
             lines += [section, columns(rows), ""]
         table = [(each.mode, "yes" if each.works else "no", each.note) for each in self.modes]
@@ -108,50 +111,63 @@ def diagnose(question: Question) -> Diagnosis:
     entry = resolve_model(question.model)
     if question.max_batch < 1:
         raise InputError(f"max_batch must be 1 or more, not {question.max_batch}")
-    software = [
-        Finding("software", "python", True, f"{sys.version.split()[0]} at {sys.executable}"),
-        _look("software", "pytorch", _pytorch),
-        _look("software", "transformers", _transformers),
-    ]
-    pytorch, transformers = (finding.ok for finding in software[1:])
-    if pytorch:
+    look = _Look()
+    look("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
+    pytorch = look("software", "pytorch", _pytorch)
+    transformers = look("software", "transformers", _transformers)
+    if pytorch.ok:
         _check_form(question)
-    gpu = _look("gpu", "devices", _gpus) if pytorch else Finding("gpu", "devices", None, "PyTorch is needed to look")
-    gpus: list[dict[str, Any]] = gpu.figures.get("devices", [])
-    chosen = _look("gpu", "device", _device, question.device, len(gpus))
-    place: str | None = chosen.figures.get("device")
-    on_gpu = place is not None and place.startswith("cuda")
-    memory = _look("memory", "main_memory", _main_memory)
-    free = gpus[int(place.partition(":")[2])]["free_bytes"] if on_gpu and place else memory.figures.get("free_bytes")
+    gpus: list[dict[str, Any]] = look("gpu", "devices", _gpus).figures.get("devices", [])
+    place: str | None = look("gpu", "device", _device, question.device, len(gpus)).figures.get("device")
+    gpu = gpus[int(place.removeprefix("cuda:"))] if place and place != "cpu" else None
+    memory = look("memory", "main_memory", _main_memory)
+    hub = look("hub", "hub", _hub, entry, question.hub)
+    free = gpu["free_bytes"] if gpu else memory.figures.get("free_bytes")
+    model = Finding("model", "model", None, "cannot be told without PyTorch, transformers and a device")
     needs = _Needs()
-    hub = _look("hub", "hub", _hub, entry, question.hub)
-    model = Finding("model", "model", None, "PyTorch and transformers are needed to look")
-    if pytorch and transformers and place and free is not None:
+    if transformers.ok and place and free is not None:
         model, needs = _examine_model(entry, question, place, free, hub)
-    findings = [
-        *software,
-        gpu,
-        chosen,
-        _look("gpu", "nvidia_smi", _nvidia_smi),
-        _look("gpu", "cuda_ipc", _cuda_ipc, place, on_gpu),
-        _look("gpu", "green_contexts", _green_contexts, on_gpu),
-        _look("gpu", "mps_binary", _mps_binary),
-        _look("gpu", "mps_daemon", _mps_daemon),
-        _look("processor", "processor", _processor),
-        _look("processor", "cores", _cores),
-        _look("processor", "compiler", _compiler),
-        _look("processor", "kernel", _kernel, place),
-        memory,
-        _look("memory", "shared_memory", _shared_memory),
-        _look("memory", "dev_shm", _dev_shm, on_gpu),
-        _look("memory", "open_files", _open_files),
-        model,
-        _look("model", "weights_and_pool", needs.finding, free),
-        hub,
-    ]
-    by_name = {finding.name: finding for finding in findings}
-    modes = [_judge(mode, place, by_name, needs) for mode in MODES]
-    return Diagnosis(entry.name, place, findings, modes)
+    look.findings["model"] = model
+    look("model", "weights_and_pool", needs.finding, free)
+    look("memory", "shared_memory", _shared_memory)
+    look("memory", "dev_shm", _dev_shm, gpu is not None)
+    look("memory", "open_files", _open_files)
+    look("gpu", "nvidia_smi", _nvidia_smi)
+    look("gpu", "cuda_ipc", _cuda_ipc, place if gpu else None)
+    refused = {mode: _find_mode_problem(mode, place) for mode in MODES} if pytorch.ok and place else {}
+    look("gpu", "green_contexts", _green_contexts, gpu is not None, refused.get("green"))
+    look("gpu", "mps_binary", _mps_binary)
+    look("gpu", "mps_daemon", _mps_daemon)
+    look("processor", "processor", _processor)
+    look("processor", "cores", _cores)
+    look("processor", "compiler", _compiler)
+    look("processor", "kernel", _kernel, place)
+    modes = [_judge(mode, look.findings, refused.get(mode), needs) for mode in MODES]
+    look.close()
+    return Diagnosis(entry.name, place, list(look.findings.values()), modes)
+
+
+class _Look:
+    """Makes checks, keeps their findings by name and shows on a terminal what is being looked at."""
+
+    def __init__(self) -> None:
+        self.findings: dict[str, Finding] = {}
+        self._line = tqdm(total=0, bar_format="looking at {desc}", disable=None, leave=False)
+
+    def __call__(self, section: str, name: str, check: Callable[..., Found], *given: object) -> Finding:
+        self._line.set_description_str(name)
+        try:
+            found = check(*given)
+        except (InputError, ProbeError) as error:
+            found = False, str(error), {}
+        except Exception as error:
+            found = False, f"cannot be told ({type(error).__name__}: {first_line(error)})", {}
+        self.findings[name] = Finding(section, name, *found)
+        return self.findings[name]
+
+    def close(self) -> None:
+        """Take the line away."""
+        self._line.close()
 
 
 def _check_form(question: Question) -> None:
@@ -163,14 +179,8 @@ def _check_form(question: Question) -> None:
     find_pool_problem(question.kv_memory, sys.maxsize)
 
 
-def _look(section: str, name: str, check: Callable[..., Found], *given: object) -> Finding:
-    """The finding of ``check``, which returns ok, text and figures."""
-    try:
-        return Finding(section, name, *check(*given))
-    except (InputError, ProbeError) as error:
-        return Finding(section, name, False, str(error))
-    except Exception as error:
-        return Finding(section, name, False, f"cannot be told ({type(error).__name__}: {first_line(error)})")
+def _size(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"
 
 
 # software
@@ -208,17 +218,15 @@ def _gpus() -> Found:
     answer = ask("devices", deadline_s=DEVICES_S)
     described = [
         f"cuda:{each['index']} {each['name']}, compute capability {each['compute_capability']}, {each['sms']} SMs, "
-        f"{each['free_bytes'] / GIB:.1f} of {each['total_bytes'] / GIB:.1f} GiB free"
+        f"{_size(each['free_bytes'])} of {_size(each['total_bytes'])} free"
         for each in answer["devices"]
     ]
     return bool(described), "; ".join(described) or f"none: {answer['problem']}", {"devices": answer["devices"]}
 
 
 def _device(device: str, gpus: int) -> Found:
-    try:
-        from splitwiser.device import resolve_device
-    except ImportError:
-        return None, "PyTorch is needed to look", {}
+    from splitwiser.device import resolve_device
+
     place = str(resolve_device(device, gpus))
     return True, f"{place} ({'as asked for' if device != 'auto' else 'chosen by auto'})", {"device": place}
 
@@ -241,19 +249,16 @@ def _nvidia_smi() -> Found:
     return usable, "; ".join(texts), {"gpus": rows}
 
 
-def _cuda_ipc(place: str | None, on_gpu: bool) -> Found:
-    if not on_gpu or place is None:
+def _cuda_ipc(place: str | None) -> Found:
+    if place is None:
         return None, "no GPU to share memory on", {}
     ask("shares", place, deadline_s=SHARE_S)
     return True, "a tensor sent to a second process was written there and read back", {}
 
 
-def _green_contexts(on_gpu: bool) -> Found:
+def _green_contexts(on_gpu: bool, problem: str | None) -> Found:
     if not on_gpu:
         return None, "no GPU to divide", {}
-    from splitwiser.checks import find_green_problem
-
-    problem = find_green_problem()
     return problem is None, problem or "can be made", {}
 
 
@@ -354,9 +359,10 @@ def _kernel(place: str | None) -> Found:
         "kernel": text,
         "compiled": kernel is not None,
         "cache": str(cache),
+        "cache_writable": _is_writable(cache),
         "openmp": torch.backends.openmp.is_available(),
     }
-    text += f"; kept in {cache}" + ("" if _is_writable(cache) else ", which cannot be written")
+    text += f"; kept in {cache}" if kernel is not None else ""
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
     return (None if place != "cpu" else kernel is not None), text, figures
 
@@ -376,11 +382,11 @@ def _main_memory() -> Found:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     room, free = cgroup.memory_room(), available_memory()
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    text = f"{machine_memory() / GIB:.1f} of {total / GIB:.1f} GiB available"
+    text = f"{_size(machine_memory())} of {_size(total)} available"
     if room is not None:
-        text += f"; the container's limit leaves {room / GIB:.1f} GiB"
+        text += f"; the container's limit leaves {_size(room)}"
     if address_space != resource.RLIM_INFINITY:
-        text += f"; ulimit -v allows {address_space / GIB:.1f} GiB of addresses, PyTorch's own included"
+        text += f"; ulimit -v allows {_size(address_space)} of addresses, PyTorch's own included"
     return True, text, {"free_bytes": free, "total_bytes": total, "container_room_bytes": room}
 
 
@@ -397,7 +403,7 @@ def _dev_shm(on_gpu: bool) -> Found:
     shm = os.statvfs("/dev/shm")
     size, free = shm.f_blocks * shm.f_frsize, shm.f_bavail * shm.f_frsize
     ok = not on_gpu or free >= IPC_COUNTERS
-    text = f"{free / GIB:.2f} of {size / GIB:.2f} GiB free; "
+    text = f"{_size(free)} of {_size(size)} free; "
     if on_gpu:
         text += f"CUDA IPC needs {IPC_COUNTERS // 1000} kB of it, weights and pool none"
     else:
@@ -433,10 +439,10 @@ class _Needs:
         figures = {"weights_bytes": self.weights, "pool_bytes": self.pool, "free_bytes": free}
         if self.weights is None or free is None:
             return None, "cannot be told without the model's configuration", figures
-        text = f"weights {self.weights / GIB:.2f} GiB"
+        text = f"weights {_size(self.weights)}"
         if self.pool is not None:
-            text += f", KV pool {'about ' if self.about else ''}{self.pool / GIB:.2f} GiB"
-        return not any(self.memory.values()), f"{text}, of {free / GIB:.2f} GiB available", figures
+            text += f", KV pool {'about ' if self.about else ''}{_size(self.pool)}"
+        return not any(self.memory.values()), f"{text}, of {_size(free)} available", figures
 
 
 def _examine_model(
@@ -446,9 +452,10 @@ def _examine_model(
     from splitwiser.guard import find_dispatch_problem
     from splitwiser.model import plan_model, without_memory
 
-    configured, problem, note = _find_files(entry, question, hub)
-    text = f"{entry.name} at {entry.location}" + (f": {problem or note}" if problem or note else "")
-    if not configured:
+    configured, problem, where = _find_files(entry, question, hub)
+    text = problem or f"{entry.name} at {entry.location}" + (f": {where}" if where else "")
+    note = where if where == DOWNLOAD else ""
+    if not configured and entry.kind == "decoder":  # another is refused before anything is read
         return Finding("model", "model", False if problem else None, text), _Needs(problem=problem, note=note)
     load_format = "dummy" if entry.config and not _is_here(entry, ["config.json"]) else question.load_format
     try:
@@ -485,9 +492,10 @@ def _find_files(entry: CatalogEntry, question: Question, hub: Finding) -> tuple[
         return True, None, "in the local cache"
     # numbers of the checkpoint's own type are not known without the checkpoint
     shape_is_known &= question.dtype != "auto" or _is_here(entry, ["config.json"])
-    if hub.ok is False or hub.figures["offline"]:
-        return shape_is_known, not_to_be_had(entry, "offline" if hub.figures.get("offline") else hub.text), ""
-    return shape_is_known, None, "not in the local cache, so a run downloads it first"
+    if hub.ok is False or hub.figures.get("offline"):
+        why = hub.figures.get("problem") or "HF_HUB_OFFLINE is set"
+        return shape_is_known, not_to_be_had(entry, why), ""
+    return shape_is_known, None, DOWNLOAD
 
 
 def _is_here(entry: CatalogEntry, names: Sequence[str]) -> bool:
@@ -555,35 +563,34 @@ def _hub(entry: CatalogEntry, wanted: bool) -> Found:
     try:
         ask("hub", entry.hub, deadline_s=HUB_S)
     except ProbeError as error:
-        return False, f"{hub.ENDPOINT}: {error}; {setting}; {cache}", figures
+        return False, f"{hub.ENDPOINT}: {error}; {setting}; {cache}", {**figures, "problem": str(error)}
     return True, f"{entry.hub or 'the hub'} can be had from {hub.ENDPOINT}; {setting}; {cache}", figures
 
 
 # the modes
 
 
-def _judge(mode: str, place: str | None, found: dict[str, Finding], needs: _Needs) -> ModeFinding:
-    problem = next((problem for problem in _problems(mode, place, found, needs) if problem), None)
+def _judge(mode: str, found: dict[str, Finding], refused: str | None, needs: _Needs) -> ModeFinding:
+    problem = next((problem for problem in _problems(mode, found, refused, needs) if problem), None)
     if problem:
         return ModeFinding(mode, False, problem)
     notes = [needs.note]
     if mode != "generate" and found["kernel"].ok is False:
         notes.append(f"decode attention: {found['kernel'].figures.get('kernel', found['kernel'].text)}")
-    if mode == "mp" and place == "cpu" and found["cores"].figures.get("cores") == 1:
+    if mode == "mp" and found["device"].figures["device"] == "cpu" and found["cores"].figures.get("cores") == 1:
         notes.append("prefill and decode share one core")
     return ModeFinding(mode, True, "; ".join(filter(None, notes)))
 
 
-def _problems(mode: str, place: str | None, found: dict[str, Finding], needs: _Needs) -> Iterator[str | None]:
+def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: _Needs) -> Iterator[str | None]:
     """What stands in the way of ``mode``, if anything, in the order in which a run would meet it."""
     for name in ("pytorch", "transformers"):
         if not found[name].ok:
             yield f"{name}: {found[name].text}"
-    if place is None:
+    if not found["device"].ok:
         yield found["device"].text
-        return
     yield _find_planned(mode)
-    yield _find_mode_problem(mode, place)
+    yield refused
     if mode in ("mp", "mps"):
         for name in ("shared_memory", "cuda_ipc"):
             if found[name].ok is False:
@@ -602,7 +609,7 @@ def _find_planned(mode: str) -> str | None:
 
 def _find_mode_problem(mode: str, place: str) -> str | None:
     """As :func:`splitwiser.checks.find_mode_problem`; where that may start CUDA, a process of its own is asked."""
-    if place == "cpu":
+    if place == "cpu" or mode not in ("mps", "green"):
         import torch
 
         from splitwiser.checks import find_mode_problem
