@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from helpers import refusal
 
-from splitwiser import cgroup, doctor
-from splitwiser.doctor import MODES, Diagnosis, Finding, Question, diagnose, running_daemon
+from splitwiser import cgroup, doctor, survey
+from splitwiser.config import DoctorConfig
+from splitwiser.doctor import MODES, Diagnosis, Finding, diagnose
 from splitwiser.llm import LLM
 from splitwiser.probe import ProbeError
+from splitwiser.survey import running_daemon
 
 COMMAND = [sys.executable, "-m", "splitwiser", "doctor"]
 NAMES = {
@@ -65,6 +67,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return given[name]
 
     monkeypatch.setattr(doctor, "ask", ask)
+    monkeypatch.setattr(survey, "ask", ask)
     return given
 
 
@@ -153,7 +156,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1000)
-    said = diagnose(Question(model=str(tiny("llama")), device="cpu"))
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert not said.works
     assert found(said, "weights_and_pool").ok is False
     for mode in ("generate", "sequential", "mp"):
@@ -164,19 +167,19 @@ def test_a_pool_that_does_not_fit_stops_the_modes_that_have_one(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1 << 30)
-    said = diagnose(Question(model=str(tiny("llama")), device="cpu", kv_memory="2GiB"))
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu", kv_memory="2GiB"))
     assert verdicts(said) == {"generate": True, "sequential": False, "mp": False, "mps": False, "green": False}
     assert note(said, "mp") == refusal(LLM, tiny("llama"), mode="mp", device="cpu", kv_memory="2GiB")
 
 
 def test_an_architecture_that_the_engine_cannot_reach_runs_in_mode_generate(tiny: Callable[[str], Path]) -> None:
-    said = diagnose(Question(model=str(tiny("bloom")), device="cpu"))
+    said = diagnose(DoctorConfig(model=str(tiny("bloom")), device="cpu"))
     assert verdicts(said) == {"generate": True, "sequential": False, "mp": False, "mps": False, "green": False}
     assert note(said, "sequential") == refusal(LLM, tiny("bloom"), device="cpu")
 
 
 def test_a_model_of_another_kind_runs_in_no_mode() -> None:
-    said = diagnose(Question(model="t5-base", device="cpu"))
+    said = diagnose(DoctorConfig(model="t5-base", device="cpu"))
     assert not said.works
     assert note(said, "generate") == refusal(LLM, "t5-base", device="cpu")
 
@@ -188,20 +191,20 @@ def test_where_anonymous_files_are_forbidden_mode_mp_does_not_work(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "memfd_create", forbidden)
-    said = diagnose(Question(model=str(tiny("llama")), device="cpu"))
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert verdicts(said) == {"generate": True, "sequential": True, "mp": False, "mps": False, "green": False}
     assert note(said, "mp") == refusal(LLM, tiny("llama"), mode="mp", device="cpu")
 
 
 def test_a_gpu_that_is_not_there(tiny: Callable[[str], Path]) -> None:
-    said = diagnose(Question(model=str(tiny("llama")), device="cuda:7"))
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cuda:7"))
     assert (said.works, said.device) == (False, None)
     assert note(said, "sequential") == refusal(LLM, tiny("llama"), device="cuda:7")
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "qwen3"])
 def test_the_pool_is_estimated_as_it_becomes(name: str, tiny: Callable[[str], Path]) -> None:
-    said = diagnose(Question(model=str(tiny(name)), device="cpu", max_batch=3))
+    said = diagnose(DoctorConfig(model=str(tiny(name)), device="cpu", max_batch=3))
     with LLM(tiny(name), device="cpu", max_batch=3) as llm:
         assert llm.pool is not None
         weights = sum(parameter.nbytes for parameter in llm.model.module.parameters())
@@ -222,7 +225,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("hub_cache")
 def test_a_model_to_be_downloaded_is_said_to_be_and_the_hub_is_left_alone(answers: dict[str, Any]) -> None:
     assert "hub" not in answers  # so that asking would fail
-    said = diagnose(Question(model="opt-125m", device="cpu"))
+    said = diagnose(DoctorConfig(model="opt-125m", device="cpu"))
     assert note(said, "sequential") == "not in the local cache, so a run downloads it first"
     assert (found(said, "hub").ok, found(said, "hub").figures["tried"]) == (None, False)
     assert found(said, "weights_and_pool").figures["weights_bytes"] == 4 * 125_239_296
@@ -233,7 +236,7 @@ def test_a_model_in_the_cache_is_found_there(hub_cache: Path, tiny: Callable[[st
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     shutil.copytree(tiny("llama"), repository / "snapshots" / "abc")
-    said = diagnose(Question(model="someone/mine", device="cpu"))
+    said = diagnose(DoctorConfig(model="someone/mine", device="cpu"))
     assert verdicts(said)["mp"]
     assert found(said, "model").text == "mine at someone/mine: in the local cache"
 
@@ -245,11 +248,11 @@ def test_a_model_that_cannot_be_had_says_what_would_be_right(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     answers["hub"] = ProbeError("no such host")
-    said = diagnose(Question(model="opt-125m", device="cpu", hub=not offline))
+    said = diagnose(DoctorConfig(model="opt-125m", device="cpu", hub=not offline))
     assert not said.works
     assert note(said, "mp").startswith("model opt-125m: facebook/opt-125m is neither in the local cache nor to be had")
     assert note(said, "mp").endswith(f"({reason})")
-    assert diagnose(Question(model="opt-125m", device="cpu", load_format="dummy")).works
+    assert diagnose(DoctorConfig(model="opt-125m", device="cpu", load_format="dummy")).works
 
 
 # a machine with a GPU, by its answers
@@ -268,7 +271,7 @@ def gpu(answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_is_chosen_and_its_free_memory_counts(tiny: Callable[[str], Path]) -> None:
-    said = diagnose(Question(model=str(tiny("llama"))))
+    said = diagnose(DoctorConfig(model=str(tiny("llama"))))
     assert said.device == "cuda:0"
     assert found(said, "devices").text == "cuda:0 a GPU, compute capability 9.0, 132 SMs, 70.0 GiB of 80.0 GiB free"
     assert found(said, "weights_and_pool").figures["free_bytes"] == 70 << 30
@@ -277,22 +280,22 @@ def test_a_gpu_is_chosen_and_its_free_memory_counts(tiny: Callable[[str], Path])
 
 def test_without_cuda_ipc_one_process_still_works(gpu: dict[str, Any], tiny: Callable[[str], Path]) -> None:
     gpu["shares"] = ProbeError("RuntimeError: CUDA error: invalid resource handle")
-    said = diagnose(Question(model=str(tiny("llama"))))
+    said = diagnose(DoctorConfig(model=str(tiny("llama"))))
     assert found(said, "cuda_ipc").ok is False
     assert (verdicts(said)["sequential"], verdicts(said)["mp"]) == (True, False)
     assert "CUDA error: invalid resource handle" in note(said, "mp")
 
 
 def test_green_contexts_are_what_their_check_says(gpu: dict[str, Any], tiny: Callable[[str], Path]) -> None:
-    assert found(diagnose(Question(model=str(tiny("llama")))), "green_contexts").ok
+    assert found(diagnose(DoctorConfig(model=str(tiny("llama")))), "green_contexts").ok
     gpu["mode"] = "the driver is too old"
-    finding = found(diagnose(Question(model=str(tiny("llama")))), "green_contexts")
+    finding = found(diagnose(DoctorConfig(model=str(tiny("llama")))), "green_contexts")
     assert (finding.ok, finding.text) == (False, "the driver is too old")
 
 
 def test_a_driver_that_does_not_answer_is_a_finding(gpu: dict[str, Any], tiny: Callable[[str], Path]) -> None:
     gpu["devices"] = ProbeError("no answer within 60 s")
-    said = diagnose(Question(model=str(tiny("llama"))))
+    said = diagnose(DoctorConfig(model=str(tiny("llama"))))
     assert (found(said, "devices").ok, found(said, "devices").text) == (False, "no answer within 60 s")
     assert (said.device, said.works) == ("cpu", True)
 
@@ -305,7 +308,7 @@ def test_compute_mode_and_mig_come_from_the_drivers_tool(
     tool.write_text("#!/bin/sh\necho '0, 580.65.06, Exclusive_Process, Disabled'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    finding = found(diagnose(Question(model=str(tiny("llama")))), "nvidia_smi")
+    finding = found(diagnose(DoctorConfig(model=str(tiny("llama")))), "nvidia_smi")
     assert finding.ok is False
     assert finding.text.startswith("GPU 0: driver 580.65.06, compute mode Exclusive_Process, MIG Disabled (one process")
 
@@ -349,7 +352,7 @@ def test_a_number_that_another_process_has_is_no_daemon(tmp_path: Path, monkeypa
 def test_a_quota_below_the_cores_is_pointed_out(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setattr(cgroup, "cpu_quota", lambda: 1.5)
-    finding = found(diagnose(Question(model=str(tiny("llama")), device="cpu")), "cores")
+    finding = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "cores")
     assert (finding.ok, finding.figures["cores"], finding.figures["quota"]) == (False, 4, 1.5)
 
 
@@ -357,7 +360,7 @@ def test_a_kernel_that_cannot_be_kept_is_done_without(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    said = diagnose(Question(model=str(tiny("llama")), device="cpu"))
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert found(said, "kernel").ok is False
     assert note(said, "sequential").startswith("decode attention: plain PyTorch (")
     assert note(said, "generate") == ""
@@ -368,7 +371,7 @@ def test_a_check_that_breaks_is_a_finding(tiny: Callable[[str], Path], monkeypat
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(os, "statvfs", broken)
-    said = diagnose(Question(model=str(tiny("llama")), device="cpu"))
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert found(said, "dev_shm").ok is False
     assert found(said, "dev_shm").text.startswith("cannot be told (FileNotFoundError: ")
     assert said.works

@@ -61,6 +61,7 @@ def find_green_problem() -> str | None:
     """Why no CUDA green context can be made here."""
     from torch.cuda import green_contexts
 
-    if green_contexts.SUPPORTED or importlib.util.find_spec("cuda.bindings"):
+    bindings = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
+    if green_contexts.SUPPORTED or bindings:
         return None
     return f"mode green needs CUDA green contexts, which PyTorch {torch.__version__} was built without"

@@ -12,8 +12,8 @@ from dataclasses import fields
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import RunConfig
-from splitwiser.doctor import Question, diagnose
+from splitwiser.config import DoctorConfig, RunConfig
+from splitwiser.doctor import diagnose
 from splitwiser.errors import RunError, SplitwiserError
 from splitwiser.summary import columns, run_summary
 
@@ -89,7 +89,7 @@ def _models(_: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    diagnosis = diagnose(Question(**{field.name: getattr(options, field.name) for field in fields(Question)}))
+    diagnosis = diagnose(DoctorConfig(**{field.name: getattr(options, field.name) for field in fields(DoctorConfig)}))
     print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
     if not diagnosis.works:
         raise RunError("no mode will work here; the reasons are above")
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    _add_options(doctor, [field.name for field in fields(Question) if field.name != "hub"])
+    _add_options(doctor, [field.name for field in fields(DoctorConfig) if field.name != "hub"])
     doctor.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     doctor.set_defaults(command=_doctor)
