@@ -212,6 +212,16 @@ def test_the_pool_is_estimated_as_it_becomes(name: str, tiny: Callable[[str], Pa
         assert (figures["weights_bytes"], figures["pool_bytes"]) == (weights, llm.pool.nbytes)
 
 
+def test_a_pool_sized_by_itself_takes_a_quarter_of_what_the_weights_leave(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1_000_000)
+    figures = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "weights_and_pool").figures
+    block = 3 * 2 * (12 + 12) * 4 * 16  # layers, heads, keys and values, bytes, tokens
+    assert figures["weights_bytes"] > 300_000
+    assert figures["pool_bytes"] == (1_000_000 - figures["weights_bytes"]) // 4 // block * block
+
+
 # models of the hub
 
 

@@ -28,8 +28,8 @@ WEIGHT_FILES = (
 class Needs:
     """What a run of the model needs, as far as it is known here, and what stands in its way.
 
-    ``weights``, ``pool`` (``about``: an estimate) and ``free`` are bytes. ``problem`` is in the way of every mode, ``dispatch``
-    of all that the engine serves, ``memory`` of those without and with a pool. ``where`` the model comes from.
+    ``weights``, ``pool`` (``about``: an estimate) and ``free`` are bytes. ``problem`` is in the way of every mode,
+    ``dispatch`` of all that the engine serves, ``memory`` of those without and with a pool. ``where`` the model comes from.
     """
 
     weights: int | None = None
