@@ -1,18 +1,21 @@
 """The ``splitwiser`` command."""
 
 import argparse
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import RunConfig
-from splitwiser.errors import SplitwiserError
+from splitwiser.config import DoctorConfig, RunConfig
+from splitwiser.doctor import diagnose
+from splitwiser.errors import RunError, SplitwiserError
 from splitwiser.options import add_run_options, given_options
 from splitwiser.summary import columns, run_summary
 
@@ -118,6 +121,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return " ".join([", ".join(spellings), *([action.metavar] if isinstance(action.metavar, str) else [])])
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    diagnosis = diagnose(DoctorConfig(**{field.name: getattr(options, field.name) for field in fields(DoctorConfig)}))
+    print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
+    if not diagnosis.works:
+        raise RunError("no mode will work here; the reasons are above")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -171,6 +181,18 @@ def _parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
     )
     sweeping.set_defaults(command=_sweep)
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[debugging],
+        help="what this machine has and which modes will work on it, with the reason for each that will not",
+        description="Exit code 0 if at least one mode will work for the model, else 1.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_run_options(doctor, [field.name for field in fields(DoctorConfig) if field.name != "hub"])
+    doctor.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    doctor.set_defaults(command=_doctor)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")

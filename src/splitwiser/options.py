@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -20,11 +20,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, defaults: bool = True) -> None:
-    """An option for each field, in the field's group, spelt with underscores or hyphens. Without ``defaults``, only those
-    given are in the namespace."""
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for each in _FIELDS.values():
+def add_run_options(
+    parser: argparse.ArgumentParser, names: Collection[str] = tuple(_FIELDS), *, defaults: bool = True
+) -> None:
+    """An option for each of the fields ``names``, in the field's group, spelt with underscores or hyphens. Without
+    ``defaults``, only those given are in the namespace."""
+    chosen = [each for each in _FIELDS.values() if each.name in names]
+    used = {each.metadata["group"] for each in chosen}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
+    for each in chosen:
         group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         default = each.default if defaults else argparse.SUPPRESS
