@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
@@ -66,6 +67,12 @@ def _run(options: argparse.Namespace) -> None:
     print(run_summary(result.figures, result.directory))
 
 
+def _report(options: argparse.Namespace) -> None:
+    from splitwiser.report import write_report  # brings in matplotlib and pandas
+
+    print(write_report(options.folders, options.output))
+
+
 def _cases(_: argparse.Namespace) -> None:
     rows = [
         (str(case.case_id), case.description, "" if case.method == "discrete" else "not supported yet")
@@ -111,6 +118,16 @@ def _parser() -> argparse.ArgumentParser:
                 *flags, type=kind, help=each.metadata["help"], default=each.default, metavar=each.name.upper()
             )
     run.set_defaults(command=_run)
+    report = commands.add_parser(
+        "report",
+        parents=[debugging],
+        help="write one HTML page about runs, comparisons, sweeps or profiles",
+        description="Runs given together are compared. The page needs no network and no other file.",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder that a command wrote")
+    report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+    report.set_defaults(command=_report)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
