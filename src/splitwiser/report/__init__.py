@@ -37,7 +37,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 def _parts(folder: Folder, name: str, *, closed: bool) -> list[Part]:
     match folder:
         case Run():
-            return [run_part(folder, name, closed=closed)]
+            return [run_part(folder, name, folder.path.resolve().name, closed=closed)]
         case Comparison():
             return comparison_part(folder, name)
         case Sweep():

@@ -13,6 +13,7 @@ import yaml
 from splitwiser.errors import InputError
 
 STEP_NUMBERS = ("start_s", "end_s", "requests", "tokens")
+ROW_NUMBERS = ("point", "round", "repeat", "key")  # of a sweep's points.csv
 LATENCY_NUMBERS = ("output_tokens", "arrival_s", "prefill_start_s", "first_token_s", "finish_s", "ttft_ms")
 
 
@@ -57,9 +58,9 @@ class Sweep:
 
     @property
     def options(self) -> list[str]:
-        """The options that the grid varies: the columns between ``repeat`` and ``status``."""
+        """The options that the grid varies: what stands before ``status``, but for what numbers the rows."""
         columns = list(self.points.columns)
-        return columns[columns.index("repeat") + 1 : columns.index("status")]
+        return [name for name in columns[: columns.index("status")] if name not in ROW_NUMBERS]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _read_comparison(path: Path, record: dict[str, Any]) -> Comparison:
 
 
 def _read_sweep(path: Path, record: dict[str, Any]) -> Sweep:
-    return Sweep(path, record, _read_table(path / "points.csv", required=("point", "repeat", "status")))
+    return Sweep(path, record, _read_table(path / "points.csv", required=("point", "status")))
 
 
 def _read_profile(path: Path, record: dict[str, Any]) -> Profile:
@@ -189,7 +190,7 @@ def _read_table(
         raise InputError(f"{path}: cannot be read as CSV: {' '.join(str(error).split())}") from error
     for name in required:
         if name not in table:
-            raise InputError(f"{path}: has no column '{name}'; its columns: {', '.join(map(str, table.columns))}")
+            raise InputError(f"{path}: has no column '{name}'; needed: {', '.join(required)}")
     for name in numbers:
         wrong = table.index[pd.to_numeric(table[name], errors="coerce").isna()]
         if len(wrong):

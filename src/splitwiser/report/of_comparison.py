@@ -53,13 +53,30 @@ def runs_part(runs: Sequence[Run], name: str) -> Part:
                 row += [cell(other), cell(other / base if base and other is not None else None)]
             rows.append(row)
     table = Table(f"{name}-summary", f"From each run's throughput.csv; ratios are to {first.name}.", headings, rows)
-    verdict = f"{len(runs)} runs: {', '.join(labels)}."
+    verdict = f"{_what(runs)}: {_throughputs(variants)}."
     warnings = _different_questions(runs)
     caution = Text(
         "One run each, at different times: the table says nothing about noise. splitwiser compare interleaves rounds."
     )
     sections = [Section("Summary", [table, caution]), *_against(variants, {})]
-    return Part(name, f"{len(runs)} runs against each other", verdict, sections, warnings)
+    title = f"{', '.join(labels)} against each other" if len(runs) <= 4 else f"{len(runs)} runs against each other"
+    return Part(name, title, verdict, sections, warnings)
+
+
+def _throughputs(variants: Sequence[Variant]) -> str:
+    reached = {variant.name: variant.spread("output_throughput") for variant in variants}
+    said = [f"{name} {shown(spread.median)}" for name, spread in reached.items() if spread is not None]
+    return f"{', '.join(said)} tokens/s out" if said else ""
+
+
+def _what(runs: Sequence[Run]) -> str:
+    """What all of them ran, as far as it is the same."""
+    shared = [
+        str(values.pop())
+        for values in ({run.figures.get(name) for run in runs} for name in ("model", "dtype", "device"))
+        if len(values) == 1
+    ]
+    return " ".join(shared) or "Different models"
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -95,6 +112,8 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     rounds = rows["round"].nunique()
     names = ", ".join(variant.name for variant in variants)
     verdict = f"{names} over {rounds} rounds; {len(finished)} of {len(rows)} runs finished."
+    if reached := _throughputs(variants):
+        verdict += f" Medians: {reached}."
     noise = _noise(comparison.summary)
     summary = comparison.summary
     if "within_noise" in summary:
@@ -105,7 +124,8 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
             "Summary", [frame_table(f"{name}-summary", "comparison_summary.csv; ratios are to the first.", summary)]
         )
     ]
-    sections += _against(variants, noise)
+    bars, *pictures = _against(variants, noise)
+    sections = [bars, *sections, *pictures]
     if len(comparison.tokens):
         sections.append(
             Section("Tokens", [frame_table(f"{name}-tokens", "comparison_tokens.csv.", comparison.tokens)], closed=True)
@@ -117,7 +137,10 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     title = comparison.path.resolve().name
     warnings = status_warnings(comparison.record, "compare.yaml") + failed_warnings(rows)
     typical = [(variant, run) for variant in variants if (run := variant.typical) is not None]
-    details = [run_part(run, f"{name}-{number}", closed=True) for number, (_, run) in enumerate(typical, start=1)]
+    details = [
+        run_part(run, f"{name}-{number}", f"{variant.name}: {run.path.name}", closed=True)
+        for number, (variant, run) in enumerate(typical, start=1)
+    ]
     return [Part(name, title, verdict, sections, warnings), *details]
 
 

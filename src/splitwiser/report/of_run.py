@@ -31,7 +31,7 @@ ZOOMED_STEPS = 60  # so many steps, more or less, fill the timeline's close-up
 EXAMPLES = 3  # generations shown
 
 
-def run_part(run: Run, name: str, *, closed: bool = False) -> Part:
+def run_part(run: Run, name: str, title: str, *, closed: bool = False) -> Part:
     """Everything that a run's files say."""
     sections = [Section("", [_headlines(run)])]
     if len(run.steps):
@@ -51,7 +51,7 @@ def run_part(run: Run, name: str, *, closed: bool = False) -> Part:
         pairs = pairs_table(f"{name}-throughput", "The row of throughput.csv.", run.figures)
         sections.append(Section("All figures", [pairs], closed=True))
     sections.append(record_section(run.record, f"{name}-record", "run.yaml"))
-    return Part(name, run.path.resolve().name, _verdict(run), sections, _run_warnings(run), closed)
+    return Part(name, title, _verdict(run), sections, _run_warnings(run), closed)
 
 
 def _verdict(run: Run) -> str:
@@ -62,7 +62,7 @@ def _verdict(run: Run) -> str:
     said = [
         f"{figures.get('model')}{dummy}, mode {run.mode} ({figures.get('workers')}) on {_device(record, figures)} in "
         f"{figures.get('dtype')}: {measure(figures, 'completed', 'requests')} in {measure(figures, 'duration', 's')}",
-        *(f"{label} {measure(figures, column, unit)}" for column, (label, unit) in list(HEADLINES.items())[:1]),
+        f"{measure(figures, 'output_throughput', 'tokens/s')} out",
         f"TTFT p50 {measure(figures, 'median_ttft_ms', 'ms')}",
         f"ITL p50 {measure(figures, 'median_itl_ms', 'ms')}",
     ]
@@ -99,8 +99,8 @@ def _headlines(run: Run) -> Figures:
         tiles.insert(0, ("Requests", cell(figures["completed"]).text, "", asked))
     if len(run.steps):
         overlap = PhaseActivity(run.steps).overlap()
-        both = overlap.both_s / overlap.either_s * 100 if overlap.either_s else 0.0
-        tiles.append(("Both phases at once", f"{both:.1f}", "%", "of the time either was at work"))
+        both = overlap.both_s / (span(run.steps, run.latency) or 1) * 100
+        tiles.append(("Both phases at once", f"{both:.1f}", "%", "of the run"))
     return Figures(tiles)
 
 
@@ -233,7 +233,7 @@ def _generations(run: Run) -> list[Block]:
             [
                 (named.get(str(column), str(column)), cell(value).text)
                 for column, value in row.items()
-                if column != "request_id" and value == value
+                if column == "summary_gen" or (column != "request_id" and value == value)
             ],
         )
         for row in rows

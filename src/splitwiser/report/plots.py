@@ -154,13 +154,17 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
         axes.set_xlabel(unit)
         if log:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            reach = max(values.max() for values in samples.values()) / min(values.min() for values in samples.values())
+            axes.xaxis.set_major_locator(
+                LogLocator(subs=(1, 2, 3, 5) if reach < 30 else (1, 3) if reach < 300 else (1,))
+            )
             axes.xaxis.set_minor_locator(NullLocator())
         else:
             axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if len(samples) > 1:
-            axes.legend(loc="lower right")
+            figure.legend(loc="outside lower center", ncols=3)
         return _svg(figure)
 
 
@@ -172,7 +176,8 @@ def draw_bars(title: str, unit: str, values: Mapping[str, Spread]) -> str:
         axes.barh(rows, [each.median for each in spreads], height=0.62, color=_cycle(len(values)))
         reach = max((each.greatest for each in spreads), default=1.0) or 1.0
         for row, each in zip(rows, spreads, strict=True):
-            axes.plot([each.least, each.greatest], [row, row], color=_INK, linewidth=1.2)
+            if each.least < each.greatest:
+                axes.plot([each.least, each.greatest], [row, row], color=_INK, linewidth=1.2)
             axes.annotate(
                 shown(each.median),
                 (each.greatest, row),
@@ -215,7 +220,7 @@ def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[fl
         axes.set_xlabel(along)
         axes.set_ylabel(unit)
         if len(lines) > 1:
-            axes.legend()
+            figure.legend(loc="outside lower center", ncols=1 if max(map(len, lines)) > 24 else 2)
         return _svg(figure)
 
 
@@ -225,6 +230,7 @@ def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) ->
     ridge = tera_flops * 1e3 / giga_bytes
     with _figure(_WIDE, 5.4) as (figure, (axes,)):
         left = min(points.arithmetic_intensity.min(), ridge) / 2
+        middle = (left * ridge) ** 0.5
         right = max(points.arithmetic_intensity.max(), ridge) * 2
         axes.plot([left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4)
         axes.annotate(
@@ -236,9 +242,10 @@ def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) ->
         )
         axes.annotate(
             f"memory {shown(giga_bytes)} GB/s",
-            (left, left * giga_bytes / 1e3),
-            xytext=(4, 12),
+            (middle, middle * giga_bytes / 1e3),
+            xytext=(-8, 4),
             textcoords="offset points",
+            ha="right",
         )
         tips = {}
         for phase, marker in (("prefill", "o"), ("decode", "s")):
@@ -311,8 +318,7 @@ def _svg(figure: Figure, tips: Mapping[str, Sequence[str]] | None = None) -> str
     file = StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text[text.index("<svg") :])
-    text = re.sub(r"font-family: [^;]*; ", "", text)
+    text = re.sub(r"font-family: [^;]*; ", "", text[text.index("<svg") :])
     text = text.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
     prefix = f"p{hashlib.sha256(text.encode()).hexdigest()[:10]}-"
     used = set(re.findall(r"(?:url\(|href=\")#([\w.-]+)", text))
@@ -328,8 +334,10 @@ def _svg(figure: Figure, tips: Mapping[str, Sequence[str]] | None = None) -> str
         if element.tag not in (f"{{{_SVG}}}text", f"{{{_SVG}}}tspan", f"{{{_SVG}}}title"):
             element.text = None
         element.tail = None
-        if "d" in element.attrib:
-            element.set("d", " ".join(element.attrib["d"].split()))
+        for attribute in ("d", "x", "y", "transform"):
+            if attribute in element.attrib:
+                hundredths = re.sub(r"(\.\d\d)\d+", r"\1", element.attrib[attribute])
+                element.set(attribute, " ".join(hundredths.split()))
     for parent in list(root.iter(f"{{{_SVG}}}defs")):
         for style in parent.findall(f"{{{_SVG}}}style"):
             parent.remove(style)
