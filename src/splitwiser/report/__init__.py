@@ -30,7 +30,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     try:
         path.write_text(render(title, parts, made), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--output {path}: cannot be written: {first_line(error)}") from error
+        raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
     return path
 
 

@@ -23,7 +23,7 @@ from splitwiser.report.page import (
     pairs_table,
     picture,
 )
-from splitwiser.report.plots import draw_distributions, draw_progress, draw_timeline, shown
+from splitwiser.report.plots import MOST_POINTS, draw_distributions, draw_progress, draw_timeline, shown
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E", "handoff": "Handoff"}
 STATISTICS = ("mean", "median", "std", "p90", "p99")
@@ -143,7 +143,7 @@ def _progress(run: Run) -> Picture:
     svg, bin_s = draw_progress(run.steps, run.latency)
     caption = (
         f"Means over {shown(bin_s * 1e3)} ms; a step's tokens are spread evenly over its time. A request's first token "
-        "comes from prefill and is not in decode's rate."
+        "comes from prefill and is not in decode's rate. Requests are counted at the start of each bin."
     )
     if run.record.get("status") != "finished":
         caption += " Requests are those that had finished; latency.csv has no others."
@@ -176,7 +176,10 @@ def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
         said = (
             "steps.csv does not tell every gap between tokens, so ITL is shown by its percentiles within each request."
         )
-    return [Pictures(pictures), Text(f"Dots mark the median and the 99th percentile. {said}")]
+    read = (
+        f"Dots mark the median and the 99th percentile; a curve has at most {MOST_POINTS} points, even over the ranks."
+    )
+    return [Pictures(pictures), Text(f"{read} {said}")]
 
 
 def _all_known(gaps: Sequence[FloatArray | None]) -> bool:

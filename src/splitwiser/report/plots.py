@@ -152,12 +152,12 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
         axes.set_ylim(0, 102)
         axes.set_ylabel("% at most so long")
         axes.set_xlabel(unit)
-        if log:
+        least, greatest = (
+            float(extreme([extreme(values) for values in samples.values()])) for extreme in (np.min, np.max)
+        )
+        if log and greatest > 8 * least > 0:
             axes.set_xscale("log")
-            reach = max(values.max() for values in samples.values()) / min(values.min() for values in samples.values())
-            axes.xaxis.set_major_locator(
-                LogLocator(subs=(1, 2, 3, 5) if reach < 30 else (1, 3) if reach < 300 else (1,))
-            )
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if greatest < 100 * least else (1,)))
             axes.xaxis.set_minor_locator(NullLocator())
         else:
             axes.set_xlim(left=0)
