@@ -43,6 +43,6 @@ def _parts(folder: Folder, name: str, *, closed: bool) -> list[Part]:
         case Sweep():
             return [sweep_part(folder, name)]
         case Profile():
-            return [profile_part(folder, name)]
+            return [profile_part(folder, name, folder.path.resolve().name)]
         case Advice():
-            return [advice_part(folder, name)]
+            return advice_part(folder, name)

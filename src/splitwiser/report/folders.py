@@ -76,12 +76,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class Advice:
-    """An advice's folder: what it recommends, predicts and has checked."""
+    """An advice's folder: what it recommends, predicts and has checked, and the profile it rests on, if that is there."""
 
     path: Path
     record: dict[str, Any]
     predictions: pd.DataFrame
     checks: pd.DataFrame
+    profile: Profile | None
 
 
 Folder = Run | Comparison | Sweep | Profile | Advice
@@ -152,6 +153,7 @@ def _read_advice(path: Path, record: dict[str, Any]) -> Advice:
         record,
         _read_table(path / "predictions.csv", required=()),
         _read_table(path / "checks.csv", required=(), optional=True),
+        _read_profile(path, _read_record(path / "profile.yaml")) if (path / "profile.yaml").is_file() else None,
     )
 
 
@@ -159,8 +161,8 @@ _READERS: dict[str, Callable[[Path, dict[str, Any]], Folder]] = {
     "run.yaml": _read_run,
     "compare.yaml": _read_comparison,
     "sweep.yaml": _read_sweep,
+    "advice.yaml": _read_advice,  # before the profile's, which an advice's folder may hold as well
     "profile.yaml": _read_profile,
-    "advice.yaml": _read_advice,
 }
 
 

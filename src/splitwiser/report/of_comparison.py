@@ -71,12 +71,11 @@ def _throughputs(variants: Sequence[Variant]) -> str:
 
 def _what(runs: Sequence[Run]) -> str:
     """What all of them ran, as far as it is the same."""
-    shared = [
-        str(values.pop())
-        for values in ({run.figures.get(name) for run in runs} for name in ("model", "dtype", "device"))
-        if len(values) == 1
-    ]
-    return " ".join(shared) or "Different models"
+    said = []
+    for name, word in (("model", ""), ("dtype", "in "), ("device", "on ")):
+        values = {str(run.figures.get(name)) for run in runs}
+        said += [f"{word}{values.pop()}"] if len(values) == 1 else []
+    return " ".join(said) or "Different models"
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -158,8 +157,11 @@ def _against(variants: Sequence[Variant], noise: Mapping[tuple[str, str], bool])
     for column, (label, unit) in HEADLINES.items():
         spreads = {variant.name: spread for variant in variants if (spread := variant.spread(column)) is not None}
         if spreads:
-            marked = {f"{name}{_mark(noise.get((column, name)))}": spread for name, spread in spreads.items()}
-            words = "; ".join(f"{name} {_range(spread)}" for name, spread in spreads.items())
+            marked = {f"{name} ≈" if noise.get((column, name)) else name: each for name, each in spreads.items()}
+            words = "; ".join(
+                f"{name} {_range(spread)}{', within the noise' if noise.get((column, name)) else ''}"
+                for name, spread in spreads.items()
+            )
             bars.append(picture(draw_bars(label, unit, marked), f"{label} in {unit}: {words}", wide=False))
     many = max((len(variant.rows) for variant in variants), default=0) > 1
     note = "Bars are medians over rounds, the lines on them go from the least to the greatest. " if many else ""
@@ -176,10 +178,6 @@ def _against(variants: Sequence[Variant], noise: Mapping[tuple[str, str], bool])
         words = f"Timelines of {', '.join(typical)} on one time axis"
         sections.insert(1, Section("Timelines", [picture(svg, words, chosen + thinned(bin_s))]))
     return sections
-
-
-def _mark(within_noise: bool | None) -> str:
-    return " ≈" if within_noise else ""
 
 
 def _range(spread: Spread) -> str:

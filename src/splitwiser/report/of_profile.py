@@ -10,7 +10,7 @@ from splitwiser.report.page import Part, Picture, Pictures, Section, cell, frame
 from splitwiser.report.plots import Spread, draw_lines, draw_roofline, shown
 
 
-def profile_part(profile: Profile, name: str) -> Part:
+def profile_part(profile: Profile, name: str, title: str) -> Part:
     """The roofline, times by prompt length, batch and context, and the tables."""
     sections = []
     prefill, decode, ceilings = profile.prefill, profile.decode, profile.ceilings
@@ -29,9 +29,9 @@ def profile_part(profile: Profile, name: str) -> Part:
         sections.append(
             Section("Decode by batch and context", [Pictures(by_batch + _profile_lines(decode, "context", ("batch",)))])
         )
-    for title, frame in (("prefill", prefill), ("decode", decode), ("ceilings", ceilings)):
-        table = frame_table(f"{name}-{title}", f"{title}.csv.", frame, most=MOST_ROWS, drop_empty=True)
-        sections.append(Section(f"{title}.csv", [table], closed=True))
+    for file, frame in (("prefill", prefill), ("decode", decode), ("ceilings", ceilings)):
+        table = frame_table(f"{name}-{file}", f"{file}.csv.", frame, most=MOST_ROWS, drop_empty=True)
+        sections.append(Section(f"{file}.csv", [table], closed=True))
     sections.append(record_section(profile.record, f"{name}-record", "profile.yaml"))
     model = profile.record.get("model")
     who = f"{model.get('name')} in {model.get('dtype')}" if isinstance(model, dict) else "A model"
@@ -40,7 +40,7 @@ def profile_part(profile: Profile, name: str) -> Part:
     warnings = status_warnings(profile.record, "profile.yaml") + [
         f"Note: {note}." for note in profile.record.get("notes") or []
     ]
-    return Part(name, profile.path.resolve().name, f"{who}: {measured}{limits}.", sections, warnings)
+    return Part(name, title, f"{who}: {measured}{limits}.", sections, warnings)
 
 
 def _ceilings(ceilings: pd.DataFrame) -> tuple[float, float] | None:
