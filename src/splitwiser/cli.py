@@ -89,6 +89,12 @@ def _sweep(options: argparse.Namespace) -> None:
         sweep(grid, options.file, options.results, fresh=options.fresh)
 
 
+def _report(options: argparse.Namespace) -> None:
+    from splitwiser.report import write_report  # brings in matplotlib and pandas
+
+    print(write_report(options.folders, options.output))
+
+
 def _cases(_: argparse.Namespace) -> None:
     rows = [
         (str(case.case_id), case.description, "" if case.method == "discrete" else "not supported yet")
@@ -193,6 +199,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     doctor.set_defaults(command=_doctor)
+    report = commands.add_parser(
+        "report",
+        parents=[debugging],
+        help="write one HTML page about runs, comparisons, sweeps or profiles",
+        description="Runs given together are compared. The page needs no network and no other file.",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder that a command wrote")
+    report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+    report.set_defaults(command=_report)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
