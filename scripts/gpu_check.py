@@ -90,8 +90,9 @@ def compare(
 
 def working_modes(folder: Path) -> set[str]:
     """Modes that the doctor, whose finding is in ``doctor.txt``, says will work."""
-    found = json.loads((folder / "doctor.txt").read_text(encoding="utf-8"))
-    return {name for name, mode in found["modes"].items() if mode["works"]}
+    text = (folder / "doctor.txt").read_text(encoding="utf-8")
+    found = json.loads(text[text.index("{") : text.rindex("}") + 1])  # warnings may stand around it
+    return {mode["mode"] for mode in found["modes"] if mode["works"]}
 
 
 def table(folder: Path) -> pd.DataFrame:

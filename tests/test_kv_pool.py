@@ -245,3 +245,10 @@ def test_auto_takes_half_of_a_gpus_free_memory_at_most(monkeypatch: pytest.Monke
 def test_available_memory_is_some_of_the_machines() -> None:
     total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
     assert 0 < available_memory() <= total
+
+
+def test_available_memory_is_no_more_than_a_container_lets_be_used(tmp_path: Path) -> None:
+    for name, content in (("memory.max", 3000), ("memory.current", 1000)):
+        (tmp_path / name).write_text(f"{content}\n")
+    (tmp_path / "self").write_text("0::/\n")
+    assert available_memory(tmp_path, tmp_path / "self") == 2000

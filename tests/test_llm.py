@@ -162,7 +162,7 @@ def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.Monkey
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     load_format: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.model.available_memory", lambda: 1000)
+    monkeypatch.setattr("splitwiser.model.free_memory", lambda _: 1000)
     monkeypatch.setattr("splitwiser.model.draw_weights", pytest.fail)
     monkeypatch.setattr("splitwiser.model._read_checkpoint", pytest.fail)
     line = (
@@ -170,6 +170,28 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     )
     with pytest.raises(InputError, match=line):
         LLM(tiny("llama"), load_format=load_format, dtype="float16")
+
+
+def test_a_pool_that_does_not_fit_beside_the_weights_is_refused_before_they_are_made(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitwiser.model.free_memory", lambda _: 2 << 30)
+    monkeypatch.setattr("splitwiser.model._read_checkpoint", pytest.fail)
+    with pytest.raises(
+        InputError, match=r"kv_memory '2GiB' is more than the 2\.0 GiB that are available beside the weights"
+    ):
+        LLM(tiny("llama"), kv_memory="2GiB")
+
+
+def test_a_mode_that_does_not_work_here_is_refused_with_the_reason(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.memfd_create", forbidden)
+    with pytest.raises(InputError, match="mode mp: cannot share memory between processes: memfd_create: Operation not"):
+        LLM(tiny("llama"), mode="mp")
 
 
 @pytest.mark.parametrize(

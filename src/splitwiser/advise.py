@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from splitwiser.advice import FIGURES, Advice, choose_checks, recommend, relative_error, rows_of, run_options
 from splitwiser.config import AdviseConfig, option_fields
+from splitwiser.device import resolve_device
 from splitwiser.engine import check_fits
 from splitwiser.errors import InputError, RunError
 from splitwiser.job import prepare_job
 from splitwiser.machine import describe_machine, describe_versions, git_commit
 from splitwiser.metrics import parse_goodput, throughput_figures
-from splitwiser.model import LoadedModel, load_model, resolve_device
+from splitwiser.model import LoadedModel, load_model
 from splitwiser.placements import (
     BUDGETS,
     CANDIDATE_COLUMNS,

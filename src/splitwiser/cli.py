@@ -1,18 +1,21 @@
 """The ``splitwiser`` command."""
 
 import argparse
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import AdviseConfig, ProfileConfig, RunConfig
-from splitwiser.errors import SplitwiserError
+from splitwiser.config import AdviseConfig, DoctorConfig, ProfileConfig, RunConfig
+from splitwiser.doctor import diagnose
+from splitwiser.errors import RunError, SplitwiserError
 from splitwiser.options import add_options, add_run_options, given_options
 from splitwiser.summary import columns, run_summary
 
@@ -101,6 +104,12 @@ def _advise(options: argparse.Namespace) -> None:
     print(advice_summary(advise(config)))
 
 
+def _report(options: argparse.Namespace) -> None:
+    from splitwiser.report import write_report  # brings in matplotlib and pandas
+
+    print(write_report(options.folders, options.output))
+
+
 def _cases(_: argparse.Namespace) -> None:
     rows = [
         (str(case.case_id), case.description, "" if case.method == "discrete" else "not supported yet")
@@ -131,6 +140,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         spellings = [each for each in action.option_strings if "-" not in each.lstrip("-").removeprefix("no-")]
         return " ".join([", ".join(spellings), *([action.metavar] if isinstance(action.metavar, str) else [])])
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    diagnosis = diagnose(DoctorConfig(**{field.name: getattr(options, field.name) for field in fields(DoctorConfig)}))
+    print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
+    if not diagnosis.works:
+        raise RunError("no mode will work here; the reasons are above")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,6 +224,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(advising, AdviseConfig)
     advising.set_defaults(command=_advise)
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[debugging],
+        help="what this machine has and which modes will work on it, with the reason for each that will not",
+        description="Exit code 0 if at least one mode will work for the model, else 1.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_run_options(doctor, [field.name for field in fields(DoctorConfig) if field.name != "hub"])
+    doctor.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    doctor.set_defaults(command=_doctor)
+    report = commands.add_parser(
+        "report",
+        parents=[debugging],
+        help="write one HTML page about runs, comparisons, sweeps or profiles",
+        description="Runs given together are compared. The page needs no network and no other file.",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder that a command wrote")
+    report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+    report.set_defaults(command=_report)
     cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
     cases.set_defaults(command=_cases)
     models = commands.add_parser("models", parents=[debugging], help="list the models known by name")

@@ -212,6 +212,23 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What the doctor is asked about: a run's model, numbers, pool and device, and whether to try the hub."""
+
+    model: str = constants.MODEL
+    dtype: str = constants.DTYPE
+    load_format: str = constants.LOAD_FORMAT
+    kv_memory: str = constants.KV_MEMORY
+    max_batch: int = constants.MAX_BATCH
+    device: str = constants.DEVICE
+    hub: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise InputError(f"max_batch must be 1 or more, not {self.max_batch}")
+
+
 def _check_place(config: "RunConfig | ProfileConfig") -> None:
     """Check where a command is to run and to write."""
     if config.gpu_id is not None and config.device not in (constants.DEVICE, f"cuda:{config.gpu_id}"):

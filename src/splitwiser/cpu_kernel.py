@@ -83,7 +83,7 @@ def cache_directory() -> Path:
 def _build(compiler: str) -> Path:
     """The shared library, compiled unless the cache has it for this source, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_S).stdout
-    identity = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, FLAGS), version, _processor_flags()]))
+    identity = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, FLAGS), version, processor_flags()]))
     library = cache_directory() / f"decode_attention-{identity.hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -100,7 +100,8 @@ def _build(compiler: str) -> Path:
     return library
 
 
-def _processor_flags() -> bytes:
+def processor_flags() -> bytes:
+    """What the processor can do, as /proc/cpuinfo lists it."""
     for line in Path("/proc/cpuinfo").read_bytes().splitlines():
         if line.startswith((b"flags", b"Features")):
             return line

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from splitwiser import attention
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
@@ -23,11 +24,8 @@ def attach_engine(model: LoadedModel) -> list[LayerShape]:
     """
     module = model.module
     name = type(module).__name__
-    if not module._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{name} does not dispatch its attention through transformers' attention interface, so the engine cannot serve "
-            "it; use --mode generate"
-        )
+    if problem := find_dispatch_problem(module):
+        raise UnsupportedModelError(problem)
     prompts = _probe_prompts(model)
     try:
         with torch.inference_mode():
@@ -50,6 +48,16 @@ def attach_engine(model: LoadedModel) -> list[LayerShape]:
                 "tokens; use --mode generate"
             )
     return layers
+
+
+def find_dispatch_problem(module: PreTrainedModel) -> str | None:
+    """Why the engine cannot reach the attention of ``module``, which needs no weights for that; None if it can."""
+    if module._can_set_attn_implementation():
+        return None
+    return (
+        f"{type(module).__name__} does not dispatch its attention through transformers' attention interface, so the engine "
+        "cannot serve it; use --mode generate"
+    )
 
 
 class _Probe(StepCache):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splitwiser import cgroup
 from splitwiser.decode_kernel import DecodeKernel
 from splitwiser.errors import InputError
 
@@ -132,33 +133,69 @@ def plan_blocks(
     device: torch.device,
     max_batch: int,
     max_positions: int | None,
+    available: int | None = None,
 ) -> int:
     """How many blocks the pool gets.
 
     ``kv_memory`` is a size such as ``512MiB``, or ``auto``: what ``max_batch`` requests of the model's longest length need,
-    but at most a quarter of a CPU's available memory or half of what a GPU has free after loading. Raises
-    :class:`InputError` if not even one block fits.
+    but at most a quarter of a CPU's available memory or half of what a GPU has free after loading. ``available`` is these
+    bytes, asked of the device if not given. Raises :class:`InputError` if not even one block fits.
     """
     nbytes = block_nbytes(layers, block_tokens, dtype)
-    on_gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
+    if available is None:
+        available = free_memory(device)
     if kv_memory != "auto":
         size = parse_bytes(kv_memory)
         if size < nbytes:
             raise InputError(
                 f"kv_memory '{kv_memory}' is less than one block, which takes {nbytes} bytes for this model"
             )
-        if size > available:
-            raise InputError(f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available")
+        if problem := find_pool_problem(kv_memory, available):
+            raise InputError(problem)
         return size // nbytes
     longest = min(max_positions or _LONGEST_REQUEST, _LONGEST_REQUEST)
     wanted = max_batch * -(-longest // block_tokens)
-    affordable = available // (2 if on_gpu else 4)
+    affordable = available // (2 if device.type == "cuda" else 4)
     return max(1, min(wanted, affordable // nbytes))
 
 
-def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
+def find_memory_problem(
+    name: str, weights: int, dtype: torch.dtype, kv_memory: str, free: int, device: torch.device
+) -> str | None:
+    """Why ``weights`` bytes of model ``name`` and a KV pool of the size ``kv_memory`` are more than the ``free`` bytes of
+    ``device``; None if they fit. With ``auto`` the pool takes what there is.
+
+    Raises :class:`InputError` if ``kv_memory`` is not a size.
+    """
+    if weights > free:
+        return (
+            f"model {name}: its weights in {str(dtype).removeprefix('torch.')} take {weights / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are available on {device}; a smaller --dtype or model is needed"
+        )
+    return find_pool_problem(kv_memory, free - weights, " beside the weights")
+
+
+def find_pool_problem(kv_memory: str, available: int, beside: str = "") -> str | None:
+    """Why a pool of the size ``kv_memory`` does not fit in ``available`` bytes (``beside`` says what else lies there), or
+    None; ``auto`` always fits. Raises :class:`InputError` if it is not a size."""
+    if kv_memory == "auto" or parse_bytes(kv_memory) <= available:
+        return None
+    return f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available{beside}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on ``device`` now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def available_memory(root: Path = cgroup.ROOT, membership: Path = cgroup.MEMBERSHIP) -> int:
+    """Bytes of main memory that can be had without swapping, within what a container lets this process have."""
+    room = cgroup.memory_room(root, membership)
+    return machine_memory() if room is None else min(machine_memory(), room)
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's main memory that can be had without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from splitwiser import constants, green
+from splitwiser import constants
+from splitwiser.checks import find_mode_problem
 from splitwiser.engine import EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
@@ -17,8 +18,8 @@ from splitwiser.green import check_layout, start_green
 from splitwiser.kv_pool import parse_bytes
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
-from splitwiser.model import LoadedModel, load_model, resolve_device
-from splitwiser.mps import find_problem, gpu_index, mps_daemon, thread_percentage
+from splitwiser.model import LoadedModel, load_model
+from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
 from splitwiser.shares import ShareSettings
@@ -61,14 +62,9 @@ def check_mps(mode: str, mps: str, exclusive: bool) -> None:
 
 def check_mode_here(mode: str, device: str) -> None:
     """Refuse a mode that this machine cannot run, with the reason and the mode to use instead. Raises
-    :class:`InputError`; does not initialise CUDA for mode ``mps``."""
-    problem = None
-    if mode == "green":
-        problem = green.find_problem(resolve_device(device))
-    elif mode == "mps":
-        problem = find_problem(gpu_index(device))
-    if problem:
-        raise InputError(f"mode {mode}: {problem}; use mode mp")
+    :class:`InputError`."""
+    if problem := find_mode_problem(mode, device):
+        raise InputError(f"mode {mode}: {problem}; use mode {'sequential' if mode == 'mp' else 'mp'}")
 
 
 def check_sizes(kv_memory: str, **counts: int) -> None:
@@ -133,7 +129,7 @@ class LLM:
         layout = plan_workers(mode, workers, shares)
         check_mps(mode, mps, exclusive)
         check_sizes(kv_memory, max_batch=max_batch, batch_size=batch_size, prefill_tokens=prefill_tokens)
-        if mode == "green":
+        if mode != "mps":  # which looks for itself, and more closely
             check_mode_here(mode, device)
         began = time.perf_counter()
         self.mode = mode
@@ -151,7 +147,14 @@ class LLM:
                 self.mps = {"daemon": mps, "exclusive": exclusive, "active_thread_percentages": percentages}
             if mode in ("mp", "mps"):
                 warm_up_start()
-            self.model: LoadedModel = load_model(model, dtype=dtype, device=device, load_format=load_format, seed=seed)
+            self.model: LoadedModel = load_model(
+                model,
+                dtype=dtype,
+                device=device,
+                load_format=load_format,
+                seed=seed,
+                kv_memory="auto" if layout is None else kv_memory,
+            )
             if layout is None:
                 kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
                 self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])

@@ -22,8 +22,9 @@ from transformers import (
 
 from splitwiser import constants
 from splitwiser.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
+from splitwiser.device import resolve_device
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
-from splitwiser.kv_pool import available_memory
+from splitwiser.kv_pool import find_memory_problem, free_memory
 
 T = TypeVar("T")
 
@@ -79,23 +80,6 @@ class LoadedModel:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def resolve_device(device: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names. Raises :class:`InputError` if it is not there."""
-    if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
-        raise InputError(f"device '{device}': must be auto, cpu, cuda or cuda:N")
-    if kind == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            raise InputError(f"device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
-        if int(number or 0) >= count:
-            raise InputError(f"device '{device}': there are {count} GPUs, numbered from 0")
-        return torch.device("cuda", int(number or 0))
-    return torch.device("cpu")
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,20 +116,25 @@ def load_model(
     device: str,
     load_format: str,
     seed: int = constants.SEED,
+    kv_memory: str = "auto",
     weights: bool = True,
 ) -> LoadedModel:
     """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
 
     ``load_format`` ``auto`` reads its weights; ``dummy`` draws random ones with ``seed`` from the architecture alone,
     and falls back on the embedded model's tokenizer where the model's own is not on this machine. The attention
-    implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Without ``weights`` there is only
-    what is known of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
+    implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Before any weight is made, they and a
+    KV pool of the size ``kv_memory`` are held against the memory there is. Without ``weights`` there is only what is known
+    of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
     """
     began = time.perf_counter()
     entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
-    module = _without_memory(entry, config, weights_dtype)
-    if weights:
-        _check_room(entry, module, place)
+    module = without_memory(entry, config, weights_dtype)
+    problem = find_memory_problem(
+        entry.name, weights_nbytes(module), module.dtype, kv_memory, free_memory(place), place
+    )
+    if weights and problem:  # before the system kills the run for it
+        raise InputError(problem)
     if weights and load_format == "dummy":
         draw_weights(module, place, seed)
     elif weights:
@@ -168,7 +157,7 @@ def load_model(
         load_format="dummy" if load_format == "dummy" else "auto",
         load_s=time.perf_counter() - began,
         eos_token_ids=eos,
-        max_positions=_max_positions(module.config),
+        max_positions=max_positions(module.config),
         notes=notes,
     )
 
@@ -194,7 +183,7 @@ def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> No
         module.init_weights()
 
 
-def _without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture of ``config``, its weights on the meta device."""
     try:
         with init_empty_weights(include_buffers=False):
@@ -207,16 +196,9 @@ def _without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.
     return module
 
 
-def _check_room(entry: CatalogEntry, module: PreTrainedModel, device: torch.device) -> None:
-    """Refuse a model whose weights alone are more than the memory there is, before the system kills the run for it."""
-    needed = sum(parameter.nbytes for parameter in module.parameters())
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if needed > available:
-        dtype = str(module.dtype).removeprefix("torch.")
-        raise InputError(
-            f"model {entry.name}: its weights in {dtype} take {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are "
-            f"available on {device}; a smaller --dtype or model is needed"
-        )
+def weights_nbytes(module: PreTrainedModel) -> int:
+    """Bytes of all weights, tied ones once."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
@@ -245,10 +227,15 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     try:
         return load(False)
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
-            f"directory, or use --load_format dummy for timing with random weights ({first_line(error)})"
-        ) from error
+        raise InputError(not_to_be_had(entry, first_line(error))) from error
+
+
+def not_to_be_had(entry: CatalogEntry, why: str) -> str:
+    """The line for a model of the hub that is not on this machine and cannot be downloaded."""
+    return (
+        f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
+        f"directory, or use --load_format dummy for timing with random weights ({why})"
+    )
 
 
 def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
@@ -310,7 +297,7 @@ def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
     return [f"the checkpoint's generation settings are not applied, in any mode: {', '.join(settings)}"]
 
 
-def _max_positions(config: PreTrainedConfig) -> int | None:
+def max_positions(config: PreTrainedConfig) -> int | None:
     """Positions the model takes, or None if it has no limit.
 
     Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes past the original

@@ -2,7 +2,8 @@
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import Field
 from typing import Any, NoReturn
 
 from splitwiser.config import ProfileConfig, RunConfig, option_fields
@@ -19,19 +20,23 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, defaults: bool = True) -> None:
-    """The options of ``splitwiser run``; see :func:`add_options`."""
-    add_options(parser, RunConfig, defaults=defaults)
-
-
-def add_options(
-    parser: argparse.ArgumentParser, kind: type[RunConfig] | type[ProfileConfig], *, defaults: bool = True
+def add_run_options(
+    parser: argparse.ArgumentParser, names: Collection[str] = tuple(_FIELDS), *, defaults: bool = True
 ) -> None:
-    """An option for each field of ``kind``, in the field's group, spelt with underscores or hyphens. Without ``defaults``,
-    only those given are in the namespace."""
-    used = {each.metadata["group"] for each in option_fields(kind)}
+    """An option for each of the fields ``names``, in the field's group, spelt with underscores or hyphens. Without
+    ``defaults``, only those given are in the namespace."""
+    _add_options(parser, [each for each in _FIELDS.values() if each.name in names], defaults)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[RunConfig] | type[ProfileConfig]) -> None:
+    """An option for each field of ``kind`` that is one; see :func:`add_run_options`."""
+    _add_options(parser, option_fields(kind), defaults=True)
+
+
+def _add_options(parser: argparse.ArgumentParser, chosen: Sequence[Field[Any]], defaults: bool) -> None:
+    used = {each.metadata["group"] for each in chosen}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
-    for each in option_fields(kind):
+    for each in chosen:
         group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         default = each.default if defaults else argparse.SUPPRESS

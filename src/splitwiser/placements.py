@@ -14,14 +14,16 @@ import yaml
 from tqdm import tqdm
 
 from splitwiser.calibrate import Recording, conditions_of, size_steps
+from splitwiser.checks import find_mode_problem
 from splitwiser.config import AdviseConfig, ProfileConfig
 from splitwiser.cores import plan_threads
 from splitwiser.costs import StepCosts, fit_costs
+from splitwiser.device import resolve_device
 from splitwiser.errors import InputError
 from splitwiser.layout import ONE_MIXED, WorkerLayout, parse_layout
-from splitwiser.llm import DEFAULT_LAYOUTS, LLM, check_mode_here
+from splitwiser.llm import DEFAULT_LAYOUTS, LLM
 from splitwiser.machine import describe_machine
-from splitwiser.model import LoadedModel, resolve_device
+from splitwiser.model import LoadedModel
 from splitwiser.request import Request, SamplingParams
 from splitwiser.rows import add_row, start_rows
 from splitwiser.simulate import Conditions
@@ -140,10 +142,9 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
     sample = requests[:: -(-len(requests) // _SAMPLE)]
     listed = placements(device.type, cores)
     for mode in _GPU_MODES:
-        try:
-            check_mode_here(mode, config.device_name)
-        except InputError as error:
-            add_row(directory / "placements.csv", {"mode": mode, "workers": "", "not_possible": str(error)})
+        problem = find_mode_problem(mode, str(device))
+        if problem:
+            add_row(directory / "placements.csv", {"mode": mode, "workers": "", "not_possible": problem})
             listed = [each for each in listed if each[0] != mode]
     with tqdm(listed, desc="side by side", unit="placement") as bar:
         for mode, workers in bar:

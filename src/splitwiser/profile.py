@@ -150,6 +150,7 @@ class Bench:
             device=config.device_name,
             load_format=config.load_format,
             seed=config.seed,
+            kv_memory=config.kv_memory,
         )
         layers = attach_engine(self.model)
         most = max(whole_numbers("batch_sizes", config.batch_sizes))
