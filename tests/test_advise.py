@@ -122,6 +122,15 @@ def test_requests_that_arrive_as_others_finish_are_predicted_so(on_record: Calla
     assert ttft[1] > 10 * ttft[0]
 
 
+def test_a_smaller_budget_that_is_no_better_is_not_advised(on_record: Callable[..., Advice]) -> None:
+    advice = on_record(beside=1.0, prefill_tokens=600, limit=8)  # 340 prompt tokens at most in a step
+    rates = advice.table.dropna(subset="prefill_tokens").query("mode == 'mp'")
+    assert rates.set_index("prefill_tokens")["output_throughput"].to_dict()[600] == pytest.approx(
+        rates["output_throughput"].max()
+    )
+    assert advice.best.prefill_tokens == 600
+
+
 def test_answers_end_as_a_sample_of_them_did(tiny: Tiny, tmp_path: Path, on_record: Callable[..., Advice]) -> None:
     longest = on_record(beside=1.0, ignore_eos=False)
     (profile,) = tmp_path.glob("profile-*")

@@ -113,7 +113,8 @@ def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, dir
         if basis.output_tokens and not request.params.ignore_eos
     }
     tokens = sum(len(request.prompt_token_ids) for request in requests)
-    budgets = sorted({config.prefill_tokens} | {each for each in BUDGETS if each < min(tokens, config.prefill_tokens)})
+    # the one asked for comes first, so that it wins where others are no better
+    budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(basis.placements) * len(budgets), desc="predictions", unit="run") as bar:
         for (mode, workers), (conditions, blocks) in basis.placements.items():
