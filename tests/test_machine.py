@@ -138,3 +138,11 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
 def test_memory_of_a_gpu_is_what_is_in_use_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4_500_000, 10_000_000))
     assert machine.peak_memory_mb(CUDA) == 5.5
+
+
+def test_the_peak_can_be_counted_anew() -> None:
+    device = torch.device("cpu")
+    torch.ones(16_000_000).sum()  # 64 MB, and gone
+    before = machine.peak_memory_mb(device)
+    machine.reset_peak_memory(device)
+    assert machine.peak_memory_mb(device) < before - 30

@@ -4,7 +4,7 @@ import heapq
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,14 +30,21 @@ def gamma_arrivals(count: int, rate: float, burstiness: float, rng: np.random.Ge
 
 
 class Arrivals:
-    """The requests of a run that are still to come, and the moments (of ``time.perf_counter_ns``) at which they do.
+    """The requests of a run that are still to come, and the moments (of ``clock``) at which they do.
 
     Open loop: each request arrives at its ``arrival_s`` after ``start_ns``, however late the engine is. Closed loop
     (``max_concurrency`` given): that many arrive at the start and each further one, in order, the moment at which one
     finishes, as with so many users who each wait for their answer; ``arrival_s`` plays no part.
     """
 
-    def __init__(self, requests: Sequence[Request], start_ns: int, max_concurrency: int | None = None) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        start_ns: int,
+        max_concurrency: int | None = None,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        self._clock = clock
         self._closed = max_concurrency is not None
         self._waiting = deque(requests)
         self._moments = [start_ns] * (max_concurrency or 0)  # a heap
@@ -57,7 +64,7 @@ class Arrivals:
 
     def due(self) -> Iterator[tuple[Request, int]]:
         """The requests that have arrived by now, each with its moment."""
-        while self.next_ns is not None and self.next_ns <= time.perf_counter_ns():
+        while self.next_ns is not None and self.next_ns <= self._clock():
             yield self._waiting.popleft(), heapq.heappop(self._moments)
 
     def finished(self, moment_ns: int) -> None:

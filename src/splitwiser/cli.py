@@ -13,10 +13,10 @@ from pathlib import Path
 from splitwiser import constants
 from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
-from splitwiser.config import DoctorConfig, RunConfig
+from splitwiser.config import AdviseConfig, DoctorConfig, ProfileConfig, RunConfig
 from splitwiser.doctor import diagnose
 from splitwiser.errors import RunError, SplitwiserError
-from splitwiser.options import add_run_options, given_options
+from splitwiser.options import add_options, add_run_options, given_options
 from splitwiser.summary import columns, run_summary
 
 
@@ -87,6 +87,21 @@ def _sweep(options: argparse.Namespace) -> None:
         print(list_points(grid, options.results))
     else:
         sweep(grid, options.file, options.results, fresh=options.fresh)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    config = ProfileConfig(**given_options(options, ProfileConfig))
+    from splitwiser.profile import profile, profile_summary
+
+    print(profile_summary(profile(config)))
+
+
+def _advise(options: argparse.Namespace) -> None:
+    config = AdviseConfig(**given_options(options, AdviseConfig))
+    from splitwiser.advice import advice_summary
+    from splitwiser.advise import advise
+
+    print(advice_summary(advise(config)))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -187,6 +202,28 @@ def _parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
     )
     sweeping.set_defaults(command=_sweep)
+    profiling = commands.add_parser(
+        "profile",
+        parents=[debugging],
+        usage="%(prog)s [options]",
+        help="measure both phases of a model on this machine, step by step",
+        description="Times prefill by prompt length and decode by batch size and context, against what the machine can do.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(profiling, ProfileConfig)
+    profiling.set_defaults(command=_profile)
+    advising = commands.add_parser(
+        "advise",
+        parents=[debugging],
+        usage="%(prog)s [options]",
+        help="predict every placement of the phases for a workload, check the best, and recommend one",
+        description="Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(advising, AdviseConfig)
+    advising.set_defaults(command=_advise)
     doctor = commands.add_parser(
         "doctor",
         parents=[debugging],

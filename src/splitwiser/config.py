@@ -1,19 +1,21 @@
 """The configuration of a run, checked once, where it enters: each field is also an option of ``splitwiser run``."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from splitwiser import constants
 from splitwiser.data import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, unknown
 from splitwiser.metrics import parse_goodput
 from splitwiser.request import SamplingParams
 from splitwiser.request_trace import parse_slice
 from splitwiser.synthetic import SPELLINGS, parse_lengths
 
 T = TypeVar("T")
+
+OBJECTIVES = ("throughput", "goodput", "ttft", "itl", "e2el")
 
 
 def _option(default: T, help_text: str, kind: type = str, *, group: str = "model and placement") -> T:
@@ -136,10 +138,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise InputError(f"--limit must be 1 or more, not {self.limit}")
-        if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
-            raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
-        if Path(self.results).exists() and not Path(self.results).is_dir():
-            raise InputError(f"--results {self.results}: is a file; a directory is needed")
+        _check_place(self)
         self._check_requests()
         self._check_arrivals()
         if self.goodput is not None:
@@ -199,7 +198,7 @@ class RunConfig:
     @property
     def device_name(self) -> str:
         """The device that ``device`` and ``gpu_id`` name together."""
-        return self.device if self.gpu_id is None else f"cuda:{self.gpu_id}"
+        return _device_name(self)
 
     def sampling_params(self, max_new_tokens: int, exact: bool = False) -> SamplingParams:
         """Sampling parameters of a request whose case, workload or trace says ``max_new_tokens``; if ``exact``, it makes
@@ -228,3 +227,116 @@ class DoctorConfig:
     def __post_init__(self) -> None:
         if self.max_batch < 1:
             raise InputError(f"max_batch must be 1 or more, not {self.max_batch}")
+
+
+def _check_place(config: "RunConfig | ProfileConfig") -> None:
+    """Check where a command is to run and to write."""
+    if config.gpu_id is not None and config.device not in (constants.DEVICE, f"cuda:{config.gpu_id}"):
+        raise InputError(f"--gpu_id {config.gpu_id} and --device {config.device} disagree; give one of them")
+    if Path(config.results).exists() and not Path(config.results).is_dir():
+        raise InputError(f"--results {config.results}: is a file; a directory is needed")
+
+
+def _device_name(config: "RunConfig | ProfileConfig") -> str:
+    return config.device if config.gpu_id is None else f"cuda:{config.gpu_id}"
+
+
+def _as_in_run(name: str, default: object = None) -> Any:  # noqa: ANN401  # as dataclasses.field
+    """The option ``name`` of ``splitwiser run``, with its default or another."""
+    option = next(each for each in fields(RunConfig) if each.name == name)
+    return field(default=option.default if default is None else default, metadata=option.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What to profile: each field is also an option of ``splitwiser profile``. Raises
+    :class:`~splitwiser.errors.InputError` for a list that is none."""
+
+    model: str = _as_in_run("model")
+    prompt_lengths: str = _option("64,128,256,512,1024,2048", "prefill: tokens of a prompt, a step each", group="steps")
+    prompts: str = _option(
+        "4", "prefill: also so many prompts of each length a step, within --prefill_tokens", group="steps"
+    )
+    starts: str = _option(
+        "512", "prefill: also each length as a chunk behind so many tokens of its prompt", group="steps"
+    )
+    batch_sizes: str = _option("1,4,16,64", "decode: requests in a step", group="steps")
+    contexts: str = _option("128,512,2048", "decode: tokens that each request has in the pool", group="steps")
+    threads: str = _option("", "on a CPU: thread counts to profile with; empty: PyTorch's own", group="steps")
+    repeats: int = _option(
+        5, "least number of measured steps a point; all together last 0.2 s at least", int, group="steps"
+    )
+    prefill_tokens: int = _as_in_run("prefill_tokens")
+    dtype: str = _as_in_run("dtype")
+    device: str = _as_in_run("device")
+    gpu_id: int | None = _as_in_run("gpu_id")
+    load_format: str = _as_in_run("load_format")
+    kv_memory: str = _as_in_run("kv_memory")
+    kernels: str = _as_in_run("kernels")
+    seed: int = _as_in_run("seed")
+    results: str = _as_in_run("results")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_lengths", "prompts", "starts", "batch_sizes", "contexts", "threads"):
+            whole_numbers(name, getattr(self, name))
+        for name in ("prompt_lengths", "batch_sizes", "contexts"):
+            if not getattr(self, name).strip():
+                raise InputError(f"--{name} is empty; at least one whole number is needed")
+        for name in ("repeats", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be 1 or more, not {getattr(self, name)}")
+        _check_place(self)
+
+    @property
+    def device_name(self) -> str:
+        """The device that ``device`` and ``gpu_id`` name together."""
+        return _device_name(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig(RunConfig):
+    """What to advise on: the options of a run, but for those that the advice is about, and these. Each is also an option of
+    ``splitwiser advise``."""
+
+    mode: str = constants.MODE  # no option, as those up to batch_size
+    workers: str = constants.WORKERS
+    share: str = constants.SHARE
+    itl_target_ms: float = constants.ITL_TARGET_MS
+    batch_size: int = constants.BATCH_SIZE
+    objective: str = _option("throughput", f"what is to be best: {', '.join(OBJECTIVES)}", group="advice")
+    profile: str | None = _option(
+        None, "folder of an earlier advise: predict from what it measured, measure nothing anew", group="advice"
+    )
+    checks: int = _option(
+        3, "how many of the predicted placements to run, the best first; 0: none", int, group="advice"
+    )
+    repeats: int = _option(1, "how often to run each of them, in interleaved rounds", int, group="advice")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        if self.objective == "goodput" and self.goodput is None:
+            raise InputError("--objective goodput needs targets; give --goodput, such as ttft:200,tpot:50")
+        for name, least in (("checks", 0), ("repeats", 1), ("prefill_tokens", 1), ("max_batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be {least} or more, not {getattr(self, name)}")
+        if self.profile is not None and not (Path(self.profile) / "profile.yaml").is_file():
+            raise InputError(
+                f"--profile {self.profile}: no profile.yaml in it; give the folder that an advise has made"
+            )
+
+
+def option_fields(kind: type[RunConfig] | type[ProfileConfig]) -> list[Field[Any]]:
+    """The fields of ``kind`` that are options."""
+    return [each for each in fields(kind) if each.metadata]
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """The numbers of option ``name``, such as ``64,128``, ascending and each once. Raises :class:`InputError`."""
+    numbers = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if not part.isdecimal() or int(part) < 1:
+            raise InputError(f"--{name} '{text}': '{part}' is not a whole number of 1 or more; write such as 64,128")
+        numbers.add(int(part))
+    return tuple(sorted(numbers))

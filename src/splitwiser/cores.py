@@ -40,6 +40,15 @@ def plan_cores(workers: Sequence[WorkerSpec], cores: Sequence[int]) -> list[set[
     return [set(cores[end - count : end]) for count, end in zip(threads, ends, strict=True)]
 
 
+def take_threads(part: Part, levels: Sequence[Sequence[int]], cores: int) -> int:
+    """Take up work; the threads of ``part``'s worker at the level that holds, and those lent to it at this moment."""
+    level, lent = part.take()
+    threads = levels[level]
+    own = threads[part.worker]
+    count = own + sum(others for others, is_lent in zip(threads, lent, strict=True) if is_lent)
+    return min(count, max(cores, own))
+
+
 class Threads:
     """A worker's :class:`~splitwiser.worker.Lane` on a CPU. Sets before each step how many threads it uses: the worker's
     own and those that are lent to it at that moment."""
@@ -61,11 +70,7 @@ class Threads:
 
     def before_step(self) -> int:
         """Take up work; returns the number of threads set."""
-        level, lent = self._part.take()
-        threads = self._levels[level]
-        own = threads[self._part.worker]
-        count = own + sum(others for others, is_lent in zip(threads, lent, strict=True) if is_lent)
-        count = min(count, max(self._cores, own))
+        count = take_threads(self._part, self._levels, self._cores)
         if count != self._set:
             torch.set_num_threads(count)
             self._set = count

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from splitwiser.errors import RunError
@@ -89,12 +89,12 @@ class Decoder:
         if not handoffs and not batch:
             return None
         tokens: list[int] = []
-        start_ns = time.perf_counter_ns()
+        start_ns = self.now_ns()
         if batch:
-            tokens = decode_step(self._model, self._pool, batch, self._graphs)
+            tokens = self.run_step(batch)
             for sequence, token in zip(batch, tokens, strict=True):
                 sequence.token_ids.append(token)
-        end_ns = time.perf_counter_ns()
+        end_ns = self.now_ns()
         if self._last_end_ns is not None:
             self._on_itl((end_ns - self._last_end_ns) / 1e9)
         ids = [sequence.request.request_id for sequence in batch]
@@ -104,6 +104,14 @@ class Decoder:
             self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
         )
         return DecodeResult(progress, len(batch))
+
+    def run_step(self, batch: Sequence[InFlight]) -> list[int]:
+        """The step itself: the next token of each request. A simulation has its own."""
+        return decode_step(self._model, self._pool, batch, self._graphs)
+
+    def now_ns(self) -> int:
+        """The clock that steps are timed by."""
+        return time.perf_counter_ns()
 
     def _collect(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
         finished = []

@@ -1,7 +1,7 @@
 """The parent's side: feeds requests to the workers as they arrive, collects what they report, and takes part in no step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,10 +117,17 @@ class _Open:
 class SplitEngine:
     """Runs requests on the workers of a placement; the same for every mode but ``generate``."""
 
-    def __init__(self, model: LoadedModel, placement: Placement, capacity_tokens: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        placement: Placement,
+        capacity_tokens: int,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
         self.capacity_tokens = capacity_tokens
         self._model = model
         self._placement = placement
+        self._clock = clock
         self._open: dict[int, _Open] = {}
         self._broken_off = False
 
@@ -136,7 +143,7 @@ class SplitEngine:
         if self._broken_off:
             raise RunError("an earlier run was broken off, and its requests are still under way; make a new LLM")
         self._broken_off = True
-        outputs = self._run(requests, observer, start_ns, Arrivals(requests, start_ns, max_concurrency))
+        outputs = self._run(requests, observer, start_ns, Arrivals(requests, start_ns, max_concurrency, self._clock))
         self._broken_off = False
         return outputs
 
@@ -158,7 +165,7 @@ class SplitEngine:
                     outputs[output.request_id] = output
                     arrivals.finished(output.metrics.token_ns[-1])
         # the record of the last prefill step travels by another pipe than the report that ended the run
-        for message in self._placement.poll(time.perf_counter_ns() + _SETTLE_NS):
+        for message in self._placement.poll(self._clock() + _SETTLE_NS):
             self._hear(message, observer, start_ns)
         return [outputs[request.request_id] for request in requests]
 

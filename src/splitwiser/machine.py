@@ -1,5 +1,6 @@
 """What a run ran on: machine, versions and commit, for its record."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -71,6 +72,15 @@ def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float
         return sum(_memory_kib(pid, "smaps_rollup", "Pss:") for pid in [os.getpid(), *workers]) * 1024 / 1e6
     # not ru_maxrss, which keeps what the process that started this one held
     return _memory_kib(os.getpid(), "status", "VmHWM:") * 1024 / 1e6
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory_mb` count from now on; where the system does not allow it, it goes on counting."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
 
 
 def _memory_kib(pid: int, file: str, field: str) -> int:

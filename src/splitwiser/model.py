@@ -117,13 +117,15 @@ def load_model(
     load_format: str,
     seed: int = constants.SEED,
     kv_memory: str = "auto",
+    weights: bool = True,
 ) -> LoadedModel:
     """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
 
     ``load_format`` ``auto`` reads its weights; ``dummy`` draws random ones with ``seed`` from the architecture alone,
     and falls back on the embedded model's tokenizer where the model's own is not on this machine. The attention
     implementation stays transformers' own; see :func:`splitwiser.guard.attach_engine`. Before any weight is made, they and a
-    KV pool of the size ``kv_memory`` are held against the memory there is. Raises :class:`InputError`.
+    KV pool of the size ``kv_memory`` are held against the memory there is. Without ``weights`` there is only what is known
+    of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
     """
     began = time.perf_counter()
     entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
@@ -131,11 +133,11 @@ def load_model(
     problem = find_memory_problem(
         entry.name, weights_nbytes(module), module.dtype, kv_memory, free_memory(place), place
     )
-    if problem:  # before the system kills the run for it
+    if weights and problem:  # before the system kills the run for it
         raise InputError(problem)
-    if load_format == "dummy":
+    if weights and load_format == "dummy":
         draw_weights(module, place, seed)
-    else:
+    elif weights:
         module = _read_checkpoint(entry, config, weights_dtype, place)
     notes = _unapplied_settings(module.generation_config)
     tokenizer = _load_tokenizer(entry, local_only=load_format == "dummy")

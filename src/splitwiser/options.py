@@ -3,14 +3,14 @@
 import argparse
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field
 from typing import Any, NoReturn
 
-from splitwiser.config import RunConfig
+from splitwiser.config import ProfileConfig, RunConfig, option_fields
 from splitwiser.errors import InputError, unknown
 
-GROUPS = ("requests", "arrivals", "model and placement", "sampling", "results")
-_FIELDS = {each.name: each for each in fields(RunConfig)}
+GROUPS = ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results")
+_FIELDS = {each.name: each for each in option_fields(RunConfig)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,23 +25,34 @@ def add_run_options(
 ) -> None:
     """An option for each of the fields ``names``, in the field's group, spelt with underscores or hyphens. Without
     ``defaults``, only those given are in the namespace."""
-    chosen = [each for each in _FIELDS.values() if each.name in names]
+    _add_options(parser, [each for each in _FIELDS.values() if each.name in names], defaults)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[RunConfig] | type[ProfileConfig]) -> None:
+    """An option for each field of ``kind`` that is one; see :func:`add_run_options`."""
+    _add_options(parser, option_fields(kind), defaults=True)
+
+
+def _add_options(parser: argparse.ArgumentParser, chosen: Sequence[Field[Any]], defaults: bool) -> None:
     used = {each.metadata["group"] for each in chosen}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
     for each in chosen:
         group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         default = each.default if defaults else argparse.SUPPRESS
-        help_text, kind = each.metadata["help"], each.metadata["type"]
-        if kind is bool:
+        help_text, option_type = each.metadata["help"], each.metadata["type"]
+        if option_type is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=help_text, default=default)
         else:
-            group.add_argument(*flags, type=kind, help=help_text, default=default, metavar=each.name.upper())
+            group.add_argument(*flags, type=option_type, help=help_text, default=default, metavar=each.name.upper())
 
 
-def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The run options that ``namespace`` holds."""
-    return {name: value for name, value in vars(namespace).items() if name in _FIELDS}
+def given_options(
+    namespace: argparse.Namespace, kind: type[RunConfig] | type[ProfileConfig] = RunConfig
+) -> dict[str, Any]:
+    """The options of ``kind`` that ``namespace`` holds."""
+    known = {each.name for each in option_fields(kind)}
+    return {name: value for name, value in vars(namespace).items() if name in known}
 
 
 def parse_options(arguments: Sequence[str]) -> dict[str, Any]:

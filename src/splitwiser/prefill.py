@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitwiser.kv_pool import KVPool
@@ -54,9 +55,9 @@ class Prefiller:
         if not packed:
             return None
         chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]
-        start_ns = time.perf_counter_ns()
-        firsts = iter(prefill_step(self._model, self._pool, chunks))
-        end_ns = time.perf_counter_ns()
+        start_ns = self.now_ns()
+        firsts = iter(self.run_step(chunks))
+        end_ns = self.now_ns()
         finished = []
         for prompt, tokens in packed:
             prompt.start_ns = prompt.start_ns or start_ns
@@ -67,6 +68,14 @@ class Prefiller:
                 finished.append((prompt.task, handoff))
                 self._queue.popleft()  # prompts finish in order: only the last of a pack can be unfinished
         return PrefillResult(start_ns, end_ns, len(packed), sum(tokens for _, tokens in packed), finished)
+
+    def run_step(self, chunks: Sequence[Chunk]) -> list[int]:
+        """The step itself: the first token of each prompt that ends in it. A simulation has its own."""
+        return prefill_step(self._model, self._pool, chunks)
+
+    def now_ns(self) -> int:
+        """The clock that steps are timed by."""
+        return time.perf_counter_ns()
 
     def _pack(self) -> list[tuple[_Prompt, int]]:
         packed: list[tuple[_Prompt, int]] = []

@@ -58,7 +58,12 @@ class _Table:
 def make_run_directory(results: Path, model: str, case: str, mode: str) -> Path:
     """A new folder ``<model>_case<id>_<mode>_<UTC time>`` under ``results``; a number is added if two runs start in the
     same second."""
-    name = f"{model}_{case}_{mode}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    return make_directory(results, f"{model}_{case}_{mode}")
+
+
+def make_directory(results: Path, kind: str) -> Path:
+    """A new folder ``<kind>_<UTC time>`` under ``results``; see :func:`make_run_directory`."""
+    name = f"{kind}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     results.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, 1000):
         directory = results / (name if attempt == 1 else f"{name}-{attempt}")

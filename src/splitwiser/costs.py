@@ -1,0 +1,109 @@
+"""How long a step takes, as a function of what is in it: fitted to the rows of a profile.
+
+**Prefill.** A step of chunks, each of ``n`` tokens behind ``s`` that came before, takes
+
+    a + b sum(n) + c chunks + d pairs(whole prompts) + e pairs(later chunks)
+
+where ``pairs`` counts the positions attended to, ``n s + n (n + 1) / 2`` a chunk: ``a`` is the step's own cost, ``b`` that
+of a token's matrix products, ``c`` and ``d`` of a prompt's attention, and ``e`` of attention that reads the pool.
+
+**Decode.** For each batch size in the profile, a straight line in the total context; between two batch sizes, linear in
+the batch at the same mean context; beyond the largest, on as between the last two.
+
+Coefficients are not negative and minimise the squares of the *relative* errors, so that a short step counts as much as a
+long one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from splitwiser.errors import InputError
+
+Chunk = tuple[int, int]  # the tokens that came before it, and its own
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Predicted seconds of a step. ``prefill_coefficients`` are a to e above; ``decode_lines`` are (batch, seconds without
+    context, seconds a token of context), ascending."""
+
+    prefill_coefficients: tuple[float, ...]
+    decode_lines: tuple[tuple[int, float, float], ...]
+
+    def prefill(self, chunks: Sequence[Chunk]) -> float:
+        """Of a prefill step of ``chunks``."""
+        return float(np.dot(self.prefill_coefficients, _prefill_features(chunks)))
+
+    def decode(self, batch: int, context: float) -> float:
+        """Of a decode step of ``batch`` requests with ``context`` tokens in the pool together."""
+        mean = context / batch
+        moments = [(size, fixed + slope * mean * size) for size, fixed, slope in self.decode_lines]
+        if len(moments) == 1 or batch <= moments[0][0]:
+            return moments[0][1]
+        above = next((place for place, (size, _) in enumerate(moments) if size >= batch), len(moments) - 1)
+        (low, at_low), (high, at_high) = moments[above - 1], moments[above]
+        return at_low + max(0.0, at_high - at_low) * (batch - low) / (high - low)
+
+
+def fit_costs(prefill: pd.DataFrame, decode: pd.DataFrame) -> dict[int, StepCosts]:
+    """Costs by thread count, from the rows of a profile's ``prefill.csv`` and ``decode.csv``.
+
+    Raises :class:`InputError` where a thread count has rows of one phase only.
+    """
+    costs = {}
+    for threads in sorted({*prefill["threads"], *decode["threads"]}):
+        of_prefill, of_decode = (table[table["threads"] == threads] for table in (prefill, decode))
+        if of_prefill.empty or of_decode.empty:
+            raise InputError(f"the profile has no rows of one phase for {threads} threads; profile again")
+        features = [
+            _prefill_features([(int(start), int(tokens))] * int(prompts))
+            for prompts, start, tokens in of_prefill[["prompts", "start_tokens", "prompt_tokens"]].to_numpy()
+        ]
+        coefficients = fit_non_negative(np.array(features), of_prefill["ms"].to_numpy(dtype=float) / 1e3)
+        lines = []
+        for batch, rows in of_decode.groupby("batch"):
+            contexts = rows["context"].to_numpy(dtype=float) * int(str(batch))
+            times = rows["ms"].to_numpy(dtype=float) / 1e3
+            fixed, slope = fit_non_negative(np.stack([np.ones_like(contexts), contexts], axis=1), times)
+            lines.append((int(str(batch)), float(fixed), float(slope)))
+        costs[int(threads)] = StepCosts(tuple(map(float, coefficients)), tuple(lines))
+    return costs
+
+
+def nearest_costs(costs: Mapping[int, StepCosts], threads: int) -> StepCosts:
+    """The costs for ``threads`` threads, or for the nearest number that was profiled."""
+    return costs[min(costs, key=lambda count: (abs(count - threads), count))]
+
+
+def fit_non_negative(features: Numbers, times: Numbers) -> Numbers:
+    """The non-negative coefficients that minimise the squared relative errors of ``features @ coefficients``.
+
+    Exact for the few features here: such a fit is the ordinary fit on the features that it uses, so every subset is tried.
+    A larger subset must be better, so features that the rows cannot tell apart are left out.
+    """
+    weighted = features / times[:, None]
+    scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
+    best, least = np.zeros(features.shape[1]), float(len(times))  # of no feature at all: every error is 1
+    for count in range(1, features.shape[1] + 1):
+        for subset in map(list, combinations(range(features.shape[1]), count)):
+            fitted, _, rank, _ = np.linalg.lstsq(weighted[:, subset] / scale[subset], np.ones(len(times)), rcond=1e-10)
+            if rank < count or (fitted < 0).any():
+                continue
+            coefficients = np.zeros(features.shape[1])
+            coefficients[subset] = fitted / scale[subset]
+            error = float(((weighted @ coefficients - 1) ** 2).sum())
+            if error < least - 1e-12:
+                best, least = coefficients, error
+    return best
+
+
+def _prefill_features(chunks: Sequence[Chunk]) -> list[float]:
+    whole = sum(tokens * (tokens + 1) / 2 for start, tokens in chunks if not start)
+    later = sum(tokens * start + tokens * (tokens + 1) / 2 for start, tokens in chunks if start)
+    return [1.0, float(sum(tokens for _, tokens in chunks)), float(len(chunks)), whole, later]
