@@ -1,0 +1,137 @@
+"""Linear layers of a bfloat16 model on a CPU, with their weights laid out once as oneDNN's matrix products want them.
+
+PyTorch's own linear layer hands oneDNN the plain weights, which it lays out anew in every call, and writes the bias in a pass
+of its own. A packed weight is bytes in a layout of oneDNN's choosing, so it can lie in memory that processes share, like any
+other tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same purpose.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Module):
+    """Computes what ``linear``, which holds bfloat16 weights on a CPU, does, from a packed copy of its weight.
+
+    ``packed`` is that copy as bytes; ``weight`` has the shape and type of the weight and no numbers, since some models ask
+    for its type.
+    """
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        opaque = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self._layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(opaque).tolist())
+        self.register_buffer("packed", _bytes_of(opaque))
+        self.bias = linear.bias
+        self._opened: tuple[int, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor of the weight's shape and type that says not-a-number everywhere."""
+        return torch.full((), float("nan"), dtype=torch.bfloat16).expand(self.out_features, self.in_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Shape (..., in features) to (..., out features)."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open(), self.bias, "none", [], "")
+        return output
+
+    def _open(self) -> Tensor:
+        """The packed weight as oneDNN's tensor, over wherever ``packed`` lies now."""
+        address = self.packed.data_ptr()
+        if self._opened is None or self._opened[0] != address:
+            self._opened = address, _open_at(address, (self.out_features, self.in_features), self._layout)
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_opened": None}  # an address means nothing to another process
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows, as for a linear layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every linear layer of ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
+    that a second copy of the weights never exists as a whole. A weight that is also an embedding stays there as well."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
+                setattr(parent, name, PackedLinear(child))
+                del child
+
+
+@cache
+def find_problem() -> str | None:
+    """Why weights cannot be packed here, in a line; None if they can, which is tried out on a small layer."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 here"
+    try:
+        linear = nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
+        inputs = torch.linspace(-1, 1, 128, dtype=torch.bfloat16).view(2, 64)
+        with torch.inference_mode():
+            wrong = not torch.allclose(PackedLinear(linear)(inputs), linear(inputs), atol=0.02)
+    except (RuntimeError, AttributeError, OSError) as error:
+        return f"PyTorch {torch.__version__} cannot: {type(error).__name__}"
+    return "a packed layer computes something else" if wrong else None
+
+
+# -- what follows speaks to PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+def _bytes_of(opaque: Tensor) -> Tensor:
+    """A copy of the bytes of oneDNN's ``opaque``, as uint8."""
+    copied = torch.empty(torch.ops.mkldnn._nbytes(opaque), dtype=torch.uint8)
+    handle = ctypes.c_void_p(_pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(opaque)))
+    address = ctypes.c_void_p()
+    try:
+        _check(_library().aoti_torch_get_data_ptr(handle, ctypes.byref(address)))
+        assert address.value is not None
+        ctypes.memmove(copied.data_ptr(), address.value, copied.nbytes)
+    finally:
+        _check(_library().aoti_torch_delete_tensor_object(handle))
+    return copied
+
+
+def _open_at(address: int, shape: tuple[int, int], layout: bytes) -> Tensor:
+    """The tensor of ``shape`` that lies packed at ``address``, which it does not own."""
+    library = _library()
+    sizes, strides = (ctypes.c_int64 * 2)(*shape), (ctypes.c_int64 * 2)(shape[1], 1)
+    handle = ctypes.c_void_p()
+    _check(
+        library.aoti_torch_create_tensor_from_blob_v2(
+            ctypes.c_void_p(address), ctypes.c_int64(2), sizes, strides, ctypes.c_int64(0),
+            library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu(), 0, ctypes.byref(handle),
+            library.aoti_torch_layout__mkldnn(), layout, ctypes.c_int64(len(layout)),
+        )
+    )  # fmt: skip
+    opened: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))
+    return opened
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError("PyTorch's C interface refused a call")
+
+
+def _pointer(capsule: object) -> int:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return int(get(capsule, None))
+
+
+def _capsule(handle: ctypes.c_void_p) -> object:
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return make(handle, None, None)
