@@ -99,14 +99,6 @@ class Started:
     division: list[dict[str, int]]
 
 
-def describe_kernels(decode_attention: str) -> dict[str, str]:
-    """Which kernel serves each phase of an engine over the pool, for a run's record."""
-    return {
-        "prefill_attention": "torch.nn.functional.scaled_dot_product_attention",
-        "decode_attention": decode_attention,
-    }
-
-
 @dataclass
 class _Open:
     request: Request

@@ -8,16 +8,15 @@ from typing import ClassVar, Protocol
 import torch
 
 from splitwiser.decode import Decoder
-from splitwiser.decode_kernel import load_kernel
-from splitwiser.engine import EngineSettings, SplitEngine, Started, describe_kernels
+from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.graphs import capture_graphs
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
+from splitwiser.kv_pool import BlockAllocator, KVPool
 from splitwiser.layout import WorkerLayout
 from splitwiser.mailbox import Letterbox, MailPlacement, MailTransport
 from splitwiser.messages import Failed, Stop, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
+from splitwiser.prepare import prepare
 from splitwiser.request import Request
 from splitwiser.worker import PARENT, Lane, Worker, serve
 
@@ -78,18 +77,9 @@ class Division(Protocol):
 def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, division: Division) -> Started:
     """An engine over one prefill and one decode lane on the parts that ``division`` gives them."""
     prefill, decode = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
-    layers = attach_engine(model)
-    blocks = plan_blocks(
-        layers,
-        settings.kv_memory,
-        settings.block_tokens,
-        model.dtype,
-        model.device,
-        settings.max_batch,
-        model.max_positions,
-    )
-    kernel, described = load_kernel(settings.kernels, model.device)
-    pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=kernel)
+    prepared = prepare(model, settings)
+    blocks = prepared.blocks
+    pool = KVPool(prepared.layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=prepared.kernel)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.decode_streams)
     boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
     transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in (prefill, decode)}
@@ -116,6 +106,6 @@ def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     return Started(
         SplitEngine(model, placement, blocks * settings.block_tokens),
         pool,
-        {**describe_kernels(described), "decode_graphs": graphs_described},
+        {**prepared.kernels, "decode_graphs": graphs_described},
         division.units,
     )

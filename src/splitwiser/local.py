@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from splitwiser.decode import Decoder
-from splitwiser.decode_kernel import load_kernel
-from splitwiser.engine import EngineSettings, SplitEngine, Started, describe_kernels
+from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import RunError
 from splitwiser.graphs import capture_graphs
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
+from splitwiser.kv_pool import BlockAllocator, KVPool
 from splitwiser.layout import WorkerLayout
 from splitwiser.messages import Message, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
+from splitwiser.prepare import prepare
 from splitwiser.request import Request
 from splitwiser.worker import Worker
 
@@ -67,18 +66,9 @@ class LocalPlacement:
 def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
     """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
     (spec,) = layout.workers
-    layers = attach_engine(model)
-    blocks = plan_blocks(
-        layers,
-        settings.kv_memory,
-        settings.block_tokens,
-        model.dtype,
-        model.device,
-        settings.max_batch,
-        model.max_positions,
-    )
-    kernel, described = load_kernel(settings.kernels, model.device)
-    pool = KVPool(layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=kernel)
+    prepared = prepare(model, settings)
+    blocks = prepared.blocks
+    pool = KVPool(prepared.layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=prepared.kernel)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
     transport = LocalTransport()
     worker = Worker(
@@ -90,6 +80,6 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     return Started(
         SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens),
         pool,
-        {**describe_kernels(described), "decode_graphs": graphs_described},
+        {**prepared.kernels, "decode_graphs": graphs_described},
         [],
     )

@@ -41,10 +41,12 @@ _MAKES_NO_CHANGE: tuple[object, ...] = (None, 0, 1, 1.0, [], ())
 
 @dataclass
 class LoadedModel:
-    """A model on its device with what serving it takes. ``tokenizer`` is None where a checkpoint has none."""
+    """A model on its device with what serving it takes. ``parameters`` counts its weights, tied ones once; ``tokenizer`` is
+    None where a checkpoint has none."""
 
     name: str
     module: PreTrainedModel
+    parameters: int
     tokenizer: PreTrainedTokenizerBase | None
     device: torch.device
     dtype: torch.dtype
@@ -67,11 +69,6 @@ class LoadedModel:
         named = (getattr(config, name, None) for name in ("bos_token_id", "pad_token_id"))
         of_tokenizer = self.tokenizer.all_special_ids if self.tokenizer else []
         return self.eos_token_ids.union(of_tokenizer, (each for each in named if isinstance(each, int)))
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights, tied ones once."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ``token_ids`` without special tokens; empty without a tokenizer."""
@@ -151,6 +148,7 @@ def load_model(
     return LoadedModel(
         name=entry.name,
         module=module.eval().requires_grad_(False),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
         tokenizer=tokenizer,
         device=place,
         dtype=module.dtype,

@@ -25,17 +25,17 @@ from splitwiser.board import Board
 from splitwiser.cores import Threads, plan_cores, plan_levels
 from splitwiser.decode import Decoder
 from splitwiser.decode_kernel import load_kernel
-from splitwiser.engine import EngineSettings, SplitEngine, Started, describe_kernels
+from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.graphs import capture_graphs
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import BlockAllocator, KVPool, LayerShape, block_nbytes, plan_blocks
+from splitwiser.kv_pool import BlockAllocator, KVPool, LayerShape, block_nbytes
 from splitwiser.layout import WorkerLayout, WorkerSpec
 from splitwiser.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
 from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.mps import MpsDaemon
 from splitwiser.prefill import Prefiller
+from splitwiser.prepare import prepare
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
@@ -294,19 +294,16 @@ def start_processes(
 ) -> Started:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
     pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
-    layers = attach_engine(model)
+    prepared = prepare(model, settings)
+    layers, blocks = prepared.layers, prepared.blocks
     specs = layout.workers
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
     block_tokens = settings.block_tokens
-    blocks = plan_blocks(
-        layers, settings.kv_memory, block_tokens, model.dtype, model.device, settings.max_batch, model.max_positions
-    )
     part = blocks // len(owners)
     if not part:
         raise InputError(
             f"kv_memory '{settings.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
         )
-    kernel, described = load_kernel(settings.kernels, model.device)  # built here, once, for all workers
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
     board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
@@ -345,11 +342,11 @@ def start_processes(
     finally:
         for memory in (*module.memories, pool_memory, board):
             memory.close()
-    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, pool_memory.tensor, kernel)
+    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, pool_memory.tensor, prepared.kernel)
     return Started(
         SplitEngine(model, placement, part * block_tokens),
         pool,
-        {**describe_kernels(described), "decode_graphs": placement.graphs},
+        {**prepared.kernels, "decode_graphs": placement.graphs},
         [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]
         if model.device.type == "cpu"
         else [],

@@ -1,8 +1,8 @@
 """Linear layers of a bfloat16 model on a CPU, with their weights laid out once as oneDNN's matrix products want them.
 
-PyTorch's own linear layer hands oneDNN the plain weights, which it lays out anew in every call, and writes the bias in a pass
-of its own. A packed weight is bytes in a layout of oneDNN's choosing, so it can lie in memory that processes share, like any
-other tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same purpose.
+PyTorch's own linear layer hands oneDNN the plain weights, which it lays out anew in every call, and writes the bias in a
+pass of its own. A packed weight is bytes in a layout of oneDNN's choosing, so it can lie in memory that processes share,
+like any other tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
         return self._opened[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_opened": None}  # an address means nothing to another process
+        return {**self.__dict__, "_opened": None}  # an address means nothing to another process
 
     def extra_repr(self) -> str:
         """What ``print`` shows, as for a linear layer."""
@@ -131,7 +131,7 @@ def _pointer(capsule: object) -> int:
     return int(get(capsule, None))
 
 
-def _capsule(handle: ctypes.c_void_p) -> object:
+def _capsule(handle: ctypes.c_void_p) -> Any:  # noqa: ANN401  # PyTorch's types say void pointer, and it wants a capsule
     make = ctypes.pythonapi.PyCapsule_New
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     return make(handle, None, None)
