@@ -13,6 +13,7 @@ from splitwiser.attention import AttentionOptions, Mask, StepCache
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.forward import forward
 from splitwiser.model import LoadedModel
+from splitwiser.packed import PackedLinear
 
 # what configurations call the number of experts that a token is sent to
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -151,6 +152,8 @@ def count_architecture(model: LoadedModel) -> Architecture:
     for part in module.modules():
         if isinstance(part, nn.Embedding) or part is output:
             continue
+        if isinstance(part, PackedLinear):
+            weights += part.weight.numel()
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.ndim < 2 or name.endswith("bias"):
                 continue
@@ -163,7 +166,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
         notes.append("the configuration does not say how many experts a token uses; all are counted")
     return Architecture(
         weights=weights,
-        head=sum(parameter.numel() for parameter in output.parameters() if parameter.ndim == 2) if output else 0,
+        head=output.weight.numel() if isinstance(output, nn.Linear | PackedLinear) else 0,
         experts=tuple(experts),
         layers=tuple(_probe_attention(model)),
         itemsize=model.dtype.itemsize,

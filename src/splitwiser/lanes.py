@@ -77,7 +77,13 @@ class Division(Protocol):
 def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, division: Division) -> Started:
     """An engine over one prefill and one decode lane on the parts that ``division`` gives them."""
     prefill, decode = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
-    prepared = prepare(model, settings)
+    prepared = prepare(
+        model,
+        kernels=settings.kernels,
+        kv_memory=settings.kv_memory,
+        block_tokens=settings.block_tokens,
+        max_batch=settings.max_batch,
+    )
     blocks = prepared.blocks
     pool = KVPool(prepared.layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=prepared.kernel)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.decode_streams)

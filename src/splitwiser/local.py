@@ -66,7 +66,13 @@ class LocalPlacement:
 def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
     """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
     (spec,) = layout.workers
-    prepared = prepare(model, settings)
+    prepared = prepare(
+        model,
+        kernels=settings.kernels,
+        kv_memory=settings.kv_memory,
+        block_tokens=settings.block_tokens,
+        max_batch=settings.max_batch,
+    )
     blocks = prepared.blocks
     pool = KVPool(prepared.layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=prepared.kernel)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)

@@ -39,7 +39,7 @@ from splitwiser.prepare import prepare
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
-from splitwiser.system import environment, uninterrupted
+from splitwiser.system import environment, keep_freed_memory, uninterrupted
 from splitwiser.worker import PARENT, Worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
@@ -117,6 +117,8 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
     threads = Threads(part, setup.thread_levels, len(setup.cores))
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
+    else:
+        keep_freed_memory()
     kernel, _ = load_kernel(setup.settings.kernels, setup.model.device)
     module = setup.module.open()
     assert isinstance(module, PreTrainedModel)
@@ -294,7 +296,13 @@ def start_processes(
 ) -> Started:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
     pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
-    prepared = prepare(model, settings)
+    prepared = prepare(
+        model,
+        kernels=settings.kernels,
+        kv_memory=settings.kv_memory,
+        block_tokens=settings.block_tokens,
+        max_batch=settings.max_batch,
+    )
     layers, blocks = prepared.layers, prepared.blocks
     specs = layout.workers
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]

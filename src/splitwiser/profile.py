@@ -20,16 +20,14 @@ from splitwiser import constants
 from splitwiser.architecture import Architecture, StepCost, count_architecture
 from splitwiser.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.config import ProfileConfig, whole_numbers
-from splitwiser.decode_kernel import load_kernel
-from splitwiser.engine import describe_kernels
 from splitwiser.errors import InputError
 from splitwiser.graphs import capture_graphs
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import BlockAllocator, KVPool, plan_blocks
+from splitwiser.kv_pool import BlockAllocator, KVPool
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb, reset_peak_memory
 from splitwiser.messages import Phase
 from splitwiser.model import load_model
 from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
+from splitwiser.prepare import prepare
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results import Status, make_directory, replace
 from splitwiser.roofline import RooflinePoint, draw_roofline
@@ -152,21 +150,24 @@ class Bench:
             seed=config.seed,
             kv_memory=config.kv_memory,
         )
-        layers = attach_engine(self.model)
         most = max(whole_numbers("batch_sizes", config.batch_sizes))
-        blocks = plan_blocks(
-            layers,
-            config.kv_memory,
+        prepared = prepare(
+            self.model,
+            kernels=config.kernels,
+            kv_memory=config.kv_memory,
+            block_tokens=constants.BLOCK_TOKENS,
+            max_batch=most,
+        )
+        self.pool = KVPool(
+            prepared.layers,
+            prepared.blocks,
             constants.BLOCK_TOKENS,
             self.model.dtype,
             self.model.device,
-            most,
-            self.model.max_positions,
+            kernel=prepared.kernel,
         )
-        kernel, kernel_described = load_kernel(config.kernels, self.model.device)
-        self.pool = KVPool(layers, blocks, constants.BLOCK_TOKENS, self.model.dtype, self.model.device, kernel=kernel)
         self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
-        self.kernels = {**describe_kernels(kernel_described), "decode_graphs": graphs_described}
+        self.kernels = {**prepared.kernels, "decode_graphs": graphs_described}
         self.architecture = count_architecture(self.model)
         self.threads = self._thread_counts()
         self.notes = [*self.model.notes, *self.architecture.notes]

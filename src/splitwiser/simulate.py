@@ -346,6 +346,7 @@ def _no_model() -> LoadedModel:
     return LoadedModel(
         name="simulated",
         module=None,  # type: ignore[arg-type]  # no step runs
+        parameters=0,
         tokenizer=None,
         device=torch.device("cpu"),
         dtype=torch.float32,

@@ -1,0 +1,131 @@
+"""Packed linear layers compute what the plain ones do, wherever their bytes lie."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_token_identity import LENGTHS, SERVED, prompts_of
+from torch import nn
+
+from splitwiser import LLM, SamplingParams, packed
+from splitwiser.architecture import count_architecture
+from splitwiser.guard import attach_engine
+from splitwiser.model import load_model
+from splitwiser.packed import PackedLinear, pack_linears
+from splitwiser.shared import SharedModule
+
+needs_packing = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
+
+
+def linear(bias: bool = True, inputs: int = 48, outputs: int = 96) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+
+def assert_same(made: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(made, expected, atol=0.02, rtol=0.02)
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 7, 48), (300, 48)])
+def test_computes_what_the_linear_layer_does(shape: tuple[int, ...], bias: bool) -> None:
+    plain = linear(bias)
+    with torch.inference_mode():
+        assert_same(PackedLinear(plain)(inputs(*shape)), plain(inputs(*shape)))
+
+
+@needs_packing
+def test_reads_its_bytes_from_where_they_lie() -> None:
+    plain = linear()
+    layer = PackedLinear(plain)
+    with torch.inference_mode():
+        assert_same(layer(inputs(3, 48)), plain(inputs(3, 48)))
+        layer.packed = layer.packed.clone()
+        assert_same(layer(inputs(3, 48)), plain(inputs(3, 48)))
+        layer.packed.zero_()
+        assert_same(layer(inputs(3, 48)), plain.bias.expand(3, -1))
+
+
+@needs_packing
+def test_travels_in_shared_memory_and_counts_once() -> None:
+    plain = linear()
+    shared = SharedModule(nn.Sequential(PackedLinear(plain)), torch.device("cpu"))
+    assert shared.memories[0].tensor.nbytes < 2 * plain.weight.nbytes
+    opened = shared.open()
+    with torch.inference_mode():
+        assert_same(opened(inputs(3, 48)), plain(inputs(3, 48)))
+        shared.memories[0].tensor.zero_()
+        assert not opened(inputs(3, 48)).any()
+
+
+@needs_packing
+def test_a_pickled_layer_finds_its_own_bytes() -> None:
+    plain = linear()
+    layer = PackedLinear(plain)
+    with torch.inference_mode():
+        layer(inputs(1, 48))
+        copied = pickle.loads(pickle.dumps(layer))
+        layer.packed.zero_()
+        assert_same(copied(inputs(3, 48)), plain(inputs(3, 48)))
+
+
+@needs_packing
+def test_the_weight_has_a_type_and_no_numbers() -> None:
+    weight = PackedLinear(linear()).weight
+    assert (weight.dtype, tuple(weight.shape)) == (torch.bfloat16, (96, 48))
+    assert bool(weight.isnan().all())
+
+
+@needs_packing
+def test_only_bfloat16_linear_layers_are_packed() -> None:
+    other = nn.Linear(8, 8)
+    module = nn.Sequential(linear(), nn.Sequential(other, linear(False)), nn.Embedding(4, 8))
+    pack_linears(module)
+    assert isinstance(module[0], PackedLinear)
+    assert isinstance(module.get_submodule("1.1"), PackedLinear)
+    assert module.get_submodule("1.0") is other
+
+
+@needs_packing
+@pytest.mark.parametrize("name", SERVED)
+def test_packing_changes_no_figure_of_the_architecture(name: str, tiny: Callable[[str], Path]) -> None:
+    counts = []
+    for pack in (False, True):
+        model = load_model(tiny(name), dtype="bfloat16", device="cpu", load_format="auto")
+        attach_engine(model, pack=pack)
+        counted = count_architecture(model)
+        counts.append((counted.weights, counted.head, model.parameters))
+    assert counts[0] == counts[1]
+
+
+@needs_packing
+@pytest.mark.parametrize("name", SERVED)
+def test_all_placements_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=8)
+    made = []
+    placements: list[dict[str, Any]] = [{}, {"mode": "mp"}]
+    for settings in placements:
+        with LLM(tiny(name), dtype="bfloat16", max_batch=1, prefill_tokens=512, **settings) as llm:
+            assert llm.started.kernels["linear_layers"] == "oneDNN's, weights packed once"
+            outputs = [llm.generate([prompt], SamplingParams(max_tokens=12))[0] for prompt in prompts]
+            made.append([output.token_ids for output in outputs])
+    assert made[0] == made[1]
+
+
+def test_plain_kernels_leave_the_layers_alone(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("llama"), dtype="bfloat16", kernels="plain") as llm:
+        assert llm.started.kernels["linear_layers"] == "PyTorch's own (as asked for)"
+        assert not any(isinstance(part, PackedLinear) for part in llm.model.module.modules())
+
+
+def test_float32_is_not_packed(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("llama")) as llm:
+        assert llm.started.kernels["linear_layers"] == "PyTorch's own (packing is for bfloat16 on a CPU)"
