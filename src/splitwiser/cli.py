@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -110,6 +110,13 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.folders, options.output))
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    diagnosis = diagnose(DoctorConfig(**{field.name: getattr(options, field.name) for field in fields(DoctorConfig)}))
+    print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
+    if not diagnosis.works:
+        raise RunError("no mode will work here; the reasons are above")
+
+
 def _cases(_: argparse.Namespace) -> None:
     rows = [
         (str(case.case_id), case.description, "" if case.method == "discrete" else "not supported yet")
@@ -142,112 +149,92 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return " ".join([", ".join(spellings), *([action.metavar] if isinstance(action.metavar, str) else [])])
 
 
-def _doctor(options: argparse.Namespace) -> None:
-    diagnosis = diagnose(DoctorConfig(**{field.name: getattr(options, field.name) for field in fields(DoctorConfig)}))
-    print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
-    if not diagnosis.works:
-        raise RunError("no mode will work here; the reasons are above")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    debugging = argparse.ArgumentParser(add_help=False)
-    debugging.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    run = commands.add_parser(
-        "run",
-        parents=[debugging],
-        usage="%(prog)s [options]",
-        help="run a model over reports or a workload and write latency and throughput",
-        description="Defaults come from src/splitwiser/constants.py. A hyphen may stand for each underscore.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    add_run_options(run)
-    run.set_defaults(command=_run)
-    comparing = commands.add_parser(
-        "compare",
-        parents=[debugging],
-        help="run several modes or layouts on the same requests, in interleaved rounds",
-        description="Every run is a fresh process; a round runs each variant once.",
-        usage="%(prog)s --modes MODE,MODE... [options of splitwiser run, for all variants]",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    comparing.add_argument(
+
+    def add(
+        name: str,
+        call: Callable[[argparse.Namespace], None],
+        help_text: str,
+        description: str,
+        usage: str = "[options]",
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            usage=f"%(prog)s {usage}",
+            help=help_text,
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        command.set_defaults(command=call)
+        return command
+
+    command = add(
+        "run", _run, "run a model over reports or a workload and write latency and throughput",
+        "Defaults come from src/splitwiser/constants.py. A hyphen may stand for each underscore.",
+    )  # fmt: skip
+    add_run_options(command)
+
+    command = add(
+        "compare", _compare, "run several modes or layouts on the same requests, in interleaved rounds",
+        "Every run is a fresh process; a round runs each variant once.",
+        "--modes MODE,MODE... [options of splitwiser run, for all variants]",
+    )  # fmt: skip
+    command.add_argument(
         "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the base"
     )
-    comparing.add_argument(
+    command.add_argument(
         "--variant", action="append", default=[], metavar="'NAME: OPTIONS'",
         help="a variant by options of splitwiser run, such as 'four: --mode mp --workers configs/workers/four_mixed.yaml'; "
         "may be repeated",
     )  # fmt: skip
-    comparing.add_argument("--repeats", type=int, default=3, help="rounds")
-    comparing.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
-    add_run_options(comparing, defaults=False)
-    comparing.set_defaults(command=_compare)
-    sweeping = commands.add_parser(
-        "sweep",
-        parents=[debugging],
-        help="run a grid of options from a YAML file; goes on where it was stopped",
-        description="Runs that have finished are kept; those that failed are tried again at the next start.",
-        allow_abbrev=False,
-    )
-    sweeping.add_argument("file", type=Path, help="the grid, such as those in configs/sweeps/")
-    sweeping.add_argument("--list", action="store_true", help="print the points and run nothing")
-    sweeping.add_argument(
-        "--fresh", action="store_true", help="start anew; the old results are kept under another name"
-    )
-    sweeping.add_argument(
+    command.add_argument("--repeats", type=int, default=3, help="rounds")
+    command.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
+    add_run_options(command, defaults=False)
+
+    command = add(
+        "sweep", _sweep, "run a grid of options from a YAML file; goes on where it was stopped",
+        "Runs that have finished are kept; those that failed are tried again at the next start.", "FILE [options]",
+    )  # fmt: skip
+    command.add_argument("file", type=Path, metavar="FILE", help="the grid, such as those in configs/sweeps/")
+    command.add_argument("--list", action="store_true", help="print the points and run nothing")
+    command.add_argument("--fresh", action="store_true", help="start anew; the old results are kept under another name")
+    command.add_argument(
         "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
     )
-    sweeping.set_defaults(command=_sweep)
-    profiling = commands.add_parser(
-        "profile",
-        parents=[debugging],
-        usage="%(prog)s [options]",
-        help="measure both phases of a model on this machine, step by step",
-        description="Times prefill by prompt length and decode by batch size and context, against what the machine can do.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
+
+    command = add(
+        "profile", _profile, "measure both phases of a model on this machine, step by step",
+        "Times prefill by prompt length and decode by batch size and context, against what the machine can do.",
+    )  # fmt: skip
+    add_options(command, ProfileConfig)
+
+    command = add(
+        "advise", _advise, "predict every placement of the phases for a workload, check the best, and recommend one",
+        "Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run.",
+    )  # fmt: skip
+    add_options(command, AdviseConfig)
+
+    command = add(
+        "report", _report, "write one HTML page about runs, comparisons, sweeps, profiles or advice",
+        "Runs given together are compared. The page needs no network and no other file.", "RUN... [options]",
+    )  # fmt: skip
+    command.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder that a command wrote")
+    command.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+
+    command = add(
+        "doctor", _doctor, "what this machine has and which modes will work on it, with the reason for each that will not",
+        "Exit code 0 if at least one mode will work for the model, else 1.",
+    )  # fmt: skip
+    add_run_options(command, [field.name for field in fields(DoctorConfig) if field.name != "hub"])
+    command.add_argument(
+        "--hub", action="store_true", help="also try whether the hub can be reached, and has the model"
     )
-    add_options(profiling, ProfileConfig)
-    profiling.set_defaults(command=_profile)
-    advising = commands.add_parser(
-        "advise",
-        parents=[debugging],
-        usage="%(prog)s [options]",
-        help="predict every placement of the phases for a workload, check the best, and recommend one",
-        description="Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    add_options(advising, AdviseConfig)
-    advising.set_defaults(command=_advise)
-    doctor = commands.add_parser(
-        "doctor",
-        parents=[debugging],
-        help="what this machine has and which modes will work on it, with the reason for each that will not",
-        description="Exit code 0 if at least one mode will work for the model, else 1.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    add_run_options(doctor, [field.name for field in fields(DoctorConfig) if field.name != "hub"])
-    doctor.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    doctor.set_defaults(command=_doctor)
-    report = commands.add_parser(
-        "report",
-        parents=[debugging],
-        help="write one HTML page about runs, comparisons, sweeps or profiles",
-        description="Runs given together are compared. The page needs no network and no other file.",
-        allow_abbrev=False,
-    )
-    report.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder that a command wrote")
-    report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
-    report.set_defaults(command=_report)
-    cases = commands.add_parser("cases", parents=[debugging], help="list the prompting recipes")
-    cases.set_defaults(command=_cases)
-    models = commands.add_parser("models", parents=[debugging], help="list the models known by name")
-    models.set_defaults(command=_models)
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    add("cases", _cases, "list the prompting recipes", "The recipes of configs/cases.yaml.")
+    add("models", _models, "list the models known by name", "The models of configs/models.yaml.")
     return parser

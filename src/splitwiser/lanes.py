@@ -10,13 +10,13 @@ import torch
 from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.graphs import capture_graphs
-from splitwiser.kv_pool import BlockAllocator, KVPool
+from splitwiser.kv_pool import BlockAllocator
 from splitwiser.layout import WorkerLayout
 from splitwiser.mailbox import Letterbox, MailPlacement, MailTransport
 from splitwiser.messages import Failed, Stop, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
-from splitwiser.prepare import prepare
+from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.worker import PARENT, Lane, Worker, serve
 
@@ -77,15 +77,9 @@ class Division(Protocol):
 def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, division: Division) -> Started:
     """An engine over one prefill and one decode lane on the parts that ``division`` gives them."""
     prefill, decode = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
-    prepared = prepare(
-        model,
-        kernels=settings.kernels,
-        kv_memory=settings.kv_memory,
-        block_tokens=settings.block_tokens,
-        max_batch=settings.max_batch,
-    )
+    prepared = prepare(model, settings)
     blocks = prepared.blocks
-    pool = KVPool(prepared.layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=prepared.kernel)
+    pool = make_pool(model, prepared, settings)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.decode_streams)
     boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
     transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in (prefill, decode)}

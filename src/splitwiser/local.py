@@ -9,12 +9,12 @@ from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import RunError
 from splitwiser.graphs import capture_graphs
-from splitwiser.kv_pool import BlockAllocator, KVPool
+from splitwiser.kv_pool import BlockAllocator
 from splitwiser.layout import WorkerLayout
 from splitwiser.messages import Message, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
-from splitwiser.prepare import prepare
+from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.worker import Worker
 
@@ -66,15 +66,9 @@ class LocalPlacement:
 def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
     """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
     (spec,) = layout.workers
-    prepared = prepare(
-        model,
-        kernels=settings.kernels,
-        kv_memory=settings.kv_memory,
-        block_tokens=settings.block_tokens,
-        max_batch=settings.max_batch,
-    )
+    prepared = prepare(model, settings)
     blocks = prepared.blocks
-    pool = KVPool(prepared.layers, blocks, settings.block_tokens, model.dtype, model.device, kernel=prepared.kernel)
+    pool = make_pool(model, prepared, settings)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
     transport = LocalTransport()
     worker = Worker(

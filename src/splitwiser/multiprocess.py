@@ -35,7 +35,7 @@ from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.mps import MpsDaemon
 from splitwiser.prefill import Prefiller
-from splitwiser.prepare import prepare
+from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
@@ -296,13 +296,7 @@ def start_processes(
 ) -> Started:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
     pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
-    prepared = prepare(
-        model,
-        kernels=settings.kernels,
-        kv_memory=settings.kv_memory,
-        block_tokens=settings.block_tokens,
-        max_batch=settings.max_batch,
-    )
+    prepared = prepare(model, settings)
     layers, blocks = prepared.layers, prepared.blocks
     specs = layout.workers
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
@@ -350,7 +344,7 @@ def start_processes(
     finally:
         for memory in (*module.memories, pool_memory, board):
             memory.close()
-    pool = KVPool(layers, blocks, block_tokens, model.dtype, model.device, pool_memory.tensor, prepared.kernel)
+    pool = make_pool(model, prepared, settings, pool_memory.tensor)
     return Started(
         SplitEngine(model, placement, part * block_tokens),
         pool,

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from splitwiser import packed
 from splitwiser.decode_kernel import DecodeKernel, load_kernel
+from splitwiser.engine import EngineSettings
 from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import LayerShape, plan_blocks
+from splitwiser.kv_pool import KVPool, LayerShape, plan_blocks
 from splitwiser.model import LoadedModel
 from splitwiser.system import keep_freed_memory
 
@@ -23,14 +25,21 @@ class Prepared:
     kernels: dict[str, str]
 
 
-def prepare(model: LoadedModel, *, kernels: str, kv_memory: str, block_tokens: int, max_batch: int) -> Prepared:
-    """Attach the engine to ``model`` and plan; see :class:`splitwiser.llm.LLM` for the arguments. Raises as
-    :func:`splitwiser.guard.attach_engine`, :func:`splitwiser.kv_pool.plan_blocks` and
-    :func:`splitwiser.decode_kernel.load_kernel` do."""
-    kernel, decode_attention = load_kernel(kernels, model.device)
-    unpacked = _why_not_packed(model, kernels)
+def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
+    """Attach the engine to ``model`` and plan. Raises as :func:`splitwiser.guard.attach_engine`,
+    :func:`splitwiser.kv_pool.plan_blocks` and :func:`splitwiser.decode_kernel.load_kernel` do."""
+    kernel, decode_attention = load_kernel(settings.kernels, model.device)
+    unpacked = _why_not_packed(model, settings.kernels)
     layers = attach_engine(model, pack=unpacked is None)
-    blocks = plan_blocks(layers, kv_memory, block_tokens, model.dtype, model.device, max_batch, model.max_positions)
+    blocks = plan_blocks(
+        layers,
+        settings.kv_memory,
+        settings.block_tokens,
+        model.dtype,
+        model.device,
+        settings.max_batch,
+        model.max_positions,
+    )
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
@@ -39,6 +48,13 @@ def prepare(model: LoadedModel, *, kernels: str, kv_memory: str, block_tokens: i
         "decode_attention": decode_attention,
     }
     return Prepared(layers, blocks, kernel, described)
+
+
+def make_pool(model: LoadedModel, prepared: Prepared, settings: EngineSettings, memory: Tensor | None = None) -> KVPool:
+    """The pool that was planned, in ``memory`` or in its own."""
+    return KVPool(
+        prepared.layers, prepared.blocks, settings.block_tokens, model.dtype, model.device, memory, prepared.kernel
+    )
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:

@@ -20,18 +20,20 @@ from splitwiser import constants
 from splitwiser.architecture import Architecture, StepCost, count_architecture
 from splitwiser.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.config import ProfileConfig, whole_numbers
+from splitwiser.engine import EngineSettings
 from splitwiser.errors import InputError
 from splitwiser.graphs import capture_graphs
-from splitwiser.kv_pool import BlockAllocator, KVPool
+from splitwiser.kv_pool import BlockAllocator
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb, reset_peak_memory
 from splitwiser.messages import Phase
 from splitwiser.model import load_model
 from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
-from splitwiser.prepare import prepare
+from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results import Status, make_directory, replace
 from splitwiser.roofline import RooflinePoint, draw_roofline
 from splitwiser.rows import add_row, start_rows
+from splitwiser.shares import ShareSettings
 from splitwiser.steps import Chunk, InFlight, decode_step, prefill_step
 from splitwiser.summary import columns
 
@@ -137,6 +139,9 @@ def profile(config: ProfileConfig) -> ProfileResult:
     return bench.measure(make_directory(Path(config.results), f"profile_{bench.model.name}"))
 
 
+_UNDIVIDED = ShareSettings("none", constants.ITL_TARGET_MS, constants.LEND)  # a bench steps alone
+
+
 class Bench:
     """A model over a KV pool, as mode ``sequential`` has it, and the points of ``config`` that it can take."""
 
@@ -151,21 +156,11 @@ class Bench:
             kv_memory=config.kv_memory,
         )
         most = max(whole_numbers("batch_sizes", config.batch_sizes))
-        prepared = prepare(
-            self.model,
-            kernels=config.kernels,
-            kv_memory=config.kv_memory,
-            block_tokens=constants.BLOCK_TOKENS,
-            max_batch=most,
+        settings = EngineSettings(
+            most, constants.PREFILL_TOKENS, constants.BLOCK_TOKENS, config.kv_memory, _UNDIVIDED, config.kernels
         )
-        self.pool = KVPool(
-            prepared.layers,
-            prepared.blocks,
-            constants.BLOCK_TOKENS,
-            self.model.dtype,
-            self.model.device,
-            kernel=prepared.kernel,
-        )
+        prepared = prepare(self.model, settings)
+        self.pool = make_pool(self.model, prepared, settings)
         self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
         self.kernels = {**prepared.kernels, "decode_graphs": graphs_described}
         self.architecture = count_architecture(self.model)
