@@ -296,6 +296,8 @@ def start_processes(
 ) -> Started:
     """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
     pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
+    if model.device.type == "cuda" and settings.shares.share == "auto":
+        raise InputError("share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
     prepared = prepare(model, settings)
     layers, blocks = prepared.layers, prepared.blocks
     specs = layout.workers
