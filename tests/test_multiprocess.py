@@ -126,7 +126,7 @@ def test_a_layout_that_makes_no_sense_is_refused(
 
 
 def test_workers_in_another_mode_are_refused(tiny: Callable[[str], Path]) -> None:
-    with pytest.raises(InputError, match="workers are laid out in modes mp and green, not in mode sequential"):
+    with pytest.raises(InputError, match="workers are laid out in modes mp, mps, green, not in mode sequential"):
         LLM(tiny("opt"), workers="[{role: mixed}]")
 
 

@@ -18,6 +18,7 @@ from splitwiser.llm import MODES
 from splitwiser.model import load_model
 
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
+PLACED = [pytest.param(mode, marks=pytest.mark.gpu) if mode in ("mps", "green") else pytest.param(mode) for mode in MODES]
 LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
 
 
@@ -60,7 +61,7 @@ def test_split_prompts_and_waiting_requests(name: str, kernels: str, tiny: Calla
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PLACED)
 @pytest.mark.parametrize("name", SERVED)
 def test_all_prompts_at_once(mode: str, name: str, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS, seed=1)
@@ -70,7 +71,7 @@ def test_all_prompts_at_once(mode: str, name: str, tiny: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 150])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PLACED)
 def test_one_and_many_new_tokens(mode: str, new_tokens: int, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of([1, 30, 90])
     with LLM(tiny("llama"), mode=mode) as llm:
