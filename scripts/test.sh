@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Sets up and runs the whole test suite: linter, type checker, tests. Arguments go to pytest; without any, two test files
-# run side by side, and the slow
-# tests that build an environment in a clean clone run too.
+# run side by side, and the slow tests that build an environment in a clean clone run too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$project"
