@@ -18,7 +18,9 @@ from splitwiser.llm import MODES
 from splitwiser.model import load_model
 
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
-PLACED = [pytest.param(mode, marks=pytest.mark.gpu) if mode in ("mps", "green") else pytest.param(mode) for mode in MODES]
+PLACED = [
+    pytest.param(mode, marks=pytest.mark.gpu) if mode in ("mps", "green") else pytest.param(mode) for mode in MODES
+]
 LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
 
 
