@@ -564,6 +564,7 @@ def test_memory_that_arrives_does_not_initialise_cuda() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
 @pytest.mark.parametrize("workers", ["", "[{role: mixed, count: 3}]"])
 def test_tokens_on_a_gpu_are_those_of_mode_sequential(workers: str, tiny: Callable[[str], Path]) -> None:
     problem = find_problem(0)

@@ -1,6 +1,7 @@
 """Tokens are those of ``model.generate`` on one prompt alone, unpadded: in every mode, whatever else is in the batch."""
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,16 +12,16 @@ import torch
 from conftest import VOCABULARY
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from splitwiser import LLM, SamplingParams
+from splitwiser import LLM, SamplingParams, mps
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import block_nbytes
 from splitwiser.llm import MODES
 from splitwiser.model import load_model
 
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
-PLACED = [
-    pytest.param(mode, marks=pytest.mark.gpu) if mode in ("mps", "green") else pytest.param(mode) for mode in MODES
-]
+NO_MPS = pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
+ON_A_GPU = {"mps": [pytest.mark.gpu, NO_MPS], "green": [pytest.mark.gpu]}
+PLACED = [pytest.param(mode, marks=ON_A_GPU.get(mode, [])) for mode in MODES]
 LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
 
 
