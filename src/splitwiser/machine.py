@@ -77,7 +77,7 @@ def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float
 def reset_peak_memory(device: torch.device) -> None:
     """Let :func:`peak_memory_mb` count from now on; where the system does not allow it, it goes on counting."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.empty_cache()  # PyTorch keeps what it once had; see peak_memory_mb
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
