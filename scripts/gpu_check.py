@@ -27,6 +27,7 @@ VARIANTS = {  # name: mode, options
     "one_chunked": ("sequential", "--prefill_tokens 512"),
     "two": ("mp", TWO),
     "two_mps": ("mps", f"{TWO} --share none"),
+    "two_mps_50_50": ("mps", TWO),
     "split": ("mp", ""),
     "split_mps": ("mps", "--share none"),
     "split_mps_40_60": ("mps", SHARES),

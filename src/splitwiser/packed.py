@@ -52,10 +52,6 @@ class PackedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}  # an address means nothing to another process
 
-    def extra_repr(self) -> str:
-        """What ``print`` shows, as for a linear layer."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
 
 def pack_linears(module: nn.Module) -> None:
     """Replace every linear layer of ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
