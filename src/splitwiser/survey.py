@@ -140,8 +140,8 @@ def find_processor() -> Found:
     """The processor and those of its instructions that matter here."""
     import torch
 
-    from splitwiser.cpu_kernel import processor_flags
     from splitwiser.machine import describe_machine
+    from splitwiser.native import processor_flags
 
     name = describe_machine(torch.device("cpu"))["processor"]
     flags = set(processor_flags().decode().split())
@@ -168,7 +168,7 @@ def find_cores() -> Found:
 
 
 def find_compiler() -> Found:
-    """The compiler of the decode kernel."""
+    """The compiler of the C++ functions."""
     path = shutil.which("g++")
     if path is None:
         return None, "no g++ on PATH", {"path": None}
@@ -180,8 +180,8 @@ def find_kernel(place: str | None) -> Found:
     """Makes the kernel, as a run would, so that the answer is that of a run."""
     import torch
 
-    from splitwiser.cpu_kernel import cache_directory
     from splitwiser.decode_kernel import load_kernel
+    from splitwiser.native import cache_directory
 
     kernel, text = load_kernel(constants.KERNELS, torch.device(place or "cpu"))
     cache = cache_directory()

@@ -1,18 +1,14 @@
-"""The compiled kernel is built once, cached, and done without where it cannot be had."""
+"""The C++ functions are built once, cached, and done without where they cannot be had."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from splitwiser import cpu_kernel
-from splitwiser.cpu_kernel import cache_directory
-from splitwiser.decode_kernel import load_kernel
-from splitwiser.errors import InputError
+from splitwiser import native
+from splitwiser.native import cache_directory, load_native
 
-CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
 
@@ -32,67 +28,57 @@ def fake_compiler(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch)
 
 @needs_compiler
 def test_is_built_once(cache: Path) -> None:
-    assert load_kernel("auto", CPU)[0] is not None
+    assert load_native()[0] is not None
     (built,) = cache.iterdir()
     made_ns = built.stat().st_mtime_ns
-    assert load_kernel("auto", CPU)[0] is not None
+    assert load_native()[0] is not None
     assert built.stat().st_mtime_ns == made_ns
 
 
 @needs_compiler
 def test_a_changed_source_is_built_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_kernel("auto", CPU)
-    changed = tmp_path / "decode_attention.cpp"
-    changed.write_text(cpu_kernel.SOURCE.read_text() + "\n// changed\n")
-    monkeypatch.setattr(cpu_kernel, "SOURCE", changed)
-    load_kernel("auto", CPU)
+    load_native()
+    changed = tmp_path / native.SOURCES[0].name
+    changed.write_text(native.SOURCES[0].read_text() + "\n// changed\n")
+    monkeypatch.setattr(native, "SOURCES", (changed, *native.SOURCES[1:]))
+    load_native()
     assert len(list(cache.iterdir())) == 2
 
 
 def test_without_a_compiler_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert load_kernel("auto", CPU) == (None, "plain PyTorch (no g++ on PATH)")
+    assert load_native() == (None, "plain PyTorch (no g++ on PATH)")
 
 
 def test_a_compiler_that_fails_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = 'test "$1" = --version && exit 0; echo "x.cpp:1: error: no such thing" >&2; exit 1'
     fake_compiler(tmp_path, script, monkeypatch)
-    assert load_kernel("auto", CPU) == (None, "plain PyTorch (g++ failed: x.cpp:1: error: no such thing)")
+    assert load_native() == (None, "plain PyTorch (g++ failed: x.cpp:1: error: no such thing)")
     assert list(cache.iterdir()) == []
 
 
 def test_a_compiler_that_hangs_is_given_up(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, "exec sleep 60", monkeypatch)
-    monkeypatch.setattr(cpu_kernel, "COMPILE_S", 0.2)
-    assert load_kernel("auto", CPU) == (None, "plain PyTorch (g++ took more than 0.2 s)")
+    monkeypatch.setattr(native, "COMPILE_S", 0.2)
+    assert load_native() == (None, "plain PyTorch (g++ took more than 0.2 s)")
     assert not cache.exists()
 
 
 def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fake_compiler(tmp_path, 'for last; do :; done; test "$1" = --version || echo junk > "$last"', monkeypatch)
-    kernel, described = load_kernel("auto", CPU)
-    assert kernel is None
-    assert described.startswith("plain PyTorch (the compiled kernel cannot be used: ")
+    library, described = load_native()
+    assert library is None
+    assert described.startswith("plain PyTorch (what g++ compiled cannot be used: ")
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     fake_compiler(tmp_path, "exit 0", monkeypatch)
-    kernel, described = load_kernel("auto", CPU)
-    assert kernel is None
+    library, described = load_native()
+    assert library is None
     assert "cannot be used" in described
-
-
-def test_plain_is_plain(cache: Path) -> None:
-    assert load_kernel("plain", CPU) == (None, "plain PyTorch (as asked for)")
-    assert not cache.exists()
-
-
-def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(InputError, match="unknown kernels 'fast'; known: auto, plain"):
-        load_kernel("fast", CPU)
 
 
 def test_the_cache_is_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
