@@ -10,14 +10,15 @@ from splitwiser import attention
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.forward import forward
+from splitwiser.fused import fuse_parts
 from splitwiser.kv_pool import KVPool, LayerShape
 from splitwiser.model import LoadedModel
 from splitwiser.packed import pack_linears
 
 
 def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]:
-    """Make ``model`` attend through the KV pool, and return what each of its layers keeps there. With ``pack``, its linear
-    layers are packed first, which the check of the logits then covers.
+    """Make ``model`` attend through the KV pool, and return what each of its layers keeps there. With ``pack``, parts of it
+    are fused and its linear layers packed, which the check of the logits then covers.
 
     Raises :class:`UnsupportedModelError` with the reason unless it is shown that the engine serves the model exactly:
     the class must dispatch its attention through transformers' interface; in a forward each layer must store K and V
@@ -32,10 +33,11 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
     try:
         with torch.inference_mode():
             expected = [_own_logits(model, prompt) for prompt in prompts]
-            if pack:
-                pack_linears(module)
             module.set_attn_implementation(attention.NAME)
             layers = _probe_layers(model, prompts[0])
+            if pack:
+                fuse_parts(module)
+                pack_linears(module)
             packed = _packed_logits(model, layers, prompts)
     except UnsupportedModelError:
         raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from splitwiser.errors import first_line
 
 SOURCES = tuple(sorted(Path(__file__).with_name("kernels").glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).with_name("kernels").glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-funroll-loops", "-std=c++17", "-fopenmp", "-fPIC")
 COMPILE_S = 120  # a few seconds are usual
 
@@ -41,7 +42,7 @@ def cache_directory() -> Path:
 def _build(compiler: str) -> Path:
     """The shared library, compiled unless the cache has it for these sources, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_S).stdout
-    sources = [source.read_bytes() for source in SOURCES]
+    sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
     identity = hashlib.sha256(b"\0".join([*sources, *map(str.encode, FLAGS), version, processor_flags()]))
     library = cache_directory() / f"native-{identity.hexdigest()[:16]}.so"
     if library.exists():

@@ -8,7 +8,7 @@ like any other tensor; PyTorch opens it there through the C interface that its a
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ class PackedLinear(nn.Module):
     """Computes what ``linear``, which holds bfloat16 weights on a CPU, does, from a packed copy of its weight.
 
     ``packed`` is that copy as bytes; ``weight`` has the shape and type of the weight and no numbers, since some models ask
-    for its type.
+    for its type. ``activation`` is oneDNN's name of a function of the output, and which form of it ("" where it has one).
     """
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, activation: tuple[str, str] = ("none", "")) -> None:
         super().__init__()
+        self.activation = activation
         self.in_features, self.out_features = linear.in_features, linear.out_features
         opaque = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self._layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(opaque).tolist())
@@ -39,8 +40,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features)."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open(), self.bias, "none", [], "")
+        name, form = self.activation
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open(), self.bias, name, [], form)
         return output
+
+    def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """``residual``, shape (..., out features), plus the product, which has no activation; rounded once."""
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self._open(), self.bias, "add")
+        return total
 
     def _open(self) -> Tensor:
         """The packed weight as oneDNN's tensor, over wherever ``packed`` lies now."""
@@ -53,12 +60,17 @@ class PackedLinear(nn.Module):
         return {**self.__dict__, "_opened": None}  # an address means nothing to another process
 
 
+def is_packable(module: object) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is a plain linear layer that holds bfloat16 weights on a CPU."""
+    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+
+
 def pack_linears(module: nn.Module) -> None:
     """Replace every linear layer of ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
     that a second copy of the weights never exists as a whole. A weight that is also an embedding stays there as well."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
+            if is_packable(child):
                 setattr(parent, name, PackedLinear(child))
                 del child
 

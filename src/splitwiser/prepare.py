@@ -8,6 +8,7 @@ from torch import Tensor
 from splitwiser import packed
 from splitwiser.decode_kernel import DecodeKernel, load_kernel
 from splitwiser.engine import EngineSettings
+from splitwiser.fused import describe_parts
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import KVPool, LayerShape, plan_blocks
 from splitwiser.model import LoadedModel
@@ -44,6 +45,7 @@ def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
         keep_freed_memory()
     described = {
         "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else "oneDNN's, weights packed once",
+        "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
         "prefill_attention": "torch.nn.functional.scaled_dot_product_attention",
         "decode_attention": decode_attention,
     }

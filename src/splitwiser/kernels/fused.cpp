@@ -1,0 +1,123 @@
+// What lies between a transformer's matrix products, in one pass each over bfloat16 on a CPU; all sums are in float32.
+//
+// Rows are shared out to OpenMP threads, those of PyTorch's own OpenMP library, where there is work enough for them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "bfloat16.h"
+
+namespace {
+
+constexpr int64_t WORTH_THREADS = 1 << 16;  // numbers; waking the threads takes as long as some ten thousand of them
+
+// The factor that brings x to a mean square of 1, as far as epsilon lets it.
+inline float inverse_root(const bfloat16* x, int64_t width, float epsilon) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) sum += to_float(x[i]) * to_float(x[i]);
+    return 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
+}
+
+inline void normalise(const bfloat16* x, const bfloat16* weight, float offset, float epsilon, int64_t width, bfloat16* y) {
+    const float factor = inverse_root(x, width, epsilon);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) y[i] = to_bfloat16(to_float(x[i]) * factor * (to_float(weight[i]) + offset));
+}
+
+// e to the power of x within a few units in the last place (a polynomial of Cephes), in a form that vectorises.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float shift = 12582912.0f;  // adding and taking it away rounds to a whole number
+    const float whole = (x * 1.44269504f + shift) - shift;
+    const float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return sum * power;
+}
+
+template <typename T>
+void rotate(bfloat16* joint, const T* cosines, const T* sines, const bfloat16* query_weight, const bfloat16* key_weight,
+            float offset, float epsilon, int64_t rows, int64_t width, int64_t heads, int64_t kv_heads, int64_t head_dim,
+            int64_t rotary, int64_t angles, int64_t threads) {
+    const int64_t half = rotary / 2, second = angles == rotary ? half : 0;
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * width > WORTH_THREADS)
+    {
+        std::vector<float> buffer(2 * angles + head_dim);
+        float *cosine = buffer.data(), *sine = cosine + angles, *x = sine + angles;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t i = 0; i < angles; ++i) cosine[i] = to_float(cosines[row * angles + i]);
+            for (int64_t i = 0; i < angles; ++i) sine[i] = to_float(sines[row * angles + i]);
+            for (int64_t head = 0; head < heads + kv_heads; ++head) {
+                bfloat16* own = joint + row * width + head * head_dim;
+                if (query_weight) normalise(own, head < heads ? query_weight : key_weight, offset, epsilon, head_dim, own);
+                for (int64_t i = 0; i < rotary; ++i) x[i] = to_float(own[i]);
+#pragma omp simd
+                for (int64_t i = 0; i < half; ++i) {
+                    const float first = x[i], other = x[i + half];
+                    own[i] = to_bfloat16(first * cosine[i] - other * sine[i]);
+                    own[i + half] = to_bfloat16(other * cosine[i + second] + first * sine[i + second]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// y = x / sqrt(mean of squares + epsilon) * (weight + offset); x and y (rows, width) are contiguous.
+extern "C" void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows,
+                         int64_t width, int64_t threads) {
+    const auto *from = static_cast<const bfloat16*>(x), *factors = static_cast<const bfloat16*>(weight);
+    auto* to = static_cast<bfloat16*>(y);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > WORTH_THREADS)
+    for (int64_t row = 0; row < rows; ++row)
+        normalise(from + row * width, factors, offset, epsilon, width, to + row * width);
+}
+
+// y = f(gate) * up with f(x) = x / (1 + exp(-(linear * x + cubic * x^3))): SiLU is (1, 0), GELU's form with tanh
+// (1.5958, 0.0714). A row of x holds its gate and then its up, each of width; y is (rows, width).
+extern "C" void gate(const void* x, void* y, float linear, float cubic, int64_t rows, int64_t width, int64_t threads) {
+    const auto* from = static_cast<const bfloat16*>(x);
+    auto* to = static_cast<bfloat16*>(y);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > WORTH_THREADS / 4)
+    for (int64_t row = 0; row < rows; ++row) {
+        const bfloat16 *gates = from + row * 2 * width, *ups = gates + width;
+        bfloat16* out = to + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            const float value = to_float(gates[i]);
+            const float power = exponential(-value * (linear + cubic * value * value));
+            out[i] = to_bfloat16(value / (1.0f + power) * to_float(ups[i]));
+        }
+    }
+}
+
+// Turns the first `rotary` numbers of each query and key head by the row's angles, in place; with weights, each head is
+// first normalised as by rms_norm. A row of joint holds `heads` query heads, then kv_heads key heads, then what stays as
+// it is. cosines and sines are (rows, angles), in float32 or bfloat16; angles is rotary, or half of it where both halves
+// of a head turn by the same ones.
+extern "C" void rotate_heads(void* joint, const void* cosines, const void* sines, int64_t angles_in_float32,
+                             const void* query_weight, const void* key_weight, float offset, float epsilon, int64_t rows,
+                             int64_t width, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotary,
+                             int64_t angles, int64_t threads) {
+    auto* own = static_cast<bfloat16*>(joint);
+    const auto *of_query = static_cast<const bfloat16*>(query_weight), *of_key = static_cast<const bfloat16*>(key_weight);
+    if (angles_in_float32)
+        rotate(own, static_cast<const float*>(cosines), static_cast<const float*>(sines), of_query, of_key, offset, epsilon,
+               rows, width, heads, kv_heads, head_dim, rotary, angles, threads);
+    else
+        rotate(own, static_cast<const bfloat16*>(cosines), static_cast<const bfloat16*>(sines), of_query, of_key, offset,
+               epsilon, rows, width, heads, kv_heads, head_dim, rotary, angles, threads);
+}
