@@ -50,7 +50,9 @@ class FusedNorm(nn.Module):
 class FusedMLP(nn.Module):
     """``down(f(gate(x)) * up(x))`` with gate and up as one product; ``factors`` choose f, see kernels/fused.cpp."""
 
-    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, factors: tuple[float, float]) -> None:
+    def __init__(
+        self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, factors: tuple[float, float]
+    ) -> None:
         super().__init__()
         self.gate_up_proj = PackedLinear(_joined([gate_proj, up_proj]))
         self.down_proj = PackedLinear(down_proj)
@@ -75,15 +77,24 @@ class FusedAttention(nn.Module):
     that there are half as many as numbers turned.
     """
 
-    def __init__(self, own: nn.Module, options: AttentionOptions, norms: Sequence[FusedNorm], halved: bool) -> None:
+    q_norm: FusedNorm | None
+    k_norm: FusedNorm | None
+
+    def __init__(
+        self,
+        own: Any,  # noqa: ANN401  # an attention layer of transformers
+        options: AttentionOptions,
+        norms: Sequence[FusedNorm],
+        halved: bool,
+    ) -> None:
         super().__init__()
         projections: list[Any] = [own.q_proj, own.k_proj, own.v_proj]
         self.layer_idx, self.head_dim = own.layer_idx, own.head_dim
         self.qkv_proj = PackedLinear(_joined(projections))
-        self.o_proj = PackedLinear(own.o_proj)  # type: ignore[arg-type]
+        self.o_proj = PackedLinear(own.o_proj)
         self.heads = [each.out_features // own.head_dim for each in projections]
         self.scaling, self.softcap, self.sinks = options.scaling, options.softcap, options.sinks
-        self.norms = nn.ModuleList(norms)
+        self.q_norm, self.k_norm = norms or (None, None)
         self.halved = halved
 
     def forward(
@@ -108,10 +119,9 @@ class FusedAttention(nn.Module):
 
     def _turn(self, joint: Tensor, cosines: Tensor, sines: Tensor) -> None:
         query_weight, key_weight, offset, epsilon = None, None, 0.0, 0.0
-        if self.norms:
-            of_query, of_key = self.norms
-            query_weight, key_weight = of_query.weight.data_ptr(), of_key.weight.data_ptr()
-            offset, epsilon = of_query.offset, of_query.epsilon
+        if self.q_norm and self.k_norm:
+            query_weight, key_weight = self.q_norm.weight.data_ptr(), self.k_norm.weight.data_ptr()
+            offset, epsilon = self.q_norm.offset, self.q_norm.epsilon
         cosines, sines, angles = cosines.contiguous(), sines.contiguous(), cosines.shape[-1]
         _functions().rotate_heads(
             joint.data_ptr(), cosines.data_ptr(), sines.data_ptr(), cosines.dtype == torch.float32,
@@ -123,7 +133,12 @@ class FusedAttention(nn.Module):
 class FusedLayer(nn.Module):
     """A decoder layer of fused parts whose residuals are added in the products before them."""
 
-    def __init__(self, own: nn.Module) -> None:
+    input_layernorm: FusedNorm
+    self_attn: FusedAttention
+    post_attention_layernorm: FusedNorm
+    mlp: FusedMLP
+
+    def __init__(self, own: Any) -> None:  # noqa: ANN401  # whose children are of these types
         super().__init__()
         self.input_layernorm, self.self_attn = own.input_layernorm, own.self_attn
         self.post_attention_layernorm, self.mlp = own.post_attention_layernorm, own.mlp
@@ -131,7 +146,7 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:  # noqa: ANN401  # the model's own arguments
         """Shape (1, tokens, width) to the same; ``attention`` is what the attention layer is given beside."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), residual=hidden_states, **attention)
-        output: Tensor = self.mlp(self.post_attention_layernorm(attended), residual=attended)
+        output: Tensor = self.mlp(self.post_attention_layernorm(attended), attended)
         return output
 
 
@@ -254,9 +269,9 @@ def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One layer whose outputs are those of ``linears``, one after another."""
     inputs, outputs = linears[0].in_features, sum(each.out_features for each in linears)
     joined = nn.Linear(inputs, outputs, device="meta")
-    joined.weight = nn.Parameter(torch.cat([each.weight for each in linears]), requires_grad=False)
-    biases = [each.bias for each in linears if each.bias is not None]
-    joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    joined.weight = nn.Parameter(torch.cat([each.weight.data for each in linears]), requires_grad=False)
+    biases = [each.bias.data for each in linears if each.bias is not None]
+    joined.register_parameter("bias", nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None)
     return joined
 
 
@@ -341,7 +356,7 @@ def _first_same(
                     if not name.startswith("_") and not hasattr(made, name):
                         setattr(made, name, value)
                 return made.train(own.training)
-    except Exception:  # noqa: BLE001  # whatever a foreign part raises means the same: it is not like ours
+    except Exception:  # whatever a foreign part raises means the same: it is not like ours
         return None
     return None
 
