@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/install_peer.sh {vllm|hf} DIR
 # Makes the virtual environment DIR of another engine, for `scripts/benchmark.py --peers`. This project does not need it.
+# PYTHON is the interpreter to make it with. Where pip's index has CUDA builds of torch only, give that of the CPU builds:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 set -euo pipefail
 
 torch=2.13.0 vllm=0.32.0 transformers=5.23.0
