@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention
-from splitwiser.decode_kernel import load_kernel
+from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool, LayerShape
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
@@ -64,8 +64,8 @@ KERNELS = {
 
 def pool_of(value_dim: int, blocks: int, dtype: torch.dtype, kernels: str) -> KVPool:
     cpu = torch.device("cpu")
-    kernel, _ = load_kernel(kernels, cpu)
-    return KVPool([LayerShape(KV_HEADS, KEY_DIM, value_dim)], blocks, BLOCK, dtype, cpu, kernel=kernel)
+    layers = [LayerShape(KV_HEADS, KEY_DIM, value_dim)]
+    return KVPool(layers, blocks, BLOCK, dtype, cpu, kernels=load_kernels(kernels, cpu, dtype, layers)[0])
 
 
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)

@@ -5,7 +5,8 @@ import torch
 
 from splitwiser import gpu_kernel
 from splitwiser.attention import AttentionOptions, attend
-from splitwiser.gpu_kernel import GpuKernel, load_gpu_kernel
+from splitwiser.gpu_kernel import GpuKernel, load_gpu_kernels
+from splitwiser.pool_kernels import PoolKernels
 
 BLOCK, BLOCKS, WIDTH = 16, 40, 9
 LENGTHS, STARTS = [1, 16, 17, 100, 130], [0, 3, 0, 91, 2]
@@ -13,7 +14,9 @@ LENGTHS, STARTS = [1, 16, 17, 100, 130], [0, 3, 0, 91, 2]
 
 def test_without_triton_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert load_gpu_kernel() == (None, "plain PyTorch (Triton is not installed)")
+    kernels, described = load_gpu_kernels()
+    assert kernels == PoolKernels()
+    assert described["decode_attention"] == "plain PyTorch (Triton is not installed)"
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(1, 16), (12, 16), (64 * 8, 1), (16, 16), (30, 9)])

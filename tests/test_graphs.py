@@ -10,10 +10,10 @@ from test_token_identity import LENGTHS, SERVED, prompts_of
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.attention import Mask
-from splitwiser.decode_kernel import load_kernel
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.graphs import DecodeGraphs, capture_graphs, ladder
 from splitwiser.guard import attach_engine
+from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool
 from splitwiser.model import LoadedModel, load_model
 from splitwiser.request import Request
@@ -32,10 +32,10 @@ def test_sizes_are_powers_of_two_up_to_the_largest_batch(max_batch: int, sizes: 
 def loaded(directory: Path, device: str = "cpu") -> tuple[LoadedModel, KVPool]:
     model = load_model(directory, dtype="float32", device=device, load_format="auto")
     layers = attach_engine(model)
-    kernel, described = load_kernel("auto", model.device)
-    if kernel is None:
-        pytest.skip(f"fixed steps need the compiled decode attention: {described}")
-    return model, KVPool(layers, 64, BLOCK, model.dtype, model.device, kernel=kernel)
+    kernels, described = load_kernels("auto", model.device, model.dtype, layers)
+    if kernels.decode is None:
+        pytest.skip(f"fixed steps need the compiled decode attention: {described['decode_attention']}")
+    return model, KVPool(layers, 64, BLOCK, model.dtype, model.device, kernels=kernels)
 
 
 def in_flight(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[InFlight]:

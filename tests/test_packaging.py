@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from splitwiser import constants
 
 PROJECT = constants.DIR_PROJECT
-SCRIPTS = ["run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/test.sh"]
+SCRIPTS = ["run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/install_peer.sh", "scripts/test.sh"]
 
 
 def pins_of(lines: list[str]) -> dict[str, str]:

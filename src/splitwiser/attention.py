@@ -7,6 +7,7 @@ known to the :class:`StepAttention` alone, and which positions may see each othe
 function, so causal, sliding and chunked masks are all served.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -160,8 +161,8 @@ class StepCache:
 class StepAttention(StepCache):
     """The attention of one step: where its tokens lie in the pool and which requests they belong to.
 
-    A decode step (one token a request) is read by the pool's kernel, or in groups of requests of similar length, so that
-    little is padded; in any other step each request is attended on its own.
+    The pool's kernels attend. Without one, PyTorch attends in a decode step (one token a request) in groups of requests of
+    similar length, so that little is padded, and in any other step to each request on its own.
     """
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device) -> None:
@@ -192,11 +193,11 @@ class StepAttention(StepCache):
         :func:`attention_function`."""
         if not isinstance(mask, Mask):
             raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
-        if self._decoding and self.pool.kernel and (starts := self._first_seen(mask)) is not None:
-            keys, values = self.pool.keys[self._layer], self.pool.values[self._layer]
-            return self.pool.kernel(
-                query[0].transpose(0, 1), keys, values, self._batch.tables, starts, self._batch.lengths,
-                options.scaling, options.softcap, options.sinks,
+        kernel = self.pool.kernels.decode if self._decoding else self.pool.kernels.prefill
+        if kernel and (starts := self._first_seen(mask)) is not None:
+            return kernel(
+                query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
+                starts, self._batch.lengths, options.scaling, options.softcap, options.sinks, self._offsets,
             ).unsqueeze(0)  # fmt: skip
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         if self._decoding:
@@ -256,22 +257,29 @@ class StepAttention(StepCache):
         return self._masks[key]
 
     def _first_seen(self, mask: Mask) -> Tensor | None:
-        """The first position that each request's token sees, if it sees all from there on, as under a causal mask, a window
+        """The first position that each token sees, if it sees all from there up to itself, as under a causal mask, a window
         or chunks; None for any other mask. Layers share it."""
         if mask not in self._starts:
-            lengths = self._batch.lengths
+            own = torch.tensor([at for segment in self.segments for at in segment.positions], device=self.device)
             if mask.is_causal:
-                self._starts[mask] = torch.zeros_like(lengths)
+                self._starts[mask] = torch.zeros_like(own)
             else:
-                positions = torch.arange(int(lengths.max()), device=self.device)[None]
-                seen = mask(lengths[:, None] - 1, positions) & (positions < lengths[:, None])
-                starts = lengths - seen.sum(dim=-1)
-                self._starts[mask] = starts if bool((seen.int().argmax(dim=-1) == starts).all()) else None
+                positions = torch.arange(int(own.max()) + 1, device=self.device)[None]
+                seen = mask(own[:, None], positions) & (positions <= own[:, None])
+                starts = own + 1 - seen.sum(dim=-1)
+                self._starts[mask] = starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
         return self._starts[mask]
 
     @cached_property
+    def _offsets(self) -> Tensor | None:
+        """Where each request's tokens begin in the step, (requests + 1,); None where each has one."""
+        if self._decoding:
+            return None
+        return torch.tensor([0, *itertools.accumulate(segment.tokens for segment in self.segments)], device=self.device)
+
+    @cached_property
     def _batch(self) -> _Group:
-        """All requests of a decode step, in their order."""
+        """All requests, in their order."""
         most = max(self.pool.blocks_for(segment.context) for segment in self.segments)
         return self._group(list(range(len(self.segments))), most)
 
@@ -327,13 +335,3 @@ def _written_out(query: Tensor) -> bool:
     """Whether the products written out are faster than PyTorch's fused function: with one query a request in a half
     precision on a CPU, they take a third of its time."""
     return query.device.type == "cpu" and query.shape[2] == 1 and query.dtype != torch.float32
-
-
-def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Which functions attend, for a run's record. Layers with soft-cap or sinks always take the products written out."""
-    written_out = _written_out(torch.empty(1, 1, 1, 1, device=device, dtype=dtype))
-    fused = "torch.nn.functional.scaled_dot_product_attention"
-    return {
-        "prefill_attention": fused,
-        "decode_attention": "torch.einsum, softmax in float32" if written_out else fused,
-    }

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitwiser.pool_kernels import PoolKernels
+
 PARTS = 16  # most parts of one request's context
 PROGRAMS_PER_SM = 2  # parts are made until the device has about this many programs a multiprocessor
 LEAST_ROWS = 16  # what a matrix product on tensor cores takes
 
 
 class GpuKernel:
-    """A :class:`~splitwiser.decode_kernel.DecodeKernel` for CUDA tensors."""
+    """A :class:`~splitwiser.pool_kernels.AttentionKernel` for CUDA tensors."""
 
     def __call__(
         self,
@@ -31,8 +33,10 @@ class GpuKernel:
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`splitwiser.decode_kernel.DecodeKernel.__call__`."""
+        """See :meth:`splitwiser.pool_kernels.AttentionKernel.__call__`; for one token a request only."""
+        assert offsets is None
         attend_part, join_parts = _kernels()
         query = query.contiguous()
         requests, heads, key_dim = query.shape
@@ -57,11 +61,12 @@ class GpuKernel:
         return output
 
 
-def load_gpu_kernel() -> tuple[GpuKernel | None, str]:
-    """The kernel and a line for the run's record; None, and the reason, where it cannot be had."""
+def load_gpu_kernels() -> tuple[PoolKernels, dict[str, str]]:
+    """See :func:`splitwiser.kernel_choice.load_kernels`."""
+    prefill = {"prefill_attention": "torch.nn.functional.scaled_dot_product_attention"}
     if importlib.util.find_spec("triton") is None:
-        return None, "plain PyTorch (Triton is not installed)"
-    return GpuKernel(), "gpu_kernel.py, compiled by Triton"
+        return PoolKernels(), {**prefill, "decode_attention": "plain PyTorch (Triton is not installed)"}
+    return PoolKernels(decode=GpuKernel()), {**prefill, "decode_attention": "gpu_kernel.py, compiled by Triton"}
 
 
 def _power_of_2(number: int) -> int:

@@ -67,7 +67,7 @@ class _FixedStep(StepCache):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`splitwiser.attention.StepAttention.attend`."""
-        assert self._pool.kernel is not None
+        assert self._pool.kernels.decode is not None
         assert isinstance(mask, Mask)
         starts = torch.zeros_like(self._lengths)
         if not mask.is_causal:
@@ -76,7 +76,7 @@ class _FixedStep(StepCache):
                 _check_reach(mask, positions)
             seen = mask(self._lengths[:, None] - 1, positions[None]) & (positions[None] < self._lengths[:, None])
             starts = self._lengths - seen.sum(dim=-1)
-        return self._pool.kernel(
+        return self._pool.kernels.decode(
             query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
             self._tables, starts, self._lengths, options.scaling, options.softcap, options.sinks,
         ).unsqueeze(0)  # fmt: skip
@@ -157,7 +157,7 @@ def capture_graphs(
     where steps are launched piece by piece instead."""
     if model.device.type != "cuda":
         return None, "none (they are a GPU's)"
-    if pool.kernel is None:
+    if pool.kernels.decode is None:
         return None, "none (they need the compiled decode attention)"
     try:
         graphs = DecodeGraphs(model, pool, max_batch, streams or [torch.cuda.current_stream(model.device)])

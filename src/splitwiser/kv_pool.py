@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from splitwiser import cgroup
-from splitwiser.decode_kernel import DecodeKernel
 from splitwiser.errors import InputError
+from splitwiser.pool_kernels import PoolKernels
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class KVPool:
 
     A *slot* is one token's place: block number x ``block_tokens`` + offset. ``memory`` (uint8, as many bytes as
     :func:`block_nbytes` x ``blocks``) is where the pool lies, such as memory that processes share; without it the pool gets
-    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernel`` reads the pool in
-    decode steps; without one PyTorch does.
+    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernels`` are
+    those that read and write it.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         memory: Tensor | None = None,
-        kernel: DecodeKernel | None = None,
+        kernels: PoolKernels = PoolKernels(),  # noqa: B008  # of no state
     ) -> None:
         self.blocks = blocks
-        self.kernel = kernel
+        self.kernels = kernels
         self.block_tokens = block_tokens
         if memory is None:
             memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * blocks, device)
@@ -63,8 +63,11 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``keys`` and ``values`` of shape (tokens, kv_heads, head size) in ``slots`` (int64, shape (tokens,))."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+        if self.kernels.store:
+            self.kernels.store(self.keys[layer], self.values[layer], slots, keys, values)
+        else:
+            self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+            self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values in ``tables`` (block numbers, shape (requests, blocks)), each of shape

@@ -106,6 +106,6 @@ def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     return Started(
         SplitEngine(model, placement, blocks * settings.block_tokens),
         pool,
-        {**prepared.kernels, "decode_graphs": graphs_described},
+        {**prepared.described, "decode_graphs": graphs_described},
         division.units,
     )

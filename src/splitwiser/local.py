@@ -80,6 +80,6 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     return Started(
         SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens),
         pool,
-        {**prepared.kernels, "decode_graphs": graphs_described},
+        {**prepared.described, "decode_graphs": graphs_described},
         [],
     )

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from splitwiser.board import Board
 from splitwiser.cores import Threads, plan_cores, plan_levels
 from splitwiser.decode import Decoder
-from splitwiser.decode_kernel import load_kernel
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.graphs import capture_graphs
+from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import BlockAllocator, KVPool, LayerShape, block_nbytes
 from splitwiser.layout import WorkerLayout, WorkerSpec
 from splitwiser.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
@@ -119,12 +119,12 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
         torch.cuda.set_device(setup.model.device)
     else:
         keep_freed_memory()
-    kernel, _ = load_kernel(setup.settings.kernels, setup.model.device)
     module = setup.module.open()
     assert isinstance(module, PreTrainedModel)
     model = replace(setup.model, module=module)
+    kernels, _ = load_kernels(setup.settings.kernels, model.device, model.dtype, setup.layers)
     pool = KVPool(
-        setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, setup.pool.tensor, kernel
+        setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
     allocator = BlockAllocator(setup.own_blocks.start, len(setup.own_blocks))
@@ -350,7 +350,7 @@ def start_processes(
     return Started(
         SplitEngine(model, placement, part * block_tokens),
         pool,
-        {**prepared.kernels, "decode_graphs": placement.graphs},
+        {**prepared.described, "decode_graphs": placement.graphs},
         [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]
         if model.device.type == "cpu"
         else [],

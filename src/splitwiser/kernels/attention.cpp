@@ -1,0 +1,580 @@
+// Attention over the block pool on a CPU, and the writing of keys and values into it.
+//
+// A request's new tokens are its last ones; each sees its request's tokens from a first position on up to itself. Requests
+// with one new token (decode) are bound by the reading of keys and values: work is cut into (request, range of kv heads),
+// and each piece streams once over its tokens' keys and once over their values. Requests with several (prefill) are bound by
+// arithmetic: work is cut into (request, kv head, range of new tokens), each piece lays its keys and values out for products
+// of bfloat16 pairs and goes over them in tiles with a running softmax (Dao, FlashAttention-2, arXiv 2307.08691).
+//
+// Pieces are shared out to OpenMP threads: those of PyTorch's own OpenMP library, so torch.set_num_threads holds here too.
+// Sums and the softmax are in float32 whatever the pool's type.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define PRODUCTS_OF_PAIRS 1
+#include <immintrin.h>
+#else
+#define PRODUCTS_OF_PAIRS 0
+#endif
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(_Float16 x) { return static_cast<float>(x); }
+inline float to_float(bfloat16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, _Float16& out) { out = static_cast<_Float16>(x); }
+inline void from_float(float x, bfloat16& out) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    out.bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// What one call works on; see attention() below.
+template <typename T>
+struct Call {
+    const T *query, *keys, *values;
+    const int64_t *tables, *starts, *offsets, *lengths;
+    const float* sinks;
+    T* output;
+    int64_t query_stride, requests, heads, kv_heads, key_dim, value_dim, block_tokens, table_width;
+    float scaling, softcap;  // softcap 0: none
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t slot(int64_t request, int64_t position) const {
+        return tables[request * table_width + position / block_tokens] * block_tokens + position % block_tokens;
+    }
+    const T* key(int64_t slot, int64_t head) const { return keys + (slot * kv_heads + head) * key_dim; }
+    const T* value(int64_t slot, int64_t head) const { return values + (slot * kv_heads + head) * value_dim; }
+    const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
+};
+
+// Memory of a thread that grows as needed; what was in it before is of no account.
+template <typename T>
+class Scratch {
+  public:
+    T* take(int64_t count) {
+        if (static_cast<int64_t>(bytes_.size()) < count * static_cast<int64_t>(sizeof(T)) + 64)
+            bytes_.resize(count * sizeof(T) + 64);
+        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) & ~uintptr_t{63});
+    }
+
+  private:
+    std::vector<char> bytes_;
+};
+
+// ---- one new token: heads [first, last) of a request
+
+template <typename T>
+void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count, float* scores) {
+    thread_local Scratch<float> queries_memory;
+    const int64_t rows = (last - first) * c.group();
+    float* queries = queries_memory.take(rows * c.key_dim);
+    const T* own = c.query + c.offsets[request] * c.query_stride + first * c.group() * c.key_dim;
+    for (int64_t i = 0; i < rows * c.key_dim; ++i) queries[i] = to_float(own[i]);
+    for (int64_t token = 0; token < count; ++token) {
+        const T* key = c.key(c.slot(request, begin + token), first);
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* k = key + row / c.group() * c.key_dim;
+            const float* q = queries + row * c.key_dim;
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < c.key_dim; ++i) sum += q[i] * to_float(k[i]);
+            scores[row * count + token] = sum;
+        }
+    }
+}
+
+template <typename T>
+void sum_values(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+                const float* weights, float* sums) {
+    const int64_t rows = (last - first) * c.group();
+    for (int64_t token = 0; token < count; ++token) {
+        const T* value = c.value(c.slot(request, begin + token), first);
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* v = value + row / c.group() * c.value_dim;
+            float* sum = sums + row * c.value_dim;
+            const float weight = weights[row * count + token];
+#pragma omp simd
+            for (int64_t i = 0; i < c.value_dim; ++i) sum[i] += weight * to_float(v[i]);
+        }
+    }
+}
+
+#if PRODUCTS_OF_PAIRS
+
+constexpr int64_t LANES = 16;
+constexpr float LOG2_E = 1.44269504f;
+
+inline __mmask32 first_pairs(int64_t numbers) { return numbers >= 32 ? ~__mmask32{0} : (__mmask32{1} << numbers) - 1; }
+inline __mmask16 first_lanes(int64_t numbers) { return numbers >= 16 ? ~__mmask16{0} : (__mmask16{1} << numbers) - 1; }
+
+// The sums of the lanes of each of 16 vectors, in their order.
+inline __m512 sums_of_lanes(const __m512 (&a)[LANES]) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
+        const __m512 high =
+            _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i + 2], a[4 * i + 3]), _mm512_unpackhi_ps(a[4 * i + 2], a[4 * i + 3]));
+        const __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+    }
+    const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+
+// 2 to the power of x, to float32's own precision: Taylor's series over [-1/2, 1/2], and the exponent.
+inline __m512 power_of_2(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.52527338e-5f);
+    for (const float coefficient :
+         {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    return _mm512_scalef_ps(p, whole);
+}
+
+// Every score becomes e to the power of (score - most); returns their total.
+inline float exponentiate(float* scores, int64_t count, float most) {
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t at = 0; at < count; at += LANES) {
+        const __mmask16 part = first_lanes(count - at);
+        const __m512 score = _mm512_sub_ps(_mm512_maskz_loadu_ps(part, scores + at), _mm512_set1_ps(most));
+        const __m512 power = power_of_2(_mm512_mul_ps(score, _mm512_set1_ps(LOG2_E)));
+        total = _mm512_mask_add_ps(total, part, total, power);
+        _mm512_mask_storeu_ps(scores + at, part, power);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+inline __m512 widened(const bfloat16* from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+// The slots of 16 tokens from `token` on; past the last one they repeat it.
+inline void slots_from(const Call<bfloat16>& c, int64_t request, int64_t begin, int64_t token, int64_t count, int64_t* slots) {
+    for (int64_t i = 0; i < LANES; ++i) slots[i] = c.slot(request, begin + std::min(token + i, count - 1));
+}
+
+// As above, 16 tokens at once. The next 16 are fetched meanwhile: they may lie in another block, where the processor's own
+// prefetching does not look.
+template <>
+void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+                  float* scores) {
+    const bfloat16* own = c.query + c.offsets[request] * c.query_stride + first * c.group() * c.key_dim;
+    int64_t slots[LANES], next[LANES];
+    slots_from(c, request, begin, 0, count, next);
+    for (int64_t token = 0; token < count; token += LANES) {
+        std::copy(next, next + LANES, slots);
+        slots_from(c, request, begin, std::min(token + LANES, count - 1), count, next);
+        const __mmask16 mask = first_lanes(count - token);
+        for (int64_t head = first; head < last; ++head) {
+            for (int64_t i = 0; i < LANES; ++i)
+                for (int64_t at = 0; at < c.key_dim; at += 32)
+                    _mm_prefetch(reinterpret_cast<const char*>(c.key(next[i], head) + at), _MM_HINT_T0);
+            for (int64_t row = (head - first) * c.group(); row < (head - first + 1) * c.group(); ++row) {
+                __m512 sums[LANES];
+                for (auto& sum : sums) sum = _mm512_setzero_ps();
+                for (int64_t at = 0; at < c.key_dim; at += 32) {
+                    const __mmask32 part = first_pairs(c.key_dim - at);
+                    const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(part, own + row * c.key_dim + at);
+                    for (int64_t i = 0; i < LANES; ++i)
+                        sums[i] = _mm512_dpbf16_ps(
+                            sums[i], q, (__m512bh)_mm512_maskz_loadu_epi16(part, c.key(slots[i], head) + at));
+                }
+                _mm512_mask_storeu_ps(scores + row * count + token, mask, sums_of_lanes(sums));
+            }
+        }
+    }
+}
+
+// The sums of ROWS rows of one head over 16 tokens (or fewer), 64 numbers of the head from `at` on.
+template <int ROWS>
+inline void sum_part(const Call<bfloat16>& c, const int64_t* slots, int64_t tokens, int64_t head, int64_t at,
+                     const float* weights, int64_t count, float* sums) {
+    __m512 sum[ROWS][4];
+    __mmask16 part[4];
+    for (int j = 0; j < 4; ++j) {
+        part[j] = first_lanes(std::max<int64_t>(0, c.value_dim - at - j * LANES));
+        for (int r = 0; r < ROWS; ++r) sum[r][j] = _mm512_maskz_loadu_ps(part[j], sums + r * c.value_dim + at + j * LANES);
+    }
+    for (int64_t i = 0; i < tokens; ++i) {
+        const bfloat16* value = c.value(slots[i], head) + at;
+        for (int j = 0; j < 4; ++j) {
+            const __m512 v = widened(value + j * LANES, part[j]);
+            for (int r = 0; r < ROWS; ++r)
+                sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * count + i]), v, sum[r][j]);
+        }
+    }
+    for (int j = 0; j < 4; ++j)
+        for (int r = 0; r < ROWS; ++r) _mm512_mask_storeu_ps(sums + r * c.value_dim + at + j * LANES, part[j], sum[r][j]);
+}
+
+template <>
+void sum_values(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+                const float* weights, float* sums) {
+    int64_t slots[LANES], next[LANES];
+    slots_from(c, request, begin, 0, count, next);
+    for (int64_t token = 0; token < count; token += LANES) {
+        std::copy(next, next + LANES, slots);
+        slots_from(c, request, begin, std::min(token + LANES, count - 1), count, next);
+        const int64_t tokens = std::min(LANES, count - token);
+        for (int64_t head = first; head < last; ++head) {
+            for (int64_t i = 0; i < LANES; ++i)
+                for (int64_t at = 0; at < c.value_dim; at += 32)
+                    _mm_prefetch(reinterpret_cast<const char*>(c.value(next[i], head) + at), _MM_HINT_T0);
+            const int64_t end = (head - first + 1) * c.group();
+            for (int64_t row = (head - first) * c.group(); row < end; row += 4)
+                for (int64_t at = 0; at < c.value_dim; at += 64) {
+                    const float* w = weights + row * count + token;
+                    float* sum = sums + row * c.value_dim;
+                    switch (std::min<int64_t>(4, end - row)) {
+                        case 1: sum_part<1>(c, slots, tokens, head, at, w, count, sum); break;
+                        case 2: sum_part<2>(c, slots, tokens, head, at, w, count, sum); break;
+                        case 3: sum_part<3>(c, slots, tokens, head, at, w, count, sum); break;
+                        default: sum_part<4>(c, slots, tokens, head, at, w, count, sum);
+                    }
+                }
+        }
+    }
+}
+
+#else
+
+inline float exponentiate(float* scores, int64_t count, float most) {
+    float total = 0.0f;
+    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp(scores[i] - most);
+    return total;
+}
+
+#endif
+
+template <typename T>
+void attend_one(const Call<T>& c, int64_t request, int64_t first, int64_t last) {
+    thread_local Scratch<float> scores_memory, sums_memory;
+    const int64_t begin = c.starts[c.offsets[request]], count = c.lengths[request] - begin;
+    const int64_t rows = (last - first) * c.group();
+    float* scores = scores_memory.take(rows * count);
+    float* sums = sums_memory.take(rows * c.value_dim);
+    score_tokens(c, request, first, last, begin, count, scores);
+    for (int64_t row = 0; row < rows; ++row) {
+        float* score = scores + row * count;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) score[i] *= c.scaling;
+        if (c.softcap != 0.0f)
+            for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
+        const float* sink = c.sink(first * c.group() + row);
+        float most = sink ? *sink : score[0];
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < count; ++i) most = std::max(most, score[i]);
+        const float total = exponentiate(score, count, most) + (sink ? std::exp(*sink - most) : 0.0f);
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) score[i] /= total;
+    }
+    std::fill(sums, sums + rows * c.value_dim, 0.0f);
+    sum_values(c, request, first, last, begin, count, scores, sums);
+    T* out = c.output + (c.offsets[request] * c.heads + first * c.group()) * c.value_dim;
+    for (int64_t i = 0; i < rows * c.value_dim; ++i) from_float(sums[i], out[i]);
+}
+
+// ---- several new tokens: [from, to) of a request's, one kv head
+
+#if PRODUCTS_OF_PAIRS
+
+constexpr int64_t ROWS = 6;      // queries at a time: with 64 keys or values, their sums fill 24 of 32 registers
+constexpr int64_t PANEL = 64;    // keys whose scores are computed at a time
+constexpr int64_t TILE = 256;    // keys between two looks at the running maximum
+constexpr float UNSEEN = -1e30f;  // not infinite: the difference of two is a number
+
+// 16 rows of 16 numbers of 32 bits, turned over the diagonal.
+inline void transpose(__m512i (&a)[LANES]) {
+    __m512i b[LANES];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {  // a[4 * k + i]: column 4 * lane + i of rows 4 * k and the three after
+        const __m512i low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), high = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88),
+                      high2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+        b[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        b[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        b[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+    std::copy(b, b + LANES, a);
+}
+
+// Keys [begin, begin + count) of a head by panels of 64: pair j of all 64 keys, then pair j + 1. Zeros fill the last panel.
+void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
+    const int64_t pairs = c.key_dim / 2;
+    for (int64_t token = 0; token < count || token % PANEL; token += LANES) {
+        uint32_t* panel = packed + token / PANEL * PANEL * pairs + token % PANEL;
+        for (int64_t at = 0; at < pairs; at += LANES) {
+            __m512i rows[LANES];
+            for (int64_t i = 0; i < LANES; ++i)
+                rows[i] = token + i < count ? _mm512_maskz_loadu_epi32(first_lanes(pairs - at),
+                                                                       c.key(c.slot(request, begin + token + i), head) + 2 * at)
+                                            : _mm512_setzero_si512();
+            transpose(rows);
+            for (int64_t j = 0; j < std::min(LANES, pairs - at); ++j) _mm512_store_si512(panel + (at + j) * PANEL, rows[j]);
+        }
+    }
+}
+
+// Values of the same tokens, those of each two tokens side by side. Zeros fill up to a whole panel.
+void pack_values(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
+    for (int64_t token = 0; token < count || token % PANEL; token += 2) {
+        const bfloat16* even = token < count ? c.value(c.slot(request, begin + token), head) : nullptr;
+        const bfloat16* odd = token + 1 < count ? c.value(c.slot(request, begin + token + 1), head) : nullptr;
+        for (int64_t at = 0; at < c.value_dim; at += LANES) {
+            const __mmask16 all = ~__mmask16{0};
+            const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even ? all : 0, even + at));
+            const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd ? all : 0, odd + at));
+            _mm512_store_si512(packed + token / 2 * c.value_dim + at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+}
+
+inline __m512bh pair_of(const bfloat16* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// Scores of ROWS queries and a panel of keys: TILE apart.
+inline void score_panel(const bfloat16* const* queries, const uint32_t* panel, int64_t pairs, float* scores) {
+    __m512 sum[ROWS][4];
+    for (auto& row : sum)
+        for (auto& part : row) part = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        __m512bh key[4];
+        for (int j = 0; j < 4; ++j) key[j] = (__m512bh)_mm512_load_si512(panel + pair * PANEL + j * LANES);
+        for (int64_t r = 0; r < ROWS; ++r) {
+            const __m512bh query = pair_of(queries[r] + 2 * pair);
+            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], query, key[j]);
+        }
+    }
+    for (int64_t r = 0; r < ROWS; ++r)
+        for (int j = 0; j < 4; ++j) _mm512_store_ps(scores + r * TILE + j * LANES, sum[r][j]);
+}
+
+// Adds `tokens` (even) weighted values to the sums of ROWS queries: 16 * PARTS numbers of the head from where they point.
+template <int PARTS>
+inline void add_values(const bfloat16* weights, const uint32_t* values, int64_t tokens, int64_t value_dim, float* sums) {
+    __m512 sum[ROWS][PARTS];
+    for (int64_t r = 0; r < ROWS; ++r)
+        for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_load_ps(sums + r * value_dim + j * LANES);
+    for (int64_t pair = 0; pair < tokens / 2; ++pair) {
+        __m512bh value[PARTS];
+        for (int j = 0; j < PARTS; ++j) value[j] = (__m512bh)_mm512_load_si512(values + pair * value_dim + j * LANES);
+        for (int64_t r = 0; r < ROWS; ++r) {
+            const __m512bh weight = pair_of(weights + r * TILE + 2 * pair);
+            for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], weight, value[j]);
+        }
+    }
+    for (int64_t r = 0; r < ROWS; ++r)
+        for (int j = 0; j < PARTS; ++j) _mm512_store_ps(sums + r * value_dim + j * LANES, sum[r][j]);
+}
+
+// One query's softmax over a tile: its scores become weights, its running maximum (times log2 e) and total go on. Returns
+// what its sums so far must be multiplied by.
+inline float weigh(const Call<bfloat16>& c, float* scores, int64_t keys, int64_t low, int64_t high, bfloat16* weights,
+                   float& most, float& total) {
+    float factor = c.scaling * LOG2_E;
+    if (c.softcap != 0.0f) {
+        for (int64_t i = 0; i < keys; ++i) scores[i] = c.softcap * std::tanh(scores[i] * c.scaling / c.softcap);
+        factor = LOG2_E;
+    }
+    __m512 greatest = _mm512_set1_ps(most);
+    for (int64_t at = 0; at < keys; at += LANES) {
+        __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(factor));
+        if (at < low || at + LANES > high) {
+            const __mmask16 seen = first_lanes(std::max<int64_t>(0, high - at)) & ~first_lanes(std::max<int64_t>(0, low - at));
+            score = _mm512_mask_blend_ps(seen, _mm512_set1_ps(UNSEEN), score);
+        }
+        _mm512_store_ps(scores + at, score);
+        greatest = _mm512_max_ps(greatest, score);
+    }
+    const float now = _mm512_reduce_max_ps(greatest);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t at = 0; at < keys; at += 2 * LANES) {
+        const __m512 a = power_of_2(_mm512_sub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(now)));
+        const __m512 b = power_of_2(_mm512_sub_ps(_mm512_load_ps(scores + at + LANES), _mm512_set1_ps(now)));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+        _mm512_store_si512(weights + at, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+    const float rescale = std::exp2(most - now);
+    total = total * rescale + _mm512_reduce_add_ps(sum);
+    most = now;
+    return rescale;
+}
+
+// Queries [row, row + ROWS) of a piece: rows go by token, then by head of the group; past the last one they repeat it.
+void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t row, int64_t last_row, int64_t begin,
+                 const uint32_t* keys, const uint32_t* values, float* scores, bfloat16* weights, float* sums) {
+    const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
+    const bfloat16* queries[ROWS];
+    bfloat16* outputs[ROWS];
+    int64_t low[ROWS], high[ROWS];
+    float most[ROWS], total[ROWS];
+    for (int64_t r = 0; r < ROWS; ++r) {
+        const int64_t at = std::min(row + r, last_row), token = at / c.group(), own = head * c.group() + at % c.group();
+        queries[r] = c.query + (first_token + token) * c.query_stride + own * c.key_dim;
+        outputs[r] = c.output + ((first_token + token) * c.heads + own) * c.value_dim;
+        low[r] = c.starts[first_token + token] - begin;
+        high[r] = c.lengths[request] - tokens + token + 1 - begin;
+        const float* sink = c.sink(own);
+        most[r] = sink ? *sink * LOG2_E : UNSEEN;
+        total[r] = sink ? 1.0f : 0.0f;
+    }
+    std::fill(sums, sums + ROWS * c.value_dim, 0.0f);
+    const int64_t from = *std::min_element(low, low + ROWS) / PANEL * PANEL, to = *std::max_element(high, high + ROWS);
+    for (int64_t tile = from; tile < to; tile += TILE) {
+        const int64_t count = (std::min(TILE, to - tile) + PANEL - 1) / PANEL * PANEL;
+        for (int64_t at = 0; at < count; at += PANEL)
+            score_panel(queries, keys + (tile + at) * (c.key_dim / 2), c.key_dim / 2, scores + at);
+        for (int64_t r = 0; r < ROWS; ++r) {
+            const float rescale =
+                weigh(c, scores + r * TILE, count, low[r] - tile, high[r] - tile, weights + r * TILE, most[r], total[r]);
+            if (rescale != 1.0f)
+                for (int64_t i = 0; i < c.value_dim; ++i) sums[r * c.value_dim + i] *= rescale;
+        }
+        for (int64_t at = 0; at < c.value_dim; at += 4 * LANES) {
+            const uint32_t* value = values + tile / 2 * c.value_dim + at;
+            switch (std::min<int64_t>(4, (c.value_dim - at) / LANES)) {
+                case 1: add_values<1>(weights, value, count, c.value_dim, sums + at); break;
+                case 2: add_values<2>(weights, value, count, c.value_dim, sums + at); break;
+                case 3: add_values<3>(weights, value, count, c.value_dim, sums + at); break;
+                default: add_values<4>(weights, value, count, c.value_dim, sums + at);
+            }
+        }
+    }
+    for (int64_t r = 0; r < std::min(ROWS, last_row + 1 - row); ++r)
+        for (int64_t i = 0; i < c.value_dim; ++i) from_float(sums[r * c.value_dim + i] / total[r], outputs[r][i]);
+}
+
+void attend_several(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t from, int64_t to) {
+    thread_local Scratch<uint32_t> keys_memory, values_memory;
+    thread_local Scratch<float> scores_memory, sums_memory;
+    thread_local Scratch<bfloat16> weights_memory;
+    const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
+    const int64_t begin = *std::min_element(c.starts + first_token + from, c.starts + first_token + to);
+    const int64_t count = c.lengths[request] - tokens + to - begin, padded = (count + PANEL - 1) / PANEL * PANEL;
+    uint32_t* keys = keys_memory.take(padded * c.key_dim / 2);
+    uint32_t* values = values_memory.take(padded * c.value_dim / 2);
+    pack_keys(c, request, head, begin, count, keys);
+    pack_values(c, request, head, begin, count, values);
+    float* scores = scores_memory.take(ROWS * TILE);
+    float* sums = sums_memory.take(ROWS * c.value_dim);
+    bfloat16* weights = weights_memory.take(ROWS * TILE);
+    for (int64_t row = from * c.group(); row < to * c.group(); row += ROWS)
+        attend_rows(c, request, head, row, to * c.group() - 1, begin, keys, values, scores, weights, sums);
+}
+
+#endif
+
+// ---- all requests
+
+template <typename T>
+void attend_each(const Call<T>& c, int64_t threads) {
+    // whole requests stream best; with fewer requests than would keep the threads busy, their heads are cut up
+    const int64_t wanted = threads == 1 ? 1 : (4 * threads + c.requests - 1) / c.requests;
+    const int64_t heads_a_piece = std::max<int64_t>(1, c.kv_heads / std::min(wanted, c.kv_heads));
+    const int64_t pieces = (c.kv_heads + heads_a_piece - 1) / heads_a_piece;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t piece = 0; piece < c.requests * pieces; ++piece) {
+        const int64_t first = piece % pieces * heads_a_piece;
+        attend_one(c, piece / pieces, first, std::min(first + heads_a_piece, c.kv_heads));
+    }
+}
+
+#if PRODUCTS_OF_PAIRS
+
+void attend_packed(const Call<bfloat16>& c, int64_t threads) {
+    struct Piece {
+        int64_t request, head, from, to, keys;
+    };
+    // every piece lays out the keys that it sees, so pieces are as large as leaves enough of them to share out
+    const int64_t a_share = c.offsets[c.requests] * c.kv_heads / (8 * threads);
+    const int64_t most = threads == 1 ? INT64_MAX : std::clamp<int64_t>(a_share, 64, 512);
+    std::vector<Piece> pieces;
+    for (int64_t request = 0; request < c.requests; ++request) {
+        const int64_t tokens = c.offsets[request + 1] - c.offsets[request], parts = 1 + (tokens - 1) / most;
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t from = tokens * part / parts, to = tokens * (part + 1) / parts;
+            for (int64_t head = 0; head < c.kv_heads; ++head)
+                pieces.push_back({request, head, from, to, c.lengths[request] - tokens + to});
+        }
+    }
+    const auto work = [](const Piece& piece) { return piece.keys * (piece.to - piece.from); };
+    std::stable_sort(pieces.begin(), pieces.end(), [&](const Piece& a, const Piece& b) { return work(a) > work(b); });
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (size_t i = 0; i < pieces.size(); ++i)
+        attend_several(c, pieces[i].request, pieces[i].head, pieces[i].from, pieces[i].to);
+}
+
+#endif
+
+}  // namespace
+
+// Whether attention() takes requests with several new tokens. dtype: 0 float32, 1 bfloat16, 2 float16.
+extern "C" int attention_takes_several(int64_t dtype, int64_t key_dim, int64_t value_dim) {
+    return PRODUCTS_OF_PAIRS && dtype == 1 && key_dim % 2 == 0 && value_dim % 16 == 0;
+}
+
+// query (tokens, heads, key_dim) has its tokens query_stride numbers apart; output (tokens, heads, value_dim) is
+// contiguous; keys and values are one layer of the pool. The tokens offsets[i] to offsets[i + 1] - 1 are the last of request
+// i's lengths[i], which lie in the blocks of its row of tables (requests, table_width); each sees from its own starts on.
+// sinks (heads) may be null. Unless attention_takes_several() says so, each request has one token.
+extern "C" void attention(int64_t dtype, const void* query, const void* keys, const void* values, const int64_t* tables,
+                          const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks,
+                          void* output, int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads,
+                          int64_t key_dim, int64_t value_dim, int64_t block_tokens, int64_t table_width, float scaling,
+                          float softcap, int64_t threads) {
+    const auto call = [&](auto type) {
+        using T = decltype(type);
+        return Call<T>{static_cast<const T*>(query), static_cast<const T*>(keys), static_cast<const T*>(values),
+                       tables, starts, offsets, lengths, sinks, static_cast<T*>(output), query_stride, requests, heads,
+                       kv_heads, key_dim, value_dim, block_tokens, table_width, scaling, softcap};
+    };
+#if PRODUCTS_OF_PAIRS
+    if (dtype == 1 && offsets[requests] > requests) return attend_packed(call(bfloat16{}), threads);
+#endif
+    if (dtype == 0) attend_each(call(float{}), threads);
+    if (dtype == 1) attend_each(call(bfloat16{}), threads);
+    if (dtype == 2) attend_each(call(_Float16{}), threads);
+}
+
+// Copies each token's keys (key_bytes, key_stride bytes from one token to the next) and values into its slot of a layer.
+extern "C" void store(const char* keys, const char* values, const int64_t* slots, char* pool_keys, char* pool_values,
+                      int64_t tokens, int64_t key_stride, int64_t value_stride, int64_t key_bytes, int64_t value_bytes,
+                      int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (tokens > 64)
+    for (int64_t token = 0; token < tokens; ++token) {
+        std::memcpy(pool_keys + slots[token] * key_bytes, keys + token * key_stride, key_bytes);
+        std::memcpy(pool_values + slots[token] * value_bytes, values + token * value_stride, value_bytes);
+    }
+}

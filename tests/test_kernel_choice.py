@@ -1,0 +1,34 @@
+"""Kernels are chosen as asked for and as can be had, and the run's record says which and why."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitwiser.errors import InputError
+from splitwiser.kernel_choice import load_kernels
+from splitwiser.kv_pool import LayerShape
+from splitwiser.pool_kernels import PoolKernels
+
+CPU = torch.device("cpu")
+LAYERS = [LayerShape(2, 64, 64)]
+
+
+def test_without_a_compiler_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kernels, described = load_kernels("auto", CPU, torch.bfloat16, LAYERS)
+    assert kernels == PoolKernels()
+    assert described["decode_attention"] == "plain PyTorch (no g++ on PATH)"
+
+
+def test_plain_is_plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels, described = load_kernels("plain", CPU, torch.bfloat16, LAYERS)
+    assert kernels == PoolKernels()
+    assert set(described.values()) == {"plain PyTorch (as asked for)"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown kernels 'fast'; known: auto, plain"):
+        load_kernels("fast", CPU, torch.float32, LAYERS)
