@@ -1,6 +1,7 @@
 """Fused parts compute what the parts they replace do, and parts that are not like them stay."""
 
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from splitwiser import LLM, SamplingParams, attention, fused, packed
 from splitwiser.fused import FusedMLP, FusedNorm, describe_parts, fuse_parts
 from splitwiser.guard import attach_engine
 from splitwiser.model import LoadedModel, load_model
-from splitwiser.shared import SharedModule
+from splitwiser.packed import PackedLinear
 
 pytestmark = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
 needs_compiler = pytest.mark.skipif(fused.find_problem() is not None, reason=f"not compiled: {fused.find_problem()}")
@@ -221,14 +222,24 @@ def test_what_is_not_alike_stays(
 
 
 @needs_compiler
-def test_the_joined_weights_replace_their_parts(tiny: Callable[[str], Path]) -> None:
-    nbytes = []
-    for pack in (False, True):
-        model = load(tiny, "llama")
-        attach_engine(model, pack=pack)
-        shared = SharedModule(model.module, model.device)
-        nbytes.append(sum(memory.tensor.nbytes for memory in shared.memories))
-    assert nbytes[1] < nbytes[0] * 1.5  # what padding a tiny model's packed weights takes
+def test_a_second_copy_of_the_weights_never_exists(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, "llama")
+    own = [weakref.ref(part) for part in model.module.modules() if type(part) is nn.Linear]
+    living: list[int] = []
+    init = PackedLinear.__init__
+
+    def count(self: PackedLinear, *given: Any, **named: Any) -> None:
+        living.append(sum(reference() is not None for reference in own))
+        init(self, *given, **named)
+
+    monkeypatch.setattr(PackedLinear, "__init__", count)
+    attach_engine(model, pack=True)
+    # each layer makes two products of the three of its MLP, then two of the four of its attention; what is left is the head
+    of_mlps = [len(own) - 3 * layer for layer in range(3) for _ in range(2)]
+    of_attentions = [len(own) - 9 - 4 * layer for layer in range(3) for _ in range(2)]
+    assert living == [*of_mlps, *of_attentions, 1]
 
 
 @needs_compiler

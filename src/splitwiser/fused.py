@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class FusedNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shape (..., width) to the same."""
         hidden_states = hidden_states.contiguous()
-        output, width = torch.empty_like(hidden_states), len(self.weight)
+        output, width = torch.empty_like(hidden_states), hidden_states.shape[-1]
         _functions().rms_norm(
             hidden_states.data_ptr(), self.weight.data_ptr(), output.data_ptr(), self.offset, self.epsilon,
             output.numel() // width, width, torch.get_num_threads(),
@@ -159,13 +160,8 @@ def fuse_parts(module: nn.Module) -> None:
     calls = _record_calls(module)
     if find_problem() is None:
         for candidates in (_norms, _mlps, _attentions, _layers):
-            for parent in list(module.modules()):
-                for name, own in list(parent.named_children()):
-                    if own in calls and (made := _first_same(own, candidates, calls[own])):
-                        setattr(parent, name, made)
-    for part in list(module.modules()):
-        if part in calls:
-            _fuse_activation(part, calls)
+            _replace_children(module, candidates, calls)
+    _fuse_activations(module, calls)
 
 
 def describe_parts(module: nn.Module) -> str:
@@ -185,6 +181,20 @@ def find_problem() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def _replace_children(module: nn.Module, candidates: "_Candidates", calls: "_Calls") -> None:
+    for name, own in list(module.named_children()):
+        _replace_children(own, candidates, calls)
+        if own in calls and (made := _first_same(own, candidates, calls[own])):
+            setattr(module, name, made)
+
+
+def _fuse_activations(module: nn.Module, calls: "_Calls") -> None:
+    for child in list(module.children()):
+        _fuse_activations(child, calls)
+    if module in calls:
+        _fuse_activation(module, calls)
 
 
 # -- candidates: what might take the place of a part, the likeliest first
@@ -235,7 +245,7 @@ def _layers(own: nn.Module, _: "_Call") -> Iterator[nn.Module]:
         yield FusedLayer(own)
 
 
-def _fuse_activation(own: nn.Module, calls: dict[nn.Module, "_Call"]) -> None:
+def _fuse_activation(own: nn.Module, calls: "_Calls") -> None:
     """Have ``fc1`` of ``own`` compute ``activation_fn`` too, if what they and ``own`` compute stays the same."""
     first, activation = getattr(own, "fc1", None), getattr(own, "activation_fn", None)
     if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
@@ -290,6 +300,10 @@ class _Call(NamedTuple):
     named: dict[str, Any]
 
 
+_Calls = WeakKeyDictionary[nn.Module, _Call]  # weak, so that what is replaced goes at once
+_Candidates = Callable[[nn.Module, _Call], Iterator[nn.Module]]
+
+
 class _Outcome(StepCache):
     """Stands in for the step in the call of a part, and notes what the part stores, asks for and returns."""
 
@@ -326,9 +340,9 @@ def _agree(expected: Tensor, made: Tensor) -> bool:
     return bool(((expected.float() - made.float()).norm(dim=-1) <= bounds).all())
 
 
-def _record_calls(module: nn.Module) -> dict[nn.Module, _Call]:
+def _record_calls(module: nn.Module) -> _Calls:
     """What each part of ``module`` is called with in a forward of a few tokens."""
-    calls: dict[nn.Module, _Call] = {}
+    calls = _Calls()
 
     def note(part: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         calls[part] = _Call(given, named)
@@ -343,9 +357,7 @@ def _record_calls(module: nn.Module) -> dict[nn.Module, _Call]:
     return calls
 
 
-def _first_same(
-    own: nn.Module, candidates: Callable[[nn.Module, _Call], Iterator[nn.Module]], call: _Call
-) -> nn.Module | None:
+def _first_same(own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
     """The first candidate that computes what ``own`` does, with the attributes of ``own`` that a model might read."""
     try:
         expected = None

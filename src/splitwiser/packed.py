@@ -66,13 +66,13 @@ def is_packable(module: object) -> TypeGuard[nn.Linear]:
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replace every linear layer of ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
+    """Replace every linear layer in ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
     that a second copy of the weights never exists as a whole. A weight that is also an embedding stays there as well."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if is_packable(child):
-                setattr(parent, name, PackedLinear(child))
-                del child
+    for name, child in list(module.named_children()):
+        if is_packable(child):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_linears(child)
 
 
 @cache
