@@ -58,11 +58,11 @@ class Case:
             self.values,
             self.tables,
             self.starts,
+            self.offsets,
             self.lengths,
             self.scaling,
             self.softcap,
             self.sinks,
-            self.offsets,
         )
 
     def written_out(self) -> Tensor:

@@ -46,7 +46,9 @@ def test_attends_as_written_out(
     tables = torch.randperm(BLOCKS, device=cuda).repeat(2)[: len(LENGTHS) * WIDTH].view(len(LENGTHS), WIDTH)
     sinks = torch.randn(heads, device=cuda) if has_sinks else None
     starts, lengths = torch.tensor(STARTS, device=cuda), torch.tensor(LENGTHS, device=cuda)
-    made = GpuKernel()(query, keys, values, tables, starts, lengths, 0.3, softcap, sinks)
+    made = GpuKernel()(
+        query, keys, values, tables, starts, torch.arange(len(LENGTHS) + 1, device=cuda), lengths, 0.3, softcap, sinks
+    )
     for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=True)):
         k, v = (kept[tables[row]].flatten(0, 1)[start:length].transpose(0, 1)[None].float() for kept in (keys, values))
         seen = torch.ones(1, 1, 1, length - start, dtype=torch.bool, device=cuda)

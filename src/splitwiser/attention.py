@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -142,6 +142,19 @@ class _Group:
     lengths: Tensor
 
 
+class Place(NamedTuple):
+    """Where a layer of a decode step reads and writes: its part of the pool, and what else
+    :class:`~splitwiser.pool_kernels.AttentionKernel` and :class:`~splitwiser.pool_kernels.StoreKernel` are given."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    tables: Tensor
+    starts: Tensor
+    offsets: Tensor
+    lengths: Tensor
+
+
 class StepCache:
     """The methods that models call on ``past_key_values`` beside ``update``: to them, every step starts afresh."""
 
@@ -197,7 +210,7 @@ class StepAttention(StepCache):
         if kernel and (starts := self._first_seen(mask)) is not None:
             return kernel(
                 query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
-                starts, self._batch.lengths, options.scaling, options.softcap, options.sinks, self._offsets,
+                starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
             ).unsqueeze(0)  # fmt: skip
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         if self._decoding:
@@ -205,6 +218,14 @@ class StepAttention(StepCache):
         else:
             self._attend_segments(query, key, value, mask, options, output)
         return output.unsqueeze(0)
+
+    def place(self, layer: int, mask: object) -> Place | None:
+        """Where ``layer`` of a decode step reads and writes, for one function that does all of a layer; None in another step
+        or where no first position stands for ``mask``."""
+        if not self._decoding or not isinstance(mask, Mask) or (starts := self._first_seen(mask)) is None:
+            return None
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        return Place(keys, values, self._slots, self._batch.tables, starts, self._offsets, self._batch.lengths)
 
     def _attend_segments(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions, output: Tensor
@@ -271,10 +292,8 @@ class StepAttention(StepCache):
         return self._starts[mask]
 
     @cached_property
-    def _offsets(self) -> Tensor | None:
-        """Where each request's tokens begin in the step, (requests + 1,); None where each has one."""
-        if self._decoding:
-            return None
+    def _offsets(self) -> Tensor:
+        """Where each request's tokens begin in the step, (requests + 1,)."""
         return torch.tensor([0, *itertools.accumulate(segment.tokens for segment in self.segments)], device=self.device)
 
     @cached_property

@@ -30,11 +30,11 @@ class CpuAttention:
         values: Tensor,
         tables: Tensor,
         starts: Tensor,
+        offsets: Tensor,
         lengths: Tensor,
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        offsets: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`splitwiser.pool_kernels.AttentionKernel.__call__`."""
         tokens, heads, key_dim = query.shape
@@ -43,7 +43,6 @@ class CpuAttention:
         _, block_tokens, kv_heads, value_dim = values.shape
         output = query.new_empty(tokens, heads, value_dim)
         sinks = None if sinks is None else sinks.float().contiguous()
-        offsets = torch.arange(tokens + 1) if offsets is None else offsets
         self._function(
             _DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
             starts.data_ptr(), offsets.data_ptr(), lengths.data_ptr(), None if sinks is None else sinks.data_ptr(),

@@ -9,16 +9,23 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from splitwiser.attention import AttentionOptions, StepCache, attention_function, serving
+from splitwiser.attention import (
+    AttentionOptions,
+    Place,
+    StepAttention,
+    StepCache,
+    attention_function,
+    serving,
+)
 from splitwiser.forward import forward
 from splitwiser.native import load_native
-from splitwiser.packed import PackedLinear, is_packable
+from splitwiser.packed import PackedLinear, Product, is_packable, most_few
 
 # gates x / (1 + exp(-(linear * x + cubic * x^3))): SiLU, GELU's form with tanh, and the quick form of GELU
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
@@ -131,8 +138,38 @@ class FusedAttention(nn.Module):
         )  # fmt: skip
 
 
+class _Norm(ctypes.Structure):
+    _fields_: ClassVar = [("weight", ctypes.c_void_p), ("offset", ctypes.c_float), ("epsilon", ctypes.c_float)]
+
+
+class _Layer(ctypes.Structure):
+    """A :class:`FusedLayer` as kernels/layer.cpp takes it."""
+
+    _fields_: ClassVar = [
+        *((name, Product) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _Norm) for name in ("input", "post", "query", "key")),
+        *((name, ctypes.c_float) for name in ("linear", "cubic", "scaling", "softcap")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "halved")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """A step at a layer, as kernels/layer.cpp takes it."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", *Place._fields)),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "block_tokens", "table_width", "angles", "in_float32", "threads")
+        ),
+    ]
+
+
 class FusedLayer(nn.Module):
-    """A decoder layer of fused parts whose residuals are added in the products before them."""
+    """A decoder layer of fused parts whose residuals are added in the products before them.
+
+    In decode steps of a few requests it is one call: there calls would take as long as the reading of the weights.
+    """
 
     input_layernorm: FusedNorm
     self_attn: FusedAttention
@@ -143,12 +180,52 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.input_layernorm, self.self_attn = own.input_layernorm, own.self_attn
         self.post_attention_layernorm, self.mlp = own.post_attention_layernorm, own.mlp
+        self._at: tuple[int, _Layer] | None = None
 
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:  # noqa: ANN401  # the model's own arguments
         """Shape (1, tokens, width) to the same; ``attention`` is what the attention layer is given beside."""
+        if hidden_states.shape[1] <= most_few() and (place := self._place(**attention)) and (own := self._describe()):
+            return self._call_once(own, place, hidden_states.contiguous(), *attention["position_embeddings"])
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), residual=hidden_states, **attention)
         output: Tensor = self.mlp(self.post_attention_layernorm(attended), attended)
         return output
+
+    def _place(self, attention_mask: object, past_key_values: object, **_: object) -> Place | None:
+        if not isinstance(past_key_values, StepAttention):
+            return None
+        return past_key_values.place(self.self_attn.layer_idx, attention_mask)
+
+    def _call_once(self, own: _Layer, place: Place, hidden_states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        cosines, sines = cosines.contiguous(), sines.contiguous()
+        output = torch.empty_like(hidden_states)
+        step = _Step(
+            cosines.data_ptr(), sines.data_ptr(), *(tensor.data_ptr() for tensor in place),
+            hidden_states.shape[1], place.keys.shape[1], place.tables.shape[1], cosines.shape[-1],
+            cosines.dtype == torch.float32, torch.get_num_threads(),
+        )  # fmt: skip
+        _functions().layer_of_few(ctypes.byref(own), ctypes.byref(step), hidden_states.data_ptr(), output.data_ptr())
+        return output
+
+    def _describe(self) -> _Layer | None:
+        """The layer where it lies now; None if oneDNN does its products of a few rows."""
+        attention, mlp, address = self.self_attn, self.mlp, self.self_attn.qkv_proj.packed.data_ptr()
+        if self._at is None or self._at[0] != address:
+            products = [
+                linear.product for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+            ]
+            if None in products or attention.sinks is not None:
+                return None
+            norms = [self.input_layernorm, self.post_attention_layernorm, attention.q_norm, attention.k_norm]
+            self._at = address, _Layer(
+                *products,
+                *(_Norm(norm.weight.data_ptr(), norm.offset, norm.epsilon) if norm else _Norm() for norm in norms),
+                *mlp.factors, attention.scaling, attention.softcap or 0.0, *attention.heads[:2], attention.head_dim,
+                attention.halved,
+            )  # fmt: skip
+        return self._at[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_at": None}  # an address means nothing to another process
 
 
 def fuse_parts(module: nn.Module) -> None:
@@ -411,4 +488,6 @@ def _functions() -> ctypes.CDLL:
     library.rotate_heads.argtypes = [*[pointer] * 3, number, pointer, pointer, factor, factor, *[number] * 8]
     for function in (library.rms_norm, library.gate, library.rotate_heads):
         function.restype = None
+    if most_few():
+        library.layer_of_few.argtypes, library.layer_of_few.restype = [pointer] * 4, None
     return library

@@ -29,14 +29,13 @@ class GpuKernel:
         values: Tensor,
         tables: Tensor,
         starts: Tensor,
+        offsets: Tensor,
         lengths: Tensor,
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        offsets: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`splitwiser.pool_kernels.AttentionKernel.__call__`; for one token a request only."""
-        assert offsets is None
         attend_part, join_parts = _kernels()
         query = query.contiguous()
         requests, heads, key_dim = query.shape

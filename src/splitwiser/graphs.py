@@ -36,6 +36,7 @@ class _FixedStep(StepCache):
             [size, size, size, size, width * size]
         )
         self._tables = tables.view(size, width)
+        self._offsets = torch.arange(size + 1, device=device)
         self._lengths.fill_(1)  # of no request yet: one token in slot 0, where any request writes before it reads
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int]) -> None:
@@ -78,7 +79,7 @@ class _FixedStep(StepCache):
             starts = self._lengths - seen.sum(dim=-1)
         return self._pool.kernels.decode(
             query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
-            self._tables, starts, self._lengths, options.scaling, options.softcap, options.sinks,
+            self._tables, starts, self._offsets, self._lengths, options.scaling, options.softcap, options.sinks,
         ).unsqueeze(0)  # fmt: skip
 
 

@@ -35,11 +35,11 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
             expected = [_own_logits(model, prompt) for prompt in prompts]
             module.set_attn_implementation(attention.NAME)
             layers = _probe_layers(model, prompts[0])
-            served = _packed_logits(model, layers, prompts)
+            served = _served_logits(model, layers, prompts)
             if pack:
                 fuse_parts(module)
                 pack_linears(module)
-            fused = _packed_logits(model, layers, prompts) if pack else served
+            fused = _served_logits(model, layers, prompts) if pack else served
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a foreign forward raises means the same: it cannot be served
@@ -48,12 +48,14 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
         ) from error
     # half precisions differ by rounding; a dropped term or a leak between requests differs by far more
     bound = {torch.float32: 1e-3}.get(model.dtype, 5e-2)
-    if not _agree(served, expected, bound):
+    if not all(_agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
             f"{name}: two packed prompts do not give the logits that each gives alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
-    if not _agree(fused, expected, 3 * bound):  # every part rounds less often than the model's own, which adds up
+    if not all(
+        _agree(each, expected, 3 * bound) for each in fused
+    ):  # every part rounds less often than the model's own, which adds up
         raise UnsupportedModelError(f"{name}: with fused parts it gives other logits than its own; use --kernels plain")
     return layers
 
@@ -124,11 +126,20 @@ def _own_logits(model: LoadedModel, prompt: list[int]) -> Tensor:
     return logits[0, -1].float()
 
 
-def _packed_logits(model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]]) -> Tensor:
-    pool = KVPool(layers, len(prompts), len(prompts[0]), model.dtype, model.device)
-    segments = [Segment([block], len(prompt), len(prompt)) for block, prompt in enumerate(prompts)]
-    step = StepAttention(pool, segments, model.device)
-    tokens = [token for prompt in prompts for token in prompt]
-    positions = [position for segment in segments for position in segment.positions]
-    ends = [(number + 1) * len(prompts[0]) - 1 for number in range(len(prompts))]
-    return forward(model.module, step, step, tokens, positions, ends).float()
+def _served_logits(
+    model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """The logits after prompts of one length, packed in one row: as a prefill step gives them, and as a decode step of their
+    last tokens does."""
+    length = len(prompts[0])
+    pool = KVPool(layers, len(prompts), length, model.dtype, model.device)
+
+    def step(start: int) -> Tensor:
+        segments = [Segment([block], length, length - start) for block in range(len(prompts))]
+        tokens = [token for prompt in prompts for token in prompt[start:]]
+        positions = [position for segment in segments for position in segment.positions]
+        ends = [(number + 1) * (length - start) - 1 for number in range(len(prompts))]
+        attends = StepAttention(pool, segments, model.device)
+        return forward(model.module, attends, attends, tokens, positions, ends).float()
+
+    return step(0), step(length - 1)

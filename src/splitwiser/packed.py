@@ -3,15 +3,41 @@
 PyTorch's own linear layer hands oneDNN the plain weights, which it lays out anew in every call, and writes the bias in a
 pass of its own. A packed weight is bytes in a layout of oneDNN's choosing, so it can lie in memory that processes share,
 like any other tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same.
+
+Products of a few rows are bound by the reading of the weights, and by what a call costs. They are computed by a function of
+our own, which reads the packed bytes, where these are shown to lie as it expects them.
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from splitwiser.native import load_native
+
+RELU = ("relu", "")
+
+
+class Product(ctypes.Structure):
+    """A packed layer as kernels/layer.cpp takes it: addresses of its weight and bias (0: none), and its sizes."""
+
+    _fields_: ClassVar = [
+        ("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A packed weight where it lies: as oneDNN's tensor, and for products of a few rows (None: oneDNN's, too)."""
+
+    address: int
+    weight: Tensor
+    product: Product | None
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +57,7 @@ class PackedLinear(nn.Module):
         self._layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(opaque).tolist())
         self.register_buffer("packed", _bytes_of(opaque))
         self.bias = linear.bias
-        self._opened: tuple[int, Tensor] | None = None
+        self._opened: _Opened | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -40,24 +66,73 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features)."""
-        name, form = self.activation
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open(), self.bias, name, [], form)
-        return output
+        product = self._few(inputs)
+        return self._multiply_few(product, inputs) if product else self._multiply(inputs)
 
     def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
         """``residual``, shape (..., out features), plus the product, which has no activation; rounded once."""
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self._open(), self.bias, "add")
+        if product := self._few(inputs):
+            return self._multiply_few(product, inputs, residual)
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            inputs, residual, self._open().weight, self.bias, "add"
+        )
         return total
 
-    def _open(self) -> Tensor:
-        """The packed weight as oneDNN's tensor, over wherever ``packed`` lies now."""
+    @property
+    def product(self) -> Product | None:
+        """The layer for products of a few rows, :func:`most_few` at most; None where oneDNN does these too."""
+        return self._open().product
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        name, form = self.activation
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open().weight, self.bias, name, [], form)
+        return output
+
+    def _few(self, inputs: Tensor) -> Product | None:
+        """The layer for a product of a few rows, if that is what ``inputs`` ask for."""
+        return self._open().product if inputs.numel() <= most_few() * self.in_features else None
+
+    def _multiply_few(self, product: Product, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
+        inputs = inputs.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        output = inputs.new_empty(*inputs.shape[:-1], self.out_features)
+        functions = _few_functions()
+        assert functions is not None
+        functions.multiply_few(
+            ctypes.byref(product), inputs.data_ptr(), None if residual is None else residual.data_ptr(),
+            output.data_ptr(), inputs.numel() // self.in_features, torch.get_num_threads(),
+        )  # fmt: skip
+        return output
+
+    def _open(self) -> _Opened:
+        """The packed weight over wherever ``packed`` lies now."""
         address = self.packed.data_ptr()
-        if self._opened is None or self._opened[0] != address:
-            self._opened = address, _open_at(address, (self.out_features, self.in_features), self._layout)
-        return self._opened[1]
+        if self._opened is None or self._opened.address != address:
+            weight = _open_at(address, (self.out_features, self.in_features), self._layout)
+            self._opened = _Opened(address, weight, None)
+            bias = None if self.bias is None else self.bias.data_ptr()
+            product = Product(address, bias, self.in_features, self.out_features, self.activation == RELU)
+            if self._lies_in_panels(product):
+                self._opened = _Opened(address, weight, product)
+        return self._opened
+
+    def _lies_in_panels(self, product: Product) -> bool:
+        """Whether the function for a few rows computes what oneDNN does, which is tried out once for every layout."""
+        if most_few() == 0 or self.in_features % 2 or self.activation not in (("none", ""), RELU):
+            return False
+        case = (self._layout, self.out_features, self.in_features, self.activation)
+        if case not in _IN_PANELS:
+            inputs = torch.linspace(-9, 9, 2 * self.in_features).sin().bfloat16().view(2, self.in_features)
+            with torch.inference_mode():
+                expected, made = self._multiply(inputs), self._multiply_few(product, inputs)
+            _IN_PANELS[case] = bool((made - expected).norm() <= expected.norm() / 64)
+        return _IN_PANELS[case]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}  # an address means nothing to another process
+
+
+_IN_PANELS: dict[tuple[bytes, int, int, tuple[str, str]], bool] = {}
 
 
 def is_packable(module: object) -> TypeGuard[nn.Linear]:
@@ -88,6 +163,24 @@ def find_problem() -> str | None:
     except (RuntimeError, AttributeError, OSError) as error:
         return f"PyTorch {torch.__version__} cannot: {type(error).__name__}"
     return "a packed layer computes something else" if wrong else None
+
+
+@cache
+def most_few() -> int:
+    """The most rows of a product that counts as one of few; 0 where there is no function for them."""
+    functions = _few_functions()
+    return int(functions.most_few()) if functions else 0
+
+
+@cache
+def _few_functions() -> ctypes.CDLL | None:
+    """The functions of kernels/layer.cpp, where this processor has what they need."""
+    library, _ = load_native()
+    if library is None or library.most_few() == 0:
+        return None
+    library.multiply_few.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
+    library.multiply_few.restype = None
+    return library
 
 
 # -- what follows speaks to PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h)

@@ -16,18 +16,17 @@ class AttentionKernel(Protocol):
         values: Tensor,
         tables: Tensor,
         starts: Tensor,
+        offsets: Tensor,
         lengths: Tensor,
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        offsets: Tensor | None = None,
     ) -> Tensor:
         """Attend from ``query`` (tokens, heads, key size), each token from position ``starts`` (tokens,) up to its own.
 
         ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size); ``tables`` (requests,
-        blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last. A request's new tokens
-        begin at its place in ``offsets`` (requests + 1,); without them each request has one. All of these are int64.
-        Returns (tokens, heads, value size).
+        blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last; ``offsets`` (requests +
+        1,) where each request's new tokens begin in ``query``. All of these are int64. Returns (tokens, heads, value size).
         """
         ...
 

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define PRODUCTS_OF_PAIRS 1
 #include <immintrin.h>
@@ -24,26 +26,11 @@
 
 namespace {
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
 inline float to_float(_Float16 x) { return static_cast<float>(x); }
-inline float to_float(bfloat16 x) {
-    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
 
 inline void from_float(float x, float& out) { out = x; }
 inline void from_float(float x, _Float16& out) { out = static_cast<_Float16>(x); }
-inline void from_float(float x, bfloat16& out) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    out.bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+inline void from_float(float x, bfloat16& out) { out = to_bfloat16(x); }
 
 // What one call works on; see attention() below.
 template <typename T>

@@ -1,0 +1,173 @@
+// A whole decoder layer for a few rows, in one call: where so little is computed, what the calls themselves cost counts, and
+// nothing else does but the reading of the weights.
+//
+// Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of 64 outputs; in a panel, for each pair of
+// inputs, the pair's weights for all 64. Python shows that a weight lies so before it comes here.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "bfloat16.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define PRODUCTS_OF_PAIRS 1
+#include <immintrin.h>
+#else
+#define PRODUCTS_OF_PAIRS 0
+#endif
+
+extern "C" {
+
+void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
+              int64_t threads);
+void gate(const void* x, void* y, float linear, float cubic, int64_t rows, int64_t width, int64_t threads);
+void rotate_heads(void* joint, const void* cosines, const void* sines, int64_t angles_in_float32, const void* query_weight,
+                  const void* key_weight, float offset, float epsilon, int64_t rows, int64_t width, int64_t heads,
+                  int64_t kv_heads, int64_t head_dim, int64_t rotary, int64_t angles, int64_t threads);
+void attention(int64_t dtype, const void* query, const void* keys, const void* values, const int64_t* tables,
+               const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks, void* output,
+               int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim,
+               int64_t block_tokens, int64_t table_width, float scaling, float softcap, int64_t threads);
+void store(const char* keys, const char* values, const int64_t* slots, char* pool_keys, char* pool_values, int64_t tokens,
+           int64_t key_stride, int64_t value_stride, int64_t key_bytes, int64_t value_bytes, int64_t threads);
+
+// A linear layer, as packed.py's Product; bias may be null.
+struct Product {
+    const void *packed, *bias;
+    int64_t inputs, outputs, relu;
+};
+
+struct Norm {
+    const void* weight;
+    float offset, epsilon;
+};
+
+// What a layer is, as fused.py's _Layer.
+struct Layer {
+    Product qkv, o, gate_up, down;
+    Norm input, post, query, key;  // query and key without weights where heads are not normalised
+    float linear, cubic, scaling, softcap;
+    int64_t heads, kv_heads, head_dim, halved;  // halved: a cosine turns two numbers of a head
+};
+
+// What a step is to a layer, as fused.py's _Step; one token a request.
+struct Step {
+    const void *cosines, *sines;
+    void *keys, *values;
+    const int64_t *slots, *tables, *starts, *offsets, *lengths;
+    int64_t rows, block_tokens, table_width, angles, angles_in_float32, threads;
+};
+
+}  // extern "C"
+
+namespace {
+
+#if PRODUCTS_OF_PAIRS
+
+constexpr int64_t FEW = 6, PANEL = 64, LANES = 16;
+
+inline int64_t padded(int64_t inputs) { return (inputs + PANEL - 1) / PANEL * PANEL; }
+
+template <int ROWS>
+void multiply_panel(const bfloat16* x, int64_t stride, const uint32_t* weights, int64_t pairs, float (*sums)[PANEL]) {
+    __m512 sum[ROWS][4];
+    for (auto& row : sum)
+        for (auto& part : row) part = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        __m512bh weight[4];
+        for (int j = 0; j < 4; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(weights + pair * PANEL + j * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t both;
+            std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
+            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < 4; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
+}
+
+// y = x W^T + bias + residual, or max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual may be
+// null, or y.
+void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
+    const int64_t pairs = p.inputs / 2, panel_pairs = padded(p.inputs) / 2, panels = (p.outputs + PANEL - 1) / PANEL;
+    const auto* weights = static_cast<const uint32_t*>(p.packed);
+    const auto* bias = static_cast<const bfloat16*>(p.bias);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        float sums[FEW][PANEL];
+        const uint32_t* own = weights + panel * panel_pairs * PANEL;
+        switch (rows) {
+            case 1: multiply_panel<1>(x, p.inputs, own, pairs, sums); break;
+            case 2: multiply_panel<2>(x, p.inputs, own, pairs, sums); break;
+            case 3: multiply_panel<3>(x, p.inputs, own, pairs, sums); break;
+            case 4: multiply_panel<4>(x, p.inputs, own, pairs, sums); break;
+            case 5: multiply_panel<5>(x, p.inputs, own, pairs, sums); break;
+            default: multiply_panel<6>(x, p.inputs, own, pairs, sums);
+        }
+        const int64_t first = panel * PANEL, count = std::min(PANEL, p.outputs - first);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t at = r * p.outputs + first + i;
+                float sum = sums[r][i];
+                if (bias) sum += to_float(bias[first + i]);
+                if (residual) sum += to_float(residual[at]);
+                if (p.relu) sum = std::max(sum, 0.0f);
+                y[at] = to_bfloat16(sum);
+            }
+    }
+}
+
+#endif
+
+}  // namespace
+
+// The most rows that the functions below take; 0 where this processor has no products of bfloat16 pairs.
+extern "C" int most_few() {
+#if PRODUCTS_OF_PAIRS
+    return FEW;
+#else
+    return 0;
+#endif
+}
+
+#if PRODUCTS_OF_PAIRS
+
+extern "C" void multiply_few(const Product* product, const void* x, const void* residual, void* y, int64_t rows,
+                             int64_t threads) {
+    multiply(*product, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y),
+             rows, threads);
+}
+
+// x and y are (rows, width).
+extern "C" void layer_of_few(const Layer* layer, const Step* step, const void* x, void* y) {
+    const Layer& l = *layer;
+    const Step& s = *step;
+    const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, inner = l.down.inputs;
+    const int64_t own_width = l.heads * l.head_dim, kv_width = l.kv_heads * l.head_dim, size = sizeof(bfloat16);
+    thread_local std::vector<bfloat16> memory;
+    memory.resize(s.rows * (width + joint_width + own_width + 3 * inner));
+    bfloat16 *normed = memory.data(), *joint = normed + s.rows * width, *attended = joint + s.rows * joint_width;
+    bfloat16 *gate_up = attended + s.rows * own_width, *gated = gate_up + s.rows * 2 * inner;
+    const auto* from = static_cast<const bfloat16*>(x);
+    auto* to = static_cast<bfloat16*>(y);
+
+    rms_norm(from, l.input.weight, normed, l.input.offset, l.input.epsilon, s.rows, width, 1);
+    multiply(l.qkv, normed, nullptr, joint, s.rows, s.threads);
+    rotate_heads(joint, s.cosines, s.sines, s.angles_in_float32, l.query.weight, l.key.weight, l.query.offset,
+                 l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.halved ? 2 * s.angles : s.angles,
+                 s.angles, 1);
+    const char* keys = reinterpret_cast<const char*>(joint + own_width);
+    store(keys, keys + kv_width * size, s.slots, static_cast<char*>(s.keys), static_cast<char*>(s.values), s.rows,
+          joint_width * size, joint_width * size, kv_width * size, kv_width * size, 1);
+    attention(1, joint, s.keys, s.values, s.tables, s.starts, s.offsets, s.lengths, nullptr, attended, joint_width, s.rows,
+              l.heads, l.kv_heads, l.head_dim, l.head_dim, s.block_tokens, s.table_width, l.scaling, l.softcap, s.threads);
+    multiply(l.o, attended, from, to, s.rows, s.threads);
+    rms_norm(to, l.post.weight, normed, l.post.offset, l.post.epsilon, s.rows, width, 1);
+    multiply(l.gate_up, normed, nullptr, gate_up, s.rows, s.threads);
+    gate(gate_up, gated, l.linear, l.cubic, s.rows, inner, 1);
+    multiply(l.down, gated, to, to, s.rows, s.threads);
+}
+
+#endif
