@@ -5,6 +5,7 @@ the same as that one; if it does not, the model's own stays. Random numbers go t
 the whole model would send them: what each module is called with is noted in one such forward.
 """
 
+import copy
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -277,11 +278,16 @@ def _fuse_activations(module: nn.Module, calls: "_Calls") -> None:
 # -- candidates: what might take the place of a part, the likeliest first
 
 
-def _norms(own: nn.Module, _: "_Call") -> Iterator[nn.Module]:
+def _norms(own: nn.Module, call: "_Call") -> Iterator[nn.Module]:
     weight, epsilon = getattr(own, "weight", None), getattr(own, "variance_epsilon", getattr(own, "eps", None))
     if not (isinstance(weight, nn.Parameter) and isinstance(epsilon, float) and len(list(own.parameters())) == 1):
         return
-    if weight.ndim == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+    hidden = call.hidden_states
+    if (
+        weight.dtype == hidden.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.shape == hidden.shape[-1:]
+    ):
         for offset in (0.0, 1.0):
             yield FusedNorm(weight, epsilon, offset)
 
@@ -300,10 +306,13 @@ def _attentions(own: nn.Module, call: "_Call") -> Iterator[nn.Module]:
     if not (linears and _can_join(linears[:3]) and isinstance(head_dim, int) and isinstance(layer_idx, int)):
         return
     norms = [part for name in ("q_norm", "k_norm") if isinstance(part := getattr(own, name, None), FusedNorm)]
-    if norms and len({(norm.offset, norm.epsilon, len(norm.weight)) for norm in norms}) * len(norms) != 2:
+    kinds = {(norm.offset, norm.epsilon, len(norm.weight)) for norm in norms}
+    if norms and (len(norms) != 2 or len(kinds) != 1 or len(norms[0].weight) != head_dim):
         return
     cosines, sines = call.named["position_embeddings"]
     if cosines.dtype != sines.dtype or cosines.dtype not in (torch.bfloat16, torch.float32):
+        return
+    if not cosines.shape[:-1] == sines.shape[:-1] == call.hidden_states.shape[:-1]:
         return
     options = _outcome(own, call).options
     if options is not None:
@@ -327,13 +336,17 @@ def _fuse_activation(own: nn.Module, calls: "_Calls") -> None:
     first, activation = getattr(own, "fc1", None), getattr(own, "activation_fn", None)
     if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
         return
-    expected = _outcome(own, calls[own])
     made = _first_same(nn.Sequential(first, activation), _with_activation, calls[first])
     if made is None:
         return
-    own.fc1, own.activation_fn = made, nn.Identity()
-    if not expected.agrees(_outcome(own, calls[own])):  # something lies between the two
-        own.fc1, own.activation_fn = first, activation
+
+    def with_both(*_: object) -> Iterator[nn.Module]:
+        layer = copy.copy(own)
+        layer._modules = {**own._modules, "fc1": made, "activation_fn": nn.Identity()}
+        yield layer
+
+    if _first_same(own, with_both, calls[own]):  # nothing lies between the two
+        own.fc1, own.activation_fn = made, nn.Identity()
 
 
 def _with_activation(pair: nn.Module, _: "_Call") -> Iterator[nn.Module]:
@@ -375,6 +388,12 @@ class _Call(NamedTuple):
 
     given: tuple[Any, ...]
     named: dict[str, Any]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """What the module is called for."""
+        hidden: Tensor = self.given[0] if self.given else self.named["hidden_states"]
+        return hidden
 
 
 _Calls = WeakKeyDictionary[nn.Module, _Call]  # weak, so that what is replaced goes at once
