@@ -26,8 +26,6 @@
 
 namespace {
 
-inline float to_float(_Float16 x) { return static_cast<float>(x); }
-
 inline void from_float(float x, float& out) { out = x; }
 inline void from_float(float x, _Float16& out) { out = static_cast<_Float16>(x); }
 inline void from_float(float x, bfloat16& out) { out = to_bfloat16(x); }
