@@ -485,9 +485,9 @@ void attend_several(const Call<bfloat16>& c, int64_t request, int64_t head, int6
 
 template <typename T>
 void attend_each(const Call<T>& c, int64_t threads) {
-    // whole requests stream best; with fewer requests than would keep the threads busy, their heads are cut up
-    const int64_t wanted = threads == 1 ? 1 : (4 * threads + c.requests - 1) / c.requests;
-    const int64_t heads_a_piece = std::max<int64_t>(1, c.kv_heads / std::min(wanted, c.kv_heads));
+    // whole requests stream best; with too few of them to share out evenly, their heads are divided
+    const int64_t wanted = c.requests >= 4 * threads ? 1 : threads;
+    const int64_t heads_a_piece = (c.kv_heads + wanted - 1) / wanted;
     const int64_t pieces = (c.kv_heads + heads_a_piece - 1) / heads_a_piece;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t piece = 0; piece < c.requests * pieces; ++piece) {
