@@ -1,17 +1,18 @@
 """The KV pool: the preallocated cache of all requests in blocks, and the allocator that hands blocks out."""
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from splitwiser import cgroup
 from splitwiser.errors import InputError
 from splitwiser.pool_kernels import PoolKernels
+from splitwiser.system import use_huge_pages
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ def zeroed_memory(nbytes: int, device: torch.device) -> Tensor:
     """``nbytes`` zeros of type uint8."""
     if device.type == "cuda":
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    # numpy asks the system for zeroed pages, which cost nothing until they are used; torch would write the zeros
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8))
+    # the system's pages are zero, and cost nothing until they are used; torch would write the zeros
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    use_huge_pages(memory)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:

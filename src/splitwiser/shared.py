@@ -19,6 +19,9 @@ _ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 _Place = tuple[int, int]  # which memory, and the byte in it
 
 
+from splitwiser.system import use_huge_pages
+
+
 class SharedMemory:
     """Zeroed memory that is shared by sending this object to a process as it starts.
 
@@ -68,7 +71,9 @@ class _SentFd(Protocol):
 
 
 def _mapped(fd: int, nbytes: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+    memory = mmap.mmap(fd, nbytes)
+    use_huge_pages(memory)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _opened(rebuild: Callable[..., Tensor], arguments: tuple[object, ...]) -> SharedMemory:

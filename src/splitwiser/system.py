@@ -1,11 +1,12 @@
 """Environment, signals and processes, as Linux gives them."""
 
 import ctypes
+import mmap
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
@@ -64,3 +65,10 @@ def keep_freed_memory() -> None:
     if set_option is not None:
         set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
         set_option(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+
+
+def use_huge_pages(memory: mmap.mmap) -> None:
+    """Ask for pages of 2 MiB where the system has them for such memory: the first use of a page costs microseconds, which a
+    prefill step would pay for every 4 KiB that it writes into a new pool."""
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
