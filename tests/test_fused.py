@@ -16,8 +16,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from splitwiser import LLM, SamplingParams, attention, fused, packed
-from splitwiser.fused import FusedMLP, FusedNorm, describe_parts, fuse_parts
-from splitwiser.guard import attach_engine
+from splitwiser.fused import FusedLayer, FusedMLP, FusedNorm, describe_parts, fuse_parts
+from splitwiser.guard import _served_logits, attach_engine
 from splitwiser.model import LoadedModel, load_model
 from splitwiser.packed import PackedLinear
 
@@ -194,6 +194,32 @@ def test_a_model_of_fused_parts_gives_its_logits(name: str, tiny: Callable[[str]
     model = load(tiny, name)
     attach_engine(model, pack=True)  # which compares the logits
     assert describe_parts(model.module) == PARTS[name]
+
+
+@needs_compiler
+@pytest.mark.skipif(packed.most_few() == 0, reason="this processor has no function for products of a few rows")
+@pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
+def test_a_layer_of_a_few_rows_is_one_call(
+    name: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, name)
+    layers = attach_engine(model, pack=True)
+    called: list[object] = []
+    once = FusedLayer._call_once
+
+    def note(layer: FusedLayer, *given: Any) -> torch.Tensor:
+        called.append(layer)
+        return once(layer, *given)
+
+    monkeypatch.setattr(FusedLayer, "_call_once", note)
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    with torch.inference_mode():
+        _, made = _served_logits(model, layers, prompts)
+        assert len(called) == len(layers)
+        monkeypatch.setattr(fused, "most_few", lambda: 0)
+        _, expected = _served_logits(model, layers, prompts)
+    assert len(called) == len(layers)
+    assert_same(made, expected)
 
 
 @needs_compiler

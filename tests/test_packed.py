@@ -43,6 +43,37 @@ def test_computes_what_the_linear_layer_does(shape: tuple[int, ...], bias: bool)
 
 
 @needs_packing
+@pytest.mark.skipif(packed.most_few() == 0, reason="this processor has no function for products of a few rows")
+@pytest.mark.parametrize("activation", [("none", ""), packed.RELU])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(64, 128), (48, 96), (40, 100), (576, 1), (2, 65)], ids=str)
+def test_products_of_a_few_rows_are_those_of_many(
+    sizes: tuple[int, int], bias: bool, activation: tuple[str, str]
+) -> None:
+    few = packed.most_few()
+    layer = PackedLinear(linear(bias, *sizes), activation)
+    assert layer.product is not None
+    many, residual = inputs(few + 1, sizes[0]), inputs(few + 1, sizes[1])
+    with torch.inference_mode():
+        expected = layer(many)
+        for rows in range(1, few + 1):
+            assert_same(layer(many[:rows]), expected[:rows])
+            if activation == ("none", ""):
+                assert_same(layer.added_to(residual[:rows], many[:rows]), expected[:rows] + residual[:rows])
+
+
+@needs_packing
+def test_what_lies_otherwise_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = linear()
+    layer = PackedLinear(plain)
+    monkeypatch.setattr(packed, "_IN_PANELS", {})
+    monkeypatch.setattr(PackedLinear, "_multiply_few", lambda *_: torch.zeros(2, 96, dtype=torch.bfloat16))
+    assert layer.product is None
+    with torch.inference_mode():
+        assert_same(layer(inputs(1, 48)), plain(inputs(1, 48)))
+
+
+@needs_packing
 def test_reads_its_bytes_from_where_they_lie() -> None:
     plain = linear()
     layer = PackedLinear(plain)

@@ -208,13 +208,13 @@ class FusedLayer(nn.Module):
         return output
 
     def _describe(self) -> _Layer | None:
-        """The layer where it lies now; None if oneDNN does its products of a few rows."""
+        """The layer where it lies now; None if it has what the one call does not do."""
         attention, mlp, address = self.self_attn, self.mlp, self.self_attn.qkv_proj.packed.data_ptr()
         if self._at is None or self._at[0] != address:
             products = [
                 linear.product for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
             ]
-            if None in products or attention.sinks is not None:
+            if None in products or attention.sinks is not None or attention.heads[1] != attention.heads[2]:
                 return None
             norms = [self.input_layernorm, self.post_attention_layernorm, attention.q_norm, attention.k_norm]
             self._at = address, _Layer(

@@ -24,6 +24,9 @@ class LayerShape:
     value_dim: int
 
 
+TAKEN_AT_ONCE = 1 << 30  # bytes of a pool that are written to before the first request
+
+
 class KVPool:
     """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
 
@@ -56,6 +59,13 @@ class KVPool:
         for layer in layers:
             self.keys.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.key_dim))
             self.values.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.value_dim))
+
+    def take_first(self, blocks: range) -> None:
+        """Write zeros to the first of ``blocks``, up to :data:`TAKEN_AT_ONCE` bytes. The system gives a page when it is
+        first written to, which takes microseconds; so this falls on no request, as long as they use no more."""
+        first = blocks[: TAKEN_AT_ONCE // (self.nbytes // self.blocks)]
+        for kept in [*self.keys, *self.values]:
+            kept[first.start : first.stop].zero_()
 
     @property
     def nbytes(self) -> int:

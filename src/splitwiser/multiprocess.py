@@ -127,6 +127,7 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
         setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
+    pool.take_first(setup.own_blocks)
     allocator = BlockAllocator(setup.own_blocks.start, len(setup.own_blocks))
     prefill_names = [worker.name for worker in setup.workers if worker.role == "prefill"]
     turned = setup.index % max(1, len(prefill_names))  # decode workers start at different prefill workers

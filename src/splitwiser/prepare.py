@@ -54,9 +54,12 @@ def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
 
 def make_pool(model: LoadedModel, prepared: Prepared, settings: EngineSettings, memory: Tensor | None = None) -> KVPool:
     """The pool that was planned, in ``memory`` or in its own."""
-    return KVPool(
+    pool = KVPool(
         prepared.layers, prepared.blocks, settings.block_tokens, model.dtype, model.device, memory, prepared.kernels
     )
+    if memory is None:  # the workers that share it take their own parts
+        pool.take_first(range(prepared.blocks))
+    return pool
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:

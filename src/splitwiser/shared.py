@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 
+from splitwiser.system import use_huge_pages
+
 _ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 
 _Place = tuple[int, int]  # which memory, and the byte in it
-
-
-from splitwiser.system import use_huge_pages
 
 
 class SharedMemory:

@@ -193,7 +193,10 @@ def find_kernel(place: str | None) -> Found:
         "cache_writable": _is_writable(cache),
         "openmp": torch.backends.openmp.is_available(),
     }
-    text += f"; kept in {cache}" if compiled else ""
+    if compiled:
+        text += (
+            f"; kept in {cache}" if kernels.prefill else f"; prefill: {described['prefill_attention']}; kept in {cache}"
+        )
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
     return (None if place != "cpu" else compiled), text, figures
 

@@ -2,7 +2,7 @@
 // nothing else does but the reading of the weights.
 //
 // Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of 64 outputs; in a panel, for each pair of
-// inputs, the pair's weights for all 64. Python shows that a weight lies so before it comes here.
+// inputs, the pair's weights for all 64; inputs are filled up to whole 32. Python shows that a weight lies so before it comes here.
 
 #include <algorithm>
 #include <cstdint>
@@ -68,7 +68,7 @@ namespace {
 
 constexpr int64_t FEW = 6, PANEL = 64, LANES = 16;
 
-inline int64_t padded(int64_t inputs) { return (inputs + PANEL - 1) / PANEL * PANEL; }
+inline int64_t padded(int64_t inputs) { return (inputs + 31) / 32 * 32; }
 
 template <int ROWS>
 void multiply_panel(const bfloat16* x, int64_t stride, const uint32_t* weights, int64_t pairs, float (*sums)[PANEL]) {
