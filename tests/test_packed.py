@@ -63,6 +63,18 @@ def test_products_of_a_few_rows_are_those_of_many(
 
 
 @needs_packing
+@pytest.mark.parametrize("rows", [1, 100])
+def test_an_activation_may_be_set_anew(rows: int) -> None:
+    layer = PackedLinear(linear())
+    with torch.inference_mode():
+        plain = layer(inputs(rows, 48))
+        for layer.activation in (packed.RELU, ("gelu", "tanh"), ("none", "")):
+            made = layer(inputs(rows, 48))
+            functions = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "none": nn.Identity()}
+            assert_same(made, functions[layer.activation[0]](plain))
+
+
+@needs_packing
 def test_what_lies_otherwise_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = linear()
     layer = PackedLinear(plain)

@@ -83,6 +83,7 @@ def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
     if library is None:
         return PoolKernels(), {"prefill_attention": fused, "decode_attention": described}
     attention, compiled = CpuAttention(library), f"attention.cpp, {described}"
+    library.attention_takes_several.argtypes = [ctypes.c_int64] * 3
     takes_several = all(
         library.attention_takes_several(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
     )

@@ -33,9 +33,11 @@ class Product(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Opened:
-    """A packed weight where it lies: as oneDNN's tensor, and for products of a few rows (None: oneDNN's, too)."""
+    """A packed weight where it lies: as oneDNN's tensor, and with an activation for products of a few rows (None: these are
+    oneDNN's, too)."""
 
     address: int
+    activation: tuple[str, str]
     weight: Tensor
     product: Product | None
 
@@ -44,7 +46,8 @@ class PackedLinear(nn.Module):
     """Computes what ``linear``, which holds bfloat16 weights on a CPU, does, from a packed copy of its weight.
 
     ``packed`` is that copy as bytes; ``weight`` has the shape and type of the weight and no numbers, since some models ask
-    for its type. ``activation`` is oneDNN's name of a function of the output, and which form of it ("" where it has one).
+    for its type. ``activation`` is oneDNN's name of a function of the output, and which form of it ("" where it has one); it
+    may be set anew.
     """
 
     packed: Tensor
@@ -90,7 +93,8 @@ class PackedLinear(nn.Module):
 
     def _few(self, inputs: Tensor) -> Product | None:
         """The layer for a product of a few rows, if that is what ``inputs`` ask for."""
-        return self._open().product if inputs.numel() <= most_few() * self.in_features else None
+        few = inputs.numel() <= most_few() * self.in_features and inputs.dtype == torch.bfloat16
+        return self._open().product if few else None
 
     def _multiply_few(self, product: Product, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
         inputs = inputs.contiguous()
@@ -107,13 +111,13 @@ class PackedLinear(nn.Module):
     def _open(self) -> _Opened:
         """The packed weight over wherever ``packed`` lies now."""
         address = self.packed.data_ptr()
-        if self._opened is None or self._opened.address != address:
+        if self._opened is None or (self._opened.address, self._opened.activation) != (address, self.activation):
             weight = _open_at(address, (self.out_features, self.in_features), self._layout)
-            self._opened = _Opened(address, weight, None)
+            self._opened = _Opened(address, self.activation, weight, None)
             bias = None if self.bias is None else self.bias.data_ptr()
             product = Product(address, bias, self.in_features, self.out_features, self.activation == RELU)
             if self._lies_in_panels(product):
-                self._opened = _Opened(address, weight, product)
+                self._opened = _Opened(address, self.activation, weight, product)
         return self._opened
 
     def _lies_in_panels(self, product: Product) -> bool:
