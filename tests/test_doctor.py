@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from helpers import refusal
@@ -18,6 +18,7 @@ from splitwiser import cgroup, doctor, survey
 from splitwiser.config import DoctorConfig
 from splitwiser.doctor import MODES, Diagnosis, Finding, diagnose
 from splitwiser.llm import LLM
+from splitwiser.pool_kernels import AttentionKernel, PoolKernels
 from splitwiser.probe import ProbeError
 
 COMMAND = [sys.executable, "-m", "splitwiser", "doctor"]
@@ -331,6 +332,18 @@ def test_a_quota_below_the_cores_is_pointed_out(tiny: Callable[[str], Path], mon
     monkeypatch.setattr(cgroup, "cpu_quota", lambda: 1.5)
     finding = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "cores")
     assert (finding.ok, finding.figures["cores"], finding.figures["quota"]) == (False, 4, 1.5)
+
+
+def test_prefill_that_is_left_to_pytorch_is_said(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> tuple[PoolKernels, dict[str, str]]:
+        return PoolKernels(decode=cast("AttentionKernel", print)), {
+            "prefill_attention": "PyTorch's own", "decode_attention": "compiled"
+        }  # fmt: skip
+
+    monkeypatch.setattr("splitwiser.kernel_choice.load_kernels", load)
+    finding = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "kernel")
+    assert finding.ok
+    assert "compiled; prefill: PyTorch's own; kept in " in finding.text
 
 
 def test_a_kernel_that_cannot_be_kept_is_done_without(

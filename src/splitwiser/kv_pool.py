@@ -62,7 +62,10 @@ class KVPool:
 
     def take_first(self, blocks: range) -> None:
         """Write zeros to the first of ``blocks``, up to :data:`TAKEN_AT_ONCE` bytes. The system gives a page when it is
-        first written to, which takes microseconds; so this falls on no request, as long as they use no more."""
+        first written to, which takes microseconds; so this falls on no request, as long as they use no more. A GPU's
+        memory is there already."""
+        if self.keys[0].is_cuda:
+            return
         first = blocks[: TAKEN_AT_ONCE // (self.nbytes // self.blocks)]
         for kept in [*self.keys, *self.values]:
             kept[first.start : first.stop].zero_()

@@ -194,9 +194,8 @@ def find_kernel(place: str | None) -> Found:
         "openmp": torch.backends.openmp.is_available(),
     }
     if compiled:
-        text += (
-            f"; kept in {cache}" if kernels.prefill else f"; prefill: {described['prefill_attention']}; kept in {cache}"
-        )
+        text += "" if kernels.prefill else f"; prefill: {described['prefill_attention']}"
+        text += f"; kept in {cache}"
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
     return (None if place != "cpu" else compiled), text, figures
 

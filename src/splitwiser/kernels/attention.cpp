@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "functions.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define PRODUCTS_OF_PAIRS 1

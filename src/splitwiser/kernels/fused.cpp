@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "functions.h"
 
 namespace {
 
