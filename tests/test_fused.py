@@ -214,10 +214,10 @@ def test_a_layer_of_a_few_rows_is_one_call(
     monkeypatch.setattr(FusedLayer, "_call_once", note)
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
     with torch.inference_mode():
-        _, made = _served_logits(model, layers, prompts)
+        *_, made = _served_logits(model, layers, prompts)
         assert len(called) == len(layers)
         monkeypatch.setattr(fused, "most_few", lambda: 0)
-        _, expected = _served_logits(model, layers, prompts)
+        *_, expected = _served_logits(model, layers, prompts)
     assert len(called) == len(layers)
     assert_same(made, expected)
 

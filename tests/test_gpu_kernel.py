@@ -14,7 +14,7 @@ LENGTHS, STARTS = [1, 16, 17, 100, 130], [0, 3, 0, 91, 2]
 
 def test_without_triton_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    kernels, described = load_gpu_kernels()
+    kernels, described = load_gpu_kernels(torch.float32, [])
     assert kernels == PoolKernels()
     assert described["decode_attention"] == "plain PyTorch (Triton is not installed)"
 

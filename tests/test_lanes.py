@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from test_token_identity import LENGTHS, SERVED, prompts_of, references
 
 from splitwiser.engine import EngineSettings, Observer, SplitEngine
@@ -24,13 +25,14 @@ SETTINGS = EngineSettings(8, 48, 16, "4MiB", ShareSettings("none", 50.0, True), 
 class WholeDevice:
     """A division in which each lane has everything; notes what it is told."""
 
-    decode_streams = None
-
     def __init__(self, fault: str = "") -> None:
         self.units: list[dict[str, int]] = []
         self.gaps: list[float] = []
         self.left: set[str] = set()
         self._fault = fault
+
+    def streams(self, worker: str) -> list[torch.cuda.Stream]:
+        return []
 
     def lane(self, worker: str) -> "_Lane":
         return _Lane(self, worker, self._fault == worker)

@@ -29,6 +29,7 @@ from splitwiser.layout import WorkerSpec
 from splitwiser.model import load_model
 from splitwiser.mps import Gpu, find_problem, gpu_index, mps_daemon, running_daemon, thread_percentage
 from splitwiser.shared import SharedMemory
+from splitwiser.shares import ShareSettings
 
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes
@@ -146,7 +147,9 @@ def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytes
     pipes = Path("/run/pipes")
     daemon = mps.MpsDaemon("private", pipes, Path("/run/logs"), 1, 1, {mps.PIPES: str(pipes)})
     spec = WorkerSpec("decode-0", "decode", 33.3)
-    setup = SimpleNamespace(environment=daemon.worker_environment(spec, "fixed"), spec=spec, inbox={}, outbox={})
+    setup = SimpleNamespace(
+        environment=daemon.worker_environment(spec, ShareSettings("fixed", 50.0, True)), spec=spec, inbox={}, outbox={}
+    )
     worker = multiprocessing.get_context("fork").Process(target=multiprocess._work, args=(setup,))
     worker.start()
     worker.join(30)

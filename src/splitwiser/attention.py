@@ -26,6 +26,10 @@ from splitwiser.kv_pool import KVPool
 
 NAME = "splitwiser"
 
+# On Hopper PyTorch prefers cuDNN's attention for half precisions, which makes a plan for each new length of a prompt and of
+# its K and V: tenths of a second each. Off for the process, in mode generate too; flash attention then takes its place.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 MaskFunction = Callable[..., Any]  # of transformers: (batch, head, query positions, key positions) -> boolean
 
 # what models hand down to every attention function, of no meaning to the attention itself
@@ -142,6 +146,13 @@ class _Group:
     lengths: Tensor
 
 
+@dataclass(frozen=True)
+class _Window:
+    """How many tokens each token sees, itself included; None: all before it."""
+
+    tokens: int | None
+
+
 class Place(NamedTuple):
     """Where a layer of a decode step reads and writes: its part of the pool, and what else
     :class:`~splitwiser.pool_kernels.AttentionKernel` and :class:`~splitwiser.pool_kernels.StoreKernel` are given."""
@@ -192,6 +203,7 @@ class StepAttention(StepCache):
         self._layer = -1
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
+        self._windows: dict[Mask, _Window | None] = {}
         self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
 
@@ -212,6 +224,8 @@ class StepAttention(StepCache):
                 query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
                 starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
             ).unsqueeze(0)  # fmt: skip
+        if not self._decoding and (packed := self._attend_packed(query, key, value, mask, options)) is not None:
+            return packed.unsqueeze(0)
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         if self._decoding:
             self._attend_groups(query, mask, options, output)
@@ -226,6 +240,26 @@ class StepAttention(StepCache):
             return None
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         return Place(keys, values, self._slots, self._batch.tables, starts, self._offsets, self._batch.lengths)
+
+    def _attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions
+    ) -> Tensor | None:
+        """Attention of all segments in one call; None where there is no kernel for it, or none that knows what is asked."""
+        kernel = self.pool.kernels.packed
+        if kernel is None or options.softcap is not None or options.sinks is not None:
+            return None
+        if (window := self._window(mask)) is None:
+            return None
+        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if self._context_slots is not None:  # some of what is seen came in earlier steps
+            keys, values = (
+                kept[self._layer].flatten(0, 1).index_select(0, self._context_slots)
+                for kept in (self.pool.keys, self.pool.values)
+            )
+        longest = max(each.tokens for each in self.segments), max(each.context for each in self.segments)
+        return kernel(
+            query[0].transpose(0, 1), keys, values, self._packed_offsets, longest, window.tokens, options.scaling
+        )
 
     def _attend_segments(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions, output: Tensor
@@ -281,7 +315,7 @@ class StepAttention(StepCache):
         """The first position that each token sees, if it sees all from there up to itself, as under a causal mask, a window
         or chunks; None for any other mask. Layers share it."""
         if mask not in self._starts:
-            own = torch.tensor([at for segment in self.segments for at in segment.positions], device=self.device)
+            own = self._own_positions
             if mask.is_causal:
                 self._starts[mask] = torch.zeros_like(own)
             else:
@@ -290,6 +324,48 @@ class StepAttention(StepCache):
                 starts = own + 1 - seen.sum(dim=-1)
                 self._starts[mask] = starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
         return self._starts[mask]
+
+    def _window(self, mask: Mask) -> _Window | None:
+        """How far back the step's tokens see, if each sees as far as any other; None for any other mask. Layers share it."""
+        if mask not in self._windows:
+            if mask.is_causal:
+                self._windows[mask] = _Window(None)
+            else:
+                starts, own = self._first_seen(mask), self._own_positions
+                self._windows[mask] = None
+                if starts is not None:
+                    seen = own + 1 - starts
+                    most = seen.max()
+                    if bool((seen == torch.minimum(own + 1, most)).all()):
+                        self._windows[mask] = _Window(int(most))
+        return self._windows[mask]
+
+    @cached_property
+    def _own_positions(self) -> Tensor:
+        """The absolute position of each of the step's tokens, (tokens,)."""
+        return torch.tensor([at for segment in self.segments for at in segment.positions], device=self.device)
+
+    @cached_property
+    def _context_slots(self) -> Tensor | None:
+        """The slots of all requests' contexts, one request after the other, (context tokens,); None where each prompt is
+        whole in this step, so that its K and V need not be read back."""
+        if all(segment.tokens == segment.context for segment in self.segments):
+            return None
+        size = self.pool.block_tokens
+        slots = [
+            (torch.tensor(segment.blocks)[:, None] * size + torch.arange(size)).flatten()[: segment.context]
+            for segment in self.segments
+        ]
+        return torch.cat(slots).to(self.device)
+
+    @cached_property
+    def _packed_offsets(self) -> tuple[Tensor, Tensor]:
+        """Where each request's new tokens and its context begin among all, (requests + 1,) and int32 each."""
+        tokens, contexts = (
+            torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=self.device)
+            for counts in ([each.tokens for each in self.segments], [each.context for each in self.segments])
+        )
+        return tokens, contexts
 
     @cached_property
     def _offsets(self) -> Tensor:

@@ -38,6 +38,9 @@ class RunConfig:
     )
     itl_target_ms: float = _option(constants.ITL_TARGET_MS, "share auto: what decode keeps between two tokens", float)
     lend: bool = _option(constants.LEND, "idle workers lend their part of the device, step by step", bool)
+    decode_priority: bool = _option(
+        constants.DECODE_PRIORITY, "on a GPU, decode's kernels go before prefill's (modes mps, green)", bool
+    )
     mps: str = _option(
         constants.MPS, "mode mps: private starts an MPS daemon for this run; existing uses the one there"
     )

@@ -16,6 +16,7 @@ WORKERS = ""  # worker layout of modes mp, mps and green: a YAML file or text; e
 SHARE = "fixed"  # how workers divide the device: fixed (their shares), auto (decode keeps ITL_TARGET_MS) or none
 ITL_TARGET_MS = 50.0  # the time between two tokens that SHARE = "auto" keeps decode under while prompts are prefilled
 LEND = True  # a worker without work lends its part of the device to the others, step by step
+DECODE_PRIORITY = True  # on a GPU, decode's kernels go before prefill's where both wait (modes mps and green)
 MPS = "private"  # mode mps: private starts an MPS daemon for each run; existing uses the one that is there
 EXCLUSIVE = False  # mode mps: put the GPU into compute mode EXCLUSIVE_PROCESS for the run; needs root
 SPLIT = "test"  # which set of DIR_DATA is summarised: train, validate or test

@@ -1,4 +1,6 @@
-"""Which device a run uses."""
+"""Which device a run uses, and its memory between two models."""
+
+import gc
 
 import torch
 
@@ -24,3 +26,10 @@ def resolve_device(device: str, gpus: int | None = None) -> torch.device:
     if int(number or 0) >= gpus:
         raise InputError(f"device '{device}': there are {gpus} GPUs, numbered from 0")
     return torch.device("cuda", int(number or 0))
+
+
+def release_memory() -> None:
+    """Give back what models that are gone held, before the next is loaded and its pool sized by what is free."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -93,7 +93,7 @@ class Started:
     """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
     of compute, how many units (cores, multiprocessors) each worker has."""
 
-    engine: Engine
+    engine: Engine | None  # None: it was closed
     pool: KVPool | None
     kernels: dict[str, str]
     division: list[dict[str, int]]

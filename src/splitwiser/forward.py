@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -26,7 +27,9 @@ def forward(
     """
     kept = torch.as_tensor(rows, device=module.device)
     keeps = "logits_to_keep" in _parameters(type(module).forward)
-    with attention.serving(step):
+    # Triton and cuBLAS launch on the current device, which need not be the model's
+    on_device = torch.cuda.device(module.device) if module.device.type == "cuda" else nullcontext()
+    with on_device, attention.serving(step):
         output = module(
             input_ids=torch.as_tensor(token_ids, device=module.device)[None],
             position_ids=torch.as_tensor(positions, device=module.device)[None],

@@ -7,11 +7,16 @@ once. Nothing depends on a length that only the device knows, so steps can be ca
 
 import functools
 import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from splitwiser import packed_attention
+from splitwiser.kv_pool import LayerShape
 from splitwiser.pool_kernels import PoolKernels
 
 PARTS = 16  # most parts of one request's context
@@ -60,12 +65,28 @@ class GpuKernel:
         return output
 
 
-def load_gpu_kernels() -> tuple[PoolKernels, dict[str, str]]:
+def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[PoolKernels, dict[str, str]]:
     """See :func:`splitwiser.kernel_choice.load_kernels`."""
-    prefill = {"prefill_attention": "torch.nn.functional.scaled_dot_product_attention"}
-    if importlib.util.find_spec("triton") is None:
-        return PoolKernels(), {**prefill, "decode_attention": "plain PyTorch (Triton is not installed)"}
-    return PoolKernels(decode=GpuKernel()), {**prefill, "decode_attention": "gpu_kernel.py, compiled by Triton"}
+    not_packed = packed_attention.find_problem(dtype, layers)
+    has_triton = importlib.util.find_spec("triton") is not None
+    kernels = PoolKernels(
+        decode=GpuKernel() if has_triton else None,
+        packed=None if not_packed else packed_attention.PackedAttention(),
+    )
+    return kernels, {
+        "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({not_packed})"
+        if not_packed
+        else "torch.nn.attention.varlen, one call a layer",
+        "decode_attention": "gpu_kernel.py, compiled by Triton"
+        if has_triton
+        else "plain PyTorch (Triton is not installed)",
+    }
+
+
+def cache_directory() -> Path:
+    """Where Triton keeps what it has compiled."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
 
 def _power_of_2(number: int) -> int:

@@ -5,7 +5,9 @@ A graph runs on the multiprocessors of the stream that it was captured on, so ea
 of its own.
 """
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -25,25 +27,25 @@ class _FixedStep(StepCache):
     def __init__(self, pool: KVPool, size: int, width: int, device: torch.device) -> None:
         self.size = size
         self._pool = pool
-        self._width = width
         self._layer = -1
         self._members: list[Sequence[int]] = []
-        shape = (4 + width) * size
-        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._staged = self._host.split([size, size, size, size, width * size])
-        self.tokens, self.positions, self._slots, self._lengths, tables = self._device.split(
-            [size, size, size, size, width * size]
-        )
-        self._tables = tables.view(size, width)
+        self._host = torch.zeros(4 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(4 * size, dtype=torch.int64, device=device)
+        self._staged = self._host.split(size)
+        self.tokens, self.positions, self._slots, self._lengths = self._device.split(size)
+        self._tables = torch.zeros(size, width, dtype=torch.int64, device=device)
         self._offsets = torch.arange(size + 1, device=device)
+        self._first = torch.zeros(
+            size, dtype=torch.int64, device=device
+        )  # what each token sees from, under a causal mask
+        self._starts: dict[Mask, Tensor] = {}
         self._lengths.fill_(1)  # of no request yet: one token in slot 0, where any request writes before it reads
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int]) -> None:
-        """Bring the next step's inputs into the buffers: one copy."""
+        """Bring the next step's inputs into the buffers: one copy, and another where the batch has changed."""
         repeated = self.size - len(segments)
         size = self._pool.block_tokens
-        staged_tokens, positions, slots, lengths, tables = self._staged
+        staged_tokens, positions, slots, lengths = self._staged
         last = [segment.context - 1 for segment in segments]
         rows = (
             (staged_tokens, tokens),
@@ -53,12 +55,23 @@ class _FixedStep(StepCache):
         )
         for staged, numbers in rows:
             staged.copy_(torch.tensor([*numbers, *[numbers[-1]] * repeated]))
+        self._device.copy_(self._host, non_blocking=True)
         members = [segment.blocks for segment in segments]
         if [*map(id, members)] != [*map(id, self._members)]:  # a request keeps its blocks: tables change with the batch
-            for row, blocks in zip(tables.view(self.size, -1), [*members, *members[-1:] * repeated], strict=True):
-                row[: len(blocks)] = torch.tensor(blocks)
+            self._load_tables([*members, *members[-1:] * repeated])
             self._members = members
-        self._device.copy_(self._host, non_blocking=True)
+
+    def _load_tables(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Write the columns that are in use; what lies beyond is never read."""
+        most = max(map(len, blocks))
+        columns = torch.tensor([[*row, *[0] * (most - len(row))] for row in blocks])
+        if self._tables.is_cuda:
+            columns = columns.pin_memory().to(self._tables.device, non_blocking=True)
+        self._tables[:, :most] = columns
+
+    def begin(self) -> None:
+        """Forget the masks of the last forward; each brings its own."""
+        self._starts.clear()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """See :meth:`splitwiser.attention.StepAttention.update`."""
@@ -70,17 +83,24 @@ class _FixedStep(StepCache):
         """See :meth:`splitwiser.attention.StepAttention.attend`."""
         assert self._pool.kernels.decode is not None
         assert isinstance(mask, Mask)
-        starts = torch.zeros_like(self._lengths)
-        if not mask.is_causal:
-            positions = torch.arange(self._width * self._pool.block_tokens, device=self._lengths.device)
+        return self._pool.kernels.decode(
+            query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
+            self._tables, self._first_seen(mask), self._offsets, self._lengths,
+            options.scaling, options.softcap, options.sinks,
+        ).unsqueeze(0)  # fmt: skip
+
+    def _first_seen(self, mask: Mask) -> Tensor:
+        """The first position that each token sees, (size,). Layers share it: for a window it is some ten kernels over every
+        position that there can be."""
+        if mask.is_causal:
+            return self._first
+        if mask not in self._starts:
+            positions = torch.arange(self._tables.shape[1] * self._pool.block_tokens, device=self._lengths.device)
             if not (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
                 _check_reach(mask, positions)
             seen = mask(self._lengths[:, None] - 1, positions[None]) & (positions[None] < self._lengths[:, None])
-            starts = self._lengths - seen.sum(dim=-1)
-        return self._pool.kernels.decode(
-            query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
-            self._tables, starts, self._offsets, self._lengths, options.scaling, options.softcap, options.sinks,
-        ).unsqueeze(0)  # fmt: skip
+            self._starts[mask] = self._lengths - seen.sum(dim=-1)
+        return self._starts[mask]
 
 
 def _check_reach(mask: Mask, positions: Tensor) -> None:
@@ -106,12 +126,19 @@ class DecodeGraphs:
         self._model = model
         width = pool.blocks if model.max_positions is None else min(pool.blocks, pool.blocks_for(model.max_positions))
         self._steps = [_FixedStep(pool, size, width, model.device) for size in ladder(max_batch)]
-        self._memory = torch.cuda.graph_pool_handle() if streams else None
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        if not streams:
+            return
+        self._memory = torch.cuda.graph_pool_handle()
+        # the default stream cannot be captured, but replays any graph: one stream for all of its graphs, since memory that a
+        # graph leaves is used again on the same stream only
+        aside = torch.cuda.Stream(model.device)
+        default = torch.cuda.default_stream(model.device)
         # the largest first, so that the smaller ones find room in its memory
         work = [(stream, step) for stream in streams for step in reversed(self._steps)]
         for stream, step in tqdm(work, desc="CUDA graphs", unit="graph", disable=None, leave=False):
-            self._graphs[stream.cuda_stream, step.size] = self._capture(stream, step)
+            captured = self._capture(aside if stream == default else stream, step)
+            self._graphs[stream.cuda_stream, step.size] = captured
 
     @torch.inference_mode()
     def logits(self, segments: Sequence[Segment], tokens: Sequence[int]) -> Tensor:
@@ -129,21 +156,48 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture(self, stream: "torch.cuda.Stream", step: _FixedStep) -> tuple["torch.cuda.CUDAGraph", Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        if stream == torch.cuda.default_stream(self._model.device):  # it cannot be captured, but replays any graph
-            stream = torch.cuda.Stream(self._model.device)
         torch.cuda.synchronize(self._model.device)
         with torch.cuda.stream(stream):
             self._forward(step)  # compiles kernels and makes handles, which a capture must not
             stream.synchronize()
-        # thread_local: another thread's calls do not break the capture
-        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+        with _capturing(self._memory, stream) as graph:
             logits = self._forward(step)
         return graph, logits
 
     def _forward(self, step: _FixedStep) -> Tensor:
+        step.begin()
         rows = torch.arange(step.size, device=self._model.device)
         return forward(self._model.module, step, step, step.tokens, step.positions, rows)
+
+
+@contextmanager
+def _capturing(memory: "torch.cuda._POOL_HANDLE", stream: "torch.cuda.Stream") -> Iterator["torch.cuda.CUDAGraph"]:
+    """Capture what this thread launches on ``stream`` into a graph in the pool ``memory``. Where that fails, the thread has
+    its own stream back and the device's allocator goes on as before, and RuntimeError says what broke the capture."""
+    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.current_stream(stream.device)
+    collects = gc.isenabled()
+    gc.disable()  # a collection could unload a compiled kernel or free memory, which a capture must not
+    try:
+        # thread_local: another thread's calls do not break the capture
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+            yield graph
+    except Exception as error:
+        # PyTorch leaves the capture's stream current, and its allocator capturing, where CUDA ends a capture with an error
+        torch.cuda.set_stream(before)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, memory)
+        raise RuntimeError(first_line(_first_cause(error))) from error
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What broke first: the end of a broken capture raises another error over it."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def ladder(max_batch: int) -> list[int]:
@@ -162,6 +216,6 @@ def capture_graphs(
         return None, "none (they need the compiled decode attention)"
     try:
         graphs = DecodeGraphs(model, pool, max_batch, streams or [torch.cuda.current_stream(model.device)])
-    except (RuntimeError, UnsupportedModelError) as error:
+    except Exception as error:  # whatever a foreign forward or Triton raises means the same: no graphs
         return None, f"none ({type(model.module).__name__} cannot be captured: {first_line(error)})"
     return graphs, f"for {', '.join(map(str, ladder(max_batch)))} requests"

@@ -7,8 +7,10 @@ overlap, and it does not tell how many were granted. Here the device is cut once
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from splitwiser.shares import AutoLevel, Part, ShareSettings
 
 AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses
 OLDEST_DRIVER = 12050  # CUDA 12.5, which has streams of green contexts
+QUEUES = 32  # most that the driver makes between host and device; share auto has 16 streams
 
 PREFILL, DECODE = 0, 1  # the lanes' places on the board
 
@@ -39,10 +42,14 @@ def find_problem(device: torch.device) -> str | None:
         version = _call(driver.cuDriverGetVersion)
         if version < OLDEST_DRIVER:
             return f"the GPU driver supports CUDA {version // 1000}.{version % 1000 // 10}, and 12.5 is needed"
+        # read as CUDA starts; of 8 queues, the default, several streams share one, and decode's launches then wait behind
+        # prefill's (cuda.h, "Green Contexts")
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(QUEUES))
         torch.cuda.init()
-        _sm_resource(device)
-    except (ImportError, RuntimeError, RunError) as error:
-        return f"the CUDA driver grants no multiprocessors: {first_line(error)}"
+        for context in _contexts(device, max(1, _sm_count(device) // 2)):
+            _call(driver.cuGreenCtxDestroy, context.handle)
+    except (ImportError, RuntimeError, RunError, InputError) as error:
+        return f"the CUDA driver makes no green contexts: {first_line(error)}"
     return None
 
 
@@ -66,9 +73,11 @@ class GreenDivision:
     def __init__(self, device: torch.device, layout: WorkerLayout, shares: ShareSettings) -> None:
         names = {spec.role: spec.name for spec in layout.workers}
         self._index = {names["prefill"]: PREFILL, names["decode"]: DECODE}
+        _, highest = torch.cuda.Stream(device).priority_range()
+        priorities = (0, highest if shares.decode_priority else 0)
         wanted = plan_prefill_sms(_sm_count(device), layout, shares)
-        cuts = _distinct([_cut(device, sms) for sms in wanted])
-        self._whole = [torch.cuda.Stream(device) for _ in self._index]
+        cuts = _distinct([_cut(device, sms, priorities) for sms in wanted])
+        self._whole = [torch.cuda.Stream(device, priority=priority) for priority in priorities]
         self._streams = [streams for _, streams in cuts]
         self.units = [{names["prefill"]: granted[PREFILL], names["decode"]: granted[DECODE]} for granted, _ in cuts]
         board = Board.over(torch.zeros(Board.nbytes(2), dtype=torch.uint8))
@@ -79,10 +88,10 @@ class GreenDivision:
             auto = AutoLevel(units, board.level, shares.itl_target_ms / 1e3)
         self._parts = [Part(board, PREFILL, shares.lend), Part(board, DECODE, shares.lend, auto, [PREFILL])]
 
-    @property
-    def decode_streams(self) -> Sequence[torch.cuda.Stream]:
+    def streams(self, worker: str) -> Sequence[torch.cuda.Stream]:
         """See :class:`splitwiser.lanes.Division`."""
-        return [self._whole[DECODE], *(streams[DECODE] for streams in self._streams)]
+        index = self._index[worker]
+        return [self._whole[index], *(streams[index] for streams in self._streams)]
 
     def lane(self, worker: str) -> "GreenLane":
         """See :class:`splitwiser.lanes.Division`."""
@@ -130,28 +139,47 @@ def _distinct(cuts: Sequence[Cut]) -> list[Cut]:
     return list({granted: (granted, streams) for granted, streams in cuts}.values())
 
 
-def _cut(device: torch.device, prefill_sms: int) -> Cut:
+@dataclass(frozen=True)
+class _Context:
+    """A green context and the multiprocessors that it was granted."""
+
+    handle: Any
+    sms: int
+
+
+def _cut(device: torch.device, prefill_sms: int, priorities: Sequence[int]) -> Cut:
     """Cut the device in two, at about ``prefill_sms``: the multiprocessors granted to prefill and to decode, and a stream on
-    each. The driver rounds up to what the device can separate. The contexts live as long as the process, as the streams
-    of PyTorch do."""
+    each, with its priority. The contexts live as long as the process, as the streams of PyTorch do."""
+    from cuda.bindings import driver
+
+    prefill, decode = _contexts(device, prefill_sms)
+    flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+    first, second = (
+        torch.cuda.ExternalStream(int(_call(driver.cuGreenCtxStreamCreate, context.handle, flags, priority)), device)
+        for context, priority in zip((prefill, decode), priorities, strict=True)
+    )
+    return (prefill.sms, decode.sms), (first, second)
+
+
+def _contexts(device: torch.device, prefill_sms: int) -> tuple[_Context, _Context]:
+    """Two green contexts that have the device between them, the first at about ``prefill_sms`` multiprocessors: the driver
+    rounds up to what the device can separate. Raises :class:`InputError` if that leaves nothing for the other."""
     from cuda.bindings import driver
 
     resource = _sm_resource(device)
     pieces, _, rest = _call(driver.cuDevSmResourceSplitByCount, 1, resource, 0, prefill_sms)
-    granted, streams = [], []
+    if not rest.sm.smCount:
+        raise InputError(
+            f"mode green: prefill at {prefill_sms} of {resource.sm.smCount} multiprocessors leaves decode none; the "
+            f"device separates them in groups, so give prefill a smaller share"
+        )
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    contexts = []
     for piece in (pieces[0], rest):
-        if not piece.sm.smCount:
-            raise InputError(
-                f"mode green: prefill at {prefill_sms} of {resource.sm.smCount} multiprocessors leaves decode none; the "
-                f"device separates them in groups, so give prefill a smaller share"
-            )
         description = _call(driver.cuDevResourceGenerateDesc, [piece], 1)
-        flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-        context = _call(driver.cuGreenCtxCreate, description, _device(device), flags)
-        stream = _call(driver.cuGreenCtxStreamCreate, context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0)
-        granted.append(int(piece.sm.smCount))
-        streams.append(torch.cuda.ExternalStream(int(stream), device))
-    return (granted[0], granted[1]), (streams[0], streams[1])
+        handle = _call(driver.cuGreenCtxCreate, description, _device(device), flags)
+        contexts.append(_Context(handle, int(piece.sm.smCount)))
+    return contexts[0], contexts[1]
 
 
 def _sm_count(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """Attaches the engine to a model, or refuses it with the reason: what cannot be served exactly is never served wrongly."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,10 @@ from splitwiser.fused import fuse_parts
 from splitwiser.kv_pool import KVPool, LayerShape
 from splitwiser.model import LoadedModel
 from splitwiser.packed import pack_linears
+from splitwiser.pool_kernels import PoolKernels
+
+# half precisions differ by rounding; a dropped term or a leak between requests differs by far more
+_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]:
@@ -46,8 +51,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
         raise UnsupportedModelError(
             f"{name} cannot be served by the engine; use --mode generate ({type(error).__name__}: {first_line(error)})"
         ) from error
-    # half precisions differ by rounding; a dropped term or a leak between requests differs by far more
-    bound = {torch.float32: 1e-3}.get(model.dtype, 5e-2)
+    bound = _BOUNDS[model.dtype]
     if not all(_agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
             f"{name}: two packed prompts do not give the logits that each gives alone, so the engine would give wrong "
@@ -60,7 +64,30 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
     return layers
 
 
-def _agree(ours: Tensor, theirs: Sequence[Tensor], bound: float) -> bool:
+def try_kernels(
+    model: LoadedModel, layers: Sequence[LayerShape], kernels: PoolKernels, block_tokens: int
+) -> dict[str, str]:
+    """Why the decode kernel or that for packed prompts cannot serve ``model``, which the engine is attached to: by the name
+    of the field of :class:`~splitwiser.pool_kernels.PoolKernels`, a line each. Tried on two prompts of over two blocks."""
+    length = min(2 * block_tokens + 5, model.max_positions or sys.maxsize)
+    prompts = [[(7 * number + 3) % model.vocabulary for number in range(start, start + length)] for start in (0, 11)]
+    refused = {}
+    with torch.inference_mode():
+        expected = _served_logits(model, layers, prompts)
+        for name in ("decode", "packed"):
+            if (kernel := getattr(kernels, name)) is None:
+                continue
+            try:
+                given = _served_logits(model, layers, prompts, PoolKernels(**{name: kernel}), block_tokens)
+            except Exception as error:  # Triton's errors have no base of their own among Python's
+                refused[name] = f"{type(error).__name__}: {first_line(error)}"
+            else:
+                if not all(map(_agree, given, expected, [_BOUNDS[model.dtype]] * len(given))):
+                    refused[name] = "it gives other logits than PyTorch"
+    return refused
+
+
+def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:
     return all(
         bool((one - other).abs().max() <= bound * max(1.0, float(other.abs().max())))
         for one, other in zip(ours, theirs, strict=True)
@@ -127,19 +154,27 @@ def _own_logits(model: LoadedModel, prompt: list[int]) -> Tensor:
 
 
 def _served_logits(
-    model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """The logits after prompts of one length, packed in one row: as a prefill step gives them, and as a decode step of their
-    last tokens does."""
+    model: LoadedModel,
+    layers: Sequence[LayerShape],
+    prompts: Sequence[list[int]],
+    kernels: PoolKernels = PoolKernels(),  # noqa: B008  # of no state
+    block_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits after prompts of one length, packed in one row: as a prefill step gives them, as a step of their second
+    halves does, and as a decode step of their last tokens. Each prompt lies in one block, if not in those of
+    ``block_tokens``."""
     length = len(prompts[0])
-    pool = KVPool(layers, len(prompts), length, model.dtype, model.device)
+    size = block_tokens or length
+    each = -(-length // size)
+    pool = KVPool(layers, len(prompts) * each, size, model.dtype, model.device, kernels=kernels)
 
     def step(start: int) -> Tensor:
-        segments = [Segment([block], length, length - start) for block in range(len(prompts))]
+        blocks = [range(number * each, (number + 1) * each) for number in range(len(prompts))]
+        segments = [Segment(own, length, length - start) for own in blocks]
         tokens = [token for prompt in prompts for token in prompt[start:]]
         positions = [position for segment in segments for position in segment.positions]
         ends = [(number + 1) * (length - start) - 1 for number in range(len(prompts))]
         attends = StepAttention(pool, segments, model.device)
         return forward(model.module, attends, attends, tokens, positions, ends).float()
 
-    return step(0), step(length - 1)
+    return step(0), step(length // 2), step(length - 1)

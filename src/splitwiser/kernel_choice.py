@@ -25,4 +25,4 @@ def load_kernels(
         raise unknown("kernels", choice, KERNELS)
     if choice == "plain":
         return PoolKernels(), dict.fromkeys(("prefill_attention", "decode_attention"), "plain PyTorch (as asked for)")
-    return load_cpu_kernels(dtype, layers) if device.type == "cpu" else load_gpu_kernels()
+    return load_cpu_kernels(dtype, layers) if device.type == "cpu" else load_gpu_kernels(dtype, layers)

@@ -18,6 +18,7 @@ from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
 from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
+from splitwiser.steps import warm_up_prefill
 from splitwiser.worker import PARENT, Lane, Worker, serve
 
 STOP_S = 30.0  # longest that a lane may take to end: the step it is in
@@ -60,9 +61,8 @@ class Division(Protocol):
 
     units: list[dict[str, int]]
 
-    @property
-    def decode_streams(self) -> "Sequence[torch.cuda.Stream] | None":
-        """The streams that decode steps may run on; None on a CPU."""
+    def streams(self, worker: str) -> "Sequence[torch.cuda.Stream]":
+        """The streams that steps of ``worker`` may run on; none on a CPU."""
         ...
 
     def lane(self, worker: str) -> Lane:
@@ -80,7 +80,8 @@ def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     prepared = prepare(model, settings)
     blocks = prepared.blocks
     pool = make_pool(model, prepared, settings)
-    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.decode_streams)
+    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.streams(decode.name))
+    warm_up_prefill(model, pool, settings.prefill_tokens, division.streams(prefill.name))
     boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
     transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in (prefill, decode)}
     workers = [

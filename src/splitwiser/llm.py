@@ -4,14 +4,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
+import torch
+
 from splitwiser import constants
 from splitwiser.checks import find_mode_problem
-from splitwiser.engine import EngineSettings, Observer, Started, check_fits
+from splitwiser.device import release_memory
+from splitwiser.engine import Engine, EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
 from splitwiser.green import check_layout, start_green
@@ -90,6 +94,8 @@ class LLM:
             ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
         itl_target_ms: what share ``auto`` keeps the time between two tokens under, in milliseconds.
         lend: whether a worker without work lends its part of the device to the others, step by step.
+        decode_priority: whether a GPU takes decode's kernels before prefill's where both wait: by the streams' priorities in
+            mode ``green``, by the clients' in mode ``mps``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
@@ -113,6 +119,7 @@ class LLM:
         share: str = constants.SHARE,
         itl_target_ms: float = constants.ITL_TARGET_MS,
         lend: bool = constants.LEND,
+        decode_priority: bool = constants.DECODE_PRIORITY,
         mps: str = constants.MPS,
         exclusive: bool = constants.EXCLUSIVE,
         dtype: str = constants.DTYPE,
@@ -125,7 +132,7 @@ class LLM:
         kernels: str = constants.KERNELS,
         seed: int = constants.SEED,
     ) -> None:
-        shares = ShareSettings(share, itl_target_ms, lend)
+        shares = ShareSettings(share, itl_target_ms, lend, decode_priority)
         layout = plan_workers(mode, workers, shares)
         check_mps(mode, mps, exclusive)
         check_sizes(kv_memory, max_batch=max_batch, batch_size=batch_size, prefill_tokens=prefill_tokens)
@@ -161,10 +168,10 @@ class LLM:
             else:
                 settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
                 self.started = start(self.model, layout, settings)
-            self._engine = self.started.engine
             undo.callback(self._engine.close)
             self._warm_up(layout)
             self._undo: Callable[[], None] = undo.pop_all().close
+        self._closed = False
         self.ready_s = time.perf_counter() - began
 
     def __enter__(self) -> Self:
@@ -176,8 +183,23 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give up workers, memory and MPS daemon."""
-        self._undo()
+        """Give up workers, weights, pool and MPS daemon. The device's memory is free for another then, even while a variable
+        still names this one."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._undo()
+        finally:
+            self.started = replace(self.started, engine=None, pool=None)
+            torch.nn.Module.to(self.model.module, "meta")
+            release_memory()
+
+    @property
+    def _engine(self) -> Engine:
+        if self.started.engine is None:
+            raise InputError("this LLM is closed; make a new one")
+        return self.started.engine
 
     @property
     def pids(self) -> dict[str, int]:

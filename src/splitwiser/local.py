@@ -16,6 +16,7 @@ from splitwiser.model import LoadedModel
 from splitwiser.prefill import Prefiller
 from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
+from splitwiser.steps import warm_up_prefill
 from splitwiser.worker import Worker
 
 
@@ -70,6 +71,7 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     blocks = prepared.blocks
     pool = make_pool(model, prepared, settings)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
+    warm_up_prefill(model, pool, settings.prefill_tokens)
     transport = LocalTransport()
     worker = Worker(
         spec.name,

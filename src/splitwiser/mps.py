@@ -36,12 +36,14 @@ import torch
 
 from splitwiser.errors import InputError, RunError, first_line
 from splitwiser.layout import WorkerSpec
+from splitwiser.shares import ShareSettings
 from splitwiser.system import environment, start_ticks, uninterrupted
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
 PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+PRIORITY, NORMAL, BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", 0, 1
 DEFAULT_PIPES, DEFAULT_LOGS = "/tmp/nvidia-mps", "/var/log/nvidia-mps"
 
 COMMAND_S = 5.0  # longest that a command to the daemon may take
@@ -93,9 +95,14 @@ class MpsDaemon:
     started: int | None
     environment: dict[str, str]
 
-    def worker_environment(self, spec: WorkerSpec, share: str) -> dict[str, str]:
-        """What makes the worker of ``spec`` a client with its share, or, with ``share`` none, with the whole device."""
-        return {**self.environment, PERCENTAGE: str(thread_percentage(spec, share))}
+    def worker_environment(self, spec: WorkerSpec, shares: ShareSettings) -> dict[str, str]:
+        """What makes the worker of ``spec`` a client with its share, or, with share none, with the whole device."""
+        below = shares.decode_priority and spec.role == "prefill"
+        return {
+            **self.environment,
+            PERCENTAGE: str(thread_percentage(spec, shares.share)),
+            PRIORITY: str(BELOW_NORMAL if below else NORMAL),
+        }
 
     def clients(self) -> set[int]:
         """Process ids of the clients of all its servers. Raises :class:`RunError` if the daemon does not answer."""

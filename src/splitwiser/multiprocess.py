@@ -39,6 +39,7 @@ from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
+from splitwiser.steps import warm_up_prefill
 from splitwiser.system import environment, keep_freed_memory, uninterrupted
 from splitwiser.worker import PARENT, Worker, serve
 
@@ -70,6 +71,7 @@ class _Setup:
     model: LoadedModel
     module: SharedModule
     layers: list[LayerShape]
+    refused_kernels: tuple[str, ...]
     pool: SharedMemory
     blocks: int
     own_blocks: range
@@ -123,6 +125,7 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
     assert isinstance(module, PreTrainedModel)
     model = replace(setup.model, module=module)
     kernels, _ = load_kernels(setup.settings.kernels, model.device, model.dtype, setup.layers)
+    kernels = replace(kernels, **dict.fromkeys(setup.refused_kernels))
     pool = KVPool(
         setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, setup.pool.tensor, kernels
     )
@@ -134,6 +137,8 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
         graphs, graphs_described = capture_graphs(model, pool, setup.settings.max_batch)
+    if spec.role != "decode":
+        warm_up_prefill(model, pool, setup.settings.prefill_tokens)
     worker = Worker(
         spec.name,
         transport,
@@ -179,6 +184,8 @@ class ProcessPlacement(MailPlacement):
         self._beats = self._board.beats()
         self._missed = [0] * len(setups)
         self._next_look_s = 0.0
+        self._ready: set[str] = set()
+        self._shared = [*setups[0].module.memories, setups[0].pool]
         self.graphs = ""  # what the workers that decode say of their CUDA graphs
         self._room = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
         self._reserved: dict[int, tuple[str, int]] = {}
@@ -210,6 +217,7 @@ class ProcessPlacement(MailPlacement):
                     if isinstance(message, Ready):
                         self.graphs = message.graphs or self.graphs
                         waiting.discard(message.worker)
+                        self._ready.add(message.worker)
                         bar.update(1)
                 if time.monotonic() > deadline:
                     raise RunError(f"workers {', '.join(sorted(waiting))} were not ready after {START_S:.0f} s")
@@ -244,6 +252,8 @@ class ProcessPlacement(MailPlacement):
         self._join(1.0)
         for pipe in self._outbox.values():
             pipe.close()
+        for memory in self._shared:
+            memory.forget_receivers()
 
     def _note(self, message: Message) -> None:
         if isinstance(message, Progress):
@@ -268,8 +278,10 @@ class ProcessPlacement(MailPlacement):
             return WorkerLostError(fault)
         beats = self._board.beats()
         for number, (now, before) in enumerate(zip(beats, self._beats, strict=True)):
-            # counted in looks, not in time: where the whole machine stood still, so did the looks
-            self._missed[number] = self._missed[number] + 1 if now == before and now else 0
+            # counted in looks, not in time: where the whole machine stood still, so did the looks. And not before a worker
+            # is ready: CUDA's start holds the interpreter's lock, seconds on end where several start at once
+            silent = now == before and self._processes[number].name in self._ready
+            self._missed[number] = self._missed[number] + 1 if silent else 0
         self._beats = beats
         for process, missed in zip(self._processes, self._missed, strict=True):
             if missed >= MISSED_LOOKS:
@@ -323,6 +335,7 @@ def start_processes(
             model=replace(model, module=None),  # type: ignore[arg-type]  # it travels as shared memory
             module=module,
             layers=layers,
+            refused_kernels=prepared.refused_kernels,
             pool=pool_memory,
             blocks=blocks,
             own_blocks=range(owners.index(number) * part, (owners.index(number) + 1) * part)
@@ -332,7 +345,7 @@ def start_processes(
             settings=settings,
             cores=cores,
             thread_levels=thread_levels,
-            environment=daemon.worker_environment(spec, settings.shares.share) if daemon else {},
+            environment=daemon.worker_environment(spec, settings.shares) if daemon else {},
             inbox=inboxes[spec.name],
             outbox=outboxes[spec.name],
         )

@@ -1,7 +1,6 @@
 """Ways to place the phases, and what is measured of each: the basis of predictions."""
 
 import dataclasses
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,7 @@ from splitwiser.checks import find_mode_problem
 from splitwiser.config import AdviseConfig, ProfileConfig
 from splitwiser.cores import plan_threads
 from splitwiser.costs import StepCosts, fit_costs
-from splitwiser.device import resolve_device
+from splitwiser.device import release_memory, resolve_device
 from splitwiser.errors import InputError
 from splitwiser.layout import ONE_MIXED, WorkerLayout, parse_layout
 from splitwiser.llm import DEFAULT_LAYOUTS, LLM
@@ -180,6 +179,7 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
         device=config.device_name,
         **{name: getattr(config, name) for name in _SHARED_OPTIONS if name not in ("device", "gpu_id")},
         lend=config.lend,
+        decode_priority=config.decode_priority,
         mps=config.mps,
         exclusive=config.exclusive,
         max_batch=config.max_batch,
@@ -189,13 +189,6 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
         llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())
         assert llm.started.pool is not None
         return recording, llm.started.pool.blocks
-
-
-def release_memory() -> None:
-    """Give back what models that are gone held, before the next is loaded and its pool sized by what is free."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _sample_params(params: SamplingParams) -> SamplingParams:

@@ -39,10 +39,36 @@ class StoreKernel(Protocol):
         ...
 
 
+class PackedKernel(Protocol):
+    """Attention of all prompts of a prefill step in one call, over K and V that are packed like the queries."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        offsets: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        window: int | None,
+        scaling: float,
+    ) -> Tensor:
+        """Attend from ``query`` (tokens, heads, key size) over ``keys`` and ``values``, (tokens of all contexts, kv heads,
+        head size) each.
+
+        ``offsets`` (int32, requests + 1 each) say where each request's new tokens begin in ``query``, and its whole context
+        in ``keys``; a request's new tokens are the last of its context. ``longest`` are the most new tokens and the longest
+        context of a request. Each token sees itself and what comes before, of which a ``window`` leaves the last so many
+        (itself included). Returns (tokens, heads, value size).
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class PoolKernels:
-    """The kernel of decode steps, that of other steps, and that which stores; None: PyTorch does it."""
+    """The kernel of decode steps, that of other steps (over the pool, or over packed K and V), and that which stores; None:
+    PyTorch does it."""
 
     decode: AttentionKernel | None = None
     prefill: AttentionKernel | None = None
     store: StoreKernel | None = None
+    packed: PackedKernel | None = None

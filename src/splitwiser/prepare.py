@@ -1,6 +1,6 @@
 """What every engine over the KV pool needs before its workers: the model attached, its pool planned, kernels chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,22 +8,26 @@ from torch import Tensor
 from splitwiser import packed
 from splitwiser.engine import EngineSettings
 from splitwiser.fused import describe_parts
-from splitwiser.guard import attach_engine
+from splitwiser.guard import attach_engine, try_kernels
 from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool, LayerShape, plan_blocks
 from splitwiser.model import LoadedModel
 from splitwiser.pool_kernels import PoolKernels
 from splitwiser.system import keep_freed_memory
 
+_COMPUTED_BY = {"decode": "decode_attention", "packed": "prefill_attention"}  # what a run's record calls it
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """The layers' shapes, the pool's number of blocks, the kernels over it, and all kernels in words by what they
-    compute, for a run's record."""
+    """The layers' shapes, the pool's number of blocks, the kernels over it, those of them (fields of
+    :class:`~splitwiser.pool_kernels.PoolKernels`) that a trial refused, and all kernels in words by what they compute, for a
+    run's record."""
 
     layers: list[LayerShape]
     blocks: int
     kernels: PoolKernels
+    refused_kernels: tuple[str, ...]
     described: dict[str, str]
 
 
@@ -33,6 +37,9 @@ def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
     unpacked = _why_not_packed(model, settings.kernels)
     layers = attach_engine(model, pack=unpacked is None)
     kernels, attention = load_kernels(settings.kernels, model.device, model.dtype, layers)
+    refused = try_kernels(model, layers, kernels, settings.block_tokens) if model.device.type == "cuda" else {}
+    kernels = replace(kernels, **dict.fromkeys(refused))
+    attention |= {_COMPUTED_BY[name]: f"PyTorch's ({name} kernel: {reason})" for name, reason in refused.items()}
     blocks = plan_blocks(
         layers,
         settings.kv_memory,
@@ -49,7 +56,7 @@ def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
         "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
         **attention,
     }
-    return Prepared(layers, blocks, kernels, described)
+    return Prepared(layers, blocks, kernels, tuple(refused), described)
 
 
 def make_pool(model: LoadedModel, prepared: Prepared, settings: EngineSettings, memory: Tensor | None = None) -> KVPool:

@@ -38,7 +38,8 @@ def check(config: RunConfig) -> Job:
 
     Raises :class:`~splitwiser.errors.InputError` as :func:`run` would, for commands that start many runs.
     """
-    plan_workers(config.mode, config.workers, ShareSettings(config.share, config.itl_target_ms, config.lend))
+    shares = ShareSettings(config.share, config.itl_target_ms, config.lend, config.decode_priority)
+    plan_workers(config.mode, config.workers, shares)
     check_mps(config.mode, config.mps, config.exclusive)
     check_mode_here(config.mode, config.device_name)
     check_sizes(
@@ -67,6 +68,7 @@ def run(config: RunConfig) -> RunResult:
         share=config.share,
         itl_target_ms=config.itl_target_ms,
         lend=config.lend,
+        decode_priority=config.decode_priority,
         mps=config.mps,
         exclusive=config.exclusive,
         dtype=config.dtype,

@@ -18,6 +18,8 @@ from splitwiser.system import use_huge_pages
 
 _ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 
+_COUNTER_HANDLE, _COUNTER_OFFSET = 11, 12  # among what torch's rebuild_cuda_tensor is given
+
 _Place = tuple[int, int]  # which memory, and the byte in it
 
 
@@ -32,6 +34,9 @@ class SharedMemory:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._fd: int | None = None
+        self._counters: list[
+            tuple[bytes, int]
+        ] = []  # of PyTorch, one a time it was sent: whether the receiver has ended
         if device.type == "cuda":
             tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         else:
@@ -47,7 +52,10 @@ class SharedMemory:
 
     def __reduce__(self) -> tuple[Callable[..., "SharedMemory"], tuple[object, ...]]:
         if self._fd is None:
-            return _opened, reduce_tensor(self.tensor)
+            rebuild, arguments = reduce_tensor(self.tensor)
+            if self.tensor.is_cuda and self.tensor.numel():  # of nothing, nothing is counted
+                self._counters.append(arguments[_COUNTER_HANDLE : _COUNTER_OFFSET + 1])
+            return _opened, (rebuild, arguments)
         return _received, (reduction.DupFd(self._fd), self.tensor.nbytes)
 
     @classmethod
@@ -55,6 +63,13 @@ class SharedMemory:
         """The memory that a contiguous CUDA ``tensor`` lies in."""
         flat = tensor.view(-1).view(torch.uint8)
         return _opened(lambda: flat, ())
+
+    def forget_receivers(self) -> None:
+        """Say for the receivers, which have ended, that they use the memory no more. A process that is ended does not say so
+        itself, and PyTorch would keep GPU memory that it has sent for ever (torch/csrc/CudaIPCTypes.cpp, "limbo")."""
+        for handle, offset in self._counters:
+            torch.UntypedStorage._release_ipc_counter(handle, offset, device=self.tensor.device)
+        self._counters.clear()
 
     def close(self) -> None:
         """Give up the handle; the memory goes when the last tensor over it has gone, in every process."""
@@ -78,6 +93,7 @@ def _mapped(fd: int, nbytes: int) -> Tensor:
 def _opened(rebuild: Callable[..., Tensor], arguments: tuple[object, ...]) -> SharedMemory:
     shared = SharedMemory.__new__(SharedMemory)
     shared._fd = None
+    shared._counters = []
     shared._open = partial(rebuild, *arguments)
     return shared
 

@@ -22,7 +22,8 @@ COMFORT = 0.9  # decode gives units away only if it then keeps this part of its 
 @dataclass(frozen=True)
 class ShareSettings:
     """How compute is divided: ``fixed`` by the layout's shares, ``auto`` so that decode just keeps ``itl_target_ms`` and
-    prefill has the rest, ``none`` not at all. With ``lend``, a worker without work leaves its part to the others.
+    prefill has the rest, ``none`` not at all. With ``lend``, a worker without work leaves its part to the others. With
+    ``decode_priority``, a GPU's own scheduler takes decode's kernels before prefill's where both wait.
 
     Raises :class:`InputError`.
     """
@@ -30,6 +31,7 @@ class ShareSettings:
     share: str
     itl_target_ms: float
     lend: bool
+    decode_priority: bool = True
 
     def __post_init__(self) -> None:
         if self.share not in SHARES:

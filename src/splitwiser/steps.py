@@ -95,5 +95,18 @@ def decode_step(
     return choose(logits, sequences).tolist()
 
 
+def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequence["torch.cuda.Stream"] = ()) -> None:
+    """On a GPU, run a prefill step of ``budget`` tokens on each of ``streams`` (by default on the current one), before there
+    are requests: the first step on a stream loads kernels, tries products out and takes a workspace. Its K and V go into the
+    pool's first blocks. On a CPU, do nothing."""
+    if model.device.type != "cuda":
+        return
+    length = min(budget, pool.blocks * pool.block_tokens, model.max_positions or budget)
+    prompt = InFlight(Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length)))
+    for stream in streams or [torch.cuda.current_stream(model.device)]:
+        with torch.cuda.stream(stream):
+            prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
+
+
 def _positions(segments: Sequence[Segment]) -> list[int]:
     return [position for segment in segments for position in segment.positions]

@@ -180,12 +180,12 @@ def find_kernel(place: str | None) -> Found:
     """Makes the kernel, as a run would, so that the answer is that of a run."""
     import torch
 
+    from splitwiser import gpu_kernel, native
     from splitwiser.kernel_choice import load_kernels
-    from splitwiser.native import cache_directory
 
     kernels, described = load_kernels(constants.KERNELS, torch.device(place or "cpu"), torch.bfloat16, [])
     compiled, text = kernels.decode is not None, described["decode_attention"]
-    cache = cache_directory()
+    cache = (native if place in (None, "cpu") else gpu_kernel).cache_directory()
     figures = {
         "kernel": text,
         "compiled": compiled,
@@ -194,7 +194,7 @@ def find_kernel(place: str | None) -> Found:
         "openmp": torch.backends.openmp.is_available(),
     }
     if compiled:
-        text += "" if kernels.prefill else f"; prefill: {described['prefill_attention']}"
+        text += "" if kernels.prefill or kernels.packed else f"; prefill: {described['prefill_attention']}"
         text += f"; kept in {cache}"
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
     return (None if place != "cpu" else compiled), text, figures
