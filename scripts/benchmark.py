@@ -142,7 +142,7 @@ def run_peer(peer: str, job: Job, options: argparse.Namespace, label: str, bar: 
     output.unlink(missing_ok=True)
     concurrency = job.asked["max_concurrency"]
     command = [
-        "env", f"PYTHONPATH={PROJECT / 'src'}", str(options.peers[peer] / "bin" / "python"),
+        "env", f"PYTHONPATH={PROJECT / 'src'}", str(options.peers[peer]),
         str(PROJECT / "scripts" / "peer.py"), peer, "--model", job.asked["model"], "--workload", job.asked["workload"],
         "--dtype", options.dtype, "--output", str(output),
         *([] if concurrency is None else ["--max_concurrency", str(concurrency)]),
@@ -201,7 +201,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--modes", default="generate,sequential,mp", help="in the order of each round")
-    parser.add_argument("--peers", default="", help="NAME=ENVIRONMENT,...: " + " or ".join(PEERS))
+    parser.add_argument("--peers", default="", help="NAME=ENVIRONMENT,... (or its Python): " + " or ".join(PEERS))
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--models", "--model", default="opt-125m", help="one or more")
     parser.add_argument("--load_format", default="dummy")
@@ -252,13 +252,14 @@ def find_shape(name: str) -> Shape:
 
 
 def read_peer(text: str) -> tuple[str, Path]:
-    """Name and environment of a peer given as NAME=ENVIRONMENT. Raises :class:`InputError`."""
-    name, _, environment = text.partition("=")
+    """Name and interpreter of a peer given as NAME=ENVIRONMENT or NAME=PYTHON. Raises :class:`InputError`."""
+    name, _, where = text.partition("=")
     if name not in PEERS:
         raise unknown("peer", name, PEERS)
-    if not (Path(environment) / "bin" / "python").exists():
+    python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
+    if not python.exists():
         raise InputError(f"--peers {text}: no bin/python there; scripts/install_peer.sh makes an environment")
-    return name, Path(environment)
+    return name, python
 
 
 def benchmark(options: argparse.Namespace) -> None:

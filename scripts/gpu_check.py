@@ -1,142 +1,561 @@
-"""What ``scripts/gpu_check.sh`` runs: stage after stage, each with a deadline, so that the whole ends in time.
+"""Checks what needs a GPU, and measures every mode there, in stages that each end in time.
 
-The stages: ``splitwiser doctor``; the tests marked ``gpu``; all modes' float32 tokens against ``generate``'s; then all
-modes on OPT-125m and on a model of 1.2 billion parameters (bf16, dummy weights), interleaved, with the baselines that a
-split is to be held against: one process, several without MPS, several with it undivided, and divided.
+A machine with a GPU may be had for minutes, without a network, and give little back. So stages are run by name, in any
+selection and order; each has a limit of seconds; one that fails or is cut does not stop the next. After each stage, and
+while a long one runs, everything found so far is packed into ONE file, results.tar.gz, which a later call goes on from: it
+skips the stages that have passed, the runs of a comparison that have finished and the probes that have ended well.
 """
 
+import argparse
+import io
 import json
+import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+import gpu_results
+import yaml
+from gpu_results import ARCHIVE, PLAN, PROJECT, RECORD, read_json
 
-PROJECT = Path(__file__).resolve().parents[1]
-TOTAL_S = 9 * 60
-STOP_S = 20  # of which the last stage may take to write what it has
+from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
+from splitwiser.machine import git_commit
 
-TWO = "--workers '[{role: mixed, count: 2}]'"
-FOUR = "--workers '[{role: mixed, count: 4}]'"
-SHARES = "--workers '[{role: prefill, share: 40}, {role: decode, share: 60}]'"
-VARIANTS = {  # name: mode, options
-    "one": ("sequential", ""),
-    "one_chunked": ("sequential", "--prefill_tokens 512"),
-    "two": ("mp", TWO),
-    "two_mps": ("mps", f"{TWO} --share none"),
-    "two_mps_50_50": ("mps", TWO),
-    "split": ("mp", ""),
-    "split_mps": ("mps", "--share none"),
-    "split_mps_40_60": ("mps", SHARES),
-    "green_undivided": ("green", "--share none"),
-    "green_40_60": ("green", SHARES),
-    "green_auto": ("green", "--share auto --itl_target_ms 10"),
-    "generate": ("generate", ""),
-    "four": ("mp", FOUR),  # for the memory of N workers
+SUMMARY, LEFT_OUT = "summary.txt", "left_out.txt"
+UNPACKED = (LEFT_OUT, "trace.json", "generations.csv")  # files that do not go into the archive: of no use there
+ARCHIVE_BYTES = 16 << 20  # largest archive
+PACK_S = 20.0  # how often a stage that runs is packed
+STOP_S = 10.0  # part of a stage's limit that it has, after SIGINT, to write what it has
+LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
+MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
+PASSED, CUT = "passed", "cut"
+
+MODES = ("generate", "sequential", "mp", "mps", "green")
+TWO = "[{role: mixed, count: 2}]"
+FOUR = "[{role: mixed, count: 4}]"
+SHARES = "[{role: prefill, share: 40}, {role: decode, share: 60}]"
+VARIANTS: dict[str, dict[str, Any]] = {  # the most telling first, since time may run out
+    "sequential": {"mode": "sequential"},
+    "green, decode first": {"mode": "green", "share": "none"},
+    "green 40/60": {"mode": "green", "workers": SHARES},
+    "mps": {"mode": "mps", "share": "none"},
+    "mps 40/60": {"mode": "mps", "workers": SHARES},
+    "two mixed, mps": {"mode": "mps", "workers": TWO, "share": "none"},
+    "mp": {"mode": "mp"},
+    "green auto": {"mode": "green", "share": "auto", "itl_target_ms": 10},
+    "generate": {"mode": "generate"},
+    "green, equal priority": {"mode": "green", "share": "none", "decode_priority": False},
+    "two mixed, mp": {"mode": "mp", "workers": TWO},
+    "four mixed, mps": {"mode": "mps", "workers": FOUR, "share": "none"},
+    "sequential, chunks of 512": {"mode": "sequential", "prefill_tokens": 512},
 }
-MODELS = {  # model: its load
-    "opt-125m": "--requests 128 --prompt_tokens uniform:128:1024 --output_tokens 128",
-    "llama-3.2-1b": "--requests 64 --prompt_tokens uniform:256:2048 --output_tokens 128",
+MODELS: dict[str, dict[str, Any]] = {  # what a stage's name says: the model and its load
+    "125m": {"model": "opt-125m", "requests": 128, "prompt_tokens": "uniform:128:1024", "output_tokens": "128"},
+    "1b": {"model": "llama-3.2-1b", "requests": 128, "prompt_tokens": "uniform:256:2048", "output_tokens": "128"},
+    "7b": {"model": "llama2-7b-chat", "requests": 64, "prompt_tokens": "uniform:256:2048", "output_tokens": "128"},
 }
-SHOWN = {
-    "output_throughput": "tokens/s out",
-    "median_ttft_ms": "TTFT p50 ms",
-    "median_itl_ms": "ITL p50 ms",
-    "p99_itl_ms": "ITL p99 ms",
-    "peak_memory_mb": "memory MB",
-}
+ARRIVING = 2  # times as many requests where they arrive over time: most of that time is then spent under the full load
+LOADS = (60, 80)  # percent of what BASE answers when all requests arrive at once
+QUICK = {"model": "radiology-opt", "requests": 4, "prompt_tokens": "16", "output_tokens": "4"}
+ROUNDS = 5  # of a comparison, as far as there is time
+
+
+@dataclass(frozen=True)
+class Check:
+    """What stages are made from: the folder of their results, and whether they are to be tiny."""
+
+    work: Path
+    quick: bool = False
+
+    def folder(self, stage: str) -> Path:
+        """The folder of ``stage``, made if need be."""
+        folder = self.work / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes that the doctor says will work; all if it has said nothing."""
+        found = read_json(self.work / "doctor" / "doctor.json").get("modes")
+        return [mode["mode"] for mode in found if mode["works"]] if found else list(MODES)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, given the seconds that it may take, and the part of the time left that these are."""
+    """Its limit in seconds, what it finds out, and its commands; each is asked for when the one before has ended."""
 
-    name: str
-    command: Callable[[float], list[str]]
-    part: float
+    limit_s: int
+    about: str
+    commands: Callable[[Check], Iterator[list[str]]]
 
 
-def run_stage(stage: Stage, folder: Path, seconds: float) -> str:
-    """Run it for at most ``seconds``, what it prints into ``<name>.txt``; returns how it ended."""
-    began = time.monotonic()
-    with (folder / f"{stage.name}.txt").open("w") as output:
-        process = subprocess.Popen(stage.command(seconds), stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT)
-        try:
-            ended = {0: "passed"}.get(process.wait(seconds), f"ended with exit code {process.returncode}")
-        except subprocess.TimeoutExpired:
-            process.terminate()  # a comparison then writes what it has
+def splitwiser(*arguments: str) -> list[str]:
+    """A command of this project."""
+    return [sys.executable, "-m", "splitwiser", *arguments]
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    """A program that lies beside this one."""
+    return [sys.executable, "-u", str(PROJECT / "scripts" / name), *arguments]
+
+
+# -- the stages
+
+
+def probe(check: Check) -> Iterator[list[str]]:
+    """What the modes rest on."""
+    yield script("gpu_probe.py", "--out", str(check.folder("probe") / "probe.csv"))
+
+
+def doctor(check: Check) -> Iterator[list[str]]:
+    """Which modes work."""
+    path = check.folder("doctor") / "doctor.json"
+    yield ["sh", "-c", 'exec "$@" >"$0"', str(path), *splitwiser("doctor", "--json")]
+
+
+def needs_modes(check: Check) -> Iterator[list[str]]:
+    """The doctor, if it has not said yet which modes work."""
+    if not (check.work / "doctor" / "doctor.json").exists():
+        yield from doctor(check)
+
+
+def tokens(check: Check) -> Iterator[list[str]]:
+    """Every mode's tokens in float32."""
+    yield from needs_modes(check)
+    modes = ["generate", *(mode for mode in ("mp", "green", "mps", "sequential") if mode in check.modes)]
+    limit = 40
+    if check.quick:
+        modes, limit = [modes[0], modes[-1]], 2
+    yield splitwiser(
+        "compare", "--modes", ",".join(modes), "--model", "radiology-opt", "--dtype", "float32", "--limit", str(limit),
+        "--repeats", "1", "--results", str(check.folder("tokens")),
+    )  # fmt: skip
+
+
+def tests(check: Check) -> Iterator[list[str]]:
+    """The tests that need a GPU: those of the kernel, which mostly compile it, side by side, and then the others."""
+    kernel = str(PROJECT / "tests" / "test_gpu_kernel.py")
+    for name, own in (("kernel", [kernel, "-n", "8"]), ("others", [str(PROJECT / "tests"), f"--ignore={kernel}"])):
+        yield [
+            sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rfE", "--timeout=90",
+            "-p", "no:cacheprovider", f"--junitxml={check.folder('tests') / name}.xml", *own,
+        ]  # fmt: skip
+
+
+def compare(model: str, load: int | None, check: Check) -> Iterator[list[str]]:
+    """The variants that work here on one model, all requests at once or arriving at ``load`` percent of capacity. A sweep,
+    since that goes on where it was stopped."""
+    yield from needs_modes(check)
+    usable = {name: own for name, own in VARIANTS.items() if own["mode"] in check.modes}
+    name = f"compare-{model}"
+    base = {"load_format": "dummy", "dtype": "bfloat16", **(QUICK if check.quick else MODELS[model])}
+    if load is None:
+        yield sweep(check, name, base, usable, ROUNDS)
+        return
+    capacity = find_capacity(check, name)
+    if capacity is None:
+        yield sweep(check, name, base, {gpu_results.BASE: usable[gpu_results.BASE]}, 1)
+        capacity = find_capacity(check, name)
+    if capacity is None:
+        raise RunError(f"{name} has no finished run of {gpu_results.BASE}, whose throughput the load is a part of")
+    base |= {"requests": base["requests"] * ARRIVING, "request_rate": round(capacity * load / 100, 3)}
+    usable.pop("generate", None)  # its batches wait for a whole one: not what arrivals are about
+    yield sweep(check, f"{name}-{load}", base, usable, ROUNDS)
+
+
+def find_capacity(check: Check, stage: str) -> float | None:
+    """Requests a second that the base variant answered in ``stage``, median over its rounds; None if there is no run."""
+    runs = gpu_results.runs_of(check.work / stage)
+    if runs.empty:
+        return None
+    own = runs[(runs["variant"] == gpu_results.BASE) & (runs["status"] == "finished")]["request_throughput"]
+    return None if own.empty else float(own.median())
+
+
+def sweep(
+    check: Check, stage: str, base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], rounds: int
+) -> list[str]:
+    """The command of a sweep over ``variants`` in the folder of ``stage``. A rate that an earlier call has chosen stays, so
+    that its runs count."""
+    folder = check.folder(stage)
+    earlier = read_json(folder / PLAN).get("base", {})
+    base = {**base, **{name: value for name, value in earlier.items() if name == "request_rate"}}
+    # options that name files are relative to the project, so that a run is the same one in another checkout
+    base = {"data": "models/data", **base}
+    content = {"name": stage, "repeats": rounds, "base": base, "grid": list(variants.values())}
+    (folder / PLAN).write_text(json.dumps({"variants": list(variants), "base": base}, indent=1), encoding="utf-8")
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return splitwiser("sweep", str(path), "--results", str(folder))
+
+
+def interference(check: Check) -> Iterator[list[str]]:
+    """What the prefill of a long prompt does to a request that is being decoded, a mode at a time."""
+    yield from needs_modes(check)
+    sizes = ["--model", "radiology-opt", "--long", "100", "--new_tokens", "20", "--after", "0.01"]
+    if not check.quick:
+        sizes = ["--model", "llama-3.2-1b", "--long", "16000", "--new_tokens", "4000"]
+    for mode in ("sequential", "green", "mps", "mp"):
+        if mode in check.modes:
+            out = check.folder("interference") / f"{mode}.csv"
+            yield script("interference.py", "--modes", mode, *sizes, "--repeats", "3", "--out", str(out))
+
+
+def paper(check: Check) -> Iterator[list[str]]:
+    """The paper's own experiment, as far as the modes work here."""
+    yield from needs_modes(check)
+    content = yaml.safe_load((PROJECT / "configs" / "sweeps" / "paper_processes_mps.yaml").read_text(encoding="utf-8"))
+    for grid in content["grid"]:
+        modes = grid["mode"] if isinstance(grid["mode"], list) else [grid["mode"]]
+        grid["mode"] = [mode for mode in modes if mode in check.modes]
+    content["grid"] = [grid for grid in content["grid"] if grid["mode"]]
+    content["base"]["data"] = "models/data"
+    if check.quick:
+        content["base"] |= {**QUICK, "dtype": "float32"}
+    path = check.folder("paper") / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    yield splitwiser("sweep", str(path), "--results", str(path.parent))
+
+
+def peers(check: Check) -> Iterator[list[str]]:
+    """Other engines that this Python has: transformers' generate (a mode) and its continuous batching."""
+    yield from needs_modes(check)
+    modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
+    for model in ("opt-125m", "llama-3.2-1b"):
+        out = Path(tempfile.gettempdir()) / f"splitwiser-peers-{os.getuid()}" / model  # holds a checkpoint: not packed
+        yield script(
+            "benchmark.py", "--modes", ",".join(modes), "--peers", f"hf-continuous={sys.executable}", "--models", model,
+            "--workloads", "standard", "--repeats", "2", "--out", str(out),
+        )  # fmt: skip
+        for name in ("benchmark.csv", "summary.csv"):
+            if (out / name).exists():
+                shutil.copyfile(out / name, check.folder("peers") / f"{model}_{name}")
+
+
+LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
+STAGES = {
+    "probe": Stage(75, "what the modes rest on: CUDA's start, shared memory, green contexts, priorities, MPS", probe),
+    "doctor": Stage(35, "which modes work here", doctor),
+    "tokens": Stage(68, "every working mode's float32 tokens against those of generate", tokens),
+    "tests": Stage(LONG_S, "the tests marked gpu", tests),
+    **{
+        f"compare-{model}{'' if load is None else f'-{load}'}": Stage(
+            LONG_S,
+            f"the modes on {MODELS[model]['model']}, "
+            + ("all requests at once" if load is None else f"arrivals at {load}% of what {gpu_results.BASE} answers"),
+            partial(compare, model, load),
+        )
+        for load in (None, *LOADS)
+        for model in MODELS
+    },
+    "interference": Stage(120, "what a long prompt's prefill does to a request that is being decoded", interference),
+    "paper": Stage(LONG_S, "the paper's experiment (configs/sweeps/paper_processes_mps.yaml)", paper),
+    "peers": Stage(LONG_S, "transformers' generate and continuous batching against this engine", peers),
+}
+
+
+# -- running them
+
+
+def run_stage(stage: Stage, check: Check, log: Path, seconds: float, tick: Callable[[], None]) -> str:
+    """Run the stage's commands, one after another, for at most ``seconds``; what they print goes to ``log``. Calls ``tick``
+    now and then. Returns how the stage ended; never raises but when this process is interrupted."""
+    deadline = time.monotonic() + seconds
+    failed: list[str] = []
+    try:
+        for command in stage.commands(check):
+            ended = run_command(command, log, deadline, tick)
+            if ended == CUT:
+                return CUT
+            failed += [] if ended == PASSED else [ended]
+    except Exception as error:
+        with log.open("a", encoding="utf-8") as output:
+            output.write(f"{type(error).__name__}: {error}\n")
+        failed.append(f"{type(error).__name__}: {error}")
+    return f"failed: {'; '.join(failed)}" if failed else PASSED
+
+
+def run_command(command: Sequence[str], log: Path, deadline: float, tick: Callable[[], None]) -> str:
+    """Run ``command`` until ``deadline`` (of time.monotonic) at the latest: SIGINT comes :data:`STOP_S` before it, so that
+    pytest and sweeps write what they have, and SIGKILL to all that is left of it at its end. Returns how it ended."""
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    with log.open("ab") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT,
+            env=os.environ | {MARK: mark}, start_new_session=True,
+        )  # fmt: skip
+    stopped = False
+    try:
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                break
+            if time.monotonic() > deadline - STOP_S and not stopped:
+                os.killpg(process.pid, signal.SIGINT)
+                stopped = True
             try:
-                process.wait(STOP_S)
+                process.wait(min(PACK_S, max(0.05, deadline - time.monotonic() - (0 if stopped else STOP_S))))
             except subprocess.TimeoutExpired:
-                process.kill()
-            ended = f"stopped after {seconds:.0f} s"
-    return f"{ended} ({time.monotonic() - began:.0f} s)"
+                tick()
+    finally:
+        kill_marked(mark)
+        process.wait()
+    if stopped:
+        return CUT
+    return PASSED if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def compare(
-    folder: Path, variants: dict[str, tuple[str, str]], options: str, repeats: int = 9
-) -> Callable[[float], list[str]]:
-    """``splitwiser compare`` of ``variants``, as many rounds as there is time for, up to ``repeats``."""
-    described = [f"{name}: --mode {mode} {own}" for name, (mode, own) in variants.items()]
-    command = [
-        sys.executable, "-m", "splitwiser", "compare", "--repeats", str(repeats), "--results", str(folder), *options.split(),
-        *(argument for text in described for argument in ("--variant", text)),
-    ]  # fmt: skip
-    # a round that begins before half of the time is over should end in time
-    return lambda seconds: [*command, "--minutes", f"{max(seconds, 2) / 120:.2f}"]
+def kill_marked(mark: str) -> None:
+    """Kill all processes of a stage, whatever session they have gone to: nothing of it may live into the next one."""
+    wanted = f"{MARK}={mark}".encode()
+    for _ in range(2):  # a process may have been starting another
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if wanted in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+            except OSError:  # it has ended, or belongs to someone else
+                continue
 
 
-def working_modes(folder: Path) -> set[str]:
-    """Modes that the doctor, whose finding is in ``doctor.txt``, says will work."""
-    text = (folder / "doctor.txt").read_text(encoding="utf-8")
-    found = json.loads(text[text.index("{") : text.rindex("}") + 1])  # warnings may stand around it
-    return {mode["mode"] for mode in found["modes"] if mode["works"]}
+class Record:
+    """``check.json``: the stages that have been run, how each ended, when, with which commit and for how long."""
+
+    def __init__(self, work: Path) -> None:
+        self._path = work / RECORD
+        self.stages: dict[str, dict[str, Any]] = read_json(self._path).get("stages", {})
+
+    def passed(self, name: str) -> bool:
+        """Whether stage ``name`` has passed."""
+        return self.stages.get(name, {}).get("ended") == PASSED
+
+    def add(self, name: str, **what: object) -> None:
+        """Take in a stage that has ended, or one that runs."""
+        self.stages[name] = what
+        self._path.write_text(json.dumps({"stages": self.stages}, indent=1), encoding="utf-8")
 
 
-def table(folder: Path) -> pd.DataFrame:
-    """A row a model and variant: medians over the rounds that there was time for."""
-    rows = []
-    for path in sorted(folder.glob("compare_*/comparison.csv")):
-        runs = pd.read_csv(path)
-        if runs["model"].iloc[0] in MODELS:
-            of_variants = runs[runs["status"] == "finished"].groupby("variant", sort=False)
-            rows.append(of_variants[["model", *SHOWN]].agg({"model": "first", **dict.fromkeys(SHOWN, "median")}))
-            rows[-1]["rounds"] = of_variants.size()
-    return pd.concat(rows).reset_index() if rows else pd.DataFrame()
+def run_stages(
+    stages: Mapping[str, Stage], check: Check, results: Path, *, seconds: float | None = None, again: bool = False
+) -> list[str]:
+    """Run ``stages`` that have not passed yet (all with ``again``, anew), pack after each, and return the names of those
+    that did not pass."""
+    record = Record(check.work)
+    pack_here = partial(pack, check.work, results)
+    for name, stage in stages.items():
+        if again:
+            shutil.rmtree(check.work / name, ignore_errors=True)
+        elif record.passed(name):
+            print(f"{name}: passed in an earlier call", flush=True)
+            continue
+        limit = seconds or stage.limit_s
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        began = time.monotonic()
+        what = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit(),
+            "command": shlex.join(["scripts/gpu_check.sh", *sys.argv[1:]]),
+        }  # fmt: skip
+        record.add(name, ended="interrupted", seconds=0, **what)
+        ended = run_stage(stage, check, check.folder(name) / "log.txt", limit, pack_here)
+        took = time.monotonic() - began
+        record.add(name, ended=ended, seconds=round(took, 1), **what)
+        print(f"{name}: {ended} ({took:.0f} s)", flush=True)
+        pack_here()
+    return [name for name in stages if not record.passed(name)]
 
 
-def main() -> int:
-    """Run all stages; the exit code is 1 if one failed."""
-    began = time.monotonic()
-    folder = Path(sys.argv[1]).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    doctor = Stage("doctor", lambda _: [sys.executable, "-m", "splitwiser", "doctor", "--json"], 0.1)
-    print("doctor:", run_stage(doctor, folder, 60), flush=True)
-    modes = working_modes(folder)
-    usable = {name: variant for name, variant in VARIANTS.items() if variant[0] in modes}
-    named = ("generate", *sorted(modes - {"generate"}))
-    each_mode: dict[str, tuple[str, str]] = {mode: (mode, "") for mode in named}
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(PROJECT / "tests")]
-    stages = [
-        Stage("gpu_tests", lambda _: tests, 0.4),
-        Stage("tokens", compare(folder, each_mode, "--model radiology-opt --dtype float32 --limit 40", repeats=1), 0.3),
-        *(
-            Stage(model, compare(folder, usable, f"--model {model} --dtype bfloat16 --load_format dummy {load}"), part)
-            for (model, load), part in zip(MODELS.items(), (0.5, 1.0), strict=True)
-        ),
+def read(path: Path) -> bytes:
+    """A file's content; of one that has just been replaced or removed, nothing."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def pack(work: Path, results: Path) -> None:
+    """Put all files of ``work`` into the archive in ``results``, which is replaced as a whole. The smallest come first, so
+    that what has no room, which :data:`LEFT_OUT` then names, is the few largest."""
+    contents = {path: read(path) for path in sorted(work.rglob("*")) if path.is_file() and path.name not in UNPACKED}
+    left_out = []
+    buffer = io.BytesIO()
+    with tarfile.open(mode="w:gz", fileobj=buffer, compresslevel=6) as archive:
+
+        def add(name: str, content: bytes) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime = len(content), int(time.time())
+            archive.addfile(entry, io.BytesIO(content))
+
+        for path, content in sorted(contents.items(), key=lambda item: len(item[1])):
+            name = str(path.relative_to(work))
+            if buffer.tell() + len(content) > ARCHIVE_BYTES - (
+                1 << 18
+            ):  # which leaves room for what is not written yet
+                left_out.append(name)
+            else:
+                add(name, content)
+        if left_out:
+            add(LEFT_OUT, "\n".join([*left_out, ""]).encode())
+    results.mkdir(parents=True, exist_ok=True)
+    partial_path = results / f".{ARCHIVE}.partial"
+    partial_path.write_bytes(buffer.getvalue())
+    partial_path.replace(results / ARCHIVE)
+
+
+# -- the summary
+
+
+def summarise(check: Check, names: Sequence[str]) -> list[str]:
+    """At most :data:`LINES` lines: how all stages ended, what those of ``names`` found, and why something failed."""
+    record = Record(check.work)
+    lines = [f"machine: {gpu_results.machine_line(check.work)}"]
+    lines += [
+        f"  {name}: {what['ended']} ({what['seconds']:.0f} s, {what['started']}, commit {str(what['commit'])[:12]})"
+        for name, what in record.stages.items()
     ]
-    ended = {}
-    for stage in stages:
-        left = TOTAL_S - STOP_S - (time.monotonic() - began)
-        ended[stage.name] = run_stage(stage, folder, max(1, left * stage.part))
-        print(f"{stage.name}: {ended[stage.name]}", flush=True)
-    measured = table(folder)
-    measured.to_csv(folder / "table.csv", index=False)
-    print(measured.rename(columns=SHOWN).to_string(index=False, float_format="{:,.1f}".format))
-    return int(any("exit code" in how for how in ended.values()))
+    for name in names:
+        found = found_lines(check.work / name)
+        lines += ["", f"{name}:", *found] if found else []
+    failures = [line for name in names for line in failure_lines(check.work / name, record.stages.get(name, {}))]
+    room = LINES - min(len(failures), LINES // 3)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... ({len(lines) - room + 1} more lines are in the archive's tables)"]
+    lines += failures[: LINES - len(lines)]
+    return [line[:WIDTH] for line in lines]
+
+
+def found_lines(folder: Path) -> list[str]:
+    """What a stage found, as lines."""
+    table = gpu_results.table_of(folder)
+    if folder.name != "probe":
+        return gpu_results.text_table(table) if len(table) else []
+    lines = []
+    for name, own in table.groupby("probe", sort=False) if len(table) else ():
+        said = "; ".join(f"{row[1]} {row[2]} {row[3]}".strip() for row in own.itertuples(index=False))
+        lines += textwrap.wrap(f"{name}: {said}", WIDTH, subsequent_indent="  ")
+    return lines
+
+
+def failure_lines(folder: Path, what: Mapping[str, Any]) -> list[str]:
+    """Why a stage did not pass: the ends of its log and of the logs of its runs that failed."""
+    if what.get("ended", PASSED) == PASSED:
+        return []
+    lines = []
+    for log in [folder / "log.txt", *gpu_results.failed_logs(folder)][:6]:
+        lines += ["", f"end of {folder.name}/{log.name}:", *(f"  {line}" for line in tail(log, 10))]
+    return lines
+
+
+def tail(path: Path, count: int) -> list[str]:
+    """The last lines of a file that say something; of a progress bar, its last state."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for line in text.splitlines() if line.strip() and "%|" not in line][-count:]
+
+
+# -- the command
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked. Raises :class:`InputError`."""
+    width = max(map(len, STAGES))
+    table = "\n".join(f"  {name:{width}}  {stage.limit_s:3} s  {stage.about}" for name, stage in STAGES.items())
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"stages and their limits:\n{table}",
+    )  # fmt: skip
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="what to run, in this order")
+    parser.add_argument("--seconds", type=float, help="limit of each stage, instead of its own")
+    parser.add_argument("--again", action="store_true", help="run stages anew that have passed or were begun")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny loads, which a CPU can run too: a trial of the check"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path(os.environ.get("OUT") or PROJECT / "results" / "gpu_check"),
+        help=f"folder that gets {ARCHIVE} and {SUMMARY} (default: $OUT, or results/gpu_check)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help=f"go on from this {ARCHIVE}; without it, from one in --results"
+    )
+    parser.add_argument("--work", type=Path, help="folder of the working files, kept (default: a temporary one)")
+    parser.add_argument(
+        "--import", dest="imported", type=Path, metavar="FILE",
+        help=f"keep what the README needs of this {ARCHIVE} in results/reference, and write its tables",
+    )  # fmt: skip
+    parser.add_argument("--as", dest="name", help="name of that folder (default: gpu-<card>-<date>)")
+    parser.add_argument("--tables", action="store_true", help="write the README's tables from the newest such folder")
+    options = parser.parse_args(arguments)
+    for name in options.stages:
+        if name not in STAGES:
+            raise unknown("stage", name, STAGES)
+    if not options.stages and not options.imported and not options.tables:
+        raise InputError("name the stages to run; --help lists them")
+    if options.seconds is not None and not options.seconds > 0:
+        raise InputError(f"--seconds must be more than 0, not {options.seconds:g}")
+    return options
+
+
+def write_tables() -> None:
+    """Write the README's tables from the newest check that is kept."""
+    abouts = {name: stage.about for name, stage in STAGES.items()}
+    text = gpu_results.section(gpu_results.newest_reference(), abouts)
+    gpu_results.write_section(PROJECT / "README.md", text)
+
+
+@contextmanager
+def work_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of the working files, with what an earlier call has left."""
+    with tempfile.TemporaryDirectory(prefix="splitwiser-check-") as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        archive = options.resume or options.results / ARCHIVE
+        if not (work / RECORD).exists() and (options.resume or archive.exists()):
+            gpu_results.unpack(archive, work)
+        yield work
+
+
+def check(options: argparse.Namespace) -> int:
+    """Run the stages asked for; 1 if one did not pass."""
+    with work_folder(options) as work:
+        context = Check(work, options.quick)
+        stages = {name: STAGES[name] for name in options.stages}
+        try:
+            failed = run_stages(stages, context, options.results, seconds=options.seconds, again=options.again)
+        finally:
+            pack(work, options.results)
+            text = "\n".join(summarise(context, options.stages))
+            (options.results / SUMMARY).write_text(text + "\n", encoding="utf-8")
+            print(text, flush=True)
+    return int(bool(failed))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code is 0, 1 if a stage did not pass, 2 for a wrong input, 130 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was found is then packed, as after Ctrl-C
+    try:
+        options = parse(arguments)
+        if options.imported:
+            print(gpu_results.import_archive(options.imported, options.name))
+        if options.imported or options.tables:
+            write_tables()
+        return check(options) if options.stages else 0
+    except SplitwiserError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("gpu_check: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

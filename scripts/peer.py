@@ -97,15 +97,21 @@ class HfContinuous:
     """transformers' continuous batching, with PyTorch's own attention over its paged cache."""
 
     def __init__(self, model: str, dtype: str, longest: int, concurrency: int) -> None:
+        import torch
         import transformers
         from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
         self.began_s = time.perf_counter()
         self.version = transformers.__version__
         module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
-        self._manager = module.eval().init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-            ContinuousBatchingConfig(allow_block_sharing=False, max_requests_per_batch=concurrency),
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._manager = (
+            module.eval()
+            .to(device)
+            .init_continuous_batching(
+                GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+                ContinuousBatchingConfig(allow_block_sharing=False, max_requests_per_batch=concurrency),
+            )
         )
         self._manager.warmup()
         self._manager.start()

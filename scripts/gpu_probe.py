@@ -1,0 +1,600 @@
+"""What the modes rest on, tried one by one on a GPU: what CUDA's start, memory of other processes, green contexts, stream
+priorities, small kernels and MPS do on this machine.
+
+    PYTHONPATH=src python scripts/gpu_probe.py [NAME...] [--out probe.csv]
+
+Each probe is a process of its own with a deadline, so that one that hangs or crashes costs no other; the most telling come
+first. Prints a line a finding as it is known, and appends it to --out as a row: probe, name, value, unit. Probes that have
+ended well according to that file are not run again.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitwiser.shared import SharedMemory
+
+DEADLINE_S = 40.0  # of a probe, and of a process that it waits for
+COLUMNS = ("probe", "name", "value", "unit")
+ENDED = "ended"  # the name of a probe's last row; its value is OK or what went wrong
+OK = "ok"
+GIB = 1 << 30
+PACKAGES = ("torch", "triton", "transformers", "cuda-bindings", "numpy", "pandas", "nvidia-cudnn-cu13", "nvidia-ml-py")
+TOOLS = ("nvidia-smi", "nvidia-cuda-mps-control", "nvidia-cuda-mps-server", "g++", "nvcc", "git")
+SMI = "name,driver_version,compute_mode,mig.mode.current,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
+
+Found = float | int | str | bool
+Say = Callable[..., None]  # name, value and, of a number, its unit
+PROBES: dict[str, Callable[[Say], None]] = {}
+
+
+def probe(function: Callable[[Say], None]) -> Callable[[Say], None]:
+    """Make ``function`` one of :data:`PROBES`, under its own name."""
+    PROBES[function.__name__] = function
+    return function
+
+
+# -- what probes share
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that ``run`` takes, and the longest time in it during which no other thread of this process could run: a
+    library call that keeps the interpreter's lock stops the heartbeats of a worker."""
+    gaps, ended = [0.0], threading.Event()
+
+    def beat() -> None:
+        last = time.perf_counter()
+        while not ended.wait(0.005):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    began = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - began
+    time.sleep(0.02)  # one more beat, which sees a gap at the end
+    ended.set()
+    thread.join()
+    return seconds, max(gaps)
+
+
+def say_timed(say: Say, name: str, took: tuple[float, float]) -> None:
+    """Say both figures of :func:`timed`."""
+    say(name, took[0], "s")
+    say(f"{name}, lock held", took[1], "s")
+
+
+def start_context() -> None:
+    """Start CUDA and create this process's context."""
+    import torch
+
+    torch.cuda.init()
+    torch.cuda.set_device(0)
+    torch.empty(1, device="cuda")
+
+
+def gpu_us(run: Callable[[], object], times: int = 20) -> float:
+    """Microseconds that the GPU takes for ``run``, called ``times`` times in a row after once."""
+    import torch
+
+    run()
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return max(float(start.elapsed_time(end)), 1e-6) / times * 1e3
+
+
+def captured(run: Callable[[], object], stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
+    """A CUDA graph of ``run``, captured on ``stream``."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
+def answer(receive: Connection) -> Any:  # noqa: ANN401  # whatever the other process sends
+    """What another process sends. Raises TimeoutError."""
+    if not receive.poll(DEADLINE_S / 2):
+        raise TimeoutError("another process did not answer in time")
+    return receive.recv()
+
+
+# -- the probes, the most telling first
+
+
+@probe
+def machine(say: Say) -> None:
+    """Versions, tools and limits."""
+    for name in PACKAGES:
+        try:
+            say(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            say(name, "not installed")
+    for tool in TOOLS:
+        say(tool, shutil.which(tool) or "not on PATH")
+    say("python", sys.version.split()[0])
+    say("cores", len(os.sched_getaffinity(0)), "")
+    say("shared memory (/dev/shm)", shutil.disk_usage("/dev/shm").total >> 20, "MiB")
+    say("home is writable", os.access(Path.home(), os.W_OK))
+    for name in sorted(os.environ):
+        if name.startswith(("CUDA_", "PYTORCH_", "NVIDIA_")):
+            say(name, os.environ[name])
+    if shutil.which("nvidia-smi"):
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        lines = (done.stdout or done.stderr).splitlines() or ["nothing"]
+        for name, value in zip(SMI.split(","), lines[0].split(", "), strict=False):
+            say(f"GPU {name}", value)
+
+
+@probe
+def start(say: Say) -> None:
+    """How long CUDA takes to start, alone and in four processes at once: what a worker's missing heartbeats must allow."""
+    began = time.perf_counter()
+    import torch
+
+    say("import torch", time.perf_counter() - began, "s")
+    say_timed(say, "cuInit", timed(torch.cuda.init))
+    say_timed(say, "context", timed(start_context))
+    ones = torch.ones(64, 64, device="cuda")
+    say_timed(say, "first product", timed(lambda: (ones @ ones).sum().item()))
+    command = [sys.executable, __file__, "--start"]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    took = [json.loads(child.communicate(timeout=DEADLINE_S)[0]) for child in children]
+    say_timed(say, "context, worst of four at once", (max(each[0] for each in took), max(each[1] for each in took)))
+
+
+@probe
+def green(say: Say) -> None:
+    """At each split of the multiprocessors: whether green contexts keep plain and captured kernels to their own."""
+    import torch
+
+    from splitwiser.green import GreenDivision
+    from splitwiser.kernels.multiprocessors import note_multiprocessor
+    from splitwiser.layout import ONE_OF_EACH
+    from splitwiser.shares import ShareSettings
+
+    start_context()
+    device = torch.device("cuda", 0)
+    began = time.perf_counter()
+    division = GreenDivision(device, ONE_OF_EACH, ShareSettings(share="auto", itl_target_ms=50.0, lend=True))
+    say("all splits made", time.perf_counter() - began, "s")
+    numbers = torch.zeros(4096, dtype=torch.int32, device=device)
+
+    def kernel() -> None:
+        note_multiprocessor[(len(numbers),)](numbers)
+
+    def used(run: Callable[[], object]) -> set[int]:
+        numbers.fill_(-1)
+        torch.cuda.synchronize()
+        run()
+        torch.cuda.synchronize()
+        return {int(number) for number in numbers.tolist()}
+
+    say("multiprocessors without a green context", len(used(kernel)), "")
+    lanes = [division.lane("prefill-0"), division.lane("decode-0")]
+    for level, granted in enumerate(division.units):
+        plain, graphs, elsewhere = [], [], []
+        for lane in lanes:
+            with torch.cuda.stream(lane._streams[level]):
+                plain.append(used(kernel))
+                graph = captured(kernel, lane._streams[level])
+                graphs.append(used(graph.replay))
+            elsewhere.append(used(graph.replay))
+        name = f"split {level} ({granted})"
+        for phase, ran, ran_graph, replayed in zip(("prefill", "decode"), plain, graphs, elsewhere, strict=True):
+            say(f"{name}: {phase}", len(ran), "multiprocessors")
+            say(f"{name}: {phase}, graph", len(ran_graph), "multiprocessors")
+            say(f"{name}: {phase}, graph replayed on another stream", len(replayed), "multiprocessors")
+        say(f"{name}: used by both", len(plain[0] & plain[1]), "multiprocessors")
+        say(f"{name}: used by both, graphs", len(graphs[0] & graphs[1]), "multiprocessors")
+
+
+@probe
+def beside(say: Say) -> None:
+    """A graph of small products (decode) beside large ones (prefill): undivided, decode first, in green contexts; each with
+    8 and with 32 hardware queues."""
+    for queues in (8, 32):
+        environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": str(queues)}
+        command = [sys.executable, __file__, "--beside"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=DEADLINE_S / 2, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{queues} queues: {done.stderr.strip().splitlines()[-1]}")
+        for name, value, unit in json.loads(done.stdout):
+            say(f"{queues} queues, {name}", value, unit)
+
+
+def measure_beside() -> list[tuple[str, float, str]]:
+    """Name, value and unit of each finding of :func:`beside` with this process's queues."""
+    import torch
+
+    from splitwiser.green import GreenDivision
+    from splitwiser.layout import parse_layout
+    from splitwiser.shares import ShareSettings
+
+    start_context()
+    device = torch.device("cuda", 0)
+    layout = parse_layout("[{role: prefill, share: 40}, {role: decode, share: 60}]")
+    division = GreenDivision(device, layout, ShareSettings(share="fixed", itl_target_ms=50.0, lend=True))
+    random = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    left, right, rows, weight = random(2048, 4096), random(4096, 4096), random(64, 2048), random(2048, 2048)
+
+    def decode() -> None:
+        made = rows
+        for _ in range(100):
+            made = torch.relu(made @ weight)
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            left @ right
+
+    found = []
+    pairs = {
+        "undivided": (torch.cuda.Stream(device), torch.cuda.Stream(device)),
+        "decode first": (torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-5)),
+        "green 40/60": (division.lane("prefill-0")._streams[0], division.lane("decode-0")._streams[0]),
+    }
+    for name, (prefill_stream, decode_stream) in pairs.items():
+        with torch.cuda.stream(decode_stream):
+            decode()
+            decode_stream.synchronize()
+        graph = captured(decode, decode_stream)
+
+        def replay(graph: torch.cuda.CUDAGraph = graph, stream: torch.cuda.Stream = decode_stream) -> float:
+            with torch.cuda.stream(stream):
+                began = time.perf_counter()
+                graph.replay()
+                stream.synchronize()
+                return (time.perf_counter() - began) * 1e3
+
+        alone = [replay() for _ in range(35)][5:]
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(prefill_stream):
+            products(3)
+            start.record()
+            products(1000)
+            end.record()
+        end.synchronize()
+        products_alone = start.elapsed_time(end)
+        with torch.cuda.stream(prefill_stream):
+            start.record()
+            products(1000)
+            end.record()
+        together: list[float] = []
+        while not end.query() and len(together) < 10_000:
+            together.append(replay())
+        end.synchronize()
+        found += [
+            (f"{name}: decode alone", statistics.median(alone), "ms"),
+            (f"{name}: decode beside prefill", statistics.median(together) if together else float("nan"), "ms"),
+            (f"{name}: decode beside prefill, worst", max(together, default=float("nan")), "ms"),
+            (f"{name}: prefill alone", products_alone, "ms"),
+            (f"{name}: prefill beside decode", start.elapsed_time(end), "ms"),
+        ]
+    return found
+
+
+@probe
+def mps(say: Say) -> None:
+    """A private daemon: its start, its clients with all and with 40% of the GPU, and memory of a process outside."""
+    import torch
+    import torch.multiprocessing
+
+    import splitwiser.mps
+    from splitwiser.shared import SharedMemory
+
+    if problem := splitwiser.mps.find_problem(0):
+        say("not here", problem)
+        return
+    began = time.perf_counter()
+    with splitwiser.mps.mps_daemon(False, False, 0) as daemon:
+        say("daemon answers", time.perf_counter() - began, "s")
+        memory = SharedMemory(1 << 20, torch.device("cuda", 0))
+        memory.tensor.fill_(7)
+        torch.cuda.synchronize()
+        context = torch.multiprocessing.get_context("spawn")
+        receivers, children = {}, []
+        for percent in (100, 40):
+            receivers[percent], send = context.Pipe(duplex=False)
+            environment = {**daemon.environment, splitwiser.mps.PERCENTAGE: str(percent)}
+            children.append(context.Process(target=_as_mps_client, args=(memory, environment, send)))
+            children[-1].start()
+        for percent, receive in receivers.items():
+            took, multiprocessors, right = answer(receive)
+            say_timed(say, f"client at {percent}%: context", took)
+            say(f"client at {percent}%", multiprocessors, "multiprocessors")
+            say(f"client at {percent}%: memory from outside is right", right)
+        say("clients", len(daemon.clients()), "")
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join()
+
+
+def _as_mps_client(memory: "SharedMemory", environment: dict[str, str], send: Connection) -> None:
+    os.environ.update(environment)
+    import torch
+
+    took = timed(start_context)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    send.send((took, multiprocessors, bool((memory.tensor == 7).all())))
+    time.sleep(DEADLINE_S)  # stays a client until it is ended
+
+
+@probe
+def shared_memory(say: Say) -> None:
+    """Device memory of another process (CUDA IPC): small, 1 GiB, and as large as a pool."""
+    import torch
+    import torch.multiprocessing
+
+    from splitwiser.shared import SharedMemory
+
+    start_context()
+    device = torch.device("cuda", 0)
+    largest = min(32 * GIB, torch.cuda.mem_get_info(device)[0] // (2 * GIB) * GIB)
+    memories = [SharedMemory(size, device) for size in sorted({1 << 20, min(GIB, largest), largest})]
+    for memory in memories:
+        memory.tensor[-64:] = 7
+    torch.cuda.synchronize()
+    context = torch.multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_open_memories, args=(memories, send))
+    child.start()
+    for memory, (took, right) in zip(memories, answer(receive), strict=True):
+        name = f"{memory.tensor.nbytes >> 20} MiB"
+        say_timed(say, f"{name}: opened", took)
+        say(f"{name}: reads and writes are right", right and bool((memory.tensor[-64:] == 9).all()))
+    child.join()
+
+
+def _open_memories(memories: "Sequence[SharedMemory]", send: Connection) -> None:
+    import torch
+
+    start_context()
+    found = []
+    for memory in memories:
+        took = timed(partial(getattr, memory, "tensor"))
+        right = bool((memory.tensor[-64:] == 7).all())
+        memory.tensor[-64:] = 9
+        found.append((took, right))
+    torch.cuda.synchronize()
+    send.send(found)
+
+
+@probe
+def decode_attention(say: Say) -> None:
+    """The Triton kernel: its error against float64, the time of its compilation, and bytes a second."""
+    import torch
+
+    from splitwiser.attention import AttentionOptions, attend
+    from splitwiser.gpu_kernel import GpuKernel
+
+    kernel, device = GpuKernel(), torch.device("cuda", 0)
+    for dtype, heads, kv_heads, size in (
+        (torch.bfloat16, 32, 8, 64), (torch.float32, 8, 2, 64), (torch.float16, 12, 12, 64), (torch.bfloat16, 32, 32, 128),
+    ):  # fmt: skip
+        keys, values = (torch.randn(400, 16, kv_heads, size, device=device).to(dtype) for _ in range(2))
+        query = torch.randn(5, heads, size, device=device).to(dtype)
+        tables = torch.randperm(400, device=device)[: 5 * 64].view(5, 64)
+        firsts, lengths = (0, 3, 0, 91, 2), (1, 16, 17, 100, 1000)
+        began = time.perf_counter()
+        made = kernel(
+            query, keys, values, tables, torch.tensor(firsts, device=device), torch.arange(6, device=device),
+            torch.tensor(lengths, device=device), size**-0.5,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        name = f"{str(dtype).removeprefix('torch.')}, {heads}/{kv_heads} heads of {size}"
+        say(f"{name}: first call", time.perf_counter() - began, "s")
+        errors = []
+        for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+            k, v = (
+                kept[tables[row]].flatten(0, 1)[first:length].transpose(0, 1)[None].double() for kept in (keys, values)
+            )
+            seen = torch.ones(1, 1, 1, length - first, dtype=torch.bool, device=device)
+            expected = attend(query[row, :, None][None].double(), k, v, seen, AttentionOptions(size**-0.5))[0, :, 0]
+            errors.append(float((made[row].double() - expected).norm() / expected.norm()))
+        say(f"{name}: largest relative error", max(errors), "")
+    for model, heads, kv_heads, size in (("llama-3.2-1b", 32, 8, 64), ("llama2-7b", 32, 32, 128)):
+        for batch, context in ((1, 1000), (1, 8000), (64, 1000)):
+            blocks = -(-context // 16)
+            keys, values = (
+                torch.randn(batch * blocks, 16, kv_heads, size, device=device, dtype=torch.bfloat16) for _ in range(2)
+            )
+            attention = partial(
+                kernel, torch.randn(batch, heads, size, device=device, dtype=torch.bfloat16), keys, values,
+                torch.randperm(batch * blocks, device=device).view(batch, blocks),
+                torch.zeros(batch, dtype=torch.int64, device=device), torch.arange(batch + 1, device=device),
+                torch.full((batch,), context, device=device), size**-0.5,
+            )  # fmt: skip
+            attention()
+            us = gpu_us(captured(attention, torch.cuda.Stream(device)).replay)
+            say(f"{model}, {batch} x {context}: a layer", us, "us")
+            say(f"{model}, {batch} x {context}: read", 2 * keys.nbytes / us / 1e3, "GB/s")
+
+
+@probe
+def kernels(say: Say) -> None:
+    """What a small kernel costs, in a graph and launched, and the bandwidth of copies."""
+    import torch
+
+    start_context()
+    rows = torch.zeros(64, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def small() -> None:
+        for _ in range(500):
+            rows.add_(1)
+
+    small()
+    graph = captured(small, torch.cuda.Stream())
+    say("small kernel in a graph", gpu_us(graph.replay) / 500, "us")
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    small()
+    say("small kernel launched, on the host", (time.perf_counter() - began) / 500 * 1e6, "us")
+    say("small kernel launched, on the GPU", gpu_us(small) / 500, "us")
+    source = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    say("copy on the GPU, read and written", 2 * source.nbytes / gpu_us(lambda: target.copy_(source)) / 1e3, "GB/s")
+    pinned = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    place = target[: len(pinned)]
+    say("host to GPU, pinned", pinned.nbytes / gpu_us(lambda: place.copy_(pinned, non_blocking=True)) / 1e3, "GB/s")
+
+
+@probe
+def prefill_attention(say: Say) -> None:
+    """What PyTorch's attention takes for a prompt of a new length, with cuDNN (which plans for each) and without."""
+    import torch
+
+    start_context()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        took = {}
+        for length in (301, 302, 417, 418, 977, 977):
+            random = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+            query, keys = random(1, 32, length, 64), random(1, 8, length, 64)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            attention(query, keys, keys, is_causal=True, enable_gqa=True)
+            torch.cuda.synchronize()
+            name = f"length {length}{' again' if length in took else ''}"
+            took[length] = (time.perf_counter() - began) * 1e3
+            say(f"cuDNN {'allowed' if cudnn else 'off'}, {name}", took[length], "ms")
+
+
+# -- running them
+
+
+def run_probe(name: str, out: Path | None) -> None:
+    """Run a probe in this process; its last row says how it ended. Exits with 1 if it failed."""
+
+    def say(finding: str, value: Found, unit: str = "") -> None:
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"  {finding}: {shown} {unit}".rstrip(), flush=True)
+        append(out, (name, finding, shown, unit))
+
+    try:
+        PROBES[name](say)
+    except Exception as error:
+        traceback.print_exc()
+        append(out, (name, ENDED, f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300], ""))
+        sys.exit(1)
+    append(out, (name, ENDED, OK, ""))
+
+
+def append(out: Path | None, row: Sequence[str]) -> None:
+    """Add a row to ``out``, if that is given."""
+    if out is not None:
+        with out.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(row)
+
+
+def keep_finished(out: Path | None) -> set[str]:
+    """The probes that ended well according to ``out``, which is left with their rows alone."""
+    if out is None:
+        return set()
+    rows: list[list[str]] = []
+    if out.exists():
+        with out.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))[1:]
+    finished = {row[0] for row in rows if row[1:3] == [ENDED, OK]}
+    with out.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *(row for row in rows if row[0] in finished)])
+    return finished
+
+
+def run_apart(name: str, out: Path | None) -> str:
+    """Run a probe in a process of its own; returns how it ended."""
+    command = [sys.executable, __file__, "--one", name, *(["--out", str(out)] if out else [])]
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        code = process.wait(DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        fault = f"failed: no end within {DEADLINE_S:.0f} s"
+    else:
+        if code >= 0:
+            return OK if code == 0 else "failed"  # and it has said why
+        fault = f"failed: killed by {signal.Signals(-code).name}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    append(out, (name, ENDED, fault, ""))
+    return fault
+
+
+def main() -> int:
+    """Run the probes asked for; the exit code is 1 if one failed, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROBES)}; all if none is given")
+    parser.add_argument("--out", type=Path, help="CSV that gets a row a finding")
+    for option in ("--one", "--start", "--beside"):  # what this program starts itself with
+        parser.add_argument(option, nargs="?", const=True, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        run_probe(options.one, options.out)
+    elif options.start:
+        import torch  # noqa: F401  # its import is not what is timed
+
+        print(json.dumps(timed(start_context)))
+    elif options.beside:
+        print(json.dumps(measure_beside()))
+    else:
+        return run_all(parser, options.names, options.out)
+    return 0
+
+
+def run_all(parser: argparse.ArgumentParser, names: Sequence[str], out: Path | None) -> int:
+    """Run the probes ``names`` (all if there is none) that have not ended well before, each apart."""
+    for name in names:
+        if name not in PROBES:
+            parser.error(f"unknown probe '{name}'; known: {', '.join(PROBES)}")
+    finished = keep_finished(out)
+    failed = 0
+    for name in names or PROBES:
+        if name in finished:
+            continue
+        print(f"{name}: {(PROBES[name].__doc__ or '').splitlines()[0]}", flush=True)
+        began = time.monotonic()
+        try:
+            ended = run_apart(name, out)
+        except KeyboardInterrupt:
+            append(out, (name, ENDED, "failed: interrupted", ""))
+            return 130
+        failed += ended != OK
+        print(f"  -> {ended}, {time.monotonic() - began:.0f} s", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""What a GPU check has found, read from its folder of stages: as tables, and kept in results/reference for the README.
+
+The folder holds ``check.json`` (how each stage ended, with the machine and the commit) and a folder a stage.
+"""
+
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+
+from splitwiser.errors import InputError
+from splitwiser.paired import round_ratios
+
+PROJECT = Path(__file__).resolve().parents[1]
+REFERENCE = PROJECT / "results" / "reference"
+ARCHIVE, RECORD = "results.tar.gz", "check.json"
+PLAN = "plan.json"  # of a comparison: its base options and the names of its points
+FIGURES = {  # column of throughput.csv: heading, unit of the heading in that of the column
+    "output_throughput": ("tokens/s out", 1.0),
+    "median_ttft_ms": ("TTFT p50 ms", 1.0),
+    "p99_ttft_ms": ("TTFT p99 ms", 1.0),
+    "median_itl_ms": ("ITL p50 ms", 1.0),
+    "p99_itl_ms": ("ITL p99 ms", 1.0),
+    "peak_memory_mb": ("memory GB", 1000.0),
+}
+TEST_COUNTS = ("tests", "failures", "errors", "skipped")
+KEPT = (
+    RECORD, "*/probe.csv", "*/doctor.json", "*/plan.json", "*/grid.yaml", "*/sweep_*/points.csv", "*/compare_*/*.csv",
+    "*/compare_*/compare.yaml", "*/*.csv", "*/*.xml",
+)  # fmt: skip
+KEPT_BYTES = 1 << 20  # largest file that is kept
+SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # the first that there is has its timelines kept
+PICTURE = "modes.png"
+BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+BASE = "sequential"  # the variant that others' throughput is divided by, round by round
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file or it was cut off."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """A CSV; empty if there is none."""
+    return pd.read_csv(path) if path.exists() and path.stat().st_size else pd.DataFrame()
+
+
+def points_path(folder: Path) -> Path:
+    """Where the sweep of a stage writes its rows."""
+    return next(iter(sorted(folder.glob("sweep_*/points.csv"))), folder / "points.csv")
+
+
+def runs_of(folder: Path) -> pd.DataFrame:
+    """The runs of a stage that is a sweep, with the name of each one's variant as a column."""
+    rows = read_rows(points_path(folder))
+    if rows.empty:
+        return rows
+    names = read_json(folder / PLAN).get("variants") or []
+    numbered = rows[rows["point"].notna()].copy()  # a point that is no longer in the grid has no number
+    numbered["variant"] = [names[int(row["point"]) - 1] if names else describe(row) for _, row in numbered.iterrows()]
+    return numbered
+
+
+def describe(row: "pd.Series[Any]") -> str:
+    """A run by its mode and workers."""
+    return f"{row['mode']}, {row['workers']}" if row["mode"] in ("mp", "mps", "green") else str(row["mode"])
+
+
+def comparison(folder: Path) -> pd.DataFrame:
+    """A row a variant: the rounds that it finished, the medians of :data:`FIGURES` over them, and its throughput over that
+    of :data:`BASE`, the median of the rounds that both finished."""
+    runs = runs_of(folder)
+    if runs.empty:
+        return runs
+    finished = runs[runs["status"] == "finished"]
+    throughput = {
+        str(name): own.set_index("round")["output_throughput"] for name, own in finished.groupby("variant", sort=False)
+    }
+    table = []
+    for name in dict.fromkeys(runs["variant"]):
+        own = finished[finished["variant"] == name]
+        row: dict[str, object] = {"variant": name, "rounds": len(own)}
+        for column, (heading, unit) in FIGURES.items():
+            row[heading] = own[column].median() / unit if len(own) else None
+        ratios = round_ratios(throughput[name], throughput[BASE]) if name in throughput and BASE in throughput else []
+        row[f"over {BASE}"] = pd.Series(ratios, dtype=float).median()
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def text_table(table: pd.DataFrame) -> list[str]:
+    """``table`` as lines of text."""
+    return table.to_string(index=False, float_format=number, na_rep="-").splitlines()
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+# -- the table of a stage, whatever kind it is
+
+
+def table_of(folder: Path) -> pd.DataFrame:
+    """What a stage found, by the files that its folder has; empty if there is nothing yet."""
+    compared = sorted(folder.glob("compare_*/comparison_tokens.csv"))
+    if (folder / "probe.csv").exists():
+        rows = read_rows(folder / "probe.csv").fillna("")
+        return rows.astype(str)
+    if (folder / "doctor.json").exists():
+        modes = pd.DataFrame(read_json(folder / "doctor.json").get("modes", []))
+        return modes.replace({"works": {True: "yes", False: "no"}})
+    if compared:
+        return read_rows(compared[-1])[["variant", "requests", "differ", "other_prompts"]]
+    if points_path(folder).exists():
+        return comparison(folder)
+    if reports := sorted(folder.glob("*.xml")):
+        return pd.concat([test_counts(path) for path in reports], ignore_index=True)
+    return pd.concat([pd.DataFrame(), *map(medians, sorted(folder.glob("*.csv")))], ignore_index=True)
+
+
+def test_counts(path: Path) -> pd.DataFrame:
+    """The row of what a JUnit report of pytest counts."""
+    suite = next(ElementTree.parse(path).iter("testsuite")).attrib
+    return pd.DataFrame([{"tests of": path.stem} | {name: suite[name] for name in TEST_COUNTS}])
+
+
+def medians(path: Path) -> pd.DataFrame:
+    """The medians of a file of interference, by mode; another file, such as of peers, as it is."""
+    rows = read_rows(path)
+    return rows.groupby("mode", sort=False).median().reset_index() if "worst over alone" in rows else rows
+
+
+def failed_logs(folder: Path) -> list[Path]:
+    """The logs of a stage's runs that failed."""
+    logs = []
+    for table in [*folder.glob("sweep_*/points.csv"), *folder.glob("compare_*/comparison.csv")]:
+        rows = read_rows(table)
+        for _, row in rows[rows["status"] == "failed"].iterrows() if len(rows) else ():
+            logs.append(table.parent / "logs" / f"round{row['round']}_{row.get('key', row.get('variant'))}.log")
+    return [log for log in logs if log.exists()]
+
+
+# -- where it ran
+
+
+def gpu_of(work: Path) -> str:
+    """The name of the GPU, as the doctor found it; cpu if there is none."""
+    findings = read_json(work / "doctor" / "doctor.json").get("findings", [])
+    devices = next((each["figures"].get("devices") for each in findings if each["name"] == "devices"), None)
+    return str(devices[0]["name"]) if devices else "cpu"
+
+
+def machine_line(work: Path) -> str:
+    """The GPU and the versions that were found there, in a line."""
+    rows = table_of(work / "probe")
+    known = {} if rows.empty else dict(zip(rows["name"], rows["value"], strict=True))
+    parts = [("driver", "GPU driver_version"), *((name, name) for name in ("torch", "triton", "transformers"))]
+    return ", ".join([gpu_of(work), *(f"{label} {known[name]}" for label, name in parts if name in known)])
+
+
+# -- kept for the documentation
+
+
+def import_archive(archive: Path, name: str | None) -> Path:
+    """Unpack what the documentation needs of ``archive`` into a folder of :data:`REFERENCE`, in place of one of the same
+    name; ``gpu-<card>-<date>`` if no name is given. Raises :class:`InputError` if it is no such archive."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        unpack(archive, work)
+        stages = read_json(work / RECORD).get("stages")
+        if not stages:
+            raise InputError(f"{archive}: has no {RECORD}; give the {ARCHIVE} of a GPU check")
+        date = max(what["started"] for what in stages.values())[:10]
+        card = re.sub(r"[^a-z0-9]+", "-", gpu_of(work).lower().removeprefix("nvidia ")).strip("-")
+        folder = REFERENCE / (name or f"gpu-{card}-{date}")
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in kept_files(work):
+            target = folder / path.relative_to(work)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    draw(folder)
+    return folder
+
+
+def kept_files(work: Path) -> list[Path]:
+    """The tables and records of all stages, the logs of what failed, and of each variant its first run's record; of one
+    comparison also the pictures of these."""
+    kept = [path for pattern in KEPT for path in work.glob(pattern)]
+    kept += [log for folder in work.iterdir() if folder.is_dir() for log in failed_logs(folder)]
+    shown = next((name for name in SHOWN if points_path(work / name).exists()), None)
+    for folder in work.glob("compare-*"):
+        runs = runs_of(folder)
+        finished = runs[runs["status"] == "finished"] if len(runs) else runs
+        for run_id in finished.groupby("variant", sort=False)["run_id"].first() if len(finished) else ():
+            run = points_path(folder).parent / "runs" / run_id
+            kept += [run / "run.yaml", *([run / "timeline.png"] if folder.name == shown else [])]
+    return [path for path in dict.fromkeys(kept) if path.exists() and path.stat().st_size <= KEPT_BYTES]
+
+
+def unpack(archive: Path, work: Path) -> None:
+    """Put the files of ``archive`` into ``work``. Raises :class:`InputError` if it is none."""
+    try:
+        with tarfile.open(archive) as packed:
+            packed.extractall(work, filter="data")
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise InputError(f"{archive}: not an archive of a GPU check ({error})") from error
+
+
+def draw(folder: Path) -> None:
+    """Draw throughput and ITL of every comparison in ``folder`` as bars into :data:`PICTURE`; nothing if there is none."""
+    tables = {path.name: comparison(path) for path in sorted(folder.glob("compare-*"))}
+    tables = {name: table for name, table in tables.items() if len(table)}
+    if not tables:
+        return
+    from matplotlib.figure import Figure
+
+    columns = ("tokens/s out", "ITL p99 ms")
+    figure = Figure(figsize=(11, sum(1 + 0.3 * len(table) for table in tables.values())), layout="constrained")
+    heights = [1 + 0.3 * len(table) for table in tables.values()]
+    axes = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights)
+    for (name, table), row in zip(tables.items(), axes, strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            bars = axis.barh(table["variant"], table[column].fillna(0))
+            axis.bar_label(bars, fmt="%.4g", padding=3)
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+            axis.set_title(f"{name}: {column}", fontsize=10)
+    figure.savefig(folder / PICTURE, dpi=100)
+
+
+def newest_reference() -> Path | None:
+    """The folder of the newest check that is kept; None if there is none."""
+    return max(
+        REFERENCE.glob("gpu-*"),
+        key=lambda folder: max(what["started"] for what in read_json(folder / RECORD)["stages"].values()),
+        default=None,
+    )
+
+
+def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
+    """The README's part on a GPU, in Markdown, from a kept check; ``abouts`` says what each stage finds out."""
+    if folder is None:
+        return "Not yet measured on a GPU."
+    place = f"results/reference/{folder.name}"
+    stages = read_json(folder / RECORD)["stages"]
+    commits = sorted({str(what["commit"])[:12] for what in stages.values()})
+    dates = sorted({what["started"][:10] for what in stages.values()})
+    blocks = [
+        f"{machine_line(folder)}; {' and '.join(dates)}; commit {' and '.join(commits)}. Medians over the rounds; rows in "
+        f"[{place}]({place})."
+    ]
+    if (folder / PICTURE).exists():
+        blocks.append(f"![Throughput and time between tokens by mode on a GPU]({place}/{PICTURE})")
+    for name, what in stages.items():
+        table = table_of(folder / name)
+        if len(table):
+            ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
+            blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}", markdown(table)]
+    return "\n\n".join(blocks)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """``table`` in Markdown."""
+    rows = [[str(name) for name in table.columns], ["---"] * len(table.columns)]
+    rows += [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(value: object) -> str:
+    """A table's value as text that cannot end its cell."""
+    if isinstance(value, float):
+        return "-" if pd.isna(value) else number(value)
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def write_section(readme: Path, text: str) -> None:
+    """Put ``text`` between the marks of ``readme``. Raises :class:`InputError` if it has none."""
+    content = readme.read_text(encoding="utf-8")
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"{readme}: has no {BEGIN} and {END} for the tables to stand between")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
