@@ -48,12 +48,13 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The project's commit, with ``-dirty`` if tracked files differ from it; None outside a git checkout."""
+    """The project's commit, with ``-dirty`` if tracked files differ from it; outside a git checkout what the environment's
+    ``SPLITWISER_COMMIT`` says, or None."""
     command = ["git", "-C", str(constants.DIR_PROJECT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("SPLITWISER_COMMIT")
     return done.stdout.strip()
 
 
