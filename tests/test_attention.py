@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention
 from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool, LayerShape
+from splitwiser.pool_kernels import PoolKernels
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
 
@@ -19,7 +21,7 @@ def written_out(
     query: Tensor, keys: Tensor, values: Tensor, context: int, mask: Mask, options: AttentionOptions
 ) -> Tensor:
     """Attention of the last ``len(query)`` of ``context`` tokens; all of shape (tokens, heads, dim)."""
-    output = torch.zeros(len(query), HEADS, VALUE_DIM, dtype=torch.float64)
+    output = torch.zeros(len(query), HEADS, values.shape[2], dtype=torch.float64)
     for row in range(len(query)):
         position = context - len(query) + row
         seen = [key for key in range(context) if bool(mask(torch.tensor(position), torch.tensor(key)))]
@@ -59,12 +61,38 @@ KERNELS = {
         "auto", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
     ),
     "plain": pytest.param("plain"),
+    "packed": pytest.param("packed"),
 }
+
+
+def packed_by_request(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """What :class:`splitwiser.pool_kernels.PackedKernel` asks for, a request at a time."""
+    output = query.new_empty(len(query), HEADS, values.shape[2])
+    spans = list(zip(*(pairwise(each.tolist()) for each in offsets), strict=True))
+    assert longest == (max(end - begin for (begin, end), _ in spans), max(end - begin for _, (begin, end) in spans))
+    for (begin, end), (first, last) in spans:
+        near = sliding_window_causal_mask_function(window or last - first)
+        rows = query[begin:end]
+        made = written_out(
+            rows, keys[first:last], values[first:last], last - first, Mask(near), AttentionOptions(scaling)
+        )
+        output[begin:end] = made.to(query.dtype)
+    return output
 
 
 def pool_of(value_dim: int, blocks: int, dtype: torch.dtype, kernels: str) -> KVPool:
     cpu = torch.device("cpu")
     layers = [LayerShape(KV_HEADS, KEY_DIM, value_dim)]
+    if kernels == "packed":
+        return KVPool(layers, blocks, BLOCK, dtype, cpu, kernels=PoolKernels(packed=packed_by_request))
     return KVPool(layers, blocks, BLOCK, dtype, cpu, kernels=load_kernels(kernels, cpu, dtype, layers)[0])
 
 
@@ -123,3 +151,57 @@ def test_half_precision_decode_is_close_to_float32(dtype: torch.dtype, kernels: 
         step.update(new, new, 0)
         outputs.append(step.attend(query, new, new, MASKS["causal"], OPTIONS["plain"]).float())
     torch.testing.assert_close(outputs[1], outputs[0], atol=0.03, rtol=0.03)
+
+
+class Called:
+    """Counts what comes to the packed kernel."""
+
+    def __init__(self) -> None:
+        self.windows: list[int | None] = []
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        offsets: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        window: int | None,
+        scaling: float,
+    ) -> Tensor:
+        self.windows.append(window)
+        return query.new_zeros(*query.shape[:2], values.shape[2])
+
+
+def chunks_of_four(_: int, __: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """As Llama 4's chunked layers see: from the own chunk's first position on."""
+    return (keys <= queries) & (keys // 4 == queries // 4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "option", "windows"),
+    [
+        (MASKS["causal"], "plain", [None]),
+        (MASKS["window"], "plain", [3]),
+        (MASKS["holes"], "plain", []),
+        (Mask(chunks_of_four), "plain", []),
+        (MASKS["causal"], "softcap", []),
+        (MASKS["causal"], "sinks", []),
+    ],
+    ids=["causal", "window", "holes", "chunks", "softcap", "sinks"],
+)
+def test_all_prompts_go_to_one_call_that_knows_what_is_asked(
+    mask: Mask, option: str, windows: list[int | None]
+) -> None:
+    cpu, called = torch.device("cpu"), Called()
+    layers = [LayerShape(KV_HEADS, KEY_DIM, KEY_DIM)]
+    pool = KVPool(layers, 12, BLOCK, torch.float32, cpu, kernels=PoolKernels(packed=called))
+    step = StepAttention(pool, [Segment(range(4), 14, 14), Segment(range(4, 8), 9, 5)], cpu)
+    query, new = torch.randn(1, HEADS, 19, KEY_DIM), torch.randn(1, KV_HEADS, 19, KEY_DIM)
+    step.update(new, new, 0)
+    step.attend(query, new, new, mask, OPTIONS[option])
+    assert called.windows == windows
+
+
+def test_no_attention_of_cudnn_whose_plans_take_tenths_of_a_second_a_length() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

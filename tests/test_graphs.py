@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_says
 from test_token_identity import LENGTHS, SERVED, prompts_of
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.attention import Mask
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.graphs import DecodeGraphs, capture_graphs, ladder
+from splitwiser.graphs import DecodeGraphs, _first_cause, _FixedStep, capture_graphs, ladder
 from splitwiser.guard import attach_engine
 from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool
@@ -84,6 +85,47 @@ def test_a_mask_with_holes_is_refused(tiny: Callable[[str], Path]) -> None:
         step.attend(torch.zeros(1, 4, 1, 12), torch.empty(0), torch.empty(0), Mask(every_other), None)  # type: ignore[arg-type]
 
 
+def test_tables_are_sent_only_where_the_batch_changes(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    load_tables = _FixedStep._load_tables
+
+    def noting(step: _FixedStep, blocks: Sequence[Sequence[int]]) -> None:
+        sent.append(len(blocks))
+        load_tables(step, blocks)
+
+    monkeypatch.setattr(_FixedStep, "_load_tables", noting)
+    model, pool = loaded(tiny("opt"))
+    tokens_of(model, pool, DecodeGraphs(model, pool, max_batch=8))
+    assert sent == [8, 8]  # twelve steps, and one request takes another's place half-way
+
+
+def test_layers_share_what_a_mask_means(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Mask] = []
+    call = Mask.__call__
+
+    def noting(mask: Mask, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        asked.append(mask)
+        return call(mask, queries, keys)
+
+    model, pool = loaded(tiny("mistral"))  # three layers under one window
+    graphs = DecodeGraphs(model, pool, max_batch=1)
+    (sequence,) = in_flight([[5, 6, 7]], 4)
+    sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, 3)])
+    monkeypatch.setattr(Mask, "__call__", noting)
+    for steps in (1, 2):
+        sequence.token_ids += decode_step(model, pool, [sequence], graphs)
+        assert len(asked) == 2 * steps  # whether it can be served, and where each token's view begins
+        assert len(set(map(id, asked))) == steps  # each forward brings its own
+
+
+def test_a_broken_capture_is_told_by_what_broke_it() -> None:
+    cause, end = ValueError("an expert was chosen on the host"), RuntimeError("CUDA error: a previous error")
+    end.__context__ = cause
+    assert _first_cause(end) is cause
+
+
 def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny("opt"))
     assert capture_graphs(model, pool, 4) == (None, "none (they are a GPU's)")
@@ -99,6 +141,44 @@ def test_replayed_graphs_make_the_same_tokens(name: str, tiny: Callable[[str], P
         pytest.skip(f"a mixture of experts may choose its experts on the host: {described}")
     assert graphs is not None, described
     assert tokens_of(model, pool, graphs) == expected
+
+
+def on_the_host(*_: Any, **__: Any) -> torch.Tensor:
+    """Attention that asks for a number, which no capture allows."""
+    return torch.full((1,), float(torch.ones(1, device="cuda").sum()), device="cuda")
+
+
+def unfit(*_: Any, **__: Any) -> torch.Tensor:
+    raise LookupError("out of resource: shared memory")  # as Triton's errors, no RuntimeError
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("broken", "cause"), [(on_the_host, "not permitted when stream is capturing"), (unfit, "out of resource")]
+)
+def test_a_capture_that_fails_says_why_and_leaves_the_process_as_it_was(
+    broken: Any, cause: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pool = loaded(tiny("llama"), "cuda")
+    expected = tokens_of(model, pool, None)
+    stream, forward = torch.cuda.current_stream(), DecodeGraphs._forward
+
+    def failing(graphs: DecodeGraphs, step: _FixedStep) -> torch.Tensor:
+        logits = forward(graphs, step)
+        return broken() if torch.cuda.is_current_stream_capturing() else logits
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DecodeGraphs, "_forward", failing)
+        graphs, described = capture_graphs(model, pool, 4)
+    assert graphs is None
+    assert_says(described, "LlamaForCausalLM cannot be captured", cause)
+    assert torch.cuda.current_stream() == stream
+    assert tokens_of(model, pool, None) == expected
+    block = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    del block
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved - (64 << 20)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,9 @@
 """Which models the engine takes on, and why it refuses the others."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.guard import attach_engine
+from splitwiser.guard import attach_engine, try_kernels
+from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import LayerShape
 from splitwiser.model import LoadedModel, load_model
+from splitwiser.pool_kernels import PoolKernels
 
 
 def load(directory: Path) -> LoadedModel:
@@ -88,3 +92,37 @@ def test_refuses_layers_that_do_not_store(tiny: Callable[[str], Path]) -> None:
 def test_rounding_of_half_precisions_is_no_reason_to_refuse(dtype: str, tiny: Callable[[str], Path]) -> None:
     model = load_model(tiny("gemma2"), dtype=dtype, device="cpu", load_format="auto")
     assert len(attach_engine(model)) == 3
+
+
+class TritonLikeError(Exception):
+    """Triton's errors have no base in common with PyTorch's."""
+
+
+def broken(*_: Any, **__: Any) -> Tensor:
+    raise TritonLikeError("out of resource: shared memory\nRequired: 264512")
+
+
+def forgetful(*given: Any, **_: Any) -> Tensor:
+    """Attends to each token's own value alone."""
+    query, _, values = given[:3]
+    heads = query.shape[1] // values.shape[1]
+    return torch.as_tensor(values[-len(query) :]).repeat_interleave(heads, dim=1)
+
+
+def test_a_kernel_that_fails_or_computes_something_else_is_refused_with_the_reason(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("llama"))
+    layers = attach_engine(model)
+    tried = try_kernels(model, layers, PoolKernels(decode=broken, packed=forgetful), 16)
+    assert tried == {
+        "decode": "TritonLikeError: out of resource: shared memory",
+        "packed": "it gives other logits than PyTorch",
+    }
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+def test_a_kernel_that_computes_the_same_is_not_refused(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("mistral"))
+    layers = attach_engine(model)
+    kernels, _ = load_kernels("auto", model.device, model.dtype, layers)
+    assert kernels.decode is not None
+    assert try_kernels(model, layers, kernels, 16) == {}

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import POSITIONS, VOCABULARY
+from helpers import refusal
 
 from splitwiser import LLM, SamplingParams, constants
 from splitwiser.cases import get_case
@@ -305,3 +307,32 @@ def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str]
             llm.generate([[5]], SamplingParams(max_tokens=9), observer=Interrupts())
         with pytest.raises(RunError, match=r"an earlier run was broken off.*make a new LLM"):
             llm.generate([[5]], SamplingParams(max_tokens=9))
+
+
+@pytest.mark.parametrize("mode", ["generate", "sequential", "mp"])
+def test_a_closed_one_has_given_its_weights_back_and_says_so(mode: str, tiny: Callable[[str], Path]) -> None:
+    llm = LLM(tiny("opt"), mode=mode, kv_memory="auto" if mode == "generate" else "1MiB")
+    assert llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+    for _ in range(2):  # closing it again changes nothing
+        llm.close()
+        assert llm.started.pool is None
+        assert all(parameter.is_meta for parameter in llm.model.module.parameters())
+        assert refusal(llm.generate, [[5, 6, 7]]) == "this LLM is closed; make a new one"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["generate", "sequential", "mp", "green"])
+def test_a_closed_one_has_given_the_gpu_back(mode: str, tiny: Callable[[str], Path]) -> None:
+    def used() -> int:
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
+
+    # the libraries' workspaces stay with the process; a pool of 4 GiB shows beside them
+    size = "auto" if mode == "generate" else "4GiB"
+    before = []
+    for _ in range(3):
+        before.append(used())
+        with LLM(tiny("llama"), mode=mode, device="cuda", kv_memory=size) as llm:
+            llm.generate([[5, 6, 7]])
+    assert max(before[1:]) - before[0] < 2 << 30

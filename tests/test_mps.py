@@ -26,6 +26,7 @@ from test_token_identity import LENGTHS, prompts_of
 from splitwiser import LLM, SamplingParams, llm, mps, multiprocess
 from splitwiser.errors import RunError
 from splitwiser.layout import WorkerSpec
+from splitwiser.messages import Role
 from splitwiser.model import load_model
 from splitwiser.mps import Gpu, find_problem, gpu_index, mps_daemon, running_daemon, thread_percentage
 from splitwiser.shared import SharedMemory
@@ -155,6 +156,16 @@ def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytes
     worker.join(30)
     assert receive.poll(0)
     assert receive.recv().items() >= {mps.PIPES: "/run/pipes", mps.PERCENTAGE: "33"}.items()
+
+
+@pytest.mark.parametrize(
+    ("role", "decode_priority", "priority"),
+    [("prefill", True, "1"), ("decode", True, "0"), ("mixed", True, "0"), ("prefill", False, "0")],
+)
+def test_prefill_is_a_client_below_the_others(role: Role, decode_priority: bool, priority: str) -> None:
+    daemon = mps.MpsDaemon("private", Path("/run/pipes"), Path("/run/logs"), 1, 1, {})
+    shares = ShareSettings("none", 50.0, True, decode_priority)
+    assert daemon.worker_environment(WorkerSpec("worker", role, 50), shares)[mps.PRIORITY] == priority
 
 
 @pytest.mark.parametrize(("share", "percentage"), [(100, 100), (33.3, 33), (66.7, 67), (0.4, 1)])

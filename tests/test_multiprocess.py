@@ -23,7 +23,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.engine import Observer, SplitEngine
 from splitwiser.errors import InputError, RunError
 from splitwiser.messages import Handoff, StepRecord
-from splitwiser.multiprocess import ProcessPlacement
+from splitwiser.multiprocess import MISSED_LOOKS, ProcessPlacement
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "two of each": [{"role": "prefill", "count": 2}, {"role": "decode", "count": 2}],
@@ -300,6 +300,25 @@ def test_a_stopped_worker_is_noticed(tiny: Callable[[str], Path]) -> None:
         with pytest.raises(RunError, match=r"worker decode-0 \(process \d+, T \(stopped\)\) does not answer"):
             llm.generate([[5]], SamplingParams(max_tokens=250, ignore_eos=True), observer=trigger)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_a_worker_counts_as_lost_for_its_silence_only_once_it_is_ready(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), mode="mp", kv_memory="1MiB") as llm:
+        placement = placement_of(llm)
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+
+        def looks(count: int) -> list[str]:
+            found = []
+            for _ in range(count):
+                placement._next_look_s = 0.0
+                found.append(str(placement._find_lost() or ""))
+            return found
+
+        placement._board.beats = lambda: [7, 7]  # type: ignore[method-assign]  # CUDA's start holds the interpreter's lock
+        placement._ready.clear()
+        assert looks(MISSED_LOOKS + 2) == [""] * (MISSED_LOOKS + 2)
+        placement._ready.update(placement.pids)
+        assert "does not answer" in looks(MISSED_LOOKS)[-1]
 
 
 def test_an_exception_in_a_worker_is_reported_with_its_traceback(tiny: Callable[[str], Path]) -> None:
