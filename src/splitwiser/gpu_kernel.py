@@ -18,7 +18,7 @@ from splitwiser.pool_kernels import PoolKernels
 PARTS = 64  # most parts of one request's context
 PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor
 LEAST_ROWS = 16  # heads a program: what a matrix product on tensor cores takes
-MOST_ROWS = 128
+MOST_ROWS = 64
 MOST_ROWS_FLOAT32 = 32  # which is multiplied without tensor cores: that takes more registers
 TILE_BYTES = 16_384  # of K or V that a program reads at a time
 
