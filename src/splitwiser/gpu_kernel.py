@@ -1,8 +1,8 @@
 """Decode attention for GPUs: flash-decoding over the block pool in Triton, which PyTorch's CUDA builds bring along.
 
 Each request's context is cut into parts that different multiprocessors read at the same time (Dao et al., "Flash-Decoding",
-2023); a second, small kernel joins the parts. The heads that share a K/V head are taken together, so K and V are read
-once. Nothing depends on a length that only the device knows, so steps can be captured in CUDA graphs.
+2023); where there are several, a second, small kernel joins them. The heads that share a K/V head are taken together, so
+K and V are read once. Nothing depends on a length that only the device knows, so steps can be captured in CUDA graphs.
 """
 
 import functools
@@ -19,9 +19,14 @@ from splitwiser import packed_attention
 from splitwiser.kv_pool import LayerShape
 from splitwiser.pool_kernels import PoolKernels
 
-PARTS = 16  # most parts of one request's context
-PROGRAMS_PER_SM = 2  # parts are made until the device has about this many programs a multiprocessor
-LEAST_ROWS = 16  # what a matrix product on tensor cores takes
+PARTS = 64  # most parts of one request's context
+PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor
+LEAST_ROWS = 16  # heads a program: what a matrix product on tensor cores takes
+MOST_ROWS = 64
+MOST_ROWS_FLOAT32 = 32  # which is multiplied without tensor cores: that takes more registers
+TILE_BYTES = 16_384  # of K or V that a program reads at a time
+
+Constants = dict[str, Any]  # what a Triton function is compiled with, by name; its launch options among them
 
 
 class GpuKernel:
@@ -46,23 +51,50 @@ class GpuKernel:
         requests, heads, key_dim = query.shape
         _, block_tokens, kv_heads, value_dim = values.shape
         group = heads // kv_heads
-        parts = _parts(requests * kv_heads, query.device)
-        partial = query.new_empty(requests, heads, parts, value_dim, dtype=torch.float32)
-        statistics = query.new_empty(2, requests, heads, parts, dtype=torch.float32)
-        output = query.new_empty(requests, heads, value_dim)
-        attend_part[(requests, kv_heads, parts)](
-            query, keys, values, tables, starts, lengths, partial, statistics[0], statistics[1], scaling, softcap or 0.0,
-            HEADS=heads, KV_HEADS=kv_heads, GROUP=group, ROWS=max(LEAST_ROWS, _power_of_2(group)), KEY_DIM=key_dim,
-            KEY_PAD=max(16, _power_of_2(key_dim)), VALUE_DIM=value_dim, VALUE_PAD=max(16, _power_of_2(value_dim)),
-            BLOCK_TOKENS=block_tokens, WIDTH=tables.shape[1], PARTS=parts,
-            TILE=32 if max(key_dim, value_dim) * query.element_size() > 256 else 64, CAPPED=softcap is not None,
+        programs = kv_heads * -(-group // _rows(group, query.element_size()))  # of one part of one request
+        parts = _parts(requests * programs, query.device)
+        attend, join = kernel_constants(
+            heads, kv_heads, key_dim, value_dim, block_tokens, query.element_size(), parts,
+            softcap is not None, sinks is not None,
         )  # fmt: skip
-        join_parts[(requests, heads)](
-            partial, statistics[0], statistics[1], output, query if sinks is None else sinks.contiguous(),
-            HEADS=heads, VALUE_DIM=value_dim, VALUE_PAD=_power_of_2(value_dim), PARTS=parts,
-            PARTS_PAD=_power_of_2(parts), SINKS=sinks is not None,
+        output = partial = query.new_empty(requests, heads, value_dim)
+        statistics: Sequence[Tensor | None] = (None, None)
+        if parts > 1:
+            partial = query.new_empty(requests, heads, parts, value_dim, dtype=torch.float32)
+            statistics = query.new_empty(2, requests, heads, parts, dtype=torch.float32).unbind()
+        attend_part[(requests, programs, parts)](
+            query, keys, values, tables, tables.shape[1], starts, lengths, None if sinks is None else sinks.contiguous(),
+            partial, *statistics, scaling, softcap or 0.0, **attend,
         )  # fmt: skip
+        if parts > 1:
+            join_parts[(requests, heads)](partial, *statistics, output, **join)
         return output
+
+
+@functools.cache
+def kernel_constants(
+    heads: int, kv_heads: int, key_dim: int, value_dim: int, block_tokens: int, element_bytes: int, parts: int,
+    capped: bool, has_sinks: bool,
+) -> tuple[Constants, Constants]:  # fmt: skip
+    """What ``attend_part`` and ``join_parts`` are compiled with for tensors of these sizes.
+
+    ``ROWS``, ``TILE`` and ``num_warps`` are such that up to head size 256 no registers are spilled.
+    """
+    group = heads // kv_heads
+    rows = _rows(group, element_bytes)
+    key_pad, value_pad = max(16, _power_of_2(key_dim)), max(16, _power_of_2(value_dim))
+    tile = min(64, max(16, TILE_BYTES // (max(key_pad, value_pad) * element_bytes)))
+    in_float32 = element_bytes == 4
+    attend = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "KEY_DIM": key_dim, "KEY_PAD": key_pad,
+        "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, "BLOCK_TOKENS": block_tokens, "PARTS": parts,
+        "TILE": 16 if in_float32 and rows > LEAST_ROWS else tile, "CAPPED": capped, "SINKS": has_sinks,
+        "num_warps": 8 if in_float32 or rows > 32 else 4, "num_stages": 3,
+    }  # fmt: skip
+    join = {
+        "HEADS": heads, "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, "PARTS": parts, "num_warps": 4, "num_stages": 1
+    }  # fmt: skip
+    return attend, join
 
 
 def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[PoolKernels, dict[str, str]]:
@@ -89,14 +121,20 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
 
+def _rows(group: int, element_bytes: int) -> int:
+    """Heads that a program takes of the ``group`` that share a K/V head."""
+    return min(MOST_ROWS_FLOAT32 if element_bytes == 4 else MOST_ROWS, max(LEAST_ROWS, _power_of_2(group)))
+
+
 def _power_of_2(number: int) -> int:
     """The least power of 2 that is not below ``number``."""
     return 1 << (number - 1).bit_length()
 
 
-def _parts(rows: int, device: torch.device) -> int:
-    """Parts of each request's context, so that ``rows`` requests times K/V heads fill the device."""
-    return max(1, min(PARTS, -(-PROGRAMS_PER_SM * _multiprocessors(device) // rows)))
+def _parts(programs: int, device: torch.device) -> int:
+    """Parts of each request's context, a power of 2, so that ``programs``, those of one part, fill the device."""
+    room = PROGRAMS_PER_SM * _multiprocessors(device) // programs
+    return min(PARTS, 1 << max(0, room.bit_length() - 1))
 
 
 @functools.cache

@@ -26,7 +26,8 @@ class AttentionKernel(Protocol):
 
         ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size); ``tables`` (requests,
         blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last; ``offsets`` (requests +
-        1,) where each request's new tokens begin in ``query``. All of these are int64. Returns (tokens, heads, value size).
+        1,) where each request's new tokens begin in ``query``. These are int64; a GPU's kernel takes ``tables`` of
+        int32 too. Returns (tokens, heads, value size).
         """
         ...
 
