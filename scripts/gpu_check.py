@@ -20,7 +20,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,7 +38,7 @@ SUMMARY, LEFT_OUT = "summary.txt", "left_out.txt"
 UNPACKED = (LEFT_OUT, "trace.json", "generations.csv")  # files that do not go into the archive: of no use there
 ARCHIVE_BYTES = 16 << 20  # largest archive
 PACK_S = 20.0  # how often a stage that runs is packed
-STOP_S = 10.0  # part of a stage's limit that it has, after SIGINT, to write what it has
+STOP_S = 8.0  # part of a stage's limit that it has, after SIGINT, to write what it has
 LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
 MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
 PASSED, CUT = "passed", "cut"
@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the most telling first, since time ma
     "green auto": {"mode": "green", "share": "auto", "itl_target_ms": 10},
     "generate": {"mode": "generate"},
     "green, equal priority": {"mode": "green", "share": "none", "decode_priority": False},
+    "mps, equal priority": {"mode": "mps", "share": "none", "decode_priority": False},
     "two mixed, mp": {"mode": "mp", "workers": TWO},
     "four mixed, mps": {"mode": "mps", "workers": FOUR, "share": "none"},
     "sequential, chunks of 512": {"mode": "sequential", "prefill_tokens": 512},
@@ -161,9 +162,10 @@ def compare(model: str, load: int | None, check: Check) -> Iterator[list[str]]:
     yield from needs_modes(check)
     usable = {name: own for name, own in VARIANTS.items() if own["mode"] in check.modes}
     name = f"compare-{model}"
+    rounds = 1 if check.quick else ROUNDS
     base = {"load_format": "dummy", "dtype": "bfloat16", **(QUICK if check.quick else MODELS[model])}
     if load is None:
-        yield sweep(check, name, base, usable, ROUNDS)
+        yield sweep(check, name, base, usable, rounds)
         return
     capacity = find_capacity(check, name)
     if capacity is None:
@@ -173,7 +175,7 @@ def compare(model: str, load: int | None, check: Check) -> Iterator[list[str]]:
         raise RunError(f"{name} has no finished run of {gpu_results.BASE}, whose throughput the load is a part of")
     base |= {"requests": base["requests"] * ARRIVING, "request_rate": round(capacity * load / 100, 3)}
     usable.pop("generate", None)  # its batches wait for a whole one: not what arrivals are about
-    yield sweep(check, f"{name}-{load}", base, usable, ROUNDS)
+    yield sweep(check, f"{name}-{load}", base, usable, rounds)
 
 
 def find_capacity(check: Check, stage: str) -> float | None:
@@ -234,22 +236,18 @@ def peers(check: Check) -> Iterator[list[str]]:
     """Other engines that this Python has: transformers' generate (a mode) and its continuous batching."""
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
-    for model in ("opt-125m", "llama-3.2-1b"):
-        out = Path(tempfile.gettempdir()) / f"splitwiser-peers-{os.getuid()}" / model  # holds a checkpoint: not packed
+    for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)):
         yield script(
             "benchmark.py", "--modes", ",".join(modes), "--peers", f"hf-continuous={sys.executable}", "--models", model,
-            "--workloads", "standard", "--repeats", "2", "--out", str(out),
+            "--workloads", "standard", "--repeats", str(rounds), "--out", str(check.folder("peers") / model),
         )  # fmt: skip
-        for name in ("benchmark.csv", "summary.csv"):
-            if (out / name).exists():
-                shutil.copyfile(out / name, check.folder("peers") / f"{model}_{name}")
 
 
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 STAGES = {
-    "probe": Stage(75, "what the modes rest on: CUDA's start, shared memory, green contexts, priorities, MPS", probe),
-    "doctor": Stage(35, "which modes work here", doctor),
-    "tokens": Stage(68, "every working mode's float32 tokens against those of generate", tokens),
+    "probe": Stage(68, "what the modes rest on: CUDA's start, shared memory, green contexts, priorities, MPS", probe),
+    "doctor": Stage(42, "which modes work here", doctor),
+    "tokens": Stage(69, "every working mode's float32 tokens against those of generate", tokens),
     "tests": Stage(LONG_S, "the tests marked gpu", tests),
     **{
         f"compare-{model}{'' if load is None else f'-{load}'}": Stage(
@@ -310,7 +308,8 @@ def run_command(command: Sequence[str], log: Path, deadline: float, tick: Callab
             try:
                 process.wait(min(PACK_S, max(0.05, deadline - time.monotonic() - (0 if stopped else STOP_S))))
             except subprocess.TimeoutExpired:
-                tick()
+                with suppress(OSError):  # a folder that has just been moved is packed the next time
+                    tick()
     finally:
         kill_marked(mark)
         process.wait()
@@ -377,18 +376,25 @@ def run_stages(
     return [name for name in stages if not record.passed(name)]
 
 
+def size(path: Path) -> int:
+    """A file's size in bytes; 0 if it has just been removed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def read(path: Path) -> bytes:
-    """A file's content; of one that has just been replaced or removed, nothing."""
+    """A file's content; nothing if it has just been removed."""
     try:
         return path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return b""
 
 
 def pack(work: Path, results: Path) -> None:
     """Put all files of ``work`` into the archive in ``results``, which is replaced as a whole. The smallest come first, so
     that what has no room, which :data:`LEFT_OUT` then names, is the few largest."""
-    contents = {path: read(path) for path in sorted(work.rglob("*")) if path.is_file() and path.name not in UNPACKED}
     left_out = []
     buffer = io.BytesIO()
     with tarfile.open(mode="w:gz", fileobj=buffer, compresslevel=6) as archive:
@@ -398,14 +404,14 @@ def pack(work: Path, results: Path) -> None:
             entry.size, entry.mtime = len(content), int(time.time())
             archive.addfile(entry, io.BytesIO(content))
 
-        for path, content in sorted(contents.items(), key=lambda item: len(item[1])):
+        for path in sorted(work.rglob("*"), key=size):
             name = str(path.relative_to(work))
-            if buffer.tell() + len(content) > ARCHIVE_BYTES - (
-                1 << 18
-            ):  # which leaves room for what is not written yet
+            if not path.is_file() or path.name in UNPACKED:
+                continue
+            if buffer.tell() + size(path) > ARCHIVE_BYTES - (1 << 18):  # which leaves room for what is not written yet
                 left_out.append(name)
             else:
-                add(name, content)
+                add(name, read(path))
         if left_out:
             add(LEFT_OUT, "\n".join([*left_out, ""]).encode())
     results.mkdir(parents=True, exist_ok=True)

@@ -209,7 +209,7 @@ def green(say: Say) -> None:
                 graph = captured(kernel, lane._streams[level])
                 graphs.append(used(graph.replay))
             elsewhere.append(used(graph.replay))
-        name = f"split {level} ({granted})"
+        name = f"split {'/'.join(map(str, granted.values()))}"
         for phase, ran, ran_graph, replayed in zip(("prefill", "decode"), plain, graphs, elsewhere, strict=True):
             say(f"{name}: {phase}", len(ran), "multiprocessors")
             say(f"{name}: {phase}, graph", len(ran_graph), "multiprocessors")

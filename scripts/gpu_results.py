@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pandas as pd
 
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, first_line
 from splitwiser.paired import round_ratios
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ FIGURES = {  # column of throughput.csv: heading, unit of the heading in that of
 TEST_COUNTS = ("tests", "failures", "errors", "skipped")
 KEPT = (
     RECORD, "*/probe.csv", "*/doctor.json", "*/plan.json", "*/grid.yaml", "*/sweep_*/points.csv", "*/compare_*/*.csv",
-    "*/compare_*/compare.yaml", "*/*.csv", "*/*.xml",
+    "*/compare_*/compare.yaml", "*/*.csv", "*/*/summary.csv", "*/*/benchmark.csv", "*/*.xml",
 )  # fmt: skip
 KEPT_BYTES = 1 << 20  # largest file that is kept
 SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # the first that there is has its timelines kept
@@ -129,7 +129,8 @@ def table_of(folder: Path) -> pd.DataFrame:
         return comparison(folder)
     if reports := sorted(folder.glob("*.xml")):
         return pd.concat([test_counts(path) for path in reports], ignore_index=True)
-    return pd.concat([pd.DataFrame(), *map(medians, sorted(folder.glob("*.csv")))], ignore_index=True)
+    tables = sorted([*folder.glob("*.csv"), *folder.glob("*/summary.csv")])
+    return pd.concat([pd.DataFrame(), *map(medians, tables)], ignore_index=True)
 
 
 def test_counts(path: Path) -> pd.DataFrame:
@@ -214,10 +215,10 @@ def kept_files(work: Path) -> list[Path]:
 def unpack(archive: Path, work: Path) -> None:
     """Put the files of ``archive`` into ``work``. Raises :class:`InputError` if it is none."""
     try:
-        with tarfile.open(archive) as packed:
+        with tarfile.open(archive, "r:gz") as packed:
             packed.extractall(work, filter="data")
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise InputError(f"{archive}: not an archive of a GPU check ({error})") from error
+        raise InputError(f"{archive}: not an archive of a GPU check ({first_line(error)})") from error
 
 
 def draw(folder: Path) -> None:
