@@ -7,6 +7,8 @@ skips the stages that have passed, the runs of a comparison that have finished a
 """
 
 import argparse
+import compileall
+import importlib.util
 import io
 import json
 import os
@@ -20,6 +22,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,6 +45,12 @@ STOP_S = 8.0  # part of a stage's limit that it has, after SIGINT, to write what
 LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
 MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
 PASSED, CUT = "passed", "cut"
+
+LIBRARIES = (
+    "torch", "nvidia", "triton", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pandas", "matplotlib",
+    "huggingface_hub", "sympy", "scipy", "cuda",
+)  # fmt: skip
+READERS = 32  # files that are read at a time
 
 MODES = ("generate", "sequential", "mp", "mps", "green")
 TWO = "[{role: mixed, count: 2}]"
@@ -531,9 +540,26 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
         yield work
 
 
+def read_libraries() -> None:
+    """Read the libraries that every stage imports, many files at a time, and have Python compile those that were installed
+    uncompiled. A machine that has just started would do both file by file in the first process of each kind."""
+    began = time.monotonic()
+    found = [importlib.util.find_spec(name) for name in LIBRARIES]
+    folders = [Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ()]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(READERS) as pool:
+        size = sum(pool.map(lambda path: len(read(path)), files))
+    for folder in folders:
+        if not (folder / "__pycache__").exists() and os.access(folder, os.W_OK):
+            compileall.compile_dir(folder, quiet=2, workers=0)
+    print(f"libraries: {size / 1e9:.1f} GB read in {time.monotonic() - began:.0f} s", flush=True)
+
+
 def check(options: argparse.Namespace) -> int:
     """Run the stages asked for; 1 if one did not pass."""
     with work_folder(options) as work:
+        if not options.quick:
+            read_libraries()
         context = Check(work, options.quick)
         stages = {name: STAGES[name] for name in options.stages}
         try:

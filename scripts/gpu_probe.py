@@ -143,7 +143,7 @@ def machine(say: Say) -> None:
     say("shared memory (/dev/shm)", shutil.disk_usage("/dev/shm").total >> 20, "MiB")
     say("home is writable", os.access(Path.home(), os.W_OK))
     for name in sorted(os.environ):
-        if name.startswith(("CUDA_", "PYTORCH_", "NVIDIA_")):
+        if name.startswith(("CUDA_", "PYTORCH_")):
             say(name, os.environ[name])
     if shutil.which("nvidia-smi"):
         done = subprocess.run(
