@@ -218,11 +218,11 @@ def interference(check: Check) -> Iterator[list[str]]:
     yield from needs_modes(check)
     sizes = ["--model", "radiology-opt", "--long", "100", "--new_tokens", "20", "--after", "0.01"]
     if not check.quick:
-        sizes = ["--model", "llama-3.2-1b", "--long", "16000", "--new_tokens", "4000"]
+        sizes = ["--model", "llama-3.2-1b", "--long", "16000", "--new_tokens", "2000", "--after", "1.0"]
     for mode in ("sequential", "green", "mps", "mp"):
         if mode in check.modes:
             out = check.folder("interference") / f"{mode}.csv"
-            yield script("interference.py", "--modes", mode, *sizes, "--repeats", "3", "--out", str(out))
+            yield script("interference.py", "--modes", mode, *sizes, "--repeats", "2", "--out", str(out))
 
 
 def paper(check: Check) -> Iterator[list[str]]:
@@ -268,7 +268,7 @@ STAGES = {
         for load in (None, *LOADS)
         for model in MODELS
     },
-    "interference": Stage(120, "what a long prompt's prefill does to a request that is being decoded", interference),
+    "interference": Stage(150, "what a long prompt's prefill does to a request that is being decoded", interference),
     "paper": Stage(LONG_S, "the paper's experiment (configs/sweeps/paper_processes_mps.yaml)", paper),
     "peers": Stage(LONG_S, "transformers' generate and continuous batching against this engine", peers),
 }
@@ -321,7 +321,8 @@ def run_command(command: Sequence[str], log: Path, deadline: float, tick: Callab
                     tick()
     finally:
         kill_marked(mark)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that hangs inside the driver cannot be ended
+            process.wait(STOP_S)
     if stopped:
         return CUT
     return PASSED if process.returncode == 0 else f"exit code {process.returncode}"
@@ -340,11 +341,19 @@ def kill_marked(mark: str) -> None:
 
 
 class Record:
-    """``check.json``: the stages that have been run, how each ended, when, with which commit and for how long."""
+    """``check.json``: the GPU, and each stage that was run: how it ended, when, with which commit, and its seconds."""
 
     def __init__(self, work: Path) -> None:
         self._path = work / RECORD
-        self.stages: dict[str, dict[str, Any]] = read_json(self._path).get("stages", {})
+        content = read_json(self._path)
+        self.gpu: str | None = content.get("gpu")
+        self.stages: dict[str, dict[str, Any]] = content.get("stages", {})
+
+    def set_gpu(self, name: str) -> None:
+        """Say which GPU this is. Raises :class:`InputError` if what there is was measured on another."""
+        if self.gpu not in (None, name):
+            raise InputError(f"what there is was measured on {self.gpu}, and this is {name}; start anew without it")
+        self.gpu = name
 
     def passed(self, name: str) -> bool:
         """Whether stage ``name`` has passed."""
@@ -353,7 +362,16 @@ class Record:
     def add(self, name: str, **what: object) -> None:
         """Take in a stage that has ended, or one that runs."""
         self.stages[name] = what
-        self._path.write_text(json.dumps({"stages": self.stages}, indent=1), encoding="utf-8")
+        content = {"gpu": self.gpu, "stages": self.stages}
+        self._path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def find_gpu() -> str:
+    """The name of the first GPU; cpu if there is none. CUDA starts in a process of its own."""
+    command = [sys.executable, str(PROJECT / "src" / "splitwiser" / "cuda_probe.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    gpus = json.loads(done.stdout or "{}").get("gpus")
+    return str(gpus[0]["name"]) if gpus else "cpu"
 
 
 def run_stages(
@@ -362,6 +380,7 @@ def run_stages(
     """Run ``stages`` that have not passed yet (all with ``again``, anew), pack after each, and return the names of those
     that did not pass."""
     record = Record(check.work)
+    record.set_gpu(find_gpu())
     pack_here = partial(pack, check.work, results)
     for name, stage in stages.items():
         if again:
@@ -374,7 +393,7 @@ def run_stages(
         began = time.monotonic()
         what = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit(),
-            "command": shlex.join(["scripts/gpu_check.sh", *sys.argv[1:]]),
+            "command": f"scripts/gpu_check.sh {name}{' --quick' if check.quick else ''}",
         }  # fmt: skip
         record.add(name, ended="interrupted", seconds=0, **what)
         ended = run_stage(stage, check, check.folder(name) / "log.txt", limit, pack_here)
@@ -454,21 +473,19 @@ def summarise(check: Check, names: Sequence[str]) -> list[str]:
 def found_lines(folder: Path) -> list[str]:
     """What a stage found, as lines."""
     table = gpu_results.table_of(folder)
-    if folder.name != "probe":
-        return gpu_results.text_table(table) if len(table) else []
-    lines = []
-    for name, own in table.groupby("probe", sort=False) if len(table) else ():
-        said = "; ".join(f"{row[1]} {row[2]} {row[3]}".strip() for row in own.itertuples(index=False))
-        lines += textwrap.wrap(f"{name}: {said}", WIDTH, subsequent_indent="  ")
-    return lines
+    if folder.name == "probe":
+        said = [f"{probe}: {found}" for probe, found in table.itertuples(index=False)]
+        return [line for text in said for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
+    return gpu_results.text_table(table) if len(table) else []
 
 
 def failure_lines(folder: Path, what: Mapping[str, Any]) -> list[str]:
-    """Why a stage did not pass: the ends of its log and of the logs of its runs that failed."""
-    if what.get("ended", PASSED) == PASSED:
+    """Why a stage did not pass: the ends of its log, if it was not just cut, and of the logs of its runs that failed."""
+    ended = what.get("ended", PASSED)
+    if ended == PASSED:
         return []
     lines = []
-    for log in [folder / "log.txt", *gpu_results.failed_logs(folder)][:6]:
+    for log in [*([folder / "log.txt"] if ended != CUT else []), *gpu_results.failed_logs(folder)][:6]:
         lines += ["", f"end of {folder.name}/{log.name}:", *(f"  {line}" for line in tail(log, 10))]
     return lines
 

@@ -475,21 +475,27 @@ def prefill_attention(say: Say) -> None:
     """What PyTorch's attention takes for a prompt of a new length, with cuDNN (which plans for each) and without."""
     import torch
 
+    from splitwiser.errors import first_line
+
     start_context()
     attention = torch.nn.functional.scaled_dot_product_attention
     for cudnn in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        took = {}
+        lengths: list[int] = []
         for length in (301, 302, 417, 418, 977, 977):
             random = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
             query, keys = random(1, 32, length, 64), random(1, 8, length, 64)
             torch.cuda.synchronize()
+            name = f"cuDNN {'allowed' if cudnn else 'off'}, length {length}{' again' if length in lengths else ''}"
+            lengths.append(length)
             began = time.perf_counter()
-            attention(query, keys, keys, is_causal=True, enable_gqa=True)
-            torch.cuda.synchronize()
-            name = f"length {length}{' again' if length in took else ''}"
-            took[length] = (time.perf_counter() - began) * 1e3
-            say(f"cuDNN {'allowed' if cudnn else 'off'}, {name}", took[length], "ms")
+            try:
+                attention(query, keys, keys, is_causal=True, enable_gqa=True)
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                say(name, f"refused: {first_line(error)}"[:200])
+            else:
+                say(name, (time.perf_counter() - began) * 1e3, "ms")
 
 
 # -- running them

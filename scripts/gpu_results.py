@@ -22,8 +22,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 REFERENCE = PROJECT / "results" / "reference"
 ARCHIVE, RECORD = "results.tar.gz", "check.json"
 PLAN = "plan.json"  # of a comparison: its base options and the names of its points
-FIGURES = {  # column of throughput.csv: heading, unit of the heading in that of the column
-    "output_throughput": ("tokens/s out", 1.0),
+FIGURES = {  # column of throughput.csv: heading, and how many of its unit make one of the heading's
+    "output_throughput": ("tokens/s", 1.0),
     "median_ttft_ms": ("TTFT p50 ms", 1.0),
     "p99_ttft_ms": ("TTFT p99 ms", 1.0),
     "median_itl_ms": ("ITL p50 ms", 1.0),
@@ -33,13 +33,14 @@ FIGURES = {  # column of throughput.csv: heading, unit of the heading in that of
 TEST_COUNTS = ("tests", "failures", "errors", "skipped")
 KEPT = (
     RECORD, "*/probe.csv", "*/doctor.json", "*/plan.json", "*/grid.yaml", "*/sweep_*/points.csv", "*/compare_*/*.csv",
-    "*/compare_*/compare.yaml", "*/*.csv", "*/*/summary.csv", "*/*/benchmark.csv", "*/*.xml",
+    "*/*.csv", "*/*/summary.csv", "*/*/benchmark.csv",
 )  # fmt: skip
 KEPT_BYTES = 1 << 20  # largest file that is kept
 SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # the first that there is has its timelines kept
 PICTURE = "modes.png"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 BASE = "sequential"  # the variant that others' throughput is divided by, round by round
+SPEED_UP = "speed-up"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def comparison(folder: Path) -> pd.DataFrame:
         for column, (heading, unit) in FIGURES.items():
             row[heading] = own[column].median() / unit if len(own) else None
         ratios = round_ratios(throughput[name], throughput[BASE]) if name in throughput and BASE in throughput else []
-        row[f"over {BASE}"] = pd.Series(ratios, dtype=float).median()
+        row[SPEED_UP] = pd.Series(ratios, dtype=float).median()
         table.append(row)
     return pd.DataFrame(table)
 
@@ -118,8 +119,7 @@ def table_of(folder: Path) -> pd.DataFrame:
     """What a stage found, by the files that its folder has; empty if there is nothing yet."""
     compared = sorted(folder.glob("compare_*/comparison_tokens.csv"))
     if (folder / "probe.csv").exists():
-        rows = read_rows(folder / "probe.csv").fillna("")
-        return rows.astype(str)
+        return probe_table(folder / "probe.csv")
     if (folder / "doctor.json").exists():
         modes = pd.DataFrame(read_json(folder / "doctor.json").get("modes", []))
         return modes.replace({"works": {True: "yes", False: "no"}})
@@ -131,6 +131,16 @@ def table_of(folder: Path) -> pd.DataFrame:
         return pd.concat([test_counts(path) for path in reports], ignore_index=True)
     tables = sorted([*folder.glob("*.csv"), *folder.glob("*/summary.csv")])
     return pd.concat([pd.DataFrame(), *map(medians, tables)], ignore_index=True)
+
+
+def probe_table(path: Path) -> pd.DataFrame:
+    """The rows of the probes, those of each joined into one."""
+    rows = read_rows(path).fillna("").astype(str)
+    found = {
+        name: "; ".join(f"{row.finding} {row.value} {row.unit}".strip() for row in own.itertuples())
+        for name, own in rows.rename(columns={"name": "finding"}).groupby("probe", sort=False)
+    }
+    return pd.DataFrame(list(found.items()), columns=["probe", "found"])
 
 
 def test_counts(path: Path) -> pd.DataFrame:
@@ -158,19 +168,13 @@ def failed_logs(folder: Path) -> list[Path]:
 # -- where it ran
 
 
-def gpu_of(work: Path) -> str:
-    """The name of the GPU, as the doctor found it; cpu if there is none."""
-    findings = read_json(work / "doctor" / "doctor.json").get("findings", [])
-    devices = next((each["figures"].get("devices") for each in findings if each["name"] == "devices"), None)
-    return str(devices[0]["name"]) if devices else "cpu"
-
-
 def machine_line(work: Path) -> str:
-    """The GPU and the versions that were found there, in a line."""
-    rows = table_of(work / "probe")
+    """The GPU, and the versions that the probes found there, in a line."""
+    rows = read_rows(work / "probe" / "probe.csv")
     known = {} if rows.empty else dict(zip(rows["name"], rows["value"], strict=True))
+    gpu = read_json(work / RECORD).get("gpu")
     parts = [("driver", "GPU driver_version"), *((name, name) for name in ("torch", "triton", "transformers"))]
-    return ", ".join([gpu_of(work), *(f"{label} {known[name]}" for label, name in parts if name in known)])
+    return ", ".join([str(gpu), *(f"{label} {known[name]}" for label, name in parts if name in known)])
 
 
 # -- kept for the documentation
@@ -182,17 +186,21 @@ def import_archive(archive: Path, name: str | None) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         unpack(archive, work)
-        stages = read_json(work / RECORD).get("stages")
+        record = read_json(work / RECORD)
+        stages = record.get("stages")
         if not stages:
             raise InputError(f"{archive}: has no {RECORD}; give the {ARCHIVE} of a GPU check")
         date = max(what["started"] for what in stages.values())[:10]
-        card = re.sub(r"[^a-z0-9]+", "-", gpu_of(work).lower().removeprefix("nvidia ")).strip("-")
+        card = re.sub(r"[^a-z0-9]+", "-", str(record["gpu"]).lower().removeprefix("nvidia ")).strip("-")
         folder = REFERENCE / (name or f"gpu-{card}-{date}")
         shutil.rmtree(folder, ignore_errors=True)
         for path in kept_files(work):
             target = folder / path.relative_to(work)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+        if len(counts := table_of(work / "tests")):
+            (folder / "tests").mkdir()
+            counts.to_csv(folder / "tests" / "counts.csv", index=False)
     draw(folder)
     return folder
 
@@ -229,7 +237,7 @@ def draw(folder: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    columns = ("tokens/s out", "ITL p99 ms")
+    columns = ("tokens/s", "ITL p99 ms")
     figure = Figure(figsize=(11, sum(1 + 0.3 * len(table) for table in tables.values())), layout="constrained")
     heights = [1 + 0.3 * len(table) for table in tables.values()]
     axes = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights)
@@ -261,8 +269,8 @@ def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
     commits = sorted({str(what["commit"])[:12] for what in stages.values()})
     dates = sorted({what["started"][:10] for what in stages.values()})
     blocks = [
-        f"{machine_line(folder)}; {' and '.join(dates)}; commit {' and '.join(commits)}. Medians over the rounds; rows in "
-        f"[{place}]({place})."
+        f"{machine_line(folder)}; {' and '.join(dates)}; commit {' and '.join(commits)}. Rows in [{place}]({place}). "
+        f"Figures of runs are medians over the rounds; {SPEED_UP} is of tokens a second over {BASE}'s, round by round."
     ]
     if (folder / PICTURE).exists():
         blocks.append(f"![Throughput and time between tokens by mode on a GPU]({place}/{PICTURE})")
@@ -270,7 +278,13 @@ def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
         table = table_of(folder / name)
         if len(table):
             ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
-            blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}", markdown(table)]
+            folded = name == "probe"  # long
+            blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}"]
+            blocks += (
+                ["<details><summary>what was found</summary>", markdown(table), "</details>"]
+                if folded
+                else [markdown(table)]
+            )
     return "\n\n".join(blocks)
 
 

@@ -229,6 +229,15 @@ def test_later_call_skips_what_has_passed_and_tries_the_rest_again(
     assert (tmp_path / "tries").read_text() == "x" * 4
 
 
+def test_what_was_measured_on_another_gpu_is_not_gone_on_from(tmp_path: Path) -> None:
+    record = gpu_check.Record(tmp_path)
+    record.set_gpu("NVIDIA H100 80GB HBM3")
+    record.add("probe", ended="passed")
+    assert_says(
+        refusal(gpu_check.Record(tmp_path).set_gpu, "NVIDIA H200"), "NVIDIA H100 80GB HBM3", "this is NVIDIA H200"
+    )
+
+
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no archive", encoding="utf-8")
     assert_says(refusal(gpu_results.unpack, tmp_path / "file", tmp_path / "work"), "not an archive of a GPU check")
@@ -283,10 +292,9 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
 
 
 def write_doctor(work: Path, *modes: str) -> None:
-    findings = [{"name": "devices", "figures": {"devices": [{"name": "NVIDIA H100 80GB HBM3"}]}}]
     found = [{"mode": mode, "works": mode in modes, "note": ""} for mode in gpu_check.MODES]
     (work / "doctor").mkdir(parents=True, exist_ok=True)
-    (work / "doctor" / "doctor.json").write_text(json.dumps({"findings": findings, "modes": found}), encoding="utf-8")
+    (work / "doctor" / "doctor.json").write_text(json.dumps({"modes": found}), encoding="utf-8")
 
 
 def grid_of(work: Path, name: str) -> tuple[dict[str, Any], list[str]]:
@@ -337,8 +345,8 @@ def test_table_has_medians_and_ratios_round_by_round(tmp_path: Path) -> None:
     )
     table = gpu_results.comparison(tmp_path / "compare-1b").set_index("variant")
     assert list(table["rounds"]) == [2, 2, 0]
-    assert list(table["tokens/s out"])[:2] == [25, 30]
-    assert list(table["over sequential"])[:2] == [1, 1.5]
+    assert list(table["tokens/s"])[:2] == [25, 30]
+    assert list(table[gpu_results.SPEED_UP])[:2] == [1, 1.5]
     assert table.loc["mps"].drop("rounds").isna().all()
 
 
@@ -389,6 +397,7 @@ def archive(tmp_path: Path) -> Path:
     for variant in ("sequential", "mps"):
         (sweep / "logs" / f"round1_key-{variant}.log").write_text("said", encoding="utf-8")
     record = gpu_check.Record(work)
+    record.set_gpu("NVIDIA H100 80GB HBM3")
     for name in ("doctor", "compare-1b"):
         record.add(
             name, ended="passed", seconds=1, started="2026-01-02T00:00:00+00:00", commit="abcdef0123456789",
