@@ -7,8 +7,6 @@ skips the stages that have passed, the runs of a comparison that have finished a
 """
 
 import argparse
-import compileall
-import importlib.util
 import io
 import json
 import os
@@ -22,7 +20,6 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,12 +42,6 @@ STOP_S = 8.0  # part of a stage's limit that it has, after SIGINT, to write what
 LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
 MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
 PASSED, CUT = "passed", "cut"
-
-LIBRARIES = (
-    "torch", "nvidia", "triton", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pandas", "matplotlib",
-    "huggingface_hub", "sympy", "scipy", "cuda",
-)  # fmt: skip
-READERS = 32  # files that are read at a time
 
 MODES = ("generate", "sequential", "mp", "mps", "green")
 TWO = "[{role: mixed, count: 2}]"
@@ -117,6 +108,12 @@ def splitwiser(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "splitwiser", *arguments]
 
 
+def together(check: Check) -> list[str]:
+    """The option by which a comparison's runs share a process: imports take longer than most of the runs. Not in a trial,
+    which may be on a CPU."""
+    return [] if check.quick else ["--one_process"]
+
+
 def script(name: str, *arguments: str) -> list[str]:
     """A program that lies beside this one."""
     return [sys.executable, "-u", str(PROJECT / "scripts" / name), *arguments]
@@ -151,7 +148,7 @@ def tokens(check: Check) -> Iterator[list[str]]:
         modes, limit = [modes[0], modes[-1]], 2
     yield splitwiser(
         "compare", "--modes", ",".join(modes), "--model", "radiology-opt", "--dtype", "float32", "--limit", str(limit),
-        "--repeats", "1", "--results", str(check.folder("tokens")),
+        "--repeats", "1", "--results", str(check.folder("tokens")), *together(check),
     )  # fmt: skip
 
 
@@ -210,19 +207,18 @@ def sweep(
     (folder / PLAN).write_text(json.dumps({"variants": list(variants), "base": base}, indent=1), encoding="utf-8")
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return splitwiser("sweep", str(path), "--results", str(folder))
+    return splitwiser("sweep", str(path), "--results", str(folder), *together(check))
 
 
 def interference(check: Check) -> Iterator[list[str]]:
-    """What the prefill of a long prompt does to a request that is being decoded, a mode at a time."""
+    """What the prefill of a long prompt does to a request that is being decoded."""
     yield from needs_modes(check)
     sizes = ["--model", "radiology-opt", "--long", "100", "--new_tokens", "20", "--after", "0.01"]
     if not check.quick:
         sizes = ["--model", "llama-3.2-1b", "--long", "16000", "--new_tokens", "2000", "--after", "1.0"]
-    for mode in ("sequential", "green", "mps", "mp"):
-        if mode in check.modes:
-            out = check.folder("interference") / f"{mode}.csv"
-            yield script("interference.py", "--modes", mode, *sizes, "--repeats", "2", "--out", str(out))
+    modes = [mode for mode in ("sequential", "green", "mps", "mp") if mode in check.modes]
+    out = check.folder("interference") / "interference.csv"
+    yield script("interference.py", "--modes", ",".join(modes), *sizes, "--repeats", "2", "--out", str(out))
 
 
 def paper(check: Check) -> Iterator[list[str]]:
@@ -238,7 +234,7 @@ def paper(check: Check) -> Iterator[list[str]]:
         content["base"] |= {**QUICK, "dtype": "float32"}
     path = check.folder("paper") / "grid.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    yield splitwiser("sweep", str(path), "--results", str(path.parent))
+    yield splitwiser("sweep", str(path), "--results", str(path.parent), *together(check))
 
 
 def peers(check: Check) -> Iterator[list[str]]:
@@ -557,26 +553,9 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
         yield work
 
 
-def read_libraries() -> None:
-    """Read the libraries that every stage imports, many files at a time, and have Python compile those that were installed
-    uncompiled. A machine that has just started would do both file by file in the first process of each kind."""
-    began = time.monotonic()
-    found = [importlib.util.find_spec(name) for name in LIBRARIES]
-    folders = [Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ()]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    with ThreadPoolExecutor(READERS) as pool:
-        size = sum(pool.map(lambda path: len(read(path)), files))
-    for folder in folders:
-        if not (folder / "__pycache__").exists() and os.access(folder, os.W_OK):
-            compileall.compile_dir(folder, quiet=2, workers=0)
-    print(f"libraries: {size / 1e9:.1f} GB read in {time.monotonic() - began:.0f} s", flush=True)
-
-
 def check(options: argparse.Namespace) -> int:
     """Run the stages asked for; 1 if one did not pass."""
     with work_folder(options) as work:
-        if not options.quick:
-            read_libraries()
         context = Check(work, options.quick)
         stages = {name: STAGES[name] for name in options.stages}
         try:

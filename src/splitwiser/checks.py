@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from splitwiser import mps
+from splitwiser import green_contexts, mps
 from splitwiser.device import resolve_device
 from splitwiser.errors import first_line
 from splitwiser.shared import SharedMemory
@@ -24,9 +24,7 @@ def find_mode_problem(mode: str, device: str) -> str | None:
     if mode == "mps":
         return mps.find_problem(mps.gpu_index(device))
     if mode == "green":
-        from splitwiser import green  # brings in transformers, without which the rest can still be told
-
-        return green.find_problem(resolve_device(device))
+        return green_contexts.find_problem(resolve_device(device))
     return None
 
 

@@ -19,6 +19,8 @@ from splitwiser.errors import RunError, SplitwiserError
 from splitwiser.options import add_options, add_run_options, given_options
 from splitwiser.summary import columns, run_summary
 
+ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imports take their time once"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a fault, 2 for a wrong input, 130 after Ctrl-C, 143 after
@@ -76,7 +78,8 @@ def _compare(options: argparse.Namespace) -> None:
     from splitwiser.compare import compare, make_variants
 
     modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
-    compare(make_variants(given_options(options), modes, options.variant), options.repeats, options.minutes)
+    variants = make_variants(given_options(options), modes, options.variant)
+    compare(variants, options.repeats, options.minutes, one_process=options.one_process)
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -86,7 +89,7 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.list:
         print(list_points(grid, options.results))
     else:
-        sweep(grid, options.file, options.results, fresh=options.fresh)
+        sweep(grid, options.file, options.results, fresh=options.fresh, one_process=options.one_process)
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -180,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(
         "compare", _compare, "run several modes or layouts on the same requests, in interleaved rounds",
-        "Every run is a fresh process; a round runs each variant once.",
+        "Every run is a fresh process, if not --one_process; a round runs each variant once.",
         "--modes MODE,MODE... [options of splitwiser run, for all variants]",
     )  # fmt: skip
     command.add_argument(
@@ -193,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--repeats", type=int, default=3, help="rounds")
     command.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
+    command.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
     add_run_options(command, defaults=False)
 
     command = add(
@@ -201,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("file", type=Path, metavar="FILE", help="the grid, such as those in configs/sweeps/")
     command.add_argument("--list", action="store_true", help="print the points and run nothing")
+    command.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
     command.add_argument("--fresh", action="store_true", help="start anew; the old results are kept under another name")
     command.add_argument(
         "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"

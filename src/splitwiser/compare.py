@@ -4,6 +4,7 @@ import itertools
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from splitwiser.job import Job
 from splitwiser.options import split_options, to_arguments
 from splitwiser.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
 from splitwiser.results import TOKEN_COLUMNS, Status, make_run_directory, replace
-from splitwiser.rounds import NAME, Outcome, RoundsBar, run_once, write_rows
+from splitwiser.rounds import NAME, OneProcess, Outcome, RoundsBar, check_one_process, run_once, write_rows
 from splitwiser.run import check
 from splitwiser.summary import columns
 
@@ -74,9 +75,12 @@ def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequ
     return variants
 
 
-def compare(variants: Sequence[Variant], rounds: int, minutes: float | None = None) -> Path:
+def compare(
+    variants: Sequence[Variant], rounds: int, minutes: float | None = None, *, one_process: bool = False
+) -> Path:
     """Run every variant ``rounds`` times, print the table and return the comparison's folder. With ``minutes``, no round
-    but the first begins after so long.
+    but the first begins after so long; with ``one_process``, all runs are in one process
+    (:class:`~splitwiser.rounds.OneProcess`).
 
     The order turns by one variant a round, so that over as many rounds as there are variants each runs once in every
     place. A run that fails leaves the others going. Raises :class:`InputError` before anything has run if a variant is
@@ -88,18 +92,20 @@ def compare(variants: Sequence[Variant], rounds: int, minutes: float | None = No
     if minutes is not None and not minutes > 0:
         raise InputError(f"--minutes must be more than 0, not {minutes}")
     last_start_s = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+    if one_process:
+        check_one_process(variant.config for variant in variants)
     job = _check_same_question(variants)
     first = variants[0].config
     folder = make_run_directory(Path(first.results), "compare", resolve_model(first.model).name, job.label)
-    record = _record(variants, rounds)
+    record = _record(variants, rounds, one_process)
     rows: list[dict[str, Any]] = []
     status: Status = "failed"
     _write_record(folder, "running", record)
     try:
-        with RoundsBar(rounds * len(variants)) as bar:
+        with RoundsBar(rounds * len(variants)) as bar, OneProcess() if one_process else nullcontext() as execute:
             for number, variant in _turns(variants, rounds, last_start_s):
                 bar.begin(f"round {number}/{rounds}, {variant.name}")
-                outcome = run_once(variant.options, folder, f"round{number}_{variant.name}", bar.show)
+                outcome = run_once(variant.options, folder, f"round{number}_{variant.name}", bar.show, execute)
                 rows.append({"round": number, "variant": variant.name, **outcome.row})
                 write_rows(folder / "comparison.csv", rows)
                 if "machine" not in record:
@@ -148,8 +154,9 @@ def _turns(variants: Sequence[Variant], rounds: int, last_start_s: float) -> Ite
             yield number + 1, variant
 
 
-def _record(variants: Sequence[Variant], rounds: int) -> dict[str, Any]:
+def _record(variants: Sequence[Variant], rounds: int, one_process: bool) -> dict[str, Any]:
     command = ["splitwiser", "compare", f"--repeats={rounds}", f"--results={variants[0].config.results}"]
+    command += ["--one_process"] if one_process else []
     for variant in variants:
         own = {name: value for name, value in variant.options.items() if name != "results"}
         command += ["--variant", f"{variant.name}: {shlex.join(to_arguments(own))}"]
@@ -157,6 +164,7 @@ def _record(variants: Sequence[Variant], rounds: int) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "repeats": rounds,
+        "processes": "one for all runs" if one_process else "one for each run",
         "order": "a round starts one variant later than the one before",
         "variants": {variant.name: asdict(variant.config) for variant in variants},
     }

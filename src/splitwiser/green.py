@@ -1,56 +1,22 @@
-"""Mode ``green``: two lanes in one process, each on a stream in a CUDA green context that owns part of the device's SMs.
+"""Mode ``green``: two lanes in one process, each on a stream in a CUDA green context that owns part of the device's SMs."""
 
-Contexts are made through the CUDA driver's Python bindings, which PyTorch's CUDA builds bring along, and not through
-``torch.cuda.green_contexts``: that takes each context's SMs from the front of the whole device, so two of its contexts
-overlap, and it does not tell how many were granted. Here the device is cut once a split, and the lanes get the two pieces
-(CUDA driver API, "Green Contexts"). Streams of green contexts go into PyTorch as external ones.
-"""
-
-import importlib.util
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from splitwiser.board import Board
 from splitwiser.engine import EngineSettings, Started
-from splitwiser.errors import InputError, RunError, first_line
+from splitwiser.errors import InputError
+from splitwiser.green_contexts import count_multiprocessors, cut_device
 from splitwiser.lanes import start_lanes
 from splitwiser.layout import WorkerLayout
 from splitwiser.model import LoadedModel
 from splitwiser.shares import AutoLevel, Part, ShareSettings
 
 AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses
-OLDEST_DRIVER = 12050  # CUDA 12.5, which has streams of green contexts
-QUEUES = 32  # most that the driver makes between host and device; share auto has 16 streams
 
 PREFILL, DECODE = 0, 1  # the lanes' places on the board
-
-
-def find_problem(device: torch.device) -> str | None:
-    """Why green contexts cannot be had on ``device``, in a line; None if they can."""
-    if device.type != "cuda":
-        return f"green contexts divide an NVIDIA GPU's multiprocessors, and the device is {device}"
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        return "the CUDA driver's Python bindings are not installed; pip install cuda-bindings"
-    try:
-        from cuda.bindings import driver
-
-        version = _call(driver.cuDriverGetVersion)
-        if version < OLDEST_DRIVER:
-            return f"the GPU driver supports CUDA {version // 1000}.{version % 1000 // 10}, and 12.5 is needed"
-        # read as CUDA starts; of 8 queues, the default, several streams share one, and decode's launches then wait behind
-        # prefill's (cuda.h, "Green Contexts")
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(QUEUES))
-        torch.cuda.init()
-        for context in _contexts(device, max(1, _sm_count(device) // 2)):
-            _call(driver.cuGreenCtxDestroy, context.handle)
-    except (ImportError, RuntimeError, RunError, InputError) as error:
-        return f"the CUDA driver makes no green contexts: {first_line(error)}"
-    return None
 
 
 def start_green(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
@@ -75,7 +41,7 @@ class GreenDivision:
         self._index = {names["prefill"]: PREFILL, names["decode"]: DECODE}
         _, highest = torch.cuda.Stream(device).priority_range()
         priorities = (0, highest if shares.decode_priority else 0)
-        wanted = plan_prefill_sms(_sm_count(device), layout, shares)
+        wanted = plan_prefill_sms(count_multiprocessors(device), layout, shares)
         cuts = _distinct([_cut(device, sms, priorities) for sms in wanted])
         self._whole = [torch.cuda.Stream(device, priority=priority) for priority in priorities]
         self._streams = [streams for _, streams in cuts]
@@ -139,69 +105,11 @@ def _distinct(cuts: Sequence[Cut]) -> list[Cut]:
     return list({granted: (granted, streams) for granted, streams in cuts}.values())
 
 
-@dataclass(frozen=True)
-class _Context:
-    """A green context and the multiprocessors that it was granted."""
-
-    handle: Any
-    sms: int
-
-
 def _cut(device: torch.device, prefill_sms: int, priorities: Sequence[int]) -> Cut:
     """Cut the device in two, at about ``prefill_sms``: the multiprocessors granted to prefill and to decode, and a stream on
-    each, with its priority. The contexts live as long as the process, as the streams of PyTorch do."""
-    from cuda.bindings import driver
-
-    prefill, decode = _contexts(device, prefill_sms)
-    flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+    each, with its priority."""
+    prefill, decode = cut_device(device, prefill_sms)
     first, second = (
-        torch.cuda.ExternalStream(int(_call(driver.cuGreenCtxStreamCreate, context.handle, flags, priority)), device)
-        for context, priority in zip((prefill, decode), priorities, strict=True)
+        context.stream(device, priority) for context, priority in zip((prefill, decode), priorities, strict=True)
     )
     return (prefill.sms, decode.sms), (first, second)
-
-
-def _contexts(device: torch.device, prefill_sms: int) -> tuple[_Context, _Context]:
-    """Two green contexts that have the device between them, the first at about ``prefill_sms`` multiprocessors: the driver
-    rounds up to what the device can separate. Raises :class:`InputError` if that leaves nothing for the other."""
-    from cuda.bindings import driver
-
-    resource = _sm_resource(device)
-    pieces, _, rest = _call(driver.cuDevSmResourceSplitByCount, 1, resource, 0, prefill_sms)
-    if not rest.sm.smCount:
-        raise InputError(
-            f"mode green: prefill at {prefill_sms} of {resource.sm.smCount} multiprocessors leaves decode none; the "
-            f"device separates them in groups, so give prefill a smaller share"
-        )
-    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    contexts = []
-    for piece in (pieces[0], rest):
-        description = _call(driver.cuDevResourceGenerateDesc, [piece], 1)
-        handle = _call(driver.cuGreenCtxCreate, description, _device(device), flags)
-        contexts.append(_Context(handle, int(piece.sm.smCount)))
-    return contexts[0], contexts[1]
-
-
-def _sm_count(device: torch.device) -> int:
-    return int(_sm_resource(device).sm.smCount)
-
-
-def _sm_resource(device: torch.device) -> Any:
-    from cuda.bindings import driver
-
-    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    return _call(driver.cuDeviceGetDevResource, _device(device), kind)
-
-
-def _device(device: torch.device) -> Any:
-    from cuda.bindings import driver
-
-    return _call(driver.cuDeviceGet, device.index or 0)
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a driver function returns. Raises :class:`RunError` with its name and the driver's."""
-    status, *results = function(*arguments)
-    if int(status):
-        raise RunError(f"CUDA driver: {function.__name__}: {status.name}")
-    return results[0] if len(results) == 1 else tuple(results)

@@ -1,12 +1,15 @@
-"""Runs ``splitwiser run`` in fresh processes, one after another, for the commands that need many runs."""
+"""Runs ``splitwiser run`` again and again, each time in a fresh process or all in one, for the commands that need many
+runs."""
 
 import ctypes
+import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +17,9 @@ from typing import Any, Literal, Self
 import pandas as pd
 from tqdm import tqdm
 
+from splitwiser.config import RunConfig
+from splitwiser.device import resolve_device
+from splitwiser.errors import InputError
 from splitwiser.options import to_arguments
 from splitwiser.results import replace
 
@@ -40,23 +46,95 @@ class Outcome:
         return {"status": self.status, "error": self.error, **self.figures}
 
 
-def run_once(options: Mapping[str, Any], folder: Path, label: str, show: Callable[[str], None]) -> Outcome:
-    """``splitwiser run`` with ``options`` in a process of its own; its folder comes under ``folder/runs``, what it prints
-    in ``folder/logs/<label>.log``. ``show`` is told how far it is.
+Execute = Callable[[Sequence[str], Path, Callable[[str], None]], int]
+"""Runs a ``splitwiser`` command, given its arguments, its log and what is told how far it is; its exit code."""
+
+
+def run_once(
+    options: Mapping[str, Any], folder: Path, label: str, show: Callable[[str], None], execute: Execute | None = None
+) -> Outcome:
+    """``splitwiser run`` with ``options``, in a process of its own if not by ``execute``; its folder comes under
+    ``folder/runs``, what it prints in ``folder/logs/<label>.log``. ``show`` is told how far it is.
 
     If this is interrupted, the run is ended first; if this process is killed, the run gets SIGTERM and ends by itself.
     """
     runs, log = folder / "runs", folder / "logs" / f"{label}.log"
     runs.mkdir(parents=True, exist_ok=True)
     before = set(runs.iterdir())
-    command = [sys.executable, "-m", "splitwiser", "run", "--debug", *to_arguments({**options, "results": str(runs)})]
-    returncode = run_process(command, log, show)
+    arguments = ["run", "--debug", *to_arguments({**options, "results": str(runs)})]
+    returncode = (execute or _in_own_process)(arguments, log, show)
     made = sorted(path for path in set(runs.iterdir()) - before if path.is_dir())
     directory = made[-1] if made else None
     if returncode or directory is None:
         return Outcome("failed", _error(returncode, log), directory)
     row = pd.read_csv(directory / "throughput.csv", dtype=str, keep_default_na=False)
     return Outcome("finished", "", directory, {str(name): str(value) for name, value in row.iloc[0].items()})
+
+
+def check_one_process(configs: Iterable[RunConfig]) -> None:
+    """Refuse runs on a CPU, whose peak memory would be that of all runs before. Raises :class:`InputError`."""
+    if any(resolve_device(config.device_name).type == "cpu" for config in configs):
+        raise InputError("--one_process is for runs on a GPU: on a CPU the peak memory of a run is that of its process")
+
+
+def _in_own_process(arguments: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
+    return run_process([sys.executable, "-m", "splitwiser", *arguments], log, show)
+
+
+class OneProcess:
+    """Executes runs one after another in one process beside this one, so that imports take their time once; for a GPU, where
+    a run may take less than they do. After a run that failed the next has a new process."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, arguments: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
+        """See :data:`Execute`."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "splitwiser.run_server"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_end_with(os.getpid()),
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        process.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}).encode() + b"\n")
+        process.stdin.flush()
+        try:
+            while not select.select([process.stdout], [], [], LOOK_S)[0]:
+                show(_progress(log))
+        except BaseException:
+            _end(process)
+            raise
+        answer = process.stdout.readline()
+        code = int(answer) if answer else process.wait()
+        if code or not answer:
+            self._close()
+            return code or 1
+        return 0
+
+    def _close(self) -> None:
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(STOP_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) -> int:

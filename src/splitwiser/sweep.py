@@ -19,7 +19,7 @@ from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, unknown
 from splitwiser.options import typed_options
 from splitwiser.paired import headline_metrics
-from splitwiser.rounds import NAME, RoundsBar, run_once, write_rows
+from splitwiser.rounds import NAME, OneProcess, RoundsBar, check_one_process, run_once, write_rows
 from splitwiser.run import check
 from splitwiser.summary import columns
 from splitwiser.yaml_file import read_yaml
@@ -122,14 +122,17 @@ def list_points(grid: Sweep, results: Path) -> str:
     return columns([("point", *grid.varied, "finished"), *shown])
 
 
-def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool) -> Path:
+def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: bool = False) -> Path:
     """Run what of ``grid`` has not finished yet, print the table of points and return the sweep's folder.
 
     Rounds go over the whole grid, so that a drift of the machine falls on all points. ``points.csv`` gets a row a run as
     it ends; a run counts as finished by its whole configuration, so a changed ``file`` runs what it adds. Files that
-    options name are taken to be unchanged. Raises :class:`InputError` before anything has run if a point is wrong;
+    options name are taken to be unchanged. With ``one_process``, all runs are in one process
+    (:class:`~splitwiser.rounds.OneProcess`). Raises :class:`InputError` before anything has run if a point is wrong;
     :class:`RunError`, after all others have run, if some failed.
     """
+    if one_process:
+        check_one_process(point.config for point in grid.points)
     _check_points(grid.points)
     folder = _folder(grid, results)
     if fresh and folder.exists():
@@ -142,10 +145,15 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool) -> Path:
         turns = [(number, point) for number in range(1, grid.repeats + 1) for point in grid.points]
         left = [(number, point) for number, point in turns if (point.key, number) not in done]
         try:
-            with RoundsBar(len(turns), len(turns) - len(left)) as bar:
+            with (
+                RoundsBar(len(turns), len(turns) - len(left)) as bar,
+                OneProcess() if one_process else contextlib.nullcontext() as execute,
+            ):
                 for number, point in left:
                     bar.begin(f"round {number}/{grid.repeats}, point {point.number}/{len(grid.points)}")
-                    outcome = run_once(typed_options(point.options), folder, f"round{number}_{point.key}", bar.show)
+                    outcome = run_once(
+                        typed_options(point.options), folder, f"round{number}_{point.key}", bar.show, execute
+                    )
                     rows = [row for row in rows if (row["key"], int(row["round"])) != (point.key, number)]
                     rows.append(
                         {"point": point.number, "round": number, "key": point.key, **point.varied, **outcome.row}

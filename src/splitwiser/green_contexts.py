@@ -1,0 +1,107 @@
+"""CUDA green contexts: the device's multiprocessors cut in two, and streams that run on one of the pieces.
+
+Contexts are made through the CUDA driver's Python bindings, which PyTorch's CUDA builds bring along, and not through
+``torch.cuda.green_contexts``: that takes each context's multiprocessors from the front of the whole device, so two of its
+contexts overlap, and it does not tell how many were granted. Here the device is cut once a split (CUDA driver API, "Green
+Contexts"). Streams of green contexts go into PyTorch as external ones.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitwiser.errors import InputError, RunError, first_line
+
+OLDEST_DRIVER = 12050  # CUDA 12.5, which has streams of green contexts
+QUEUES = 32  # most that the driver makes between host and device; share auto has 16 streams
+
+
+def find_problem(device: torch.device) -> str | None:
+    """Why green contexts cannot be had on ``device``, in a line; None if they can."""
+    if device.type != "cuda":
+        return f"green contexts divide an NVIDIA GPU's multiprocessors, and the device is {device}"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "the CUDA driver's Python bindings are not installed; pip install cuda-bindings"
+    try:
+        from cuda.bindings import driver
+
+        version = _call(driver.cuDriverGetVersion)
+        if version < OLDEST_DRIVER:
+            return f"the GPU driver supports CUDA {version // 1000}.{version % 1000 // 10}, and 12.5 is needed"
+        # read as CUDA starts; of 8 queues, the default, several streams share one, and decode's launches then wait behind
+        # prefill's (cuda.h, "Green Contexts")
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(QUEUES))
+        torch.cuda.init()
+        for context in cut_device(device, max(1, count_multiprocessors(device) // 2)):
+            _call(driver.cuGreenCtxDestroy, context.handle)
+    except (ImportError, RuntimeError, RunError, InputError) as error:
+        return f"the CUDA driver makes no green contexts: {first_line(error)}"
+    return None
+
+
+@dataclass(frozen=True)
+class GreenContext:
+    """A green context and the multiprocessors that it was granted."""
+
+    handle: Any
+    sms: int
+
+    def stream(self, device: torch.device, priority: int) -> torch.cuda.ExternalStream:
+        """A stream whose kernels run here and nowhere else. It lives as long as the process, as PyTorch's own do."""
+        from cuda.bindings import driver
+
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return torch.cuda.ExternalStream(
+            int(_call(driver.cuGreenCtxStreamCreate, self.handle, flags, priority)), device
+        )
+
+
+def cut_device(device: torch.device, prefill_sms: int) -> tuple[GreenContext, GreenContext]:
+    """Two green contexts that have the device between them, the first at about ``prefill_sms`` multiprocessors: the driver
+    rounds up to what the device can separate. Raises :class:`InputError` if that leaves nothing for the other."""
+    from cuda.bindings import driver
+
+    resource = _sm_resource(device)
+    pieces, _, rest = _call(driver.cuDevSmResourceSplitByCount, 1, resource, 0, prefill_sms)
+    if not rest.sm.smCount:
+        raise InputError(
+            f"mode green: prefill at {prefill_sms} of {resource.sm.smCount} multiprocessors leaves decode none; the "
+            f"device separates them in groups, so give prefill a smaller share"
+        )
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    contexts = []
+    for piece in (pieces[0], rest):
+        description = _call(driver.cuDevResourceGenerateDesc, [piece], 1)
+        handle = _call(driver.cuGreenCtxCreate, description, _device(device), flags)
+        contexts.append(GreenContext(handle, int(piece.sm.smCount)))
+    return contexts[0], contexts[1]
+
+
+def count_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``."""
+    return int(_sm_resource(device).sm.smCount)
+
+
+def _sm_resource(device: torch.device) -> Any:
+    from cuda.bindings import driver
+
+    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    return _call(driver.cuDeviceGetDevResource, _device(device), kind)
+
+
+def _device(device: torch.device) -> Any:
+    from cuda.bindings import driver
+
+    return _call(driver.cuDeviceGet, device.index or 0)
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a driver function returns. Raises :class:`RunError` with its name and the driver's."""
+    status, *results = function(*arguments)
+    if int(status):
+        raise RunError(f"CUDA driver: {function.__name__}: {status.name}")
+    return results[0] if len(results) == 1 else tuple(results)
