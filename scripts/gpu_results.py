@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from splitwiser.errors import InputError, first_line
+from splitwiser.layout import parse_layout
 from splitwiser.paired import round_ratios
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,10 @@ def runs_of(folder: Path) -> pd.DataFrame:
 
 def describe(row: "pd.Series[Any]") -> str:
     """A run by its mode and workers."""
-    return f"{row['mode']}, {row['workers']}" if row["mode"] in ("mp", "mps", "green") else str(row["mode"])
+    if row["mode"] not in ("mp", "mps", "green"):
+        return str(row["mode"])
+    workers = str(row["workers"])
+    return f"{row['mode']}, {parse_layout(workers) if workers.startswith('[') else workers}"  # a list if it failed
 
 
 def comparison(folder: Path) -> pd.DataFrame:
@@ -197,12 +201,20 @@ def import_archive(archive: Path, name: str | None) -> Path:
         for path in kept_files(work):
             target = folder / path.relative_to(work)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if path.suffix == ".png":
+                shutil.copyfile(path, target)
+            else:
+                target.write_text(without_folders(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
         if len(counts := table_of(work / "tests")):
-            (folder / "tests").mkdir()
+            (folder / "tests").mkdir(parents=True)
             counts.to_csv(folder / "tests" / "counts.csv", index=False)
     draw(folder)
     return folder
+
+
+def without_folders(text: str) -> str:
+    """``text`` with absolute paths shortened to their last part: those of another machine say nothing here."""
+    return re.sub(r"(?<![\w.:/])/(?!dev/|proc/|sys/)(?:[\w.+-]+/)+", "", text)
 
 
 def kept_files(work: Path) -> list[Path]:

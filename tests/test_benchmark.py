@@ -87,6 +87,12 @@ def test_wrong_options_are_refused(arguments: list[str], parts: list[str]) -> No
     assert_says(refusal(benchmark.parse, arguments), *parts)
 
 
+def test_peer_may_be_given_by_its_interpreter() -> None:
+    assert benchmark.parse(["--peers", f"hf-continuous={sys.executable}"]).peers == {
+        "hf-continuous": Path(sys.executable)
+    }
+
+
 def test_peers_are_refused_where_requests_have_times_of_their_own(tmp_path: Path) -> None:
     environment = make_environment(tmp_path / "env", WRITES_FIGURES)
     for other in (["--load", "0.5"], ["--case_id", "0"]):
