@@ -48,13 +48,15 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The project's commit, with ``-dirty`` if tracked files differ from it; outside a git checkout what the environment's
-    ``SPLITWISER_COMMIT`` says, or None."""
+    """The project's commit, with ``-dirty`` if tracked files differ from it; None outside a git checkout. Of a copy that is
+    not one, or one of another state, ``SPLITWISER_COMMIT`` of the environment tells it."""
+    if told := os.environ.get("SPLITWISER_COMMIT"):
+        return told
     command = ["git", "-C", str(constants.DIR_PROJECT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("SPLITWISER_COMMIT")
+        return None
     return done.stdout.strip()
 
 
