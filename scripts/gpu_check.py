@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the most telling first, since time ma
     "mp": {"mode": "mp"},
     "green auto": {"mode": "green", "share": "auto", "itl_target_ms": 10},
     "generate": {"mode": "generate"},
+    "sequential, steps of 8192": {"mode": "sequential", "prefill_tokens": 8192},
     "green, equal priority": {"mode": "green", "share": "none", "decode_priority": False},
     "mps, equal priority": {"mode": "mps", "share": "none", "decode_priority": False},
     "two mixed, mp": {"mode": "mp", "workers": TWO},
