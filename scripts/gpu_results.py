@@ -31,6 +31,16 @@ FIGURES = {  # column of throughput.csv: heading, and how many of its unit make 
     "p99_itl_ms": ("ITL p99 ms", 1.0),
     "peak_memory_mb": ("memory GB", 1000.0),
 }
+TOLD = {  # findings that the tables show, by probe
+    "start": r"context.*",
+    "green": r"all splits made",
+    "beside": r"32 queues, .*(alone|beside prefill|beside decode)",
+    "mps": r"daemon answers|client at \d+%(: context)?",
+    "shared_memory": r".*opened",
+    "decode_attention": r".*(largest relative error|read)",
+    "kernels": r"(?!ended).*",
+    "prefill_attention": r".*length.*",
+}
 TEST_COUNTS = ("tests", "failures", "errors", "skipped")
 KEPT = (
     RECORD, "*/probe.csv", "*/doctor.json", "*/plan.json", "*/grid.yaml", "*/sweep_*/points.csv", "*/compare_*/*.csv",
@@ -128,7 +138,8 @@ def table_of(folder: Path) -> pd.DataFrame:
         modes = pd.DataFrame(read_json(folder / "doctor.json").get("modes", []))
         return modes.replace({"works": {True: "yes", False: "no"}})
     if compared:
-        return read_rows(compared[-1])[["variant", "requests", "differ", "other_prompts"]]
+        tokens = read_rows(compared[-1])[["variant", "requests", "differ", "other_prompts"]]
+        return tokens if len(tokens) > 1 else pd.DataFrame()  # of one variant alone nothing is compared
     if points_path(folder).exists():
         return comparison(folder)
     if reports := sorted(folder.glob("*.xml")):
@@ -138,13 +149,18 @@ def table_of(folder: Path) -> pd.DataFrame:
 
 
 def probe_table(path: Path) -> pd.DataFrame:
-    """The rows of the probes, those of each joined into one."""
-    rows = read_rows(path).fillna("").astype(str)
-    found = {
-        name: "; ".join(f"{row.finding} {row.value} {row.unit}".strip() for row in own.itertuples())
-        for name, own in rows.rename(columns={"name": "finding"}).groupby("probe", sort=False)
-    }
-    return pd.DataFrame(list(found.items()), columns=["probe", "found"])
+    """A row for each finding that :data:`TOLD` names, and one for how the division of multiprocessors held; of a probe that
+    failed, how it ended."""
+    rows = read_rows(path).fillna("").astype(str).rename(columns={"name": "finding"})
+    told = [
+        (row.probe, row.finding, f"{row.value} {row.unit}".strip())
+        for row in rows.itertuples()
+        if re.fullmatch(TOLD.get(row.probe, "(?!)"), row.finding) or (row.finding == "ended" and row.value != "ok")
+    ]
+    shared = rows[(rows["probe"] == "green") & rows["finding"].str.contains("used by both")]
+    if len(shared):
+        told.append(("green", "most multiprocessors that both phases used, over all splits", shared["value"].max()))
+    return pd.DataFrame(told, columns=["probe", "finding", "value"])
 
 
 def test_counts(path: Path) -> pd.DataFrame:
@@ -229,7 +245,7 @@ def kept_files(work: Path) -> list[Path]:
         for run_id in finished.groupby("variant", sort=False)["run_id"].first() if len(finished) else ():
             run = points_path(folder).parent / "runs" / run_id
             kept += [run / "run.yaml", *([run / "timeline.png"] if folder.name == shown else [])]
-    return [path for path in dict.fromkeys(kept) if path.exists() and path.stat().st_size <= KEPT_BYTES]
+    return [path for path in dict.fromkeys(kept) if path.exists() and 0 < path.stat().st_size <= KEPT_BYTES]
 
 
 def unpack(archive: Path, work: Path) -> None:
@@ -256,9 +272,9 @@ def draw(folder: Path) -> None:
     for (name, table), row in zip(tables.items(), axes, strict=True):
         for axis, column in zip(row, columns, strict=True):
             bars = axis.barh(table["variant"], table[column].fillna(0))
-            axis.bar_label(bars, fmt="%.4g", padding=3)
+            axis.bar_label(bars, labels=[number(value) for value in table[column].fillna(0)], padding=3)
             axis.invert_yaxis()
-            axis.margins(x=0.15)
+            axis.margins(x=0.2)
             axis.set_title(f"{name}: {column}", fontsize=10)
     figure.savefig(folder / PICTURE, dpi=100)
 
@@ -282,15 +298,16 @@ def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
     dates = sorted({what["started"][:10] for what in stages.values()})
     blocks = [
         f"{machine_line(folder)}; {' and '.join(dates)}; commit {' and '.join(commits)}. Rows in [{place}]({place}). "
-        f"Figures of runs are medians over the rounds; {SPEED_UP} is of tokens a second over {BASE}'s, round by round."
+        f"Figures of runs are medians over the rounds (one round says nothing about noise); {SPEED_UP} is of tokens a "
+        f"second over {BASE}'s, round by round."
     ]
     if (folder / PICTURE).exists():
         blocks.append(f"![Throughput and time between tokens by mode on a GPU]({place}/{PICTURE})")
-    for name, what in stages.items():
+    for name, what in sorted(stages.items(), key=lambda stage: stage[0] == "probe"):  # which is long, and folded
         table = table_of(folder / name)
         if len(table):
             ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
-            folded = name == "probe"  # long
+            folded = name == "probe"
             blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}"]
             blocks += (
                 ["<details><summary>what was found</summary>", markdown(table), "</details>"]
