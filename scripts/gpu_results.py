@@ -152,10 +152,10 @@ def probe_table(path: Path) -> pd.DataFrame:
     """A row for each finding that :data:`TOLD` names, and one for how the division of multiprocessors held; of a probe that
     failed, how it ended."""
     rows = read_rows(path).fillna("").astype(str).rename(columns={"name": "finding"})
-    told = [
-        (row.probe, row.finding, f"{row.value} {row.unit}".strip())
-        for row in rows.itertuples()
-        if re.fullmatch(TOLD.get(row.probe, "(?!)"), row.finding) or (row.finding == "ended" and row.value != "ok")
+    told: list[tuple[str, ...]] = [
+        (probe, finding, f"{value} {unit}".strip())
+        for probe, finding, value, unit in rows.itertuples(index=False, name=None)
+        if re.fullmatch(TOLD.get(probe, "(?!)"), finding) or (finding == "ended" and value != "ok")
     ]
     shared = rows[(rows["probe"] == "green") & rows["finding"].str.contains("used by both")]
     if len(shared):
@@ -293,7 +293,7 @@ def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
     if folder is None:
         return "Not yet measured on a GPU."
     place = f"results/reference/{folder.name}"
-    stages = read_json(folder / RECORD)["stages"]
+    stages = {name: what for name, what in read_json(folder / RECORD)["stages"].items() if len(table_of(folder / name))}
     commits = sorted({str(what["commit"])[:12] for what in stages.values()})
     dates = sorted({what["started"][:10] for what in stages.values()})
     blocks = [
@@ -304,16 +304,10 @@ def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
     if (folder / PICTURE).exists():
         blocks.append(f"![Throughput and time between tokens by mode on a GPU]({place}/{PICTURE})")
     for name, what in sorted(stages.items(), key=lambda stage: stage[0] == "probe"):  # which is long, and folded
-        table = table_of(folder / name)
-        if len(table):
-            ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
-            folded = name == "probe"
-            blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}"]
-            blocks += (
-                ["<details><summary>what was found</summary>", markdown(table), "</details>"]
-                if folded
-                else [markdown(table)]
-            )
+        ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
+        blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}"]
+        table = markdown(table_of(folder / name))
+        blocks += ["<details><summary>what was found</summary>", table, "</details>"] if name == "probe" else [table]
     return "\n\n".join(blocks)
 
 

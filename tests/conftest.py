@@ -1,4 +1,4 @@
-"""Tiny random models of each architecture, saved once a test session as checkpoints."""
+"""What whole test modules need: tiny random models, saved once a test session as checkpoints, and a stand-in for a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_in.build import StandIn, build, find_problem
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
@@ -47,11 +48,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {"setup": None if config.getoption("--setup") else "builds an environment; run with --setup",
+               "stand_in": find_problem(),
                "gpu": None if torch.cuda.is_available() else "needs a CUDA device, and there is none"}  # fmt: skip
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    """Runs a command on a stand-in for a GPU; for tests marked ``stand_in``."""
+    libraries = tmp_path_factory.mktemp("stand_in")
+    build(libraries)
+    return StandIn(libraries, tmp_path_factory.mktemp("on_stand_in"))
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:

@@ -1,5 +1,6 @@
-"""What several test modules share: the refusal of a wrong input, and answers and steps with known times."""
+"""What several test modules share: the refusal of a wrong input, answers and steps with known times, and processes."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,3 +86,12 @@ def processes_naming(path: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def put_mps_programs(folder: Path) -> None:
+    """Make ``folder``, with the stand-ins for MPS's daemon and server in it, under the real ones' names."""
+    program = Path(__file__).with_name("stand_in_mps.py").read_text()
+    folder.mkdir()
+    for name in ("nvidia-cuda-mps-control", "nvidia-cuda-mps-server"):
+        (folder / name).write_text(f"#!{sys.executable} -S\n{program}")
+        (folder / name).chmod(0o755)

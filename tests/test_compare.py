@@ -209,6 +209,20 @@ def test_another_token_in_bfloat16_is_only_said(
     assert "tokens: padded differs from sequential in 1 of 4 requests" in capsys.readouterr().out
 
 
+def test_figures_of_a_stand_in_are_not_set_against_others(
+    compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(compared.folder, folder)
+    (folder / "comparison_summary.csv").unlink()
+    rows: list[Any] = compared.rows.to_dict("records")
+    for row in rows[::2]:
+        row["device"] = "cuda:0 (stand-in)"
+    assert conclude(folder, [Variant("sequential", {}), Variant("padded", {})], rows) == []
+    assert "figures: withheld" in capsys.readouterr().out
+    assert not (folder / "comparison_summary.csv").exists()
+
+
 def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "two.json", [[5, 6], [7]])
     done = splitwiser(

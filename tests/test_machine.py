@@ -51,6 +51,12 @@ def test_gpu_is_described_where_it_is_the_device(monkeypatch: pytest.MonkeyPatch
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("gpu", "name"), [("NVIDIA H200", "cuda:0"), ("NVIDIA H200 (stand-in)", "cuda:0 (stand-in)")])
+def test_a_stand_in_is_named_as_one(gpu: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name=gpu))
+    assert machine.name_device(CUDA) == name
+
+
 def test_versions_name_what_a_result_depends_on() -> None:
     assert set(machine.describe_versions()) == {
         "python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets",

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import assert_says, refusal
+from helpers import assert_says, put_mps_programs, refusal
 from test_cli import only_run
 from test_multiprocess import Running, Trigger, finished
 from test_token_identity import LENGTHS, prompts_of
@@ -49,12 +49,8 @@ class StandIn:
 
     def __init__(self, directory: Path) -> None:
         self.bin = directory / "bin"
-        self.bin.mkdir()
         self.runtime = Path(tempfile.mkdtemp(dir="/tmp"))  # a unix socket's path is short, and pytest's are long
-        program = Path(__file__).with_name("stand_in_mps.py").read_text()
-        for name in ("nvidia-cuda-mps-control", "nvidia-cuda-mps-server"):
-            (self.bin / name).write_text(f"#!{sys.executable} -S\n{program}")
-            (self.bin / name).chmod(0o755)
+        put_mps_programs(self.bin)
 
     def behave(self, words: str) -> None:
         (self.bin / "behaviour").write_text(words)

@@ -14,7 +14,10 @@ from packaging.specifiers import SpecifierSet
 from splitwiser import constants
 
 PROJECT = constants.DIR_PROJECT
-SCRIPTS = ["run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/install_peer.sh", "scripts/test.sh"]
+SCRIPTS = [
+    "run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/install_peer.sh", "scripts/test.sh",
+    "scripts/test_stand_in.sh",
+]  # fmt: skip
 
 
 def pins_of(lines: list[str]) -> dict[str, str]:
@@ -28,8 +31,8 @@ def pins_of(lines: list[str]) -> dict[str, str]:
     return pins
 
 
-def pip_pins() -> dict[str, str]:
-    lines = (PROJECT / "env" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+def pip_pins(file: str = "requirements.txt") -> dict[str, str]:
+    lines = (PROJECT / "env" / file).read_text(encoding="utf-8").splitlines()
     return pins_of([line for line in lines if line.strip() and not line.startswith("#")])
 
 
@@ -60,6 +63,12 @@ def test_dependency_is_pinned_within_its_range(line: str) -> None:
     requirement = Requirement(line)
     assert requirement.name in pip_pins()
     assert requirement.specifier.contains(pip_pins()[requirement.name])
+
+
+@pytest.mark.parametrize("line", project()["dependencies"])
+def test_dependency_is_pinned_for_cuda_within_its_range(line: str) -> None:
+    requirement = Requirement(line)
+    assert requirement.specifier.contains(pip_pins("requirements-cuda.txt")[requirement.name])
 
 
 def test_nothing_is_pinned_that_the_project_does_not_ask_for() -> None:

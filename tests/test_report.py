@@ -170,6 +170,13 @@ def comparison(runs: dict[str, Path], tmp_path: Path) -> Path:
     return folder
 
 
+def say_stand_in(run: Path) -> None:
+    """Change the record of ``run`` to one of a run on a stand-in for a GPU."""
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    record["machine"]["gpu"] = "NVIDIA H200 (stand-in)"
+    (run / "run.yaml").write_text(yaml.safe_dump(record))
+
+
 def make_sweep(folder: Path, **grid: list[Any]) -> Path:
     """A sweep of ``grid`` in two rounds, with figures that tell its points apart."""
     folder.mkdir()
@@ -235,6 +242,18 @@ def test_names_a_run_inside_a_folder_that_is_none(run: Path) -> None:
 
 def test_refuses_an_output_that_cannot_be_written(run: Path) -> None:
     assert_says(refusal(write_report, [run], run / "none" / "page.html"), "page.html: cannot be written")
+
+
+def test_refuses_a_stand_in_beside_another_device(run: Path, runs: dict[str, Path]) -> None:
+    say_stand_in(run)
+    assert_says(refusal(write_report, [run, runs["sequential"]]), "of a stand-in for a GPU", "apart")
+
+
+def test_refuses_a_comparison_of_a_stand_in_with_another_device(comparison: Path) -> None:
+    rows = pd.read_csv(comparison / "comparison.csv")
+    rows.loc[rows.variant == "mp", "device"] = "cuda:0 (stand-in)"
+    rows.to_csv(comparison / "comparison.csv", index=False)
+    assert_says(refusal(write_report, [comparison]), "some of these runs are of a stand-in for a GPU")
 
 
 @pytest.mark.parametrize("cut", [1, 7])
@@ -483,6 +502,11 @@ def test_a_killed_run_is_shown_with_its_status(show: Callable[..., Page], run: P
     assert "run.yaml says 'running': it is still going or was killed." in page.text
     assert "2 requests had finished" in page.text
     assert len(page.frame("part1-requests")) == 2
+
+
+def test_the_page_of_a_stand_in_says_so(run: Path) -> None:
+    say_stand_in(run)
+    assert "Made on a stand-in for a GPU" in write_report([run]).read_text()
 
 
 def test_a_run_killed_before_its_first_step_is_shown(show: Callable[..., Page], run: Path) -> None:

@@ -22,6 +22,7 @@ from splitwiser.paired import Made, SummaryRow, TokenDifference, compare_tokens,
 from splitwiser.results import TOKEN_COLUMNS, Status, make_run_directory, replace
 from splitwiser.rounds import NAME, OneProcess, Outcome, RoundsBar, check_one_process, run_once, write_rows
 from splitwiser.run import check
+from splitwiser.stand_in import is_stand_in
 from splitwiser.summary import columns
 
 RECORD = ("commit", "machine", "versions")  # what compare.yaml takes over from a run's record
@@ -188,9 +189,12 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
     failed = sum(row["status"] == "failed" for row in rows)
     faults = [f"{failed} of {len(rows)} runs failed"] if failed else []
     if failed < len(rows):
-        summary = summarise(pd.read_csv(folder / "comparison.csv"), [variant.name for variant in variants])
-        write_rows(folder / "comparison_summary.csv", [asdict(row) for row in summary])
-        print(_table(summary, variants[0].name))
+        if len({is_stand_in(row["device"]) for row in rows if row["status"] == "finished"}) > 1:
+            print("figures: withheld, since some runs are of a stand-in for a GPU, whose times say nothing")
+        else:
+            summary = summarise(pd.read_csv(folder / "comparison.csv"), [variant.name for variant in variants])
+            write_rows(folder / "comparison_summary.csv", [asdict(row) for row in summary])
+            print(_table(summary, variants[0].name))
         checks = list(_check_tokens(folder, variants[0], rows))
         if checks:
             write_rows(folder / "comparison_tokens.csv", [asdict(check) for check in checks])

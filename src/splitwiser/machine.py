@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from splitwiser import constants
+from splitwiser.stand_in import STAND_IN, is_stand_in
 
 PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
 
@@ -33,6 +34,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "gpu_sms": properties.multi_processor_count,
         }
     return described
+
+
+def name_device(device: torch.device) -> str:
+    """``device`` as tables name it, such as ``cuda:0``; a stand-in for a GPU is named as one."""
+    if device.type == "cuda" and is_stand_in(torch.cuda.get_device_properties(device).name):
+        return f"{device} ({STAND_IN})"
+    return str(device)
 
 
 def describe_versions() -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from splitwiser.config import RunConfig
 from splitwiser.engine import Observer
 from splitwiser.job import Job, prepare_job
 from splitwiser.llm import LLM, check_mode_here, check_mps, check_sizes, plan_workers
-from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb
+from splitwiser.machine import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import parse_goodput
 from splitwiser.model import plan_model
@@ -164,7 +164,7 @@ def _labels(config: RunConfig, llm: LLM, run_id: str) -> dict[str, Any]:
         "case_id": config.case_id if config.source == "case" else None,
         "mode": config.mode,
         "workers": llm.workers,
-        "device": str(llm.model.device),
+        "device": name_device(llm.model.device),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "load_format": llm.model.load_format,
         "request_rate": config.request_rate,

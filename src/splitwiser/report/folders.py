@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from splitwiser.errors import InputError
+from splitwiser.stand_in import is_stand_in
 
 STEP_NUMBERS = ("start_s", "end_s", "requests", "tokens")
 ROW_NUMBERS = ("point", "round", "repeat", "key")  # of a sweep's points.csv
@@ -100,6 +101,17 @@ def read_folder(path: Path) -> Folder:
     inside = sorted(marker.parent.name for name in _READERS for marker in path.glob(f"*/{name}"))
     hint = f"; did you mean one in it, such as {path / inside[-1]}?" if inside else ""
     raise InputError(f"{path}: none of {', '.join(_READERS)} is in it, so it is no folder of results{hint}")
+
+
+def are_stand_ins(folder: Folder) -> set[bool]:
+    """Whether what ``folder`` tells of ran on a stand-in for a GPU: both, if only some of it did."""
+    match folder:
+        case Comparison(rows=table) | Sweep(points=table):
+            finished = table[table.status == "finished"]
+            return {is_stand_in(device) for device in finished["device"]} if "device" in table else {False}
+        case _:
+            machine = folder.record.get("machine")
+            return {isinstance(machine, dict) and is_stand_in(machine.get("gpu"))}
 
 
 def _read_run(path: Path, record: dict[str, Any]) -> Run:

@@ -1,0 +1,290 @@
+"""What runs on a GPU, on the stand-in for one: every mode with real tokens, the tests that are marked ``gpu``, and what the
+stand-in itself refuses, counts and delays.
+
+Of the tests marked ``gpu``, those in test_gpu_kernel.py are left out, since the emulator computes what the Triton kernels
+would, and that of the memory of llama-3.2-1b, whose 1.2 billion weights are slow on a CPU.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import assert_says
+from stand_in.build import Ran, StandIn
+from test_cli import only_run, write_workload
+from test_token_identity import LENGTHS, prompts_of, references
+
+from splitwiser.report import STAND_IN_WARNING, write_report
+
+pytestmark = pytest.mark.stand_in
+
+TESTS = Path(__file__).parent
+NEW_TOKENS = 24
+GENERATE = """
+import json, sys
+from splitwiser import LLM, SamplingParams
+asked = json.loads(sys.argv[1])
+with LLM(asked["model"], dtype="float32", **asked["settings"]) as llm:
+    outputs = llm.generate(asked["prompts"], SamplingParams(max_tokens=asked["new_tokens"]))
+    print(json.dumps({"tokens": [output.token_ids for output in outputs], "kernels": llm.started.kernels}))
+"""
+
+
+def run_script(on_stand_in: StandIn, script: str, *arguments: object, **settings: Any) -> Ran:
+    ran = on_stand_in([sys.executable, "-c", script, *map(str, arguments)], **settings)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def printed(ran: Ran) -> Any:
+    """The JSON that a script prints last."""
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def failure(on_stand_in: StandIn, script: str, **settings: Any) -> str:
+    """What a script that fails says last."""
+    ran = on_stand_in([sys.executable, "-c", script], **settings)
+    assert ran.returncode == 1, ran.stderr
+    return next(line for line in reversed(ran.stderr.splitlines()) if re.match(r"[\w.]*(Error|Exception)\b", line))
+
+
+# -- the modes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "generate"},
+        {"mode": "sequential"},
+        {"mode": "mp"},
+        {"mode": "mps"},
+        {"mode": "green", "share": "fixed"},
+        {"mode": "green", "share": "none"},
+        {"mode": "green", "share": "auto", "itl_target_ms": 1.0},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_mode_makes_the_tokens_of_generate(
+    settings: dict[str, Any], on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    model, prompts = tiny("llama"), prompts_of(LENGTHS)
+    asked = {"model": str(model), "settings": {"device": "cuda", "max_batch": 8, **settings}, "prompts": prompts}
+    ran = run_script(on_stand_in, GENERATE, json.dumps({**asked, "new_tokens": NEW_TOKENS}))
+    made = printed(ran)
+    assert made["tokens"] == references(model, prompts, NEW_TOKENS)
+    if settings["mode"] != "generate":
+        assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
+        assert "captured" in ran.log
+
+
+def test_workers_of_mode_mps_know_daemon_and_share_when_cuda_starts(
+    on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    settings = {"device": "cuda", "mode": "mps", "workers": "[{role: prefill, share: 40}, {role: decode, share: 60}]"}
+    asked = {"model": str(tiny("opt")), "settings": settings, "prompts": [[5, 6, 7]], "new_tokens": 2}
+    ran = run_script(on_stand_in, GENERATE, json.dumps(asked))
+    starts = [line for line in ran.log.splitlines() if "cuInit" in line]
+    for worker, percentage in (("prefill-0", 40), ("decode-0", 60)):
+        (start,) = (line for line in starts if f" {worker} " in line)
+        assert_says(start, f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={percentage}", "CUDA_VISIBLE_DEVICES=GPU-")
+        assert "CUDA_MPS_PIPE_DIRECTORY= " not in start
+
+
+# -- the tests that need a GPU
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "test_graphs.py",
+        "test_green.py",
+        "test_multiprocess.py -k not_depend_on_the_workers",
+        "test_mps.py",
+        "test_token_identity.py -k green",
+        "test_token_identity.py -k mps",
+    ],
+)
+def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests.split()]
+    ran = on_stand_in(command, directory=TESTS)
+    assert ran.returncode == 0, ran.stdout
+    assert re.search(r"\d+ passed", ran.stdout), ran.stdout
+
+
+# -- records of it
+
+
+def test_a_run_says_that_it_was_on_a_stand_in(
+    on_stand_in: StandIn, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    workload = write_workload(tmp_path / "two.json", [[5, 6], [7]])
+    command = [sys.executable, "-m", "splitwiser", "run", "--model", str(tiny("opt")), "--workload", str(workload)]
+    ran = on_stand_in([*command, "--ignore_eos", "--results", str(tmp_path / "out")])
+    assert ran.returncode == 0, ran.stderr
+    folder = only_run(tmp_path / "out")
+    assert yaml.safe_load((folder / "run.yaml").read_text())["machine"]["gpu"] == "NVIDIA H200 (stand-in)"
+    assert "cuda:0 (stand-in)" in (folder / "throughput.csv").read_text()
+    assert STAND_IN_WARNING.replace("'", "&#39;") in write_report([folder]).read_text()
+
+
+# -- what it refuses, counts and delays
+
+
+CAPTURE = """
+import torch
+tensor = torch.ones(4, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    made = tensor * 2
+    {inside}
+tensor.fill_(5)
+graph.replay()
+print(made.sum().item())
+"""
+
+
+def test_a_graph_computes_with_what_is_there_when_it_is_replayed(on_stand_in: StandIn) -> None:
+    assert printed(run_script(on_stand_in, CAPTURE.format(inside="made += 1"))) == 44.0
+
+
+@pytest.mark.parametrize("inside", ["made.sum().item()", "made.nonzero()", "torch.cuda.synchronize()"])
+def test_a_capture_that_waits_for_the_device_is_spoilt(inside: str, on_stand_in: StandIn) -> None:
+    ran = on_stand_in([sys.executable, "-c", CAPTURE.format(inside=inside)])
+    assert ran.returncode == 1
+    assert "operation not permitted when stream is capturing" in ran.stderr
+    assert "FORBIDDEN DURING CAPTURE" in ran.log
+
+
+def test_a_copy_into_a_capture_is_from_pinned_memory(on_stand_in: StandIn) -> None:
+    said = failure(on_stand_in, CAPTURE.format(inside="tensor.copy_(torch.ones(4))"))
+    assert_says(said, "CUDA graph capture", "pinned")
+
+
+VARLEN = """
+import json, sys, torch
+from torch.nn.attention.varlen import varlen_attn
+from splitwiser.attention import AttentionOptions, attend
+torch.manual_seed(0)
+queries, contexts = [5, 1, 7], [5, 9, 12]
+def offsets(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+errors = []
+for heads, kv_heads, size, left in json.loads(sys.argv[1]):
+    query = torch.randn(sum(queries), heads, size).to("cuda", torch.bfloat16)
+    key, value = (torch.randn(sum(contexts), kv_heads, size).to("cuda", torch.bfloat16) for _ in range(2))
+    made = varlen_attn(query, key, value, offsets(queries), offsets(contexts), 7, 12, scale=0.3, window_size=(left, 0))
+    rows = zip(*(part.cpu().split(lengths) for part, lengths in zip((query, key, value, made),
+               (queries, contexts, contexts, queries))))
+    for row in rows:
+        q, k, v, got = (part.float().transpose(0, 1)[None] for part in row)
+        distance = torch.arange(k.shape[2])[None] - torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]
+        seen = (distance <= 0) & (distance >= (-left if left >= 0 else -1000))
+        errors.append((attend(q, k, v, seen[None, None], AttentionOptions(0.3)) - got).abs().max().item())
+print(errors)
+"""
+
+
+def test_flash_attention_of_sequences_laid_end_to_end(on_stand_in: StandIn) -> None:
+    heads_kv_heads_size_window = [(4, 4, 64, -1), (8, 2, 64, -1), (4, 1, 40, 3)]
+    errors = printed(run_script(on_stand_in, VARLEN, json.dumps(heads_kv_heads_size_window)))
+    assert len(errors) == 9
+    assert max(errors) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("query, key, value = query.float(), key.float(), value.float()", "only support fp16 and bf16"),
+        ("query, key, value = (each[..., :12].contiguous() for each in (query, key, value))", "multiple of 8"),
+        ("offsets = offsets.long()", "int32"),
+    ],
+)
+def test_flash_attention_refuses_what_the_real_one_refuses(change: str, said: str, on_stand_in: StandIn) -> None:
+    script = f"""
+import torch
+from torch.nn.attention.varlen import varlen_attn
+query, key, value = torch.zeros(3, 6, 4, 16, device="cuda", dtype=torch.bfloat16)
+offsets = torch.tensor([0, 6], device="cuda", dtype=torch.int32)
+{change}
+varlen_attn(query, key, value, offsets, offsets, 6, 6)
+"""
+    assert said in failure(on_stand_in, script)
+
+
+def test_memory_in_use_is_that_of_every_living_process(on_stand_in: StandIn) -> None:
+    script = """
+import os, signal, subprocess, sys, torch
+MIB = 2**20
+def used():
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) // MIB
+before = used()
+tensor = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+own = used() - before
+script = '''
+import time, torch
+tensor = torch.empty(32 * 2**20, dtype=torch.uint8, device="cuda")
+print(flush=True)
+time.sleep(600)
+'''
+other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+other.stdout.readline()
+both = used() - before
+other.kill()
+other.wait()
+killed = used() - before
+del tensor
+torch.cuda.empty_cache()
+print([before, own, both, killed, used() - before])
+"""
+    assert printed(run_script(on_stand_in, script)) == [512, 64, 64 + 512 + 32, 64, 0]
+
+
+def test_a_delay_is_that_of_the_function_it_names(on_stand_in: StandIn) -> None:
+    script = """
+import time, torch
+torch.cuda.is_available()
+began = time.monotonic()
+torch.cuda.synchronize()
+print(time.monotonic() - began)
+"""
+    assert 1.5 <= printed(run_script(on_stand_in, script, delays={"context": 1.5})) < 10
+    assert printed(run_script(on_stand_in, script, delays={"cudaIpcOpenMemHandle": 60})) < 10
+
+
+def test_there_are_as_many_devices_as_asked_for(on_stand_in: StandIn) -> None:
+    script = """
+import json, torch
+made = torch.arange(4, device="cuda:1") * 2
+ids = {str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())}
+print(json.dumps([made.tolist(), str(made.device), len(ids)]))
+"""
+    assert printed(run_script(on_stand_in, script, devices=2)) == [[0, 2, 4, 6], "cuda:1", 2]
+
+
+def test_triton_launches_on_the_current_device(on_stand_in: StandIn) -> None:
+    script = """
+import torch
+from splitwiser.gpu_kernel import GpuKernel
+device = torch.device("cuda", 1)
+rows = torch.ones(1, dtype=torch.int64, device=device)
+query, keys = torch.ones(1, 2, 16, device=device), torch.ones(1, 16, 2, 16, device=device)
+GpuKernel()(query, keys, keys, torch.zeros(1, 1, dtype=torch.int64, device=device), rows * 0, rows, rows, 1.0)
+"""
+    assert_says(failure(on_stand_in, script, devices=2), "illegal memory access", "cuda:0, not cuda:1")
+
+
+def test_visible_devices_are_named_by_number_or_uuid(on_stand_in: StandIn) -> None:
+    script = """
+import json, torch
+print(json.dumps([str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]))
+"""
+    first, second = printed(run_script(on_stand_in, script, devices=2))
+    for named, seen in (("1", [second]), (f"GPU-{second},GPU-{first}", [second, first])):
+        environment = {"CUDA_VISIBLE_DEVICES": named}
+        assert printed(run_script(on_stand_in, script, devices=2, environment=environment)) == seen
