@@ -94,6 +94,12 @@ class Check:
         found = read_json(self.work / "doctor" / "doctor.json").get("modes")
         return [mode["mode"] for mode in found if mode["works"]] if found else list(MODES)
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the doctor found a GPU to run on."""
+        found = read_json(self.work / "doctor" / "doctor.json").get("findings", [])
+        return any(each["name"] == "device" and "cuda" in str(each["figures"].get("device")) for each in found)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -110,9 +116,8 @@ def splitwiser(*arguments: str) -> list[str]:
 
 
 def together(check: Check) -> list[str]:
-    """The option by which a comparison's runs share a process: imports take longer than most of the runs. Not in a trial,
-    which may be on a CPU."""
-    return [] if check.quick else ["--one_process"]
+    """The option by which a comparison's runs share a process, where there is a GPU: imports take longer than most runs."""
+    return ["--one_process"] if check.has_gpu else []
 
 
 def script(name: str, *arguments: str) -> list[str]:
@@ -154,12 +159,15 @@ def tokens(check: Check) -> Iterator[list[str]]:
 
 
 def tests(check: Check) -> Iterator[list[str]]:
-    """The tests that need a GPU: those of the kernel, which mostly compile it, side by side, and then the others."""
-    kernel = str(PROJECT / "tests" / "test_gpu_kernel.py")
-    for name, own in (("kernel", [kernel, "-n", "8"]), ("others", [str(PROJECT / "tests"), f"--ignore={kernel}"])):
+    """The tests that need a GPU: side by side, since they mostly import and compile, but for those that need it alone."""
+    folder = PROJECT / "tests"
+    asked = folder / "test_graphs.py" if check.quick else folder
+    for name, own in (("shared", ["-m", "gpu and not alone", "-n", "6"]), ("alone", ["-m", "gpu and alone"])):
+        if name == "alone" and check.quick:
+            continue
         yield [
-            sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rfE", "--timeout=90",
-            "-p", "no:cacheprovider", f"--junitxml={check.folder('tests') / name}.xml", *own,
+            sys.executable, "-u", "-m", "pytest", *own, "-v", "--tb=short", "-rfE", "--timeout=90", "-p", "no:cacheprovider",
+            f"--junitxml={check.folder('tests') / name}.xml", str(asked),
         ]  # fmt: skip
 
 
@@ -242,10 +250,11 @@ def peers(check: Check) -> Iterator[list[str]]:
     """Other engines that this Python has: transformers' generate (a mode) and its continuous batching."""
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
-    for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)):
+    sizes = ["--requests", "4", "--mu", "3", "--longest", "32", "--new_tokens", "4"] if check.quick else []
+    for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)) if not check.quick else (("opt-125m", 1),):
         yield script(
             "benchmark.py", "--modes", ",".join(modes), "--peers", f"hf-continuous={sys.executable}", "--models", model,
-            "--workloads", "standard", "--repeats", str(rounds), "--out", str(check.folder("peers") / model),
+            "--workloads", "standard", "--repeats", str(rounds), "--out", str(check.folder("peers") / model), *sizes,
         )  # fmt: skip
 
 

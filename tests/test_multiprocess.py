@@ -64,6 +64,7 @@ def test_tokens_on_a_gpu_do_not_depend_on_the_workers(name: str, layout: str, ti
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_weights_on_a_gpu_count_once_however_many_workers() -> None:
     used = []
     for count in (1, 3):

@@ -3,10 +3,12 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from splitwiser.probe import ProbeError, ask, run_command
+from splitwiser import probe
+from splitwiser.probe import ProbeError, ask, ask_ahead, run_command
 
 
 def python(script: str) -> list[str]:
@@ -55,3 +57,23 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -
     while Path(f"/proc/{started.read_text()}").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not Path(f"/proc/{started.read_text()}").exists()
+
+
+def test_what_was_asked_ahead_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def noting(command: list[str], *given: Any) -> str:
+        started.append(command)
+        return run_command(command, *given)
+
+    monkeypatch.setattr(probe, "run_command", noting)
+    ask_ahead("mode", "green", "cpu", deadline_s=100)
+    for expected in (1, 2):  # an answer is for one question
+        assert ask("mode", "green", "cpu", deadline_s=100) == "needs an NVIDIA GPU, and the device is cpu"
+        assert len(started) == expected
+
+
+def test_a_question_asked_ahead_has_its_reason_too() -> None:
+    ask_ahead("nonsense", deadline_s=100)
+    with pytest.raises(ProbeError, match="KeyError: 'nonsense'"):
+        ask("nonsense", deadline_s=100)

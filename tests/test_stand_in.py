@@ -95,6 +95,104 @@ def test_workers_of_mode_mps_know_daemon_and_share_when_cuda_starts(
         assert "CUDA_MPS_PIPE_DIRECTORY= " not in start
 
 
+@pytest.mark.parametrize("mode", ["sequential", "mp", "green"])
+def test_a_device_other_than_the_first(mode: str, on_stand_in: StandIn, tiny: Callable[[str], Path]) -> None:
+    model, prompts = tiny("llama"), prompts_of(LENGTHS[:4])
+    settings = {"device": "cuda:1", "max_batch": 4, "mode": mode}
+    asked = {"model": str(model), "settings": settings, "prompts": prompts, "new_tokens": 6}
+    ran = run_script(on_stand_in, GENERATE, json.dumps(asked), devices=2)
+    assert printed(ran)["tokens"] == references(model, prompts, 6)
+
+
+def test_workers_are_not_lost_while_cuda_starts(on_stand_in: StandIn, tiny: Callable[[str], Path]) -> None:
+    model, prompts = tiny("opt"), prompts_of(LENGTHS[:3])
+    asked = {"model": str(model), "settings": {"device": "cuda", "mode": "mp"}, "prompts": prompts, "new_tokens": 3}
+    # the interpreter's lock is held meanwhile, so that no heartbeat comes
+    ran = run_script(on_stand_in, GENERATE, json.dumps(asked), delays={"context": 2.5})
+    assert printed(ran)["tokens"] == references(model, prompts, 3)
+
+
+def test_half_precision_prefills_all_prompts_in_one_call(on_stand_in: StandIn, tiny: Callable[[str], Path]) -> None:
+    script = """
+import json, sys
+import torch
+from splitwiser import LLM, SamplingParams
+from splitwiser.packed_attention import PackedAttention
+calls, call = [], PackedAttention.__call__
+def counted(*given, **named):
+    calls.append(len(given[1]))
+    return call(*given, **named)
+PackedAttention.__call__ = counted
+with LLM(sys.argv[1], mode="sequential", device="cuda", dtype="bfloat16", max_batch=4) as llm:
+    calls.clear()
+    llm.generate([[5] * 20, [6] * 30, [7] * 40], SamplingParams(max_tokens=1))
+    print(json.dumps([calls, llm.started.kernels["prefill_attention"]]))
+"""
+    calls, described = printed(run_script(on_stand_in, script, tiny("qwen3")))  # three layers of heads of 16
+    assert calls == [90, 90, 90]
+    assert described == "torch.nn.attention.varlen, one call a layer"
+
+
+STREAMS = """
+import json, sys
+import torch
+from splitwiser import LLM, steps
+ran, step = [], steps.prefill_step
+def noted(model, pool, chunks):
+    stream = torch.cuda.current_stream(model.device)
+    ran.append([stream.cuda_stream, stream.priority, sum(chunk.tokens for chunk in chunks)])
+    return step(model, pool, chunks)
+steps.prefill_step = noted
+with LLM(sys.argv[1], mode="green", device="cuda", prefill_tokens=300, max_batch=2, **json.loads(sys.argv[2])) as llm:
+    print(json.dumps([ran, len(llm.started.division)]))
+"""
+
+
+def test_every_stream_of_prefill_is_warmed_up_by_a_whole_step(
+    on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    model = tiny("opt")  # of 256 positions: a step of 300 tokens is one whole prompt
+    ran, levels = printed(run_script(on_stand_in, STREAMS, model, json.dumps({"share": "auto"})))
+    assert levels == 7
+    assert len({stream for stream, *_ in ran}) == 1 + levels
+    assert {tokens for *_, tokens in ran} == {256}
+    assert {priority for _, priority, _ in ran} == {0}
+
+
+@pytest.mark.parametrize(("decode_priority", "above"), [(True, True), (False, False)])
+def test_decode_runs_on_streams_of_a_higher_priority(decode_priority: bool, above: bool, on_stand_in: StandIn) -> None:
+    script = f"""
+import json
+import torch
+from splitwiser.green import GreenDivision
+from splitwiser.layout import ONE_OF_EACH
+from splitwiser.shares import ShareSettings
+division = GreenDivision(torch.device("cuda", 0), ONE_OF_EACH, ShareSettings("fixed", 50.0, True, {decode_priority}))
+print(json.dumps([[stream.priority for stream in division.streams(name)] for name in ("prefill-0", "decode-0")]))
+"""
+    prefill, decode = printed(run_script(on_stand_in, script))
+    assert prefill == [0, 0]
+    assert [priority < 0 for priority in decode] == [above, above]
+
+
+def test_cuda_starts_with_a_queue_for_every_stream_of_mode_green(on_stand_in: StandIn) -> None:
+    script = "import torch; from splitwiser.checks import find_mode_problem; print(find_mode_problem('green', 'cuda'))"
+    ran = run_script(on_stand_in, script)
+    assert ran.stdout.split() == ["None"]
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=32" in ran.log
+    assert "green context 1 of 72 multiprocessors" in ran.log  # one cut, which is given up again
+    assert ran.log.count("is given up") == 2
+
+
+def test_green_contexts_that_are_not_permitted_are_told_before_a_run(on_stand_in: StandIn) -> None:
+    environment = {"SPLITWISER_STAND_IN_REFUSED": "cuGreenCtxCreate"}
+    ran = on_stand_in([sys.executable, "-m", "splitwiser", "doctor", "--json"], environment=environment)
+    modes = {mode["mode"]: mode for mode in json.loads(ran.stdout)["modes"]}
+    assert modes["sequential"]["works"]
+    assert not modes["green"]["works"]
+    assert_says(modes["green"]["note"], "cuGreenCtxCreate", "NOT_PERMITTED")
+
+
 # -- the tests that need a GPU
 
 
@@ -105,6 +203,7 @@ def test_workers_of_mode_mps_know_daemon_and_share_when_cuda_starts(
         "test_green.py",
         "test_multiprocess.py -k not_depend_on_the_workers",
         "test_mps.py",
+        "test_llm.py",
         "test_token_identity.py -k green",
         "test_token_identity.py -k mps",
     ],
@@ -114,6 +213,21 @@ def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
     ran = on_stand_in(command, directory=TESTS)
     assert ran.returncode == 0, ran.stdout
     assert re.search(r"\d+ passed", ran.stdout), ran.stdout
+
+
+# -- the check of a GPU
+
+
+@pytest.mark.parametrize(
+    "stage", ["doctor", "tokens", "tests", "compare-125m", "compare-125m-60", "interference", "paper", "peers"]
+)
+def test_a_stage_of_the_check_ends_with_its_results(stage: str, on_stand_in: StandIn, tmp_path: Path) -> None:
+    command: list[str | Path] = ["scripts/gpu_check.sh", "--quick", "--seconds", "270", "--results", tmp_path, stage]
+    ran = on_stand_in(command, directory=TESTS.parent, environment={"PYTHON": sys.executable}, timeout_s=290)
+    assert ran.returncode == 0, ran.stdout
+    assert f"  {stage}: passed" in ran.stdout
+    assert (tmp_path / "results.tar.gz").exists()
+    assert "NVIDIA H200 (stand-in)" in (tmp_path / "summary.txt").read_text()
 
 
 # -- records of it

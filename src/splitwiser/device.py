@@ -1,10 +1,16 @@
 """Which device a run uses, and its memory between two models."""
 
 import gc
+import os
 
 import torch
 
 from splitwiser.errors import InputError
+
+# Read as CUDA starts, which it does as soon as devices are counted. Of 8 queues, the default, several streams share one, and
+# decode's launches then wait behind prefill's (cuda.h, "Green Contexts"); mode green has up to 16 streams, and 32 queues are
+# the most that the driver makes.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def resolve_device(device: str, gpus: int | None = None) -> torch.device:

@@ -15,7 +15,7 @@ from splitwiser import survey
 from splitwiser.catalog import resolve_model
 from splitwiser.config import DoctorConfig
 from splitwiser.errors import InputError, first_line
-from splitwiser.probe import ProbeError, ask
+from splitwiser.probe import ProbeError, ask, ask_ahead
 from splitwiser.summary import columns
 
 if TYPE_CHECKING:
@@ -82,11 +82,17 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     look = _Look()
     look("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
     pytorch = look("software", "pytorch", survey.find_pytorch).ok
+    if pytorch:
+        survey.ask_for_gpus_ahead()
     transformers = look("software", "transformers", survey.find_transformers).ok
     if pytorch:
         _check_form(config)
     gpus: list[dict[str, Any]] = look("gpu", "devices", survey.find_gpus).figures.get("devices", [])
     place: str | None = look("gpu", "device", survey.find_device, config.device, len(gpus)).figures.get("device")
+    if pytorch and place:
+        survey.ask_for_sharing_ahead(place)
+        for mode in _asked_apart(place):
+            ask_ahead("mode", mode, place, deadline_s=MODE_S)
     gpu = gpus[int(place.removeprefix("cuda:"))] if place and place != "cpu" else None
     memory = look("memory", "main_memory", survey.find_main_memory)
     hub = look("hub", "hub", survey.find_hub, config.model, config.hub)
@@ -193,9 +199,14 @@ def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: 
         yield needs.memory.get(mode != "generate")
 
 
+def _asked_apart(place: str) -> tuple[str, ...]:
+    """The modes of which a process of its own is asked, since to look may start CUDA."""
+    return () if place == "cpu" else ("mps", "green")
+
+
 def _find_mode_problem(mode: str, place: str) -> str | None:
     """As :func:`splitwiser.checks.find_mode_problem`; where that may start CUDA, a process of its own is asked."""
-    if place == "cpu" or mode not in ("mps", "green"):
+    if mode not in _asked_apart(place):
         from splitwiser.checks import find_mode_problem
 
         return find_mode_problem(mode, place)

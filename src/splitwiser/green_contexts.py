@@ -7,7 +7,6 @@ Contexts"). Streams of green contexts go into PyTorch as external ones.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from splitwiser.errors import InputError, RunError, first_line
 
 OLDEST_DRIVER = 12050  # CUDA 12.5, which has streams of green contexts
-QUEUES = 32  # most that the driver makes between host and device; share auto has 16 streams
 
 
 def find_problem(device: torch.device) -> str | None:
@@ -32,9 +30,6 @@ def find_problem(device: torch.device) -> str | None:
         version = _call(driver.cuDriverGetVersion)
         if version < OLDEST_DRIVER:
             return f"the GPU driver supports CUDA {version // 1000}.{version % 1000 // 10}, and 12.5 is needed"
-        # read as CUDA starts; of 8 queues, the default, several streams share one, and decode's launches then wait behind
-        # prefill's (cuda.h, "Green Contexts")
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(QUEUES))
         torch.cuda.init()
         for context in cut_device(device, max(1, count_multiprocessors(device) // 2)):
             _call(driver.cuGreenCtxDestroy, context.handle)

@@ -12,7 +12,7 @@ from typing import Any
 from splitwiser import cgroup, constants
 from splitwiser.catalog import resolve_model
 from splitwiser.errors import first_line
-from splitwiser.probe import ProbeError, ask, run_command
+from splitwiser.probe import ProbeError, ask, ask_ahead, run_command
 
 DEVICES_S, SHARE_S, HUB_S, TOOL_S = 60.0, 90.0, 20.0, 10.0  # longest that each question may take
 FEW_FILES = 256  # a run opens some tens of files, and a pipe for every pair of processes
@@ -56,6 +56,20 @@ def find_transformers() -> Found:
 
 
 # the GPU
+
+
+def ask_for_gpus_ahead() -> None:
+    """Begin to look for GPUs, if this PyTorch can have any."""
+    import torch
+
+    if torch.version.cuda is not None:
+        ask_ahead("devices", deadline_s=DEVICES_S)
+
+
+def ask_for_sharing_ahead(place: str) -> None:
+    """Begin to try whether processes can share memory, on the CPU and on ``place``."""
+    for device in {"cpu", place}:
+        ask_ahead("shares", device, deadline_s=SHARE_S)
 
 
 def find_gpus() -> Found:

@@ -229,6 +229,7 @@ CUresult cuDevResourceGenerateDesc(CUdevResourceDesc* description, CUdevResource
 CUresult cuGreenCtxCreate(CUgreenCtx* context, CUdevResourceDesc description, CUdevice device, unsigned flags) {
     static int contexts = 0;
     if (flags != CU_GREEN_CTX_DEFAULT_STREAM) return CUDA_ERROR_INVALID_VALUE;
+    if (is_refused("cuGreenCtxCreate")) return CUDA_ERROR_NOT_PERMITTED;
     make_context(device);
     const int multiprocessors = static_cast<int>(reinterpret_cast<CUdevResource*>(description)->sm.smCount);
     *context = reinterpret_cast<CUgreenCtx>(new GreenContext{++contexts, device, multiprocessors});
@@ -236,10 +237,18 @@ CUresult cuGreenCtxCreate(CUgreenCtx* context, CUdevResourceDesc description, CU
     return CUDA_SUCCESS;
 }
 
-CUresult cuGreenCtxStreamCreate(CUstream* stream, CUgreenCtx context, unsigned flags, int) {
+CUresult cuGreenCtxDestroy(CUgreenCtx context) {
+    const GreenContext* const green = reinterpret_cast<GreenContext*>(context);
+    log("green context %d is given up", green->number);
+    delete green;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuGreenCtxStreamCreate(CUstream* stream, CUgreenCtx context, unsigned flags, int priority) {
     if (flags != CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
     const GreenContext* const green = reinterpret_cast<GreenContext*>(context);
-    *stream = reinterpret_cast<CUstream>(new_stream(green->device, flags, green->number, green->multiprocessors));
+    *stream = reinterpret_cast<CUstream>(
+        new_stream(green->device, flags, priority, green->number, green->multiprocessors));
     return CUDA_SUCCESS;
 }
 

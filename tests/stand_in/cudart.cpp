@@ -321,14 +321,14 @@ cudaError_t cudaIpcOpenEventHandle(cudaEvent_t* event, cudaIpcEventHandle_t) {
 
 // ---- streams and events: all work is done as it is launched
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
     enter("cudaStreamCreateWithPriority");
-    *stream = reinterpret_cast<cudaStream_t>(new_stream(current_device(), flags, 0, MULTIPROCESSORS));
+    *stream = reinterpret_cast<cudaStream_t>(new_stream(current_device(), flags, priority));
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
-    *priority = 0;
+cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
+    *priority = stream_of(stream)->priority;
     return cudaSuccess;
 }
 

@@ -201,14 +201,21 @@ void delay(const char* function) {
     if (found != delays.end()) usleep(static_cast<useconds_t>(found->second * 1e6));
 }
 
+bool is_refused(const char* function) {
+    static const std::vector<std::string> refused = split(setting("SPLITWISER_STAND_IN_REFUSED", ""));
+    return std::find(refused.begin(), refused.end(), function) != refused.end();
+}
+
 // ---- devices and contexts
 
 void initialise() {
     if (initialised) return;
     initialised = true;
-    log("cuInit CUDA_MPS_PIPE_DIRECTORY=%s CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=%s CUDA_VISIBLE_DEVICES=%s",
+    log("cuInit CUDA_MPS_PIPE_DIRECTORY=%s CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=%s CUDA_MPS_CLIENT_PRIORITY=%s "
+        "CUDA_VISIBLE_DEVICES=%s CUDA_DEVICE_MAX_CONNECTIONS=%s",
         setting("CUDA_MPS_PIPE_DIRECTORY", "").c_str(), setting("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "").c_str(),
-        setting("CUDA_VISIBLE_DEVICES", "").c_str());
+        setting("CUDA_MPS_CLIENT_PRIORITY", "").c_str(), setting("CUDA_VISIBLE_DEVICES", "").c_str(),
+        setting("CUDA_DEVICE_MAX_CONNECTIONS", "").c_str());
     delay("cuInit");
 }
 
@@ -338,10 +345,11 @@ cudaError_t import_memory(const cudaIpcMemHandle_t& handle, void** pointer) {
 
 // ---- streams and captures
 
-Stream* new_stream(int device, unsigned flags, int green_context, int multiprocessors) {
+Stream* new_stream(int device, unsigned flags, int priority, int green_context, int multiprocessors) {
     Stream* const stream = new Stream;
     stream->device = device;
     stream->flags = flags;
+    stream->priority = priority;
     stream->green_context = green_context;
     stream->multiprocessors = multiprocessors;
     return stream;

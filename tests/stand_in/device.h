@@ -30,6 +30,7 @@ struct Graph {
 struct Stream {
     int device = 0;
     unsigned flags = 0;
+    int priority = 0;  // the lower, the sooner
     int green_context = 0;  // its number; 0: none
     int multiprocessors = MULTIPROCESSORS;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -46,6 +47,9 @@ void log(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // Waits as long as SPLITWISER_STAND_IN_DELAY says for this function.
 void delay(const char* function);
+
+// Whether SPLITWISER_STAND_IN_REFUSED names this function: it then fails, as what a sandbox does not permit.
+bool is_refused(const char* function);
 
 // ---- devices and contexts; a device is meant by its place among those that CUDA_VISIBLE_DEVICES leaves
 
@@ -85,7 +89,7 @@ cudaError_t import_memory(const cudaIpcMemHandle_t& handle, void** pointer);
 
 // ---- streams and captures
 
-Stream* new_stream(int device, unsigned flags, int green_context, int multiprocessors);
+Stream* new_stream(int device, unsigned flags, int priority, int green_context = 0, int multiprocessors = MULTIPROCESSORS);
 Stream* stream_of(cudaStream_t handle);  // of 0, 1 and 2 the device's default stream
 bool is_default(const Stream* stream);
 
