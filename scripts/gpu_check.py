@@ -547,8 +547,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def write_tables() -> None:
     """Write the README's tables from the newest check that is kept."""
     abouts = {name: stage.about for name, stage in STAGES.items()}
-    text = gpu_results.section(gpu_results.newest_reference(), abouts)
-    gpu_results.write_section(PROJECT / "README.md", text)
+    parts = gpu_results.sections(gpu_results.newest_reference(), abouts)
+    gpu_results.write_sections(PROJECT / "README.md", parts)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -49,7 +49,7 @@ KEPT = (
 KEPT_BYTES = 1 << 20  # largest file that is kept
 SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # the first that there is has its timelines kept
 PICTURE = "modes.png"
-BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a part of the README that is written here
 BASE = "sequential"  # the variant that others' throughput is divided by, round by round
 SPEED_UP = "speed-up"
 
@@ -288,10 +288,41 @@ def newest_reference() -> Path | None:
     )
 
 
-def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
-    """The README's part on a GPU, in Markdown, from a kept check; ``abouts`` says what each stage finds out."""
+def sections(folder: Path | None, abouts: Mapping[str, str]) -> dict[str, str]:
+    """The parts of the README on a GPU, in Markdown, by the name that their marks have, from a kept check; ``abouts`` says
+    what each stage finds out."""
     if folder is None:
-        return "Not yet measured on a GPU."
+        return dict.fromkeys(("gpu-best", "gpu"), "Not yet measured on a GPU.")
+    return {"gpu-best": best(folder, abouts), "gpu": tables(folder, abouts)}
+
+
+def best(folder: Path, abouts: Mapping[str, str]) -> str:
+    """The placements that were best in each comparison, and the picture of all."""
+    place = f"results/reference/{folder.name}"
+    lines = []
+    for path in sorted(folder.glob("compare-*")):
+        rows = comparison(path).dropna().to_dict("records")
+        base = next((row for row in rows if row["variant"] == BASE), None)
+        if base is None or len(rows) < 2:
+            continue
+        fastest, steadiest = max(rows, key=_figure("tokens/s")), min(rows, key=_figure("ITL p99 ms"))
+        rounds = min(row["rounds"] for row in rows)
+        lines.append(
+            f"- {abouts.get(path.name, path.name)} ({rounds} round{'s' * (rounds > 1)}): "
+            f"most tokens/s with *{fastest['variant']}*, {number(fastest[SPEED_UP])} times those of `{BASE}`; "
+            f"least ITL p99 with *{steadiest['variant']}*, {number(steadiest['ITL p99 ms'])} ms against "
+            f"{number(base['ITL p99 ms'])} ms."
+        )
+    picture = f"![Throughput and time between tokens by mode on a GPU]({place}/{PICTURE})"
+    return "\n\n".join([picture, f"*Measured: {machine_line(folder)}.*", "\n".join(lines)])
+
+
+def _figure(column: str) -> Callable[[Mapping[Hashable, Any]], float]:
+    return lambda row: float(row[column])
+
+
+def tables(folder: Path, abouts: Mapping[str, str]) -> str:
+    """What every stage found, with its command."""
     place = f"results/reference/{folder.name}"
     stages = {name: what for name, what in read_json(folder / RECORD)["stages"].items() if len(table_of(folder / name))}
     commits = sorted({str(what["commit"])[:12] for what in stages.values()})
@@ -301,8 +332,6 @@ def section(folder: Path | None, abouts: Mapping[str, str]) -> str:
         f"Figures of runs are medians over the rounds (one round says nothing about noise); {SPEED_UP} is of tokens a "
         f"second over {BASE}'s, round by round."
     ]
-    if (folder / PICTURE).exists():
-        blocks.append(f"![Throughput and time between tokens by mode on a GPU]({place}/{PICTURE})")
     for name, what in sorted(stages.items(), key=lambda stage: stage[0] == "probe"):  # which is long, and folded
         ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
         blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}"]
@@ -325,11 +354,14 @@ def cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def write_section(readme: Path, text: str) -> None:
-    """Put ``text`` between the marks of ``readme``. Raises :class:`InputError` if it has none."""
+def write_sections(readme: Path, parts: Mapping[str, str]) -> None:
+    """Put each of ``parts`` between its marks in ``readme``. Raises :class:`InputError` if it has none."""
     content = readme.read_text(encoding="utf-8")
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"{readme}: has no {BEGIN} and {END} for the tables to stand between")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    for name, text in parts.items():
+        first, last = BEGIN.format(name), END.format(name)
+        before, begin, rest = content.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end:
+            raise InputError(f"{readme}: has no {first} and {last} for the tables to stand between")
+        content = f"{before}{first}\n{text}\n{last}{after}"
+    readme.write_text(content, encoding="utf-8")

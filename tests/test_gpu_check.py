@@ -308,7 +308,14 @@ def grid_of(work: Path, name: str) -> tuple[dict[str, Any], list[str]]:
 def test_comparison_has_the_variants_that_work_with_the_base_first(tmp_path: Path) -> None:
     write_doctor(tmp_path, "generate", "sequential", "mp")
     _, variants = grid_of(tmp_path, "compare-1b")
-    assert variants == ["sequential", "mp", "generate", "two mixed, mp", "sequential, chunks of 512"]
+    assert variants == [
+        "sequential",
+        "mp",
+        "generate",
+        "sequential, steps of 8192",
+        "two mixed, mp",
+        "sequential, chunks of 512",
+    ]
     write_doctor(tmp_path, *gpu_check.MODES)
     assert grid_of(tmp_path, "compare-1b")[1] == list(gpu_check.VARIANTS)
 
@@ -428,15 +435,17 @@ def test_import_writes_the_tables_into_the_readme(
     monkeypatch.setattr(gpu_results, "REFERENCE", tmp_path / "results" / "reference")
     monkeypatch.setattr(gpu_check, "PROJECT", tmp_path)
     (tmp_path / "README.md").write_text(
-        "before\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n", encoding="utf-8"
+        "<!-- gpu-best: begin -->\n<!-- gpu-best: end -->\nbefore\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n",
+        encoding="utf-8",
     )
     assert gpu_check.main(["--import", str(archive), "--as", "gpu-mine"]) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- gpu: begin -->\nNVIDIA H100 80GB HBM3; 2026-01-02; commit abcdef012345.")
+    assert "before\n<!-- gpu: begin -->\nNVIDIA H100 80GB HBM3; 2026-01-02; commit abcdef012345." in text
     assert text.endswith("|\n<!-- gpu: end -->\nafter\n")
     assert "results/reference/gpu-mine/modes.png" in text
     assert "    scripts/gpu_check.sh compare-1b\n" in text
     assert "| mp | 1 | 20.0 |" in text
+    assert "most tokens/s with *mp*, 2.00 times those of `sequential`; least ITL p99 with *sequential*" in text
     assert "| mps | 0 | - |" in text
     assert "| kernel | 5 | 1 | 0 | 2 |" in text
 
@@ -449,15 +458,17 @@ def test_folders_of_the_machine_are_not_kept() -> None:
 
 def test_readme_without_marks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("text", encoding="utf-8")
-    assert_says(refusal(gpu_results.write_section, tmp_path / "README.md", ""), "has no <!-- gpu: begin -->")
+    assert_says(refusal(gpu_results.write_sections, tmp_path / "README.md", {"gpu": ""}), "has no <!-- gpu: begin -->")
 
 
 def test_readme_has_the_tables_of_the_newest_check() -> None:
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    made = gpu_results.section(
+    made = gpu_results.sections(
         gpu_results.newest_reference(), {name: each.about for name, each in gpu_check.STAGES.items()}
     )
-    assert text.partition(gpu_results.BEGIN)[2].partition(gpu_results.END)[0] == f"\n{made}\n"
+    for name, part in made.items():
+        begin, end = gpu_results.BEGIN.format(name), gpu_results.END.format(name)
+        assert text.partition(begin)[2].partition(end)[0] == f"\n{part}\n"
 
 
 # -- all of it
