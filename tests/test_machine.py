@@ -94,6 +94,11 @@ def test_commit_is_what_git_says_of_the_project(monkeypatch: pytest.MonkeyPatch)
     assert asked[:3] == ["git", "-C", str(constants.DIR_PROJECT)]
 
 
+def test_commit_of_a_copy_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITWISER_COMMIT", "4567")
+    assert machine.git_commit() == "4567"
+
+
 @pytest.mark.parametrize(
     "error",
     [FileNotFoundError("git"), subprocess.CalledProcessError(128, "git"), subprocess.TimeoutExpired("git", 10)],

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -109,8 +110,9 @@ class OneProcess:
         assert process.stdout is not None
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        process.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}).encode() + b"\n")
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended; its answer, which is none, says so
+            process.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}).encode() + b"\n")
+            process.stdin.flush()
         try:
             while not select.select([process.stdout], [], [], LOOK_S)[0]:
                 show(_progress(log))
@@ -129,7 +131,8 @@ class OneProcess:
             return
         process, self._process = self._process, None
         assert process.stdin is not None
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(STOP_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):

@@ -1,0 +1,70 @@
+"""Runs one after another in one process."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import assert_says, refusal, wait_for
+
+from splitwiser.config import RunConfig
+from splitwiser.rounds import OneProcess, check_one_process
+
+
+def quiet(_: str) -> None:
+    """Hears how far a run is."""
+
+
+def test_runs_share_a_process_and_each_has_its_log(tmp_path: Path) -> None:
+    with OneProcess() as execute:
+        assert execute(["cases"], tmp_path / "logs" / "first.log", quiet) == 0
+        first = process_of(execute)
+        assert execute(["models"], tmp_path / "logs" / "second.log", quiet) == 0
+        assert process_of(execute) == first
+    assert "null prompt" in (tmp_path / "logs" / "first.log").read_text()
+    assert "opt-125m" in (tmp_path / "logs" / "second.log").read_text()
+    assert "opt-125m" not in (tmp_path / "logs" / "first.log").read_text()
+    assert not is_alive(first)
+
+
+def test_after_a_run_that_failed_the_next_has_another_process(tmp_path: Path) -> None:
+    with OneProcess() as execute:
+        assert execute(["cases"], tmp_path / "first.log", quiet) == 0
+        first = process_of(execute)
+        assert execute(["report", str(tmp_path / "nothing")], tmp_path / "failed.log", quiet) == 2
+        assert "splitwiser: " in (tmp_path / "failed.log").read_text()
+        assert execute(["cases"], tmp_path / "third.log", quiet) == 0
+        assert process_of(execute) != first
+    assert not is_alive(first)
+
+
+def test_a_process_that_is_killed_fails_its_run_alone(tmp_path: Path) -> None:
+    with OneProcess() as execute:
+        assert execute(["cases"], tmp_path / "first.log", quiet) == 0
+        os.kill(process_of(execute), signal.SIGKILL)
+        assert execute(["cases"], tmp_path / "killed.log", quiet) == -signal.SIGKILL
+        assert execute(["cases"], tmp_path / "third.log", quiet) == 0
+
+
+def test_a_cpu_is_refused() -> None:
+    assert_says(refusal(check_one_process, [RunConfig(device="cpu")]), "--one_process", "GPU", "peak memory")
+
+
+def process_of(execute: OneProcess) -> int:
+    assert execute._process is not None
+    return execute._process.pid
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_is_broken_off_is_ended(end: type[BaseException], tmp_path: Path) -> None:
+    def breaking_off(_: str) -> None:
+        raise end
+
+    with OneProcess() as execute:
+        with pytest.raises(end):
+            execute(["run", "--limit", "200", "--results", str(tmp_path)], tmp_path / "run.log", breaking_off)
+        wait_for(lambda: not is_alive(process_of(execute)), "end of the run")
