@@ -182,6 +182,26 @@ def test_a_capture_that_fails_says_why_and_leaves_the_process_as_it_was(
 
 
 @pytest.mark.gpu
+def test_graphs_of_the_default_stream_are_captured_on_one_other(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[int] = []
+    capture = DecodeGraphs._capture
+
+    def noting(graphs: DecodeGraphs, stream: torch.cuda.Stream, step: _FixedStep) -> Any:
+        captured.append(stream.cuda_stream)
+        return capture(graphs, stream, step)
+
+    model, pool = loaded(tiny("opt"), "cuda")
+    monkeypatch.setattr(DecodeGraphs, "_capture", noting)
+    graphs, described = capture_graphs(model, pool, 8)
+    assert graphs is not None, described
+    assert len(captured) == len(ladder(8))
+    assert len(set(captured)) == 1  # a private pool's memory is used again on the stream that it was used on
+    assert captured[0] != torch.cuda.default_stream().cuda_stream
+
+
+@pytest.mark.gpu
 def test_a_graph_runs_on_the_stream_it_is_asked_on(tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny("llama"), "cuda")
     expected = tokens_of(model, pool, None)

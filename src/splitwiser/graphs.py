@@ -35,9 +35,7 @@ class _FixedStep(StepCache):
         self.tokens, self.positions, self._slots, self._lengths = self._device.split(size)
         self._tables = torch.zeros(size, width, dtype=torch.int64, device=device)
         self._offsets = torch.arange(size + 1, device=device)
-        self._first = torch.zeros(
-            size, dtype=torch.int64, device=device
-        )  # what each token sees from, under a causal mask
+        self._first = torch.zeros(size, dtype=torch.int64, device=device)  # where each token's view begins, if causal
         self._starts: dict[Mask, Tensor] = {}
         self._lengths.fill_(1)  # of no request yet: one token in slot 0, where any request writes before it reads
 

@@ -34,9 +34,7 @@ class SharedMemory:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._fd: int | None = None
-        self._counters: list[
-            tuple[bytes, int]
-        ] = []  # of PyTorch, one a time it was sent: whether the receiver has ended
+        self._counters: list[tuple[bytes, int]] = []  # PyTorch's, one for each receiver, which it keeps the memory for
         if device.type == "cuda":
             tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         else:
