@@ -260,9 +260,9 @@ def peers(check: Check) -> Iterator[list[str]]:
 
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 STAGES = {
-    "probe": Stage(66, "what the modes rest on: CUDA's start, shared memory, green contexts, priorities, MPS", probe),
-    "doctor": Stage(41, "which modes work here", doctor),
-    "tokens": Stage(67, "every working mode's float32 tokens against those of generate", tokens),
+    "probe": Stage(80, "what the modes rest on: CUDA's start, shared memory, green contexts, priorities, MPS", probe),
+    "doctor": Stage(42, "which modes work here", doctor),
+    "tokens": Stage(52, "every working mode's float32 tokens against those of generate", tokens),
     "tests": Stage(LONG_S, "the tests marked gpu", tests),
     **{
         f"compare-{model}{'' if load is None else f'-{load}'}": Stage(

@@ -174,18 +174,16 @@ def start(say: Say) -> None:
 
 @probe
 def green(say: Say) -> None:
-    """At each split of the multiprocessors: whether green contexts keep plain and captured kernels to their own."""
+    """At several splits of the multiprocessors: whether green contexts keep plain and captured kernels to their own."""
     import torch
 
-    from splitwiser.green import GreenDivision
+    from splitwiser.green_contexts import count_multiprocessors, cut_device
     from splitwiser.kernels.multiprocessors import note_multiprocessor
-    from splitwiser.layout import ONE_OF_EACH
-    from splitwiser.shares import ShareSettings
 
     start_context()
     device = torch.device("cuda", 0)
     began = time.perf_counter()
-    division = GreenDivision(device, ONE_OF_EACH, ShareSettings(share="auto", itl_target_ms=50.0, lend=True))
+    splits = [cut_device(device, round(count_multiprocessors(device) * percent / 100)) for percent in (88, 50, 12)]
     say("all splits made", time.perf_counter() - began, "s")
     numbers = torch.zeros(4096, dtype=torch.int32, device=device)
 
@@ -200,16 +198,16 @@ def green(say: Say) -> None:
         return {int(number) for number in numbers.tolist()}
 
     say("multiprocessors without a green context", len(used(kernel)), "")
-    lanes = [division.lane("prefill-0"), division.lane("decode-0")]
-    for level, granted in enumerate(division.units):
+    for contexts in splits:
         plain, graphs, elsewhere = [], [], []
-        for lane in lanes:
-            with torch.cuda.stream(lane._streams[level]):
+        for context in contexts:
+            stream = context.stream(device, priority=0)
+            with torch.cuda.stream(stream):
                 plain.append(used(kernel))
-                graph = captured(kernel, lane._streams[level])
+                graph = captured(kernel, stream)
                 graphs.append(used(graph.replay))
             elsewhere.append(used(graph.replay))
-        name = f"split {'/'.join(map(str, granted.values()))}"
+        name = f"split {'/'.join(str(context.sms) for context in contexts)}"
         for phase, ran, ran_graph, replayed in zip(("prefill", "decode"), plain, graphs, elsewhere, strict=True):
             say(f"{name}: {phase}", len(ran), "multiprocessors")
             say(f"{name}: {phase}, graph", len(ran_graph), "multiprocessors")
@@ -238,14 +236,11 @@ def measure_beside() -> list[tuple[str, float, str]]:
     """Name, value and unit of each finding of :func:`beside` with this process's queues."""
     import torch
 
-    from splitwiser.green import GreenDivision
-    from splitwiser.layout import parse_layout
-    from splitwiser.shares import ShareSettings
+    from splitwiser.green_contexts import count_multiprocessors, cut_device
 
     start_context()
     device = torch.device("cuda", 0)
-    layout = parse_layout("[{role: prefill, share: 40}, {role: decode, share: 60}]")
-    division = GreenDivision(device, layout, ShareSettings(share="fixed", itl_target_ms=50.0, lend=True))
+    prefill, decode_part = cut_device(device, round(count_multiprocessors(device) * 0.4))
     random = partial(torch.randn, device=device, dtype=torch.bfloat16)
     left, right, rows, weight = random(2048, 4096), random(4096, 4096), random(64, 2048), random(2048, 2048)
 
@@ -262,7 +257,7 @@ def measure_beside() -> list[tuple[str, float, str]]:
     pairs = {
         "undivided": (torch.cuda.Stream(device), torch.cuda.Stream(device)),
         "decode first": (torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-5)),
-        "green 40/60": (division.lane("prefill-0")._streams[0], division.lane("decode-0")._streams[0]),
+        "green 40/60": (prefill.stream(device, priority=0), decode_part.stream(device, priority=0)),
     }
     for name, (prefill_stream, decode_stream) in pairs.items():
         with torch.cuda.stream(decode_stream):
@@ -396,7 +391,6 @@ def decode_attention(say: Say) -> None:
     """The Triton kernel: its error against float64, the time of its compilation, and bytes a second."""
     import torch
 
-    from splitwiser.attention import AttentionOptions, attend
     from splitwiser.gpu_kernel import GpuKernel
 
     kernel, device = GpuKernel(), torch.device("cuda", 0)
@@ -418,10 +412,11 @@ def decode_attention(say: Say) -> None:
         errors = []
         for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
             k, v = (
-                kept[tables[row]].flatten(0, 1)[first:length].transpose(0, 1)[None].double() for kept in (keys, values)
+                kept[tables[row]].flatten(0, 1)[first:length].repeat_interleave(heads // kv_heads, dim=1).double()
+                for kept in (keys, values)
             )
-            seen = torch.ones(1, 1, 1, length - first, dtype=torch.bool, device=device)
-            expected = attend(query[row, :, None][None].double(), k, v, seen, AttentionOptions(size**-0.5))[0, :, 0]
+            weights = (torch.einsum("hd,thd->ht", query[row].double(), k) * size**-0.5).softmax(dim=-1)
+            expected = torch.einsum("ht,thd->hd", weights, v)
             errors.append(float((made[row].double() - expected).norm() / expected.norm()))
         say(f"{name}: largest relative error", max(errors), "")
     for model, heads, kv_heads, size in (("llama-3.2-1b", 32, 8, 64), ("llama2-7b", 32, 32, 128)):
