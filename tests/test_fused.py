@@ -197,7 +197,9 @@ def test_a_model_of_fused_parts_gives_its_logits(name: str, tiny: Callable[[str]
 
 
 @needs_compiler
-@pytest.mark.skipif(packed.most_few() == 0, reason="this processor has no function for products of a few rows")
+@pytest.mark.skipif(
+    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
+)
 @pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
 def test_a_layer_of_a_few_rows_is_one_call(
     name: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

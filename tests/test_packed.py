@@ -43,7 +43,9 @@ def test_computes_what_the_linear_layer_does(shape: tuple[int, ...], bias: bool)
 
 
 @needs_packing
-@pytest.mark.skipif(packed.most_few() == 0, reason="this processor has no function for products of a few rows")
+@pytest.mark.skipif(
+    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
+)
 @pytest.mark.parametrize("activation", [("none", ""), packed.RELU])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [(64, 128), (48, 96), (40, 100), (576, 1), (2, 65)], ids=str)
@@ -83,6 +85,21 @@ def test_what_lies_otherwise_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) 
     assert layer.product is None
     with torch.inference_mode():
         assert_same(layer(inputs(1, 48)), plain(inputs(1, 48)))
+
+
+@pytest.mark.parametrize("problem", [None, "oneDNN lays weights out otherwise here"])
+def test_a_run_says_what_computes_products_of_a_few_rows(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "find_few_problem", lambda: problem)
+    said = packed.describe()
+    assert said.startswith("oneDNN's, weights packed once; products of a few rows ")
+    assert said.endswith(f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {packed.most_few()})")
+
+
+@needs_packing
+def test_another_layout_of_onednns_is_the_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "most_few", lambda: 6)
+    monkeypatch.setattr(PackedLinear, "_lies_in_panels", lambda *_: False)  # as with AMX
+    assert packed.find_few_problem.__wrapped__() == "oneDNN lays weights out otherwise here"
 
 
 @needs_packing
@@ -157,7 +174,7 @@ def test_all_placements_make_the_same_tokens(name: str, tiny: Callable[[str], Pa
     placements: list[dict[str, Any]] = [{}, {"mode": "mp"}]
     for settings in placements:
         with LLM(tiny(name), dtype="bfloat16", max_batch=1, prefill_tokens=512, **settings) as llm:
-            assert llm.started.kernels["linear_layers"] == "oneDNN's, weights packed once"
+            assert llm.started.kernels["linear_layers"] == packed.describe()
             outputs = [llm.generate([prompt], SamplingParams(max_tokens=12))[0] for prompt in prompts]
             made.append([output.token_ids for output in outputs])
     assert made[0] == made[1]

@@ -180,6 +180,25 @@ def most_few() -> int:
 
 
 @cache
+def find_few_problem() -> str | None:
+    """Why products of a few rows are oneDNN's too, in a few words; None if the function for them reads what oneDNN packs,
+    which is tried out on a small layer. It does not where oneDNN may use AMX, for which it lays weights out otherwise."""
+    if problem := find_problem():
+        return problem
+    if most_few() == 0:
+        return "this processor has no function for them"
+    linear = nn.Linear(64, 128, dtype=torch.bfloat16).requires_grad_(False)
+    return None if PackedLinear(linear).product else "oneDNN lays weights out otherwise here"
+
+
+def describe() -> str:
+    """What computes packed layers, for a run's record."""
+    problem = find_few_problem()
+    few = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {most_few()})"
+    return f"oneDNN's, weights packed once; products of a few rows {few}"
+
+
+@cache
 def _few_functions() -> ctypes.CDLL | None:
     """The functions of kernels/layer.cpp, where this processor has what they need."""
     library, _ = load_native()

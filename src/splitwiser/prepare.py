@@ -52,7 +52,7 @@ def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
-        "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else "oneDNN's, weights packed once",
+        "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
         "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
         **attention,
     }
