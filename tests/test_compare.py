@@ -73,7 +73,7 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
 
 def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("splitwiser.compare.compare", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr("splitwiser.compare.compare", lambda *arguments, **named: given.extend([*arguments, named]))
     line = (
         "compare --modes mp --limit 3 --max-batch 9 --variant 'four: --mode mp --max_batch 4' --repeats 2 --minutes 5"
     )
@@ -85,6 +85,7 @@ def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         ],
         2,
         5.0,
+        {"one_process": False},
     ]
 
 
@@ -169,7 +170,7 @@ def test_the_record_repeats_the_comparison(compared: Compared) -> None:
     }
     given: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("splitwiser.compare.compare", lambda *arguments: given.extend(arguments))
+        patch.setattr("splitwiser.compare.compare", lambda *arguments, **_: given.extend(arguments))
         assert main(shlex.split(record["command"])[1:]) == 0
     assert {variant.name: variant.config for variant in given[0]} == {
         name: RunConfig(**options) for name, options in record["variants"].items()

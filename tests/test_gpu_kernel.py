@@ -36,7 +36,10 @@ def test_without_triton_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_kernels_are_offered_without_importing_triton() -> None:
-    code = "import sys; from splitwiser import gpu_kernel as g; g.load_gpu_kernels(); sys.exit('triton' in sys.modules)"
+    code = (
+        "import sys, torch; from splitwiser import gpu_kernel; gpu_kernel.load_gpu_kernels(torch.float32, []); "
+        "sys.exit('triton' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(constants.DIR_PROJECT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 

@@ -15,7 +15,7 @@ from splitwiser import survey
 from splitwiser.catalog import resolve_model
 from splitwiser.config import DoctorConfig
 from splitwiser.errors import InputError, first_line
-from splitwiser.probe import ProbeError, ask, ask_ahead
+from splitwiser.probe import ProbeError, ask, ask_ahead, ending_questions
 from splitwiser.summary import columns
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Diagnosis:
         return "\n".join([*lines, columns([("mode", "works", "why not / note"), *table])])
 
 
+@ending_questions()
 def diagnose(config: DoctorConfig) -> Diagnosis:
     """Look at everything. Raises :class:`InputError` on a model, a type or a size that does not exist."""
     name = resolve_model(config.model).name

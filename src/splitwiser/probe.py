@@ -3,20 +3,18 @@
 ``python -m splitwiser.probe NAME [ARGUMENT...]`` prints the answer as one line of JSON.
 """
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from splitwiser.errors import first_line
-
-_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 
 class ProbeError(Exception):
@@ -24,6 +22,7 @@ class ProbeError(Exception):
 
 
 _asked: dict[tuple[str, ...], "Future[Any]"] = {}
+_running: set["subprocess.Popen[str]"] = set()
 
 
 def ask_ahead(name: str, *arguments: str, deadline_s: float) -> None:
@@ -39,6 +38,18 @@ def ask_ahead(name: str, *arguments: str, deadline_s: float) -> None:
 
     threading.Thread(target=wait_for_it, daemon=True).start()
     _asked[name, *arguments] = answer
+
+
+@contextmanager
+def ending_questions() -> Iterator[None]:
+    """While this lasts, questions may be asked ahead; what is still being asked at its end is ended, with all that it has
+    started."""
+    try:
+        yield
+    finally:
+        for process in list(_running):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def ask(name: str, *arguments: str, deadline_s: float) -> Any:  # noqa: ANN401  # each probe has an answer of its own
@@ -61,6 +72,7 @@ def run_command(command: list[str], deadline_s: float, text: str = "") -> str:
         )
     except OSError as error:
         raise ProbeError(f"{command[0]}: {error.strerror}") from error
+    _running.add(process)
     try:
         output, errors = process.communicate(text, timeout=deadline_s)
     except subprocess.TimeoutExpired as error:
@@ -69,6 +81,7 @@ def run_command(command: list[str], deadline_s: float, text: str = "") -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+        _running.discard(process)
     if process.returncode:
         raise ProbeError(_reason(errors or output, process.returncode))
     return output
@@ -155,5 +168,4 @@ def _hub(repository: str) -> None:
 PROBES: dict[str, Callable[..., Any]] = {"devices": _devices, "shares": _shares, "mode": _mode, "hub": _hub}
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody is left to hear the answer then
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))
