@@ -133,6 +133,12 @@ with LLM(sys.argv[1], mode="sequential", device="cuda", dtype="bfloat16", max_ba
     assert described == "torch.nn.attention.varlen, one call a layer"
 
 
+def test_no_step_is_too_large_to_warm_up_with(on_stand_in: StandIn, tiny: Callable[[str], Path]) -> None:
+    script = STREAMS.replace("prefill_tokens=300", "prefill_tokens=1 << 20")
+    ran, _ = printed(run_script(on_stand_in, script, tiny("opt"), json.dumps({"share": "none"})))
+    assert ran[0][-1] == 8192
+
+
 STREAMS = """
 import json, sys
 import torch

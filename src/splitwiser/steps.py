@@ -13,6 +13,8 @@ from splitwiser.model import LoadedModel
 from splitwiser.request import Request, SamplingParams
 from splitwiser.sampling import choose
 
+WARM_UP_TOKENS = 8192  # a larger step runs the kernels of one of so many tokens
+
 
 @dataclass(eq=False)
 class InFlight:
@@ -96,11 +98,12 @@ def decode_step(
 
 
 def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequence["torch.cuda.Stream"] = ()) -> None:
-    """On a GPU, run a prefill step of ``budget`` tokens on each of ``streams`` (by default on the current one), before there
-    are requests: the first step on a stream loads kernels, tries products out and takes a workspace. Its K and V go into the
-    pool's first blocks. On a CPU, do nothing."""
+    """On a GPU, run a prefill step of ``budget`` tokens, :data:`WARM_UP_TOKENS` at most, on each of ``streams`` (by default on
+    the current one), before there are requests: the first step on a stream loads kernels, tries products out and takes a
+    workspace. Its K and V go into the pool's first blocks. On a CPU, do nothing."""
     if model.device.type != "cuda":
         return
+    budget = min(budget, WARM_UP_TOKENS)
     length = min(budget, pool.blocks * pool.block_tokens, model.max_positions or budget)
     prompt = InFlight(Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length)))
     for stream in streams or [torch.cuda.current_stream(model.device)]:
