@@ -62,6 +62,13 @@ def test_an_answer_is_put_together_from_handoff_and_tokens(model: LoadedModel) -
     assert (metrics.prefill_worker, metrics.decode_worker) == ("prefill-0", "decode-0")
 
 
+def test_decode_starts_with_its_first_step(model: LoadedModel) -> None:
+    first = Progress("decode-0", 2_500, 3_000, (Handoff(0, 7, 1_000, 2_000, "prefill-0"),), ((0, 8),), ())
+    second = Progress("decode-0", 3_100, 4_000, (), ((0, 9),), ((0, "length"),))
+    (output,) = SplitEngine(model, Scripted([first], [second]), 100).run([request(0)], Seen(), 0)
+    assert output.metrics.decode_start_ns == 2_500
+
+
 def test_a_step_record_that_comes_after_the_last_answer_is_kept(model: LoadedModel) -> None:
     late = StepRecord("prefill-0", "prefill", "prefill", 1_000, 2_000, 1, 2)
     seen = Seen()
@@ -77,11 +84,20 @@ def test_a_step_record_of_the_run_before_is_dropped(model: LoadedModel) -> None:
 
 
 def test_requests_are_submitted_when_they_arrive(model: LoadedModel) -> None:
-    import time
+    placement = Scripted()
+    clock = [0]
+    submitted: list[tuple[list[int], int | None]] = []
 
-    placement = Scripted([], [], [answered(1), answered(0)])
-    SplitEngine(model, placement, 100).run([request(0), request(1, arrival_s=-1)], Seen(), time.perf_counter_ns())
-    assert placement.submitted == [1, 0]
+    def poll(until_ns: int | None) -> Sequence[Message]:
+        submitted.append((list(placement.submitted), until_ns))
+        clock[0] += 400_000_000
+        return [answered(0), answered(1)] if len(submitted) == 4 else []
+
+    placement.poll = poll  # type: ignore[method-assign]
+    engine = SplitEngine(model, placement, 100, lambda: clock[0])
+    engine.run([request(0, arrival_s=1.0), request(1, arrival_s=0.5)], Seen(), 0)
+    # looked at 0, 0.4, 0.8 and 1.2 s
+    assert submitted[:4] == [([], 500_000_000), ([], 500_000_000), ([1], 1_000_000_000), ([1, 0], None)]
 
 
 def test_a_closed_loop_submits_the_next_when_one_finishes(model: LoadedModel) -> None:
