@@ -211,7 +211,7 @@ def test_what_was_measured_decides() -> None:
 def test_latency_is_better_when_less() -> None:
     advice = recommend(AdviseConfig(objective="ttft"), table([100, 50, 20, 80], "p99_ttft_ms"), NO_CHECKS, Path())
     assert advice.best == Candidate(*CANDIDATES[2])
-    assert_says(advice.reasons[0], "TTFT p99 is 20.0 ms with split phases and 80.0 ms without", "better")
+    assert_says(advice.reasons[0], "TTFT p99 is 20.0 ms with split phases and 80.0 ms without", "300% better")
 
 
 @pytest.mark.parametrize(

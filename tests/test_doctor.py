@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from helpers import refusal
+from helpers import refusal, wait_for
 
 from splitwiser import cgroup, doctor, survey
 from splitwiser.config import DoctorConfig
@@ -141,9 +140,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     )
-    deadline = time.monotonic() + 100
-    while not list(marks.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: bool(list(marks.iterdir())), "start of the probe")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     (probe,) = marks.iterdir()

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import pytest
+from conftest import POSITIONS
+from helpers import assert_says, refusal
 from test_llm import Seen
 
-from splitwiser.engine import SplitEngine
+from splitwiser.engine import SplitEngine, check_fits
 from splitwiser.errors import RunError, WorkerLostError
 from splitwiser.messages import Handoff, Message, Progress, StepRecord
 from splitwiser.model import LoadedModel, load_model
@@ -132,3 +134,21 @@ def test_a_lost_worker_leaves_the_unanswered_by_id(model: LoadedModel) -> None:
     ids = ", ".join(map(str, range(1, 21)))
     assert str(caught.value) == f"worker decode-0 was killed by SIGKILL; not answered: requests {ids} and 9 more"
     assert caught.value.__notes__ == ["where"]
+
+
+# the last token that a request makes takes no position and no room
+
+
+def of_tokens(prompt: int, new: int) -> Request:
+    return Request(0, (5,) * prompt, SamplingParams(max_tokens=new), seed=0)
+
+
+def test_a_request_may_take_every_position(model: LoadedModel) -> None:
+    check_fits(of_tokens(POSITIONS - 4, 5), model, None)
+    message = refusal(check_fits, of_tokens(POSITIONS - 4, 6), model, None)
+    assert_says(message, f"need {POSITIONS + 1} positions", f"has {POSITIONS}")
+
+
+def test_a_request_may_take_all_the_room(model: LoadedModel) -> None:
+    check_fits(of_tokens(28, 5), model, 32)
+    assert_says(refusal(check_fits, of_tokens(28, 6), model, 32), "room for 33 tokens", "holds 32")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import assert_says, put_mps_programs, refusal
+from helpers import assert_says, put_mps_programs, refusal, wait_for
 from test_cli import only_run
 from test_multiprocess import Running, Trigger, finished
 from test_token_identity import LENGTHS, prompts_of
@@ -349,8 +349,7 @@ def existing(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv(mps.PIPES, str(pipes))
     monkeypatch.setenv(mps.LOGS, str(logs))
     subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
-    while not (pipes / "control").exists():
-        time.sleep(0.05)
+    wait_for((pipes / "control").exists, "pipe of the daemon")
     (pid,) = stand_in.processes("nvidia-cuda-mps-control")
     return pid
 

@@ -217,6 +217,18 @@ def test_the_pool_is_the_same_memory_in_every_process(tiny: Callable[[str], Path
     assert mappings[0] <= mappings[2]
 
 
+def test_a_closed_one_leaves_no_handle_of_its_memory(tiny: Callable[[str], Path]) -> None:
+    def handles() -> list[str]:
+        links = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        return [link for link in links if "memfd:splitwiser" in link]
+
+    before = handles()
+    llm = LLM(tiny("opt"), mode="mp", kv_memory="1MiB")
+    assert len(handles()) > len(before)
+    llm.close()
+    assert handles() == before
+
+
 # -- the phases at the same time
 
 
@@ -259,6 +271,15 @@ def test_five_hundred_requests_through_a_small_pool(tiny: Callable[[str], Path])
     assert len(last.token_ids) == 2
 
 
+def test_room_of_what_ended_is_room_again(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), mode="mp", workers=[{"role": "mixed", "count": 2}]) as llm:
+        used = []
+        for prompts in ([[5] * 200, [6]], [[5], [6]]):
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+            used.append([output.metrics.decode_worker for output in outputs])
+    assert used == [["mixed-0", "mixed-1"]] * 2
+
+
 def test_a_handoff_is_measured(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), mode="mp") as llm:
         outputs = llm.generate(
@@ -271,6 +292,12 @@ def test_a_handoff_is_measured(tiny: Callable[[str], Path]) -> None:
 
 
 # -- ends of every kind
+
+
+def test_workers_that_are_told_to_end_do_so_by_themselves(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), mode="mp", kv_memory="1MiB") as llm:
+        workers = placement_of(llm)._processes
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 class Trigger(Observer):
