@@ -65,8 +65,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise given[name]
         return given[name]
 
-    monkeypatch.setattr(doctor, "ask", ask)
-    monkeypatch.setattr(survey, "ask", ask)
+    for module in (doctor, survey):
+        monkeypatch.setattr(module, "ask", ask)
+        monkeypatch.setattr(module, "ask_ahead", lambda *_, **__: None)
     return given
 
 
@@ -145,7 +146,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     (probe,) = marks.iterdir()
     assert (process.returncode, errors) == (130, "splitwiser: interrupted\n")
-    assert not Path(f"/proc/{probe.name}").exists()
+    wait_for(lambda: not Path(f"/proc/{probe.name}").exists(), "end of the probe")
 
 
 # a run says the same
