@@ -114,8 +114,14 @@ def test_open_loop_keeps_arrival_times_however_late_it_is_asked() -> None:
 def test_open_loop_does_not_wait_for_answers() -> None:
     arrivals = Arrivals([request(number) for number in range(5)], 0)
     assert ids(arrivals) == [0, 1, 2, 3, 4]
-    arrivals.finished(1)
-    assert arrivals.next_ns is None
+
+
+def test_open_loop_lets_nobody_arrive_sooner_for_an_answer() -> None:
+    arrivals = Arrivals([request(0), request(1, arrival_s=3600.0)], 0, clock=lambda: 1_000)
+    assert ids(arrivals) == [0]
+    arrivals.finished(900)
+    assert ids(arrivals) == []
+    assert arrivals.next_ns == 3_600_000_000_000
 
 
 def test_closed_loop_lets_the_next_arrive_the_moment_one_finishes() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import VOCABULARY
 from helpers import assert_says, processes_naming, refusal, wait_for
 from test_cli import COMMAND, only_run, splitwiser, write_workload
 from test_multiprocess import session_of
@@ -22,6 +23,7 @@ from test_multiprocess import session_of
 from splitwiser.cli import main
 from splitwiser.compare import Variant, _turns, compare, conclude, make_variants
 from splitwiser.config import RunConfig
+from splitwiser.paired import within_noise
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11] * 20]
 
@@ -60,11 +62,15 @@ def test_variants_that_make_no_sense_are_refused(modes: list[str], described: li
         ({"limit": 3}, ["variant last differs from first in its requests", "sweep"]),
         ({"max_new_tokens": 3}, ["variant last differs from first in its sampling"]),
         ({"seed": 3}, ["variant last differs from first in its seed"]),
+        ({"load_format": "dummy"}, ["variant last differs from first in its load_format"]),
+        ({"model": "MODEL"}, ["variant last differs from first in its model"]),
     ],
 )
 def test_a_wrong_last_variant_is_refused_before_anything_runs(
-    options: dict[str, Any], parts: list[str], tmp_path: Path
+    options: dict[str, Any], parts: list[str], tmp_path: Path, tiny: Callable[[str], Path]
 ) -> None:
+    if "model" in options:
+        options = {"model": str(tiny("opt"))}
     base: dict[str, Any] = {"results": str(tmp_path / "out"), "limit": 2}
     variants = [Variant("first", base), Variant("same", base), Variant("last", base | options)]
     assert_says(refusal(compare, variants, 1), *parts)
@@ -146,7 +152,7 @@ def test_the_summary_is_of_those_rows(compared: Compared) -> None:
         assert row["median"] == pytest.approx(np.median(other))
         assert (row["least"], row["greatest"]) == pytest.approx((other.min(), other.max()))
         assert row["ratio_median"] == pytest.approx(np.median(other / first))
-        assert str(row["within_noise"]) in ("True", "False")
+        assert str(row["within_noise"]) == str(within_noise(list(other / first)))
         assert metric in compared.done.stdout
 
 
@@ -178,27 +184,30 @@ def test_the_record_repeats_the_comparison(compared: Compared) -> None:
     assert given[1] == 2
 
 
-def concluded(compared: Compared, tmp_path: Path, **changes: object) -> tuple[list[str], pd.DataFrame]:
-    """The faults and the table of tokens when a token of the second run is another, and its row has ``changes``."""
+def concluded(
+    compared: Compared, tmp_path: Path, *, column: str = "token_ids", temperature: float = 0, **changes: object
+) -> tuple[list[str], pd.DataFrame]:
+    """The faults and the table of tokens when a token in ``column`` of the second run is another, and its row has
+    ``changes``."""
     folder = tmp_path / "copy"
     shutil.copytree(compared.folder, folder)
     rows: list[Any] = compared.rows.to_dict("records")
     path = folder / "runs" / rows[1]["run_id"] / "tokens.csv"
     tokens = pd.read_csv(path, dtype=str)
     request = tokens.index[tokens["request_id"] == "2"][0]
-    made = tokens.loc[request, "token_ids"].split()
-    tokens.loc[request, "token_ids"] = " ".join([*made[:4], "150", made[5]])
+    *others, last = tokens.loc[request, column].split()
+    tokens.loc[request, column] = " ".join([*others, str((int(last) + 1) % VOCABULARY)])
     tokens.to_csv(path, index=False)
     rows[1] |= changes
-    variants = [Variant("sequential", {}), Variant("padded", {})]
+    variants = [Variant(name, {"temperature": temperature}) for name in ("sequential", "padded")]
     return conclude(folder, variants, rows), pd.read_csv(folder / "comparison_tokens.csv")
 
 
 def test_another_token_in_float32_is_a_fault(compared: Compared, tmp_path: Path) -> None:
     faults, tokens = concluded(compared, tmp_path)
-    assert faults == ["padded differs from sequential in 1 of 4 requests, first at token 4 (median)"]
+    assert faults == ["padded differs from sequential in 1 of 4 requests, first at token 5 (median)"]
     assert tokens["differ"].tolist() == [0, 1, 0, 0]
-    assert tokens["first_difference"][1] == 4
+    assert tokens["first_difference"][1] == 5
 
 
 def test_another_token_in_bfloat16_is_only_said(
@@ -208,6 +217,17 @@ def test_another_token_in_bfloat16_is_only_said(
     assert faults == []
     assert tokens["must_match"].tolist() == [True, False, True, True]
     assert "tokens: padded differs from sequential in 1 of 4 requests" in capsys.readouterr().out
+
+
+def test_another_token_that_was_sampled_is_only_said(compared: Compared, tmp_path: Path) -> None:
+    faults, tokens = concluded(compared, tmp_path, temperature=1.0)
+    assert faults == []
+    assert tokens["must_match"].tolist() == [False] * 4
+
+
+def test_another_prompt_is_a_fault_however_it_was_drawn(compared: Compared, tmp_path: Path) -> None:
+    faults, _ = concluded(compared, tmp_path, column="prompt_token_ids", temperature=1.0)
+    assert faults == ["padded was asked 1 other prompts than sequential"]
 
 
 def test_figures_of_a_stand_in_are_not_set_against_others(

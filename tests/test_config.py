@@ -1,38 +1,14 @@
 """A run's configuration: its defaults, what it derives and what it refuses."""
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import refusal
 
-from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.request import SamplingParams
-
-
-@pytest.mark.parametrize(
-    ("name", "constant"),
-    [
-        ("model", constants.MODEL), ("case_id", constants.CASE_ID), ("mode", constants.MODE),
-        ("data", str(constants.DIR_DATA)), ("split", constants.SPLIT), ("temperature", constants.TEMPERATURE),
-        ("top_k", constants.TOP_K), ("top_p", constants.TOP_P), ("seed", constants.SEED), ("dtype", constants.DTYPE),
-        ("device", constants.DEVICE), ("load_format", constants.LOAD_FORMAT), ("max_batch", constants.MAX_BATCH),
-        ("prefill_tokens", constants.PREFILL_TOKENS), ("kv_memory", constants.KV_MEMORY),
-        ("results", str(constants.DIR_RESULTS)),
-    ],
-)  # fmt: skip
-def test_default_is_the_constant(name: str, constant: Any) -> None:
-    assert getattr(RunConfig(), name) == constant
-
-
-@pytest.mark.parametrize("name", [field.name for field in fields(RunConfig)])
-def test_field_can_be_an_option(name: str) -> None:
-    (field,) = (each for each in fields(RunConfig) if each.name == name)
-    assert field.default is not MISSING
-    assert field.metadata["help"].strip()
-    assert field.metadata["type"] in (str, int, float, bool)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig) if field.default is not None])

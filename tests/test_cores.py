@@ -96,3 +96,11 @@ def test_the_level_says_which_threads_hold(board: Board) -> None:
         assert first.before_step() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_is_lent_makes_no_more_threads_than_cores(board: Board) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert Threads(Part(board, 0, True), [[4, 4, 4]], 4).before_step() == 4
+    finally:
+        torch.set_num_threads(before)

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from helpers import refusal
+from helpers import refusal, wait_for
 
 from splitwiser import cgroup, doctor, survey
 from splitwiser.config import DoctorConfig
@@ -66,8 +65,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise given[name]
         return given[name]
 
-    monkeypatch.setattr(doctor, "ask", ask)
-    monkeypatch.setattr(survey, "ask", ask)
+    for module in (doctor, survey):
+        monkeypatch.setattr(module, "ask", ask)
+        monkeypatch.setattr(module, "ask_ahead", lambda *_, **__: None)
     return given
 
 
@@ -141,14 +141,12 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     )
-    deadline = time.monotonic() + 100
-    while not list(marks.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: bool(list(marks.iterdir())), "start of the probe")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     (probe,) = marks.iterdir()
     assert (process.returncode, errors) == (130, "splitwiser: interrupted\n")
-    assert not Path(f"/proc/{probe.name}").exists()
+    wait_for(lambda: not Path(f"/proc/{probe.name}").exists(), "end of the probe")
 
 
 # a run says the same

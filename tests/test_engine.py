@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import pytest
+from conftest import POSITIONS
+from helpers import assert_says, refusal
 from test_llm import Seen
 
-from splitwiser.engine import SplitEngine
+from splitwiser.engine import SplitEngine, check_fits
 from splitwiser.errors import RunError, WorkerLostError
 from splitwiser.messages import Handoff, Message, Progress, StepRecord
 from splitwiser.model import LoadedModel, load_model
@@ -62,6 +64,13 @@ def test_an_answer_is_put_together_from_handoff_and_tokens(model: LoadedModel) -
     assert (metrics.prefill_worker, metrics.decode_worker) == ("prefill-0", "decode-0")
 
 
+def test_decode_starts_with_its_first_step(model: LoadedModel) -> None:
+    first = Progress("decode-0", 2_500, 3_000, (Handoff(0, 7, 1_000, 2_000, "prefill-0"),), ((0, 8),), ())
+    second = Progress("decode-0", 3_100, 4_000, (), ((0, 9),), ((0, "length"),))
+    (output,) = SplitEngine(model, Scripted([first], [second]), 100).run([request(0)], Seen(), 0)
+    assert output.metrics.decode_start_ns == 2_500
+
+
 def test_a_step_record_that_comes_after_the_last_answer_is_kept(model: LoadedModel) -> None:
     late = StepRecord("prefill-0", "prefill", "prefill", 1_000, 2_000, 1, 2)
     seen = Seen()
@@ -77,11 +86,20 @@ def test_a_step_record_of_the_run_before_is_dropped(model: LoadedModel) -> None:
 
 
 def test_requests_are_submitted_when_they_arrive(model: LoadedModel) -> None:
-    import time
+    placement = Scripted()
+    clock = [0]
+    submitted: list[tuple[list[int], int | None]] = []
 
-    placement = Scripted([], [], [answered(1), answered(0)])
-    SplitEngine(model, placement, 100).run([request(0), request(1, arrival_s=-1)], Seen(), time.perf_counter_ns())
-    assert placement.submitted == [1, 0]
+    def poll(until_ns: int | None) -> Sequence[Message]:
+        submitted.append((list(placement.submitted), until_ns))
+        clock[0] += 400_000_000
+        return [answered(0), answered(1)] if len(submitted) == 4 else []
+
+    placement.poll = poll  # type: ignore[method-assign]
+    engine = SplitEngine(model, placement, 100, lambda: clock[0])
+    engine.run([request(0, arrival_s=1.0), request(1, arrival_s=0.5)], Seen(), 0)
+    # looked at 0, 0.4, 0.8 and 1.2 s
+    assert submitted[:4] == [([], 500_000_000), ([], 500_000_000), ([1], 1_000_000_000), ([1, 0], None)]
 
 
 def test_a_closed_loop_submits_the_next_when_one_finishes(model: LoadedModel) -> None:
@@ -116,3 +134,21 @@ def test_a_lost_worker_leaves_the_unanswered_by_id(model: LoadedModel) -> None:
     ids = ", ".join(map(str, range(1, 21)))
     assert str(caught.value) == f"worker decode-0 was killed by SIGKILL; not answered: requests {ids} and 9 more"
     assert caught.value.__notes__ == ["where"]
+
+
+# the last token that a request makes takes no position and no room
+
+
+def of_tokens(prompt: int, new: int) -> Request:
+    return Request(0, (5,) * prompt, SamplingParams(max_tokens=new), seed=0)
+
+
+def test_a_request_may_take_every_position(model: LoadedModel) -> None:
+    check_fits(of_tokens(POSITIONS - 4, 5), model, None)
+    message = refusal(check_fits, of_tokens(POSITIONS - 4, 6), model, None)
+    assert_says(message, f"need {POSITIONS + 1} positions", f"has {POSITIONS}")
+
+
+def test_a_request_may_take_all_the_room(model: LoadedModel) -> None:
+    check_fits(of_tokens(28, 5), model, 32)
+    assert_says(refusal(check_fits, of_tokens(28, 6), model, 32), "room for 33 tokens", "holds 32")

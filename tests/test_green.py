@@ -47,14 +47,16 @@ def test_the_command_refuses_with_exit_code_2() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("share", "levels"), [("fixed", 1), ("none", 0)])
-def test_the_pieces_are_all_of_the_device(share: str, levels: int) -> None:
+def test_the_pieces_are_all_of_the_device() -> None:
     device = torch.device("cuda", 0)
-    division = GreenDivision(device, FORTY, ShareSettings(share, 50.0, True))
-    assert len(division.units) == levels
-    for units in division.units:
-        assert sum(units.values()) <= torch.cuda.get_device_properties(device).multi_processor_count
-        assert 0 < units["prefill-0"] < units["decode-0"]
+    (units,) = GreenDivision(device, FORTY, ShareSettings("fixed", 50.0, True)).units
+    assert sum(units.values()) == torch.cuda.get_device_properties(device).multi_processor_count
+    assert 0 < units["prefill-0"] < units["decode-0"]
+
+
+@pytest.mark.gpu
+def test_share_none_cuts_nothing() -> None:
+    assert GreenDivision(torch.device("cuda", 0), FORTY, ShareSettings("none", 50.0, True)).units == []
 
 
 @pytest.mark.gpu

@@ -55,8 +55,9 @@ def test_refuses_attention_that_looks_ahead(tmp_path: Path) -> None:
         attach_engine(model)
 
 
-def test_refuses_a_model_that_mixes_packed_requests(tiny: Callable[[str], Path]) -> None:
-    model = load(tiny("opt"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_refuses_a_model_that_mixes_packed_requests(dtype: str, tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("opt"), dtype=dtype, device="cpu", load_format="auto")
     layer = model.module.model.decoder.layers[1]
     assert isinstance(layer, torch.nn.Module)
 
@@ -66,6 +67,30 @@ def test_refuses_a_model_that_mixes_packed_requests(tiny: Callable[[str], Path])
     layer.register_forward_hook(shift)
     with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
         attach_engine(model)
+
+
+# two prompts of 5 tokens: prefill of all, of their later 3, and decode of their last
+@pytest.mark.parametrize("tokens", [10, 6, 2], ids=["prefill", "chunked prefill", "decode"])
+def test_refuses_a_model_that_is_wrong_in_one_kind_of_step(tokens: int, tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("opt"))
+
+    def spoil(_: torch.nn.Module, __: object, output: Tensor) -> Tensor:
+        return output.flip(-1) if output.shape[1] == tokens else output
+
+    model.module.model.decoder.layers[1].register_forward_hook(spoil)
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
+        attach_engine(model)
+
+
+def test_refuses_parts_that_are_fused_wrongly(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fuse_wrongly(module: torch.nn.Module) -> None:
+        module.get_parameter("model.norm.weight").data.neg_()
+
+    monkeypatch.setattr("splitwiser.guard.fuse_parts", fuse_wrongly)
+    monkeypatch.setattr("splitwiser.guard.pack_linears", lambda _: None)
+    model = load_model(tiny("llama"), dtype="bfloat16", device="cpu", load_format="auto")
+    with pytest.raises(UnsupportedModelError, match="with fused parts it gives other logits than its own"):
+        attach_engine(model, pack=True)
 
 
 def test_refuses_an_attention_argument_it_does_not_know(tiny: Callable[[str], Path]) -> None:

@@ -14,6 +14,7 @@ from splitwiser.kv_pool import (
     LayerShape,
     available_memory,
     block_nbytes,
+    machine_memory,
     parse_bytes,
     plan_blocks,
 )
@@ -215,6 +216,10 @@ def test_explicit_size_gives_the_blocks_that_fit(more: int, blocks: int) -> None
     assert plan(f"{7 * NBYTES + more}B") == blocks
 
 
+def test_one_block_is_enough() -> None:
+    assert plan(f"{NBYTES}B") == 1
+
+
 def test_less_than_a_block_says_what_a_block_takes() -> None:
     message = refusal(plan, f"{NBYTES - 1}B")
     assert_says(message, f"kv_memory '{NBYTES - 1}B' is less than one block", f"{NBYTES} bytes")
@@ -252,9 +257,13 @@ def test_auto_takes_half_of_a_gpus_free_memory_at_most(monkeypatch: pytest.Monke
     assert plan_blocks(LAYERS, "auto", BLOCK, torch.float32, torch.device("cuda", 0), 8, 100) == 10
 
 
-def test_available_memory_is_some_of_the_machines() -> None:
-    total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
-    assert 0 < available_memory() <= total
+def test_memory_that_can_be_had_is_what_the_system_calls_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nMemFree: 1000 kB\nMemAvailable: 3000 kB\nCached: 2500 kB\n")
+    monkeypatch.setattr(kv_pool, "Path", lambda _: meminfo)
+    assert machine_memory() == 3000 * 1024
 
 
 def test_available_memory_is_no_more_than_a_container_lets_be_used(tmp_path: Path) -> None:

@@ -123,6 +123,24 @@ def test_dummy_weights_follow_the_seed() -> None:
     assert tokens[0] == tokens[1] != tokens[2]
 
 
+def drawn(directory: Path, seed: int) -> list[list[int]]:
+    """The tokens of two equal requests that have no seed of their own."""
+    params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
+    with LLM(directory, seed=seed) as llm:
+        return [output.token_ids for output in llm.generate([[4, 5, 6]] * 2, params)]
+
+
+def test_requests_without_a_seed_draw_apart(tiny: Callable[[str], Path]) -> None:
+    first, second = drawn(tiny("opt"), 0)
+    assert first != second
+
+
+def test_draws_follow_the_seed_of_the_llm(tiny: Callable[[str], Path]) -> None:
+    made = [drawn(tiny("opt"), seed) for seed in (1, 1, 2)]
+    assert made[0] == made[1]
+    assert made[0][0] != made[2][0]
+
+
 def test_dummy_text_is_tokenised_without_a_download() -> None:
     with LLM("smollm2-135m", load_format="dummy", dtype="bfloat16", kv_memory="16MiB") as llm:
         (output,) = llm.generate(["heart size is normal."], SamplingParams(max_tokens=2, ignore_eos=True))

@@ -26,8 +26,19 @@ def test_cpu_is_described_without_a_gpu() -> None:
     assert list(machine.describe_machine(CPU)) == keys
 
 
-def test_processor_has_a_name() -> None:
-    assert machine.describe_machine(CPU)["processor"].strip()
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (["vendor_id\t: AMD", "model name\t: AMD EPYC 9B14: 96 cores", "flags\t\t: fpu"], "AMD EPYC 9B14: 96 cores"),
+        (["processor\t: 0", "BogoMIPS\t: 50.00"], platform.machine()),  # as Arm's kernels say it
+    ],
+)
+def test_processor_is_named_as_the_system_names_it(
+    lines: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    assert machine._processor() == name
 
 
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import assert_says, put_mps_programs, refusal
+from helpers import assert_says, put_mps_programs, refusal, wait_for
 from test_cli import only_run
-from test_multiprocess import Running, Trigger, finished
+from test_multiprocess import STAGES, Running, Trigger, finished
 from test_token_identity import LENGTHS, prompts_of
 
 from splitwiser import LLM, SamplingParams, llm, mps, multiprocess
@@ -299,12 +299,12 @@ def test_ctrl_c_again_and_again_leaves_no_daemon(stand_in: StandIn, running: Run
     stand_in.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("after_s", [0.3, 2.0, 3.5])
-def test_ctrl_c_during_start_leaves_no_daemon(after_s: float, stand_in: StandIn, running: Running) -> None:
-    time.sleep(after_s)
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_during_start_leaves_no_daemon(stage: str, stand_in: StandIn, running: Running) -> None:
+    running.wait_for_stage(stage)
     os.killpg(running.process.pid, signal.SIGINT)
     running.ended()
-    assert running.process.returncode in (130, -signal.SIGINT, 1)  # the latter two while Python imports
+    assert running.process.returncode == 130
     stand_in.assert_nothing_is_left()
 
 
@@ -349,8 +349,7 @@ def existing(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv(mps.PIPES, str(pipes))
     monkeypatch.setenv(mps.LOGS, str(logs))
     subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
-    while not (pipes / "control").exists():
-        time.sleep(0.05)
+    wait_for((pipes / "control").exists, "pipe of the daemon")
     (pid,) = stand_in.processes("nvidia-cuda-mps-control")
     return pid
 

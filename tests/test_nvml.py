@@ -1,12 +1,11 @@
 """The monitor's means, over a stand-in for NVIDIA's library: there is no GPU where the tests run."""
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_says
+from helpers import assert_says, wait_for
 
 from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
 
@@ -64,9 +63,7 @@ class Library:
 
 def watched(library: Library) -> dict[str, float | None]:
     with Monitor(library, object()).watch() as activity:
-        deadline = time.monotonic() + 20
-        while library.calls < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: library.calls >= 4, "samples")
     return activity
 
 

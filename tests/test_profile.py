@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import assert_says, refusal
+from helpers import assert_says, refusal, wait_for
 from PIL import Image
 
 from splitwiser.architecture import StepCost
@@ -198,11 +198,7 @@ def test_ctrl_c_keeps_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
          "--threads", "1", "--prompt_lengths", "8,16", "--repeats", "1000000", "--prompts", ""],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob("*/ceilings.csv")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    while sum(1 for path in tmp_path.glob("*/ceilings.csv") for _ in path.open()) < 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: sum(1 for path in tmp_path.glob("*/ceilings.csv") for _ in path.open()) >= 5, "ceilings")
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""The report's pages as a browser shows them, their figures against the CSVs, and what they are computed from."""
+"""The report's pages, their figures against the CSVs, what they are computed from, and what a browser makes of them."""
 
 import html
 import itertools
@@ -194,6 +194,15 @@ def make_sweep(folder: Path, **grid: list[Any]) -> Path:
 
 
 @pytest.fixture
+def worked(run: Path) -> Path:
+    """A run of the steps and requests above, which last 6 s."""
+    STEPS.to_csv(run / "steps.csv", index=False)
+    times = {"ttft_ms": [2000.0, 2000.0, 3500.0], "e2el_ms": [4000.0, 4000.0, 5000.0]}
+    LATENCY.assign(**times).to_csv(run / "latency.csv", index=False)
+    return run
+
+
+@pytest.fixture
 def profile(tmp_path: Path) -> Path:
     folder = tmp_path / "profile"
     folder.mkdir()
@@ -273,12 +282,14 @@ def test_a_row_cut_short_by_a_kill_is_left_out(cut: int, run: Path) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser made of a page: tables by id (rows of texts, headings first), texts, and pictures' descriptions."""
+    """What a document shows: tables by id (rows of texts, headings first), texts, and of pictures the descriptions, the
+    texts in them and what their marks say when pointed at."""
 
     def __init__(self, dom: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
         self.alternatives: list[str] = []
+        self.labels: list[str] = []
         self.tips: list[str] = []
         self._texts: list[str] = []
         self._open: list[str] = []
@@ -308,6 +319,8 @@ class Page(HTMLParser):
             return
         if "svg" in self._open and inside[-1] == "title":
             self.tips.append(data)
+        elif "svg" in self._open:
+            self.labels.append(data)
         elif "td" in inside or "th" in inside:
             self._table[-1][-1] += data
         self._texts.append(data)
@@ -335,7 +348,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
 
 
 @pytest.fixture
-def show(browser: Callable[[Path], str], tmp_path: Path) -> Callable[..., Page]:
+def show(tmp_path: Path) -> Callable[..., Page]:
+    """Report on folders and read the page as it is in the file."""
+    return lambda *folders: Page(write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def show_in_browser(browser: Callable[[Path], str], tmp_path: Path) -> Callable[..., Page]:
     """Report on folders and open the page in the browser; ``script`` runs after the page's own."""
 
     def open_page(*folders: Path, script: str = "") -> Page:
@@ -405,6 +424,23 @@ def test_run_page_shows_how_busy_workers_were(show: Callable[..., Page], run: Pa
     assert is_rounded(times.at["both at once", "seconds"], PhaseActivity(steps).overlap().both_s)
 
 
+def test_run_page_shows_how_long_each_phase_was_at_work(show: Callable[..., Page], worked: Path) -> None:
+    page = show(worked)
+    assert page.tables["part1-overlap"][1:] == [
+        ["prefill", "4", "66.67"],
+        ["decode", "3", "50"],
+        ["both at once", "1.50", "25"],
+        ["neither", "0.5", "8.33"],
+    ]
+    assert "Both phases at once 25.0 % of the run" in page.text
+
+
+def test_run_page_shows_every_gap_between_tokens(show: Callable[..., Page], worked: Path) -> None:
+    # four of 1,000 ms and one of 1,500
+    described = f"Distribution of ITL, every gap: mp median {1000:,} ms, 99th percentile {1480:,} ms"
+    assert described in show(worked).alternatives
+
+
 def test_run_page_shows_the_whole_record(show: Callable[..., Page], run: Path) -> None:
     record = yaml.safe_load((run / "run.yaml").read_text())
     shown_record = dict(show(run).tables["part1-record"][1:])
@@ -438,13 +474,21 @@ def test_distributions_are_those_of_the_run(mode: str, show: Callable[..., Page]
         assert is_rounded(found[2], figures[f"p99_{metric}_ms"])
 
 
-def test_texts_of_a_model_are_shown_and_never_run(show: Callable[..., Page], run: Path) -> None:
+def test_a_browser_shows_what_is_in_the_file(
+    show: Callable[..., Page], show_in_browser: Callable[..., Page], run: Path
+) -> None:
+    in_file, in_browser = show(run), show_in_browser(run)
+    for what in ("tables", "alternatives", "labels", "tips"):
+        assert getattr(in_browser, what) == getattr(in_file, what)
+
+
+def test_texts_of_a_model_are_shown_and_never_run(show_in_browser: Callable[..., Page], run: Path) -> None:
     hostile = "</dd><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & 5 < 6"
     table = read(run / "generations.csv").sort_values("request_id")
     table["summary_gen"] = hostile
     table.to_csv(run / "generations.csv", index=False)
     named = run.rename(run.parent / "<b>bold<b>")
-    page = show(named)
+    page = show_in_browser(named)
     assert hostile in page.text
     assert page.text.startswith(
         "<b>bold<b> <b>bold<b>"
@@ -480,14 +524,16 @@ def test_page_fits_its_width(width: int, browser: Callable[[Path], str], runs: d
     assert 300 < int(found[1]) <= width
 
 
-def test_a_click_on_a_heading_sorts_by_value(show: Callable[..., Page], run: Path) -> None:
+def test_a_click_on_a_heading_sorts_by_value(show_in_browser: Callable[..., Page], run: Path) -> None:
     latency = read(run / "latency.csv")
     latency["prompt_tokens"] = lengths = sorted(latency.prompt_tokens * 10)  # some have a thousands separator, some not
     latency.to_csv(run / "latency.csv", index=False)
     assert lengths[0] < 1000 < lengths[-1]
     click = "document.querySelectorAll('#part1-requests th button')[1].click();"
-    assert show(run, script=click).frame("part1-requests").prompt_tokens.tolist() == [f"{each:,}" for each in lengths]
-    assert show(run, script=click * 2).frame("part1-requests").prompt_tokens.tolist() == [
+    assert show_in_browser(run, script=click).frame("part1-requests").prompt_tokens.tolist() == [
+        f"{each:,}" for each in lengths
+    ]
+    assert show_in_browser(run, script=click * 2).frame("part1-requests").prompt_tokens.tolist() == [
         f"{each:,}" for each in lengths[::-1]
     ]
 
@@ -565,7 +611,7 @@ def test_comparison_page_shows_the_csvs_figures(show: Callable[..., Page], compa
     assert_shows(page.frame("part1-summary"), summary.assign(within_noise=noise))
     assert_shows(page.frame("part1-runs"), read(comparison / "comparison.csv").dropna(axis="columns", how="all"))
     assert "1 of 4 runs did not finish and are in no plot: worker decode-0 <died>." in page.text
-    assert "mp ≈" in page.text
+    assert [label for label in page.labels if "≈" in label] == ["mp ≈"]  # in the picture of the output throughput
 
 
 def test_comparison_bars_say_what_is_noise(show: Callable[..., Page], comparison: Path) -> None:
@@ -580,6 +626,22 @@ def test_comparison_bars_are_medians_with_their_range(show: Callable[..., Page],
     assert found
     values = rows[rows.variant == "sequential"].output_throughput
     assert all(map(is_rounded, found.groups(), [values.median(), values.min(), values.max()]))
+
+
+def test_comparison_page_shows_of_each_variant_the_run_nearest_to_the_median(
+    show: Callable[..., Page], comparison: Path
+) -> None:
+    rows = []
+    (whole,) = (comparison / "runs").glob("*_mp_*")
+    for number, throughput in enumerate((90.0, 20.0, 10.0), start=1):
+        copy = Path(shutil.copytree(whole, whole.with_name(f"run-{number}")))
+        row = read(copy / "throughput.csv").assign(output_throughput=throughput, run_id=copy.name)
+        row.to_csv(copy / "throughput.csv", index=False)
+        rows.append({"round": number, "variant": "mp", "status": "finished", **row.iloc[0]})
+    pd.DataFrame(rows).to_csv(comparison / "comparison.csv", index=False)
+    text = show(comparison).text
+    assert "mp: run-2" in text
+    assert not re.search("mp: run-[13]", text)
 
 
 def test_sweep_page_shows_the_csvs_figures(show: Callable[..., Page], tmp_path: Path) -> None:
@@ -606,6 +668,24 @@ def test_a_sweep_of_more_lines_than_fit_is_cut_into_sections(show: Callable[...,
 def test_a_sweep_without_a_numeric_option_is_drawn_as_bars(show: Callable[..., Page], tmp_path: Path) -> None:
     page = show(make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], lend_cores=[True, False]))
     assert "mode sequential, lend_cores True" in page.text
+
+
+def test_runs_of_a_sweep_that_failed_are_in_no_plot(show: Callable[..., Page], tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"])
+    # the second run of mp, beside one of 201 tokens/s, left a figure
+    points = read(sweep / "points.csv")
+    points = points.assign(status=["finished"] * 3 + ["failed"], output_throughput=[101.0, 201.0, 102.0, 999.0])
+    points.to_csv(sweep / "points.csv", index=False)
+    page = show(sweep)
+    assert {"101.5", "201"} <= set(page.labels)
+    assert "1 of 4 runs did not finish and are in no plot" in page.text
+
+
+def test_ceilings_are_those_with_the_most_threads(show: Callable[..., Page], profile: Path) -> None:
+    ceilings = read(profile / "ceilings.csv").assign(threads=2)
+    with_one = ceilings.assign(threads=1, rate=ceilings.rate * 10)
+    pd.concat([with_one, ceilings]).to_csv(profile / "ceilings.csv", index=False)
+    assert "compute reaches 0.375 TFLOP/s, memory 16.79 GB/s" in show(profile).text
 
 
 def test_profile_page_shows_the_csvs_figures(show: Callable[..., Page], profile: Path) -> None:

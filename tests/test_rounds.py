@@ -1,18 +1,44 @@
-"""Runs one after another in one process."""
+"""What a run comes to, and runs one after another in one process."""
 
 import os
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from helpers import assert_says, refusal, wait_for
 
 from splitwiser.config import RunConfig
-from splitwiser.rounds import OneProcess, check_one_process
+from splitwiser.rounds import Execute, OneProcess, Outcome, check_one_process, run_once
 
 
 def quiet(_: str) -> None:
     """Hears how far a run is."""
+
+
+def ends_with(code: int, folder: Path) -> Execute:
+    """A run that writes figures of what it has finished, then ends with ``code``."""
+
+    def execute(_: Sequence[str], log: Path, __: Callable[[str], None]) -> int:
+        (folder / "runs" / "made").mkdir()
+        (folder / "runs" / "made" / "throughput.csv").write_text("run_id,output_throughput\nmade,5.0\n")
+        log.parent.mkdir()
+        log.touch()
+        return code
+
+    return execute
+
+
+def test_a_finished_run_has_its_figures(tmp_path: Path) -> None:
+    outcome = run_once({}, tmp_path, "first", quiet, ends_with(0, tmp_path))
+    figures = {"run_id": "made", "output_throughput": "5.0"}
+    assert outcome == Outcome("finished", "", tmp_path / "runs" / "made", figures)
+
+
+@pytest.mark.parametrize(("code", "error"), [(1, "ended with exit code 1"), (-9, "killed by SIGKILL")])
+def test_a_run_that_dies_half_way_has_failed_and_has_no_figures(code: int, error: str, tmp_path: Path) -> None:
+    outcome = run_once({}, tmp_path, "first", quiet, ends_with(code, tmp_path))
+    assert outcome == Outcome("failed", error, tmp_path / "runs" / "made")
 
 
 def test_runs_share_a_process_and_each_has_its_log(tmp_path: Path) -> None:

@@ -49,6 +49,23 @@ def test_a_single_slow_gap_moves_nothing() -> None:
     assert auto.level == 1
 
 
+@pytest.mark.parametrize(("missed", "level"), [(2, 1), (3, 2)])
+def test_decode_gets_more_when_more_than_half_of_its_gaps_miss(missed: int, level: int) -> None:
+    auto = AutoLevel(UNITS, 1, 0.010)
+    for gap_s in [0.012] * missed + [0.008] * (WINDOW - missed):
+        auto.observe(gap_s)
+    assert auto.level == level
+
+
+# with 64 units for 96, a gap may take half as long again
+@pytest.mark.parametrize(("worst", "level"), [(0.95, 3), (0.89, 2)])
+def test_units_are_given_away_only_with_a_margin(worst: float, level: int) -> None:
+    auto = AutoLevel(UNITS, 3, 0.010)
+    for _ in range(WINDOW):
+        auto.observe(worst * 0.010 / 1.5)
+    assert auto.level == level
+
+
 def board(busy: list[bool]) -> Board:
     made = Board.over(torch.zeros(Board.nbytes(len(busy)), dtype=torch.uint8))
     for worker, has_work in enumerate(busy):

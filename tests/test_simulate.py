@@ -102,6 +102,22 @@ def test_more_threads_than_cores_share_them() -> None:
     assert times == [[22.5], [22.5], [22.5]]  # 15 ms at two thirds
 
 
+def test_steps_take_longer_behind_more_tokens() -> None:
+    # a prefill step: 10 ms, 1 ms a token, 2 ms a chunk, 0.1 ms a pair of tokens, 0.5 ms a pair in a later chunk; a decode
+    # step: 20 ms and 1 ms a token before it
+    costs = StepCosts((0.010, 0.001, 0.002, 0.0001, 0.0005), ((1, 0.020, 0.001),))
+    times = token_ms([request(0, 7)], ONE_MIXED, machine=Machine({1: costs}, None, 1000), prefill_tokens=4)
+    # 4 tokens of 10 pairs: 17; 3 of 3 x 4 + 6 pairs: 15 + 9; then behind 8 and behind 9 tokens
+    assert times == [pytest.approx([41, 41 + 28, 41 + 28 + 29])]
+
+
+def test_room_of_what_ended_is_room_again() -> None:
+    two = WorkerLayout((WorkerGroup("mixed", 2),))
+    batch = [request(0, 500), request(1, 5), request(2, 5, arrival_s=9), request(3, 5, arrival_s=9)]
+    outputs = simulate(batch, DEVICE, Schedule(two, 1000, 64), PLAIN)
+    assert [output.metrics.decode_worker for output in outputs] == ["mixed-0", "mixed-1"] * 2
+
+
 def test_a_request_is_not_taken_up_before_it_arrives() -> None:
     times = token_ms([request(0, 5), request(1, 3, arrival_s=1)], ONE_OF_EACH)
     assert times == [[15, 35, 55], [1013, 1033, 1053]]

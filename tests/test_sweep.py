@@ -1,5 +1,6 @@
 """Sweeps: files, points and keys, and real ones that are killed and go on."""
 
+import contextlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from test_cli import COMMAND, splitwiser, write_workload
 
 from splitwiser import constants
 from splitwiser.config import RunConfig
+from splitwiser.errors import RunError
 from splitwiser.job import prepare_job
+from splitwiser.rounds import Outcome
 from splitwiser.sweep import Point, read_sweep, sweep
 
 SHIPPED = sorted((constants.DIR_CONFIGS / "sweeps").glob("*.yaml"))
@@ -116,6 +119,45 @@ def test_the_list_shows_the_points_and_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+# -- what is run again, and what is summed up
+
+
+def sweep_with(outcomes: list[Outcome], file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], pd.DataFrame]:
+    """Sweep ``file`` with runs that come to ``outcomes``; the runs that were asked for, and the summary."""
+    asked: list[str] = []
+
+    def run_once(options: dict[str, Any], _: Path, label: str, *__: object) -> Outcome:
+        asked.append(f"{label.partition('_')[0]} of {options['limit']}")
+        return outcomes.pop(0)
+
+    monkeypatch.setattr("splitwiser.sweep.run_once", run_once)
+    with contextlib.suppress(RunError):
+        sweep(read_sweep(file), file, file.parent / "out", fresh=False)
+    return asked, pd.read_csv(file.parent / "out" / "sweep_tried" / "sweep_summary.csv")
+
+
+def finished(throughput: float) -> Outcome:
+    return Outcome("finished", "", None, {"output_throughput": str(throughput)})
+
+
+def test_what_failed_is_tried_again_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "s.yaml", grid={"limit": [2, 3, 4]})
+    failed = Outcome("failed", "killed by SIGKILL")
+    assert sweep_with([finished(1), failed, finished(3)], file, monkeypatch)[0] == [f"round1 of {n}" for n in (2, 3, 4)]
+    assert sweep_with([failed], file, monkeypatch)[0] == ["round1 of 3"]
+    asked, summary = sweep_with([finished(2)], file, monkeypatch)
+    assert asked == ["round1 of 3"]
+    assert summary[["finished", "failed", "output_throughput"]].values.tolist() == [[1, 0, 1], [1, 0, 2], [1, 0, 3]]
+
+
+def test_rounds_beyond_the_repeats_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = {"limit": 2}
+    sweep_with([finished(each) for each in (5, 70, 90)], write(tmp_path / "s.yaml", repeats=3, grid=grid), monkeypatch)
+    asked, summary = sweep_with([], write(tmp_path / "s.yaml", repeats=1, grid=grid), monkeypatch)
+    assert asked == []
+    assert summary[["finished", "output_throughput"]].values.tolist() == [[1, 5]]
+
+
 # -- real ones
 
 
@@ -164,10 +206,12 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str
     assert state(finished) == before
     assert len(list(runs.glob("*short*"))) == 1
 
-    before = state(runs)
+    before, logs = state(runs), state(runs.with_name("logs"))
     assert run_sweep(tmp_path).returncode == 1
     assert state(runs) == before
     assert rows_of(tmp_path)["status"].tolist() == ["finished", "finished", "failed"]
+    tried = [name for name, moment in state(runs.with_name("logs")).items() if logs[name] != moment]
+    assert tried == [f"round1_{rows['key'][2]}.log"]
 
 
 def test_rounds_go_over_the_whole_grid_and_are_summed_up(tmp_path: Path, tiny: Callable[[str], Path]) -> None:

@@ -46,9 +46,9 @@ def lane_names(events: Sequence[dict[str, Any]]) -> dict[tuple[int, int], str]:
     return {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["ph"] == "M"}
 
 
-def picture_of(steps: Sequence[StepRecord], directory: Path) -> np.ndarray[Any, Any]:
+def picture_of(steps: Sequence[StepRecord], directory: Path, title: str = "a run") -> np.ndarray[Any, Any]:
     """The drawn picture, shape (height, width, 3)."""
-    draw_timeline(directory / "timeline.png", steps, START_NS, "a run")
+    draw_timeline(directory / "timeline.png", steps, START_NS, title)
     with Image.open(directory / "timeline.png") as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
@@ -129,10 +129,6 @@ def test_more_workers_make_a_taller_picture(tmp_path: Path) -> None:
     assert picture_of(steps_of(4), tmp_path).shape[0] > picture_of(steps_of(1), tmp_path).shape[0]
 
 
-def test_picture_of_no_steps_is_drawn(tmp_path: Path) -> None:
-    assert picture_of([], tmp_path).std() > 0
-
-
 @pytest.mark.parametrize(
     "steps",
     [[], [make_step("mixed-0", "prefill", 0, 100)], steps_of(4)],
@@ -146,5 +142,4 @@ def test_drawing_warns_of_nothing(steps: list[StepRecord], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("title", ["a$b_{$", "50% of 100", "größe"])
 def test_any_name_of_a_folder_can_be_the_title(title: str, tmp_path: Path) -> None:
-    draw_timeline(tmp_path / "timeline.png", TWO, START_NS, title)
-    assert (tmp_path / "timeline.png").stat().st_size > 1000
+    assert (picture_of(TWO, tmp_path, title) != picture_of(TWO, tmp_path, "")).any()
