@@ -98,9 +98,9 @@ def decode_step(
 
 
 def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequence["torch.cuda.Stream"] = ()) -> None:
-    """On a GPU, run a prefill step of ``budget`` tokens, :data:`WARM_UP_TOKENS` at most, on each of ``streams`` or, without
-    any, on the current one, before there are requests: the first step on a stream loads kernels, tries products out and takes
-    a workspace. Its K and V go into the pool's first blocks. On a CPU, do nothing."""
+    """On a GPU, run a prefill step of ``budget`` tokens (:data:`WARM_UP_TOKENS` at most) on each of ``streams``, or on the
+    current one, before there are requests: the first step on a stream loads kernels, tries products out and takes a
+    workspace. Its K and V go into the pool's first blocks. On a CPU, do nothing."""
     if model.device.type != "cuda":
         return
     budget = min(budget, WARM_UP_TOKENS)
