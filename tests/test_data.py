@@ -233,6 +233,16 @@ def test_csv_rows_longer_than_the_header_are_refused(tmp_path: Path) -> None:
     assert_says(refusal(load_reports, source, "test"), str(source))
 
 
+@pytest.mark.parametrize("column", ["findings", "impression"])
+def test_half_of_a_surrogate_pair_is_named_by_its_row(column: str, tmp_path: Path) -> None:
+    source = tmp_path / "reports.jsonl"
+    cut = {"findings": "clear", "impression": "normal"} | {column: "seen \ud83d"}
+    source.write_text(f'{{"findings": "a", "impression": "b"}}\n{json.dumps(cut)}\n', encoding="utf-8")
+    assert_says(
+        refusal(load_reports, source, "test"), f"--data {source}, row 2: column '{column}': character 6", "U+D83D"
+    )
+
+
 @pytest.mark.parametrize("line", ['["a", "b"]', '"a"', "3", "null"])
 def test_jsonl_lines_that_are_no_objects_are_refused(line: str, tmp_path: Path) -> None:
     source = tmp_path / "reports.jsonl"

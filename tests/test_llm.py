@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import POSITIONS, VOCABULARY
-from helpers import refusal
+from helpers import assert_says, refusal
 
 from splitwiser import LLM, SamplingParams, constants
 from splitwiser.cases import get_case
@@ -307,6 +308,19 @@ def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str]
             llm.generate([[5]], SamplingParams(max_tokens=9), observer=Interrupts())
         with pytest.raises(RunError, match=r"an earlier run was broken off.*make a new LLM"):
             llm.generate([[5]], SamplingParams(max_tokens=9))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("seen \ud83d", "request 1: the prompt: character 6 is half of a surrogate pair (U+D83D)"),
+        ([5, "6"], "request 1: the prompt must be text or token ids, not [5, '6']"),
+        (7, "request 1: the prompt must be text or token ids, not 7"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(prompt: Any, line: str) -> None:
+    with LLM() as llm:
+        assert_says(refusal(llm.generate, ["fine", prompt]), line)
 
 
 @pytest.mark.parametrize("mode", ["generate", "sequential", "mp"])

@@ -56,7 +56,9 @@ def _terminated(*_: object) -> None:
 
 def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
-    sys.exit(main())
+    exit_code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only Python's own end is left, which a further Ctrl-C would litter
+    sys.exit(exit_code)
 
 
 def _fail(line: str, exit_code: int, debug: bool) -> int:

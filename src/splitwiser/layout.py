@@ -9,6 +9,7 @@ import yaml
 
 from splitwiser.errors import InputError, unknown
 from splitwiser.messages import Role
+from splitwiser.text import read_text
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 
@@ -101,7 +102,7 @@ def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
         if not given.lstrip().startswith("["):
             where = f"workers file {given}"
             try:
-                text = Path(given).read_text(encoding="utf-8")
+                text = read_text(Path(given))
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(
                     f"workers '{given}': neither a file nor a list such as '[{{role: prefill}}, {{role: decode}}]'"

@@ -1,6 +1,7 @@
 """The Python API: a model with an engine around it, in the spelling that vLLM's users know."""
 
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
 from splitwiser.shares import ShareSettings
+from splitwiser.text import check_text
 
 Mode = Literal["generate", "sequential", "mp", "mps", "green"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -78,6 +80,18 @@ def check_sizes(kv_memory: str, **counts: int) -> None:
             raise InputError(f"{name} must be 1 or more, not {given}")
     if kv_memory != "auto":
         parse_bytes(kv_memory)
+
+
+def token_ids(model: LoadedModel, number: int, prompt: Prompt) -> tuple[int, ...]:
+    """The tokens of ``prompt``, that of request ``number``. Raises :class:`InputError`."""
+    if not isinstance(prompt, str):
+        try:
+            return tuple(map(operator.index, prompt))
+        except TypeError as error:
+            raise InputError(f"request {number}: the prompt must be text or token ids, not {prompt!r}") from error
+    if model.tokenizer is None:
+        raise InputError(f"request {number}: {model.name} has no tokenizer; give its prompt as token ids")
+    return tuple(model.tokenizer(check_text(prompt, f"request {number}: the prompt")).input_ids)
 
 
 class LLM:
@@ -226,7 +240,7 @@ class LLM:
             if params.stop and self.model.tokenizer is None:
                 raise InputError(f"request {number}: stop strings need a tokenizer, and {self.model.name} has none")
             seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number
-            request = Request(number, self._token_ids(number, prompt), params, seed, arrival)
+            request = Request(number, token_ids(self.model, number, prompt), params, seed, arrival)
             check_fits(request, self.model, self._engine.capacity_tokens)
             requests.append(request)
         return requests
@@ -268,13 +282,6 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`."""
         return self._engine.run(requests, observer, start_ns, max_concurrency)
-
-    def _token_ids(self, number: int, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return tuple(prompt)
-        if self.model.tokenizer is None:
-            raise InputError(f"request {number}: {self.model.name} has no tokenizer; give its prompt as token ids")
-        return tuple(self.model.tokenizer(prompt).input_ids)
 
     def _warm_up(self, layout: WorkerLayout | None) -> None:
         """Run both phases once on every pair of workers, so that what happens only once stays out of measured runs."""

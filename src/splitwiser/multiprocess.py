@@ -199,7 +199,8 @@ class ProcessPlacement(MailPlacement):
         for setup in setups:  # the workers hold their ends now; a pipe closes only when nobody holds its other end
             for pipe in [*setup.inbox.values(), *setup.outbox.values()]:
                 pipe.close()
-        super().__init__(Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None))
+        self._mailbox = Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None)
+        super().__init__(self._mailbox)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -269,6 +270,7 @@ class ProcessPlacement(MailPlacement):
     def _find_lost(self) -> WorkerLostError | None:
         for process in self._processes:
             if process.exitcode is not None:
+                self._mailbox.read_out(process.name, LOOK_S)
                 how = _how_it_ended(process.exitcode)
                 return WorkerLostError(f"worker {process.name} (process {process.pid}) {how}")
         if time.monotonic() < self._next_look_s:

@@ -6,12 +6,13 @@ from typing import Any
 import yaml
 
 from splitwiser.errors import InputError, first_line
+from splitwiser.text import read_text
 
 
 def read_yaml(path: Path, hint: str = "") -> object:
     """The content of ``path``. Raises :class:`InputError` naming it; ``hint`` says where a missing file should lie."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(read_text(path))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file{hint}") from error
     except (UnicodeDecodeError, OSError) as error:
