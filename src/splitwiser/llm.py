@@ -20,6 +20,7 @@ from splitwiser.engine import Engine, EngineSettings, Observer, Started, check_f
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
 from splitwiser.green import check_layout, start_green
+from splitwiser.guard import padding_changes_tokens
 from splitwiser.kv_pool import parse_bytes
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
@@ -34,6 +35,7 @@ Mode = Literal["generate", "sequential", "mp", "mps", "green"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "mps": ONE_OF_EACH, "green": ONE_OF_EACH}
 LAID_OUT = ("mp", "mps", "green")  # the modes whose workers a user lays out
+ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 MPS_DAEMONS = ("private", "existing")
 
 Prompt = str | Sequence[int]
@@ -178,7 +180,10 @@ class LLM:
             )
             if layout is None:
                 kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
-                self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])
+                one_length = padding_changes_tokens(self.model)
+                if one_length:
+                    self.model.notes.append(ONE_LENGTH)
+                self.started = Started(GenerateEngine(self.model, batch_size, one_length), None, kernels_used, [])
             else:
                 settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
                 self.started = start(self.model, layout, settings)
