@@ -269,13 +269,16 @@ def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
     directory = tmp_path / "penalised"
     shutil.copytree(tiny("llama"), directory)
     settings = json.loads((directory / "generation_config.json").read_text())
-    (directory / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 5.0}))
+    settings |= {"repetition_penalty": 5.0, "top_h": 0.4, "top_k": 7, "num_beams": 1}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
     tokens = []
     for where, mode in ((tiny("llama"), "generate"), (directory, "generate"), (directory, "sequential")):
         with LLM(where, mode=mode) as llm:
             tokens.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=30))[0].token_ids)
             notes = llm.model.notes
-    assert notes == ["the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0"]
+    assert notes == [
+        "the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0, top_h=0.4"
+    ]
     assert tokens[0] == tokens[1] == tokens[2]
 
 
