@@ -1,6 +1,8 @@
 """The Python API."""
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,8 @@ def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], P
             llm.generate([[3], [4]], arrival_s=[0, 0, 0])
         with pytest.raises(InputError, match="request 1: arrival_s must be 0 or more seconds, not -1"):
             llm.generate([[3], [4]], arrival_s=[0, -1])
+        with pytest.raises(InputError, match=r"request 1: arrives 1.7e\+09 s after the start, which is 53.8 years"):
+            llm.generate([[3], [4]], arrival_s=[0, 1.7e9])
         with pytest.raises(InputError, match="stop strings need a tokenizer"):
             llm.generate([[3]], SamplingParams(stop=("a",)))
 
@@ -324,6 +328,26 @@ def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str]
 def test_a_prompt_that_is_no_text_is_refused(prompt: Any, line: str) -> None:
     with LLM() as llm:
         assert_says(refusal(llm.generate, ["fine", prompt]), line)
+
+
+@MODES
+def test_threads_take_turns(mode: str, tiny: Callable[[str], Path]) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    prompts = [[5, 6, 7], [8, 9]]
+    with LLM(tiny("opt"), mode=mode) as llm, ThreadPoolExecutor() as threads:
+        apart = list(threads.map(lambda prompt: llm.generate([prompt], params)[0].token_ids, prompts))
+        together = [output.token_ids for output in llm.generate(prompts, params)]
+    assert apart == together
+
+
+def in_a_pool(directory: Path) -> str:
+    return refusal(LLM, directory, mode="mp")
+
+
+def test_a_daemonic_process_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        line = pool.apply(in_a_pool, [tmp_path])  # where there is no model
+    assert line.startswith("mode mp: needs worker processes, which a daemonic process")
 
 
 @pytest.mark.parametrize("mode", ["generate", "sequential", "mp"])

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from splitwiser import constants
+from splitwiser.arrivals import check_arrival
 from splitwiser.checks import find_mode_problem
 from splitwiser.device import release_memory
 from splitwiser.engine import Engine, EngineSettings, Observer, Started, check_fits
@@ -157,6 +159,7 @@ class LLM:
         began = time.perf_counter()
         self.mode = mode
         self.seed = seed
+        self._turn = threading.Lock()
         self.workers = str(layout or "1 generate")
         self.mps: dict[str, Any] | None = None
         start = {"green": start_green, "mp": start_processes}.get(mode, start_local)
@@ -204,15 +207,16 @@ class LLM:
     def close(self) -> None:
         """Give up workers, weights, pool and MPS daemon. The device's memory is free for another then, even while a variable
         still names this one."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._undo()
-        finally:
-            self.started = replace(self.started, engine=None, pool=None)
-            torch.nn.Module.to(self.model.module, "meta")
-            release_memory()
+        with self._turn:  # another thread's run is not broken off
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._undo()
+            finally:
+                self.started = replace(self.started, engine=None, pool=None)
+                torch.nn.Module.to(self.model.module, "meta")
+                release_memory()
 
     @property
     def _engine(self) -> Engine:
@@ -240,8 +244,7 @@ class LLM:
                 raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
         requests = []
         for number, (prompt, params, arrival) in enumerate(zip(prompts, sampling_params, arrivals, strict=True)):
-            if not 0 <= arrival < float("inf"):
-                raise InputError(f"request {number}: arrival_s must be 0 or more seconds, not {arrival}")
+            check_arrival(arrival, f"request {number}")
             if params.stop and self.model.tokenizer is None:
                 raise InputError(f"request {number}: stop strings need a tokenizer, and {self.model.name} has none")
             seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number
@@ -285,8 +288,10 @@ class LLM:
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
     ) -> list[RequestOutput]:
-        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`."""
-        return self._engine.run(requests, observer, start_ns, max_concurrency)
+        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`. Threads take turns, so
+        another's run is waiting time of the requests."""
+        with self._turn:
+            return self._engine.run(requests, observer, start_ns, max_concurrency)
 
     def _warm_up(self, layout: WorkerLayout | None) -> None:
         """Run both phases once on every pair of workers, so that what happens only once stays out of measured runs."""

@@ -40,7 +40,7 @@ from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
 from splitwiser.steps import warm_up_prefill
-from splitwiser.system import environment, keep_freed_memory, uninterrupted
+from splitwiser.system import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
 from splitwiser.worker import PARENT, Worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
@@ -58,7 +58,9 @@ _context = torch.multiprocessing.get_context("forkserver")
 def warm_up_start() -> None:
     """Start the fork server, so that its imports go on while the parent loads the model."""
     forkserver.set_forkserver_preload([__name__])
-    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
+    shorten_socket_paths()
+    # by its safe path it imports nothing from the current folder, where a file may have the name of a module
+    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
         forkserver.ensure_running()
 
 
