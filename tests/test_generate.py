@@ -49,3 +49,11 @@ def test_lengths_do_not_mix_where_padding_changes_tokens(tmp_path: Path) -> None
 def test_padded_models_say_nothing_of_lengths(name: str, tiny: Callable[[str], Path]) -> None:
     with LLM(tiny(name), mode="generate") as llm:
         assert ONE_LENGTH not in llm.model.notes
+
+
+def test_steps_count_the_tokens_that_come_of_them(tiny: Callable[[str], Path]) -> None:
+    seen = Seen()
+    params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in (2, 5)]
+    with LLM(tiny("opt"), mode="generate") as llm:
+        llm.generate(prompts_of([6, 9]), params, observer=seen)
+    assert [step.tokens for step in seen.steps] == [15, 2, 1, 1, 1]

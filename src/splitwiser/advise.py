@@ -20,7 +20,16 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from splitwiser.advice import FIGURES, Advice, choose_checks, recommend, relative_error, rows_of, run_options
+from splitwiser.advice import (
+    FIGURES,
+    OBJECTIVE_FIGURES,
+    Advice,
+    choose_checks,
+    recommend,
+    relative_error,
+    rows_of,
+    run_options,
+)
 from splitwiser.config import AdviseConfig, option_fields
 from splitwiser.device import resolve_device
 from splitwiser.engine import check_fits
@@ -133,6 +142,9 @@ def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, dir
                 bar.update()
     if all("not_possible" in row for row in rows):
         raise InputError(str(rows[0]["not_possible"]))
+    objective = OBJECTIVE_FIGURES[config.objective][0]
+    if all(row.get(objective) is None for row in rows):
+        raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
     for (mode, workers), reason in basis.not_possible.items():
         rows.append({"mode": mode, "workers": workers, "not_possible": reason})
         add_row(directory / "predictions.csv", rows[-1])

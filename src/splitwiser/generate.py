@@ -64,7 +64,7 @@ class _Follow(StoppingCriteria):
         now_ns = time.perf_counter_ns()
         phase: Phase = "decode" if any(row.sequence.token_ids for row in self._rows) else "prefill"
         record = StepRecord(WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens)
-        self._last_ns, self._step_tokens = now_ns, len(self._rows)
+        self._last_ns = now_ns
         for row, token in zip(self._rows, tokens, strict=True):
             if row.finish is None:
                 row.sequence.token_ids.append(token)
@@ -75,6 +75,7 @@ class _Follow(StoppingCriteria):
                     row.sequence.params, row.sequence.token_ids, self._model.eos_token_ids, self._model.decode
                 )
         self._observer.on_step(record)
+        self._step_tokens = sum(row.finish is None for row in self._rows)  # rows that have ended go on, for nothing
         return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
 
 

@@ -10,6 +10,7 @@ import yaml
 from splitwiser.errors import InputError, unknown
 from splitwiser.messages import Role
 from splitwiser.text import read_text
+from splitwiser.yaml_file import load_yaml
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 
@@ -108,7 +109,7 @@ def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
                     f"workers '{given}': neither a file nor a list such as '[{{role: prefill}}, {{role: decode}}]'"
                 ) from error
         try:
-            groups = yaml.safe_load(text)
+            groups = load_yaml(text)
         except yaml.YAMLError as error:
             raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(groups, Sequence) or not all(isinstance(group, dict) for group in groups):

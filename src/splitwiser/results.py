@@ -184,7 +184,10 @@ class RunRecorder(Observer):
         self._write_figures(figures)
         if status == "finished" and self._unwritten is None:
             if self._scored:  # may take a while: what is there has been written
-                figures |= self._rouge()
+                try:
+                    figures |= self._rouge()
+                except Exception as fault:  # figures of quality are no reason to call a run failed
+                    tqdm.write(f"note: no ROUGE: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
                 self._write_figures(figures)
             append_row(self.directory.parent / "runs.csv", figures)
         try:
@@ -201,7 +204,7 @@ class RunRecorder(Observer):
         answered = {output.request_id for output in self.outputs}
         return [number for number in range(len(self._reports)) if number not in answered]
 
-    def _rouge(self) -> dict[str, float]:
+    def _rouge(self) -> dict[str, float | None]:
         pairs = [(self._reports[output.request_id].impression, output.text) for output in self.outputs]
         references, texts = zip(*(pair for pair in pairs if pair[0]), strict=True)
         return rouge(references, texts)
