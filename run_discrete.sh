@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Runs the main job in mode sequential; any option of `splitwiser run` may follow. Defaults: src/splitwiser/constants.py.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/setup.sh"
 exec "$PYTHON" -m splitwiser run --mode sequential "$@"

@@ -250,7 +250,8 @@ def peers(check: Check) -> Iterator[list[str]]:
     """Other engines that this Python has: transformers' generate (a mode) and its continuous batching."""
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
-    sizes = ["--requests", "4", "--mu", "3", "--longest", "32", "--new_tokens", "4"] if check.quick else []
+    tiny = "--requests 2 --mu 3 --longest 24 --new_tokens 3 --prefill_tokens 64 --max_batch 2 --kv_memory 64MiB"
+    sizes = tiny.split() if check.quick else []
     for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)) if not check.quick else (("opt-125m", 1),):
         yield script(
             "benchmark.py", "--modes", ",".join(modes), "--peers", f"hf-continuous={sys.executable}", "--models", model,

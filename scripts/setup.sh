@@ -2,8 +2,9 @@
 # an activated conda or virtual environment that has torch and transformers, else .venv, made if it is missing or its
 # pins have changed.
 
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+project=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 export PYTHONPATH="$project/src${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1 # a file in the current folder may have the name of a module
 
 has_packages() {
     "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ["torch", "transformers", "accelerate"])))' 2>/dev/null

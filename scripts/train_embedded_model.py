@@ -234,7 +234,7 @@ def generate(
 
 def rouge_l(texts: Sequence[str], reports: Sequence[Report]) -> float:
     """Mean ROUGE-L f-measure of ``texts`` against the reports' impressions."""
-    return rouge([report.impression for report in reports], texts)["rougeL"]
+    return rouge([report.impression for report in reports], texts)["rougeL"] or 0.0
 
 
 def evaluate(args: argparse.Namespace, cases: dict[int, Case]) -> None:

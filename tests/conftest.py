@@ -36,6 +36,8 @@ TINY: dict[str, dict[str, Any]] = {
                "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gpt_oss": {**_ROTARY, "head_dim": 16, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2,
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
+                    "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
     "gptj": {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": POSITIONS},
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},

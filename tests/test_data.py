@@ -227,10 +227,37 @@ def test_broken_file_is_named_with_what_it_should_be(name: str, content: bytes, 
     assert_says(refusal(load_reports, source, "test"), f"--data {source}: cannot be read as {source.suffix[1:]}: ")
 
 
+def test_broken_json_is_named_by_its_line(tmp_path: Path) -> None:
+    source = tmp_path / "reports.jsonl"
+    source.write_text('{"findings": "a"}\n\n{"findings": "b"}\n{"findings": "c" "d"}\n', encoding="utf-8")
+    assert_says(refusal(load_reports, source, "test"), "line 4: ", "column 18")
+
+
+@pytest.mark.parametrize("name", ["reports.csv", "reports.jsonl", "test.findings.tok"])
+def test_a_byte_order_mark_is_no_part_of_the_text(name: str, tmp_path: Path) -> None:
+    if name.endswith(".tok"):
+        source = write_tok(tmp_path, lines(FINDINGS), lines(IMPRESSIONS))
+    else:
+        source = write_table(tmp_path / name, TABLE)
+    marked = tmp_path / name
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    assert load_reports(source, "test") == REPORTS
+
+
 def test_csv_rows_longer_than_the_header_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "reports.csv"
     source.write_text("findings,impression\nlungs clear, no effusion,normal\n", encoding="utf-8")
     assert_says(refusal(load_reports, source, "test"), str(source))
+
+
+@pytest.mark.parametrize("column", ["findings", "impression"])
+def test_half_of_a_surrogate_pair_is_named_by_its_row(column: str, tmp_path: Path) -> None:
+    source = tmp_path / "reports.jsonl"
+    cut = {"findings": "clear", "impression": "normal"} | {column: "seen \ud83d"}
+    source.write_text(f'{{"findings": "a", "impression": "b"}}\n{json.dumps(cut)}\n', encoding="utf-8")
+    assert_says(
+        refusal(load_reports, source, "test"), f"--data {source}, row 2: column '{column}': character 6", "U+D83D"
+    )
 
 
 @pytest.mark.parametrize("line", ['["a", "b"]', '"a"', "3", "null"])

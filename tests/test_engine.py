@@ -125,6 +125,12 @@ def test_requests_that_were_not_let_in_are_unanswered(model: LoadedModel) -> Non
         engine.run([request(number) for number in range(4)], Seen(), 0, max_concurrency=1)
 
 
+def test_a_worker_lost_after_the_last_answer_costs_none(model: LoadedModel) -> None:
+    engine = SplitEngine(model, Scripted([answered(0)], WorkerLostError("worker decode-0 was lost")), 100)
+    (output,) = engine.run([request(0)], Seen(), 0)
+    assert output.token_ids == [7, 8]
+
+
 def test_a_lost_worker_leaves_the_unanswered_by_id(model: LoadedModel) -> None:
     lost = WorkerLostError("worker decode-0 was killed by SIGKILL")
     lost.add_note("where")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import POSITIONS, make_tiny
 from torch import Tensor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.guard import attach_engine, try_kernels
+from splitwiser.guard import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import LayerShape
 from splitwiser.model import LoadedModel, load_model
@@ -29,6 +29,10 @@ def load(directory: Path) -> LoadedModel:
         ("gptj", "GPTJForCausalLM does not dispatch its attention through transformers' attention interface"),
         ("bloom", "BloomForCausalLM does not dispatch its attention"),
         ("mamba", "MambaForCausalLM"),
+        (
+            "llama4_text",
+            "Llama4ForCausalLM: at later positions packed prompts do not give the logits that each gives alone",
+        ),
     ],
 )
 def test_refuses_by_what_the_model_does(name: str, reason: str, tiny: Callable[[str], Path]) -> None:
@@ -38,7 +42,7 @@ def test_refuses_by_what_the_model_does(name: str, reason: str, tiny: Callable[[
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom", "mamba"])
+@pytest.mark.parametrize("name", ["gptj", "bloom", "mamba", "llama4_text"])
 def test_mode_generate_serves_what_the_engine_refuses(name: str, tiny: Callable[[str], Path]) -> None:
     with LLM(tiny(name), mode="generate") as llm:
         (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
@@ -111,6 +115,53 @@ def test_refuses_layers_that_do_not_store(tiny: Callable[[str], Path]) -> None:
     layers[1] = layers[0]  # its K and V would be stored twice in layer 0
     with pytest.raises(UnsupportedModelError, match="each layer must store and attend exactly once"):
         attach_engine(model)
+
+
+def test_a_scale_that_begins_half_way_is_seen_at_random_weights_too(tmp_path: Path) -> None:
+    changes = {"floor_scale": POSITIONS // 2, "attn_scale": 0.1}
+    directory = make_tiny("llama4_text", tmp_path, **changes)
+    model = load_model(directory, dtype="float32", device="cpu", load_format="dummy")
+    with pytest.raises(UnsupportedModelError, match="at later positions"):
+        attach_engine(model)
+
+
+def test_refuses_a_model_that_computes_by_the_longest_position_of_a_step(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("llama"))
+    rotary = model.module.model.rotary_emb
+    assert isinstance(rotary, torch.nn.Module)
+
+    def shrink(_: torch.nn.Module, args: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        late = float(args[1].max() >= POSITIONS // 2)
+        return output[0] * (1 + late), output[1]
+
+    rotary.register_forward_hook(
+        lambda part, args, kwargs, output: shrink(part, (args[0], kwargs["position_ids"]), output), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedModelError, match="at later positions"):
+        attach_engine(model)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", "bloom", "mamba"])
+def test_padding_that_is_masked_changes_no_tokens(name: str, tiny: Callable[[str], Path]) -> None:
+    assert not padding_changes_tokens(load(tiny(name)))
+
+
+def test_padding_that_moves_positions_changes_tokens(tiny: Callable[[str], Path]) -> None:
+    assert padding_changes_tokens(load(tiny("llama4_text")))
+
+
+def test_padding_that_is_seen_changes_tokens(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("opt"))
+    layer = model.module.model.decoder.layers[1]
+    assert isinstance(layer, torch.nn.Module)
+    layer.register_forward_hook(lambda _, __, output: output + 0.1 * output.mean(dim=1, keepdim=True))
+    assert padding_changes_tokens(model)
+
+
+def test_a_model_that_fails_in_the_trial_is_not_padded(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny("opt"))
+    model.module.register_forward_pre_hook(broken)
+    assert padding_changes_tokens(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,12 +1,15 @@
 """The Python API."""
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import POSITIONS, VOCABULARY
-from helpers import refusal
+from helpers import assert_says, refusal
 
 from splitwiser import LLM, SamplingParams, constants
 from splitwiser.cases import get_case
@@ -273,6 +276,8 @@ def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], P
             llm.generate([[3], [4]], arrival_s=[0, 0, 0])
         with pytest.raises(InputError, match="request 1: arrival_s must be 0 or more seconds, not -1"):
             llm.generate([[3], [4]], arrival_s=[0, -1])
+        with pytest.raises(InputError, match=r"request 1: arrives 1.7e\+09 s after the start, which is 53.8 years"):
+            llm.generate([[3], [4]], arrival_s=[0, 1.7e9])
         with pytest.raises(InputError, match="stop strings need a tokenizer"):
             llm.generate([[3]], SamplingParams(stop=("a",)))
 
@@ -286,13 +291,16 @@ def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
     directory = tmp_path / "penalised"
     shutil.copytree(tiny("llama"), directory)
     settings = json.loads((directory / "generation_config.json").read_text())
-    (directory / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 5.0}))
+    settings |= {"repetition_penalty": 5.0, "top_h": 0.4, "top_k": 7, "num_beams": 1}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
     tokens = []
     for where, mode in ((tiny("llama"), "generate"), (directory, "generate"), (directory, "sequential")):
         with LLM(where, mode=mode) as llm:
             tokens.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=30))[0].token_ids)
             notes = llm.model.notes
-    assert notes == ["the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0"]
+    assert notes == [
+        "the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0, top_h=0.4"
+    ]
     assert tokens[0] == tokens[1] == tokens[2]
 
 
@@ -325,6 +333,39 @@ def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str]
             llm.generate([[5]], SamplingParams(max_tokens=9), observer=Interrupts())
         with pytest.raises(RunError, match=r"an earlier run was broken off.*make a new LLM"):
             llm.generate([[5]], SamplingParams(max_tokens=9))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("seen \ud83d", "request 1: the prompt: character 6 is half of a surrogate pair (U+D83D)"),
+        ([5, "6"], "request 1: the prompt must be text or token ids, not [5, '6']"),
+        (7, "request 1: the prompt must be text or token ids, not 7"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(prompt: Any, line: str) -> None:
+    with LLM() as llm:
+        assert_says(refusal(llm.generate, ["fine", prompt]), line)
+
+
+@MODES
+def test_threads_take_turns(mode: str, tiny: Callable[[str], Path]) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    prompts = [[5, 6, 7], [8, 9]]
+    with LLM(tiny("opt"), mode=mode) as llm, ThreadPoolExecutor() as threads:
+        apart = list(threads.map(lambda prompt: llm.generate([prompt], params)[0].token_ids, prompts))
+        together = [output.token_ids for output in llm.generate(prompts, params)]
+    assert apart == together
+
+
+def in_a_pool(directory: Path) -> str:
+    return refusal(LLM, directory, mode="mp")
+
+
+def test_a_daemonic_process_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        line = pool.apply(in_a_pool, [tmp_path])  # where there is no model
+    assert line.startswith("mode mp: needs worker processes, which a daemonic process")
 
 
 @pytest.mark.parametrize("mode", ["generate", "sequential", "mp"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from splitwiser.quality import can_score, rouge
+from splitwiser.quality import Words, can_score, rouge
 
 REFERENCE = "the cat sat on the mat"
 
@@ -31,6 +31,30 @@ def test_a_text_is_scored_against_its_own_reference() -> None:
 
 def test_words_are_not_stemmed() -> None:
     assert rouge(["effusions"], ["effusion"])["rouge1"] == 0
+
+
+@pytest.mark.parametrize("text", ["心脏大小正常", "сердце в норме", "größe 3 mm", "ไม่มี", "normal"])
+def test_the_same_text_scores_fully_in_every_script(text: str) -> None:
+    assert rouge([text], [text])["rouge1"] == pytest.approx(1)
+
+
+def test_letters_of_a_script_without_spaces_count_as_words() -> None:
+    assert rouge(["心脏正常"], ["心脏"])["rouge1"] == pytest.approx(f_measure(2 / 2, 2 / 4))
+
+
+def test_words_of_ascii_are_those_of_rouge_scores_own_tokenizer() -> None:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    text = "No acute_disease; 3.5-mm nodule (RUL), T2/T3 it's"
+    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+
+
+def test_references_without_a_word_give_no_figure() -> None:
+    assert rouge(["...", "-"], ["...", "a"]) == {"rouge1": None, "rouge2": None, "rougeL": None}
+
+
+def test_references_without_a_word_are_left_out() -> None:
+    assert rouge(["...", "a"], ["b", "a"])["rouge1"] == pytest.approx(1)
 
 
 def test_an_empty_text_scores_nothing() -> None:

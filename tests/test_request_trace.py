@@ -29,6 +29,14 @@ def test_requests_come_in_order_of_arrival_from_the_first_on(tmp_path: Path) -> 
     assert trace.output_tokens == (1, 2, 3, 4)
 
 
+@pytest.mark.parametrize("moment", ["0", "12.5", "2023", "20231116", "1700158550", "1e3"])
+def test_a_number_is_no_time(moment: str, tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS[0], f"{moment},1,1")
+    assert_says(
+        refusal(load_trace, path), f"--trace {path}, row 2: TIMESTAMP must be a time such as", f"not '{moment}'"
+    )
+
+
 def test_a_slice_counts_from_its_start_and_leaves_its_end_out(tmp_path: Path) -> None:
     trace = load_trace(write(tmp_path, *ROWS), 1.0, 10.25)
     assert trace.arrival_s == pytest.approx([0.5000005, 8])

@@ -18,6 +18,7 @@ from helpers import MS, make_output, make_step
 
 from splitwiser import results
 from splitwiser.data import Report
+from splitwiser.errors import RunError
 from splitwiser.results import RunRecorder, Status, append_row, make_run_directory, replace
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
@@ -177,7 +178,7 @@ def test_generation_stands_beside_its_own_report(tmp_path: Path) -> None:
     assert found == [
         ("2", "third", "", "c"),
         ("1", 'a "second", finding', "", ""),
-        ("0", "first finding", "first reference", "some text"),
+        ("0", "first finding", "first reference", " some text\n"),
     ]
 
 
@@ -191,7 +192,7 @@ def test_tokens_stand_beside_their_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['a, "b"', "a\nb", "a\r\nb", "a\rb", "a\tb", "größe ✓", "NA", "007", "a\u2028b"], ids=ascii
+    "text", [" kept ", 'a, "b"', "a\nb", "a\r\nb", "a\rb", "a\tb", "größe ✓", "NA", "007", "a\u2028b"], ids=ascii
 )
 def test_generated_text_comes_back_as_it_was(text: str, tmp_path: Path) -> None:
     recorder, start_ns = start(tmp_path)
@@ -376,6 +377,62 @@ def test_rows_that_could_not_be_written_are_written_at_the_end(tmp_path: Path, m
     assert counts(tmp_path) == COUNTS
 
 
+def test_a_row_cut_off_by_a_full_disk_is_written_whole_later(tmp_path: Path) -> None:
+    recorder, start_ns = start(tmp_path)
+    feed(recorder, start_ns)
+    with (tmp_path / "run" / "steps.csv").open("a", encoding="utf-8") as file:
+        file.write('"p0","pre')  # as far as there was room
+    recorder.finish("finished", MEMORY)
+    assert counts(tmp_path) == COUNTS
+
+
+def test_half_of_a_surrogate_pair_costs_no_row(tmp_path: Path) -> None:
+    recorder, start_ns = start(tmp_path)
+    feed(recorder, start_ns, ("first", "cut \ud83d", "last"))
+    recorder.finish("finished", MEMORY)
+    found = [row["summary_gen"] for row in rows(tmp_path / "run" / "generations.csv")]
+    assert found == ["last", r"cut \ud83d", "first"]
+
+
+def fail_to_flush(_: object) -> None:
+    raise ValueError("no row")
+
+
+def test_a_run_whose_rows_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, start_ns = start(tmp_path)
+    feed(recorder, start_ns)
+    monkeypatch.setattr(results._Table, "flush", fail_to_flush)
+    with pytest.raises(RunError, match=r"^rows could not be written: ValueError: no row; what could be is in "):
+        recorder.finish("finished", MEMORY)
+    assert status_of(tmp_path) == "failed"
+    assert (tmp_path / "run" / "throughput.csv").exists()
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_a_table_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
+    recorder, start_ns = start(tmp_path)
+    feed(recorder, start_ns)
+    path = tmp_path / "run" / "steps.csv"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunError, match="rows could not be written: IsADirectoryError"):
+        recorder.finish("finished", MEMORY)
+    assert {name: len(rows(tmp_path / "run" / name)) for name in COUNTS if name != path.name} == {
+        name: count for name, count in COUNTS.items() if name != path.name
+    }
+
+
+def test_the_outcome_is_written_before_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recorder, _ = start(tmp_path)
+    monkeypatch.setattr(results, "throughput_figures", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.finish("interrupted", MEMORY, "KeyboardInterrupt: ")
+    assert status_of(tmp_path) == "interrupted"
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_no_thread_is_left(begun: bool, tmp_path: Path) -> None:
     before = set(threading.enumerate())
@@ -395,10 +452,8 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(tmp_path: Path, monkeypa
     monkeypatch.setattr(results, "draw_timeline", fail)
     recorder, start_ns = start(tmp_path)
     feed(recorder, start_ns)
-    try:
-        recorder.finish("finished", MEMORY)
-    except ValueError:
-        assert status_of(tmp_path) == "finished"
+    recorder.finish("finished", MEMORY)
+    assert status_of(tmp_path) == "finished"
     assert [row["completed"] for row in rows(tmp_path / "runs.csv")] == ["3"]
 
 

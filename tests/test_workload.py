@@ -47,6 +47,11 @@ def test_broken_json_is_named(content: str, tmp_path: Path) -> None:
     assert_says(refusal(load_workload, path), f"--workload {path}: not valid JSON: ", "line 1")
 
 
+def test_half_of_a_surrogate_pair_is_named_by_its_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b \ud83d"]})
+    assert_says(refusal(load_workload, path), f"--workload {path}: prompt 1: character 3", "U+D83D")
+
+
 def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "load.json"
     path.write_bytes(b'{"prompts": ["\xff"]}')

@@ -79,7 +79,11 @@ def recommend(config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFr
         better = "better" if gain > 0 else "worse"
         kept = ", too little to be worth it" if 0 < gain <= WORTH else ""
         others = [each for each in OBJECTIVE_FIGURES.values() if each[0] in _TRADED and each[0] != figure]
-        changes = [f"{label} {value(whole, key):,.1f} to {value(split, key):,.1f} {of}" for key, _, label, of in others]
+        changes = [
+            f"{label} {value(whole, key):,.1f} to {value(split, key):,.1f} {of}"
+            for key, _, label, of in others
+            if pd.notna(value(whole, key)) and pd.notna(value(split, key))  # answers of one token have no gap
+        ]
         reasons = [
             f"{name[0].upper()}{name[1:]} is {value(split, figure):,.1f} {unit} with split phases and "
             f"{value(whole, figure):,.1f} {unit} without ({basis}): splitting makes it {abs(gain):.0%} {better}{kept}.",

@@ -20,12 +20,22 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from splitwiser.advice import FIGURES, Advice, choose_checks, recommend, relative_error, rows_of, run_options
+from splitwiser.advice import (
+    FIGURES,
+    OBJECTIVE_FIGURES,
+    Advice,
+    choose_checks,
+    recommend,
+    relative_error,
+    rows_of,
+    run_options,
+)
 from splitwiser.config import AdviseConfig, option_fields
 from splitwiser.device import resolve_device
 from splitwiser.engine import check_fits
 from splitwiser.errors import InputError, RunError
 from splitwiser.job import prepare_job
+from splitwiser.llm import token_ids
 from splitwiser.machine import describe_machine, describe_versions, git_commit
 from splitwiser.metrics import parse_goodput, throughput_figures
 from splitwiser.model import LoadedModel, load_model
@@ -93,11 +103,7 @@ def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     requests = []
     given = zip(job.make_prompts(shell, config.seed), job.sampling_params(config), job.arrival_s, strict=True)
     for number, (prompt, params, arrival_s) in enumerate(given):
-        if isinstance(prompt, str):
-            if shell.tokenizer is None:
-                raise InputError(f"request {number}: {shell.name} has no tokenizer; give its prompt as token ids")
-            prompt = shell.tokenizer(prompt).input_ids
-        requests.append(Request(number, tuple(prompt), params, seed=number, arrival_s=arrival_s))
+        requests.append(Request(number, token_ids(shell, number, prompt), params, seed=number, arrival_s=arrival_s))
         check_fits(requests[-1], shell, None)
     return requests
 
@@ -136,6 +142,9 @@ def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, dir
                 bar.update()
     if all("not_possible" in row for row in rows):
         raise InputError(str(rows[0]["not_possible"]))
+    objective = OBJECTIVE_FIGURES[config.objective][0]
+    if all(row.get(objective) is None for row in rows):
+        raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
     for (mode, workers), reason in basis.not_possible.items():
         rows.append({"mode": mode, "workers": workers, "not_possible": reason})
         add_row(directory / "predictions.csv", rows[-1])

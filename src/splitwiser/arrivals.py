@@ -11,6 +11,19 @@ import numpy as np
 from splitwiser.errors import InputError
 from splitwiser.request import Request
 
+LONGEST_WAIT_S = 366 * 24 * 3600.0
+
+
+def check_arrival(arrival_s: float, where: str) -> None:
+    """Raises :class:`InputError`, which begins with ``where``, unless ``arrival_s`` is a time that a run can wait for."""
+    if not 0 <= arrival_s < math.inf:
+        raise InputError(f"{where}: arrival_s must be 0 or more seconds, not {arrival_s}")
+    if arrival_s > LONGEST_WAIT_S:
+        raise InputError(
+            f"{where}: arrives {arrival_s:g} s after the start, which is {arrival_s / LONGEST_WAIT_S:,.1f} years; "
+            "arrival times are seconds from the start of the run"
+        )
+
 
 def gamma_arrivals(count: int, rate: float, burstiness: float, rng: np.random.Generator) -> list[float]:
     """Arrival times in seconds of ``count`` requests at ``rate`` a second, as ``vllm bench serve`` defines them.

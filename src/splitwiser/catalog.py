@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from splitwiser import constants
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, first_line, unknown
 from splitwiser.yaml_file import read_entries
 
 KINDS = ("decoder", "encoder-decoder")
@@ -61,7 +61,10 @@ def resolve_model(model: str | Path) -> CatalogEntry:
     name = str(model)
     if name in catalog:
         return catalog[name]
-    directory = Path(name).expanduser()
+    try:
+        directory = Path(name).expanduser()
+    except RuntimeError as error:  # there is no such user, or this one has no home folder
+        raise InputError(f"model {name}: {first_line(error)}") from error
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise InputError(

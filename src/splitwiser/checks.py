@@ -8,6 +8,7 @@ from splitwiser import green_contexts, mps
 from splitwiser.device import resolve_device
 from splitwiser.errors import first_line
 from splitwiser.shared import SharedMemory
+from splitwiser.system import find_children_problem
 
 
 def find_mode_problem(mode: str, device: str) -> str | None:
@@ -18,8 +19,9 @@ def find_mode_problem(mode: str, device: str) -> str | None:
     if mode in ("mps", "green") and device == "cpu":
         return "needs an NVIDIA GPU, and the device is cpu"
     if mode in ("mp", "mps"):
-        problem = find_memfd_problem()
-        if problem:
+        if problem := find_children_problem():
+            return problem
+        if problem := find_memfd_problem():
             return f"cannot share memory between processes: {problem}"
     if mode == "mps":
         return mps.find_problem(mps.gpu_index(device))

@@ -1,6 +1,7 @@
 """The ``splitwiser`` command."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -25,6 +26,10 @@ ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imp
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a fault, 2 for a wrong input, 130 after Ctrl-C, 143 after
     SIGTERM."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # our processes import nothing from the current folder, which is the user's
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no exit code hangs on a letter that a terminal lacks
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -56,7 +61,9 @@ def _terminated(*_: object) -> None:
 
 def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
-    sys.exit(main())
+    exit_code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only Python's own end is left, which a further Ctrl-C would litter
+    sys.exit(exit_code)
 
 
 def _fail(line: str, exit_code: int, debug: bool) -> int:

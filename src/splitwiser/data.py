@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.text import check_text, read_text
 
 DEFAULT_FINDING_COLUMN = "findings"
 DEFAULT_IMPRESSION_COLUMN = "impression"
@@ -16,9 +17,18 @@ SPLITS = ("train", "validate", "test")
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     # not pandas' reader, which turns text that looks like a number or a date into one
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every line must be an object, its keys the columns")
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"line {number}: {fault}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number}: must be an object, its keys the columns")
+        rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
 
@@ -94,7 +104,7 @@ def load_tok(directory: Path, split: str) -> list[Report]:
 
 def _tok_lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
     # only a newline ends a report: str.splitlines would also split at form feeds and at U+2028
@@ -108,13 +118,13 @@ def _from_table(path: Path, finding_column: str, impression_column: str) -> list
         table = TABLE_READERS[path.suffix](path)
     except pd.errors.EmptyDataError:
         return []
-    except (ValueError, OSError) as error:
+    except Exception as error:  # the libraries raise many kinds
         raise InputError(f"--data {path}: cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
     if table.empty:
         return []
     return _from_columns(
         str(path),
-        {name: table[name].tolist() for name in map(str, table.columns)},
+        {str(name): table[name].tolist() for name in table.columns},
         finding_column,
         impression_column,
     )
@@ -157,10 +167,16 @@ def _from_columns(
         )
     findings: Sequence[object] = columns[finding_column]
     impressions: Sequence[object] = columns.get(impression_column) or [""] * len(findings)
-    for number, finding in enumerate(findings, start=1):
+    reports = []
+    for number, (finding, impression) in enumerate(zip(findings, impressions, strict=True), start=1):
+        where = f"--data {source}, row {number}: column"
         if not isinstance(finding, str) or not finding.strip():
-            raise InputError(f"--data {source}, row {number}: column '{finding_column}' holds no text")
-    return [
-        Report(str(finding).strip(), impression.strip() if isinstance(impression, str) else "")
-        for finding, impression in zip(findings, impressions, strict=True)
-    ]
+            raise InputError(f"{where} '{finding_column}' holds no text")
+        reference = impression if isinstance(impression, str) else ""
+        reports.append(
+            Report(
+                check_text(finding, f"{where} '{finding_column}'").strip(),
+                check_text(reference, f"{where} '{impression_column}'").strip(),
+            )
+        )
+    return reports

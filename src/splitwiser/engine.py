@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -157,8 +158,9 @@ class SplitEngine:
                     outputs[output.request_id] = output
                     arrivals.finished(output.metrics.token_ns[-1])
         # the record of the last prefill step travels by another pipe than the report that ended the run
-        for message in self._placement.poll(self._clock() + _SETTLE_NS):
-            self._hear(message, observer, start_ns)
+        with suppress(WorkerLostError):  # all are answered; the next run is told
+            for message in self._placement.poll(self._clock() + _SETTLE_NS):
+                self._hear(message, observer, start_ns)
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:

@@ -15,12 +15,15 @@ from splitwiser.arrivals import Arrivals
 from splitwiser.engine import Observer, make_output
 from splitwiser.messages import Phase, StepRecord
 from splitwiser.model import LoadedModel
+from splitwiser.padding import pad_left
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 from splitwiser.sampling import choose
 from splitwiser.steps import InFlight
 from splitwiser.stopping import finish_reason
 
 WORKER = "generate-0"
+
+_Arrived = tuple[Request, int]  # a request and the moment at which it came
 
 
 @dataclass(eq=False)
@@ -61,7 +64,7 @@ class _Follow(StoppingCriteria):
         now_ns = time.perf_counter_ns()
         phase: Phase = "decode" if any(row.sequence.token_ids for row in self._rows) else "prefill"
         record = StepRecord(WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens)
-        self._last_ns, self._step_tokens = now_ns, len(self._rows)
+        self._last_ns = now_ns
         for row, token in zip(self._rows, tokens, strict=True):
             if row.finish is None:
                 row.sequence.token_ids.append(token)
@@ -72,19 +75,22 @@ class _Follow(StoppingCriteria):
                     row.sequence.params, row.sequence.token_ids, self._model.eos_token_ids, self._model.decode
                 )
         self._observer.on_step(record)
+        self._step_tokens = sum(row.finish is None for row in self._rows)  # rows that have ended go on, for nothing
         return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
 
 
 class GenerateEngine:
     """Takes the requests that have arrived, up to ``batch_size``, pads them on the left and generates until all have ended;
-    then the next batch."""
+    then the next batch. Requests whose padded rows would together pass the model's last position, or, with ``one_length``,
+    whose prompts differ in length, are generated one part after another."""
 
     capacity_tokens: int | None = None
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, model: LoadedModel, batch_size: int) -> None:
+    def __init__(self, model: LoadedModel, batch_size: int, one_length: bool = False) -> None:
         self._model = model
         self._batch_size = batch_size
+        self._one_length = one_length
 
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
@@ -94,16 +100,35 @@ class GenerateEngine:
         arrivals = Arrivals(requests, start_ns, max_concurrency)
         while (next_ns := arrivals.next_ns) is not None:
             time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
-            for output in self._generate(list(islice(arrivals.due(), self._batch_size)), observer):
-                outputs[output.request_id] = output
-                arrivals.finished(output.metrics.token_ns[-1])
-                observer.on_output(output)
+            for part in self._parts(list(islice(arrivals.due(), self._batch_size))):
+                for output in self._generate(part, observer):
+                    outputs[output.request_id] = output
+                    arrivals.finished(output.metrics.token_ns[-1])
+                    observer.on_output(output)
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.Engine.close`; nothing runs outside this thread."""
 
-    def _generate(self, arrived: Sequence[tuple[Request, int]], observer: Observer) -> list[RequestOutput]:
+    def _parts(self, arrived: Sequence[_Arrived]) -> list[list[_Arrived]]:
+        parts: list[list[_Arrived]] = []
+        for each in arrived:
+            part = next((part for part in parts if self._go_together([*part, each])), None)
+            if part is None:
+                parts.append([each])
+            else:
+                part.append(each)
+        return parts
+
+    def _go_together(self, arrived: Sequence[_Arrived]) -> bool:
+        lengths = {len(request.prompt_token_ids) for request, _ in arrived}
+        if self._one_length and len(lengths) > 1:
+            return False
+        # a row that has ended goes on beside the others, and takes their positions
+        positions = max(lengths) + max(request.params.max_tokens for request, _ in arrived) - 1
+        return self._model.max_positions is None or positions <= self._model.max_positions
+
+    def _generate(self, arrived: Sequence[_Arrived], observer: Observer) -> list[RequestOutput]:
         batch = [request for request, _ in arrived]
         rows = [
             _Row(
@@ -112,12 +137,7 @@ class GenerateEngine:
             )
             for request, arrival_ns in arrived
         ]
-        width = max(len(request.prompt_token_ids) for request in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, request in enumerate(batch):
-            ids[number, width - len(request.prompt_token_ids) :] = torch.tensor(request.prompt_token_ids)
-            mask[number, width - len(request.prompt_token_ids) :] = 1
+        ids, mask = pad_left([request.prompt_token_ids for request in batch], self._model.device)
         # generate would end a row at end-of-sequence by itself; the rule of the other modes decides instead
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.params.max_tokens for request in batch), pad_token_id=0
@@ -125,8 +145,8 @@ class GenerateEngine:
         drawing = any(request.params.temperature > 0 for request in batch)
         generate = cast("Callable[..., Tensor]", self._model.module.generate)
         generate(
-            input_ids=ids.to(self._model.device),
-            attention_mask=mask.to(self._model.device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([_Draw(rows)] if drawing else []),
             stopping_criteria=StoppingCriteriaList([_Follow(self._model, rows, observer)]),

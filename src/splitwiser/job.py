@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from splitwiser import constants
-from splitwiser.arrivals import gamma_arrivals
+from splitwiser.arrivals import check_arrival, gamma_arrivals
 from splitwiser.cases import get_case
 from splitwiser.config import RunConfig
 from splitwiser.data import Report, load_reports, load_tok
@@ -77,6 +77,9 @@ def prepare_job(config: RunConfig) -> Job:
     if config.request_rate is not None:
         times = gamma_arrivals(count, config.request_rate, config.burstiness, _generator(config.seed, "arrivals"))
         job = replace(job, arrival_s=times)
+    if config.max_concurrency is None:
+        for number, arrival_s in enumerate(job.arrival_s):
+            check_arrival(arrival_s, f"request {number}")
     return _cut(job, config)
 
 
@@ -111,6 +114,7 @@ def _from_trace(config: RunConfig) -> Job:
 def _from_nothing(config: RunConfig) -> Job:
     """Prompts of lengths that are drawn later, and the answers' lengths unless those are drawn, too."""
     count = constants.REQUESTS if config.requests is None else config.requests
+    count = min(count, config.limit or count)
     new_tokens = [constants.OUTPUT_TOKENS if config.max_new_tokens is None else config.max_new_tokens] * count
     return Job("synthetic", [Report("")] * count, None, (), new_tokens, [0.0] * count, exact=True)
 

@@ -9,6 +9,8 @@ import yaml
 
 from splitwiser.errors import InputError, unknown
 from splitwiser.messages import Role
+from splitwiser.text import read_text
+from splitwiser.yaml_file import load_yaml
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 
@@ -101,13 +103,13 @@ def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
         if not given.lstrip().startswith("["):
             where = f"workers file {given}"
             try:
-                text = Path(given).read_text(encoding="utf-8")
+                text = read_text(Path(given))
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(
                     f"workers '{given}': neither a file nor a list such as '[{{role: prefill}}, {{role: decode}}]'"
                 ) from error
         try:
-            groups = yaml.safe_load(text)
+            groups = load_yaml(text)
         except yaml.YAMLError as error:
             raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(groups, Sequence) or not all(isinstance(group, dict) for group in groups):

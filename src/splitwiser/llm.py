@@ -1,6 +1,8 @@
 """The Python API: a model with an engine around it, in the spelling that vLLM's users know."""
 
 import math
+import operator
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,12 +15,14 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from splitwiser import constants
+from splitwiser.arrivals import check_arrival
 from splitwiser.checks import find_mode_problem
 from splitwiser.device import release_memory
 from splitwiser.engine import Engine, EngineSettings, Observer, Started, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
 from splitwiser.green import check_layout, start_green
+from splitwiser.guard import padding_changes_tokens
 from splitwiser.kv_pool import parse_bytes
 from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.local import start_local
@@ -27,11 +31,13 @@ from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.request import Request, RequestOutput, SamplingParams
 from splitwiser.shares import ShareSettings
+from splitwiser.text import check_text
 
 Mode = Literal["generate", "sequential", "mp", "mps", "green"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "mps": ONE_OF_EACH, "green": ONE_OF_EACH}
 LAID_OUT = ("mp", "mps", "green")  # the modes whose workers a user lays out
+ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 MPS_DAEMONS = ("private", "existing")
 
 Prompt = str | Sequence[int]
@@ -78,6 +84,18 @@ def check_sizes(kv_memory: str, **counts: int) -> None:
             raise InputError(f"{name} must be 1 or more, not {given}")
     if kv_memory != "auto":
         parse_bytes(kv_memory)
+
+
+def token_ids(model: LoadedModel, number: int, prompt: Prompt) -> tuple[int, ...]:
+    """The tokens of ``prompt``, that of request ``number``. Raises :class:`InputError`."""
+    if not isinstance(prompt, str):
+        try:
+            return tuple(map(operator.index, prompt))
+        except TypeError as error:
+            raise InputError(f"request {number}: the prompt must be text or token ids, not {prompt!r}") from error
+    if model.tokenizer is None:
+        raise InputError(f"request {number}: {model.name} has no tokenizer; give its prompt as token ids")
+    return tuple(model.tokenizer(check_text(prompt, f"request {number}: the prompt")).input_ids)
 
 
 class LLM:
@@ -141,6 +159,7 @@ class LLM:
         began = time.perf_counter()
         self.mode = mode
         self.seed = seed
+        self._turn = threading.Lock()
         self.workers = str(layout or "1 generate")
         self.mps: dict[str, Any] | None = None
         start = {"green": start_green, "mp": start_processes}.get(mode, start_local)
@@ -164,7 +183,10 @@ class LLM:
             )
             if layout is None:
                 kernels_used = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
-                self.started = Started(GenerateEngine(self.model, batch_size), None, kernels_used, [])
+                one_length = padding_changes_tokens(self.model)
+                if one_length:
+                    self.model.notes.append(ONE_LENGTH)
+                self.started = Started(GenerateEngine(self.model, batch_size, one_length), None, kernels_used, [])
             else:
                 settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
                 self.started = start(self.model, layout, settings)
@@ -185,15 +207,16 @@ class LLM:
     def close(self) -> None:
         """Give up workers, weights, pool and MPS daemon. The device's memory is free for another then, even while a variable
         still names this one."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._undo()
-        finally:
-            self.started = replace(self.started, engine=None, pool=None)
-            torch.nn.Module.to(self.model.module, "meta")
-            release_memory()
+        with self._turn:  # another thread's run is not broken off
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._undo()
+            finally:
+                self.started = replace(self.started, engine=None, pool=None)
+                torch.nn.Module.to(self.model.module, "meta")
+                release_memory()
 
     @property
     def _engine(self) -> Engine:
@@ -221,12 +244,11 @@ class LLM:
                 raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
         requests = []
         for number, (prompt, params, arrival) in enumerate(zip(prompts, sampling_params, arrivals, strict=True)):
-            if not 0 <= arrival < float("inf"):
-                raise InputError(f"request {number}: arrival_s must be 0 or more seconds, not {arrival}")
+            check_arrival(arrival, f"request {number}")
             if params.stop and self.model.tokenizer is None:
                 raise InputError(f"request {number}: stop strings need a tokenizer, and {self.model.name} has none")
             seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number
-            request = Request(number, self._token_ids(number, prompt), params, seed, arrival)
+            request = Request(number, token_ids(self.model, number, prompt), params, seed, arrival)
             check_fits(request, self.model, self._engine.capacity_tokens)
             requests.append(request)
         return requests
@@ -266,15 +288,10 @@ class LLM:
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
     ) -> list[RequestOutput]:
-        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`."""
-        return self._engine.run(requests, observer, start_ns, max_concurrency)
-
-    def _token_ids(self, number: int, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return tuple(prompt)
-        if self.model.tokenizer is None:
-            raise InputError(f"request {number}: {self.model.name} has no tokenizer; give its prompt as token ids")
-        return tuple(self.model.tokenizer(prompt).input_ids)
+        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`. Threads take turns, so
+        another's run is waiting time of the requests."""
+        with self._turn:
+            return self._engine.run(requests, observer, start_ns, max_concurrency)
 
     def _warm_up(self, layout: WorkerLayout | None) -> None:
         """Run both phases once on every pair of workers, so that what happens only once stays out of measured runs."""

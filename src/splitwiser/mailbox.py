@@ -62,6 +62,11 @@ class Mailbox(Letterbox):
         self._on_closed = on_closed
         threading.Thread(target=self._read, name="mailbox", daemon=True).start()
 
+    def read_out(self, sender: str, timeout_s: float) -> None:
+        """Return when all that ``sender``, which has ended, had sent is here, or after ``timeout_s``."""
+        with self._came:
+            self._came.wait_for(lambda: sender not in self._names.values(), timeout_s)
+
     def _read(self) -> None:
         while self._names:
             for ready in wait(list(self._names)):
@@ -69,9 +74,10 @@ class Mailbox(Letterbox):
                 try:
                     message = ready.recv()
                 except (EOFError, OSError):
-                    self._on_closed(self._names.pop(ready))
                     with self._came:
+                        sender = self._names.pop(ready)
                         self._came.notify()
+                    self._on_closed(sender)
                     continue
                 self.send(message)
 
@@ -129,13 +135,16 @@ class MailPlacement:
             if self._lost:
                 raise self._lost
             messages = self._inbox.take()
+            lost = self._find_lost()
+            if lost:
+                messages += self._inbox.take()  # what it still reported
             for message in messages:
                 if isinstance(message, Failed):
-                    self._lost = WorkerLostError(f"worker {message.worker} failed: {message.error}")
-                    self._lost.add_note(message.traceback)
+                    lost = WorkerLostError(f"worker {message.worker} failed: {message.error}")
+                    lost.add_note(message.traceback)
                 else:
                     self._note(message)
-            self._lost = self._lost or self._find_lost()
+            self._lost = lost
             if messages:
                 return [message for message in messages if not isinstance(message, Failed)]
             left_s = float("inf") if until_ns is None else (until_ns - time.perf_counter_ns()) / 1e9
@@ -148,5 +157,5 @@ class MailPlacement:
         """Take in what the placement itself wants of a message."""
 
     def _find_lost(self) -> WorkerLostError | None:
-        """A worker that ended without saying so, if there is one."""
+        """A worker that was lost, if there is one; all that it reported is in the letterbox then."""
         return None

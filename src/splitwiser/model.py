@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +22,7 @@ from transformers import (
 
 from splitwiser import constants
 from splitwiser.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
+from splitwiser.checkpoint import TOKENIZER_FILES, find_file, find_quantisation_problem, find_weights_problem
 from splitwiser.device import resolve_device
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
 from splitwiser.kv_pool import find_memory_problem, free_memory
@@ -30,13 +31,17 @@ T = TypeVar("T")
 
 LoadFormat = Literal["auto", "dummy"]
 
-# generation settings of a checkpoint that would change the tokens; no mode applies them, and the user is told
-_TOKEN_CHANGING = (
-    "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
-    "forced_eos_token_id", "bad_words_ids", "sequence_bias", "min_length", "min_new_tokens", "num_beams",
-    "exponential_decay_length_penalty", "guidance_scale", "penalty_alpha", "dola_layers",
-)  # fmt: skip
-_MAKES_NO_CHANGE: tuple[object, ...] = (None, 0, 1, 1.0, [], ())
+# Generation settings of a checkpoint that change no token here: special tokens, how long, how it is computed and reported,
+# and what a request says itself. No mode applies any other, and the user is told.
+_CHANGES_NO_TOKEN = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "max_time",
+    "do_sample", "temperature", "top_k", "top_p", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "prefill_chunk_size",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "transformers_version",
+}  # fmt: skip
+_NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
 
 
 @dataclass
@@ -83,8 +88,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
     """The torch type that ``dtype`` names; ``auto`` is the checkpoint's own. Raises :class:`InputError`."""
     if dtype == "auto":
-        own = config.dtype
-        return own if isinstance(own, torch.dtype) else torch.float32
+        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        if own not in DTYPES.values():
+            raise UnsupportedModelError(
+                f"dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
+            )
+        return own
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, ["auto", *DTYPES])
     return DTYPES[dtype]
@@ -136,10 +145,12 @@ def load_model(
         draw_weights(module, place, seed)
     elif weights:
         module = _read_checkpoint(entry, config, weights_dtype, place)
+        if module.dtype not in DTYPES.values():
+            raise UnsupportedModelError(f"model {entry.name}: its weights are {module.dtype}, which is not served")
     notes = _unapplied_settings(module.generation_config)
-    tokenizer = _load_tokenizer(entry, local_only=load_format == "dummy")
+    tokenizer = _load_tokenizer(entry, notes, local_only=load_format == "dummy")
     if tokenizer is None and load_format == "dummy":
-        tokenizer = _load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
+        tokenizer = _load_tokenizer(resolve_model(EMBEDDED_MODEL), notes, local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
     # a fresh one, so that mode generate applies nothing that the engine does not: no end-of-sequence token either, since
@@ -190,8 +201,17 @@ def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.d
             )
     except ValueError as error:  # no causal model of this kind
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    except Exception as error:  # whatever figures that do not go together raise
+        raise _cannot_be_made(entry, error) from error
     module.tie_weights()
     return module
+
+
+def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
+    """What a library raises over a checkpoint's files has many types."""
+    return UnsupportedModelError(
+        f"model {entry.name}: cannot be made from {entry.location}: {type(error).__name__}: {first_line(error)}"
+    )
 
 
 def weights_nbytes(module: PreTrainedModel) -> int:
@@ -245,37 +265,59 @@ def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
         return _from_cache_or_hub(entry, load)
     except ValueError as error:  # transformers does not know the architecture
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise _cannot_be_made(entry, error) from error
 
 
 def _read_checkpoint(
     entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     def load(local_files_only: bool) -> PreTrainedModel:
-        module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             entry.location,
+            output_loading_info=True,
             config=config,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=_own_attention(config),
             local_files_only=local_files_only,
         )
+        module: PreTrainedModel = made[0]
+        if missing := sorted(made[1]["missing_keys"]):  # transformers would draw them at random
+            raise InputError(
+                f"model {entry.name}: {entry.location} lacks {len(missing)} of the model's weights, such as {missing[0]}"
+            )
         return module
 
+    problem = find_quantisation_problem(entry, config, device) or find_weights_problem(entry)
+    if problem:
+        raise UnsupportedModelError(problem)
     try:
         return _from_cache_or_hub(entry, load)
+    except InputError:
+        raise
     except ValueError as error:
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    except Exception as error:
+        raise _cannot_be_made(entry, error) from error
 
 
-def _load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(entry: CatalogEntry, notes: list[str], *, local_only: bool) -> PreTrainedTokenizerBase | None:
+    """None where there is none, or one that cannot be loaded, which is noted: prompts are token ids then."""
     for local in (True,) if local_only or entry.path else (True, False):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
-        except (OSError, ValueError, KeyError):
+        except Exception as error:  # no file, a broken one, a library that is not there
+            problem = first_line(error)
             continue
         # without any tokenizer file, transformers makes one of special tokens alone, which drops all text
         if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
             return tokenizer
+        problem = "its files hold no words"
+    if any(find_file(entry, name) for name in TOKENIZER_FILES):
+        notes.append(f"{entry.name}'s tokenizer cannot be loaded: {problem}")
     return None
 
 
@@ -288,8 +330,14 @@ def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
-    given = {name: getattr(generation, name, None) for name in _TOKEN_CHANGING}
-    settings = [f"{name}={value}" for name, value in given.items() if value not in _MAKES_NO_CHANGE]
+    given = generation.to_diff_dict() if generation else {}
+    settings = [
+        f"{name}={value}"
+        for name, value in sorted(given.items())
+        if name not in _CHANGES_NO_TOKEN
+        and not name.startswith("_")
+        and value not in (None, [], {}, _NEUTRAL.get(name))
+    ]
     if not settings:
         return []
     return [f"the checkpoint's generation settings are not applied, in any mode: {', '.join(settings)}"]

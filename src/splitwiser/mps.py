@@ -37,7 +37,7 @@ import torch
 from splitwiser.errors import InputError, RunError, first_line
 from splitwiser.layout import WorkerSpec
 from splitwiser.shares import ShareSettings
-from splitwiser.system import environment, start_ticks, uninterrupted
+from splitwiser.system import environment, find_children_problem, start_ticks, uninterrupted
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
@@ -173,6 +173,8 @@ def inspect_gpu(device_index: int) -> Gpu | str:
 
 
 def _machine_problem() -> str | None:
+    if problem := find_children_problem():
+        return problem
     if sys.platform != "linux":
         return f"NVIDIA MPS runs on Linux, and this is {platform.system()}"
     if "microsoft" in platform.release().lower():

@@ -40,7 +40,7 @@ from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
 from splitwiser.steps import warm_up_prefill
-from splitwiser.system import environment, keep_freed_memory, uninterrupted
+from splitwiser.system import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
 from splitwiser.worker import PARENT, Worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
@@ -58,7 +58,9 @@ _context = torch.multiprocessing.get_context("forkserver")
 def warm_up_start() -> None:
     """Start the fork server, so that its imports go on while the parent loads the model."""
     forkserver.set_forkserver_preload([__name__])
-    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false"):
+    shorten_socket_paths()
+    # by its safe path it imports nothing from the current folder, where a file may have the name of a module
+    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
         forkserver.ensure_running()
 
 
@@ -199,7 +201,8 @@ class ProcessPlacement(MailPlacement):
         for setup in setups:  # the workers hold their ends now; a pipe closes only when nobody holds its other end
             for pipe in [*setup.inbox.values(), *setup.outbox.values()]:
                 pipe.close()
-        super().__init__(Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None))
+        self._mailbox = Mailbox({name: come for name, (_, come) in parent_ends.items()}, on_closed=lambda _: None)
+        super().__init__(self._mailbox)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -269,6 +272,7 @@ class ProcessPlacement(MailPlacement):
     def _find_lost(self) -> WorkerLostError | None:
         for process in self._processes:
             if process.exitcode is not None:
+                self._mailbox.read_out(process.name, LOOK_S)
                 how = _how_it_ended(process.exitcode)
                 return WorkerLostError(f"worker {process.name} (process {process.pid}) {how}")
         if time.monotonic() < self._next_look_s:

@@ -35,8 +35,14 @@ def load_native() -> tuple[ctypes.CDLL | None, str]:
 
 
 def cache_directory() -> Path:
-    """Where the compiled functions are kept: ``$XDG_CACHE_HOME/splitwiser`` or ``~/.cache/splitwiser``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitwiser"
+    """Where the compiled functions are kept: ``$XDG_CACHE_HOME/splitwiser`` or ``~/.cache/splitwiser``. Raises
+    FileNotFoundError for a user without a home folder."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "splitwiser"
+    try:
+        return Path.home() / ".cache" / "splitwiser"
+    except RuntimeError as error:  # a container's user id need not have an entry in passwd
+        raise FileNotFoundError("there is no home folder to keep it; set XDG_CACHE_HOME") from error
 
 
 def _build(compiler: str) -> Path:

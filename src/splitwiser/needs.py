@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser import constants
 from splitwiser.catalog import CatalogEntry, resolve_model
+from splitwiser.checkpoint import WEIGHT_FILES, find_file, find_quantisation_problem, find_weights_problem
 from splitwiser.config import DoctorConfig
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.guard import find_dispatch_problem
@@ -18,9 +17,6 @@ from splitwiser.model import max_positions, not_to_be_had, plan_model, weights_n
 from splitwiser.survey import Found, format_size
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"
-WEIGHT_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,8 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
     try:
         # the device has no say in a model's shape, and asking for it here would start CUDA in this process
         _, _, figures, dtype = plan_model(config.model, dtype=config.dtype, device="cpu", load_format=load_format)
+        if load_format == config.load_format == "auto":
+            problem = problem or find_quantisation_problem(entry, figures, device) or find_weights_problem(entry)
         module = without_memory(entry, figures, dtype)
         dispatch = find_dispatch_problem(module)
         needs = _measure(entry.name, module, config, device, free)
@@ -103,9 +101,7 @@ def _find_files(entry: CatalogEntry, config: DoctorConfig, unreachable: str | No
 
 def _is_here(entry: CatalogEntry, names: Sequence[str]) -> bool:
     """Whether one of the files ``names`` of the model lies in its directory or in the hub's local cache."""
-    if entry.path:
-        return any((Path(entry.location) / name).is_file() for name in names)
-    return any(isinstance(try_to_load_from_cache(entry.hub, name), str) for name in names)
+    return any(find_file(entry, name) for name in names)
 
 
 def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: torch.device, free: int) -> Needs:

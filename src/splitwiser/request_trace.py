@@ -53,7 +53,10 @@ def load_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: f
     if table.empty:
         raise InputError(f"--trace {path}: no requests in it; at least one is needed")
     moments = pd.to_datetime(table["TIMESTAMP"], format="ISO8601", utc=True, errors="coerce")
-    _refuse_first(path, table["TIMESTAMP"], moments.isna(), "a time such as 2023-11-16 18:15:46.6805900")
+    bare = table["TIMESTAMP"].str.fullmatch(
+        r"\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?\s*"
+    )  # seconds, a year, a day: who knows
+    _refuse_first(path, table["TIMESTAMP"], moments.isna() | bare, "a time such as 2023-11-16 18:15:46.6805900")
     prompt_tokens, output_tokens = (_token_counts(path, table[column]) for column in COLUMNS[1:])
     seconds = (moments - moments.min()).dt.total_seconds()
     kept = seconds[(seconds >= start_s) & (seconds < end_s)].sort_values(kind="stable")

@@ -4,8 +4,10 @@ import contextlib
 import csv
 import fcntl
 import os
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,9 +16,11 @@ from typing import Any, Literal
 
 import pandas as pd
 import yaml
+from tqdm import tqdm
 
 from splitwiser.data import Report
 from splitwiser.engine import Observer
+from splitwiser.errors import RunError, first_line
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import LATENCY_COLUMNS, latency_row, throughput_figures
 from splitwiser.quality import ROUGE, rouge
@@ -37,22 +41,30 @@ class _Table:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self._path = path
         self._columns = list(columns)
-        self._rows: list[dict[str, Any]] = []
-        pd.DataFrame(columns=self._columns).to_csv(path, index=False)
+        self._rows: deque[dict[str, Any]] = deque()
+        path.write_text(f"{','.join(columns)}\n", encoding="ascii")
+        self._nbytes = path.stat().st_size
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
 
     def flush(self) -> None:
-        rows, self._rows = self._rows, []
-        if rows:
+        rows = [self._rows.popleft() for _ in range(len(self._rows))]
+        if not rows:
+            return
+        try:
             # text is quoted: a bare carriage return would end its row
-            table = pd.DataFrame(rows, columns=self._columns)
-            try:
-                table.to_csv(self._path, mode="a", header=False, index=False, quoting=csv.QUOTE_NONNUMERIC)
-            except OSError:
-                self._rows[:0] = rows
-                raise
+            table = pd.DataFrame(rows, columns=self._columns, dtype=object)  # its strings may hold any character
+            text = table.to_csv(header=False, index=False, quoting=csv.QUOTE_NONNUMERIC)
+            with self._path.open("r+b") as file:
+                file.truncate(self._nbytes)  # what an attempt that failed has left
+                file.seek(self._nbytes)
+                file.write(text.encode(errors="backslashreplace"))  # half of a surrogate pair is spelt out
+                file.flush()
+                self._nbytes = file.tell()
+        except BaseException:
+            self._rows.extendleft(reversed(rows))
+            raise
 
 
 def make_run_directory(results: Path, model: str, case: str, mode: str) -> Path:
@@ -103,10 +115,11 @@ class RunRecorder(Observer):
         self._step_table = _Table(directory / "steps.csv", STEP_COLUMNS)
         self._generations = _Table(directory / "generations.csv", GENERATION_COLUMNS)
         self._tokens = _Table(directory / "tokens.csv", TOKEN_COLUMNS)
+        self._unwritten: str | None = None  # why the last rows are not on disk
         self._ended = threading.Event()
         # a thread, since what has finished must reach the disk while the engine waits for an arrival or runs a long step
         self._flusher = threading.Thread(target=self._flush_regularly, name="flush results", daemon=True)
-        self._write_record("running")
+        self._write_record("running", {})
 
     def begin(self) -> int:
         """Start the run's clock: the moment of ``time.perf_counter_ns`` that its times count from."""
@@ -132,7 +145,7 @@ class RunRecorder(Observer):
                 "request_id": output.request_id,
                 "finding": report.finding,
                 "summary_ref": report.impression,
-                "summary_gen": output.text.strip(),
+                "summary_gen": output.text,
             }
         )
         self._tokens.add(
@@ -143,56 +156,75 @@ class RunRecorder(Observer):
             }
         )
 
-    def finish(self, status: Status, memory: dict[str, float], error: str | None = None) -> dict[str, Any]:
-        """Write what is left: the tables' last rows, the figures, the timeline and the outcome. A run that was not
-        finished does not enter ``runs.csv``. Returns the row of ``throughput.csv``."""
+    def end(self, status: Status, error: str | None = None) -> None:
+        """Write the tables' last rows and the outcome, which takes a moment only. A run whose rows cannot be written has
+        failed."""
         self._ended.set()
         if self._flusher.ident is not None:
             self._flusher.join()
-        self._flush()
-        answered = {output.request_id for output in self.outputs}
-        unanswered = [number for number in range(len(self._reports)) if number not in answered]
-        failed = len(unanswered)
+        self._unwritten = None
+        try:
+            self._flush()
+        except Exception as fault:
+            self._unwritten = f"rows could not be written: {type(fault).__name__}: {first_line(fault)}"
+            status, error = "failed" if status == "finished" else status, error or self._unwritten
+        self._write_record(status, {} if error is None else {"error": error, "unanswered": self._unanswered})
+
+    def finish(self, status: Status, memory: Mapping[str, float | None], error: str | None = None) -> dict[str, Any]:
+        """:meth:`end` the run, then write the figures and the timeline. A run that was not finished does not enter
+        ``runs.csv``. Returns the row of ``throughput.csv``; raises :class:`RunError` if rows of a run that finished could
+        not be written."""
+        self.end(status, error)
         figures: dict[str, Any] = {
             **self._labels,
-            **throughput_figures(self.outputs, failed, self._start_ns, self._targets),
+            **throughput_figures(self.outputs, len(self._unanswered), self._start_ns, self._targets),
             **dict.fromkeys(ROUGE),
             **memory,
         }
         self._write_figures(figures)
-        if error is not None:
-            self._record |= {"error": error, "unanswered": unanswered}
-        self._write_record(status)
-        if status == "finished":
+        if status == "finished" and self._unwritten is None:
             if self._scored:  # may take a while: what is there has been written
-                figures |= self._rouge()
+                try:
+                    figures |= self._rouge()
+                except Exception as fault:  # figures of quality are no reason to call a run failed
+                    tqdm.write(f"note: no ROUGE: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
                 self._write_figures(figures)
             append_row(self.directory.parent / "runs.csv", figures)
-        # last: no fault of the picture costs the figures
-        write_trace(self.directory / "trace.json", self._steps, self._start_ns)
-        draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
+        try:
+            write_trace(self.directory / "trace.json", self._steps, self._start_ns)
+            draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
+        except Exception as fault:  # a picture is no reason to call a run failed
+            tqdm.write(f"note: no timeline: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
+        if status == "finished" and self._unwritten is not None:
+            raise RunError(f"{self._unwritten}; what could be is in {self.directory}")
         return figures
 
-    def _rouge(self) -> dict[str, float]:
-        pairs = [(self._reports[output.request_id].impression, output.text.strip()) for output in self.outputs]
+    @property
+    def _unanswered(self) -> list[int]:
+        answered = {output.request_id for output in self.outputs}
+        return [number for number in range(len(self._reports)) if number not in answered]
+
+    def _rouge(self) -> dict[str, float | None]:
+        pairs = [(self._reports[output.request_id].impression, output.text) for output in self.outputs]
         references, texts = zip(*(pair for pair in pairs if pair[0]), strict=True)
         return rouge(references, texts)
 
     def _write_figures(self, figures: dict[str, Any]) -> None:
-        replace(self.directory / "throughput.csv", pd.DataFrame([figures]).to_csv(index=False))
+        replace(self.directory / "throughput.csv", pd.DataFrame([figures], dtype=object).to_csv(index=False))
 
-    def _write_record(self, status: Status) -> None:
-        text = yaml.safe_dump({"status": status, **self._record}, sort_keys=False, allow_unicode=True)
+    def _write_record(self, status: Status, outcome: Mapping[str, Any]) -> None:
+        text = yaml.safe_dump({"status": status, **self._record, **outcome}, sort_keys=False, allow_unicode=True)
         replace(self.directory / "run.yaml", text)
 
     def _flush_regularly(self) -> None:
         while not self._ended.wait(FLUSH_S):
-            with contextlib.suppress(OSError):  # the rows are kept: the next flush writes them, or the last one fails
+            with contextlib.suppress(Exception):  # the rows are kept: the next flush writes them, or the last one fails
                 self._flush()
 
     def _flush(self) -> None:
-        for table in (self._latency, self._step_table, self._generations, self._tokens):
-            table.flush()
+        with contextlib.ExitStack() as each:  # so that no table's fault is another's
+            for table in (self._tokens, self._generations, self._step_table, self._latency):
+                each.callback(table.flush)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -208,7 +240,7 @@ def replace(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader, or a run killed half-way, finds the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from splitwiser.quality import can_score
 from splitwiser.request import Request, RequestOutput
 from splitwiser.results import RunRecorder, Status, make_run_directory
 from splitwiser.shares import ShareSettings
+from splitwiser.system import uninterrupted
 
 NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip install rouge-score"
 
@@ -106,15 +107,20 @@ def run(config: RunConfig) -> RunResult:
             error = f"{type(fault).__name__}: {fault}"
             raise
         finally:
-            memory = {
-                "peak_memory_mb": peak_memory_mb(llm.model.device, llm.pids.values()),
-                "load_s": llm.model.load_s,
-                "ready_s": llm.ready_s,
-            }
-            figures = recorder.finish(status, memory, error)
+            with uninterrupted():  # a further Ctrl-C waits until it is written what was finished and how it ended
+                recorder.end(status, error)
+            figures = recorder.finish(status, _memory(llm), error)
             if status != "finished":
                 print(f"{status}; what was finished is in {directory}", file=sys.stderr)
     return RunResult(directory, figures)
+
+
+def _memory(llm: LLM) -> dict[str, float | None]:
+    try:
+        peak = peak_memory_mb(llm.model.device, llm.pids.values())
+    except RuntimeError:  # a GPU that a fault of the run has left in no state to say
+        peak = None
+    return {"peak_memory_mb": peak, "load_s": llm.model.load_s, "ready_s": llm.ready_s}
 
 
 class _Progress(Observer):

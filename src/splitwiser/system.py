@@ -2,13 +2,17 @@
 
 import ctypes
 import mmap
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_LONGEST_TMPDIR = 70  # what multiprocessing adds takes up to 37 bytes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 
 
@@ -56,6 +60,34 @@ def start_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])  # proc_pid_stat(5): state is field 3, starttime field 22
+
+
+def find_children_problem() -> str | None:
+    """Why this process cannot start worker processes; None if it can."""
+    if multiprocessing.current_process().daemon:
+        return (
+            "needs worker processes, which a daemonic process (such as a worker of multiprocessing.Pool) cannot start"
+        )
+    return None
+
+
+def has_home() -> bool:
+    """Whether this user has a home folder; a container's user id need not have an entry in passwd."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return False
+    return True
+
+
+def shorten_socket_paths() -> None:
+    """Have multiprocessing keep its sockets under /tmp where TMPDIR is too long for them: a socket's path has 107 bytes."""
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        kept, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            multiprocessing.util.get_temp_dir()  # made once a process, and inherited by its children
+        finally:
+            tempfile.tempdir = kept
 
 
 def keep_freed_memory() -> None:

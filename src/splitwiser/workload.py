@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from splitwiser.errors import InputError
+from splitwiser.text import check_text, read_text
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ def load_workload(path: Path) -> Workload:
     the field.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise InputError(f"--workload {path}: no such file") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"--workload {path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--workload {path}: must be an object with 'max_new_tokens' and 'prompts'")
@@ -43,6 +44,8 @@ def load_workload(path: Path) -> Workload:
         is_ids = isinstance(prompt, list) and all(map(_is_whole, prompt))
         if not prompt or not (isinstance(prompt, str) or is_ids):
             raise InputError(f"--workload {path}: prompt {number} must be text or a list of token ids, and not empty")
+        if isinstance(prompt, str):
+            check_text(prompt, f"--workload {path}: prompt {number}")
     if not isinstance(new_tokens, list):
         new_tokens = [new_tokens] * len(prompts)
     elif len(new_tokens) != len(prompts):

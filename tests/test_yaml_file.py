@@ -1,0 +1,32 @@
+"""YAML as users write it: no value becomes another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_says, refusal
+
+from splitwiser.yaml_file import load_yaml, read_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("10:40", "10:40"), ("1:30.5", "1:30.5"), ("2023-11-16", "2023-11-16"), ("010", "010"), ("0x10", "0x10"),
+     ("64", 64), ("-3", -3), ("0", 0), ("0.5", 0.5), ("1e3", 1000.0), (".inf", float("inf")), ("true", True), ("", None)],
+)  # fmt: skip
+def test_a_plain_value_is_what_it_reads_as(text: str, value: Any) -> None:
+    found = load_yaml(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xef\xbb\xbfname: a\n")
+    assert read_yaml(path) == {"name": "a"}
+
+
+@pytest.mark.parametrize("text", ["a: [", "\0", "[" * 3000])
+def test_what_is_no_yaml_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert_says(refusal(read_yaml, path), f"{path}: not valid YAML: ")
