@@ -26,7 +26,6 @@ ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imp
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a fault, 2 for a wrong input, 130 after Ctrl-C, 143 after
     SIGTERM."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # our processes import nothing from the current folder, which is the user's
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no exit code hangs on a letter that a terminal lacks
@@ -61,6 +60,7 @@ def _terminated(*_: object) -> None:
 
 def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # our processes import nothing from the current folder, which is the user's
     exit_code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only Python's own end is left, which a further Ctrl-C would litter
     sys.exit(exit_code)
