@@ -35,7 +35,8 @@ from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
 from splitwiser.machine import git_commit
 
 SUMMARY, LEFT_OUT = "summary.txt", "left_out.txt"
-UNPACKED = (LEFT_OUT, "trace.json", "generations.csv")  # files that do not go into the archive: of no use there
+# what does not go into the archive: of no use there, or, a checkpoint, made anew from a seed
+UNPACKED = {LEFT_OUT, "trace.json", "generations.csv", "models"}
 ARCHIVE_BYTES = 16 << 20  # largest archive
 PACK_S = 20.0  # how often a stage that runs is packed
 STOP_S = 8.0  # part of a stage's limit that it has, after SIGINT, to write what it has
@@ -441,7 +442,7 @@ def pack(work: Path, results: Path) -> None:
 
         for path in sorted(work.rglob("*"), key=size):
             name = str(path.relative_to(work))
-            if not path.is_file() or path.name in UNPACKED:
+            if not path.is_file() or UNPACKED.intersection(path.relative_to(work).parts):
                 continue
             if buffer.tell() + size(path) > ARCHIVE_BYTES - (1 << 18):  # which leaves room for what is not written yet
                 left_out.append(name)

@@ -213,6 +213,15 @@ def test_largest_files_are_left_out_and_named_where_the_archive_would_be_too_lar
     assert (tmp_path / "out" / gpu_results.ARCHIVE).stat().st_size < 600_000
 
 
+def test_a_checkpoint_is_not_packed_for_a_later_call_would_find_it_in_part(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "work" / "peers" / "opt-125m" / "models" / "opt-125m-bfloat16"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint.parents[1] / "benchmark.csv").write_text("rows")
+    gpu_check.pack(tmp_path / "work", tmp_path / "out")
+    assert sorted(packed(tmp_path)) == ["peers/opt-125m/benchmark.csv"]
+
+
 def test_later_call_skips_what_has_passed_and_tries_the_rest_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
