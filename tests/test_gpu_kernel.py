@@ -35,6 +35,24 @@ def test_without_triton_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) ->
     assert described["decode_attention"] == "plain PyTorch (Triton is not installed)"
 
 
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"TRITON_CACHE_DIR": "/scratch/kernels", "TRITON_HOME": "/scratch"}, "/scratch/kernels"),
+        ({"TRITON_HOME": "/scratch"}, "/scratch/.triton/cache"),
+        ({"HOME": "/home/me"}, "/home/me/.triton/cache"),
+    ],
+)
+def test_compiled_kernels_are_kept_where_triton_keeps_them(
+    environment: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert gpu_kernel.cache_directory() == Path(folder)
+
+
 def test_kernels_are_offered_without_importing_triton() -> None:
     code = (
         "import sys, torch; from splitwiser import gpu_kernel; gpu_kernel.load_gpu_kernels(torch.float32, []); "

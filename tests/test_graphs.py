@@ -1,5 +1,6 @@
 """Decode steps of fixed sizes give the tokens of steps of any size; their capture needs a GPU."""
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,24 @@ def test_graphs_of_the_default_stream_are_captured_on_one_other(
     assert len(captured) == len(ladder(8))
     assert len(set(captured)) == 1  # a private pool's memory is used again on the stream that it was used on
     assert captured[0] != torch.cuda.default_stream().cuda_stream
+
+
+@pytest.mark.gpu
+def test_nothing_is_collected_during_a_capture(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    collects: list[bool] = []
+    forward = DecodeGraphs._forward
+
+    def noting(graphs: DecodeGraphs, step: _FixedStep) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            collects.append(gc.isenabled())
+        return forward(graphs, step)
+
+    model, pool = loaded(tiny("opt"), "cuda")
+    monkeypatch.setattr(DecodeGraphs, "_forward", noting)
+    graphs, described = capture_graphs(model, pool, 2)
+    assert graphs is not None, described
+    assert collects == [False, False]  # a collection could unload a compiled kernel
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu
