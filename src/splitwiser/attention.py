@@ -146,13 +146,6 @@ class _Group:
     lengths: Tensor
 
 
-@dataclass(frozen=True)
-class _Window:
-    """How many tokens each token sees, itself included; None: all before it."""
-
-    tokens: int | None
-
-
 class Place(NamedTuple):
     """Where a layer of a decode step reads and writes: its part of the pool, and what else
     :class:`~splitwiser.pool_kernels.AttentionKernel` and :class:`~splitwiser.pool_kernels.StoreKernel` are given."""
@@ -203,7 +196,7 @@ class StepAttention(StepCache):
         self._layer = -1
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
-        self._windows: dict[Mask, _Window | None] = {}
+        self._windows: dict[Mask, int | None] = {}
         self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
 
@@ -248,7 +241,8 @@ class StepAttention(StepCache):
         kernel = self.pool.kernels.packed
         if kernel is None or options.softcap is not None or options.sinks is not None:
             return None
-        if (window := self._window(mask)) is None:
+        window = None if mask.is_causal else self._window(mask)
+        if window is None and not mask.is_causal:
             return None
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         if self._context_slots is not None:  # some of what is seen came in earlier steps
@@ -256,9 +250,8 @@ class StepAttention(StepCache):
                 kept[self._layer].flatten(0, 1).index_select(0, self._context_slots)
                 for kept in (self.pool.keys, self.pool.values)
             )
-        longest = max(each.tokens for each in self.segments), max(each.context for each in self.segments)
         return kernel(
-            query[0].transpose(0, 1), keys, values, self._packed_offsets, longest, window.tokens, options.scaling
+            query[0].transpose(0, 1), keys, values, self._packed_offsets, self._longest, window, options.scaling
         )
 
     def _attend_segments(
@@ -325,19 +318,16 @@ class StepAttention(StepCache):
                 self._starts[mask] = starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
         return self._starts[mask]
 
-    def _window(self, mask: Mask) -> _Window | None:
-        """How far back the step's tokens see, if each sees as far as any other; None for any other mask. Layers share it."""
+    def _window(self, mask: Mask) -> int | None:
+        """How many tokens each of the step's sees, itself included, if each sees as far back as any other; None for another
+        mask. Layers share it."""
         if mask not in self._windows:
-            if mask.is_causal:
-                self._windows[mask] = _Window(None)
-            else:
-                starts, own = self._first_seen(mask), self._own_positions
-                self._windows[mask] = None
-                if starts is not None:
-                    seen = own + 1 - starts
-                    most = seen.max()
-                    if bool((seen == torch.minimum(own + 1, most)).all()):
-                        self._windows[mask] = _Window(int(most))
+            self._windows[mask] = None
+            if (starts := self._first_seen(mask)) is not None:
+                seen = self._own_positions + 1 - starts
+                most = seen.max()
+                if bool((seen == torch.minimum(self._own_positions + 1, most)).all()):
+                    self._windows[mask] = int(most)
         return self._windows[mask]
 
     @cached_property
@@ -357,6 +347,11 @@ class StepAttention(StepCache):
             for segment in self.segments
         ]
         return torch.cat(slots).to(self.device)
+
+    @cached_property
+    def _longest(self) -> tuple[int, int]:
+        """The most new tokens and the longest context of a request."""
+        return max(each.tokens for each in self.segments), max(each.context for each in self.segments)
 
     @cached_property
     def _packed_offsets(self) -> tuple[Tensor, Tensor]:

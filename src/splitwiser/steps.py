@@ -13,7 +13,7 @@ from splitwiser.model import LoadedModel
 from splitwiser.request import Request, SamplingParams
 from splitwiser.sampling import choose
 
-WARM_UP_TOKENS = 8192  # a larger step runs the kernels of one of so many tokens
+WARM_UP_TOKENS = 8192  # a budget may be far more than any step has
 
 
 @dataclass(eq=False)
