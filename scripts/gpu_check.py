@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -481,9 +480,6 @@ def summarise(check: Check, names: Sequence[str]) -> list[str]:
 def found_lines(folder: Path) -> list[str]:
     """What a stage found, as lines."""
     table = gpu_results.table_of(folder)
-    if folder.name == "probe":
-        said = [f"{probe}: {found}" for probe, found in table.itertuples(index=False)]
-        return [line for text in said for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
     return gpu_results.text_table(table) if len(table) else []
 
 

@@ -159,7 +159,13 @@ def probe_table(path: Path) -> pd.DataFrame:
     ]
     shared = rows[(rows["probe"] == "green") & rows["finding"].str.contains("used by both")]
     if len(shared):
-        told.append(("green", "most multiprocessors that both phases used, over all splits", shared["value"].max()))
+        told.append(
+            (
+                "green",
+                "most multiprocessors that both phases used, over all splits",
+                str(shared["value"].astype(int).max()),
+            )
+        )
     return pd.DataFrame(told, columns=["probe", "finding", "value"])
 
 

@@ -271,6 +271,27 @@ def test_summary_has_at_most_100_lines_with_the_ends_of_failed_logs(tmp_path: Pa
     assert any(line.startswith("  line 49 x") for line in lines)
 
 
+def test_summary_has_what_the_probes_found(tmp_path: Path) -> None:
+    (tmp_path / "probe").mkdir()
+    rows = [
+        ("mps", "daemon answers", "0.38", "s"), ("mps", "ended", "ok", ""),
+        ("green", "split 66/66: used by both", "9", "multiprocessors"),
+        ("green", "split 88/44: used by both", "12", "multiprocessors"),
+        ("kernels", "ended", "failed: RuntimeError: no kernel", ""),
+    ]  # fmt: skip
+    pd.DataFrame(rows, columns=["probe", "name", "value", "unit"]).to_csv(tmp_path / "probe" / "probe.csv", index=False)
+    gpu_check.Record(tmp_path).add(
+        "probe", ended="failed: exit code 1", seconds=1, started="2026-01-01T00:00:00+00:00", commit="abc"
+    )
+    text = " ".join("\n".join(gpu_check.summarise(Check(tmp_path), ["probe"])).split())
+    assert_says(
+        text,
+        "mps daemon answers 0.38 s",
+        "kernels ended failed: RuntimeError: no kernel",
+        "green most multiprocessors that both phases used, over all splits 12",
+    )
+
+
 def test_summary_shows_why_a_run_of_a_comparison_failed(tmp_path: Path) -> None:
     write_points(tmp_path / "compare-1b", [("sequential", 1, 10.0), ("mp", 1, None)])
     log = tmp_path / "compare-1b" / "sweep_compare-1b" / "logs" / "round1_key-mp.log"
