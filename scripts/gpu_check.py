@@ -366,6 +366,10 @@ class Record:
         """Whether stage ``name`` has passed."""
         return self.stages.get(name, {}).get("ended") == PASSED
 
+    def commits(self, name: str) -> list[str]:
+        """The commits that stage ``name`` was run with so far: a later call keeps what an earlier one has found."""
+        return gpu_results.commits_of(self.stages[name]) if name in self.stages else []
+
     def add(self, name: str, **what: object) -> None:
         """Take in a stage that has ended, or one that runs."""
         self.stages[name] = what
@@ -398,8 +402,9 @@ def run_stages(
         limit = seconds or stage.limit_s
         print(f"{name}: at most {limit:.0f} s", flush=True)
         began = time.monotonic()
+        commits = dict.fromkeys([*(() if again else record.commits(name)), str(git_commit())])
         what = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": ", ".join(commits),
             "command": f"scripts/gpu_check.sh {name}{' --quick' if check.quick else ''}",
         }  # fmt: skip
         record.add(name, ended="interrupted", seconds=0, **what)
@@ -463,7 +468,7 @@ def summarise(check: Check, names: Sequence[str]) -> list[str]:
     record = Record(check.work)
     lines = [f"machine: {gpu_results.machine_line(check.work)}"]
     lines += [
-        f"  {name}: {what['ended']} ({what['seconds']:.0f} s, {what['started']}, commit {str(what['commit'])[:12]})"
+        f"  {name}: {what['ended']} ({what['seconds']:.0f} s, {what['started']}, commit {gpu_results.short_commits([what])})"
         for name, what in record.stages.items()
     ]
     for name in names:

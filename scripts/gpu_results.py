@@ -8,7 +8,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -294,6 +294,16 @@ def newest_reference() -> Path | None:
     )
 
 
+def commits_of(what: Mapping[str, Any]) -> list[str]:
+    """The commits that a stage of the record was run with."""
+    return str(what["commit"]).split(", ")
+
+
+def short_commits(stages: Iterable[Mapping[str, Any]]) -> str:
+    """All commits of ``stages``, shortened."""
+    return " and ".join(dict.fromkeys(commit[:12] for what in stages for commit in commits_of(what)))
+
+
 def sections(folder: Path | None, abouts: Mapping[str, str]) -> dict[str, str]:
     """The parts of the README on a GPU, in Markdown, by the name that their marks have, from a kept check; ``abouts`` says
     what each stage finds out."""
@@ -331,10 +341,10 @@ def tables(folder: Path, abouts: Mapping[str, str]) -> str:
     """What every stage found, with its command."""
     place = f"results/reference/{folder.name}"
     stages = {name: what for name, what in read_json(folder / RECORD)["stages"].items() if len(table_of(folder / name))}
-    commits = sorted({str(what["commit"])[:12] for what in stages.values()})
     dates = sorted({what["started"][:10] for what in stages.values()})
     blocks = [
-        f"{machine_line(folder)}; {' and '.join(dates)}; commit {' and '.join(commits)}. Rows in [{place}]({place}). "
+        f"{machine_line(folder)}; {' and '.join(dates)}; commit {short_commits(stages.values())}. "
+        f"Rows in [{place}]({place}). "
         f"Figures of runs are medians over the rounds (one round says nothing about noise); {SPEED_UP} is of tokens a "
         f"second over {BASE}'s, round by round."
     ]

@@ -247,6 +247,20 @@ def test_what_was_measured_on_another_gpu_is_not_gone_on_from(tmp_path: Path) ->
     )
 
 
+def test_stage_that_goes_on_names_every_commit_that_it_ran_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit, again, named in (
+        ("abc", False, "abc"),
+        ("abc", False, "abc"),
+        ("def", False, "abc, def"),
+        ("def", True, "def"),
+    ):
+        monkeypatch.setenv("SPLITWISER_COMMIT", commit)
+        run(tmp_path, {"fails": stage(python("raise SystemExit(1)"))}, again=again)
+        assert json.loads(packed(tmp_path)["check.json"])["stages"]["fails"]["commit"] == named
+
+
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no archive", encoding="utf-8")
     assert_says(refusal(gpu_results.unpack, tmp_path / "file", tmp_path / "work"), "not an archive of a GPU check")
