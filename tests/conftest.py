@@ -1,8 +1,12 @@
 """What whole test modules need: tiny random models, saved once a test session as checkpoints, and a stand-in for a GPU."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# before torch is loaded: test files run side by side, and their threads and their processes' must not spin at each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

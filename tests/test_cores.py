@@ -1,10 +1,15 @@
 """Shares as threads and cores, and the lending of threads."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
+from splitwiser import LLM, SamplingParams
 from splitwiser.board import Board
-from splitwiser.cores import Threads, plan_cores, plan_levels, plan_threads
+from splitwiser.cores import OwnThreads, Threads, plan_cores, plan_levels, plan_threads
+from splitwiser.fair_share import FairShare
 from splitwiser.layout import WorkerSpec, parse_layout
 from splitwiser.shares import Part
 
@@ -104,3 +109,57 @@ def test_what_is_lent_makes_no_more_threads_than_cores(board: Board) -> None:
         assert Threads(Part(board, 0, True), [[4, 4, 4]], 4).before_step() == 4
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def all_to_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FairShare, "threads", lambda _, wanted: wanted)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("share", [1, 2])
+def test_steps_in_the_callers_thread_use_what_it_has_processors_for(
+    share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FairShare, "threads", lambda _, wanted: min(wanted, share))
+    lane = OwnThreads()
+    lane.before_step()
+    assert torch.get_num_threads() == share
+    lane.before_step()
+    assert torch.get_num_threads() == share
+    lane.leave()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_worker_uses_no_more_than_it_has_processors_for(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FairShare, "threads", lambda _, wanted: wanted - 1)
+    assert lent(board)[0].before_step() == torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("mode", ["sequential", "generate"])
+def test_a_run_leaves_the_callers_number_of_threads(
+    mode: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def one(_: FairShare, wanted: int) -> int:
+        used.append(wanted)
+        return 1
+
+    monkeypatch.setattr(FairShare, "threads", one)
+    with LLM(tiny("llama"), mode=mode) as llm:
+        del used[:]
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4))
+    assert len(used) >= 4
+    assert set(used) == {2}
+    assert torch.get_num_threads() == 2

@@ -1,4 +1,4 @@
-"""A worker's part of a CPU: how many threads its steps use."""
+"""A worker's part of a CPU: how many threads its steps use, no more than it has processors for."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import torch
 
+from splitwiser.fair_share import FairShare
 from splitwiser.layout import WorkerSpec
 from splitwiser.shares import Part
 
@@ -50,13 +51,14 @@ def take_threads(part: Part, levels: Sequence[Sequence[int]], cores: int) -> int
 
 
 class Threads:
-    """A worker's :class:`~splitwiser.worker.Lane` on a CPU. Sets before each step how many threads it uses: the worker's
-    own and those that are lent to it at that moment."""
+    """A worker's :class:`~splitwiser.worker.Lane` on a CPU. Sets before each step how many threads it uses: of the worker's
+    own and those that are lent to it at that moment as many as its :class:`~splitwiser.fair_share.FairShare` comes to."""
 
     def __init__(self, part: Part, levels: Sequence[Sequence[int]], cores: int) -> None:
         self._part = part
         self._levels = levels
         self._cores = cores
+        self._share = FairShare()
         self._set = 0
 
     def turn(self) -> AbstractContextManager[object]:
@@ -70,8 +72,37 @@ class Threads:
 
     def before_step(self) -> int:
         """Take up work; returns the number of threads set."""
-        count = take_threads(self._part, self._levels, self._cores)
+        count = self._share.threads(take_threads(self._part, self._levels, self._cores))
         if count != self._set:
             torch.set_num_threads(count)
             self._set = count
         return count
+
+
+class OwnThreads:
+    """The :class:`~splitwiser.worker.Lane` of steps in the caller's own thread: of PyTorch's threads as many as their
+    :class:`~splitwiser.fair_share.FairShare` comes to. :meth:`leave` sets what was set before."""
+
+    def __init__(self) -> None:
+        self._share = FairShare()
+        self._found: int | None = None
+
+    def turn(self) -> AbstractContextManager[object]:
+        """See :meth:`splitwiser.worker.Lane.turn`."""
+        self.before_step()
+        return nullcontext()
+
+    def before_step(self) -> None:
+        """Set the number of threads for the step to come."""
+        now = torch.get_num_threads()
+        if self._found is None:
+            self._found = now
+        count = self._share.threads(self._found)
+        if count != now:
+            torch.set_num_threads(count)
+
+    def leave(self) -> None:
+        """See :meth:`splitwiser.worker.Lane.leave`."""
+        if self._found is not None and self._found != torch.get_num_threads():
+            torch.set_num_threads(self._found)
+        self._found = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from splitwiser.arrivals import Arrivals
+from splitwiser.cores import OwnThreads
 from splitwiser.engine import Observer, make_output
 from splitwiser.messages import Phase, StepRecord
 from splitwiser.model import LoadedModel
@@ -50,10 +51,11 @@ class _Draw(LogitsProcessor):
 class _Follow(StoppingCriteria):
     """Is called once a step with all tokens so far: stamps their time, reports the step and says which rows are done."""
 
-    def __init__(self, model: LoadedModel, rows: Sequence[_Row], observer: Observer) -> None:
+    def __init__(self, model: LoadedModel, rows: Sequence[_Row], observer: Observer, threads: OwnThreads) -> None:
         self._model = model
         self._rows = rows
         self._observer = observer
+        self._threads = threads
         self._last_ns = time.perf_counter_ns()
         self._step_tokens = sum(len(row.sequence.request.prompt_token_ids) for row in rows)
         for row in rows:
@@ -75,6 +77,7 @@ class _Follow(StoppingCriteria):
                     row.sequence.params, row.sequence.token_ids, self._model.eos_token_ids, self._model.decode
                 )
         self._observer.on_step(record)
+        self._threads.before_step()
         self._step_tokens = sum(row.finish is None for row in self._rows)  # rows that have ended go on, for nothing
         return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
 
@@ -91,6 +94,7 @@ class GenerateEngine:
         self._model = model
         self._batch_size = batch_size
         self._one_length = one_length
+        self._threads = OwnThreads()
 
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
@@ -98,13 +102,18 @@ class GenerateEngine:
         """See :meth:`splitwiser.engine.Engine.run`."""
         outputs: dict[int, RequestOutput] = {}
         arrivals = Arrivals(requests, start_ns, max_concurrency)
-        while (next_ns := arrivals.next_ns) is not None:
-            time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
-            for part in self._parts(list(islice(arrivals.due(), self._batch_size))):
-                for output in self._generate(part, observer):
-                    outputs[output.request_id] = output
-                    arrivals.finished(output.metrics.token_ns[-1])
-                    observer.on_output(output)
+        try:
+            while (next_ns := arrivals.next_ns) is not None:
+                time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
+                for part in self._parts(list(islice(arrivals.due(), self._batch_size))):
+                    with self._threads.turn():
+                        made = self._generate(part, observer)
+                    for output in made:
+                        outputs[output.request_id] = output
+                        arrivals.finished(output.metrics.token_ns[-1])
+                        observer.on_output(output)
+        finally:
+            self._threads.leave()
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:
@@ -149,7 +158,7 @@ class GenerateEngine:
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([_Draw(rows)] if drawing else []),
-            stopping_criteria=StoppingCriteriaList([_Follow(self._model, rows, observer)]),
+            stopping_criteria=StoppingCriteriaList([_Follow(self._model, rows, observer, self._threads)]),
         )
         return [
             make_output(self._model, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics)

@@ -4,6 +4,7 @@ import math
 import operator
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from splitwiser import constants
+from splitwiser import constants, waiting
 from splitwiser.arrivals import check_arrival
 from splitwiser.checks import find_mode_problem
 from splitwiser.device import release_memory
@@ -193,6 +194,8 @@ class LLM:
             undo.callback(self._engine.close)
             self._warm_up(layout)
             self._undo: Callable[[], None] = undo.pop_all().close
+        if self.model.device.type == "cpu" and not waiting.is_bounded():
+            warnings.warn(waiting.LATE, stacklevel=2)
         self._closed = False
         self.ready_s = time.perf_counter() - began
 

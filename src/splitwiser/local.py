@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
 
+from splitwiser.cores import OwnThreads
 from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import RunError
@@ -46,6 +47,7 @@ class LocalPlacement:
     def __init__(self, worker: Worker, transport: LocalTransport) -> None:
         self._worker = worker
         self._transport = transport
+        self._lane = OwnThreads()
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.engine.Placement.submit`."""
@@ -53,7 +55,10 @@ class LocalPlacement:
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.Placement.poll`."""
-        if not self._worker.turn():
+        with self._lane.turn():
+            ran = self._worker.turn()
+        if not ran:
+            self._lane.leave()
             if until_ns is None:
                 raise RunError(f"{self._worker.name}: requests are open, but none can be taken up")
             time.sleep(max(0, until_ns - time.perf_counter_ns()) / 1e9)
@@ -62,6 +67,7 @@ class LocalPlacement:
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.Placement.close`; nothing runs outside this thread."""
+        self._lane.leave()
 
 
 def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:

@@ -41,6 +41,7 @@ from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
 from splitwiser.steps import warm_up_prefill
 from splitwiser.system import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
+from splitwiser.waiting import wait_variables
 from splitwiser.worker import PARENT, Worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
@@ -60,7 +61,7 @@ def warm_up_start() -> None:
     forkserver.set_forkserver_preload([__name__])
     shorten_socket_paths()
     # by its safe path it imports nothing from the current folder, where a file may have the name of a module
-    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
+    with environment(**wait_variables(), TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
         forkserver.ensure_running()
 
 

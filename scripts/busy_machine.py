@@ -1,0 +1,177 @@
+"""What a busy machine does to each mode: throughput alone, and beside processes that do nothing but spin.
+
+    python scripts/busy_machine.py --before ../older_checkout
+
+Every mode of every model is loaded once for each side, this checkout and, with --before, another one; then the sides answer
+the same requests turn by turn, so that a drift of the machine falls on both. First nothing else runs, then --spinning
+processes do. Writes busy_machine.csv (a row a turn, as it ends) into --out and prints two tables in Markdown: medians, and
+the median, least and greatest ratio of a round. The fair share of N cores beside K spinning processes is N / (N + K) of the
+throughput alone.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from splitwiser.machine import git_commit
+from splitwiser.rounds import write_rows
+
+PROJECT = Path(__file__).resolve().parents[1]
+# model: data type, requests, new tokens of each; prompts have 40 to 160 tokens. Half a second to a second each, alone
+MODELS = {
+    "radiology-opt": ("float32", 100, 16),
+    "opt-125m": ("bfloat16", 8, 16),
+    "smollm2-135m": ("bfloat16", 8, 16),
+}
+READY = "ready"
+
+
+def serve(model: str, mode: str) -> None:
+    """Load, and answer the requests once for each line that comes; prints the tokens per second of each time."""
+    from splitwiser import LLM, SamplingParams
+
+    dtype, requests, new_tokens = MODELS[model]
+    rng = random.Random(0)
+    load_format = "auto" if model == "radiology-opt" else "dummy"
+    with LLM(model, mode=mode, dtype=dtype, load_format=load_format) as llm:
+        vocabulary = llm.model.vocabulary
+        prompts = [[rng.randrange(4, vocabulary) for _ in range(rng.randint(40, 160))] for _ in range(requests)]
+        params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+        llm.generate(prompts, params)
+        print(READY, flush=True)
+        for _ in sys.stdin:
+            began = time.perf_counter()
+            llm.generate(prompts, params)
+            print(requests * new_tokens / (time.perf_counter() - began), flush=True)
+
+
+class Side:
+    """A checkout's server of one model and mode."""
+
+    def __init__(self, name: str, checkout: Path, model: str, mode: str) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", model, mode], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+        )  # fmt: skip
+        if self._read() != READY:
+            raise SystemExit(f"busy_machine: {name} cannot load {model} in mode {mode}")
+
+    def measure(self) -> float:
+        """Tokens per second of one turn."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+    def _read(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
+
+
+@contextmanager
+def spinning(count: int) -> Iterator[None]:
+    """Beside ``count`` processes that spin. They stay in this session, or the kernel would share out by session."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(1.0 if count else 0.0)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, object]]:
+    """All turns, as rows of busy_machine.csv."""
+    sides = {"now": PROJECT, **({"before": options.before.resolve()} if options.before else {})}
+    loads = {0: options.rounds, options.spinning: options.busy_rounds}
+    rows: list[dict[str, object]] = []
+    pairs = [(model, mode) for model in options.models for mode in options.modes]
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(pairs) * len(sides) * sum(loads.values()), unit="turn") as bar:
+        for model, mode in pairs:
+            with ExitStack() as stack:
+                servers = [Side(name, checkout, model, mode) for name, checkout in sides.items()]
+                for server in servers:
+                    stack.callback(server.close)
+                for load, rounds in loads.items():
+                    with spinning(load):
+                        for number in range(rounds):
+                            for server in servers[:: 1 if number % 2 else -1]:
+                                bar.set_postfix_str(f"{model}, {mode}, {server.name}, {load} spinning")
+                                row = {"model": model, "mode": mode, "side": server.name, "spinning": load}
+                                rows.append({**row, "round": number, "tokens_per_s": server.measure()})
+                                write_rows(options.out / "busy_machine.csv", rows)
+                                bar.update()
+    return rows
+
+
+def tables(rows: Sequence[dict[str, object]], cores: int) -> str:
+    """The two tables, in Markdown."""
+    values: dict[tuple[object, ...], list[float]] = {}
+    for row in rows:
+        key = row["spinning"], row["model"], row["mode"], row["side"]
+        values.setdefault(key, []).append(float(str(row["tokens_per_s"])))
+    lines = []
+    for load in dict.fromkeys(key[0] for key in values):
+        fair = "" if not load else " fair share | of the fair share |"
+        lines += ["", f"| {load} spinning, tokens/s | now | before | now / before |{fair}"]
+        lines += ["|---|---|---|---|" + ("---|---|" if load else "")]
+        for _, model, mode, _ in [key for key in values if key[0] == load and key[3] == "now"]:
+            now, before = (values.get((load, model, mode, side), []) for side in ("now", "before"))
+            cells = [f"{model}, {mode}", f"{statistics.median(now):,.0f}"]
+            cells += [f"{statistics.median(before):,.0f}" if before else "", _ratios(now, before) if before else ""]
+            if load:
+                share = statistics.median(values[0, model, mode, "now"]) * cores / (cores + int(str(load)))
+                cells += [f"{share:,.0f}", f"{statistics.median(now) / share:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratios(now: Sequence[float], before: Sequence[float]) -> str:
+    ratios = [a / b for a, b in zip(now, before, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", type=lambda text: text.split(","), default=list(MODELS), help="some of " + ", ".join(MODELS)
+    )
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=["generate", "sequential", "mp"])
+    parser.add_argument("--rounds", type=int, default=15, help="rounds with nothing beside")
+    parser.add_argument("--busy_rounds", type=int, default=2, help="rounds beside spinning processes")
+    parser.add_argument("--spinning", type=int, default=8, help="spinning processes")
+    parser.add_argument("--before", type=Path, help="another checkout of this project, measured beside this one")
+    parser.add_argument("--out", type=Path, default=Path("busy_machine"), help="folder for busy_machine.csv")
+    parser.add_argument("--serve", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve)
+        return
+    if unknown := set(options.models) - set(MODELS):
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    cores = len(os.sched_getaffinity(0))
+    rows = measure(options)
+    print(f"commit {git_commit()}, {cores} cores")
+    print(tables(rows, cores))
+
+
+if __name__ == "__main__":
+    main()
