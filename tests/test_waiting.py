@@ -51,6 +51,12 @@ def test_a_child_of_ours_is_not_taken_for_the_users_own() -> None:
     assert said(DESCRIBED, GOMP_SPINCOUNT=SPINS) == "20,000 spins, then asleep"
 
 
+def test_another_engine_waits_as_it_is_made_to() -> None:
+    undo = f"from splitwiser import waiting; waiting.undo_bound(); {SEEN}"
+    assert said(undo) == said(undo, GOMP_SPINCOUNT=SPINS) == "None"
+    assert said(undo, GOMP_SPINCOUNT="7") == "7"
+
+
 def test_torch_loaded_before_is_said_once(tiny: Callable[[str], Path]) -> None:
     load = f"LLM({str(tiny('llama'))!r}).close()"
     warned = said(f"import torch; from splitwiser import LLM\nfor _ in range(2): {load}")

@@ -32,6 +32,12 @@ def bound_waiting() -> None:
         os.environ.update(wait_variables())
 
 
+def undo_bound() -> None:
+    """Take :func:`bound_waiting` back before PyTorch is loaded, for an engine that waits as its makers meant it to."""
+    if not _users_own():
+        os.environ.pop(_VARIABLE, None)
+
+
 def is_bounded() -> bool:
     """Whether this process's threads wait as they are meant to, or as the user says."""
     return _VARIABLE in os.environ or _users_own() is not None
