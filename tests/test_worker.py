@@ -14,6 +14,7 @@ from splitwiser.messages import Handoff, Message, PrefillTask, Progress, StepRec
 from splitwiser.model import LoadedModel, load_model
 from splitwiser.prefill import Prefiller
 from splitwiser.request import Request, SamplingParams
+from splitwiser.steps import ModelStepper
 from splitwiser.worker import PARENT, Worker
 
 BLOCK = 4
@@ -53,14 +54,15 @@ class Bench:
     def __init__(self, directory: Path, blocks: int = 64) -> None:
         self.model: LoadedModel = load_model(directory, dtype="float32", device="cpu", load_format="auto")
         self.pool = KVPool(attach_engine(self.model), blocks, BLOCK, self.model.dtype, self.model.device)
+        self.stepper = ModelStepper(self.model, self.pool)
         self.wire = Wire()
 
     def prefiller(self, name: str, budget: int = 1000) -> Prefiller:
-        return Prefiller(name, self.model, self.pool, budget)
+        return Prefiller(name, self.stepper, budget)
 
     def decoder(self, name: str, first: int = 0, count: int | None = None, max_batch: int = 100) -> Decoder:
         allocator = BlockAllocator(first, self.pool.blocks if count is None else count)
-        return Decoder(name, self.model, self.pool, allocator, max_batch)
+        return Decoder(name, self.stepper, allocator, BLOCK, max_batch)
 
     def worker(
         self, name: str, prefiller: Prefiller | None, decoder: Decoder | None, prefill_workers: tuple[str, ...] = ()

@@ -1,18 +1,14 @@
 """The decode side of a worker: owns blocks, admits requests, batches steps, emits tokens and frees blocks."""
 
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitwiser.errors import RunError
-from splitwiser.graphs import DecodeGraphs
-from splitwiser.kv_pool import BlockAllocator, KVPool
+from splitwiser.kv_pool import BlockAllocator
 from splitwiser.messages import Handoff, PrefillTask, Progress
-from splitwiser.model import LoadedModel
+from splitwiser.policy import FIRST_COME, Policy
 from splitwiser.request import FinishReason, Request
-from splitwiser.steps import InFlight, decode_step
-from splitwiser.stopping import finish_reason
+from splitwiser.steps import InFlight, Stepper
 
 
 @dataclass(frozen=True)
@@ -27,9 +23,9 @@ class Decoder:
     """A request waits here until ``max_batch`` and its blocks allow, is with prefill until its handoff, then runs.
 
     All blocks that a request can come to need are reserved when it is admitted, so a running request never waits for
-    another, and admission in order of arrival cannot deadlock.
+    another, and admission cannot deadlock. ``policy`` says in which order requests are admitted.
 
-    ``graphs`` replay its steps; ``on_itl`` is told of each gap between two tokens of its requests, in seconds.
+    ``on_itl`` is told of each gap between two tokens of its requests, in seconds.
 
     State: waiting -> admitted (blocks reserved, with prefill) -> running -> finished (blocks freed).
     """
@@ -37,41 +33,45 @@ class Decoder:
     def __init__(
         self,
         name: str,
-        model: LoadedModel,
-        pool: KVPool,
+        stepper: Stepper,
         allocator: BlockAllocator,
+        block_tokens: int,
         max_batch: int,
-        graphs: DecodeGraphs | None = None,
+        policy: Policy = FIRST_COME,
         on_itl: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.name = name
-        self._model = model
-        self._pool = pool
+        self._stepper = stepper
         self._allocator = allocator
+        self._block_tokens = block_tokens
         self._max_batch = max_batch
-        self._waiting: deque[Request] = deque()
+        self._policy = policy
+        self._waiting: dict[int, Request] = {}
         self._admitted: dict[int, InFlight] = {}
         self._running: dict[int, InFlight] = {}
         self._handoffs: list[Handoff] = []
-        self._graphs = graphs
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
-        self._waiting.append(request)
+        self._waiting[request.request_id] = request
 
     def admit(self) -> list[PrefillTask]:
-        """Reserve blocks for as many waiting requests as there is room for, in order."""
-        tasks = []
-        while self._waiting and len(self._admitted) + len(self._running) < self._max_batch:
-            request = self._waiting[0]
-            blocks = self._allocator.allocate(self._pool.blocks_for(request.most_tokens))
+        """Reserve blocks for as many waiting requests as there is room for, in the policy's order."""
+        tasks: list[PrefillTask] = []
+        if not self._waiting:
+            return tasks
+        for request in self._policy.admission_order(self._waiting.values()):
+            if len(self._admitted) + len(self._running) >= self._max_batch:
+                break
+            blocks = self._allocator.allocate(-(-request.most_tokens // self._block_tokens))
             if blocks is None:
                 break
-            self._waiting.popleft()
             self._admitted[request.request_id] = InFlight(request, blocks)
             tasks.append(PrefillTask(request, tuple(blocks), self.name))
+        for task in tasks:
+            del self._waiting[task.request.request_id]
         return tasks
 
     def receive(self, handoff: Handoff) -> None:
@@ -89,12 +89,12 @@ class Decoder:
         if not handoffs and not batch:
             return None
         tokens: list[int] = []
-        start_ns = self.now_ns()
+        start_ns = self._stepper.now_ns()
         if batch:
-            tokens = self.run_step(batch)
+            tokens = self._stepper.decode(batch)
             for sequence, token in zip(batch, tokens, strict=True):
                 sequence.token_ids.append(token)
-        end_ns = self.now_ns()
+        end_ns = self._stepper.now_ns()
         if self._last_end_ns is not None:
             self._on_itl((end_ns - self._last_end_ns) / 1e9)
         ids = [sequence.request.request_id for sequence in batch]
@@ -105,20 +105,11 @@ class Decoder:
         )
         return DecodeResult(progress, len(batch))
 
-    def run_step(self, batch: Sequence[InFlight]) -> list[int]:
-        """The step itself: the next token of each request. A simulation has its own."""
-        return decode_step(self._model, self._pool, batch, self._graphs)
-
-    def now_ns(self) -> int:
-        """The clock that steps are timed by."""
-        return time.perf_counter_ns()
-
     def _collect(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
         finished = []
         for request_id in request_ids:
             sequence = self._running[request_id]
-            reason = finish_reason(sequence.params, sequence.token_ids, self._model.eos_token_ids, self._model.decode)
-            if reason:
+            if reason := self._stepper.finish_reason(sequence):
                 self._allocator.release(self._running.pop(request_id).blocks)
                 finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:

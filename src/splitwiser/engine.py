@@ -14,6 +14,7 @@ from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 from splitwiser.shares import ShareSettings
 from splitwiser.stopping import final_text
+from splitwiser.worker import Scheduling
 
 _SETTLE_NS = 2_000_000  # how long the end of a run waits for step records that are still on their way
 
@@ -87,6 +88,11 @@ class EngineSettings:
     kv_memory: str
     shares: ShareSettings
     kernels: str
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """What of it the workers schedule by."""
+        return Scheduling(self.max_batch, self.prefill_tokens, self.block_tokens)
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,16 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.graphs import capture_graphs
-from splitwiser.kv_pool import BlockAllocator
 from splitwiser.layout import WorkerLayout
 from splitwiser.mailbox import Letterbox, MailPlacement, MailTransport
 from splitwiser.messages import Failed, Stop, Submit
 from splitwiser.model import LoadedModel
-from splitwiser.prefill import Prefiller
 from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
-from splitwiser.steps import warm_up_prefill
-from splitwiser.worker import PARENT, Lane, Worker, serve
+from splitwiser.steps import ModelStepper, warm_up_prefill
+from splitwiser.worker import PARENT, Lane, Worker, build_worker, serve
 
 STOP_S = 30.0  # longest that a lane may take to end: the step it is in
 
@@ -76,28 +73,21 @@ class Division(Protocol):
 
 def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, division: Division) -> Started:
     """An engine over one prefill and one decode lane on the parts that ``division`` gives them."""
-    prefill, decode = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
+    specs = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
+    prefill, decode = specs
     prepared = prepare(model, settings)
     blocks = prepared.blocks
     pool = make_pool(model, prepared, settings)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.streams(decode.name))
     warm_up_prefill(model, pool, settings.prefill_tokens, division.streams(prefill.name))
     boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
-    transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in (prefill, decode)}
+    transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in specs}
+    stepper = ModelStepper(model, pool, graphs)
     workers = [
-        Worker(
-            prefill.name,
-            transports[prefill.name],
-            prefiller=Prefiller(prefill.name, model, pool, settings.prefill_tokens),
-        ),
-        Worker(
-            decode.name,
-            transports[decode.name],
-            decoder=Decoder(
-                decode.name, model, pool, BlockAllocator(0, blocks), settings.max_batch, graphs, division.observe
-            ),
-            prefill_workers=[prefill.name],
-        ),
+        build_worker(
+            specs, number, transports[spec.name], stepper, range(blocks), settings.scheduling, division.observe
+        )
+        for number, spec in enumerate(specs)
     ]
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # the lanes' streams wait for nothing that was begun on another

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from splitwiser.cores import OwnThreads
-from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import RunError
 from splitwiser.graphs import capture_graphs
-from splitwiser.kv_pool import BlockAllocator
 from splitwiser.layout import WorkerLayout
 from splitwiser.messages import Message, Submit
 from splitwiser.model import LoadedModel
-from splitwiser.prefill import Prefiller
 from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
-from splitwiser.steps import warm_up_prefill
-from splitwiser.worker import Worker
+from splitwiser.steps import ModelStepper, warm_up_prefill
+from splitwiser.worker import Worker, build_worker
 
 
 class LocalTransport:
@@ -72,19 +69,14 @@ class LocalPlacement:
 
 def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
     """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
-    (spec,) = layout.workers
     prepared = prepare(model, settings)
     blocks = prepared.blocks
     pool = make_pool(model, prepared, settings)
     graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
     warm_up_prefill(model, pool, settings.prefill_tokens)
     transport = LocalTransport()
-    worker = Worker(
-        spec.name,
-        transport,
-        prefiller=Prefiller(spec.name, model, pool, settings.prefill_tokens),
-        decoder=Decoder(spec.name, model, pool, BlockAllocator(0, blocks), settings.max_batch, graphs),
-    )
+    stepper = ModelStepper(model, pool, graphs)
+    worker = build_worker(layout.workers, 0, transport, stepper, range(blocks), settings.scheduling)
     return Started(
         SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens),
         pool,

@@ -23,26 +23,25 @@ from transformers import PreTrainedModel
 
 from splitwiser.board import Board
 from splitwiser.cores import Threads, plan_cores, plan_levels
-from splitwiser.decode import Decoder
 from splitwiser.engine import EngineSettings, SplitEngine, Started
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.graphs import capture_graphs
 from splitwiser.kernel_choice import load_kernels
-from splitwiser.kv_pool import BlockAllocator, KVPool, LayerShape, block_nbytes
+from splitwiser.kv_pool import KVPool, LayerShape, block_nbytes
 from splitwiser.layout import WorkerLayout, WorkerSpec
 from splitwiser.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
 from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
 from splitwiser.model import LoadedModel
 from splitwiser.mps import MpsDaemon
-from splitwiser.prefill import Prefiller
+from splitwiser.policy import MostRoom
 from splitwiser.prepare import make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.shared import SharedMemory, SharedModule
 from splitwiser.shares import AutoLevel, Part
-from splitwiser.steps import warm_up_prefill
+from splitwiser.steps import ModelStepper, warm_up_prefill
 from splitwiser.system import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
 from splitwiser.waiting import wait_variables
-from splitwiser.worker import PARENT, Worker, serve
+from splitwiser.worker import PARENT, build_worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
 MISSED_LOOKS = 4  # looks in a row without a beat after which a worker counts as lost
@@ -134,22 +133,14 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
     )
     spec = setup.spec
     pool.take_first(setup.own_blocks)
-    allocator = BlockAllocator(setup.own_blocks.start, len(setup.own_blocks))
-    prefill_names = [worker.name for worker in setup.workers if worker.role == "prefill"]
-    turned = setup.index % max(1, len(prefill_names))  # decode workers start at different prefill workers
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
         graphs, graphs_described = capture_graphs(model, pool, setup.settings.max_batch)
     if spec.role != "decode":
         warm_up_prefill(model, pool, setup.settings.prefill_tokens)
-    worker = Worker(
-        spec.name,
-        transport,
-        prefiller=None if spec.role == "decode" else Prefiller(spec.name, model, pool, setup.settings.prefill_tokens),
-        decoder=None
-        if spec.role == "prefill"
-        else Decoder(spec.name, model, pool, allocator, setup.settings.max_batch, graphs, part.observe),
-        prefill_workers=[] if spec.role == "mixed" else prefill_names[turned:] + prefill_names[:turned],
+    stepper = ModelStepper(model, pool, graphs)
+    worker = build_worker(
+        setup.workers, setup.index, transport, stepper, setup.own_blocks, setup.settings.scheduling, part.observe
     )
     threads.before_step()
     transport.send(PARENT, Ready(spec.name, graphs_described))
@@ -190,9 +181,8 @@ class ProcessPlacement(MailPlacement):
         self._ready: set[str] = set()
         self._shared = [*setups[0].module.memories, setups[0].pool]
         self.graphs = ""  # what the workers that decode say of their CUDA graphs
-        self._room = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
-        self._reserved: dict[int, tuple[str, int]] = {}
-        self._block_tokens = setups[0].settings.block_tokens
+        blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
+        self._router = MostRoom(blocks, setups[0].settings.block_tokens)
         with _main_left_alone():
             self._processes = [
                 _context.Process(target=_work, args=(setup,), name=setup.spec.name, daemon=True) for setup in setups
@@ -230,12 +220,8 @@ class ProcessPlacement(MailPlacement):
 
     def submit(self, request: Request) -> None:
         """Give the request to the decode worker that has the most room left."""
-        name = max(self._room, key=self._room.__getitem__)
-        blocks = -(-request.most_tokens // self._block_tokens)
-        self._room[name] -= blocks
-        self._reserved[request.request_id] = name, blocks
         try:
-            self._outbox[name].send(Submit(request))
+            self._outbox[self._router.choose(request)].send(Submit(request))
         except OSError:  # it has died; the next poll says so
             return
 
@@ -262,8 +248,7 @@ class ProcessPlacement(MailPlacement):
     def _note(self, message: Message) -> None:
         if isinstance(message, Progress):
             for request_id, _ in message.finished:
-                name, blocks = self._reserved.pop(request_id)
-                self._room[name] += blocks
+                self._router.release(request_id)
 
     def _join(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

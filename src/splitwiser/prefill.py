@@ -1,26 +1,10 @@
-"""The prefill side of a worker: packs waiting prompts into steps under a token budget."""
+"""The prefill side of a worker: a queue of prompts, and the steps that its policy packs them into."""
 
-import time
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitwiser.kv_pool import KVPool
 from splitwiser.messages import Handoff, PrefillTask
-from splitwiser.model import LoadedModel
-from splitwiser.steps import Chunk, InFlight, prefill_step
-
-
-@dataclass
-class _Prompt:
-    task: PrefillTask
-    sequence: InFlight
-    done: int = 0
-    start_ns: int = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.task.request.prompt_token_ids) - self.done
+from splitwiser.policy import FIRST_COME, PendingPrompt, Policy
+from splitwiser.steps import Chunk, InFlight, Stepper
 
 
 @dataclass(frozen=True)
@@ -35,29 +19,29 @@ class PrefillResult:
 
 
 class Prefiller:
-    """Takes prompts in the order in which they come, as many whole ones a step as ``budget`` tokens allow; a prompt longer
-    than the budget is split over steps. Writes only into the blocks that each task names."""
+    """Prefills the prompts that it is given, at most ``budget`` tokens a step, as ``policy`` packs them. Writes only into
+    the blocks that each task names."""
 
-    def __init__(self, name: str, model: LoadedModel, pool: KVPool, budget: int) -> None:
+    def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
-        self._model = model
-        self._pool = pool
+        self._stepper = stepper
         self._budget = budget
-        self._queue: deque[_Prompt] = deque()
+        self._policy = policy
+        self._prompts: list[PendingPrompt] = []
 
     def add(self, task: PrefillTask) -> None:
         """Queue a prompt."""
-        self._queue.append(_Prompt(task, InFlight(task.request, task.blocks)))
+        self._prompts.append(PendingPrompt(task, InFlight(task.request, task.blocks)))
 
     def step(self) -> PrefillResult | None:
         """Run one step, or None if no prompt waits."""
-        packed = self._pack()
-        if not packed:
+        if not self._prompts:
             return None
+        packed = self._policy.pack(self._prompts, self._budget)
         chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]
-        start_ns = self.now_ns()
-        firsts = iter(self.run_step(chunks))
-        end_ns = self.now_ns()
+        start_ns = self._stepper.now_ns()
+        firsts = iter(self._stepper.prefill(chunks))
+        end_ns = self._stepper.now_ns()
         finished = []
         for prompt, tokens in packed:
             prompt.start_ns = prompt.start_ns or start_ns
@@ -66,23 +50,5 @@ class Prefiller:
                 request_id = prompt.task.request.request_id
                 handoff = Handoff(request_id, next(firsts), prompt.start_ns, end_ns, self.name)
                 finished.append((prompt.task, handoff))
-                self._queue.popleft()  # prompts finish in order: only the last of a pack can be unfinished
+        self._prompts = [prompt for prompt in self._prompts if prompt.left]
         return PrefillResult(start_ns, end_ns, len(packed), sum(tokens for _, tokens in packed), finished)
-
-    def run_step(self, chunks: Sequence[Chunk]) -> list[int]:
-        """The step itself: the first token of each prompt that ends in it. A simulation has its own."""
-        return prefill_step(self._model, self._pool, chunks)
-
-    def now_ns(self) -> int:
-        """The clock that steps are timed by."""
-        return time.perf_counter_ns()
-
-    def _pack(self) -> list[tuple[_Prompt, int]]:
-        packed: list[tuple[_Prompt, int]] = []
-        room = self._budget
-        for prompt in self._queue:
-            if packed and prompt.left > room:
-                break
-            packed.append((prompt, min(prompt.left, room)))
-            room -= packed[-1][1]
-        return packed

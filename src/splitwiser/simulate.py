@@ -21,20 +21,18 @@ from splitwiser import constants
 from splitwiser.board import Board
 from splitwiser.cores import plan_levels, take_threads
 from splitwiser.costs import StepCosts, nearest_costs
-from splitwiser.decode import Decoder
 from splitwiser.engine import Observer, SplitEngine
 from splitwiser.errors import InputError, RunError
-from splitwiser.kv_pool import BlockAllocator, KVPool
 from splitwiser.layout import WorkerLayout, WorkerSpec
 from splitwiser.messages import Message, Phase, Progress, Submit
 from splitwiser.model import LoadedModel
-from splitwiser.prefill import Prefiller
-from splitwiser.request import Request, RequestOutput, SamplingParams
+from splitwiser.policy import MostRoom
+from splitwiser.request import FinishReason, Request, RequestOutput, SamplingParams
 from splitwiser.shares import Part
 from splitwiser.steps import Chunk, InFlight
-from splitwiser.worker import PARENT, Worker, serve
+from splitwiser.worker import PARENT, Scheduling, build_worker, serve
 
-_END, _OTHER = 0, 1  # the tokens that simulated steps draw: one that ends its request, and any other
+_TOKEN = 0  # what every simulated step draws
 _NOTHING_S = 1e-12  # less work than this is none
 
 
@@ -130,8 +128,7 @@ class _SimulatedPlacement:
         self._now_s = 0.0
         owners = [spec for spec in self.specs if spec.role != "prefill"]
         part = machine.blocks // len(owners)
-        self._room = {spec.name: part for spec in owners}
-        self._reserved: dict[int, tuple[str, int]] = {}
+        self._router = MostRoom({spec.name: part for spec in owners}, machine.block_tokens)
         self.lanes = {spec.name: _Lane(self, place, spec, part) for place, spec in enumerate(self.specs)}
 
     def now_ns(self) -> int:
@@ -140,11 +137,7 @@ class _SimulatedPlacement:
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.multiprocess.ProcessPlacement.submit`: to the worker with the most room."""
-        name = max(self._room, key=self._room.__getitem__)
-        blocks = -(-request.most_tokens // self.machine.block_tokens)
-        self._room[name] -= blocks
-        self._reserved[request.request_id] = name, blocks
-        self.lanes[name].inbox.append(Submit(request))
+        self.lanes[self._router.choose(request)].inbox.append(Submit(request))
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.Placement.poll`."""
@@ -177,19 +170,13 @@ class _SimulatedPlacement:
         for message in messages:
             if isinstance(message, Progress):
                 for request_id, _ in message.finished:
-                    name, blocks = self._reserved.pop(request_id)
-                    self._room[name] += blocks
+                    self._router.release(request_id)
         return messages
 
     def close(self) -> None:
         """End the workers' threads."""
         for lane in self.lanes.values():
             lane.end()
-
-    def draw(self, sequence: InFlight) -> int:
-        """The next token of ``sequence``."""
-        ends = sequence.drawn + 1 >= self.lengths[sequence.request.request_id]
-        return _END if ends else _OTHER
 
     def _rate(self, lane: "_Lane") -> float:
         """How fast ``lane``'s step goes on, against the profile's; 1 between two steps."""
@@ -219,15 +206,8 @@ class _Lane:
         self._stepped = False
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
-        prefill_names = [each.name for each in world.specs if each.role == "prefill"]
-        turned = place % max(1, len(prefill_names))
-        self._worker = Worker(
-            spec.name,
-            self,
-            prefiller=None if spec.role == "decode" else _SimulatedPrefiller(self, spec.name, world),
-            decoder=None if spec.role == "prefill" else _SimulatedDecoder(self, spec.name, world, part),
-            prefill_workers=[] if spec.role == "mixed" else prefill_names[turned:] + prefill_names[:turned],
-        )
+        scheduling = Scheduling(world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens)
+        self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
         self._thread.start()
 
@@ -310,39 +290,39 @@ class _EndedError(BaseException):
     """The simulation is over."""
 
 
-class _SimulatedPrefiller(Prefiller):
-    def __init__(self, lane: _Lane, name: str, world: _SimulatedPlacement) -> None:
-        super().__init__(name, _no_model(), _no_pool(world), world.schedule.prefill_tokens)
+class _CostStepper:
+    """The :class:`~splitwiser.steps.Stepper` of a simulated worker: a step lasts as its costs say, and a request ends at its
+    length."""
+
+    def __init__(self, lane: _Lane, world: _SimulatedPlacement) -> None:
         self._lane = lane
         self._world = world
 
-    def run_step(self, chunks: Sequence[Chunk]) -> list[int]:
-        costs = nearest_costs(self._world.machine.costs, self._lane.step_threads)
-        self._lane.step("prefill", costs.prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
-        return [self._world.draw(chunk.sequence) for chunk in chunks if chunk.is_last]
+    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """See :meth:`splitwiser.steps.Stepper.prefill`."""
+        self._lane.step("prefill", self._costs().prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
+        return [_TOKEN for chunk in chunks if chunk.is_last]
+
+    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+        """See :meth:`splitwiser.steps.Stepper.decode`."""
+        context = sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
+        self._lane.step("decode", self._costs().decode(len(sequences), context))
+        return [_TOKEN] * len(sequences)
+
+    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+        """See :meth:`splitwiser.steps.Stepper.finish_reason`."""
+        return "length" if sequence.drawn >= self._world.lengths[sequence.request.request_id] else None
 
     def now_ns(self) -> int:
+        """The simulated time."""
         return self._world.now_ns()
 
-
-class _SimulatedDecoder(Decoder):
-    def __init__(self, lane: _Lane, name: str, world: _SimulatedPlacement, blocks: int) -> None:
-        super().__init__(name, _no_model(), _no_pool(world), BlockAllocator(0, blocks), world.schedule.max_batch)
-        self._lane = lane
-        self._world = world
-
-    def run_step(self, batch: Sequence[InFlight]) -> list[int]:
-        context = sum(len(each.request.prompt_token_ids) + each.drawn for each in batch)
-        costs = nearest_costs(self._world.machine.costs, self._lane.step_threads)
-        self._lane.step("decode", costs.decode(len(batch), context))
-        return [self._world.draw(each) for each in batch]
-
-    def now_ns(self) -> int:
-        return self._world.now_ns()
+    def _costs(self) -> StepCosts:
+        return nearest_costs(self._world.machine.costs, self._lane.step_threads)
 
 
 def _no_model() -> LoadedModel:
-    """As much of a model as scheduling asks for: which token ends a request."""
+    """As much of a model as the engine asks for: a tokenizer that is none."""
     return LoadedModel(
         name="simulated",
         module=None,  # type: ignore[arg-type]  # no step runs
@@ -352,12 +332,6 @@ def _no_model() -> LoadedModel:
         dtype=torch.float32,
         load_format="dummy",
         load_s=0.0,
-        eos_token_ids=frozenset([_END]),
+        eos_token_ids=frozenset(),
         max_positions=None,
     )
-
-
-def _no_pool(world: _SimulatedPlacement) -> KVPool:
-    """As much of a pool as scheduling asks for: blocks without layers."""
-    machine, nothing = world.machine, torch.empty(0)
-    return KVPool([], machine.blocks, machine.block_tokens, nothing.dtype, nothing.device, memory=nothing)

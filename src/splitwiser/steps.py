@@ -1,7 +1,9 @@
-"""The two functions that every engine mode runs: one prefill step and one decode step."""
+"""The two functions that every engine mode runs, one prefill step and one decode step, and what workers run them by."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -10,8 +12,9 @@ from splitwiser.forward import forward
 from splitwiser.graphs import DecodeGraphs
 from splitwiser.kv_pool import KVPool
 from splitwiser.model import LoadedModel
-from splitwiser.request import Request, SamplingParams
+from splitwiser.request import FinishReason, Request, SamplingParams
 from splitwiser.sampling import choose
+from splitwiser.stopping import finish_reason
 
 WARM_UP_TOKENS = 8192  # a budget may be far more than any step has
 
@@ -59,6 +62,26 @@ class Chunk:
         return self.end == len(self.sequence.request.prompt_token_ids)
 
 
+class Stepper(Protocol):
+    """Runs the steps that a worker schedules."""
+
+    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Run a prefill step; returns the first token of each sequence whose prompt ends in it, in order."""
+        ...
+
+    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+        """Run a decode step; returns the next token of each sequence."""
+        ...
+
+    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+        """Why ``sequence`` has finished, or None while it has not."""
+        ...
+
+    def now_ns(self) -> int:
+        """The clock that steps are timed by, in nanoseconds."""
+        ...
+
+
 @torch.inference_mode()
 def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
     """Compute K and V of ``chunks``, packed in one row, into their blocks.
@@ -95,6 +118,31 @@ def decode_step(
         step = StepAttention(pool, segments, model.device)
         logits = forward(model.module, step, step, tokens, _positions(segments), range(len(sequences)))
     return choose(logits, sequences).tolist()
+
+
+@dataclass(frozen=True)
+class ModelStepper:
+    """The :class:`Stepper` of a model over its pool; ``graphs`` replay decode steps."""
+
+    model: LoadedModel
+    pool: KVPool
+    graphs: DecodeGraphs | None = None
+
+    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """See :meth:`Stepper.prefill`."""
+        return prefill_step(self.model, self.pool, chunks)
+
+    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+        """See :meth:`Stepper.decode`."""
+        return decode_step(self.model, self.pool, sequences, self.graphs)
+
+    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+        """See :meth:`Stepper.finish_reason`."""
+        return finish_reason(sequence.params, sequence.token_ids, self.model.eos_token_ids, self.model.decode)
+
+    def now_ns(self) -> int:
+        """See :meth:`Stepper.now_ns`."""
+        return time.perf_counter_ns()
 
 
 def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequence["torch.cuda.Stream"] = ()) -> None:

@@ -1,13 +1,18 @@
 """A worker: the prefill side, the decode side or both, between an inbox and an outbox. It does not know where it runs."""
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Protocol
 
 from splitwiser.decode import Decoder
+from splitwiser.kv_pool import BlockAllocator
+from splitwiser.layout import WorkerSpec
 from splitwiser.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit
+from splitwiser.policy import FIRST_COME, Policy
 from splitwiser.prefill import Prefiller
+from splitwiser.steps import Stepper
 
 PARENT = "parent"
 
@@ -63,7 +68,7 @@ class Worker:
         self._transport = transport
         self._prefiller = prefiller
         self._decoder = decoder
-        self._prefill_workers = deque(prefill_workers or [name])
+        self._prefill_workers = cycle(prefill_workers or [name])
 
     def turn(self) -> bool:
         """Take in what has come and run what is due: at most one prefill and one decode step. Returns whether it ran."""
@@ -72,8 +77,7 @@ class Worker:
         ran = False
         if self._decoder:
             for task in self._decoder.admit():
-                self._send(self._prefill_workers[0], task)
-                self._prefill_workers.rotate(-1)
+                self._send(next(self._prefill_workers), task)
         if self._prefiller and (prefilled := self._prefiller.step()):
             ran = True
             self._send(
@@ -113,6 +117,48 @@ class Worker:
                 self._decoder.receive(message)
             case _:
                 raise TypeError(f"{self.name} ({self.role}) has no use for {message}")
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """What a worker schedules by: the most requests in a decode step, the most prompt tokens in a prefill step, the tokens
+    in a block, and the policy."""
+
+    max_batch: int
+    prefill_tokens: int
+    block_tokens: int
+    policy: Policy = FIRST_COME
+
+
+def build_worker(
+    specs: Sequence[WorkerSpec],
+    index: int,
+    transport: Transport,
+    stepper: Stepper,
+    own_blocks: range,
+    scheduling: Scheduling,
+    on_itl: Callable[[float], None] = lambda _: None,
+) -> Worker:
+    """The worker ``specs[index]`` of a layout, with the sides that its role has.
+
+    ``own_blocks`` are the blocks of the pool that it owns if it decodes; ``on_itl`` is told of each gap between two tokens,
+    in seconds.
+    """
+    name, role = specs[index].name, specs[index].role
+    prefillers = [spec.name for spec in specs if spec.role == "prefill"]
+    turned = index % len(prefillers) if prefillers else 0  # decode workers begin at different prefill workers
+    prefiller = Prefiller(name, stepper, scheduling.prefill_tokens, scheduling.policy)
+    allocator = BlockAllocator(own_blocks.start, len(own_blocks))
+    decoder = Decoder(
+        name, stepper, allocator, scheduling.block_tokens, scheduling.max_batch, scheduling.policy, on_itl
+    )
+    return Worker(
+        name,
+        transport,
+        prefiller=None if role == "decode" else prefiller,
+        decoder=None if role == "prefill" else decoder,
+        prefill_workers=prefillers[turned:] + prefillers[:turned],
+    )
 
 
 def serve(worker: Worker, transport: Waits, lane: Lane) -> None:
