@@ -8,10 +8,11 @@ import torch
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.board import Board
-from splitwiser.cores import OwnThreads, Threads, plan_cores, plan_levels, plan_threads
-from splitwiser.fair_share import FairShare
-from splitwiser.layout import WorkerSpec, parse_layout
+from splitwiser.cores import Threads, plan_cores, plan_levels, plan_threads
+from splitwiser.fair_share import FairShare, OwnThreads
+from splitwiser.layout import parse_layout
 from splitwiser.shares import Part
+from splitwiser.worker import WorkerSpec
 
 
 def workers(*shares: float) -> list[WorkerSpec]:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from test_token_identity import LENGTHS, SERVED, prompts_of, references
 
-from splitwiser.engine import EngineSettings, Observer, SplitEngine
+from splitwiser.engine import Observer, SplitEngine
 from splitwiser.errors import RunError
 from splitwiser.lanes import start_lanes
 from splitwiser.layout import ONE_OF_EACH
 from splitwiser.messages import StepRecord
 from splitwiser.model import load_model
+from splitwiser.prepare import EngineSettings
 from splitwiser.request import Request, SamplingParams
 from splitwiser.shares import ShareSettings
 

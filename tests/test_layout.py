@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from splitwiser.errors import InputError
-from splitwiser.layout import ONE_OF_EACH, WorkerGroup, WorkerLayout, WorkerSpec, parse_layout
+from splitwiser.layout import ONE_OF_EACH, WorkerGroup, WorkerLayout, parse_layout
+from splitwiser.worker import WorkerSpec
 
 
 def test_workers_are_numbered_by_role_and_share_what_is_left() -> None:

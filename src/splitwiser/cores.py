@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 
 from splitwiser.fair_share import FairShare
-from splitwiser.layout import WorkerSpec
 from splitwiser.shares import Part
+from splitwiser.worker import WorkerSpec
 
 
 def plan_threads(workers: Sequence[WorkerSpec], cores: int) -> list[int]:
@@ -77,32 +77,3 @@ class Threads:
             torch.set_num_threads(count)
             self._set = count
         return count
-
-
-class OwnThreads:
-    """The :class:`~splitwiser.worker.Lane` of steps in the caller's own thread: of PyTorch's threads as many as their
-    :class:`~splitwiser.fair_share.FairShare` comes to. :meth:`leave` sets what was set before."""
-
-    def __init__(self) -> None:
-        self._share = FairShare()
-        self._found: int | None = None
-
-    def turn(self) -> AbstractContextManager[object]:
-        """See :meth:`splitwiser.worker.Lane.turn`."""
-        self.before_step()
-        return nullcontext()
-
-    def before_step(self) -> None:
-        """Set the number of threads for the step to come."""
-        now = torch.get_num_threads()
-        if self._found is None:
-            self._found = now
-        count = self._share.threads(self._found)
-        if count != now:
-            torch.set_num_threads(count)
-
-    def leave(self) -> None:
-        """See :meth:`splitwiser.worker.Lane.leave`."""
-        if self._found is not None and self._found != torch.get_num_threads():
-            torch.set_num_threads(self._found)
-        self._found = None

@@ -8,13 +8,10 @@ from typing import Protocol
 
 from splitwiser.arrivals import Arrivals
 from splitwiser.errors import InputError, RunError, WorkerLostError
-from splitwiser.kv_pool import KVPool
 from splitwiser.messages import Message, Progress, StepRecord
 from splitwiser.model import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
-from splitwiser.shares import ShareSettings
 from splitwiser.stopping import final_text
-from splitwiser.worker import Scheduling
 
 _SETTLE_NS = 2_000_000  # how long the end of a run waits for step records that are still on their way
 
@@ -76,34 +73,6 @@ class Placement(Protocol):
     def close(self) -> None:
         """Stop the workers."""
         ...
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What every engine over the KV pool is set up with; see :class:`splitwiser.llm.LLM` for the meanings."""
-
-    max_batch: int
-    prefill_tokens: int
-    block_tokens: int
-    kv_memory: str
-    shares: ShareSettings
-    kernels: str
-
-    @property
-    def scheduling(self) -> Scheduling:
-        """What of it the workers schedule by."""
-        return Scheduling(self.max_batch, self.prefill_tokens, self.block_tokens)
-
-
-@dataclass(frozen=True)
-class Started:
-    """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
-    of compute, how many units (cores, multiprocessors) each worker has."""
-
-    engine: Engine | None  # None: it was closed
-    pool: KVPool | None
-    kernels: dict[str, str]
-    division: list[dict[str, int]]
 
 
 @dataclass

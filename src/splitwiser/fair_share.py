@@ -8,7 +8,10 @@ how long a thread ran and how long it waited for a processor (proc(5), ``/proc/P
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+import torch
 
 LOOK_S = 0.1  # between two looks
 LOOK_PART = 0.01  # the most of the time that looks may take: each reads a short file a thread
@@ -61,3 +64,32 @@ class FairShare:
                 continue
             times[task.name] = int(ran), int(waited)
         return times
+
+
+class OwnThreads:
+    """The :class:`~splitwiser.worker.Lane` of steps in the caller's own thread: of PyTorch's threads as many as their
+    :class:`~splitwiser.fair_share.FairShare` comes to. :meth:`leave` sets what was set before."""
+
+    def __init__(self) -> None:
+        self._share = FairShare()
+        self._found: int | None = None
+
+    def turn(self) -> AbstractContextManager[object]:
+        """See :meth:`splitwiser.worker.Lane.turn`."""
+        self.before_step()
+        return nullcontext()
+
+    def before_step(self) -> None:
+        """Set the number of threads for the step to come."""
+        now = torch.get_num_threads()
+        if self._found is None:
+            self._found = now
+        count = self._share.threads(self._found)
+        if count != now:
+            torch.set_num_threads(count)
+
+    def leave(self) -> None:
+        """See :meth:`splitwiser.worker.Lane.leave`."""
+        if self._found is not None and self._found != torch.get_num_threads():
+            torch.set_num_threads(self._found)
+        self._found = None

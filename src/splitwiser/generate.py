@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from splitwiser.arrivals import Arrivals
-from splitwiser.cores import OwnThreads
 from splitwiser.engine import Observer, make_output
+from splitwiser.fair_share import OwnThreads
 from splitwiser.messages import Phase, StepRecord
 from splitwiser.model import LoadedModel
 from splitwiser.padding import pad_left

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from splitwiser.board import Board
-from splitwiser.engine import EngineSettings, Started
 from splitwiser.errors import InputError
 from splitwiser.green_contexts import count_multiprocessors, cut_device
 from splitwiser.lanes import start_lanes
 from splitwiser.layout import WorkerLayout
 from splitwiser.model import LoadedModel
+from splitwiser.prepare import EngineSettings, Started
 from splitwiser.shares import AutoLevel, Part, ShareSettings
 
 AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses

@@ -7,13 +7,13 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from splitwiser.engine import EngineSettings, SplitEngine, Started
+from splitwiser.engine import SplitEngine
 from splitwiser.graphs import capture_graphs
 from splitwiser.layout import WorkerLayout
 from splitwiser.mailbox import Letterbox, MailPlacement, MailTransport
 from splitwiser.messages import Failed, Stop, Submit
 from splitwiser.model import LoadedModel
-from splitwiser.prepare import make_pool, prepare
+from splitwiser.prepare import EngineSettings, Started, make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.steps import ModelStepper, warm_up_prefill
 from splitwiser.worker import PARENT, Lane, Worker, build_worker, serve

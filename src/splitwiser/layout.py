@@ -10,6 +10,7 @@ import yaml
 from splitwiser.errors import InputError, unknown
 from splitwiser.messages import Role
 from splitwiser.text import read_text
+from splitwiser.worker import WorkerSpec
 from splitwiser.yaml_file import load_yaml
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
@@ -33,15 +34,6 @@ class WorkerGroup:
             raise InputError(
                 f"workers: 'share' of {self.role} must be a whole percentage from 1 to 100, not {self.share!r}"
             )
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """One worker: its name, such as ``prefill-0``, its role and its share in percent."""
-
-    name: str
-    role: Role
-    share: float
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from splitwiser import constants, waiting
 from splitwiser.arrivals import check_arrival
 from splitwiser.checks import find_mode_problem
 from splitwiser.device import release_memory
-from splitwiser.engine import Engine, EngineSettings, Observer, Started, check_fits
+from splitwiser.engine import Engine, Observer, check_fits
 from splitwiser.errors import InputError, unknown
 from splitwiser.generate import GenerateEngine
 from splitwiser.green import check_layout, start_green
@@ -30,6 +30,7 @@ from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model
 from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
+from splitwiser.prepare import EngineSettings, Started
 from splitwiser.request import Request, RequestOutput, SamplingParams
 from splitwiser.shares import ShareSettings
 from splitwiser.text import check_text

@@ -5,14 +5,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
 
-from splitwiser.cores import OwnThreads
-from splitwiser.engine import EngineSettings, SplitEngine, Started
+from splitwiser.engine import SplitEngine
 from splitwiser.errors import RunError
+from splitwiser.fair_share import OwnThreads
 from splitwiser.graphs import capture_graphs
 from splitwiser.layout import WorkerLayout
 from splitwiser.messages import Message, Submit
 from splitwiser.model import LoadedModel
-from splitwiser.prepare import make_pool, prepare
+from splitwiser.prepare import EngineSettings, Started, make_pool, prepare
 from splitwiser.request import Request
 from splitwiser.steps import ModelStepper, warm_up_prefill
 from splitwiser.worker import Worker, build_worker

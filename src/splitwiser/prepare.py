@@ -6,16 +6,46 @@ import torch
 from torch import Tensor
 
 from splitwiser import packed
-from splitwiser.engine import EngineSettings
+from splitwiser.engine import Engine
 from splitwiser.fused import describe_parts
 from splitwiser.guard import attach_engine, try_kernels
 from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool, LayerShape, plan_blocks
 from splitwiser.model import LoadedModel
 from splitwiser.pool_kernels import PoolKernels
+from splitwiser.shares import ShareSettings
 from splitwiser.system import keep_freed_memory
+from splitwiser.worker import Scheduling
 
 _COMPUTED_BY = {"decode": "decode_attention", "packed": "prefill_attention"}  # what a run's record calls it
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What every engine over the KV pool is set up with; see :class:`splitwiser.llm.LLM` for the meanings."""
+
+    max_batch: int
+    prefill_tokens: int
+    block_tokens: int
+    kv_memory: str
+    shares: ShareSettings
+    kernels: str
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """What of it the workers schedule by."""
+        return Scheduling(self.max_batch, self.prefill_tokens, self.block_tokens)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
+    of compute, how many units (cores, multiprocessors) each worker has."""
+
+    engine: Engine | None  # None: it was closed
+    pool: KVPool | None
+    kernels: dict[str, str]
+    division: list[dict[str, int]]
 
 
 @dataclass(frozen=True)

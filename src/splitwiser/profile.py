@@ -20,7 +20,6 @@ from splitwiser import constants
 from splitwiser.architecture import Architecture, StepCost, count_architecture
 from splitwiser.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.config import ProfileConfig, whole_numbers
-from splitwiser.engine import EngineSettings
 from splitwiser.errors import InputError
 from splitwiser.graphs import capture_graphs
 from splitwiser.kv_pool import BlockAllocator
@@ -28,7 +27,7 @@ from splitwiser.machine import describe_machine, describe_versions, git_commit, 
 from splitwiser.messages import Phase
 from splitwiser.model import load_model
 from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
-from splitwiser.prepare import make_pool, prepare
+from splitwiser.prepare import EngineSettings, make_pool, prepare
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results import Status, make_directory, replace
 from splitwiser.roofline import RooflinePoint, draw_roofline
