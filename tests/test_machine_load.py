@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers import assert_says
 
-from splitwiser.machine_load import COLUMNS, Load, Reading, busy_note, load_between, load_columns, look
+from splitwiser.machine_load import COLUMNS, Load, MachineLoad, Reading, busy_note, load_between, look
 
 TICKS_S = os.sysconf("SC_CLK_TCK")
 QUIET = Load(seconds=10.0, load_average=0.5, cores=2.0, own_cores=1.9, others_cores=0.05, cpu_pressure=0.1)
@@ -109,7 +109,7 @@ def test_what_the_system_does_not_show_is_not_told(idle: int, tmp_path: Path, be
         write_proc(tmp_path, idle_s={0: idle}, busy_s={0: 55}, processes={10: (1, 3, 1)})
     load = load_between(began, read(tmp_path, 110))
     assert load.others_cores is None
-    assert load.busy is None
+    assert MachineLoad(QUIET, load).busy is None
 
 
 def limited(proc: Path, quota: float, used_us: int) -> None:
@@ -152,12 +152,21 @@ def test_a_quota_leaves_the_rest_to_others(idle: float, used: float, others: flo
         ({"own_cores": 0.5, "others_cores": 1.2}, False),  # 0.3 of 2 cores were idle
         ({"own_cores": 2.0, "others_cores": 8.0, "cores": 64.0}, False),
         ({"own_cores": 20.0, "others_cores": 40.0, "cores": 64.0}, True),
-        ({"own_cores": 0.4, "others_cores": 1.6, "seconds": 0.1}, None),
+        # too short to tell by itself, and nobody did much before
+        ({"own_cores": 0.4, "others_cores": 1.6, "seconds": 0.1}, False),
         ({"others_cores": None}, None),
     ],
 )
 def test_the_rule(changes: dict[str, float | None], busy: bool | None) -> None:
-    assert replace(QUIET, **changes).busy is busy  # type: ignore[arg-type]
+    before = replace(QUIET, own_cores=0.0)
+    assert MachineLoad(before, replace(QUIET, **changes)).busy is busy  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("before", "busy"), [(None, None), (0.05, False), (1.0, True)])
+def test_of_a_short_run_what_others_did_before_has_to_say_the_same(before: float | None, busy: bool | None) -> None:
+    seen = replace(QUIET, own_cores=0.0, others_cores=before)
+    assert MachineLoad(seen, replace(BUSY, seconds=0.1)).busy is busy
+    assert MachineLoad(seen, replace(QUIET, seconds=0.1)).busy is (None if before is None else False)
 
 
 @pytest.mark.parametrize(("others", "cores", "crowded"), [(0.3, 2.0, True), (0.1, 2.0, False), (0.3, 64.0, False)])
@@ -166,23 +175,23 @@ def test_a_machine_is_crowded_for_who_wants_all_cores(others: float, cores: floa
 
 
 def test_the_note_names_what_others_used() -> None:
-    note = busy_note(BUSY.record)
+    note = MachineLoad(QUIET, BUSY).record["note"]
     assert note == "other processes used 1.6 of 2 cores while this ran; figures are not this machine's own"
-    assert busy_note(QUIET.record) is None
+    assert MachineLoad(QUIET, QUIET).record["note"] is None
 
 
 def test_the_note_comes_from_a_row_as_a_csv_gives_it_back() -> None:
-    row = {name: str(value) for name, value in load_columns(QUIET, BUSY).items()}
+    row = {name: str(value) for name, value in MachineLoad(QUIET, BUSY).columns.items()}
     assert_says(busy_note(row) or "", "1.6 of 2 cores")
     assert busy_note({**row, "machine_busy": ""}) is None
     assert busy_note({"output_throughput": 5}) is None  # of a run before there was such a column
 
 
 def test_the_columns_of_a_run() -> None:
-    assert load_columns(QUIET, BUSY) == {
+    assert MachineLoad(QUIET, BUSY).columns == {
         "load_before": 0.5, "cores": 2.0, "own_cores": 0.4, "others_cores": 1.6, "cpu_pressure": 0.1, "machine_busy": True,
     }  # fmt: skip
-    assert load_columns(None, None) == dict.fromkeys(COLUMNS)
+    assert MachineLoad().columns == dict.fromkeys(COLUMNS)
 
 
 # for real
@@ -215,10 +224,10 @@ def test_a_machine_that_others_load_is_busy(strangers: list[int], two_processors
     began = Reading.take(processors=two_processors)
     time.sleep(1.0)
     load = load_between(began, Reading.take(processors=two_processors))
-    assert load.busy
+    assert MachineLoad(None, load).busy
     assert load.others_cores is not None
     assert load.others_cores > 0.5 * len(two_processors)
-    assert_says(busy_note(load.record) or "", "other processes used", f"of {len(two_processors)} cores")
+    assert_says(MachineLoad(None, load).record["note"], "other processes used", f"of {len(two_processors)} cores")
 
 
 def test_what_a_child_uses_is_own() -> None:
@@ -242,4 +251,3 @@ def test_a_look_is_of_now() -> None:
     load = look()
     assert load.cores <= len(os.sched_getaffinity(0))
     assert load.load_average is not None
-    assert load.busy is None  # too short to judge a run by

@@ -170,6 +170,11 @@ def comparison(runs: dict[str, Path], tmp_path: Path) -> Path:
     return folder
 
 
+def busy_row(row: pd.DataFrame, busy: bool) -> pd.DataFrame:
+    """A row of ``throughput.csv``, of a machine whose other processes did much if it was ``busy``."""
+    return row.assign(cores=2.0, own_cores=0.4, others_cores=1.6 if busy else 0.01, machine_busy=busy)
+
+
 def say_stand_in(run: Path) -> None:
     """Change the record of ``run`` to one of a run on a stand-in for a GPU."""
     record = yaml.safe_load((run / "run.yaml").read_text())
@@ -407,6 +412,13 @@ def test_run_page_shows_the_csvs_figures(show: Callable[..., Page], run: Path) -
         found = re.search(rf"{label} ([\d.,]+) {re.escape(unit)}", page.text)
         assert found, label
         assert is_rounded(found[1], figures[column]), label
+
+
+def test_run_page_says_that_the_machine_was_busy(show: Callable[..., Page], run: Path) -> None:
+    for busy in (True, False):
+        busy_row(read(run / "throughput.csv"), busy).to_csv(run / "throughput.csv", index=False)
+        said = "The machine was busy: other processes used 1.6 of 2 cores while this ran"
+        assert (said in show(run).text) is busy
 
 
 def test_run_page_shows_how_busy_workers_were(show: Callable[..., Page], run: Path) -> None:

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,38 +49,68 @@ class Load:
         return self.others_cores is not None and self.others_cores > SHARE * self.cores
 
     @property
+    def full(self) -> bool:
+        """Whether others used much, and they and this process left hardly anything idle."""
+        return (
+            self.crowded
+            and self.others_cores is not None
+            and self.cores - self.own_cores - self.others_cores < SHARE * self.cores
+        )
+
+    @property
+    def record(self) -> dict[str, float | None]:
+        """For the YAML records, rounded."""
+        return {name: None if value is None else round(value, 3) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class MachineLoad:
+    """What the machine did before some work and during it; None for what was not measured."""
+
+    before: Load | None = None
+    during: Load | None = None
+
+    @property
     def busy(self) -> bool | None:
-        """Whether others took what this process could have used: they used much and left hardly anything idle. None where
-        that cannot be told."""
-        if self.others_cores is None or self.seconds < LEAST_S:
+        """Whether others took what the work could have used; None where that cannot be told. Of work too short to tell by
+        itself, what others did before has to say the same."""
+        if self.during is None or self.during.others_cores is None:
             return None
-        return self.crowded and self.cores - self.own_cores - self.others_cores < SHARE * self.cores
+        if self.during.seconds >= LEAST_S:
+            return self.during.full
+        if self.before is None or self.before.others_cores is None:
+            return None
+        return self.during.full and self.before.crowded
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The :data:`COLUMNS` of ``throughput.csv``."""
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        if self.before is not None:
+            row["load_before"] = self.before.record["load_average"]
+        if self.during is not None:
+            row |= {name: self.during.record[name] for name in ("cores", "own_cores", "others_cores", "cpu_pressure")}
+            row["machine_busy"] = self.busy
+        return row
 
     @property
     def record(self) -> dict[str, Any]:
-        """For the YAML records."""
-        named = ("seconds", "load_average", "cores", "own_cores", "others_cores", "cpu_pressure")
-        return {name: _rounded(getattr(self, name)) for name in named} | {"busy": self.busy}
+        """The section ``load`` of the YAML records."""
+        return {
+            "before": self.before and self.before.record,
+            "during": self.during and self.during.record,
+            "busy": self.busy,
+            "note": busy_note(self.columns),
+        }
 
 
-def busy_note(figures: Mapping[str, Any], what: str = "this ran") -> str | None:
-    """One line about a busy machine, from a row of ``throughput.csv`` or a record of :class:`Load`; None if it was not,
-    or nothing tells."""
-    if str(figures.get("machine_busy", figures.get("busy"))) != "True":
+def busy_note(figures: Mapping[str, Any]) -> str | None:
+    """One line about the busy machine of a run, from its row of ``throughput.csv``; None if it was not, or the row does not
+    tell."""
+    if str(figures.get("machine_busy")) != "True":
         return None
     others, cores = float(figures["others_cores"]), float(figures["cores"])
-    return f"other processes used {others:.1f} of {cores:g} cores while {what}; figures are not this machine's own"
-
-
-def load_columns(before: Load | None, during: Load | None) -> dict[str, Any]:
-    """The :data:`COLUMNS` of ``throughput.csv``; None for what was not measured."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    if before is not None:
-        row["load_before"] = before.record["load_average"]
-    if during is not None:
-        row |= {name: during.record[name] for name in ("cores", "own_cores", "others_cores", "cpu_pressure")}
-        row["machine_busy"] = during.busy
-    return row
+    return f"other processes used {others:.1f} of {cores:g} cores while this ran; figures are not this machine's own"
 
 
 def look() -> Load:
@@ -209,7 +239,3 @@ def _read(path: Path) -> str:
     with suppress(OSError):  # a process that has ended, or what this kernel does not have
         return path.read_text(encoding="utf-8", errors="replace")
     return ""
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
