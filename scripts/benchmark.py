@@ -13,7 +13,7 @@ model's random weights are saved once as a checkpoint, which all load. Options n
 
 Writes benchmark.csv (a row a run, as it ends: the columns of throughput.csv) and summary.csv (a row a model, workload and
 contestant: medians with least and greatest, and the throughput of the first mode but ``generate`` over the contestant's,
-round by round) into --out, and prints the latter. A run that fails is named and the others go on; the exit code is then 1.
+round by round, with what that decides) into --out, and prints the latter. A run that fails is named and the others go on; the exit code is then 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from splitwiser.catalog import resolve_model
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
 from splitwiser.options import parse_options
-from splitwiser.paired import round_ratios
+from splitwiser.paired import busy_runs, decide, round_ratios
 from splitwiser.rounds import Outcome, RoundsBar, run_once, run_process, write_rows
 from splitwiser.run import check
 
@@ -170,7 +170,7 @@ def at_load(job: Job, base: str, options: argparse.Namespace, bar: RoundsBar) ->
 
 def summarise(rows: pd.DataFrame, base: str) -> pd.DataFrame:
     """A row a model, workload and contestant: medians of the finished runs with their least and greatest, and the
-    throughput of ``base`` over the contestant's, round by round."""
+    throughput of ``base`` over the contestant's, round by round, and what that makes of ``base``."""
     table = []
     finished = rows[rows["status"] == "finished"]
     for (model, workload), of_job in finished.groupby(["model", "workload"], sort=False):
@@ -182,8 +182,10 @@ def summarise(rows: pd.DataFrame, base: str) -> pd.DataFrame:
             runs = of_job[of_job["contestant"] == contestant]
             row = {"model": model, "workload": workload, "contestant": contestant}
             row |= {SHOWN[name]: spread(runs[name].dropna().tolist(), 1) for name in SHOWN if name in runs}
-            ratios = round_ratios(throughput[base], own) if base in throughput else []
-            row[f"{base} over it"] = spread(ratios, 2)
+            ratios = round_ratios(throughput[base], own) if base in throughput else {}
+            row[f"{base} over it"] = spread(list(ratios.values()), 2)
+            busy = busy_runs(of_job[of_job["contestant"].isin([base, contestant])])["round"]
+            row[f"{base} is"] = (contestant != base and decide("output_throughput", ratios, set(busy))) or "-"
             table.append(row)
     return pd.DataFrame(table)
 

@@ -160,10 +160,16 @@ def comparison(runs: dict[str, Path], tmp_path: Path) -> Path:
             "variant": "sequential",
             "median": 2.0,
             "ratio_median": None,
-            "within_noise": None,
+            "verdict": None,
         },
-        {"metric": "output_throughput", "variant": "mp", "median": 3.25, "ratio_median": 1.625, "within_noise": True},
-        {"metric": "median_ttft_ms", "variant": "mp", "median": 0.125, "ratio_median": 0.5, "within_noise": False},
+        {
+            "metric": "output_throughput",
+            "variant": "mp",
+            "median": 3.25,
+            "ratio_median": 1.625,
+            "verdict": "equal within 2%",
+        },
+        {"metric": "median_ttft_ms", "variant": "mp", "median": 0.125, "ratio_median": 0.5, "verdict": "better"},
     ]
     pd.DataFrame(summary).to_csv(folder / "comparison_summary.csv", index=False)
     (folder / "compare.yaml").write_text("status: finished\nrepeats: 2\n")
@@ -375,8 +381,8 @@ def is_rounded(shown_text: object, value: object) -> bool:
     text = str(shown_text)
     if value is None or value != value:
         return text == "-"
-    if isinstance(value, str):
-        return text == value
+    if isinstance(value, str | bool | np.bool_):
+        return text == str(value)
     figure, number = text.replace(",", ""), float(value)  # type: ignore[arg-type]
     decimals = len(figure.partition(".")[2])
     return abs(float(figure) - number) <= (0 if number.is_integer() else 0.5001 * 10**-decimals)
@@ -619,16 +625,44 @@ def test_runs_of_different_questions_are_marked(show: Callable[..., Page], runs:
 def test_comparison_page_shows_the_csvs_figures(show: Callable[..., Page], comparison: Path) -> None:
     page = show(comparison)
     summary = read(comparison / "comparison_summary.csv")
-    noise = summary.within_noise.map({True: "within the noise", False: "differs"})
-    assert_shows(page.frame("part1-summary"), summary.assign(within_noise=noise))
+    assert_shows(page.frame("part1-summary"), summary)
     assert_shows(page.frame("part1-runs"), read(comparison / "comparison.csv").dropna(axis="columns", how="all"))
     assert "1 of 4 runs did not finish and are in no plot: worker decode-0 <died>." in page.text
     assert [label for label in page.labels if "≈" in label] == ["mp ≈"]  # in the picture of the output throughput
 
 
-def test_comparison_bars_say_what_is_noise(show: Callable[..., Page], comparison: Path) -> None:
-    marked = [each.partition(" in ")[0] for each in show(comparison).alternatives if "within the noise" in each]
-    assert marked == ["Output throughput"]
+def test_comparison_bars_say_what_the_rounds_decide(show: Callable[..., Page], comparison: Path) -> None:
+    page = show(comparison)
+    marked = {each.partition(" in ")[0]: each for each in page.alternatives}
+    assert marked["Output throughput"].endswith(", equal within 2%")
+    assert marked["TTFT p50"].endswith(", better")
+    assert "≈: equal, against the first." in page.text
+    assert "?: undecided" not in page.text
+
+
+def test_comparison_page_names_the_runs_on_a_busy_machine(show: Callable[..., Page], comparison: Path) -> None:
+    rows = busy_row(read(comparison / "comparison.csv"), True)
+    rows.assign(machine_busy=[False, True, False, False]).to_csv(comparison / "comparison.csv", index=False)
+    summary = read(comparison / "comparison_summary.csv")
+    verdict = "undecided (busy machine in 1 of 1 rounds)"
+    summary.assign(verdict=["", verdict, verdict]).to_csv(comparison / "comparison_summary.csv", index=False)
+    page = show(comparison)
+    assert "The machine was busy in 1 of 4 runs: variant mp in round 1; other processes used up to 1.6" in page.text
+    assert "mp ?" in page.labels
+    assert "?: undecided, against the first." in page.text
+
+
+def test_a_comparison_before_there_were_verdicts_is_shown(show: Callable[..., Page], comparison: Path) -> None:
+    summary = read(comparison / "comparison_summary.csv").drop(columns="verdict").assign(within_noise=True)
+    summary.to_csv(comparison / "comparison_summary.csv", index=False)
+    assert_shows(show(comparison).frame("part1-summary"), summary)
+
+
+def test_sweep_page_names_the_runs_on_a_busy_machine(show: Callable[..., Page], tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"])
+    points = busy_row(read(sweep / "points.csv"), True).assign(machine_busy=[True, False, False, False], round=7)
+    points.to_csv(sweep / "points.csv", index=False)
+    assert "The machine was busy in 1 of 4 runs: point 1 in round 7" in show(sweep).text
 
 
 def test_comparison_bars_are_medians_with_their_range(show: Callable[..., Page], comparison: Path) -> None:
