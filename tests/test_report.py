@@ -754,6 +754,22 @@ def test_advice_page_shows_the_recommendation(show: Callable[..., Page], tmp_pat
     assert_shows(page.frame("part1-predictions"), predictions)
 
 
+def test_advice_page_says_why_nothing_is_recommended(show: Callable[..., Page], tmp_path: Path) -> None:
+    folder = tmp_path / "advice"
+    folder.mkdir()
+    (folder / "advice.yaml").write_text("status: finished\nrecommended: null\ncommand: null\nreasons: [it was busy]\n")
+    (folder / "predictions.csv").write_text("mode,output_throughput\nmp,5\n")
+    text = show(folder).text
+    assert "Nothing is recommended. Why it was busy" in text
+    assert "Run it by" not in text
+
+
+def test_profile_page_shows_what_was_noticed(show: Callable[..., Page], profile: Path) -> None:
+    record = yaml.safe_load((profile / "profile.yaml").read_text())
+    (profile / "profile.yaml").write_text(yaml.safe_dump({**record, "notes": ["other processes used 1.6 of 2 cores"]}))
+    assert "Note: other processes used 1.6 of 2 cores." in show(profile).text
+
+
 def test_advice_page_shows_the_profile_in_the_same_folder(show: Callable[..., Page], profile: Path) -> None:
     (profile / "advice.yaml").write_text("status: failed\nerror: no memory\n")
     (profile / "predictions.csv").write_text("mode,output_throughput\n")
