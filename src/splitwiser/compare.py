@@ -197,7 +197,7 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
             write_rows(folder / "comparison_summary.csv", [asdict(row) for row in summary])
             print(_table(summary, variants[0].name))
             if busy := describe_busy(written, "variant"):
-                print(f"busy: {busy}; what is undecided for that needs rounds while nothing else runs")
+                print(f"busy: {busy}; compare again while nothing else runs")
         checks = list(_check_tokens(folder, variants[0], rows))
         if checks:
             write_rows(folder / "comparison_tokens.csv", [asdict(check) for check in checks])

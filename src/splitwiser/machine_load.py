@@ -31,9 +31,10 @@ class Load:
 
     ``cores`` are those processors, or what a container's quota lets be used of them; ``own_cores`` the processor time of
     this process and those that it started, a second; ``others_cores`` that of everyone else, the time that a hypervisor
-    gave to others included. Under a quota it is what they left too little of, or took of the quota itself. None where
-    the system does not say. ``cpu_pressure`` is the share of the time in which some process, own ones included, waited for
-    a processor; None where the kernel does not count it. ``load_average`` is the last minute's, as the stretch began.
+    gave to others included. Under a quota only what they left too little for it counts, or, of processes in the same
+    container, what they took of it. None where the system does not say. ``cpu_pressure`` is the share of the time in
+    which some process, own ones included, waited for a processor; None where the kernel does not count it.
+    ``load_average`` is the last minute's, as the stretch began.
     """
 
     seconds: float
