@@ -12,8 +12,9 @@ process. A peer is an engine of scripts/peer.py, in the environment that scripts
 model's random weights are saved once as a checkpoint, which all load. Options not listed go to ``splitwiser run``.
 
 Writes benchmark.csv (a row a run, as it ends: the columns of throughput.csv) and summary.csv (a row a model, workload and
-contestant: medians with least and greatest, and the throughput of the first mode but ``generate`` over the contestant's,
-round by round) into --out, and prints the latter. A run that fails is named and the others go on; the exit code is then 1.
+contestant: medians with least and greatest, the throughput of the first mode but ``generate`` over the contestant's, round
+by round, and what that decides) into --out, and prints the latter. A run that fails is named and the others go on; the exit
+code is then 1.
 """
 
 import argparse
@@ -30,8 +31,9 @@ import pandas as pd
 from splitwiser.catalog import resolve_model
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
+from splitwiser.machine_load import MachineLoad, Stretch
 from splitwiser.options import parse_options
-from splitwiser.paired import round_ratios
+from splitwiser.paired import busy_runs, decide, round_ratios
 from splitwiser.rounds import Outcome, RoundsBar, run_once, run_process, write_rows
 from splitwiser.run import check
 
@@ -147,11 +149,13 @@ def run_peer(peer: str, job: Job, options: argparse.Namespace, label: str, bar: 
         "--dtype", options.dtype, "--output", str(output),
         *([] if concurrency is None else ["--max_concurrency", str(concurrency)]),
     ]  # fmt: skip
+    stretch = Stretch()
     returncode = run_process(command, log, bar.show)
+    load = MachineLoad(during=stretch.end()).columns
     if returncode or not output.exists():
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         return Outcome("failed", f"exit code {returncode}: {said[-1].strip() if said else 'it said nothing'}")
-    figures = json.loads(output.read_text(encoding="utf-8"))
+    figures = json.loads(output.read_text(encoding="utf-8")) | load
     return Outcome("finished", figures={name: "" if value is None else str(value) for name, value in figures.items()})
 
 
@@ -170,7 +174,7 @@ def at_load(job: Job, base: str, options: argparse.Namespace, bar: RoundsBar) ->
 
 def summarise(rows: pd.DataFrame, base: str) -> pd.DataFrame:
     """A row a model, workload and contestant: medians of the finished runs with their least and greatest, and the
-    throughput of ``base`` over the contestant's, round by round."""
+    throughput of ``base`` over the contestant's, round by round, and what that makes of ``base``."""
     table = []
     finished = rows[rows["status"] == "finished"]
     for (model, workload), of_job in finished.groupby(["model", "workload"], sort=False):
@@ -182,8 +186,10 @@ def summarise(rows: pd.DataFrame, base: str) -> pd.DataFrame:
             runs = of_job[of_job["contestant"] == contestant]
             row = {"model": model, "workload": workload, "contestant": contestant}
             row |= {SHOWN[name]: spread(runs[name].dropna().tolist(), 1) for name in SHOWN if name in runs}
-            ratios = round_ratios(throughput[base], own) if base in throughput else []
-            row[f"{base} over it"] = spread(ratios, 2)
+            ratios = round_ratios(throughput[base], own) if base in throughput else {}
+            row[f"{base} over it"] = spread(list(ratios.values()), 2)
+            busy = busy_runs(of_job[of_job["contestant"].isin([base, contestant])])["round"]
+            row[f"{base} is"] = (contestant != base and decide("output_throughput", ratios, set(busy))) or "-"
             table.append(row)
     return pd.DataFrame(table)
 

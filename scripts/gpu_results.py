@@ -108,7 +108,7 @@ def comparison(folder: Path) -> pd.DataFrame:
         row: dict[str, object] = {"variant": name, "rounds": len(own)}
         for column, (heading, unit) in FIGURES.items():
             row[heading] = own[column].median() / unit if len(own) else None
-        ratios = round_ratios(throughput[name], throughput[BASE]) if name in throughput and BASE in throughput else []
+        ratios = round_ratios(throughput[name], throughput[BASE]) if name in throughput and BASE in throughput else {}
         row[SPEED_UP] = pd.Series(ratios, dtype=float).median()
         table.append(row)
     return pd.DataFrame(table)

@@ -127,7 +127,16 @@ def test_summary_has_medians_and_ratios_round_by_round() -> None:
     assert list(summary["sequential over it"]) == [
         "2.00 (0.50 to 3.00)", "1.00 (1.00 to 1.00)", "1.25 (0.50 to 2.00)", "-",
     ]  # fmt: skip
+    assert list(summary["sequential is"]) == [
+        "undecided (from 0.14 to 14.89)",
+        "-",
+        "undecided (from 0.00 to 6681.70)",
+        "-",
+    ]
     assert set(summary["handoff p50 ms"]) == {"-"}
+    busy = benchmark.summarise(rows.assign(machine_busy=rows["contestant"] == "generate"), "sequential")
+    verdict = busy.set_index(["workload", "contestant"]).at[("one", "generate"), "sequential is"]
+    assert verdict == "undecided (busy machine in 3 of 3 rounds)"
 
 
 # -- runs

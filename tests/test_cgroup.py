@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.cgroup import cpu_quota, memory_room
+from splitwiser.cgroup import cpu_quota, cpu_use, memory_room
 
 MIB = 1 << 20
 UNLIMITED_V1 = 9223372036854771712
@@ -100,3 +100,21 @@ def test_processor_quota(text: str, processors: float | None, root: Path) -> Non
 def test_processor_quota_of_version_1(quota: int, processors: float | None, root: Path) -> None:
     group(root / "cpu" / "job", cpu__cfs_quota_us=quota, cpu__cfs_period_us=100000)
     assert cpu_quota(root, member(root, "9:cpu,cpuacct:/job")) == processors
+
+
+def test_what_the_group_of_the_tightest_quota_used(root: Path) -> None:
+    group(root / "pod", cpu__max="400000 100000", cpu__stat="usage_usec 9000000\nnr_periods 4")
+    group(root / "pod" / "app", cpu__max="150000 100000", cpu__stat="usage_usec 2500000\nnr_periods 4")
+    assert cpu_use(root, member(root, "0::/pod/app")) == 2.5
+
+
+def test_what_a_group_of_version_1_used(root: Path) -> None:
+    group(root / "cpu" / "job", cpu__cfs_quota_us=50000, cpu__cfs_period_us=100000, cpu__stat="nr_periods 4")
+    assert cpu_use(root, member(root, "9:cpu,cpuacct:/job")) is None
+    group(root / "cpu" / "job", cpuacct__usage=1_500_000_000)
+    assert cpu_use(root, member(root, "9:cpu,cpuacct:/job")) == 1.5
+
+
+def test_what_a_group_without_a_quota_used_is_not_asked(root: Path) -> None:
+    group(root / "app", cpu__max="max 100000", cpu__stat="usage_usec 2500000")
+    assert cpu_use(root, member(root, "0::/app")) is None

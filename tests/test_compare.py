@@ -23,7 +23,7 @@ from test_multiprocess import session_of
 from splitwiser.cli import main
 from splitwiser.compare import Variant, _turns, compare, conclude, make_variants
 from splitwiser.config import RunConfig
-from splitwiser.paired import within_noise
+from splitwiser.paired import decide
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11] * 20]
 
@@ -152,7 +152,10 @@ def test_the_summary_is_of_those_rows(compared: Compared) -> None:
         assert row["median"] == pytest.approx(np.median(other))
         assert (row["least"], row["greatest"]) == pytest.approx((other.min(), other.max()))
         assert row["ratio_median"] == pytest.approx(np.median(other / first))
-        assert str(row["within_noise"]) == str(within_noise(list(other / first)))
+        busy = [number for number, each in enumerate(rows["machine_busy"]) if str(each) == "True"]
+        verdict = decide(metric, dict(enumerate(other / first)), {number // 2 for number in busy})
+        assert row["verdict"] == verdict
+        assert str(verdict) in compared.done.stdout
         assert metric in compared.done.stdout
 
 
@@ -242,6 +245,24 @@ def test_figures_of_a_stand_in_are_not_set_against_others(
     assert conclude(folder, [Variant("sequential", {}), Variant("padded", {})], rows) == []
     assert "figures: withheld" in capsys.readouterr().out
     assert not (folder / "comparison_summary.csv").exists()
+
+
+def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
+    compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(compared.folder, folder)
+    rows = compared.rows.assign(machine_busy=[False, True, False, False], others_cores=1.62, cores=2.0)
+    rows.to_csv(folder / "comparison.csv", index=False)
+    records: list[Any] = rows.to_dict("records")
+    conclude(folder, [Variant("sequential", {}), Variant("padded", {})], records)
+    said = capsys.readouterr().out
+    assert_says(
+        said, "undecided (busy machine in 1 of 2 rounds)", "busy: the machine was busy in 1 of 4 runs: variant "
+    )
+    assert "padded in round 1; other processes used up to 1.6 of 2 cores" in said
+    summary = pd.read_csv(folder / "comparison_summary.csv").set_index(["metric", "variant"])
+    assert summary.at[("output_throughput", "padded"), "verdict"] == "undecided (busy machine in 1 of 2 rounds)"
 
 
 def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Callable[[str], Path]) -> None:

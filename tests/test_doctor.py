@@ -13,18 +13,19 @@ from typing import Any, cast
 import pytest
 from helpers import refusal, wait_for
 
-from splitwiser import cgroup, doctor, survey
+from splitwiser import cgroup, doctor, machine_load, survey
 from splitwiser.config import DoctorConfig
 from splitwiser.doctor import MODES, Diagnosis, Finding, diagnose
 from splitwiser.llm import LLM
+from splitwiser.machine_load import Load
 from splitwiser.pool_kernels import AttentionKernel, PoolKernels
 from splitwiser.probe import ProbeError
 
 COMMAND = [sys.executable, "-m", "splitwiser", "doctor"]
 NAMES = {
     "python", "pytorch", "transformers", "devices", "device", "nvidia_smi", "cuda_ipc", "green_contexts", "mps_binary",
-    "mps_daemon", "processor", "cores", "compiler", "kernel", "main_memory", "shared_memory", "dev_shm", "open_files", "hub",
-    "model", "weights_and_pool",
+    "mps_daemon", "processor", "cores", "load", "compiler", "kernel", "main_memory", "shared_memory", "dev_shm",
+    "open_files", "hub", "model", "weights_and_pool",
 }  # fmt: skip
 
 Ask = Callable[..., Any]
@@ -330,6 +331,26 @@ def test_a_quota_below_the_cores_is_pointed_out(tiny: Callable[[str], Path], mon
     monkeypatch.setattr(cgroup, "cpu_quota", lambda: 1.5)
     finding = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "cores")
     assert (finding.ok, finding.figures["cores"], finding.figures["quota"]) == (False, 4, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("others", "ok", "part"),
+    [
+        (1.6, None, "others use 1.6 of 2 cores now, load average 8.5: what is measured meanwhile is not"),
+        (0.1, True, "others use 0.1 of 2 cores now, load average 8.5"),
+        (None, None, "the system does not say"),
+    ],
+)
+def test_what_others_use_is_a_finding_and_no_obstacle(
+    others: float | None, ok: bool | None, part: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_load, "look", lambda: Load(0.2, 8.5, 2.0, 0.0, others, 0.9))
+    diagnosis = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
+    finding = found(diagnosis, "load")
+    assert (finding.section, finding.ok) == ("processor", ok)
+    assert finding.text.startswith(part)
+    assert finding.figures == {"load_average": 8.5, "others_cores": others, "cpu_pressure": 0.9}
+    assert verdicts(diagnosis)["sequential"]
 
 
 def test_prefill_that_is_left_to_pytorch_is_said(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

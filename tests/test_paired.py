@@ -12,10 +12,13 @@ from splitwiser.paired import (
     SummaryRow,
     TokenDifference,
     compare_tokens,
+    decide,
+    describe_busy,
     headline_metrics,
+    interval,
+    more_is_better,
     round_ratios,
     summarise,
-    within_noise,
 )
 
 
@@ -24,38 +27,88 @@ def series(**values: float) -> pd.Series:
 
 
 def test_ratios_pair_the_rounds_that_both_have() -> None:
-    assert round_ratios(series(r1=2, r2=9, r4=6), series(r2=3, r3=5, r4=12)) == [3.0, 0.5]
+    assert round_ratios(series(r1=2, r2=9, r4=6), series(r2=3, r3=5, r4=12)) == {2: 3.0, 4: 0.5}
 
 
 def test_a_zero_has_no_ratio() -> None:
-    assert round_ratios(series(r1=0, r2=4), series(r1=3, r2=0)) == []
+    assert round_ratios(series(r1=0, r2=4), series(r1=3, r2=0)) == {}
+
+
+def by_round(ratios: list[float]) -> dict[int, float]:
+    return dict(enumerate(ratios, start=1))
 
 
 @pytest.mark.parametrize(
     ("ratios", "expected"),
     [
         ([], None),
-        ([1.5], None),
-        ([1.0, 1.0], True),
-        ([1.2, 1.2, 1.2], False),
-        # logarithms -x, 0, x have mean 0
-        ([0.5, 1.0, 2.0], True),
+        ([1.5], "undecided (one round)"),
+        ([1.0, 1.0], "equal"),
+        ([1.2, 1.2, 1.2], "better"),
+        # logarithms -x, 0, x have mean 0; s is 0.693, and 4.303 * 0.693 / sqrt 3 = 1.722
+        ([0.5, 1.0, 2.0], "undecided (from 0.18 to 5.60)"),
         # all above 1, but the scatter is as large as the difference: ln 1.1, 1.2, 1.9 have mean 0.306, s 0.294, and
         # 4.303 * 0.294 / sqrt 3 = 0.730
-        ([1.1, 1.2, 1.9], True),
+        ([1.1, 1.2, 1.9], "undecided (from 0.66 to 2.82)"),
         # ln 1.5, 1.6, 1.7: mean 0.469, s 0.0626, half width 0.156
-        ([1.5, 1.6, 1.7], False),
-        ([1 / 1.5, 1 / 1.6, 1 / 1.7], False),
+        ([1.5, 1.6, 1.7], "better"),
+        ([1 / 1.5, 1 / 1.6, 1 / 1.7], "worse"),
+        # +-0.5%: half width 4.303 * 0.005 / sqrt 3 = 1.24%
+        ([0.995, 1.0, 1.005], "equal within 2%"),
+        # +-1.5%: 3.7%, more than is called equal
+        ([0.985, 1.0, 1.015], "undecided (from 0.96 to 1.04)"),
     ],
 )
-def test_noise(ratios: list[float], expected: bool | None) -> None:
-    assert within_noise(ratios) is expected
+def test_what_the_rounds_decide(ratios: list[float], expected: str | None) -> None:
+    assert decide("output_throughput", by_round(ratios)) == expected
+
+
+def test_of_times_and_memory_less_is_better() -> None:
+    assert {name for name in METRICS if more_is_better(name)} == {
+        "output_throughput", "total_token_throughput", "request_goodput",
+    }  # fmt: skip
+    assert more_is_better("rougeL")
+    assert decide("p99_itl_ms", by_round([1.5, 1.6, 1.7])) == "worse"
+
+
+@pytest.mark.parametrize("ratios", [[44.7], [1.0, 1.0], [1.5, 1.6, 1.7], [0.5, 1.0, 2.0]])
+def test_a_busy_machine_leaves_everything_undecided(ratios: list[float]) -> None:
+    expected = f"undecided (busy machine in 1 of {len(ratios)} rounds)"
+    assert decide("output_throughput", by_round(ratios), {1, 9}) == expected
+
+
+@pytest.mark.parametrize("metric", ["peak_memory_mb", "rougeL"])
+def test_a_busy_machine_does_not_change_memory_or_quality(metric: str) -> None:
+    assert decide(metric, by_round([1.0, 1.0]), {1}) == "equal"
+
+
+def test_a_busy_round_of_either_side_is_one_of_the_pair() -> None:
+    rows = pd.DataFrame(
+        [(number, name, "finished", value, (number, name) in {(2, "a"), (1, "c")})
+         for number in (1, 2, 3) for name, value in (("a", 10.0), ("b", 20.0), ("c", 10.0))],
+        columns=["round", "variant", "status", "output_throughput", "machine_busy"],
+    ).assign(others_cores=1.6, cores=2.0)  # fmt: skip
+    verdicts = {row.variant: row.verdict for row in summarise(rows, ["a", "b", "c"])}
+    assert verdicts == {
+        "a": None, "b": "undecided (busy machine in 1 of 3 rounds)", "c": "undecided (busy machine in 2 of 3 rounds)",
+    }  # fmt: skip
+    assert describe_busy(rows, "variant") == (
+        "the machine was busy in 2 of 9 runs: variant c in round 1, variant a in round 2; other processes used up to "
+        "1.6 of 2 cores"
+    )
+    assert describe_busy(rows.assign(machine_busy=np.nan), "variant") is None
+    assert describe_busy(rows.drop(columns="machine_busy"), "variant") is None
+
+
+def leaves_out_one(ratios: list[float]) -> bool:
+    low, high = interval(ratios) or (0.0, 2.0)
+    return low > 1 or high < 1
 
 
 @pytest.mark.parametrize("rounds", [2, 3, 4, 5, 6, 11])
 def test_equal_pairs_look_different_as_often_as_the_rule_says(rounds: int) -> None:
     draws = np.exp(np.random.default_rng(0).normal(0, 0.05, (4000, rounds)))
-    found = np.mean([within_noise(list(row)) is False for row in draws])
+    found = np.mean([leaves_out_one(list(row)) for row in draws])
     assert found == pytest.approx(0.05, abs=0.01)
 
 
@@ -77,14 +130,20 @@ def comparison() -> pd.DataFrame:
 
 
 def test_summary() -> None:
+    scattered = interval([2.0, 3.0])
+    assert scattered is not None
     assert summarise(comparison(), ["a", "b", "c"]) == [
-        SummaryRow("output_throughput", "a", 2, 10.5, 10.0, 11.0, None, None, None, None),
+        SummaryRow("output_throughput", "a", 2, 10.5, 10.0, 11.0, *[None] * 6),
         # ratios 2 and 3; ln 2 and ln 3: mean 0.896, s 0.287, half width 2.58
-        SummaryRow("output_throughput", "b", 3, 33.0, 20.0, 70.0, 2.5, 2.0, 3.0, True),
-        SummaryRow("output_throughput", "c", 2, 4.5, 4.0, 5.0, 5 / 11, 5 / 11, 5 / 11, None),
-        SummaryRow("median_itl_ms", "a", 2, 5.0, 4.0, 6.0, None, None, None, None),
-        SummaryRow("median_itl_ms", "b", 0, None, None, None, None, None, None, None),
-        SummaryRow("median_itl_ms", "c", 0, None, None, None, None, None, None, None),
+        SummaryRow(
+            "output_throughput", "b", 3, 33.0, 20.0, 70.0, 2.5, 2.0, 3.0, *scattered, "undecided (from 0.19 to 32.19)"
+        ),
+        SummaryRow(
+            "output_throughput", "c", 2, 4.5, 4.0, 5.0, 5 / 11, 5 / 11, 5 / 11, None, None, "undecided (one round)"
+        ),
+        SummaryRow("median_itl_ms", "a", 2, 5.0, 4.0, 6.0, *[None] * 6),
+        SummaryRow("median_itl_ms", "b", 0, *[None] * 9),
+        SummaryRow("median_itl_ms", "c", 0, *[None] * 9),
     ]
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from splitwiser.architecture import StepCost
 from splitwiser.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
 from splitwiser.config import ProfileConfig
+from splitwiser.machine_load import Load, Stretch
 from splitwiser.profile import (
     DECODE_COLUMNS,
     PREFILL_COLUMNS,
@@ -170,6 +171,46 @@ def test_unsteady_points_are_named() -> None:
     assert unsteady([(point, steady)]) == []
     (note,) = unsteady([(point, steady), (point, not_steady)])
     assert_says(note, "1 of 2 points", "prefill 64")
+
+
+QUIET = Load(9.0, 0.5, 2.0, 1.9, 0.05, 0.1)
+
+
+def profiled(tiny: Tiny, tmp_path: Path, during: Load, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """The folder of a profile on a machine that did ``during``, and its notes."""
+    monkeypatch.setattr(Stretch, "end", lambda _: during)
+    config = small(tiny("opt"), tmp_path, prompt_lengths="8", prompts="", starts="", batch_sizes="1", contexts="5")
+    directory = profile(config).directory
+    notes: list[str] = yaml.safe_load((directory / "profile.yaml").read_text())["notes"]
+    return directory, notes
+
+
+def test_a_machine_that_was_busy_all_along_is_noticed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, notes = profiled(tiny, tmp_path, Load(9.0, 8.0, 2.0, 0.4, 1.6, 0.9), monkeypatch)
+    said = "other processes used 1.6 of 2 cores while this ran; figures are not this machine's own"
+    assert notes[-1] == said
+    assert f"note: {said}" in capsys.readouterr().err
+    assert yaml.safe_load((directory / "profile.yaml").read_text())["load"]["busy"] is True
+
+
+def test_a_quiet_machine_is_recorded_and_not_talked_about(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, notes = profiled(tiny, tmp_path, QUIET, monkeypatch)
+    assert not any("other processes" in note for note in notes)
+    load = yaml.safe_load((directory / "profile.yaml").read_text())["load"]
+    assert (load["busy"], load["during"], load["note"]) == (False, QUIET.record, None)
+
+
+def test_unsteady_points_are_said_in_the_terminal_and_the_record(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("splitwiser.profile._UNSTEADY", 0.0)
+    _, notes = profiled(tiny, tmp_path, QUIET, monkeypatch)
+    assert_says(notes[-1], "2 of 2 points had steps of more than 0.0 times the median")
+    assert f"note: {notes[-1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

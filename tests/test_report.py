@@ -160,14 +160,25 @@ def comparison(runs: dict[str, Path], tmp_path: Path) -> Path:
             "variant": "sequential",
             "median": 2.0,
             "ratio_median": None,
-            "within_noise": None,
+            "verdict": None,
         },
-        {"metric": "output_throughput", "variant": "mp", "median": 3.25, "ratio_median": 1.625, "within_noise": True},
-        {"metric": "median_ttft_ms", "variant": "mp", "median": 0.125, "ratio_median": 0.5, "within_noise": False},
+        {
+            "metric": "output_throughput",
+            "variant": "mp",
+            "median": 3.25,
+            "ratio_median": 1.625,
+            "verdict": "equal within 2%",
+        },
+        {"metric": "median_ttft_ms", "variant": "mp", "median": 0.125, "ratio_median": 0.5, "verdict": "better"},
     ]
     pd.DataFrame(summary).to_csv(folder / "comparison_summary.csv", index=False)
     (folder / "compare.yaml").write_text("status: finished\nrepeats: 2\n")
     return folder
+
+
+def busy_row(row: pd.DataFrame, busy: bool) -> pd.DataFrame:
+    """A row of ``throughput.csv``, of a machine whose other processes did much if it was ``busy``."""
+    return row.assign(cores=2.0, own_cores=0.4, others_cores=1.6 if busy else 0.01, machine_busy=busy)
 
 
 def say_stand_in(run: Path) -> None:
@@ -370,8 +381,8 @@ def is_rounded(shown_text: object, value: object) -> bool:
     text = str(shown_text)
     if value is None or value != value:
         return text == "-"
-    if isinstance(value, str):
-        return text == value
+    if isinstance(value, str | bool | np.bool_):
+        return text == str(value)
     figure, number = text.replace(",", ""), float(value)  # type: ignore[arg-type]
     decimals = len(figure.partition(".")[2])
     return abs(float(figure) - number) <= (0 if number.is_integer() else 0.5001 * 10**-decimals)
@@ -407,6 +418,13 @@ def test_run_page_shows_the_csvs_figures(show: Callable[..., Page], run: Path) -
         found = re.search(rf"{label} ([\d.,]+) {re.escape(unit)}", page.text)
         assert found, label
         assert is_rounded(found[1], figures[column]), label
+
+
+def test_run_page_says_that_the_machine_was_busy(show: Callable[..., Page], run: Path) -> None:
+    for busy in (True, False):
+        busy_row(read(run / "throughput.csv"), busy).to_csv(run / "throughput.csv", index=False)
+        said = "The machine was busy: other processes used 1.6 of 2 cores while this ran"
+        assert (said in show(run).text) is busy
 
 
 def test_run_page_shows_how_busy_workers_were(show: Callable[..., Page], run: Path) -> None:
@@ -607,16 +625,44 @@ def test_runs_of_different_questions_are_marked(show: Callable[..., Page], runs:
 def test_comparison_page_shows_the_csvs_figures(show: Callable[..., Page], comparison: Path) -> None:
     page = show(comparison)
     summary = read(comparison / "comparison_summary.csv")
-    noise = summary.within_noise.map({True: "within the noise", False: "differs"})
-    assert_shows(page.frame("part1-summary"), summary.assign(within_noise=noise))
+    assert_shows(page.frame("part1-summary"), summary)
     assert_shows(page.frame("part1-runs"), read(comparison / "comparison.csv").dropna(axis="columns", how="all"))
     assert "1 of 4 runs did not finish and are in no plot: worker decode-0 <died>." in page.text
     assert [label for label in page.labels if "≈" in label] == ["mp ≈"]  # in the picture of the output throughput
 
 
-def test_comparison_bars_say_what_is_noise(show: Callable[..., Page], comparison: Path) -> None:
-    marked = [each.partition(" in ")[0] for each in show(comparison).alternatives if "within the noise" in each]
-    assert marked == ["Output throughput"]
+def test_comparison_bars_say_what_the_rounds_decide(show: Callable[..., Page], comparison: Path) -> None:
+    page = show(comparison)
+    marked = {each.partition(" in ")[0]: each for each in page.alternatives}
+    assert marked["Output throughput"].endswith(", equal within 2%")
+    assert marked["TTFT p50"].endswith(", better")
+    assert "≈: equal, against the first." in page.text
+    assert "?: undecided" not in page.text
+
+
+def test_comparison_page_names_the_runs_on_a_busy_machine(show: Callable[..., Page], comparison: Path) -> None:
+    rows = busy_row(read(comparison / "comparison.csv"), True)
+    rows.assign(machine_busy=[False, True, False, False]).to_csv(comparison / "comparison.csv", index=False)
+    summary = read(comparison / "comparison_summary.csv")
+    verdict = "undecided (busy machine in 1 of 1 rounds)"
+    summary.assign(verdict=["", verdict, verdict]).to_csv(comparison / "comparison_summary.csv", index=False)
+    page = show(comparison)
+    assert "The machine was busy in 1 of 4 runs: variant mp in round 1; other processes used up to 1.6" in page.text
+    assert "mp ?" in page.labels
+    assert "?: undecided, against the first." in page.text
+
+
+def test_a_comparison_before_there_were_verdicts_is_shown(show: Callable[..., Page], comparison: Path) -> None:
+    summary = read(comparison / "comparison_summary.csv").drop(columns="verdict").assign(within_noise=True)
+    summary.to_csv(comparison / "comparison_summary.csv", index=False)
+    assert_shows(show(comparison).frame("part1-summary"), summary)
+
+
+def test_sweep_page_names_the_runs_on_a_busy_machine(show: Callable[..., Page], tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"])
+    points = busy_row(read(sweep / "points.csv"), True).assign(machine_busy=[True, False, False, False], round=7)
+    points.to_csv(sweep / "points.csv", index=False)
+    assert "The machine was busy in 1 of 4 runs: point 1 in round 7" in show(sweep).text
 
 
 def test_comparison_bars_are_medians_with_their_range(show: Callable[..., Page], comparison: Path) -> None:
@@ -706,6 +752,22 @@ def test_advice_page_shows_the_recommendation(show: Callable[..., Page], tmp_pat
     page = show(folder)
     assert "Recommended: mode mp, share 40. Why because" in page.text
     assert_shows(page.frame("part1-predictions"), predictions)
+
+
+def test_advice_page_says_why_nothing_is_recommended(show: Callable[..., Page], tmp_path: Path) -> None:
+    folder = tmp_path / "advice"
+    folder.mkdir()
+    (folder / "advice.yaml").write_text("status: finished\nrecommended: null\ncommand: null\nreasons: [it was busy]\n")
+    (folder / "predictions.csv").write_text("mode,output_throughput\nmp,5\n")
+    text = show(folder).text
+    assert "Nothing is recommended. Why it was busy" in text
+    assert "Run it by" not in text
+
+
+def test_profile_page_shows_what_was_noticed(show: Callable[..., Page], profile: Path) -> None:
+    record = yaml.safe_load((profile / "profile.yaml").read_text())
+    (profile / "profile.yaml").write_text(yaml.safe_dump({**record, "notes": ["other processes used 1.6 of 2 cores"]}))
+    assert "Note: other processes used 1.6 of 2 cores." in show(profile).text
 
 
 def test_advice_page_shows_the_profile_in_the_same_folder(show: Callable[..., Page], profile: Path) -> None:

@@ -19,6 +19,7 @@ from helpers import MS, make_output, make_step
 from splitwiser import results
 from splitwiser.data import Report
 from splitwiser.errors import RunError
+from splitwiser.machine_load import Load, MachineLoad
 from splitwiser.results import RunRecorder, Status, append_row, make_run_directory, replace
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
@@ -122,7 +123,8 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
                 for metric in ("ttft", "tpot", "itl", "e2el", "handoff")
                 for statistic in ("mean", "median", "std", "p90", "p99")
             )
-            + ",rouge1,rouge2,rougeL,peak_memory_mb,load_s,ready_s",
+            + ",rouge1,rouge2,rougeL,peak_memory_mb,load_s,ready_s"
+            + ",load_before,cores,own_cores,others_cores,cpu_pressure,machine_busy",
         ),
     ],
 )
@@ -222,6 +224,32 @@ def test_throughput_figure_of_a_worked_run(column: str, value: Any, tmp_path: Pa
     assert found == (pytest.approx(value) if isinstance(value, float) else value)
 
 
+def test_what_the_machine_did_is_in_the_record_and_the_row(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    before = Load(0.2, 3.25, 2.0, 0.0, 1.5, 0.75)
+    recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, before=before)
+    start_ns = recorder.begin()
+    deadline = time.monotonic() + 0.6
+    while time.monotonic() < deadline:
+        pass
+    feed(recorder, start_ns)
+    figures = recorder.finish("finished", MEMORY)
+    load = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["load"]
+    assert load["before"] == before.record
+    assert load["during"]["seconds"] >= 0.6
+    assert load["during"]["own_cores"] > 0
+    assert figures["load_before"] == 3.25
+    assert figures["own_cores"] == load["during"]["own_cores"]
+    assert figures["machine_busy"] is load["busy"]
+    assert (load["note"] is not None) is bool(figures["machine_busy"])
+
+
+def test_a_run_that_never_began_has_no_load_of_its_own(tmp_path: Path) -> None:
+    make(tmp_path).finish("failed", MEMORY, "RunError: no")
+    load = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["load"]
+    assert load == MachineLoad().record
+
+
 def test_goodput_is_of_the_targets_given(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, targets={"e2el": 81})
@@ -283,6 +311,7 @@ def test_clock_starts_at_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_record_says_running_from_the_start(tmp_path: Path) -> None:
     make(tmp_path)
     found = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
+    assert found.pop("load") == MachineLoad().record
     assert found == {"status": "running", **RECORD}
 
 
@@ -290,6 +319,7 @@ def test_record_says_running_from_the_start(tmp_path: Path) -> None:
 def test_record_says_how_the_run_ended(status: Status, tmp_path: Path) -> None:
     start(tmp_path)[0].finish(status, MEMORY)
     found = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
+    assert found.pop("load")["during"]["seconds"] > 0
     assert found == {"status": status, **RECORD}
 
 

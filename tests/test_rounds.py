@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_says, refusal, wait_for
 
 from splitwiser.config import RunConfig
-from splitwiser.rounds import Execute, OneProcess, Outcome, check_one_process, run_once
+from splitwiser.rounds import Execute, OneProcess, Outcome, RoundsBar, check_one_process, run_once
 
 
 def quiet(_: str) -> None:
@@ -39,6 +39,15 @@ def test_a_finished_run_has_its_figures(tmp_path: Path) -> None:
 def test_a_run_that_dies_half_way_has_failed_and_has_no_figures(code: int, error: str, tmp_path: Path) -> None:
     outcome = run_once({}, tmp_path, "first", quiet, ends_with(code, tmp_path))
     assert outcome == Outcome("failed", error, tmp_path / "runs" / "made")
+
+
+@pytest.mark.parametrize("busy", ["True", "False", ""])
+def test_a_run_on_a_busy_machine_is_named_as_it_ends(busy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with RoundsBar(1) as bar:
+        bar.begin("round 1/3, mp")
+        bar.end(Outcome("finished", figures={"machine_busy": busy, "others_cores": "1.62", "cores": "2.0"}))
+    line = "round 1/3, mp: machine busy: other processes used 1.6 of 2 cores"
+    assert (line in capsys.readouterr().err) is (busy == "True")
 
 
 def test_runs_share_a_process_and_each_has_its_log(tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_goodput_and_quality_are_shown_where_there_are_any() -> None:
     assert shown["quality"] == "ROUGE-1 0.500, ROUGE-2 0.250, ROUGE-L 0.400"
 
 
+BUSY = {"machine_busy": True, "others_cores": 1.62, "cores": 2.0}
+
+
+def test_a_busy_machine_is_shown_and_a_quiet_one_is_not() -> None:
+    said = "busy: other processes used 1.6 of 2 cores while this ran; figures are not this machine's own"
+    assert summary_of([make_output()], **BUSY)["machine"] == said
+    assert "machine" not in summary_of([make_output()], **{**BUSY, "machine_busy": False})
+
+
 def test_figure_of_nothing_is_a_dash() -> None:
     assert summary_of([make_output(tokens=(50,))])["ITL"] == "p50 -, p99 -"
 

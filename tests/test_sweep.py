@@ -158,6 +158,17 @@ def test_rounds_beyond_the_repeats_do_not_count(tmp_path: Path, monkeypatch: pyt
     assert summary[["finished", "output_throughput"]].values.tolist() == [[1, 5]]
 
 
+def test_points_on_a_busy_machine_are_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = {"cores": "2.0", "others_cores": "1.62"}
+    busy, quiet = ({**finished(5).figures, **load, "machine_busy": each} for each in ("True", "False"))
+    outcomes = [Outcome("finished", "", None, figures) for figures in (quiet, busy)]
+    _, summary = sweep_with(outcomes, write(tmp_path / "s.yaml", grid={"limit": [2, 3]}), monkeypatch)
+    assert summary["busy"].tolist() == [0, 1]
+    assert "busy: the machine was busy in 1 of 2 runs: point 2 in round 1; other" in capsys.readouterr().out
+
+
 # -- real ones
 
 

@@ -1,6 +1,7 @@
 """What to recommend, from what was predicted and measured, and how it is said."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,20 +27,21 @@ OBJECTIVE_FIGURES = {  # figure of throughput.csv, whether more is better, its n
     "e2el": ("p99_e2el_ms", False, "E2E p99", "ms"),
 }
 _TRADED = ("output_throughput", "p99_ttft_ms", "p99_itl_ms")  # what the reasons show beside the objective
-AIM = 0.2  # a prediction is good within this part of what was measured
+AIM = 0.2  # a prediction is good within this part of what was measured; nothing is recommended on one that is not
 # splitting must gain this much to be recommended: it takes more processes, and trades one latency for another
 WORTH = 0.05
 
 
 @dataclass
 class Advice:
-    """What is recommended and why; ``table`` has a row a candidate with what was predicted and measured."""
+    """What is recommended and why; ``table`` has a row a candidate with what was predicted and measured. Where nothing can
+    be recommended, ``best``, ``split`` and ``command`` are None and ``reasons`` say why not and what to do."""
 
     directory: Path
     table: pd.DataFrame
-    best: Candidate
-    split: bool
-    command: str
+    best: Candidate | None
+    split: bool | None
+    command: str | None
     reasons: list[str]
     errors: dict[str, float] = field(default_factory=dict)
 
@@ -53,10 +55,14 @@ def choose_checks(config: AdviseConfig, predictions: pd.DataFrame) -> list[Candi
     return [*wanted, *(each for each in ranked if each not in wanted)][: config.checks]
 
 
-def recommend(config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFrame, directory: Path) -> Advice:
+def recommend(
+    config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFrame, directory: Path, busy: Sequence[str] = ()
+) -> Advice:
     """The best candidate by what was measured, or by prediction where nothing was run, and why.
 
-    Split phases are recommended only where they gain more than :data:`WORTH`.
+    Split phases are recommended only where they gain more than :data:`WORTH`. Nothing is, where predictions of the
+    objective's figure missed what was measured by more than :data:`AIM`, or where the machine was busy during a check or
+    while what predictions rest on was measured: ``busy`` names that.
     """
     table = join_measured(predictions, checks)
     figure, more_is_better, name, unit = OBJECTIVE_FIGURES[config.objective]
@@ -68,10 +74,12 @@ def recommend(config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFr
     def value(candidate: Candidate, of: str) -> float:
         return float(table.loc[rows_of(table, candidate), f"{prefix}{of}"].iloc[0])
 
+    why: list[str] = []
     if split is None or whole is None:
         best = ranked[0]
         kind = "one worker for both phases" if split is None else "split phases"
-        reasons = [f"Only {kind} could be {basis}: {name} is {value(best, figure):,.1f} {unit}."]
+        found = f"Only {kind} could be {basis}: {name} is {value(best, figure):,.1f} {unit}"
+        gained = ""
     else:
         ratio = value(split, figure) / value(whole, figure)
         gain = ratio - 1 if more_is_better else 1 / ratio - 1
@@ -84,21 +92,54 @@ def recommend(config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFr
             for key, _, label, of in others
             if pd.notna(value(whole, key)) and pd.notna(value(split, key))  # answers of one token have no gap
         ]
-        reasons = [
+        found = (
             f"{name[0].upper()}{name[1:]} is {value(split, figure):,.1f} {unit} with split phases and "
-            f"{value(whole, figure):,.1f} {unit} without ({basis}): splitting makes it {abs(gain):.0%} {better}{kept}.",
-            f"From one worker to split phases, {' and '.join(changes)}.",
-        ]
-    errors = median_errors(checks)
-    if figure in errors:
-        met = errors[figure] <= AIM
-        again = "" if met else "; run this again with --repeats 3 while the machine does nothing else"
-        reasons.append(
-            f"Predictions of {name} were off by {errors[figure]:.0%} (median of {checks['run_id'].nunique()} runs), "
-            f"{'within' if met else 'outside'} the aim of {AIM:.0%}{again}."
+            f"{value(whole, figure):,.1f} {unit} without ({basis})"
         )
+        gained = f": splitting makes it {abs(gain):.0%} {better}{kept}"
+        why.append(f"From one worker to split phases, {' and '.join(changes)}.")
+    errors = median_errors(checks)
+    doubts: list[str] = []
+    if figure in errors:
+        said, is_met = _accuracy(table, figure, name, checks, [each for each in (split, whole) if each])
+        (why if is_met else doubts).append(said)
+    during = [*busy, *_busy_checks(checks)]
+    if during:
+        doubts.append(
+            f"The machine was busy during {', '.join(during)}: what was measured then is not its own. Run this again while "
+            f"nothing else runs{' (without --profile)' if config.profile is not None and busy else ''}."
+        )
+    if doubts:
+        return Advice(directory, table, None, None, None, [f"{found}.", *doubts], errors)
     command = shlex.join(["splitwiser", "run", *to_arguments(run_options(config, best))])
-    return Advice(directory, table, best, best.splits, command, reasons, errors)
+    return Advice(directory, table, best, best.splits, command, [f"{found}{gained}.", *why], errors)
+
+
+def _accuracy(
+    table: pd.DataFrame, figure: str, name: str, checks: pd.DataFrame, compared: Sequence[Candidate]
+) -> tuple[str, bool]:
+    """How well the checks' ``figure`` was predicted, and whether that is within :data:`AIM`: over all runs, and for each
+    candidate that the advice is about."""
+    off = median_errors(checks)[figure]
+    said = f"Predictions of {name} were off by {off:.0%} (median of {checks['run_id'].nunique()} runs)"
+    own = {each: abs(float(table.loc[rows_of(table, each), f"error_{figure}"].iloc[0])) for each in compared}
+    missed = {each: error for each, error in own.items() if error > AIM}
+    if off <= AIM and not missed:
+        return f"{said}, within the aim of {AIM:.0%}.", True
+    if off <= AIM:
+        said += "".join(f", but by {error:.0%} for {each}" for each, error in missed.items())
+    again = "run this again with --repeats 3 while the machine does nothing else, or let splitwiser compare measure"
+    return f"{said}, outside the aim of {AIM:.0%}, so nothing is recommended; {again}.", False
+
+
+def _busy_checks(checks: pd.DataFrame) -> list[str]:
+    if "machine_busy" not in checks:
+        return []
+    runs = checks[checks["machine_busy"].astype(str) == "True"].drop_duplicates("run_id")
+    return [
+        f"the check of {Candidate(str(mode), str(workers), int(budget))} in round {int(number) + 1}"
+        for mode, workers, budget, number in runs[[*CANDIDATE_COLUMNS, "round"]].itertuples(index=False)
+    ]
 
 
 def median_errors(checks: pd.DataFrame) -> dict[str, float]:
@@ -155,8 +196,9 @@ def advice_summary(advice: Advice) -> str:
         for name in shown:
             cells += [_cell(row[name]), _cell(row[f"measured_{name}"]), _cell(row[f"error_{name}"], "+.0%")]
         rows.append(cells)
-    verdict = "split the phases" if advice.split else "do not split the phases"
-    lines = [columns(rows), *missing, "", f"Advice: {verdict}. {' '.join(advice.reasons)}", f"    {advice.command}"]
+    verdict = {True: "split the phases", False: "do not split the phases", None: "none"}[advice.split]
+    lines = [columns(rows), *missing, "", f"Advice: {verdict}. {' '.join(advice.reasons)}"]
+    lines += [f"    {advice.command}"] if advice.command else []
     return "\n".join([*lines, f"results  {advice.directory}"])
 
 

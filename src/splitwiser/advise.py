@@ -5,7 +5,7 @@
    (:mod:`splitwiser.calibrate`) and, where requests end by themselves, how long answers are.
 3. Every placement and prefill budget is predicted (:mod:`splitwiser.simulate`, over :mod:`splitwiser.costs`).
 4. The best predictions, the best with split phases and the best without among them, are run and held against what was
-   predicted; what was measured decides.
+   predicted; what was measured decides, unless the predictions missed it or the machine was busy.
 """
 
 import random
@@ -56,7 +56,7 @@ from splitwiser.rows import add_row, start_rows
 from splitwiser.simulate import Machine, Schedule, simulate
 
 PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
-CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id")
+CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id", "machine_busy")
 
 
 def advise(config: AdviseConfig) -> Advice:
@@ -83,7 +83,7 @@ def advise(config: AdviseConfig) -> Advice:
         assert basis is not None
         predictions = predict(config, requests, basis, directory)
         measured = check(config, predictions, directory)
-        advice = recommend(config, predictions, measured, directory)
+        advice = recommend(config, predictions, measured, directory, basis.busy)
         advice.table.to_csv(directory / "advice.csv", index=False)
         record.add(advice, basis)
         status = "finished"
@@ -174,6 +174,7 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
                             "measured": measured,
                             "error": relative_error(predicted[name], measured),
                             "run_id": outcome.figures["run_id"],
+                            "machine_busy": outcome.figures["machine_busy"],
                         }
                         rows.append(row)
                         add_row(directory / "checks.csv", row)
@@ -205,7 +206,7 @@ class _Record:
         """Take in the outcome."""
         self._content |= {
             "split": advice.split,
-            "recommended": advice.best.row,
+            "recommended": advice.best and advice.best.row,
             "command": advice.command,
             "reasons": advice.reasons,
             "median_errors": advice.errors,

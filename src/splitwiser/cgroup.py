@@ -25,6 +25,20 @@ def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
+def cpu_use(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
+    """Seconds of processors that the group with the tightest quota has used so far; None without a quota, or where the
+    system does not say."""
+    limited = [(quota, group) for group in _groups("cpu", root, membership) if (quota := _quota(group)) is not None]
+    if not limited:
+        return None
+    _, group = min(limited, key=lambda each: each[0])
+    stat = dict(line.split() for line in _read(group / "cpu.stat").splitlines())
+    if "usage_usec" in stat:
+        return int(stat["usage_usec"]) / 1e6
+    nanoseconds = _read(group / "cpuacct.usage")  # version 1, whose two controllers are nearly always one folder
+    return int(nanoseconds) / 1e9 if nanoseconds.isdecimal() else None
+
+
 def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
     """Directories of the groups that ``controller`` limits this process by, from its own up."""
     for line in _read(membership).splitlines():

@@ -18,7 +18,7 @@ from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
 from splitwiser.job import Job
 from splitwiser.options import split_options, to_arguments
-from splitwiser.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
+from splitwiser.paired import Made, SummaryRow, TokenDifference, compare_tokens, describe_busy, summarise
 from splitwiser.results import TOKEN_COLUMNS, Status, make_run_directory, replace
 from splitwiser.rounds import NAME, OneProcess, Outcome, RoundsBar, check_one_process, run_once, write_rows
 from splitwiser.run import check
@@ -192,9 +192,12 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
         if len({is_stand_in(row["device"]) for row in rows if row["status"] == "finished"}) > 1:
             print("figures: withheld, since some runs are of a stand-in for a GPU, whose times say nothing")
         else:
-            summary = summarise(pd.read_csv(folder / "comparison.csv"), [variant.name for variant in variants])
+            written = pd.read_csv(folder / "comparison.csv")
+            summary = summarise(written, [variant.name for variant in variants])
             write_rows(folder / "comparison_summary.csv", [asdict(row) for row in summary])
             print(_table(summary, variants[0].name))
+            if busy := describe_busy(written, "variant"):
+                print(f"busy: {busy}; compare again while nothing else runs")
         checks = list(_check_tokens(folder, variants[0], rows))
         if checks:
             write_rows(folder / "comparison_tokens.csv", [asdict(check) for check in checks])
@@ -251,13 +254,13 @@ def _table(summary: Sequence[SummaryRow], first: str) -> str:
     lines = [("", "", "median (least to greatest)", f"over {first}", "")]
     for metric, of in itertools.groupby(summary, key=lambda row: row.metric):
         for number, row in enumerate(of):
-            verdict = {None: "", True: "within noise", False: "differs"}[row.within_noise]
             values = _range(row.median, row.least, row.greatest)
             ratios = _range(row.ratio_median, row.ratio_least, row.ratio_greatest)
-            lines.append(("" if number else metric, row.variant, values, ratios, verdict))
+            lines.append(("" if number else metric, row.variant, values, ratios, row.verdict or ""))
     rounds = max(row.rounds for row in summary)
     note = (
-        f"differs: the 95% interval of the ratio, paired over {rounds} rounds, leaves out 1; more rounds narrow it"
+        f"better, worse: the 95% interval of the ratio, paired over {rounds} rounds, leaves out 1; equal: it is narrow "
+        "about 1; undecided: neither, and more rounds narrow it"
         if rounds > 1
         else "one round says nothing about noise; --repeats 3 or more does"
     )

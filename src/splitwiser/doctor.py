@@ -114,6 +114,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     look("gpu", "mps_daemon", survey.find_mps_daemon)
     look("processor", "processor", survey.find_processor)
     look("processor", "cores", survey.find_cores)
+    look("processor", "load", survey.find_load)
     look("processor", "compiler", survey.find_compiler)
     look("processor", "kernel", survey.find_kernel, place)
     look.close()

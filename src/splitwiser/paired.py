@@ -1,7 +1,7 @@
-"""The arithmetic of a comparison: medians, ratios round by round, what is noise, and where tokens differ."""
+"""The arithmetic of a comparison: medians, ratios round by round, what they decide, and where tokens differ."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,10 @@ METRICS = (
     "p99_itl_ms", "median_tpot_ms", "median_e2el_ms", "p99_e2el_ms", "peak_memory_mb", "ready_s",
 )  # fmt: skip
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t, 97.5% quantile, at 1, 2, ... degrees of freedom; the last serves for all above, which errs towards noise."""
+"""Student's t, 97.5% quantile, at 1, 2, ... degrees of freedom; the last serves for all above, which errs
+towards "undecided"."""
+NARROW = 0.03  # two are called equal if the interval of their ratio goes no further from 1
+_UNTIMED = ("peak_memory_mb", "rouge")  # what a busy machine does not change
 
 
 def headline_metrics(columns: Sequence[str]) -> list[str]:
@@ -22,7 +25,8 @@ def headline_metrics(columns: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """A metric of a variant over its finished rounds, and its ratio to the first variant's in the same round."""
+    """A metric of a variant over its finished rounds, its ratio to the first variant's in the same round, the ratio's 95%
+    interval (:func:`interval`), and what follows (:func:`decide`)."""
 
     metric: str
     variant: str
@@ -33,7 +37,9 @@ class SummaryRow:
     ratio_median: float | None
     ratio_least: float | None
     ratio_greatest: float | None
-    within_noise: bool | None
+    ratio_low: float | None
+    ratio_high: float | None
+    verdict: str | None
 
 
 def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
@@ -42,39 +48,90 @@ def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
     ``rows`` are those of ``comparison.csv``: columns ``round``, ``variant``, ``status`` and figures.
     """
     finished = rows[rows["status"] == "finished"]
+    runs = {name: finished[finished["variant"] == name] for name in variants}
+    busy = {
+        name: set(busy_runs(own)["round"]) | set(busy_runs(runs[variants[0]])["round"]) for name, own in runs.items()
+    }
     table = []
     for metric in headline_metrics(list(rows.columns)):
-        values = {name: finished[finished["variant"] == name].set_index("round")[metric].dropna() for name in variants}
+        values = {name: own.set_index("round")[metric].dropna() for name, own in runs.items()}
         for variant, own in values.items():
-            ratios = round_ratios(own, values[variants[0]]) if variant != variants[0] else []
-            spreads = *_spread(own.to_list()), *_spread(ratios)
-            table.append(SummaryRow(metric, variant, len(own), *spreads, within_noise(ratios)))
+            ratios = round_ratios(own, values[variants[0]]) if variant != variants[0] else {}
+            given = list(ratios.values())
+            spreads = *_spread(own.to_list()), *_spread(given)
+            low, high = interval(given) or (None, None)
+            verdict = decide(metric, ratios, busy[variant])
+            table.append(SummaryRow(metric, variant, len(own), *spreads, low, high, verdict))
     return table
 
 
-def round_ratios(values: pd.Series, first: pd.Series) -> list[float]:
+def round_ratios(values: pd.Series, first: pd.Series) -> dict[int, float]:
     """``values`` over ``first`` in each round (their index) that both have; a round where one is 0 has no ratio."""
-    return [
-        float(values[number] / first[number])
+    return {
+        int(number): float(values[number] / first[number])
         for number in values.index
         if number in first.index and values[number] > 0 and first[number] > 0
-    ]
+    }
 
 
-def within_noise(ratios: Sequence[float]) -> bool | None:
-    """Whether the rounds leave it open that the two are equal; None if there are fewer than two.
+def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% confidence interval of the ratio that those of the rounds scatter about; None of fewer than two.
 
-    The ratios of a round share its drift, so they scatter about the true ratio. The rule: the 95% confidence interval of
-    their mean logarithm, mean +- t(n - 1) * s / sqrt(n), holds 0 (a paired t-test on logarithms; s has n - 1 in its
-    denominator). With few rounds t is wide: at a scatter of 2% a difference shows from some 5% on at 3 rounds, 2.5% at
-    5, 1.4% at 10. One pair in twenty that is equal will still show a difference.
+    The ratios of a round share its drift. Their logarithms' mean +- t(n - 1) * s / sqrt(n) (a paired t-test on logarithms;
+    s has n - 1 in its denominator). With few rounds t is wide: at a scatter of 2% a difference shows from some 5% on at 3
+    rounds, 2.5% at 5, 1.4% at 10. One pair in twenty that is equal will still show a difference.
     """
     if len(ratios) < 2:
         return None
     logarithms = [math.log(ratio) for ratio in ratios]
-    freedom = len(ratios) - 1
+    freedom, mean = len(ratios) - 1, float(np.mean(logarithms))
     half_width = T_975[min(freedom, len(T_975)) - 1] * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))
-    return bool(abs(np.mean(logarithms)) <= half_width)
+    return math.exp(mean - half_width), math.exp(mean + half_width)
+
+
+def decide(metric: str, ratios: Mapping[int, float], busy: Collection[int] = ()) -> str | None:
+    """What ``ratios`` of ``metric`` by round say: ``better`` or ``worse`` than what they are ratios to, if their
+    :func:`interval` leaves out 1; ``equal within X%``, if it is narrow about 1; else ``undecided``, with the reason. So it
+    is whatever the ratios are, where the machine was ``busy`` in some of the rounds, unless it does not change the metric.
+    None without ratios."""
+    if not ratios:
+        return None
+    disturbed = sum(number in busy for number in ratios)
+    if disturbed and not metric.startswith(_UNTIMED):
+        return f"undecided (busy machine in {disturbed} of {len(ratios)} rounds)"
+    found = interval(list(ratios.values()))
+    if found is None:
+        return "undecided (one round)"
+    low, high = found
+    if low > 1 or high < 1:
+        return "better" if (low > 1) is more_is_better(metric) else "worse"
+    off = max(high, 1 / low) - 1
+    if off > NARROW:
+        return f"undecided (from {low:.2f} to {high:.2f})"
+    return f"equal within {math.ceil(100 * off - 1e-9)}%" if off > 1e-9 else "equal"
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether more of one of the headline metrics is better; of times and memory less is."""
+    return "throughput" in metric or metric == "request_goodput" or metric.startswith("rouge")
+
+
+def busy_runs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of ``rows`` (of ``throughput.csv``, with what was run) that ran while the machine was busy."""
+    return rows[rows["machine_busy"].astype(str) == "True"] if "machine_busy" in rows else rows.head(0)
+
+
+def describe_busy(rows: pd.DataFrame, by: str) -> str | None:
+    """A line that names the busy ones of ``rows`` by their column ``by`` and their round; None if there are none."""
+    found = busy_runs(rows)
+    if found.empty:
+        return None
+    named = [f"{by} {what} in round {number}" for what, number in zip(found[by], found["round"], strict=True)]
+    others, cores = (pd.to_numeric(found[name]).max() for name in ("others_cores", "cores"))
+    return (
+        f"the machine was busy in {len(found)} of {len(rows)} runs: {', '.join(named)}; other processes used up to "
+        f"{others:.1f} of {cores:g} cores"
+    )
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:

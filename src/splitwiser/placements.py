@@ -22,6 +22,7 @@ from splitwiser.errors import InputError
 from splitwiser.layout import ONE_MIXED, WorkerLayout, parse_layout
 from splitwiser.llm import DEFAULT_LAYOUTS, LLM
 from splitwiser.machine import describe_machine
+from splitwiser.machine_load import MachineLoad, Stretch
 from splitwiser.model import LoadedModel
 from splitwiser.request import Request, SamplingParams
 from splitwiser.rows import add_row, start_rows
@@ -30,6 +31,7 @@ from splitwiser.simulate import Conditions
 CANDIDATE_COLUMNS = ("mode", "workers", "prefill_tokens")
 PLACEMENT_COLUMNS = (
     "mode", "workers", "blocks", *(each.name for each in fields(Conditions)), "steps", "not_possible",
+    "machine_busy",
 )  # fmt: skip
 BUDGETS = (256, 512, 1024)  # prefill tokens a step that are predicted beside the one asked for
 
@@ -74,7 +76,8 @@ class Basis:
     """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_basis` reads it.
 
     ``placements`` holds (mode, workers): the conditions there and the blocks of the pool; ``not_possible`` those that this
-    machine cannot run, with the reason; ``output_tokens`` the lengths of a sample of answers that ended by themselves.
+    machine cannot run, with the reason; ``output_tokens`` the lengths of a sample of answers that ended by themselves;
+    ``busy`` what was measured while others used the machine.
     """
 
     costs: Mapping[int, StepCosts]
@@ -82,6 +85,7 @@ class Basis:
     placements: Mapping[tuple[str, str], tuple[Conditions, int]]
     not_possible: Mapping[tuple[str, str], str]
     output_tokens: Sequence[int]
+    busy: Sequence[str] = ()
 
 
 def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileConfig:
@@ -149,6 +153,7 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
         for mode, workers in bar:
             bar.set_postfix_str(f"{mode} {workers}")
             row = {"mode": mode, "workers": workers}
+            stretch = Stretch()
             try:
                 recording, blocks = _run_sample(config, mode, workers, sample)
             except InputError as error:
@@ -156,10 +161,12 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
                     raise
                 add_row(directory / "placements.csv", row | {"not_possible": str(error)})
                 continue
+            busy = MachineLoad(during=stretch.end()).busy
             layout = Candidate(mode, workers, config.prefill_tokens).layout
             steps = size_steps(recording)
             conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
-            add_row(directory / "placements.csv", row | asdict(conditions) | {"blocks": blocks, "steps": len(steps)})
+            found = {"blocks": blocks, "steps": len(steps), "machine_busy": busy}
+            add_row(directory / "placements.csv", row | asdict(conditions) | found)
             if mode == "sequential":
                 made = {output.request_id: len(output.token_ids) for output in recording.outputs}
                 lengths = [made[place] for place, each in enumerate(sample) if not each.params.ignore_eos]
@@ -214,6 +221,7 @@ def read_basis(directory: Path, shell: LoadedModel) -> Basis:
     rows = pd.read_csv(directory / "placements.csv", keep_default_na=False)
     conditions = {}
     not_possible = {}
+    busy = ["the profile"] if (record.get("load") or {}).get("busy") else []
     for row in rows.to_dict("records"):
         key = str(row["mode"]), str(row["workers"])
         if row["not_possible"]:
@@ -221,6 +229,11 @@ def read_basis(directory: Path, shell: LoadedModel) -> Basis:
         else:
             factors = Conditions(**{each.name: float(row[each.name]) for each in fields(Conditions)})
             conditions[key] = factors, int(float(row["blocks"]))
+            busy += (
+                [f"the sample in mode {' with '.join(filter(None, key))}"]
+                if str(row.get("machine_busy")) == "True"
+                else []
+            )
     if not conditions:
         raise InputError(f"{where}: its placements.csv has no placement; give the folder of an advise that finished")
     lengths = directory / "output_tokens.csv"  # of no row where every answer has a set length
@@ -230,4 +243,5 @@ def read_basis(directory: Path, shell: LoadedModel) -> Basis:
         placements=conditions,
         not_possible=not_possible,
         output_tokens=pd.read_csv(lengths)["output_tokens"].tolist() if lengths.exists() else [],
+        busy=busy,
     )

@@ -24,6 +24,7 @@ from splitwiser.errors import InputError
 from splitwiser.graphs import capture_graphs
 from splitwiser.kv_pool import BlockAllocator
 from splitwiser.machine import describe_machine, describe_versions, git_commit, peak_memory_mb, reset_peak_memory
+from splitwiser.machine_load import MachineLoad, Stretch, look
 from splitwiser.messages import Phase
 from splitwiser.model import load_model
 from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
@@ -122,10 +123,11 @@ Measured = tuple[Point, dict[str, Any]]  # with its row
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """A finished profile: its folder and the rows of ``summary.csv``."""
+    """A finished profile: its folder, the rows of ``summary.csv`` and what the machine did meanwhile."""
 
     directory: Path
     summary: pd.DataFrame
+    load: MachineLoad
 
 
 def profile(config: ProfileConfig) -> ProfileResult:
@@ -171,8 +173,8 @@ class Bench:
         """Measure every point and write ``directory``'s files, row by row."""
         monitor, monitored = open_monitor(self.model.device)
         self.notes.append(monitored)
-        for note in self.notes:
-            tqdm.write(f"note: {note}", file=sys.stderr)
+        _print_notes(self.notes)
+        load = MachineLoad(look())
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
         status: Status = "failed"
@@ -181,6 +183,7 @@ class Bench:
         start_rows(directory / "decode.csv", DECODE_COLUMNS)
         record = self._record()
         _write_record(directory, "running", record)
+        stretch = Stretch()
         try:
             self._fill_pool()
             with tqdm(total=len(self.points), desc="profile", unit="point") as bar:
@@ -201,8 +204,11 @@ class Bench:
             status = "interrupted"
             raise
         finally:
-            self.notes += unsteady(measured)
-            _write_record(directory, status, record)
+            load = MachineLoad(load.before, stretch.end())
+            found = [*unsteady(measured), *filter(None, [load.record["note"]])]
+            _print_notes(found)
+            self.notes += found
+            _write_record(directory, status, record | {"load": load.record})
             summary = summarise(measured, ceilings)
             summary.to_csv(directory / "summary.csv", index=False)
             if measured:
@@ -211,7 +217,7 @@ class Bench:
                 monitor.close()
             if status != "finished":
                 print(f"{status}; what was measured is in {directory}", file=sys.stderr)
-        return ProfileResult(directory, summary)
+        return ProfileResult(directory, summary, load)
 
     def _thread_counts(self) -> tuple[int, ...]:
         given = whole_numbers("threads", self.config.threads)
@@ -349,6 +355,11 @@ class Bench:
         dtype = str(self.model.dtype).removeprefix("torch.")
         cores = f", {threads} threads" if self.model.device.type == "cpu" else ""
         return points, f"{self.model.name} in {dtype}{dummy} on {self.model.device}{cores}"
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
 
 
 def _is_drawn(point: Point) -> bool:

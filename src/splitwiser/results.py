@@ -21,6 +21,7 @@ from tqdm import tqdm
 from splitwiser.data import Report
 from splitwiser.engine import Observer
 from splitwiser.errors import RunError, first_line
+from splitwiser.machine_load import Load, MachineLoad, Stretch
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import LATENCY_COLUMNS, latency_row, throughput_figures
 from splitwiser.quality import ROUGE, rouge
@@ -90,7 +91,7 @@ def make_directory(results: Path, kind: str) -> Path:
 class RunRecorder(Observer):
     """Records one run in ``directory``. ``record`` goes into ``run.yaml`` whole; ``labels`` are the columns of
     ``throughput.csv`` before its figures. ``targets`` are those of goodput; ``scored`` says whether a finished run's texts
-    are compared with the references."""
+    are compared with the references; ``before`` is what the machine did before the run."""
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class RunRecorder(Observer):
         *,
         targets: Mapping[str, float] | None = None,
         scored: bool = False,
+        before: Load | None = None,
     ) -> None:
         self.directory = directory
         self.outputs: list[RequestOutput] = []
@@ -109,6 +111,8 @@ class RunRecorder(Observer):
         self._reports = reports
         self._targets = targets
         self._scored = scored
+        self._stretch: Stretch | None = None
+        self._load = MachineLoad(before)
         self._start_ns = 0
         self._steps: list[StepRecord] = []
         self._latency = _Table(directory / "latency.csv", LATENCY_COLUMNS)
@@ -124,6 +128,7 @@ class RunRecorder(Observer):
     def begin(self) -> int:
         """Start the run's clock: the moment of ``time.perf_counter_ns`` that its times count from."""
         self._flusher.start()
+        self._stretch = Stretch()
         self._start_ns = time.perf_counter_ns()
         return self._start_ns
 
@@ -159,6 +164,8 @@ class RunRecorder(Observer):
     def end(self, status: Status, error: str | None = None) -> None:
         """Write the tables' last rows and the outcome, which takes a moment only. A run whose rows cannot be written has
         failed."""
+        if self._stretch is not None and self._load.during is None:
+            self._load = MachineLoad(self._load.before, self._stretch.end())
         self._ended.set()
         if self._flusher.ident is not None:
             self._flusher.join()
@@ -180,6 +187,7 @@ class RunRecorder(Observer):
             **throughput_figures(self.outputs, len(self._unanswered), self._start_ns, self._targets),
             **dict.fromkeys(ROUGE),
             **memory,
+            **self._load.columns,
         }
         self._write_figures(figures)
         if status == "finished" and self._unwritten is None:
@@ -213,7 +221,8 @@ class RunRecorder(Observer):
         replace(self.directory / "throughput.csv", pd.DataFrame([figures], dtype=object).to_csv(index=False))
 
     def _write_record(self, status: Status, outcome: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump({"status": status, **self._record, **outcome}, sort_keys=False, allow_unicode=True)
+        content = {"status": status, **self._record, "load": self._load.record, **outcome}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         replace(self.directory / "run.yaml", text)
 
     def _flush_regularly(self) -> None:

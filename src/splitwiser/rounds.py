@@ -21,6 +21,7 @@ from tqdm import tqdm
 from splitwiser.config import RunConfig
 from splitwiser.device import resolve_device
 from splitwiser.errors import InputError
+from splitwiser.machine_load import busy_note
 from splitwiser.options import to_arguments
 from splitwiser.results import replace
 
@@ -191,9 +192,11 @@ class RoundsBar:
             self._bar.set_description_str(f"{self._what}, {progress}" if progress else self._what)
 
     def end(self, outcome: Outcome) -> None:
-        """Count it; a failed one is named above the bar."""
+        """Count it; one that failed, or ran while the machine was busy, is named above the bar."""
         if outcome.status == "failed":
             tqdm.write(f"{self._what}: failed: {outcome.error}", file=sys.stderr)
+        if note := busy_note(outcome.figures):
+            tqdm.write(f"{self._what}: machine busy: {note}", file=sys.stderr)
         self._bar.update()
 
 

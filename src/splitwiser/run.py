@@ -14,6 +14,7 @@ from splitwiser.engine import Observer
 from splitwiser.job import Job, prepare_job
 from splitwiser.llm import LLM, check_mode_here, check_mps, check_sizes, plan_workers
 from splitwiser.machine import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
+from splitwiser.machine_load import look
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import parse_goodput
 from splitwiser.model import plan_model
@@ -62,6 +63,7 @@ def run(config: RunConfig) -> RunResult:
     later, what was finished is in the folder, and its ``run.yaml`` says how the run ended.
     """
     job = prepare_job(config)
+    before = look()
     with LLM(
         config.model,
         mode=config.mode,
@@ -95,6 +97,7 @@ def run(config: RunConfig) -> RunResult:
             job.reports,
             targets=None if config.goodput is None else parse_goodput(config.goodput),
             scored=scored and can_score(),
+            before=before,
         )
         status: Status = "failed"
         error = None

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from splitwiser.machine_load import busy_note
 from splitwiser.quality import ROUGE
 
 
@@ -27,6 +28,8 @@ def run_summary(figures: dict[str, Any], directory: Path) -> str:
             yield "goodput", f"{met} of {asked} requests/s meet every target"
         if figures["rougeL"] is not None:
             yield "quality", ", ".join(f"{name.replace('rouge', 'ROUGE-')} {figures[name]:.3f}" for name in ROUGE)
+        if note := busy_note(figures):
+            yield "machine", f"busy: {note}"
 
     def latency(metric: str) -> str:
         return f"p50 {number(f'median_{metric}_ms', 'ms')}, p99 {number(f'p99_{metric}_ms', 'ms')}"

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from splitwiser import cgroup, constants
+from splitwiser import cgroup, constants, machine_load
 from splitwiser.catalog import resolve_model
 from splitwiser.errors import first_line
 from splitwiser.probe import ProbeError, ask, ask_ahead, run_command
@@ -178,6 +178,19 @@ def find_cores() -> Found:
         whole = max(1, int(quota))
         text += f", but the container may take the time of {quota:g}: start runs under taskset -c with {whole} of them"
         return False, text, figures
+    return True, text, figures
+
+
+def find_load() -> Found:
+    """What others use of the cores right now."""
+    load = machine_load.look()
+    named = ("load_average", "others_cores", "cpu_pressure")
+    figures = {name: load.record[name] for name in named}
+    if load.others_cores is None:
+        return None, "the system does not say what others use", figures
+    text = f"others use {load.others_cores:.1f} of {load.cores:g} cores now, load average {load.load_average}"
+    if load.crowded:
+        return None, f"{text}: what is measured meanwhile is not this machine's own speed", figures
     return True, text, figures
 
 

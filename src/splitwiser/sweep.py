@@ -18,7 +18,7 @@ import pandas as pd
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, unknown
 from splitwiser.options import typed_options
-from splitwiser.paired import headline_metrics
+from splitwiser.paired import busy_runs, describe_busy, headline_metrics
 from splitwiser.rounds import NAME, OneProcess, RoundsBar, check_one_process, run_once, write_rows
 from splitwiser.run import check
 from splitwiser.summary import columns
@@ -225,12 +225,14 @@ def _conclude(folder: Path, grid: Sweep) -> int:
         own = rows[(rows["key"] == point.key) & (rows["round"] <= grid.repeats)]
         finished = own[own["status"] == "finished"]
         row = {"point": point.number, **{name: point.varied.get(name) for name in grid.varied}}
-        row |= {"finished": len(finished), "failed": len(own) - len(finished)}
+        row |= {"finished": len(finished), "failed": len(own) - len(finished), "busy": len(busy_runs(finished))}
         table.append(row | {metric: finished[metric].median() for metric in metrics})
     summary = pd.DataFrame(table)
     summary.to_csv(folder / "sweep_summary.csv", index=False)
     shown = [name for name in summary.columns if name in SHOWN or name not in metrics]
     print(columns([shown, *([_cell(value) for value in row] for row in summary[shown].itertuples(index=False))]))
+    if busy := describe_busy(rows, "point"):
+        print(f"busy: {busy}")
     print(f"medians over the finished rounds; results: {folder}")
     return int(summary["failed"].sum())
 

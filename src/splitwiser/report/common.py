@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from splitwiser.paired import describe_busy
 from splitwiser.report.page import Section, cell, pairs_table
 
 HEADLINES = {  # column of throughput.csv: its name on the page, its unit
@@ -56,6 +57,12 @@ def failed_warnings(rows: pd.DataFrame) -> list[str]:
     return [
         f"{len(failed)} of {len(rows)} runs did not finish and are in no plot: {'; '.join(errors) or 'see the table'}."
     ]
+
+
+def busy_warnings(rows: pd.DataFrame, by: str) -> list[str]:
+    """A line if the machine was busy in some of the runs in ``rows``, which it names by their column ``by``."""
+    said = describe_busy(rows, by)
+    return [f"{said[0].upper()}{said[1:]}: these figures are not the machine's own."] if said else []
 
 
 def record_section(record: Mapping[str, Any], name: str, file: str) -> Section:

@@ -9,7 +9,8 @@ from splitwiser.report.page import Part, Section, Text, frame_table
 def advice_part(advice: Advice, name: str) -> list[Part]:
     """The recommendation with its reasons, the predictions, and the profile that they rest on."""
     record = advice.record
-    recommended = [f"{key} {value}" for key, value in flat(record.get("recommended") or {}) if value not in (None, "")]
+    placement = record.get("recommended")
+    recommended = [f"{key} {value}" for key, value in flat(placement) if value not in (None, "")] if placement else []
     verdict = f"Recommended: {', '.join(recommended)}." if recommended else "Nothing is recommended."
     said = [*record.get("reasons", []), *([f"Run it by: {record['command']}"] if record.get("command") else [])]
     sections = [Section("Why", [Text(str(reason)) for reason in said])] if said else []

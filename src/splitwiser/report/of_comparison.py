@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from splitwiser.report.activity import span
-from splitwiser.report.common import HEADLINES, failed_warnings, record_section, status_warnings
+from splitwiser.report.common import HEADLINES, busy_warnings, failed_warnings, record_section, status_warnings
 from splitwiser.report.folders import Comparison, Run
 from splitwiser.report.of_run import distributions, run_part, thinned
 from splitwiser.report.page import Part, Pictures, Section, Table, Text, cell, frame_table, picture
 from splitwiser.report.plots import Spread, draw_bars, draw_timeline, shown
+
+_MARKS = {"≈": "equal", "?": "undecided"}
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,10 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     verdict = f"{names} over {rounds} rounds; {len(finished)} of {len(rows)} runs finished."
     if reached := _throughputs(variants):
         verdict += f" Medians: {reached}."
-    noise = _noise(comparison.summary)
     summary = comparison.summary
-    if "within_noise" in summary:
-        words = {True: "within the noise", False: "differs", "True": "within the noise", "False": "differs"}
-        summary = summary.assign(within_noise=summary.within_noise.map(words))
-    sections = [
-        Section(
-            "Summary", [frame_table(f"{name}-summary", "comparison_summary.csv; ratios are to the first.", summary)]
-        )
-    ]
-    bars, *pictures = _against(variants, noise)
+    caption = "comparison_summary.csv; ratios are to the first."
+    sections = [Section("Summary", [frame_table(f"{name}-summary", caption, summary)])]
+    bars, *pictures = _against(variants, _verdicts(summary))
     sections = [bars, *sections, *pictures]
     if len(comparison.tokens):
         sections.append(
@@ -134,7 +129,9 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     )
     sections.append(record_section(comparison.record, f"{name}-record", "compare.yaml"))
     title = comparison.path.resolve().name
-    warnings = status_warnings(comparison.record, "compare.yaml") + failed_warnings(rows)
+    warnings = (
+        status_warnings(comparison.record, "compare.yaml") + failed_warnings(rows) + busy_warnings(rows, "variant")
+    )
     typical = [(variant, run) for variant in variants if (run := variant.typical) is not None]
     details = [
         run_part(run, f"{name}-{number}", f"{variant.name}: {run.path.name}", closed=True)
@@ -143,30 +140,36 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     return [Part(name, title, verdict, sections, warnings), *details]
 
 
-def _noise(summary: pd.DataFrame) -> dict[tuple[str, str], bool]:
-    """Whether a metric's difference of a variant from the first is within the noise, where the summary says so."""
-    if not {"metric", "variant", "within_noise"} <= set(summary.columns):
+def _verdicts(summary: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """What the summary says of a metric of a variant against the first's, where it says anything."""
+    if not {"metric", "variant", "verdict"} <= set(summary.columns):
         return {}
-    said = summary.dropna(subset=["within_noise"])
-    keys = zip(said.metric.astype(str), said.variant.astype(str), strict=True)
-    return {key: str(value) == "True" for key, value in zip(keys, said.within_noise, strict=True)}
+    said = summary.dropna(subset=["verdict"]).astype(str)
+    return dict(zip(zip(said.metric, said.variant, strict=True), said.verdict, strict=True))
 
 
-def _against(variants: Sequence[Variant], noise: Mapping[tuple[str, str], bool]) -> list[Section]:
+def _mark(verdict: str) -> str:
+    """What stands behind a variant's name where it is neither better nor worse."""
+    return next((f" {mark}" for mark, word in _MARKS.items() if verdict.startswith(word)), "")
+
+
+def _against(variants: Sequence[Variant], verdicts: Mapping[tuple[str, str], str]) -> list[Section]:
     bars = []
+    used = set()
     for column, (label, unit) in HEADLINES.items():
         spreads = {variant.name: spread for variant in variants if (spread := variant.spread(column)) is not None}
         if spreads:
-            marked = {f"{name} ≈" if noise.get((column, name)) else name: each for name, each in spreads.items()}
+            said = {name: verdicts.get((column, name), "") for name in spreads}
+            used |= {_mark(verdict).strip() for verdict in said.values()}
+            marked = {f"{name}{_mark(said[name])}": each for name, each in spreads.items()}
             words = "; ".join(
-                f"{name} {_range(spread)}{', within the noise' if noise.get((column, name)) else ''}"
-                for name, spread in spreads.items()
+                f"{name} {_range(spread)}{', ' if said[name] else ''}{said[name]}" for name, spread in spreads.items()
             )
             bars.append(picture(draw_bars(label, unit, marked), f"{label} in {unit}: {words}", wide=False))
     many = max((len(variant.rows) for variant in variants), default=0) > 1
     note = "Bars are medians over rounds, the lines on them go from the least to the greatest. " if many else ""
-    mark = "≈: the difference from the first is within the noise." if any(noise.values()) else ""
-    sections = [Section("Against each other", [Pictures(bars), *([Text(note + mark)] if note + mark else [])])]
+    note += "".join(f"{mark}: {word}, against the first. " for mark, word in _MARKS.items() if mark in used)
+    sections = [Section("Against each other", [Pictures(bars), *([Text(note.strip())] if note else [])])]
     with_runs = {variant.name: variant.runs for variant in variants if variant.runs}
     if with_runs:
         sections.append(Section("Distributions", distributions(with_runs)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from splitwiser.machine_load import busy_note
 from splitwiser.report.activity import FloatArray, PhaseActivity, busy_seconds, inter_token_gaps, span
 from splitwiser.report.common import HEADLINES, MOST_ROWS, measure, record_section, status_warnings
 from splitwiser.report.folders import Run
@@ -80,6 +81,8 @@ def _run_warnings(run: Run) -> list[str]:
     failed = run.figures.get("failed", 0)
     if failed > 0:
         warnings.append(f"{cell(failed).text} requests were not answered; run.yaml names them.")
+    if note := busy_note(run.figures):
+        warnings.append(f"The machine was busy: {note}.")
     model = run.record.get("model")
     notes = model.get("notes") if isinstance(model, dict) else None
     return warnings + [f"Note: {note}." for note in notes or []]

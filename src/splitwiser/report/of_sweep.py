@@ -8,6 +8,7 @@ from splitwiser.report.common import (
     HEADLINES,
     MOST_LINES,
     MOST_ROWS,
+    busy_warnings,
     failed_warnings,
     record_section,
     setting,
@@ -33,7 +34,7 @@ def sweep_part(sweep: Sweep, name: str) -> Part:
         Section("Points", [table], closed=len(points) > 30),
         record_section(sweep.record, f"{name}-record", "sweep.yaml"),
     ]
-    warnings = status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points)
+    warnings = status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points) + busy_warnings(points, "point")
     return Part(name, sweep.path.resolve().name, verdict, sections, warnings)
 
 

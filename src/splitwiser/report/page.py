@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup
@@ -137,7 +138,7 @@ def cell(value: object) -> Cell:
     """A value as a table shows it: figures rounded, nothing as a dash, anything else as it is."""
     if value is None or (isinstance(value, float) and value != value):
         return Cell(NOTHING, "", False)
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str):
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__float__") or isinstance(value, str):
         return Cell(str(value), str(value), False)
     number = float(value)
     finite = number - number == 0
