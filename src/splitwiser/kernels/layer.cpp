@@ -1,8 +1,9 @@
 // A whole decoder layer for a few rows, in one call: where so little is computed, what the calls themselves cost counts, and
 // nothing else does but the reading of the weights.
 //
-// Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of 64 outputs; in a panel, for each pair of
-// inputs, the pair's weights for all 64; inputs are filled up to whole 32. Python shows that a weight lies so before it comes here.
+// Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of so many outputs (64 for AVX-512, 32 for
+// AMX); in a panel, for each pair of inputs, the pair's weights for all its outputs; outputs are filled up to whole panels, and
+// inputs as far as oneDNN likes. Python shows that a weight lies so before it comes here.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,10 +22,11 @@
 
 extern "C" {
 
-// A linear layer, as packed.py's Product; bias may be null.
+// A linear layer, as packed.py's Product; bias may be null. panel: the outputs of one, a multiple of 16; filled: the inputs with
+// what they are filled up with, an even number.
 struct Product {
     const void *packed, *bias;
-    int64_t inputs, outputs, relu;
+    int64_t inputs, outputs, relu, panel, filled;
 };
 
 struct Norm {
@@ -54,47 +56,62 @@ namespace {
 
 #if PRODUCTS_OF_PAIRS
 
-constexpr int64_t FEW = 6, PANEL = 64, LANES = 16;
+constexpr int64_t FEW = 6, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
 
-inline int64_t padded(int64_t inputs) { return (inputs + 31) / 32 * 32; }
+// A block of outputs: each part's weights of the first pair, and how far it is from one pair's to the next.
+struct Block {
+    const uint32_t* parts[PARTS];
+    int64_t step;
+};
+
+// The block of outputs from first on, from whatever panels it lies in. What would lie behind the last panel is read from its end.
+Block block_of(const Product& p, int64_t first) {
+    Block block;
+    block.step = p.panel;
+    for (int64_t j = 0; j < PARTS; ++j) {
+        const int64_t output = std::min(first + j * LANES, (p.outputs - 1) / LANES * LANES);
+        block.parts[j] = static_cast<const uint32_t*>(p.packed) + output / p.panel * p.filled / 2 * p.panel + output % p.panel;
+    }
+    return block;
+}
 
 template <int ROWS>
-void multiply_panel(const bfloat16* x, int64_t stride, const uint32_t* weights, int64_t pairs, float (*sums)[PANEL]) {
-    __m512 sum[ROWS][4];
+void multiply_block(const bfloat16* x, int64_t stride, const Block& block, int64_t pairs, float (*sums)[BLOCK]) {
+    __m512 sum[ROWS][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512bh weight[4];
-        for (int j = 0; j < 4; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(weights + pair * PANEL + j * LANES);
+        __m512bh weight[PARTS];
+        for (int j = 0; j < PARTS; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(block.parts[j] + pair * block.step);
         for (int r = 0; r < ROWS; ++r) {
             int32_t both;
             std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
-            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
+            for (int j = 0; j < PARTS; ++j)
+                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
         }
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < 4; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
+        for (int j = 0; j < PARTS; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
 }
 
 // y = x W^T + bias + residual, or max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual may be
 // null, or y.
 void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
-    const int64_t pairs = p.inputs / 2, panel_pairs = padded(p.inputs) / 2, panels = (p.outputs + PANEL - 1) / PANEL;
-    const auto* weights = static_cast<const uint32_t*>(p.packed);
+    const int64_t pairs = p.inputs / 2;
     const auto* bias = static_cast<const bfloat16*>(p.bias);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-        float sums[FEW][PANEL];
-        const uint32_t* own = weights + panel * panel_pairs * PANEL;
+    for (int64_t first = 0; first < p.outputs; first += BLOCK) {
+        float sums[FEW][BLOCK];
+        const Block block = block_of(p, first);
         switch (rows) {
-            case 1: multiply_panel<1>(x, p.inputs, own, pairs, sums); break;
-            case 2: multiply_panel<2>(x, p.inputs, own, pairs, sums); break;
-            case 3: multiply_panel<3>(x, p.inputs, own, pairs, sums); break;
-            case 4: multiply_panel<4>(x, p.inputs, own, pairs, sums); break;
-            case 5: multiply_panel<5>(x, p.inputs, own, pairs, sums); break;
-            default: multiply_panel<6>(x, p.inputs, own, pairs, sums);
+            case 1: multiply_block<1>(x, p.inputs, block, pairs, sums); break;
+            case 2: multiply_block<2>(x, p.inputs, block, pairs, sums); break;
+            case 3: multiply_block<3>(x, p.inputs, block, pairs, sums); break;
+            case 4: multiply_block<4>(x, p.inputs, block, pairs, sums); break;
+            case 5: multiply_block<5>(x, p.inputs, block, pairs, sums); break;
+            default: multiply_block<6>(x, p.inputs, block, pairs, sums);
         }
-        const int64_t first = panel * PANEL, count = std::min(PANEL, p.outputs - first);
+        const int64_t count = std::min(BLOCK, p.outputs - first);
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t at = r * p.outputs + first + i;
