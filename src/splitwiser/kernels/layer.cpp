@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "bfloat16.h"
@@ -18,6 +19,13 @@
 #include <immintrin.h>
 #else
 #define PRODUCTS_OF_PAIRS 0
+#endif
+#if PRODUCTS_OF_PAIRS && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define PRODUCTS_OF_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define PRODUCTS_OF_TILES 0
 #endif
 
 extern "C" {
@@ -56,7 +64,8 @@ namespace {
 
 #if PRODUCTS_OF_PAIRS
 
-constexpr int64_t FEW = 6, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
+// The most rows: with pairs six, whose sums fill the registers; a tile's.
+constexpr int64_t FEW_IN_PAIRS = 6, FEW_IN_TILES = 16, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
 
 // A block of outputs: each part's weights of the first pair, and how far it is from one pair's to the next.
 struct Block {
@@ -94,33 +103,120 @@ void multiply_block(const bfloat16* x, int64_t stride, const Block& block, int64
         for (int j = 0; j < PARTS; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
 }
 
+void multiply_block_in_pairs(const bfloat16* x, int64_t stride, const Block& block, int64_t rows, int64_t pairs,
+                             float (*sums)[BLOCK]) {
+    switch (rows) {
+        case 1: return multiply_block<1>(x, stride, block, pairs, sums);
+        case 2: return multiply_block<2>(x, stride, block, pairs, sums);
+        case 3: return multiply_block<3>(x, stride, block, pairs, sums);
+        case 4: return multiply_block<4>(x, stride, block, pairs, sums);
+        case 5: return multiply_block<5>(x, stride, block, pairs, sums);
+        default: return multiply_block<6>(x, stride, block, pairs, sums);
+    }
+}
+
+#if PRODUCTS_OF_TILES
+
+constexpr int64_t TILE_PAIRS = 16;
+
+// Whether the system lets this process use tiles, which it has to ask for.
+bool may_use_tiles() {
+    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, and which part of the processor's state
+    static const bool may = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+    return may;
+}
+
+// While it lives, this thread's tiles are shaped for a product: 0 to 3 for the sums of a block's parts, 4 and 5 for the inputs
+// and the weights of 16 pairs, 6 and 7 for those of the pairs that are left.
+class Tiles {
+  public:
+    Tiles(int64_t rows, int64_t pairs) {
+        for (int sums = 0; sums < PARTS; ++sums) shape(sums, rows, LANES);
+        if (pairs >= TILE_PAIRS) shape(4, rows, TILE_PAIRS), shape(5, TILE_PAIRS, LANES);
+        if (const int64_t left = pairs % TILE_PAIRS) shape(6, rows, left), shape(7, left, LANES);
+        asm volatile("" : : "r"(&shapes_) : "memory");  // the load reads all of it, which GCC 12 does not know
+        _tile_loadconfig(&shapes_);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+
+  private:
+    void shape(int tile, int64_t rows, int64_t columns) {
+        shapes_.rows[tile] = static_cast<uint8_t>(rows);
+        shapes_.row_bytes[tile] = static_cast<uint16_t>(columns * 4);  // a column is a sum, or a pair of bfloat16
+    }
+    struct {
+        uint8_t palette = 1, first_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } shapes_;  // as the processor reads it
+};
+
+// Adds up a block's products of as many pairs as the tiles named hold; tiles have to be named by literals.
+#define ADD_PRODUCTS(INPUTS, WEIGHTS)                          \
+    do {                                                       \
+        const int64_t at = pair * block.step;                  \
+        _tile_loadd(INPUTS, x + 2 * pair, x_bytes);            \
+        _tile_loadd(WEIGHTS, block.parts[0] + at, step_bytes); \
+        _tile_dpbf16ps(0, INPUTS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, block.parts[1] + at, step_bytes); \
+        _tile_dpbf16ps(1, INPUTS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, block.parts[2] + at, step_bytes); \
+        _tile_dpbf16ps(2, INPUTS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, block.parts[3] + at, step_bytes); \
+        _tile_dpbf16ps(3, INPUTS, WEIGHTS);                    \
+    } while (false)
+
+void multiply_block_in_tiles(const bfloat16* x, int64_t stride, const Block& block, int64_t pairs, float (*sums)[BLOCK]) {
+    const int64_t x_bytes = stride * sizeof *x, step_bytes = block.step * sizeof *block.parts[0];
+    int64_t pair = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; pair + TILE_PAIRS <= pairs; pair += TILE_PAIRS) ADD_PRODUCTS(4, 5);
+    if (pair < pairs) ADD_PRODUCTS(6, 7);
+    _tile_stored(0, sums[0], sizeof *sums);
+    _tile_stored(1, sums[0] + LANES, sizeof *sums);
+    _tile_stored(2, sums[0] + 2 * LANES, sizeof *sums);
+    _tile_stored(3, sums[0] + 3 * LANES, sizeof *sums);
+}
+
+#endif
+
 // y = x W^T + bias + residual, or max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual may be
 // null, or y.
 void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
     const int64_t pairs = p.inputs / 2;
     const auto* bias = static_cast<const bfloat16*>(p.bias);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < p.outputs; first += BLOCK) {
-        float sums[FEW][BLOCK];
-        const Block block = block_of(p, first);
-        switch (rows) {
-            case 1: multiply_block<1>(x, p.inputs, block, pairs, sums); break;
-            case 2: multiply_block<2>(x, p.inputs, block, pairs, sums); break;
-            case 3: multiply_block<3>(x, p.inputs, block, pairs, sums); break;
-            case 4: multiply_block<4>(x, p.inputs, block, pairs, sums); break;
-            case 5: multiply_block<5>(x, p.inputs, block, pairs, sums); break;
-            default: multiply_block<6>(x, p.inputs, block, pairs, sums);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#if PRODUCTS_OF_TILES
+        std::optional<Tiles> tiles;
+        if (may_use_tiles()) tiles.emplace(rows, pairs);
+#endif
+#pragma omp for schedule(static) nowait
+        for (int64_t first = 0; first < p.outputs; first += BLOCK) {
+            float sums[FEW_IN_TILES][BLOCK];
+            const Block block = block_of(p, first);
+#if PRODUCTS_OF_TILES
+            if (tiles)
+                multiply_block_in_tiles(x, p.inputs, block, pairs, sums);
+            else
+#endif
+                multiply_block_in_pairs(x, p.inputs, block, rows, pairs, sums);
+            const int64_t count = std::min(BLOCK, p.outputs - first);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t at = r * p.outputs + first + i;
+                    float sum = sums[r][i];
+                    if (bias) sum += to_float(bias[first + i]);
+                    if (residual) sum += to_float(residual[at]);
+                    if (p.relu) sum = std::max(sum, 0.0f);
+                    y[at] = to_bfloat16(sum);
+                }
         }
-        const int64_t count = std::min(BLOCK, p.outputs - first);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t at = r * p.outputs + first + i;
-                float sum = sums[r][i];
-                if (bias) sum += to_float(bias[first + i]);
-                if (residual) sum += to_float(residual[at]);
-                if (p.relu) sum = std::max(sum, 0.0f);
-                y[at] = to_bfloat16(sum);
-            }
     }
 }
 
@@ -130,8 +226,11 @@ void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfl
 
 // The most rows that the functions below take; 0 where this processor has no products of bfloat16 pairs.
 extern "C" int most_few() {
+#if PRODUCTS_OF_TILES
+    if (may_use_tiles()) return FEW_IN_TILES;
+#endif
 #if PRODUCTS_OF_PAIRS
-    return FEW;
+    return FEW_IN_PAIRS;
 #else
     return 0;
 #endif
