@@ -46,6 +46,29 @@ def test_a_changed_source_is_built_anew(cache: Path, tmp_path: Path, monkeypatch
     assert len(list(cache.iterdir())) == 2
 
 
+@needs_compiler
+def test_another_instruction_set_is_built_beside(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(native.MARCH, raising=False)
+    load_native()
+    monkeypatch.setenv(native.MARCH, "")
+    load_native()
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setenv(native.MARCH, "none-such")
+    library, described = load_native()
+    assert library is None
+    assert "none-such" in described
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_compiler_is_told_the_instruction_set(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_compiler(tmp_path, f'test "$1" = --version && exit 0; echo "$@" >> {tmp_path}/calls; exit 1', monkeypatch)
+    for given, told in (("", "-march=native"), ("x86-64-v3", "-march=x86-64-v3")):
+        monkeypatch.setenv(native.MARCH, given)
+        load_native()
+        assert told in (tmp_path / "calls").read_text().splitlines()[-1].split()
+    assert list(cache.iterdir()) == []
+
+
 def test_without_a_compiler_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert load_native() == (None, "plain PyTorch (no g++ on PATH)")

@@ -18,6 +18,10 @@ from splitwiser.packed import PackedLinear, pack_linears
 from splitwiser.shared import SharedModule
 
 needs_packing = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
+needs_panels = pytest.mark.skipif(
+    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
+)
+needs_few = pytest.mark.skipif(packed.most_few() == 0, reason="this processor has no products of bfloat16 pairs")
 
 
 def linear(bias: bool = True, inputs: int = 48, outputs: int = 96) -> nn.Linear:
@@ -43,9 +47,7 @@ def test_computes_what_the_linear_layer_does(shape: tuple[int, ...], bias: bool)
 
 
 @needs_packing
-@pytest.mark.skipif(
-    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
-)
+@needs_panels
 @pytest.mark.parametrize("activation", [("none", ""), packed.RELU])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [(64, 128), (48, 96), (40, 100), (576, 1), (2, 65)], ids=str)
@@ -76,15 +78,87 @@ def test_an_activation_may_be_set_anew(rows: int) -> None:
             assert_same(made, functions[layer.activation[0]](plain))
 
 
+def laid_out(weight: torch.Tensor, panel: int, filled: int) -> torch.Tensor:
+    """The bytes of ``weight`` in panels of ``panel`` outputs, its inputs filled up to ``filled``, with no numbers."""
+    outputs, inputs = weight.shape
+    panels = -(-outputs // panel)
+    whole = torch.full((panels * panel, filled), float("nan"), dtype=torch.bfloat16)
+    whole[:outputs, :inputs] = weight
+    pairs = whole.view(panels, panel, filled // 2, 2).transpose(1, 2)
+    return pairs.contiguous().view(-1).view(torch.uint8)
+
+
+@pytest.fixture
+def own_layout(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Linear, torch.Tensor], PackedLinear]:
+    """Makes a packed layer of the bytes given, whose products of many rows are the plain layer's."""
+
+    def make(plain: nn.Linear, lying: torch.Tensor) -> PackedLinear:
+        layer = PackedLinear(plain)
+        layer.packed = lying
+        monkeypatch.setattr(packed, "_PANELS", {})
+        monkeypatch.setattr(packed, "_open_at", lambda *_: torch.empty(0))
+        monkeypatch.setattr(PackedLinear, "_multiply", lambda _, rows: plain(rows))
+        return layer
+
+    return make
+
+
 @needs_packing
-def test_what_lies_otherwise_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_few
+@pytest.mark.parametrize("filled", [40, 42, 64])
+@pytest.mark.parametrize("panel", packed.PANELS)
+def test_panels_of_other_widths_are_found_and_read(
+    panel: int, filled: int, own_layout: Callable[[nn.Linear, torch.Tensor], PackedLinear]
+) -> None:
+    plain = linear(True, 40, 200)
+    layer = own_layout(plain, laid_out(plain.weight, panel, filled))
+    assert layer.product is not None
+    assert (layer.product.panel, layer.product.filled) == (panel, filled)
+    few = packed.most_few()
+    many, residual = inputs(few, 40), inputs(few, 200)
+    with torch.inference_mode():
+        for rows in range(1, few + 1):
+            expected = plain(many[:rows])
+            assert_same(layer(many[:rows]), expected)
+            assert_same(layer.added_to(residual[:rows], many[:rows]), expected + residual[:rows])
+
+
+@needs_packing
+@needs_few
+def test_what_lies_otherwise_is_left_to_onednn(
+    own_layout: Callable[[nn.Linear, torch.Tensor], PackedLinear],
+) -> None:
     plain = linear()
-    layer = PackedLinear(plain)
-    monkeypatch.setattr(packed, "_IN_PANELS", {})
-    monkeypatch.setattr(PackedLinear, "_multiply_few", lambda *_: torch.zeros(2, 96, dtype=torch.bfloat16))
+    layer = own_layout(plain, plain.weight.view(torch.uint8).view(-1))
     assert layer.product is None
     with torch.inference_mode():
         assert_same(layer(inputs(1, 48)), plain(inputs(1, 48)))
+
+
+@needs_packing
+@needs_few
+def test_bytes_too_few_or_too_many_for_whole_panels_are_not_tried(
+    own_layout: Callable[[nn.Linear, torch.Tensor], PackedLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise AssertionError("it would read what is not there")
+
+    plain = linear(True, 48, 64)
+    monkeypatch.setattr(PackedLinear, "_multiply_few", fail)
+    for size in (64 * 46 * 2, 64 * 48 * 2 + 64):
+        assert own_layout(plain, torch.ones(size, dtype=torch.uint8)).product is None
+
+
+@needs_packing
+@needs_panels
+def test_weights_of_zeros_decide_nothing_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_PANELS", {})
+    plain = linear()
+    layer = PackedLinear(plain)
+    with torch.no_grad():
+        plain.weight.zero_()
+    assert PackedLinear(plain).product is None
+    assert layer.product is not None
 
 
 @pytest.mark.parametrize("problem", [None, "oneDNN lays weights out otherwise here"])
@@ -98,7 +172,7 @@ def test_a_run_says_what_computes_products_of_a_few_rows(problem: str | None, mo
 @needs_packing
 def test_another_layout_of_onednns_is_the_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "most_few", lambda: 6)
-    monkeypatch.setattr(PackedLinear, "_lies_in_panels", lambda *_: False)  # as with AMX
+    monkeypatch.setattr(PackedLinear, "_find_product", lambda _: None)  # as with plain weights
     assert packed.find_few_problem.__wrapped__() == "oneDNN lays weights out otherwise here"
 
 

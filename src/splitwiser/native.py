@@ -13,7 +13,8 @@ from splitwiser.errors import first_line
 
 SOURCES = tuple(sorted(Path(__file__).with_name("kernels").glob("*.cpp")))
 HEADERS = tuple(sorted(Path(__file__).with_name("kernels").glob("*.h")))
-FLAGS = ("-O3", "-march=native", "-funroll-loops", "-std=c++17", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-funroll-loops", "-std=c++17", "-fopenmp", "-fPIC")
+MARCH = "SPLITWISER_MARCH"  # an environment variable: what g++ is to compile for in place of this processor
 COMPILE_S = 120  # a few seconds are usual
 
 
@@ -31,7 +32,7 @@ def load_native() -> tuple[ctypes.CDLL | None, str]:
         return None, f"plain PyTorch (g++ took more than {COMPILE_S} s)"
     except OSError as error:
         return None, f"plain PyTorch (what g++ compiled cannot be used: {first_line(error)})"
-    return library, f"compiled by {compiler}"
+    return library, f"compiled by {compiler}" + (f" for {march}" if (march := os.environ.get(MARCH)) else "")
 
 
 def cache_directory() -> Path:
@@ -46,10 +47,11 @@ def cache_directory() -> Path:
 
 
 def _build(compiler: str) -> Path:
-    """The shared library, compiled unless the cache has it for these sources, compiler and processor."""
+    """The shared library, compiled unless the cache has it for these sources, flags, compiler and processor."""
+    flags = (*FLAGS, f"-march={os.environ.get(MARCH) or 'native'}")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_S).stdout
     sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
-    identity = hashlib.sha256(b"\0".join([*sources, *map(str.encode, FLAGS), version, processor_flags()]))
+    identity = hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags), version, processor_flags()]))
     library = cache_directory() / f"native-{identity.hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -57,7 +59,7 @@ def _build(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = [f"{scratch}/{source.stem}.o" for source in SOURCES]
         compiling = [
-            [compiler, *FLAGS, "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)
+            [compiler, *flags, "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)
         ]
         # linked without an OpenMP library: its calls find the one that PyTorch has loaded, and so its threads
         for command in (*compiling, [compiler, "-shared", *objects, "-o", f"{scratch}/native.so"]):

@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from splitwiser.native import load_native
 
 RELU = ("relu", "")
+PANELS = (64, 32, 48, 16)  # outputs of a panel: of AVX-512, of AMX, and what else oneDNN has kernels for
 
 
 class Product(ctypes.Structure):
-    """A packed layer as kernels/layer.cpp takes it: addresses of its weight and bias (0: none), and its sizes."""
+    """A packed layer as kernels/layer.cpp takes it: addresses of its weight and bias (0: none), its sizes, and how the
+    weight lies: in panels of so many outputs, its inputs filled up to so many."""
 
     _fields_: ClassVar = [
         ("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
+        ("panel", ctypes.c_int64), ("filled", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -114,32 +117,47 @@ class PackedLinear(nn.Module):
         if self._opened is None or (self._opened.address, self._opened.activation) != (address, self.activation):
             weight = _open_at(address, (self.out_features, self.in_features), self._layout)
             self._opened = _Opened(address, self.activation, weight, None)
-            bias = None if self.bias is None else self.bias.data_ptr()
-            product = Product(address, bias, self.in_features, self.out_features, self.activation == RELU)
-            if self._lies_in_panels(product):
+            if product := self._find_product():
                 self._opened = _Opened(address, self.activation, weight, product)
         return self._opened
 
-    def _lies_in_panels(self, product: Product) -> bool:
-        """Whether the function for a few rows computes what oneDNN does, which is tried out once for every layout."""
+    def _find_product(self) -> Product | None:
+        """The layer as the function for a few rows reads it: in the panels with which that one is shown to compute what
+        oneDNN does, tried out once for every layout. None if there are none."""
         if most_few() == 0 or self.in_features % 2 or self.activation not in (("none", ""), RELU):
+            return None
+        case = (self._layout, self.out_features, self.in_features)
+        if case not in _PANELS:
+            if not self.packed.any():  # zeros would show nothing
+                return None
+            _PANELS[case] = next(filter(self._lies_in, PANELS), None)
+        panel = _PANELS[case]
+        return None if panel is None else self._in_panels(panel)
+
+    def _in_panels(self, panel: int) -> Product | None:
+        """The layer as it lies if it lies in panels of ``panel`` outputs; None if those would not be as many bytes."""
+        filled, rest = divmod(self.packed.nbytes, 2 * panel * -(-self.out_features // panel))
+        if rest or filled % 2 or filled < self.in_features:
+            return None
+        bias = None if self.bias is None else self.bias.data_ptr()
+        sizes = self.in_features, self.out_features, self.activation == RELU, panel, filled
+        return Product(self.packed.data_ptr(), bias, *sizes)
+
+    def _lies_in(self, panel: int) -> bool:
+        product = self._in_panels(panel)
+        if product is None:
             return False
-        panels = -(-self.out_features // 64)
-        if self.packed.nbytes < panels * 64 * -(-self.in_features // 32) * 32 * 2:  # it would read what is not there
-            return False
-        case = (self._layout, self.out_features, self.in_features, self.activation)
-        if case not in _IN_PANELS:
-            inputs = torch.linspace(-9, 9, 2 * self.in_features).sin().bfloat16().view(2, self.in_features)
-            with torch.inference_mode():
-                expected, made = self._multiply(inputs), self._multiply_few(product, inputs)
-            _IN_PANELS[case] = bool((made - expected).norm() <= expected.norm() / 64)
-        return _IN_PANELS[case]
+        inputs = torch.linspace(-9, 9, 2 * self.in_features).sin().bfloat16().view(2, self.in_features)
+        with torch.inference_mode():
+            expected, made = self._multiply(inputs).float(), self._multiply_few(product, inputs).float()
+        # what is read wrong is as large as what is right, and only roundings are small beside both
+        return torch.allclose(made, expected, rtol=1 / 64, atol=float(expected.square().mean().sqrt()) / 64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}  # an address means nothing to another process
 
 
-_IN_PANELS: dict[tuple[bytes, int, int, tuple[str, str]], bool] = {}
+_PANELS: dict[tuple[bytes, int, int], int | None] = {}
 
 
 def is_packable(module: object) -> TypeGuard[nn.Linear]:
@@ -182,7 +200,7 @@ def most_few() -> int:
 @cache
 def find_few_problem() -> str | None:
     """Why products of a few rows are oneDNN's too, in a few words; None if the function for them reads what oneDNN packs,
-    which is tried out on a small layer. It does not where oneDNN may use AMX, for which it lays weights out otherwise."""
+    which is tried out on a small layer. It does not where oneDNN leaves them plain, without products of bfloat16 pairs."""
     if problem := find_problem():
         return problem
     if most_few() == 0:

@@ -1,12 +1,14 @@
 // A whole decoder layer for a few rows, in one call: where so little is computed, what the calls themselves cost counts, and
 // nothing else does but the reading of the weights.
 //
-// Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of 64 outputs; in a panel, for each pair of
-// inputs, the pair's weights for all 64; inputs are filled up to whole 32. Python shows that a weight lies so before it comes here.
+// Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of so many outputs (64 for AVX-512, 32 for
+// AMX); in a panel, for each pair of inputs, the pair's weights for all its outputs; outputs are filled up to whole panels, and
+// inputs as far as oneDNN likes. Python shows that a weight lies so before it comes here.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "bfloat16.h"
@@ -18,13 +20,21 @@
 #else
 #define PRODUCTS_OF_PAIRS 0
 #endif
+#if PRODUCTS_OF_PAIRS && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define PRODUCTS_OF_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define PRODUCTS_OF_TILES 0
+#endif
 
 extern "C" {
 
-// A linear layer, as packed.py's Product; bias may be null.
+// A linear layer, as packed.py's Product; bias may be null. panel: the outputs of one, a multiple of 16; filled: the inputs with
+// what they are filled up with, an even number.
 struct Product {
     const void *packed, *bias;
-    int64_t inputs, outputs, relu;
+    int64_t inputs, outputs, relu, panel, filled;
 };
 
 struct Norm {
@@ -54,56 +64,159 @@ namespace {
 
 #if PRODUCTS_OF_PAIRS
 
-constexpr int64_t FEW = 6, PANEL = 64, LANES = 16;
+// The most rows: with pairs six, whose sums fill the registers; a tile's.
+constexpr int64_t FEW_IN_PAIRS = 6, FEW_IN_TILES = 16, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
 
-inline int64_t padded(int64_t inputs) { return (inputs + 31) / 32 * 32; }
+// A block of outputs: each part's weights of the first pair, and how far it is from one pair's to the next.
+struct Block {
+    const uint32_t* parts[PARTS];
+    int64_t step;
+};
+
+// The block of outputs from first on, from whatever panels it lies in. What would lie behind the last panel is read from its end.
+Block block_of(const Product& p, int64_t first) {
+    Block block;
+    block.step = p.panel;
+    for (int64_t j = 0; j < PARTS; ++j) {
+        const int64_t output = std::min(first + j * LANES, (p.outputs - 1) / LANES * LANES);
+        block.parts[j] = static_cast<const uint32_t*>(p.packed) + output / p.panel * p.filled / 2 * p.panel + output % p.panel;
+    }
+    return block;
+}
 
 template <int ROWS>
-void multiply_panel(const bfloat16* x, int64_t stride, const uint32_t* weights, int64_t pairs, float (*sums)[PANEL]) {
-    __m512 sum[ROWS][4];
+void multiply_block(const bfloat16* x, int64_t stride, const Block& block, int64_t pairs, float (*sums)[BLOCK]) {
+    __m512 sum[ROWS][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512bh weight[4];
-        for (int j = 0; j < 4; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(weights + pair * PANEL + j * LANES);
+        __m512bh weight[PARTS];
+        for (int j = 0; j < PARTS; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(block.parts[j] + pair * block.step);
         for (int r = 0; r < ROWS; ++r) {
             int32_t both;
             std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
-            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
+            for (int j = 0; j < PARTS; ++j)
+                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
         }
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < 4; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
+        for (int j = 0; j < PARTS; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
 }
+
+void multiply_block_in_pairs(const bfloat16* x, int64_t stride, const Block& block, int64_t rows, int64_t pairs,
+                             float (*sums)[BLOCK]) {
+    switch (rows) {
+        case 1: return multiply_block<1>(x, stride, block, pairs, sums);
+        case 2: return multiply_block<2>(x, stride, block, pairs, sums);
+        case 3: return multiply_block<3>(x, stride, block, pairs, sums);
+        case 4: return multiply_block<4>(x, stride, block, pairs, sums);
+        case 5: return multiply_block<5>(x, stride, block, pairs, sums);
+        default: return multiply_block<6>(x, stride, block, pairs, sums);
+    }
+}
+
+#if PRODUCTS_OF_TILES
+
+constexpr int64_t TILE_PAIRS = 16;
+
+// Whether the system lets this process use tiles, which it has to ask for.
+bool may_use_tiles() {
+    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, and which part of the processor's state
+    static const bool may = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+    return may;
+}
+
+// While it lives, this thread's tiles are shaped for a product: 0 to 3 for the sums of a block's parts, 4 and 5 for the inputs
+// and the weights of 16 pairs, 6 and 7 for those of the pairs that are left.
+class Tiles {
+  public:
+    Tiles(int64_t rows, int64_t pairs) {
+        for (int sums = 0; sums < PARTS; ++sums) shape(sums, rows, LANES);
+        if (pairs >= TILE_PAIRS) shape(4, rows, TILE_PAIRS), shape(5, TILE_PAIRS, LANES);
+        if (const int64_t left = pairs % TILE_PAIRS) shape(6, rows, left), shape(7, left, LANES);
+        asm volatile("" : : "r"(&shapes_) : "memory");  // the load reads all of it, which GCC 12 does not know
+        _tile_loadconfig(&shapes_);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+
+  private:
+    void shape(int tile, int64_t rows, int64_t columns) {
+        shapes_.rows[tile] = static_cast<uint8_t>(rows);
+        shapes_.row_bytes[tile] = static_cast<uint16_t>(columns * 4);  // a column is a sum, or a pair of bfloat16
+    }
+    struct {
+        uint8_t palette = 1, first_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } shapes_;  // as the processor reads it
+};
+
+// Adds up a block's products of as many pairs as the tiles named hold; tiles have to be named by literals.
+#define ADD_PRODUCTS(INPUTS, WEIGHTS)                          \
+    do {                                                       \
+        const int64_t at = pair * block.step;                  \
+        _tile_loadd(INPUTS, x + 2 * pair, x_bytes);            \
+        _tile_loadd(WEIGHTS, block.parts[0] + at, step_bytes); \
+        _tile_dpbf16ps(0, INPUTS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, block.parts[1] + at, step_bytes); \
+        _tile_dpbf16ps(1, INPUTS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, block.parts[2] + at, step_bytes); \
+        _tile_dpbf16ps(2, INPUTS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, block.parts[3] + at, step_bytes); \
+        _tile_dpbf16ps(3, INPUTS, WEIGHTS);                    \
+    } while (false)
+
+void multiply_block_in_tiles(const bfloat16* x, int64_t stride, const Block& block, int64_t pairs, float (*sums)[BLOCK]) {
+    const int64_t x_bytes = stride * sizeof *x, step_bytes = block.step * sizeof *block.parts[0];
+    int64_t pair = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; pair + TILE_PAIRS <= pairs; pair += TILE_PAIRS) ADD_PRODUCTS(4, 5);
+    if (pair < pairs) ADD_PRODUCTS(6, 7);
+    _tile_stored(0, sums[0], sizeof *sums);
+    _tile_stored(1, sums[0] + LANES, sizeof *sums);
+    _tile_stored(2, sums[0] + 2 * LANES, sizeof *sums);
+    _tile_stored(3, sums[0] + 3 * LANES, sizeof *sums);
+}
+
+#endif
 
 // y = x W^T + bias + residual, or max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual may be
 // null, or y.
 void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
-    const int64_t pairs = p.inputs / 2, panel_pairs = padded(p.inputs) / 2, panels = (p.outputs + PANEL - 1) / PANEL;
-    const auto* weights = static_cast<const uint32_t*>(p.packed);
+    const int64_t pairs = p.inputs / 2;
     const auto* bias = static_cast<const bfloat16*>(p.bias);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-        float sums[FEW][PANEL];
-        const uint32_t* own = weights + panel * panel_pairs * PANEL;
-        switch (rows) {
-            case 1: multiply_panel<1>(x, p.inputs, own, pairs, sums); break;
-            case 2: multiply_panel<2>(x, p.inputs, own, pairs, sums); break;
-            case 3: multiply_panel<3>(x, p.inputs, own, pairs, sums); break;
-            case 4: multiply_panel<4>(x, p.inputs, own, pairs, sums); break;
-            case 5: multiply_panel<5>(x, p.inputs, own, pairs, sums); break;
-            default: multiply_panel<6>(x, p.inputs, own, pairs, sums);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#if PRODUCTS_OF_TILES
+        std::optional<Tiles> tiles;
+        if (may_use_tiles()) tiles.emplace(rows, pairs);
+#endif
+#pragma omp for schedule(static) nowait
+        for (int64_t first = 0; first < p.outputs; first += BLOCK) {
+            float sums[FEW_IN_TILES][BLOCK];
+            const Block block = block_of(p, first);
+#if PRODUCTS_OF_TILES
+            if (tiles)
+                multiply_block_in_tiles(x, p.inputs, block, pairs, sums);
+            else
+#endif
+                multiply_block_in_pairs(x, p.inputs, block, rows, pairs, sums);
+            const int64_t count = std::min(BLOCK, p.outputs - first);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t at = r * p.outputs + first + i;
+                    float sum = sums[r][i];
+                    if (bias) sum += to_float(bias[first + i]);
+                    if (residual) sum += to_float(residual[at]);
+                    if (p.relu) sum = std::max(sum, 0.0f);
+                    y[at] = to_bfloat16(sum);
+                }
         }
-        const int64_t first = panel * PANEL, count = std::min(PANEL, p.outputs - first);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t at = r * p.outputs + first + i;
-                float sum = sums[r][i];
-                if (bias) sum += to_float(bias[first + i]);
-                if (residual) sum += to_float(residual[at]);
-                if (p.relu) sum = std::max(sum, 0.0f);
-                y[at] = to_bfloat16(sum);
-            }
     }
 }
 
@@ -113,8 +226,11 @@ void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfl
 
 // The most rows that the functions below take; 0 where this processor has no products of bfloat16 pairs.
 extern "C" int most_few() {
+#if PRODUCTS_OF_TILES
+    if (may_use_tiles()) return FEW_IN_TILES;
+#endif
 #if PRODUCTS_OF_PAIRS
-    return FEW;
+    return FEW_IN_PAIRS;
 #else
     return 0;
 #endif
