@@ -217,7 +217,8 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What the doctor is asked about: a run's model, numbers, pool and device, and whether to try the hub."""
+    """What the doctor is asked about: a run's model, numbers, pool and device, whether to try the hub, and, by
+    ``prompt_tokens``, whether the prompts are random ones instead of text."""
 
     model: str = constants.MODEL
     dtype: str = constants.DTYPE
@@ -225,9 +226,12 @@ class DoctorConfig:
     kv_memory: str = constants.KV_MEMORY
     max_batch: int = constants.MAX_BATCH
     device: str = constants.DEVICE
+    prompt_tokens: str | None = None
     hub: bool = False
 
     def __post_init__(self) -> None:
+        if self.prompt_tokens is not None:
+            parse_lengths("--prompt_tokens", self.prompt_tokens)
         if self.max_batch < 1:
             raise InputError(f"max_batch must be 1 or more, not {self.max_batch}")
 
