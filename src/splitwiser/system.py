@@ -34,9 +34,9 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted(after: int = 0) -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block has ended; then the first that was held does what it does. The first
-    ``after`` of them are not held, and from then on the block must have a deadline. Outside the main thread, which alone is
-    interrupted, nothing is held."""
+    """Hold Ctrl-C and SIGTERM back until the block has ended; then the first that was held does what it does, unless an
+    exception is on its way already. The first ``after`` of them are not held, and from then on the block must have a
+    deadline. Outside the main thread, which alone is interrupted, nothing is held."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -44,9 +44,10 @@ def uninterrupted(after: int = 0) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def take(number: int, frame: FrameType | None) -> None:
+        held = len(came) >= after  # told first: a second signal may come in the middle of this
         came.append(number)
         handler = before[signal.Signals(number)]
-        if len(came) <= after and callable(handler):
+        if not held and callable(handler):
             handler(number, frame)
 
     try:
