@@ -15,6 +15,7 @@ from splitwiser.synthetic import SPELLINGS, parse_lengths
 
 T = TypeVar("T")
 
+MOST_REQUESTS = 10_000_000  # of synthetic ones, which all lie in memory at once
 OBJECTIVES = ("throughput", "goodput", "ttft", "itl", "e2el")
 
 
@@ -152,6 +153,8 @@ class RunConfig:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise InputError(f"--{name} must be 1 or more, not {given}")
+        if self.requests is not None and self.requests > MOST_REQUESTS:
+            raise InputError(f"--requests must be {MOST_REQUESTS:,} or less, not {self.requests:,}")
         for other in ("trace", "prompt_tokens"):
             if self.workload is not None and getattr(self, other) is not None:
                 raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
