@@ -3,7 +3,7 @@
 # Runs from a bare checkout with any Python that has torch, transformers, accelerate, pandas, matplotlib, pytest,
 # pytest-timeout and pytest-xdist ($PYTHON, or python3); installs nothing and needs no network.
 set -euo pipefail
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+project=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 export PYTHONPATH="$project/src:$project/scripts${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/splitwiser-triton-$(id -u)}" # the home may not be writable
 exec "${PYTHON:-python3}" "$project/scripts/gpu_check.py" "$@"

@@ -3,7 +3,7 @@
 # Runs the tests of what needs a GPU on a machine without one, on a stand-in for it (tests/stand_in). They need PyTorch for
 # CUDA, which is not that of .venv: its environment, 5 GB, is made in .venv-cuda, or DIR is one that is there.
 set -euo pipefail
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+project=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 environment=$project/.venv-cuda
 
 if [ "${1:-}" = --environment ]; then

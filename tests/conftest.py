@@ -1,6 +1,7 @@
 """What whole test modules need: tiny random models, saved once a test session as checkpoints, and a stand-in for a GPU."""
 
 import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
     libraries = tmp_path_factory.mktemp("stand_in")
     build(libraries)
     return StandIn(libraries, tmp_path_factory.mktemp("on_stand_in"))
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This user has neither HOME nor an entry in passwd, as user ids of containers."""
+
+    def unknown(uid: int) -> pwd.struct_passwd:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:

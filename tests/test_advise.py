@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -384,6 +385,16 @@ def test_a_pool_that_is_too_small_is_said(tiny: Tiny, tmp_path: Path) -> None:
         model=str(tiny("opt")), workload=str(workload), profile=str(profile), results=str(tmp_path), checks=0
     )
     assert_says(refusal(advise, config), "needs room for 84 tokens", "raise kv_memory")
+
+
+@pytest.mark.parametrize("beside", [1.0, 2.5])
+def test_answers_of_one_token_have_no_gap_to_tell_of(beside: float, on_record: Callable[..., Advice]) -> None:
+    advice = on_record(beside=beside, prompt_tokens=None, max_new_tokens=1)
+    assert advice.table["p99_itl_ms"].isna().all()
+    summary = advice_summary(advice)
+    assert not re.search(r"\bnan\b", summary, re.IGNORECASE)
+    assert "TTFT p99" in advice.reasons[1]
+    assert "ITL" not in " ".join(advice.reasons)
 
 
 def test_advice_on_a_real_model(tiny: Tiny, tmp_path: Path) -> None:

@@ -110,6 +110,20 @@ def test_directory_without_config_is_refused(tmp_path: Path) -> None:
     assert_says(message, f"model directory {tmp_path}: no config.json in it", "save_pretrained")
 
 
+def test_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("m/config.json", tmp_path / "m" / "config.json"):  # the first has the form of a hub id
+        assert_says(refusal(resolve_model, name), f"model {name}: is a file; give the directory")
+
+
+def test_no_name_is_not_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert_says(refusal(resolve_model, ""), "unknown model ''; ")
+
+
 def test_hub_id_goes_by_its_last_part() -> None:
     entry = resolve_model("someone/some-model")
     assert (entry.name, entry.location, entry.path, entry.config) == ("some-model", "someone/some-model", "", {})

@@ -102,7 +102,20 @@ def test_a_configuration_that_makes_no_model_is_refused(changes: dict[str, Any],
     assert_says(refused(checkpoint), "model m: ")
 
 
+@pytest.mark.parametrize("content", ["[1]", "5"])
+def test_generation_settings_of_another_form_are_named(content: str, checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text(content)
+    assert_says(refused(checkpoint), f"{checkpoint}/generation_config.json: no generation settings")
+
+
+def test_a_folder_without_weights_is_named(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    assert refused(checkpoint) == f"model m: no weights in {checkpoint}"
+
+
 def test_a_tokenizer_that_cannot_be_loaded_is_noted(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_bytes(POINTER)
     with LLM(checkpoint) as llm:
-        assert any("tokenizer cannot be loaded" in note for note in llm.model.notes)
+        (note,) = llm.model.notes
+        assert_says(note, "m's tokenizer cannot be loaded: ", f"{checkpoint}/tokenizer.json: a pointer of Git LFS")
+        assert refusal(llm.generate, "text") == f"request 0: {note}"

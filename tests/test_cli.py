@@ -22,8 +22,15 @@ FILES = {
 }  # fmt: skip
 
 
-def splitwiser(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+def splitwiser(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 def write_workload(path: Path, prompts: Sequence[object], new_tokens: int = 4, **fields: object) -> Path:
@@ -201,6 +208,70 @@ def test_a_wrong_input_gets_one_line_and_exit_code_2(name: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+# what surrounds a run
+
+
+def test_a_terminal_of_ascii_takes_no_run_its_exit_code(tmp_path: Path) -> None:
+    results = tmp_path / "größe ✓"
+    terminal = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = splitwiser("run", "--limit", "1", "--max_new_tokens", "2", "--results", results, **terminal)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert f"results     {tmp_path}/gr\\" in done.stdout  # and the other letters spelt out
+    assert yaml.safe_load((only_run(results) / "run.yaml").read_text())["status"] == "finished"
+
+
+def as_nobody() -> list[str]:
+    """The beginning of a command that runs as a user id without an entry in passwd."""
+    command = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
+    try:
+        possible = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("needs unshare and user namespaces, which this machine does not allow")
+    return command
+
+
+def test_a_user_without_a_name_and_a_home_has_a_run(tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [
+        *as_nobody(),
+        *COMMAND,
+        "run",
+        "--limit",
+        "1",
+        "--max_new_tokens",
+        "2",
+        "--results",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    record = yaml.safe_load((only_run(tmp_path / "out") / "run.yaml").read_text())
+    assert record["status"] == "finished"
+    kernel = record["kernels"]["decode_attention"]
+    assert "set XDG_CACHE_HOME" in kernel or "no g++" in kernel
+
+
+def test_a_folder_that_has_been_deleted_is_named(tmp_path: Path) -> None:
+    script = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND, "run", "--results", tmp_path / "out"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    line = "splitwiser: the current folder has been deleted; change to one that is there\n"
+    assert (done.returncode, done.stderr.splitlines(keepends=True)[-1]) == (2, line)
+    assert "Traceback" not in done.stderr
+
+
+def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = splitwiser("run", "--limit", "1", "--results", tmp_path / "file" / "out")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"splitwiser: --results {tmp_path}/file/out: no folder can be made")
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     done = splitwiser("run", "--case_id", "3", "--results", tmp_path, "--debug")
     assert done.returncode == 2
@@ -220,13 +291,25 @@ def test_lists(command: str, shown: str) -> None:
     assert shown in done.stdout
 
 
-def start_long_run(tmp_path: Path, model: Path) -> "subprocess.Popen[str]":
+def start_long_run(tmp_path: Path, model: Path, *options: str) -> "subprocess.Popen[str]":
     """A run of a short request and one that lasts, waited for until the short one is on disk."""
     workload = write_workload(tmp_path / "two.json", [[5]] * 3 + [[6]], 200, arrival_s=[0, 0, 0, 3600])
     process = subprocess.Popen(
-        [*COMMAND, "run", "--model", model, "--workload", workload, "--ignore_eos", "--results", tmp_path / "out"],
+        [
+            *COMMAND,
+            "run",
+            "--model",
+            model,
+            "--workload",
+            workload,
+            "--ignore_eos",
+            "--results",
+            tmp_path / "out",
+            *options,
+        ],
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
@@ -249,6 +332,28 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Pa
     row = pd.read_csv(directory / "throughput.csv").iloc[0]
     assert (row.completed, row.failed) == (3, 1)
     assert not (tmp_path / "out" / "runs.csv").exists()
+
+
+@pytest.mark.parametrize(("times", "mode"), [(2, "sequential"), (3, "sequential"), (3, "generate"), (20, "mp")])
+def test_ctrl_c_again_and_again_leaves_whole_files(
+    times: int, mode: str, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    process = start_long_run(tmp_path, tiny("opt"), "--mode", mode)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
+        time.sleep(0.01 if times > 3 else 0)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "splitwiser: interrupted"
+    directory = only_run(tmp_path / "out")
+    record = yaml.safe_load((directory / "run.yaml").read_text())
+    assert (record["status"], record["unanswered"]) == ("interrupted", [3])
+    for name in ("latency.csv", "generations.csv", "tokens.csv"):
+        assert pd.read_csv(directory / name).request_id.tolist() == [0, 1, 2]
+    assert {path.name for path in directory.iterdir()} <= FILES  # none that is half written
+    for path in directory.glob("trace.json"):
+        json.loads(path.read_text())
 
 
 def test_terminated_twice_it_still_ends_in_order(tmp_path: Path, tiny: Callable[[str], Path]) -> None:

@@ -36,6 +36,10 @@ def test_device_and_gpu_id_name_a_device(settings: dict[str, Any], device: str) 
     [
         ({"limit": 0}, "--limit must be 1 or more, not 0"),
         ({"limit": -2}, "--limit must be 1 or more, not -2"),
+        (
+            {"requests": 99_999_999_999, "prompt_tokens": "5"},
+            "--requests must be 10,000,000 or less, not 99,999,999,999",
+        ),
         ({"gpu_id": 0, "device": "cpu"}, "--gpu_id 0 and --device cpu disagree; give one of them"),
         ({"gpu_id": 1, "device": "cuda:0"}, "--gpu_id 1 and --device cuda:0 disagree; give one of them"),
     ],

@@ -14,6 +14,7 @@ import pytest
 from helpers import refusal, wait_for
 
 from splitwiser import cgroup, doctor, machine_load, survey
+from splitwiser.catalog import EMBEDDED_MODEL, resolve_model
 from splitwiser.config import DoctorConfig
 from splitwiser.doctor import MODES, Diagnosis, Finding, diagnose
 from splitwiser.llm import LLM
@@ -27,6 +28,10 @@ NAMES = {
     "mps_daemon", "processor", "cores", "load", "compiler", "kernel", "main_memory", "shared_memory", "dev_shm",
     "open_files", "hub", "model", "weights_and_pool",
 }  # fmt: skip
+
+EMBEDDED = Path(resolve_model(EMBEDDED_MODEL).location)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 
 Ask = Callable[..., Any]
 
@@ -53,6 +58,20 @@ def verdicts(diagnosis: Diagnosis) -> dict[str, bool]:
 
 def note(diagnosis: Diagnosis, mode: str) -> str:
     return next(each.note for each in diagnosis.modes if each.mode == mode)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny models, with a tokenizer: without one no run takes text, and the doctor says so."""
+
+    def get(name: str) -> Path:
+        directory = tmp_path_factory.mktemp("with_tokenizer") / f"tiny-{name}"
+        shutil.copytree(tiny(name), directory)
+        for file in TOKENIZER:
+            shutil.copy(EMBEDDED / file, directory)
+        return directory
+
+    return get
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +172,51 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
 # a run says the same
 
 
+def point(path: Path) -> None:
+    path.write_bytes(POINTER)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("files", "damage", "line"),
+    [
+        (["model.safetensors"], point, "model.safetensors: a pointer of Git LFS"),
+        (["model.safetensors"], cut, "model.safetensors: cannot be opened as safetensors, or is cut short"),
+        (["tokenizer.json"], cut, "m's tokenizer cannot be loaded: "),
+        (TOKENIZER, Path.unlink, "m has no tokenizer; give its prompt as token ids"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_gets_the_line_of_a_run(
+    files: list[str], damage: Callable[[Path], object], line: str, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(tiny("opt"), tmp_path / "m")
+    for file in files:
+        damage(model / file)
+    run = [sys.executable, "-m", "splitwiser", "run", "--model", str(model), "--results", str(tmp_path / "out")]
+    with subprocess.Popen([*run, "--limit", "1"], stderr=subprocess.PIPE, text=True) as running:
+        said = call("--model", model, "--device", "cpu", "--json")
+        refused = running.communicate(timeout=100)[1].splitlines()[-1]
+    assert (said.returncode, running.returncode) == (1, 2)
+    assert said.stderr == "splitwiser: no mode will work here; the reasons are above\n"
+    told = json.loads(said.stdout)
+    (finding,) = (each for each in told["findings"] if each["name"] == "model")
+    assert finding["ok"] is False
+    assert line in finding["text"]
+    assert refused.removeprefix("splitwiser: ").removeprefix("request 0: ") == finding["text"]
+    assert {mode["note"] for mode in told["modes"][:3]} == {finding["text"]}
+
+
+def test_prompts_of_token_ids_need_no_tokenizer(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    model = shutil.copytree(tiny("opt"), tmp_path / "m")
+    for file in TOKENIZER:
+        (model / file).unlink()
+    assert not diagnose(DoctorConfig(model=str(model), device="cpu")).works
+    assert diagnose(DoctorConfig(model=str(model), device="cpu", prompt_tokens="9")).works
+
+
 def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1000)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
@@ -194,6 +258,18 @@ def test_where_anonymous_files_are_forbidden_mode_mp_does_not_work(
     assert verdicts(said) == {"generate": True, "sequential": True, "mp": False, "mps": False, "green": False}
     refused = refusal(LLM, tiny("llama"), mode="mp", device="cpu")
     assert refused == f"mode mp: {note(said, 'mp')}; use mode sequential"
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_is_told_where_kernels_could_be_kept(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
+    assert said.works
+    assert note(said, "sequential").startswith("decode attention: plain PyTorch (")
+    assert "no home folder to keep it; set XDG_CACHE_HOME" in note(said, "sequential") or not shutil.which("g++")
+    assert found(said, "kernel").figures["cache"] is None
 
 
 def test_a_gpu_that_is_not_there(tiny: Callable[[str], Path]) -> None:

@@ -53,6 +53,14 @@ def test_compiled_kernels_are_kept_where_triton_keeps_them(
     assert gpu_kernel.cache_directory() == Path(folder)
 
 
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder_it_is_said_how_to_name_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(FileNotFoundError, match="there is no home folder to keep it; set TRITON_CACHE_DIR"):
+        gpu_kernel.cache_directory()
+
+
 def test_kernels_are_offered_without_importing_triton() -> None:
     code = (
         "import sys, torch; from splitwiser import gpu_kernel; gpu_kernel.load_gpu_kernels(torch.float32, []); "

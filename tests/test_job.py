@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import POSITIONS, VOCABULARY
 from helpers import assert_says, refusal
@@ -95,6 +96,26 @@ def test_synthetic_requests_make_just_so_many_tokens(settings: dict[str, Any], n
 
 def test_synthetic_requests_have_a_default_number() -> None:
     assert len(job_of(prompt_tokens="5").reports) == 100
+
+
+@pytest.mark.parametrize("source", ["case", "jsonl", "csv", "workload", "trace", "synthetic"])
+def test_a_limit_is_kept_by_every_source(source: str, workload: str, trace: str, tmp_path: Path) -> None:
+    texts = pd.DataFrame({"findings": ["a", "b", "c"], "impression": ["d", "e", "f"]})
+    texts.to_csv(tmp_path / "texts.csv", index=False)
+    texts.to_json(tmp_path / "texts.jsonl", orient="records", lines=True)
+    settings: dict[str, dict[str, Any]] = {
+        "case": {},
+        "jsonl": {"data": str(tmp_path / "texts.jsonl")},
+        "csv": {"data": str(tmp_path / "texts.csv")},
+        "workload": {"workload": workload},
+        "trace": {"trace": trace},
+        "synthetic": {"prompt_tokens": "uniform:3:9", "requests": 3},
+    }
+    for limit, count in ((2, 2), (3, 3), (4, None)):
+        job = job_of(**settings[source], limit=limit, output_tokens="5")
+        each = [job.reports, job.new_tokens, job.arrival_s, job.prompt_tokens if job.prompts is None else job.prompts]
+        wanted = (4 if source == "case" else 3) if count is None else count
+        assert [len(one) for one in each] == [wanted] * 4
 
 
 def test_output_lengths_of_a_case_can_be_set() -> None:

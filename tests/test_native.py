@@ -109,3 +109,11 @@ def test_the_cache_is_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "splitwiser"
+
+
+@needs_compiler
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    reason = "there is no home folder to keep it; set XDG_CACHE_HOME"
+    assert load_native() == (None, f"plain PyTorch (what g++ compiled cannot be used: {reason})")

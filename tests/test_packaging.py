@@ -15,8 +15,8 @@ from splitwiser import constants
 
 PROJECT = constants.DIR_PROJECT
 SCRIPTS = [
-    "run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/install_peer.sh", "scripts/test.sh",
-    "scripts/test_stand_in.sh",
+    "run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/gpu_check.sh", "scripts/install_peer.sh",
+    "scripts/test.sh", "scripts/test_stand_in.sh",
 ]  # fmt: skip
 
 
@@ -114,3 +114,23 @@ def test_each_run_script_runs_its_mode(mode: str) -> None:
     name = "run_discrete.sh" if mode == "sequential" else f"run_discrete_{mode}.sh"
     last = (Path(PROJECT) / name).read_text(encoding="utf-8").rstrip().splitlines()[-1]
     assert last.endswith(f' run --mode {mode} "$@"')
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "scripts/install_peer.sh"])
+def test_a_script_reached_by_a_link_finds_its_project(script: str, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    python = environment / "bin" / "python"  # says what it is asked to run, and where
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$PWD|$PYTHONPATH|$*"\n')
+    python.chmod(0o755)
+    (tmp_path / "one").symlink_to(PROJECT / script)
+    link = tmp_path / "my links" / "two"
+    link.parent.mkdir()
+    link.symlink_to("../one")
+    arguments = ["--environment", environment] if "stand_in" in script else ["--help"]
+    variables = {**os.environ, "VIRTUAL_ENV": str(environment), "PYTHON": str(python)}
+    done = subprocess.run([link, *arguments], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder, path, asked = done.stdout.splitlines()[-1].split("|")
+    assert (Path(folder) / path.split(":")[0]).resolve() == PROJECT / "src"
+    assert asked.startswith(("-m splitwiser run ", "-m pytest ", f"{PROJECT}/scripts/gpu_check.py "))

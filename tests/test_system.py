@@ -1,11 +1,14 @@
 """Processes where a user's surroundings differ from ours."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from splitwiser.system import uninterrupted
 
 SCRIPT = """
 from splitwiser import LLM, SamplingParams
@@ -47,3 +50,32 @@ def test_the_command_imports_nothing_from_the_current_folder(tmp_path: Path) -> 
         (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong one')\n")
     done = run(["-m", "splitwiser", "models"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def interrupt(times: int, after: int, told: list[str]) -> None:
+    """Press Ctrl-C so often in a block that holds it ``after`` the first so many."""
+    with uninterrupted(after):
+        try:
+            signal.raise_signal(signal.SIGINT)
+            told.append("went on")
+        finally:
+            for _ in range(times - 1):
+                signal.raise_signal(signal.SIGINT)
+            told.append("cleaned up")
+
+
+@pytest.mark.parametrize(
+    ("times", "after", "wanted"),
+    [
+        (1, 0, ["went on", "cleaned up"]),
+        (3, 0, ["went on", "cleaned up"]),
+        (1, 1, ["cleaned up"]),
+        (3, 1, ["cleaned up"]),
+    ],
+)
+def test_further_interruptions_wait_until_the_block_has_ended(times: int, after: int, wanted: list[str]) -> None:
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(times, after, told)
+    assert told == wanted
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -55,12 +55,14 @@ def load_catalog(path: Path) -> dict[str, CatalogEntry]:
 def resolve_model(model: str | Path) -> CatalogEntry:
     """The entry for a catalogue name, a checkpoint directory, or a hub id such as ``org/name``.
 
-    Raises :class:`InputError` for anything else and for a directory without ``config.json``.
+    Raises :class:`InputError` for anything else, such as a file, and for a directory without ``config.json``.
     """
     catalog = load_catalog(constants.DIR_CONFIGS / "models.yaml")
     name = str(model)
     if name in catalog:
         return catalog[name]
+    if not name:
+        raise unknown("model", name, catalog)
     try:
         directory = Path(name).expanduser()
     except RuntimeError as error:  # there is no such user, or this one has no home folder
@@ -71,6 +73,8 @@ def resolve_model(model: str | Path) -> CatalogEntry:
                 f"model directory {name}: no config.json in it; a checkpoint as save_pretrained writes it is needed"
             )
         return CatalogEntry(name=directory.resolve().name, path=str(directory.resolve()))
+    if directory.is_file():
+        raise InputError(f"model {name}: is a file; give the directory that config.json and the weights lie in")
     if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
         return CatalogEntry(name=name.split("/")[1], hub=name)
     raise unknown("model", name, catalog)

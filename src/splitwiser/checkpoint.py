@@ -2,13 +2,13 @@
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 
 from splitwiser.catalog import CatalogEntry
@@ -30,12 +30,27 @@ def find_file(entry: CatalogEntry, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def find_checkpoint_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
+    """Why the files that are on this machine make no model on ``device``, in one line that names the file; None if they do,
+    or if none are here."""
+    return (
+        find_quantisation_problem(entry, config, device) or find_weights_problem(entry) or _find_settings_problem(entry)
+    )
+
+
+def find_pointer(entry: CatalogEntry, names: Sequence[str]) -> str | None:
+    """The first of the files ``names`` that is a pointer of Git LFS, in one line; None if none is, or none is here."""
+    paths = filter(None, (find_file(entry, name) for name in names))
+    return next(filter(None, map(_pointer_problem, paths)), None)
+
+
 def find_weights_problem(entry: CatalogEntry) -> str | None:
     """Why the weights that are on this machine cannot be read, in one line that names the file; None if they can, or if none
-    are here."""
+    are here yet of a model of the hub."""
     first = next((path for name in WEIGHT_FILES if (path := find_file(entry, name))), None)
-    problems = _problems(entry, first) if first else iter(())
-    return next((f"model {entry.name}: {problem}" for problem in problems), None)
+    if first is None:
+        return f"model {entry.name}: no weights in {entry.location}" if entry.path else None
+    return next((f"model {entry.name}: {problem}" for problem in _problems(entry, first)), None)
 
 
 def find_quantisation_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
@@ -55,6 +70,18 @@ def find_quantisation_problem(entry: CatalogEntry, config: PreTrainedConfig, dev
             f"model {entry.name}: its weights are quantised ({getattr(how, 'value', how) or 'method not named'}), which "
             f"cannot be loaded here: {first_line(error)}"
         )
+    return None
+
+
+def _find_settings_problem(entry: CatalogEntry) -> str | None:
+    path = find_file(entry, "generation_config.json")
+    try:
+        if path:
+            GenerationConfig.from_pretrained(path.parent)
+    except OSError:  # transformers goes on without a file that is no JSON
+        return None
+    except Exception as error:  # whatever JSON of another form raises
+        return f"model {entry.name}: {path}: no generation settings: {type(error).__name__}: {first_line(error)}"
     return None
 
 

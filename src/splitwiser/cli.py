@@ -16,7 +16,7 @@ from splitwiser.cases import load_cases
 from splitwiser.catalog import load_catalog
 from splitwiser.config import AdviseConfig, DoctorConfig, ProfileConfig, RunConfig
 from splitwiser.doctor import diagnose
-from splitwiser.errors import RunError, SplitwiserError
+from splitwiser.errors import InputError, RunError, SplitwiserError
 from splitwiser.options import add_options, add_run_options, given_options
 from splitwiser.summary import columns, run_summary
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        _check_folder()
         options.command(options)
     except SplitwiserError as error:
         return _fail(f"splitwiser: {error}", error.exit_code, options.debug)
@@ -48,6 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_folder() -> None:
+    """Raises :class:`InputError` in a folder that has been deleted, where PyTorch ends a process as it is imported."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder has been deleted; change to one that is there") from error
+
+
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM: ends a run as Ctrl-C does, so that nothing of it is left behind."""
 
@@ -61,7 +70,10 @@ def _terminated(*_: object) -> None:
 def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
     os.environ["PYTHONSAFEPATH"] = "1"  # our processes import nothing from the current folder, which is the user's
-    exit_code = main()
+    try:
+        exit_code = main()
+    except KeyboardInterrupt:  # a further one, as the first was being told
+        exit_code = 128 + signal.SIGINT
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only Python's own end is left, which a further Ctrl-C would litter
     sys.exit(exit_code)
 

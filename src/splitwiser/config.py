@@ -15,6 +15,7 @@ from splitwiser.synthetic import SPELLINGS, parse_lengths
 
 T = TypeVar("T")
 
+MOST_REQUESTS = 10_000_000  # of synthetic ones, which all lie in memory at once
 OBJECTIVES = ("throughput", "goodput", "ttft", "itl", "e2el")
 
 
@@ -152,6 +153,8 @@ class RunConfig:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise InputError(f"--{name} must be 1 or more, not {given}")
+        if self.requests is not None and self.requests > MOST_REQUESTS:
+            raise InputError(f"--requests must be {MOST_REQUESTS:,} or less, not {self.requests:,}")
         for other in ("trace", "prompt_tokens"):
             if self.workload is not None and getattr(self, other) is not None:
                 raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
@@ -217,7 +220,8 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What the doctor is asked about: a run's model, numbers, pool and device, and whether to try the hub."""
+    """What the doctor is asked about: a run's model, numbers, pool and device, whether to try the hub, and, by
+    ``prompt_tokens``, whether the prompts are random ones instead of text."""
 
     model: str = constants.MODEL
     dtype: str = constants.DTYPE
@@ -225,9 +229,12 @@ class DoctorConfig:
     kv_memory: str = constants.KV_MEMORY
     max_batch: int = constants.MAX_BATCH
     device: str = constants.DEVICE
+    prompt_tokens: str | None = None
     hub: bool = False
 
     def __post_init__(self) -> None:
+        if self.prompt_tokens is not None:
+            parse_lengths("--prompt_tokens", self.prompt_tokens)
         if self.max_batch < 1:
             raise InputError(f"max_batch must be 1 or more, not {self.max_batch}")
 

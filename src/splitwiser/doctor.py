@@ -199,6 +199,7 @@ def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: 
         if mode != "generate":
             yield needs.dispatch
         yield needs.memory.get(mode != "generate")
+        yield needs.text
 
 
 def _asked_apart(place: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from splitwiser import packed_attention
 from splitwiser.kv_pool import LayerShape
 from splitwiser.pool_kernels import PoolKernels
+from splitwiser.system import home_folder
 
 PARTS = 64  # most parts of one request's context
 PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor
@@ -116,9 +117,10 @@ def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
 
 
 def cache_directory() -> Path:
-    """Where Triton keeps what it has compiled."""
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    """Where Triton keeps what it has compiled. Raises FileNotFoundError for a user without a home folder."""
+    if given := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(given)
+    return Path(os.environ.get("TRITON_HOME") or home_folder("TRITON_CACHE_DIR")) / ".triton" / "cache"
 
 
 def _rows(group: int, element_bytes: int) -> int:

@@ -96,7 +96,7 @@ def token_ids(model: LoadedModel, number: int, prompt: Prompt) -> tuple[int, ...
         except TypeError as error:
             raise InputError(f"request {number}: the prompt must be text or token ids, not {prompt!r}") from error
     if model.tokenizer is None:
-        raise InputError(f"request {number}: {model.name} has no tokenizer; give its prompt as token ids")
+        raise InputError(f"request {number}: {model.no_text}")
     return tuple(model.tokenizer(check_text(prompt, f"request {number}: the prompt")).input_ids)
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from splitwiser import constants
 from splitwiser.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
-from splitwiser.checkpoint import TOKENIZER_FILES, find_file, find_quantisation_problem, find_weights_problem
+from splitwiser.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_file, find_pointer
 from splitwiser.device import resolve_device
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
 from splitwiser.kv_pool import find_memory_problem, free_memory
@@ -47,7 +47,7 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 @dataclass
 class LoadedModel:
     """A model on its device with what serving it takes. ``parameters`` counts its weights, tied ones once; ``tokenizer`` is
-    None where a checkpoint has none."""
+    None where a checkpoint has none that can be loaded, and ``no_text`` says then why its prompts cannot be text."""
 
     name: str
     module: PreTrainedModel
@@ -60,6 +60,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     max_positions: int | None
     notes: list[str] = field(default_factory=list)
+    no_text: str = ""
 
     @property
     def vocabulary(self) -> int:
@@ -148,9 +149,11 @@ def load_model(
         if module.dtype not in DTYPES.values():
             raise UnsupportedModelError(f"model {entry.name}: its weights are {module.dtype}, which is not served")
     notes = _unapplied_settings(module.generation_config)
-    tokenizer = _load_tokenizer(entry, notes, local_only=load_format == "dummy")
+    tokenizer, no_text = load_tokenizer(entry, local_only=load_format == "dummy")
+    if has_tokenizer_files(entry) and no_text:
+        notes.append(no_text)
     if tokenizer is None and load_format == "dummy":
-        tokenizer = _load_tokenizer(resolve_model(EMBEDDED_MODEL), notes, local_only=True)
+        tokenizer, no_text = load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
     # a fresh one, so that mode generate applies nothing that the engine does not: no end-of-sequence token either, since
@@ -168,6 +171,7 @@ def load_model(
         eos_token_ids=eos,
         max_positions=max_positions(module.config),
         notes=notes,
+        no_text=no_text,
     )
 
 
@@ -291,8 +295,7 @@ def _read_checkpoint(
             )
         return module
 
-    problem = find_quantisation_problem(entry, config, device) or find_weights_problem(entry)
-    if problem:
+    if problem := find_checkpoint_problem(entry, config, device):
         raise UnsupportedModelError(problem)
     try:
         return _from_cache_or_hub(entry, load)
@@ -304,21 +307,27 @@ def _read_checkpoint(
         raise _cannot_be_made(entry, error) from error
 
 
-def _load_tokenizer(entry: CatalogEntry, notes: list[str], *, local_only: bool) -> PreTrainedTokenizerBase | None:
-    """None where there is none, or one that cannot be loaded, which is noted: prompts are token ids then."""
-    for local in (True,) if local_only or entry.path else (True, False):
+def has_tokenizer_files(entry: CatalogEntry) -> bool:
+    """Whether a file of the model's own tokenizer is on this machine."""
+    return any(find_file(entry, name) for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The tokenizer and no text, or None, where there is none or one that cannot be loaded, and a line that says so: prompts
+    are token ids then."""
+    problem = find_pointer(entry, TOKENIZER_FILES) or ""
+    for local in (True,) if local_only or entry.path or problem else (True, False):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
         except Exception as error:  # no file, a broken one, a library that is not there
-            problem = first_line(error)
+            problem = problem or first_line(error)
             continue
         # without any tokenizer file, transformers makes one of special tokens alone, which drops all text
         if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
-            return tokenizer
-        problem = "its files hold no words"
-    if any(find_file(entry, name) for name in TOKENIZER_FILES):
-        notes.append(f"{entry.name}'s tokenizer cannot be loaded: {problem}")
-    return None
+            return tokenizer, ""
+        problem = problem or "its files hold no words"
+    found = f"'s tokenizer cannot be loaded: {problem}" if has_tokenizer_files(entry) else " has no tokenizer"
+    return None, f"{entry.name}{found}; give its prompt as token ids"
 
 
 def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from splitwiser.errors import first_line
+from splitwiser.system import home_folder
 
 SOURCES = tuple(sorted(Path(__file__).with_name("kernels").glob("*.cpp")))
 HEADERS = tuple(sorted(Path(__file__).with_name("kernels").glob("*.h")))
@@ -40,10 +41,7 @@ def cache_directory() -> Path:
     FileNotFoundError for a user without a home folder."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given) / "splitwiser"
-    try:
-        return Path.home() / ".cache" / "splitwiser"
-    except RuntimeError as error:  # a container's user id need not have an entry in passwd
-        raise FileNotFoundError("there is no home folder to keep it; set XDG_CACHE_HOME") from error
+    return home_folder("XDG_CACHE_HOME") / ".cache" / "splitwiser"
 
 
 def _build(compiler: str) -> Path:

@@ -8,12 +8,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser import constants
 from splitwiser.catalog import CatalogEntry, resolve_model
-from splitwiser.checkpoint import WEIGHT_FILES, find_file, find_quantisation_problem, find_weights_problem
+from splitwiser.checkpoint import WEIGHT_FILES, find_checkpoint_problem, find_file
 from splitwiser.config import DoctorConfig
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.guard import find_dispatch_problem
 from splitwiser.kv_pool import LayerShape, block_nbytes, find_memory_problem, parse_bytes, plan_blocks
-from splitwiser.model import max_positions, not_to_be_had, plan_model, weights_nbytes, without_memory
+from splitwiser.model import (
+    has_tokenizer_files,
+    load_tokenizer,
+    max_positions,
+    not_to_be_had,
+    plan_model,
+    weights_nbytes,
+    without_memory,
+)
 from splitwiser.survey import Found, format_size
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"
@@ -24,7 +32,8 @@ class Needs:
     """What a run of the model needs, as far as it is known here, and what stands in its way.
 
     ``weights``, ``pool`` (``about``: an estimate) and ``free`` are bytes. ``problem`` is in the way of every mode,
-    ``dispatch`` of all that the engine serves, ``memory`` of those without and with a pool. ``where`` the model comes from.
+    ``dispatch`` of all that the engine serves, ``memory`` of those without and with a pool, ``text`` of prompts that are
+    text. ``where`` the model comes from.
     """
 
     weights: int | None = None
@@ -33,6 +42,7 @@ class Needs:
     free: int = 0
     problem: str | None = None
     dispatch: str | None = None
+    text: str | None = None
     memory: dict[bool, str | None] = field(default_factory=dict)
     where: str = ""
 
@@ -43,7 +53,7 @@ class Needs:
 
     def find_model(self) -> Found:
         """The finding on the model itself."""
-        problem = self.problem or self.dispatch
+        problem = self.problem or self.dispatch or self.text
         return (None if self.note and not problem else problem is None), problem or self.where, {}
 
     def find_memory(self) -> Found:
@@ -68,11 +78,13 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
     if not shape_is_known and entry.kind == "decoder":  # another is refused before anything is read
         return Needs(free=free, problem=problem, where=where)
     load_format = "dummy" if entry.config and not _is_here(entry, ["config.json"]) else config.load_format
+    text = None
     try:
         # the device has no say in a model's shape, and asking for it here would start CUDA in this process
         _, _, figures, dtype = plan_model(config.model, dtype=config.dtype, device="cpu", load_format=load_format)
         if load_format == config.load_format == "auto":
-            problem = problem or find_quantisation_problem(entry, figures, device) or find_weights_problem(entry)
+            problem = problem or find_checkpoint_problem(entry, figures, device)
+            text = _find_text_problem(entry, config, unreachable)
         module = without_memory(entry, figures, dtype)
         dispatch = find_dispatch_problem(module)
         needs = _measure(entry.name, module, config, device, free)
@@ -82,7 +94,7 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
         raise
     except Exception as error:  # whatever building a foreign architecture raises
         return Needs(free=free, problem=f"model {entry.name}: {type(error).__name__}: {first_line(error)}", where=where)
-    return replace(needs, problem=problem, dispatch=dispatch, where=where)
+    return replace(needs, problem=problem, dispatch=dispatch, text=text, where=where)
 
 
 def _find_files(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> tuple[bool, str | None, str]:
@@ -90,13 +102,20 @@ def _find_files(entry: CatalogEntry, config: DoctorConfig, unreachable: str | No
     if config.load_format == "dummy" and (entry.config or _is_here(entry, ["config.json"])):
         return True, None, "random weights, nothing to download"
     if entry.path:
-        lacks = not _is_here(entry, WEIGHT_FILES)
-        return True, f"model {entry.name}: no weights in {entry.location}" if lacks else None, ""
+        return True, None, ""
     if _is_here(entry, WEIGHT_FILES):
         return True, None, "in the local cache"
     # the catalogue's figures do not say of which type the checkpoint's numbers are
     shape_is_known = _is_here(entry, ["config.json"]) or (bool(entry.config) and config.dtype != "auto")
     return shape_is_known, not_to_be_had(entry, unreachable) if unreachable else None, DOWNLOAD
+
+
+def _find_text_problem(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> str | None:
+    """Why prompts of text, which a run has but for ``--prompt_tokens``, cannot be tokenised."""
+    downloaded = entry.hub and not unreachable and not has_tokenizer_files(entry)
+    if config.prompt_tokens is not None or downloaded:
+        return None
+    return load_tokenizer(entry, local_only=True)[1] or None
 
 
 def _is_here(entry: CatalogEntry, names: Sequence[str]) -> bool:

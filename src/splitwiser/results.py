@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from splitwiser.data import Report
 from splitwiser.engine import Observer
-from splitwiser.errors import RunError, first_line
+from splitwiser.errors import InputError, RunError, first_line
 from splitwiser.machine_load import Load, MachineLoad, Stretch
 from splitwiser.messages import StepRecord
 from splitwiser.metrics import LATENCY_COLUMNS, latency_row, throughput_figures
@@ -75,16 +75,20 @@ def make_run_directory(results: Path, model: str, case: str, mode: str) -> Path:
 
 
 def make_directory(results: Path, kind: str) -> Path:
-    """A new folder ``<kind>_<UTC time>`` under ``results``; see :func:`make_run_directory`."""
+    """A new folder ``<kind>_<UTC time>`` under ``results``; see :func:`make_run_directory`. Raises :class:`InputError` where
+    none can be made."""
     name = f"{kind}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    results.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, 1000):
-        directory = results / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            directory.mkdir()
-        except FileExistsError:
-            continue
-        return directory
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            directory = results / (name if attempt == 1 else f"{name}-{attempt}")
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir()
+                return directory
+    except OSError as error:
+        raise InputError(
+            f"--results {results}: no folder can be made there: {error.strerror}; give one that can be written"
+        ) from error
     raise FileExistsError(f"{results / name} and 999 numbered ones exist")
 
 
@@ -199,8 +203,10 @@ class RunRecorder(Observer):
                 self._write_figures(figures)
             append_row(self.directory.parent / "runs.csv", figures)
         try:
-            write_trace(self.directory / "trace.json", self._steps, self._start_ns)
-            draw_timeline(self.directory / "timeline.png", self._steps, self._start_ns, self.directory.name)
+            with _whole(self.directory / "trace.json") as path:
+                write_trace(path, self._steps, self._start_ns)
+            with _whole(self.directory / "timeline.png") as path:
+                draw_timeline(path, self._steps, self._start_ns, self.directory.name)
         except Exception as fault:  # a picture is no reason to call a run failed
             tqdm.write(f"note: no timeline: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
         if status == "finished" and self._unwritten is not None:
@@ -247,9 +253,19 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def replace(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader, or a run killed half-way, finds the old content or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _whole(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes the file ``path`` once the block has ended well. An OSError names ``path``."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
         partial.replace(path)
+    except OSError as error:  # of a full disk no file is named
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         partial.unlink(missing_ok=True)

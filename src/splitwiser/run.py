@@ -102,16 +102,19 @@ def run(config: RunConfig) -> RunResult:
         status: Status = "failed"
         error = None
         try:
-            with _Progress(recorder, requests, config.mode) as progress:
-                llm.run(requests, progress, recorder.begin(), config.max_concurrency)
-            status = "finished"
-        except BaseException as fault:
-            status = "interrupted" if isinstance(fault, KeyboardInterrupt) else "failed"
-            error = f"{type(fault).__name__}: {fault}"
-            raise
+            with uninterrupted(after=1):  # a second Ctrl-C waits until it is written what was finished and how it ended
+                try:
+                    with _Progress(recorder, requests, config.mode) as progress:
+                        llm.run(requests, progress, recorder.begin(), config.max_concurrency)
+                    status = "finished"
+                except BaseException as fault:
+                    status = "interrupted" if isinstance(fault, KeyboardInterrupt) else "failed"
+                    error = f"{type(fault).__name__}: {fault}"
+                    raise
+                finally:
+                    with uninterrupted():  # nor does the first end this
+                        recorder.end(status, error)
         finally:
-            with uninterrupted():  # a further Ctrl-C waits until it is written what was finished and how it ended
-                recorder.end(status, error)
             figures = recorder.finish(status, _memory(llm), error)
             if status != "finished":
                 print(f"{status}; what was finished is in {directory}", file=sys.stderr)

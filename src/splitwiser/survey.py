@@ -212,17 +212,22 @@ def find_kernel(place: str | None) -> Found:
 
     kernels, described = load_kernels(constants.KERNELS, torch.device(place or "cpu"), torch.bfloat16, [])
     compiled, text = kernels.decode is not None, described["decode_attention"]
-    cache = (native if place in (None, "cpu") else gpu_kernel).cache_directory()
+    cache, kept = None, ""
+    try:
+        cache = (native if place in (None, "cpu") else gpu_kernel).cache_directory()
+        kept = f"kept in {cache}"
+    except FileNotFoundError as error:
+        kept = first_line(error)
     figures = {
         "kernel": text,
         "compiled": compiled,
-        "cache": str(cache),
-        "cache_writable": _is_writable(cache),
+        "cache": cache and str(cache),
+        "cache_writable": cache is not None and _is_writable(cache),
         "openmp": torch.backends.openmp.is_available(),
     }
     if compiled:
         text += "" if kernels.prefill or kernels.packed else f"; prefill: {described['prefill_attention']}"
-        text += f"; kept in {cache}"
+        text += f"; {kept}"
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
     return (None if place != "cpu" else compiled), text, figures
 

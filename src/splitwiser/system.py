@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 _LONGEST_TMPDIR = 70  # what multiprocessing adds takes up to 37 bytes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
@@ -32,24 +33,33 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block, which must have a deadline, has ended; then the first that came does
-    what it does. Outside the main thread, which alone is interrupted, nothing is held."""
+def uninterrupted(after: int = 0) -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block has ended; then the first that was held does what it does, unless an
+    exception is on its way already. The first ``after`` of them are not held, and from then on the block must have a
+    deadline. Outside the main thread, which alone is interrupted, nothing is held."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def take(number: int, frame: FrameType | None) -> None:
+        held = len(came) >= after  # told first: a second signal may come in the middle of this
+        came.append(number)
+        handler = before[signal.Signals(number)]
+        if not held and callable(handler):
+            handler(number, frame)
+
     try:
+        for number in before:
+            signal.signal(number, take)
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    if came:
-        signal.raise_signal(came[0])
+            if signal.getsignal(number) is take:  # a handler may have put another in its place
+                signal.signal(number, handler or signal.SIG_DFL)
+    if came[after:]:
+        signal.raise_signal(came[after])
 
 
 def start_ticks(pid: int) -> int | None:
@@ -78,6 +88,14 @@ def has_home() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def home_folder(variable: str) -> Path:
+    """This user's home folder, to keep compiled functions in. Raises FileNotFoundError, which names the environment
+    ``variable`` that says where else, for a user without one."""
+    if not has_home():
+        raise FileNotFoundError(f"there is no home folder to keep it; set {variable}")
+    return Path.home()
 
 
 def shorten_socket_paths() -> None:
