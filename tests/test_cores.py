@@ -11,8 +11,8 @@ from splitwiser.board import Board
 from splitwiser.cores import Threads, plan_cores, plan_levels, plan_threads
 from splitwiser.fair_share import FairShare, OwnThreads
 from splitwiser.layout import parse_layout
+from splitwiser.messages import WorkerSpec
 from splitwiser.shares import Part
-from splitwiser.worker import WorkerSpec
 
 
 def workers(*shares: float) -> list[WorkerSpec]:

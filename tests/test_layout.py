@@ -6,7 +6,7 @@ import pytest
 
 from splitwiser.errors import InputError
 from splitwiser.layout import ONE_OF_EACH, WorkerGroup, WorkerLayout, parse_layout
-from splitwiser.worker import WorkerSpec
+from splitwiser.messages import WorkerSpec
 
 
 def test_workers_are_numbered_by_role_and_share_what_is_left() -> None:

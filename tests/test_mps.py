@@ -25,12 +25,11 @@ from test_token_identity import LENGTHS, prompts_of
 
 from splitwiser import LLM, SamplingParams, llm, mps, multiprocess
 from splitwiser.errors import RunError
-from splitwiser.messages import Role
+from splitwiser.messages import Role, WorkerSpec
 from splitwiser.model import load_model
 from splitwiser.mps import Gpu, find_problem, gpu_index, mps_daemon, running_daemon, thread_percentage
 from splitwiser.shared import SharedMemory
 from splitwiser.shares import ShareSettings
-from splitwiser.worker import WorkerSpec
 
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes

@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 
 from splitwiser.fair_share import FairShare
+from splitwiser.messages import WorkerSpec
 from splitwiser.shares import Part
-from splitwiser.worker import WorkerSpec
 
 
 def plan_threads(workers: Sequence[WorkerSpec], cores: int) -> list[int]:

@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from splitwiser.errors import InputError, unknown
-from splitwiser.messages import Role
+from splitwiser.messages import Role, WorkerSpec
 from splitwiser.text import read_text
-from splitwiser.worker import WorkerSpec
 from splitwiser.yaml_file import load_yaml
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")

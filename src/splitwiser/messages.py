@@ -14,6 +14,15 @@ Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
 
 
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One worker: its name, such as ``prefill-0``, its role and its share in percent."""
+
+    name: str
+    role: Role
+    share: float
+
+
 @dataclass(frozen=True, slots=True)
 class Submit:
     """A request for a decode worker to take up."""

@@ -35,9 +35,9 @@ from typing import Literal
 import torch
 
 from splitwiser.errors import InputError, RunError, first_line
+from splitwiser.messages import WorkerSpec
 from splitwiser.shares import ShareSettings
 from splitwiser.system import environment, find_children_problem, start_ticks, uninterrupted
-from splitwiser.worker import WorkerSpec
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"

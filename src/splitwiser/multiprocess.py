@@ -30,7 +30,7 @@ from splitwiser.kernel_choice import load_kernels
 from splitwiser.kv_pool import KVPool, LayerShape, block_nbytes
 from splitwiser.layout import WorkerLayout
 from splitwiser.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
-from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit
+from splitwiser.messages import Failed, Message, Progress, Ready, Stop, Submit, WorkerSpec
 from splitwiser.model import LoadedModel
 from splitwiser.mps import MpsDaemon
 from splitwiser.policy import MostRoom
@@ -41,7 +41,7 @@ from splitwiser.shares import AutoLevel, Part
 from splitwiser.steps import ModelStepper, warm_up_prefill
 from splitwiser.system import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
 from splitwiser.waiting import wait_variables
-from splitwiser.worker import PARENT, WorkerSpec, build_worker, serve
+from splitwiser.worker import PARENT, build_worker, serve
 
 BEAT_S = 0.1  # how often a worker shows that it lives
 MISSED_LOOKS = 4  # looks in a row without a beat after which a worker counts as lost

@@ -24,13 +24,13 @@ from splitwiser.costs import StepCosts, nearest_costs
 from splitwiser.engine import Observer, SplitEngine
 from splitwiser.errors import InputError, RunError
 from splitwiser.layout import WorkerLayout
-from splitwiser.messages import Message, Phase, Progress, Submit
+from splitwiser.messages import Message, Phase, Progress, Submit, WorkerSpec
 from splitwiser.model import LoadedModel
 from splitwiser.policy import MostRoom
 from splitwiser.request import FinishReason, Request, RequestOutput, SamplingParams
 from splitwiser.shares import Part
 from splitwiser.steps import Chunk, InFlight
-from splitwiser.worker import PARENT, Scheduling, WorkerSpec, build_worker, serve
+from splitwiser.worker import PARENT, Scheduling, build_worker, serve
 
 _TOKEN = 0  # what every simulated step draws
 _NOTHING_S = 1e-12  # less work than this is none

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from splitwiser.decode import Decoder
 from splitwiser.kv_pool import BlockAllocator
-from splitwiser.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit
+from splitwiser.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit, WorkerSpec
 from splitwiser.policy import FIRST_COME, Policy
 from splitwiser.prefill import Prefiller
 from splitwiser.steps import Stepper
@@ -116,15 +116,6 @@ class Worker:
                 self._decoder.receive(message)
             case _:
                 raise TypeError(f"{self.name} ({self.role}) has no use for {message}")
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """One worker: its name, such as ``prefill-0``, its role and its share in percent."""
-
-    name: str
-    role: Role
-    share: float
 
 
 @dataclass(frozen=True)
