@@ -32,6 +32,7 @@ from gpu_results import ARCHIVE, PLAN, PROJECT, RECORD, read_json
 
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
 from splitwiser.machine import git_commit
+from splitwiser.modes import MODES
 
 SUMMARY, LEFT_OUT = "summary.txt", "left_out.txt"
 # what does not go into the archive: of no use there, or, a checkpoint, made anew from a seed
@@ -43,7 +44,6 @@ LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
 MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
 PASSED, CUT = "passed", "cut"
 
-MODES = ("generate", "sequential", "mp", "mps", "green")
 TWO = "[{role: mixed, count: 2}]"
 FOUR = "[{role: mixed, count: 4}]"
 SHARES = "[{role: prefill, share: 40}, {role: decode, share: 60}]"

@@ -16,9 +16,10 @@ from helpers import refusal, wait_for
 from splitwiser import cgroup, doctor, machine_load, survey
 from splitwiser.catalog import EMBEDDED_MODEL, resolve_model
 from splitwiser.config import DoctorConfig
-from splitwiser.doctor import MODES, Diagnosis, Finding, diagnose
+from splitwiser.doctor import Diagnosis, Finding, diagnose
 from splitwiser.llm import LLM
 from splitwiser.machine_load import Load
+from splitwiser.modes import MODES
 from splitwiser.pool_kernels import AttentionKernel, PoolKernels
 from splitwiser.probe import ProbeError
 

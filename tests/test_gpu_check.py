@@ -22,6 +22,7 @@ from gpu_check import Check, Stage
 from helpers import assert_says, refusal, wait_for
 
 from splitwiser.errors import RunError
+from splitwiser.modes import MODES
 from splitwiser.sweep import read_sweep
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -336,7 +337,7 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
 
 
 def write_doctor(work: Path, *modes: str) -> None:
-    found = [{"mode": mode, "works": mode in modes, "note": ""} for mode in gpu_check.MODES]
+    found = [{"mode": mode, "works": mode in modes, "note": ""} for mode in MODES]
     (work / "doctor").mkdir(parents=True, exist_ok=True)
     (work / "doctor" / "doctor.json").write_text(json.dumps({"modes": found}), encoding="utf-8")
 
@@ -360,7 +361,7 @@ def test_comparison_has_the_variants_that_work_with_the_base_first(tmp_path: Pat
         "two mixed, mp",
         "sequential, chunks of 512",
     ]
-    write_doctor(tmp_path, *gpu_check.MODES)
+    write_doctor(tmp_path, *MODES)
     assert grid_of(tmp_path, "compare-1b")[1] == list(gpu_check.VARIANTS)
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from splitwiser import LLM, SamplingParams, mps
 from splitwiser.guard import attach_engine
 from splitwiser.kv_pool import block_nbytes
-from splitwiser.llm import MODES
 from splitwiser.model import load_model
+from splitwiser.modes import MODES
 
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
 NO_MPS = pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")

@@ -7,6 +7,7 @@ import torch
 from splitwiser import green_contexts, mps
 from splitwiser.device import resolve_device
 from splitwiser.errors import first_line
+from splitwiser.modes import MODES
 from splitwiser.shared import SharedMemory
 from splitwiser.system import find_children_problem
 
@@ -16,9 +17,9 @@ def find_mode_problem(mode: str, device: str) -> str | None:
 
     Does not initialise CUDA for mode ``mps``. Raises :class:`~splitwiser.errors.InputError` on another form of device.
     """
-    if mode in ("mps", "green") and device == "cpu":
+    if MODES[mode].needs_gpu and device == "cpu":
         return "needs an NVIDIA GPU, and the device is cpu"
-    if mode in ("mp", "mps"):
+    if MODES[mode].shares_memory:
         if problem := find_children_problem():
             return problem
         if problem := find_memfd_problem():

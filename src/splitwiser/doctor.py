@@ -15,13 +15,13 @@ from splitwiser import survey
 from splitwiser.catalog import resolve_model
 from splitwiser.config import DoctorConfig
 from splitwiser.errors import InputError, first_line
+from splitwiser.modes import MODES
 from splitwiser.probe import ProbeError, ask, ask_ahead, ending_questions
 from splitwiser.summary import columns
 
 if TYPE_CHECKING:
     from splitwiser.needs import Needs
 
-MODES = ("generate", "sequential", "mp", "mps", "green")
 SECTIONS = ("software", "gpu", "processor", "memory", "hub", "model")
 MODE_S = 60.0  # longest that a process may take to say whether a mode works
 
@@ -190,7 +190,7 @@ def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: 
     if not found["device"].ok:
         yield found["device"].text
     yield refused
-    if mode in ("mp", "mps"):
+    if MODES[mode].shares_memory:
         for name in ("shared_memory", "cuda_ipc"):
             if found[name].ok is False:
                 yield f"cannot share memory between processes: {found[name].text}"
@@ -204,7 +204,7 @@ def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: 
 
 def _asked_apart(place: str) -> tuple[str, ...]:
     """The modes of which a process of its own is asked, since to look may start CUDA."""
-    return () if place == "cpu" else ("mps", "green")
+    return () if place == "cpu" else tuple(mode.name for mode in MODES.values() if mode.needs_gpu)
 
 
 def _find_mode_problem(mode: str, place: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 
@@ -25,9 +25,10 @@ from splitwiser.generate import GenerateEngine
 from splitwiser.green import check_layout, start_green
 from splitwiser.guard import padding_changes_tokens
 from splitwiser.kv_pool import parse_bytes
-from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
+from splitwiser.layout import WorkerLayout, parse_layout
 from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model
+from splitwiser.modes import MODES, find_mode
 from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.prepare import EngineSettings, Started
@@ -35,12 +36,9 @@ from splitwiser.request import Request, RequestOutput, SamplingParams
 from splitwiser.shares import ShareSettings
 from splitwiser.text import check_text
 
-Mode = Literal["generate", "sequential", "mp", "mps", "green"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-DEFAULT_LAYOUTS = {"sequential": ONE_MIXED, "mp": ONE_OF_EACH, "mps": ONE_OF_EACH, "green": ONE_OF_EACH}
-LAID_OUT = ("mp", "mps", "green")  # the modes whose workers a user lays out
 ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 MPS_DAEMONS = ("private", "existing")
+_START = {"sequential": start_local, "mp": start_processes, "mps": start_processes, "green": start_green}
 
 Prompt = str | Sequence[int]
 
@@ -50,13 +48,13 @@ def plan_workers(mode: str, workers: str | Sequence[dict[str, Any]], shares: Sha
 
     Raises :class:`InputError` for a mode that is not there, and for a layout or shares that it cannot have.
     """
-    if mode not in MODES:
-        raise unknown("mode", mode, MODES)
-    if workers and mode not in LAID_OUT:
-        raise InputError(f"workers are laid out in modes {', '.join(LAID_OUT)}, not in mode {mode}")
-    layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS.get(mode)
+    chosen = find_mode(mode)
+    if workers and not chosen.laid_out:
+        laid_out = [each.name for each in MODES.values() if each.laid_out]
+        raise InputError(f"workers are laid out in modes {', '.join(laid_out)}, not in mode {mode}")
+    layout = parse_layout(workers) if workers else chosen.layout
     if layout is not None:
-        shares.check(mode, layout)
+        shares.check(chosen, layout)
         if mode == "green":
             check_layout(layout)
     return layout
@@ -164,16 +162,16 @@ class LLM:
         self._turn = threading.Lock()
         self.workers = str(layout or "1 generate")
         self.mps: dict[str, Any] | None = None
-        start = {"green": start_green, "mp": start_processes}.get(mode, start_local)
+        start: Callable[..., Started] = _START[mode]
         with ExitStack() as undo:  # of whatever was done, should the rest fail
             if mode == "mps" and layout:
                 index = gpu_index(device)
                 daemon = undo.enter_context(mps_daemon(mps == "existing", exclusive, index))
                 device = f"cuda:{index}"
-                start = partial(start_processes, daemon=daemon)
+                start = partial(start, daemon=daemon)
                 percentages = {spec.name: thread_percentage(spec, share) for spec in layout.workers}
                 self.mps = {"daemon": mps, "exclusive": exclusive, "active_thread_percentages": percentages}
-            if mode in ("mp", "mps"):
+            if MODES[mode].shares_memory:
                 warm_up_start()
             self.model: LoadedModel = load_model(
                 model,

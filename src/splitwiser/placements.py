@@ -19,11 +19,12 @@ from splitwiser.cores import plan_threads
 from splitwiser.costs import StepCosts, fit_costs
 from splitwiser.device import release_memory, resolve_device
 from splitwiser.errors import InputError
-from splitwiser.layout import ONE_MIXED, WorkerLayout, parse_layout
-from splitwiser.llm import DEFAULT_LAYOUTS, LLM
+from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
+from splitwiser.llm import LLM
 from splitwiser.machine import describe_machine
 from splitwiser.machine_load import MachineLoad, Stretch
 from splitwiser.model import LoadedModel
+from splitwiser.modes import MODES
 from splitwiser.request import Request, SamplingParams
 from splitwiser.rows import add_row, start_rows
 from splitwiser.simulate import Conditions
@@ -40,7 +41,7 @@ _SHARED_OPTIONS = ("dtype", "device", "gpu_id", "load_format", "kv_memory", "ker
 _SHARES = (25, 50, 75)  # of prefill; decode gets the rest
 _SAMPLE = 16  # requests of a calibrating run
 _SAMPLE_TOKENS = 64  # most new tokens of each, where all that is learnt from more is the same again
-_GPU_MODES = ("mps", "green")
+_GPU_MODES = [mode.name for mode in MODES.values() if mode.needs_gpu]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Candidate:
     @property
     def layout(self) -> WorkerLayout:
         """Its workers."""
-        return parse_layout(self.workers) if self.workers else DEFAULT_LAYOUTS.get(self.mode, ONE_MIXED)
+        return parse_layout(self.workers) if self.workers else MODES[self.mode].layout or ONE_MIXED
 
     @property
     def splits(self) -> bool:
@@ -97,7 +98,7 @@ def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileC
     if resolve_device(config.device_name).type == "cpu":
         cores = describe_machine(torch.device("cpu"))["cores"]
         for _, workers in placements("cpu", cores):
-            layout = parse_layout(workers) if workers else DEFAULT_LAYOUTS["mp"]
+            layout = parse_layout(workers) if workers else ONE_OF_EACH
             threads |= {cores, *plan_threads(layout.workers, cores)}
 
     def text(numbers: set[int]) -> str:
@@ -127,7 +128,7 @@ def placements(device: str, cores: int) -> list[tuple[str, str]]:
     shared = [(f"[{{role: prefill, share: {share}}}, {{role: decode, share: {100 - share}}}]") for share in _SHARES]
     if device != "cpu":
         return found + [(mode, workers) for mode in _GPU_MODES for workers in shared]
-    seen = [plan_threads(DEFAULT_LAYOUTS["mp"].workers, cores)]
+    seen = [plan_threads(ONE_OF_EACH.workers, cores)]
     for workers in shared:
         threads = plan_threads(parse_layout(workers).workers, cores)
         if threads not in seen and sum(threads) <= cores:

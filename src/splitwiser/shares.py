@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from splitwiser.board import Board
 from splitwiser.errors import InputError, unknown
 from splitwiser.layout import WorkerLayout
+from splitwiser.modes import MODES, Mode
 
 SHARES = ("fixed", "auto", "none")
 
@@ -39,13 +40,14 @@ class ShareSettings:
         if not 0 < self.itl_target_ms < float("inf"):
             raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
 
-    def check(self, mode: str, layout: WorkerLayout) -> None:
+    def check(self, mode: Mode, layout: WorkerLayout) -> None:
         """Refuse what ``mode`` or ``layout`` cannot have. Raises :class:`InputError`."""
         if self.share != "auto":
             return
-        if mode not in ("mp", "green"):
+        if not mode.moves_shares:
+            can = " or ".join(each.name for each in MODES.values() if each.moves_shares)
             raise InputError(
-                f"share auto moves shares while a run goes on, which mode {mode} cannot; use mode mp or green"
+                f"share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}"
             )
         if any(group.role == "mixed" for group in layout.groups):
             raise InputError("share auto divides between prefill and decode workers, and mixed ones are both")
