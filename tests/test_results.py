@@ -592,3 +592,22 @@ def fail_to_replace(method: str, path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(Path, method, fail)
         with pytest.raises(OSError, match="No space left"):
             replace(path, "new")
+
+
+def test_a_file_that_cannot_be_written_is_named_by_what_it_was_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "run.yaml"
+    with pytest.raises(FileNotFoundError) as caught:
+        results.replace(path, "status: running")
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
+
+
+def test_a_picture_cut_in_the_middle_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    recorder, _ = start(tmp_path)
+    monkeypatch.setattr(results, "draw_timeline", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.finish("interrupted", MEMORY, "KeyboardInterrupt: ")
+    assert not [path.name for path in recorder.directory.iterdir() if "timeline.png" in path.name]

@@ -265,7 +265,6 @@ def _whole(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:  # of a full disk no file is named
-        error.filename, error.filename2 = str(path), None
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
