@@ -67,6 +67,24 @@ def test_products_of_a_few_rows_are_those_of_many(
 
 
 @needs_packing
+@needs_panels
+def test_products_of_a_few_rows_leave_onednns_as_they_are() -> None:
+    """Both may shape the tiles of the same threads."""
+    layer, many = PackedLinear(linear(True, 200, 300)), inputs(100, 200)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            few = layer(many[:3])
+            expected = layer(many)
+            assert torch.equal(layer(many[:3]), few)
+            assert torch.equal(layer(many), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(few, expected[:3])
+
+
+@needs_packing
 @pytest.mark.parametrize("rows", [1, 100])
 def test_an_activation_may_be_set_anew(rows: int) -> None:
     layer = PackedLinear(linear())
