@@ -16,7 +16,7 @@ from splitwiser import constants
 PROJECT = constants.DIR_PROJECT
 SCRIPTS = [
     "run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/gpu_check.sh", "scripts/install_peer.sh",
-    "scripts/test.sh", "scripts/test_stand_in.sh",
+    "scripts/test.sh", "scripts/test_instruction_sets.sh", "scripts/test_stand_in.sh",
 ]  # fmt: skip
 
 

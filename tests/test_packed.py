@@ -67,6 +67,24 @@ def test_products_of_a_few_rows_are_those_of_many(
 
 
 @needs_packing
+@needs_panels
+def test_products_of_a_few_rows_leave_onednns_as_they_are() -> None:
+    """Both may shape the tiles of the same threads."""
+    layer, many = PackedLinear(linear(True, 200, 300)), inputs(100, 200)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            few = layer(many[:3])
+            expected = layer(many)
+            assert torch.equal(layer(many[:3]), few)
+            assert torch.equal(layer(many), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(few, expected[:3])
+
+
+@needs_packing
 @pytest.mark.parametrize("rows", [1, 100])
 def test_an_activation_may_be_set_anew(rows: int) -> None:
     layer = PackedLinear(linear())
@@ -93,11 +111,14 @@ def own_layout(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Linear, torch.Te
     """Makes a packed layer of the bytes given, whose products of many rows are the plain layer's."""
 
     def make(plain: nn.Linear, lying: torch.Tensor) -> PackedLinear:
+        def multiply(_: PackedLinear, rows: torch.Tensor, bare: bool = False) -> torch.Tensor:
+            return rows @ plain.weight.T if bare else plain(rows)
+
         layer = PackedLinear(plain)
         layer.packed = lying
         monkeypatch.setattr(packed, "_PANELS", {})
         monkeypatch.setattr(packed, "_open_at", lambda *_: torch.empty(0))
-        monkeypatch.setattr(PackedLinear, "_multiply", lambda _, rows: plain(rows))
+        monkeypatch.setattr(PackedLinear, "_multiply", multiply)
         return layer
 
     return make
@@ -129,6 +150,7 @@ def test_what_lies_otherwise_is_left_to_onednn(
     own_layout: Callable[[nn.Linear, torch.Tensor], PackedLinear],
 ) -> None:
     plain = linear()
+    plain.bias.fill_(1000)  # beside which the products are as good as nothing
     layer = own_layout(plain, plain.weight.view(torch.uint8).view(-1))
     assert layer.product is None
     with torch.inference_mode():

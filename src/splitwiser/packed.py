@@ -89,9 +89,10 @@ class PackedLinear(nn.Module):
         """The layer for products of a few rows, :func:`most_few` at most; None where oneDNN does these too."""
         return self._open().product
 
-    def _multiply(self, inputs: Tensor) -> Tensor:
-        name, form = self.activation
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open().weight, self.bias, name, [], form)
+    def _multiply(self, inputs: Tensor, bare: bool = False) -> Tensor:
+        """oneDNN's product; ``bare``: without bias and activation."""
+        bias, (name, form) = (None, ("none", "")) if bare else (self.bias, self.activation)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open().weight, bias, name, [], form)
         return output
 
     def _few(self, inputs: Tensor) -> Product | None:
@@ -144,13 +145,14 @@ class PackedLinear(nn.Module):
         return Product(self.packed.data_ptr(), bias, *sizes)
 
     def _lies_in(self, panel: int) -> bool:
+        """Whether, read so, the weight gives oneDNN's product, without what might hide that it does not."""
         product = self._in_panels(panel)
         if product is None:
             return False
+        product.bias, product.relu = None, False
         inputs = torch.linspace(-9, 9, 2 * self.in_features).sin().bfloat16().view(2, self.in_features)
         with torch.inference_mode():
-            expected, made = self._multiply(inputs).float(), self._multiply_few(product, inputs).float()
-        # what is read wrong is as large as what is right, and only roundings are small beside both
+            expected, made = self._multiply(inputs, bare=True).float(), self._multiply_few(product, inputs).float()
         return torch.allclose(made, expected, rtol=1 / 64, atol=float(expected.square().mean().sqrt()) / 64)
 
     def __getstate__(self) -> dict[str, Any]:
