@@ -7,6 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$project"
 export OMP_WAIT_POLICY=passive
+unset ONEDNN_MAX_CPU_ISA SPLITWISER_MARCH
 files=(
     tests/test_packed.py tests/test_fused.py tests/test_native.py tests/test_cpu_kernel.py tests/test_attention.py
     tests/test_guard.py tests/test_kernel_choice.py tests/test_token_identity.py
@@ -39,7 +40,7 @@ for each in "${sets[@]}"; do
     else
         verdict=red red=1
     fi
-    summary+=("$verdict     $name: $(tail -n 1 "$log")")
+    summary+=("$(printf %-8s $verdict)  $name: $(tail -n 1 "$log")")
 done
 printf '%s\n' "== summary" "${summary[@]}"
 exit $red

@@ -50,8 +50,9 @@ def test_a_changed_source_is_built_anew(cache: Path, tmp_path: Path, monkeypatch
 def test_another_instruction_set_is_built_beside(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(native.MARCH, raising=False)
     load_native()
-    monkeypatch.setenv(native.MARCH, "")
-    load_native()
+    for given, said in (("", "g++"), ("native", "g++ for native")):
+        monkeypatch.setenv(native.MARCH, given)
+        assert load_native()[1].endswith(said)
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setenv(native.MARCH, "none-such")
     library, described = load_native()
