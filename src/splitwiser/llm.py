@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +28,7 @@ from splitwiser.layout import WorkerLayout, parse_layout
 from splitwiser.local import start_local
 from splitwiser.model import LoadedModel, load_model
 from splitwiser.modes import MODES, find_mode
-from splitwiser.mps import gpu_index, mps_daemon, thread_percentage
+from splitwiser.mps import MpsDaemon, gpu_index, mps_daemon, thread_percentage
 from splitwiser.multiprocess import start_processes, warm_up_start
 from splitwiser.prepare import EngineSettings, Started
 from splitwiser.request import Request, RequestOutput, SamplingParams
@@ -38,7 +37,12 @@ from splitwiser.text import check_text
 
 ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 MPS_DAEMONS = ("private", "existing")
-_START = {"sequential": start_local, "mp": start_processes, "mps": start_processes, "green": start_green}
+_START: dict[str, Callable[..., Started]] = {
+    "sequential": start_local,
+    "mp": start_processes,
+    "mps": start_processes,
+    "green": start_green,
+}
 
 Prompt = str | Sequence[int]
 
@@ -162,13 +166,13 @@ class LLM:
         self._turn = threading.Lock()
         self.workers = str(layout or "1 generate")
         self.mps: dict[str, Any] | None = None
-        start: Callable[..., Started] = _START[mode]
+        placed: dict[str, MpsDaemon] = {}
         with ExitStack() as undo:  # of whatever was done, should the rest fail
             if mode == "mps" and layout:
                 index = gpu_index(device)
                 daemon = undo.enter_context(mps_daemon(mps == "existing", exclusive, index))
                 device = f"cuda:{index}"
-                start = partial(start, daemon=daemon)
+                placed["daemon"] = daemon
                 percentages = {spec.name: thread_percentage(spec, share) for spec in layout.workers}
                 self.mps = {"daemon": mps, "exclusive": exclusive, "active_thread_percentages": percentages}
             if MODES[mode].shares_memory:
@@ -189,7 +193,7 @@ class LLM:
                 self.started = Started(GenerateEngine(self.model, batch_size, one_length), None, kernels_used, [])
             else:
                 settings = EngineSettings(max_batch, prefill_tokens, constants.BLOCK_TOKENS, kv_memory, shares, kernels)
-                self.started = start(self.model, layout, settings)
+                self.started = _START[mode](self.model, layout, settings, **placed)
             undo.callback(self._engine.close)
             self._warm_up(layout)
             self._undo: Callable[[], None] = undo.pop_all().close
