@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from splitwiser import waiting
 from splitwiser.machine import git_commit
 from splitwiser.rounds import write_rows
 
@@ -168,6 +169,7 @@ def main() -> None:
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     cores = len(os.sched_getaffinity(0))
+    waiting.undo_bound()  # each side says itself how its threads wait
     rows = measure(options)
     print(f"commit {git_commit()}, {cores} cores")
     print(tables(rows, cores))

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 cd "$project"
-if [ $# -eq 0 ]; then set -- --setup -n 2 --dist loadfile; fi
+if [ $# -eq 0 ]; then set -- --setup -n 2 --dist loadfile --no-loadscope-reorder; fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

@@ -61,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # the longest first, so that files which run side by side end together
+    items.sort(key=lambda item: item.get_closest_marker("setup") is None)
 
 
 @pytest.fixture(scope="session")
