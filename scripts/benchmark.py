@@ -28,14 +28,15 @@ from typing import Any
 
 import pandas as pd
 
-from splitwiser.catalog import resolve_model
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
-from splitwiser.machine_load import MachineLoad, Stretch
+from splitwiser.job import check
+from splitwiser.machine.load import MachineLoad, Stretch
+from splitwiser.model.catalog import resolve_model
 from splitwiser.options import parse_options
-from splitwiser.paired import busy_runs, decide, round_ratios
-from splitwiser.rounds import Outcome, RoundsBar, run_once, run_process, write_rows
-from splitwiser.run import check
+from splitwiser.results.busy import busy_runs
+from splitwiser.study.fresh_runs import Outcome, RoundsBar, run_once, run_process, write_rows
+from splitwiser.study.paired import decide, round_ratios
 
 PROJECT = Path(__file__).resolve().parents[1]
 PEERS = ("vllm", "hf-continuous")
@@ -103,7 +104,7 @@ def write_checkpoint(model: str, dtype: str, out: Path) -> str:
     """The directory of a checkpoint of ``model`` with random weights of seed 0, saved at the first call."""
     directory = out / "models" / f"{resolve_model(model).name}-{dtype}"
     if not directory.exists():
-        from splitwiser.model import load_model
+        from splitwiser.model.loading import load_model
 
         unfinished = directory.with_name(f"{directory.name}.unfinished")
         load_model(model, dtype=dtype, device="cpu", load_format="dummy", seed=0).module.save_pretrained(unfinished)

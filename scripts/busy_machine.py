@@ -23,8 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from splitwiser import waiting
-from splitwiser.machine import git_commit
-from splitwiser.rounds import write_rows
+from splitwiser.machine.describe import git_commit
+from splitwiser.study.fresh_runs import write_rows
 
 PROJECT = Path(__file__).resolve().parents[1]
 # model: data type, requests, new tokens of each; prompts have 40 to 160 tokens. Half a second to a second each, alone

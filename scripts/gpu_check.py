@@ -31,8 +31,8 @@ import yaml
 from gpu_results import ARCHIVE, PLAN, PROJECT, RECORD, read_json
 
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
-from splitwiser.machine import git_commit
-from splitwiser.modes import MODES
+from splitwiser.machine.describe import git_commit
+from splitwiser.placement.modes import MODES
 
 SUMMARY, LEFT_OUT = "summary.txt", "left_out.txt"
 # what does not go into the archive: of no use there, or, a checkpoint, made anew from a seed

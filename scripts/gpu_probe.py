@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from splitwiser.shared import SharedMemory
+    from splitwiser.machine.shared_memory import SharedMemory
 
 DEADLINE_S = 40.0  # of a probe, and of a process that it waits for
 COLUMNS = ("probe", "name", "value", "unit")
@@ -177,8 +177,8 @@ def green(say: Say) -> None:
     """At several splits of the multiprocessors: whether green contexts keep plain and captured kernels to their own."""
     import torch
 
-    from splitwiser.green_contexts import count_multiprocessors, cut_device
-    from splitwiser.kernels.multiprocessors import note_multiprocessor
+    from splitwiser.model.kernels.multiprocessors import note_multiprocessor
+    from splitwiser.placement.green_contexts import count_multiprocessors, cut_device
 
     start_context()
     device = torch.device("cuda", 0)
@@ -236,7 +236,7 @@ def measure_beside() -> list[tuple[str, float, str]]:
     """Name, value and unit of each finding of :func:`beside` with this process's queues."""
     import torch
 
-    from splitwiser.green_contexts import count_multiprocessors, cut_device
+    from splitwiser.placement.green_contexts import count_multiprocessors, cut_device
 
     start_context()
     device = torch.device("cuda", 0)
@@ -305,14 +305,14 @@ def mps(say: Say) -> None:
     import torch
     import torch.multiprocessing
 
-    import splitwiser.mps
-    from splitwiser.shared import SharedMemory
+    import splitwiser.placement.mps_daemon
+    from splitwiser.machine.shared_memory import SharedMemory
 
-    if problem := splitwiser.mps.find_problem(0):
+    if problem := splitwiser.placement.mps_daemon.find_problem(0):
         say("not here", problem)
         return
     began = time.perf_counter()
-    with splitwiser.mps.mps_daemon(False, False, 0) as daemon:
+    with splitwiser.placement.mps_daemon.mps_daemon(False, False, 0) as daemon:
         say("daemon answers", time.perf_counter() - began, "s")
         memory = SharedMemory(1 << 20, torch.device("cuda", 0))
         memory.tensor.fill_(7)
@@ -321,7 +321,7 @@ def mps(say: Say) -> None:
         receivers, children = {}, []
         for percent in (100, 40):
             receivers[percent], send = context.Pipe(duplex=False)
-            environment = {**daemon.environment, splitwiser.mps.PERCENTAGE: str(percent)}
+            environment = {**daemon.environment, splitwiser.placement.mps_daemon.PERCENTAGE: str(percent)}
             children.append(context.Process(target=_as_mps_client, args=(memory, environment, send)))
             children[-1].start()
         for percent, receive in receivers.items():
@@ -352,7 +352,7 @@ def shared_memory(say: Say) -> None:
     import torch
     import torch.multiprocessing
 
-    from splitwiser.shared import SharedMemory
+    from splitwiser.machine.shared_memory import SharedMemory
 
     start_context()
     device = torch.device("cuda", 0)
@@ -391,7 +391,7 @@ def decode_attention(say: Say) -> None:
     """The Triton kernel: its error against float64, the time of its compilation, and bytes a second."""
     import torch
 
-    from splitwiser.gpu_kernel import GpuKernel
+    from splitwiser.model.kernels.gpu_attention import GpuKernel
 
     kernel, device = GpuKernel(), torch.device("cuda", 0)
     for dtype, heads, kv_heads, size in (

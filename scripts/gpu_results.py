@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from splitwiser.errors import InputError, first_line
-from splitwiser.layout import parse_layout
-from splitwiser.paired import round_ratios
+from splitwiser.placement.layout import parse_layout
+from splitwiser.study.paired import round_ratios
 
 PROJECT = Path(__file__).resolve().parents[1]
 REFERENCE = PROJECT / "results" / "reference"

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from splitwiser import waiting
-from splitwiser.metrics import throughput_figures
 from splitwiser.request import RequestMetrics, RequestOutput
-from splitwiser.workload import load_workload
+from splitwiser.results.metrics import throughput_figures
+from splitwiser.workload.prompt_file import load_workload
 
 WARM_UP = (4, 8)  # requests and new tokens
 PATIENCE_S = 1.0  # between two looks at whether the engine still runs

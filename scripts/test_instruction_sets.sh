@@ -4,7 +4,7 @@
 # to it, and with this project's own functions compiled for lesser ones. Says which sets it left out, and why; a line a set at
 # the end, and exit code 1 if one is red.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 cd "$project"
 export OMP_WAIT_POLICY=passive
 unset ONEDNN_MAX_CPU_ISA SPLITWISER_MARCH

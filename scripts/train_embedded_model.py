@@ -33,11 +33,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from splitwiser.cases import Case, load_cases
 from splitwiser.constants import DIR_CONFIGS
-from splitwiser.data import Report, load_tok
 from splitwiser.errors import SplitwiserError
-from splitwiser.quality import rouge
+from splitwiser.results.rouge import rouge
+from splitwiser.workload.cases import Case, load_cases
+from splitwiser.workload.reports import Report, load_tok
 
 MODEL = Path("models/radiology-opt")
 PAD, BOS_EOS = "<pad>", "</s>"  # OPT's own special tokens, under OPT's own ids

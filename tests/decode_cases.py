@@ -10,8 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from splitwiser import gpu_kernel
-from splitwiser.attention import AttentionOptions, attend
+from splitwiser.model.attention import AttentionOptions, attend
+from splitwiser.model.kernels import gpu_attention as gpu_kernel
 
 
 @dataclass(frozen=True)

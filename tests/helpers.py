@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from splitwiser.engine.messages import Phase, Role, StepRecord
 from splitwiser.errors import InputError
-from splitwiser.messages import Phase, Role, StepRecord
 from splitwiser.request import FinishReason, RequestMetrics, RequestOutput
 
 MS = 1_000_000  # nanoseconds

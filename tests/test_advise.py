@@ -14,7 +14,11 @@ import pytest
 import yaml
 from helpers import assert_says, refusal
 
-from splitwiser.advice import (
+from splitwiser.config import OBJECTIVES, AdviseConfig, RunConfig
+from splitwiser.request import Request, SamplingParams
+from splitwiser.study.advise import CHECK_COLUMNS, advise
+from splitwiser.study.candidates import PLACEMENT_COLUMNS, Candidate, placements, short_profile
+from splitwiser.study.recommend import (
     AIM,
     FIGURES,
     OBJECTIVE_FIGURES,
@@ -26,10 +30,6 @@ from splitwiser.advice import (
     relative_error,
     run_options,
 )
-from splitwiser.advise import CHECK_COLUMNS, advise
-from splitwiser.config import OBJECTIVES, AdviseConfig, RunConfig
-from splitwiser.placements import PLACEMENT_COLUMNS, Candidate, placements, short_profile
-from splitwiser.request import Request, SamplingParams
 
 Tiny = Callable[[str], Path]
 SPLIT = "[{role: prefill, share: 25}, {role: decode, share: 75}]"

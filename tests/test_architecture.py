@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.architecture import Architecture, ExpertWeights, count_architecture
-from splitwiser.guard import attach_engine
-from splitwiser.model import load_model
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.loading import load_model
+from splitwiser.study.operations import Architecture, ExpertWeights, count_architecture
 
 Tiny = Callable[[str], Path]
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import assert_says, refusal
 
-from splitwiser.arrivals import Arrivals, gamma_arrivals
+from splitwiser.engine.arrivals import Arrivals
 from splitwiser.request import Request, SamplingParams
+from splitwiser.workload.arrivals import gamma_arrivals
 
 MANY = 20_000
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from splitwiser.attention import AttentionOptions, Mask, Segment, StepAttention
-from splitwiser.kernel_choice import load_kernels
-from splitwiser.kv_pool import KVPool, LayerShape
-from splitwiser.pool_kernels import PoolKernels
+from splitwiser.model.attention import AttentionOptions, Mask, Segment, StepAttention
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kv_pool import KVPool, LayerShape
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
 
@@ -75,7 +75,7 @@ def packed_by_request(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """What :class:`splitwiser.pool_kernels.PackedKernel` asks for, a request at a time."""
+    """What :class:`splitwiser.model.kernels.interface.PackedKernel` asks for, a request at a time."""
     output = query.new_empty(len(query), HEADS, values.shape[2])
     spans = list(zip(*(pairwise(each.tolist()) for each in offsets), strict=True))
     assert longest == (max(end - begin for (begin, end), _ in spans), max(end - begin for _, (begin, end) in spans))

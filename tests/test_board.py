@@ -2,7 +2,7 @@
 
 import torch
 
-from splitwiser.board import Board
+from splitwiser.placement.board import Board
 
 
 def test_each_word_keeps_to_its_worker() -> None:

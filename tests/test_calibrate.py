@@ -7,9 +7,9 @@ import pytest
 from helpers import make_output, make_step
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.calibrate import Recording, SizedStep, conditions_of, size_steps
-from splitwiser.costs import StepCosts
-from splitwiser.layout import ONE_MIXED, ONE_OF_EACH
+from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH
+from splitwiser.study.calibrate import Recording, SizedStep, conditions_of, size_steps
+from splitwiser.study.step_times import StepCosts
 
 ONE = StepCosts((0.010, 0.001, 0, 0, 0), ((1, 0.020, 0),))  # 10 ms and 1 ms a token; 20 ms
 TWO = StepCosts((0.005, 0.0005, 0, 0, 0), ((1, 0.010, 0),))

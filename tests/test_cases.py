@@ -6,8 +6,8 @@ import pytest
 from helpers import assert_says, refusal
 
 from splitwiser import constants
-from splitwiser.cases import Case, get_case, load_cases
-from splitwiser.data import Report
+from splitwiser.workload.cases import Case, get_case, load_cases
+from splitwiser.workload.reports import Report
 
 CASES = constants.DIR_CONFIGS / "cases.yaml"
 TRAINING = [Report("First Lungs  clear.", "Normal  chest."), Report("Heart\tLARGE.", "Cardiomegaly.")]

@@ -8,7 +8,7 @@ from helpers import assert_says, refusal
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from splitwiser import constants
-from splitwiser.catalog import EMBEDDED_MODEL, CatalogEntry, load_catalog, resolve_model
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, load_catalog, resolve_model
 
 MODELS = constants.DIR_CONFIGS / "models.yaml"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.cgroup import cpu_quota, cpu_use, memory_room
+from splitwiser.machine.cgroup import cpu_quota, cpu_use, memory_room
 
 MIB = 1 << 20
 UNLIMITED_V1 = 9223372036854771712

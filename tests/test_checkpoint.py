@@ -12,11 +12,11 @@ from helpers import assert_says, refusal
 from safetensors.torch import load_file, save_file
 
 from splitwiser import LLM
-from splitwiser.catalog import resolve_model
-from splitwiser.checkpoint import find_weights_problem
 from splitwiser.config import DoctorConfig
-from splitwiser.model import load_model
-from splitwiser.needs import find_needs
+from splitwiser.doctor.needs import find_needs
+from splitwiser.model.catalog import resolve_model
+from splitwiser.model.checkpoint import find_weights_problem
+from splitwiser.model.loading import load_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from splitwiser.metrics import LATENCY_COLUMNS
-from splitwiser.results import GENERATION_COLUMNS, STEP_COLUMNS
+from splitwiser.results.metrics import LATENCY_COLUMNS
+from splitwiser.results.recorder import GENERATION_COLUMNS, STEP_COLUMNS
 
 COMMAND = [sys.executable, "-m", "splitwiser"]
 FILES = {

@@ -21,9 +21,9 @@ from test_cli import COMMAND, only_run, splitwiser, write_workload
 from test_multiprocess import session_of
 
 from splitwiser.cli import main
-from splitwiser.compare import Variant, _turns, compare, conclude, make_variants
 from splitwiser.config import RunConfig
-from splitwiser.paired import decide
+from splitwiser.study.compare import Variant, _turns, compare, conclude, make_variants
+from splitwiser.study.paired import decide
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11] * 20]
 
@@ -79,7 +79,9 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
 
 def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("splitwiser.compare.compare", lambda *arguments, **named: given.extend([*arguments, named]))
+    monkeypatch.setattr(
+        "splitwiser.study.compare.compare", lambda *arguments, **named: given.extend([*arguments, named])
+    )
     line = (
         "compare --modes mp --limit 3 --max-batch 9 --variant 'four: --mode mp --max_batch 4' --repeats 2 --minutes 5"
     )
@@ -179,7 +181,7 @@ def test_the_record_repeats_the_comparison(compared: Compared) -> None:
     }
     given: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("splitwiser.compare.compare", lambda *arguments, **_: given.extend(arguments))
+        patch.setattr("splitwiser.study.compare.compare", lambda *arguments, **_: given.extend(arguments))
         assert main(shlex.split(record["command"])[1:]) == 0
     assert {variant.name: variant.config for variant in given[0]} == {
         name: RunConfig(**options) for name, options in record["variants"].items()

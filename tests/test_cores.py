@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.board import Board
-from splitwiser.cores import Threads, plan_cores, plan_levels, plan_threads
-from splitwiser.fair_share import FairShare, OwnThreads
-from splitwiser.layout import parse_layout
-from splitwiser.messages import WorkerSpec
-from splitwiser.shares import Part
+from splitwiser.engine.messages import WorkerSpec
+from splitwiser.machine.fair_share import FairShare, OwnThreads
+from splitwiser.placement.board import Board
+from splitwiser.placement.cores import Threads, plan_cores, plan_levels, plan_threads
+from splitwiser.placement.layout import parse_layout
+from splitwiser.placement.shares import Part
 
 
 def workers(*shares: float) -> list[WorkerSpec]:

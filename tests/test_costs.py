@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from helpers import assert_says, refusal
 
-from splitwiser.costs import StepCosts, fit_costs, fit_non_negative, nearest_costs
+from splitwiser.study.step_times import StepCosts, fit_costs, fit_non_negative, nearest_costs
 
 STEP, TOKEN, CHUNK, PAIR, LATER_PAIR = 2e-3, 1e-4, 5e-4, 2e-7, 3e-7
 

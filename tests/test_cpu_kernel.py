@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitwiser.cpu_kernel import CpuAttention, CpuStore, load_cpu_kernels
-from splitwiser.kv_pool import LayerShape
-from splitwiser.native import load_native
+from splitwiser.model.kernels.build import load_native
+from splitwiser.model.kernels.cpu_attention import CpuAttention, CpuStore, load_cpu_kernels
+from splitwiser.model.kv_pool import LayerShape
 
 LIBRARY, WHY_NOT = load_native()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=WHY_NOT)

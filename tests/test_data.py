@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_says, refusal
 
 from splitwiser import constants
-from splitwiser.data import SPLITS, Report, load_reports, load_tok
+from splitwiser.workload.reports import SPLITS, Report, load_reports, load_tok
 
 datasets = pytest.importorskip("datasets")
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import pytest
 from helpers import MS
 
-from splitwiser.decode import Decoder
-from splitwiser.kv_pool import BlockAllocator
-from splitwiser.messages import Handoff
+from splitwiser.engine.decode import Decoder
+from splitwiser.engine.messages import Handoff
+from splitwiser.engine.steps import Chunk, InFlight
+from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.request import FinishReason, Request, SamplingParams
-from splitwiser.steps import Chunk, InFlight
 
 
 class Timed:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import refusal
 
-from splitwiser.device import resolve_device
+from splitwiser.machine.device import resolve_device
 
 
 @pytest.mark.parametrize(

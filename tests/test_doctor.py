@@ -13,15 +13,18 @@ from typing import Any, cast
 import pytest
 from helpers import refusal, wait_for
 
-from splitwiser import cgroup, doctor, machine_load, survey
-from splitwiser.catalog import EMBEDDED_MODEL, resolve_model
 from splitwiser.config import DoctorConfig
-from splitwiser.doctor import Diagnosis, Finding, diagnose
+from splitwiser.doctor import diagnose as doctor
+from splitwiser.doctor import survey
+from splitwiser.doctor.diagnose import Diagnosis, Finding, diagnose
+from splitwiser.doctor.probe import ProbeError
 from splitwiser.llm import LLM
-from splitwiser.machine_load import Load
-from splitwiser.modes import MODES
-from splitwiser.pool_kernels import AttentionKernel, PoolKernels
-from splitwiser.probe import ProbeError
+from splitwiser.machine import cgroup
+from splitwiser.machine import load as machine_load
+from splitwiser.machine.load import Load
+from splitwiser.model.catalog import EMBEDDED_MODEL, resolve_model
+from splitwiser.model.kernels.interface import AttentionKernel, PoolKernels
+from splitwiser.placement.modes import MODES
 
 COMMAND = [sys.executable, "-m", "splitwiser", "doctor"]
 NAMES = {
@@ -154,7 +157,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     marks.mkdir()
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, time\n"
-        "if 'splitwiser.probe' in sys.orig_argv:\n"
+        "if 'splitwiser.doctor.probe' in sys.orig_argv:\n"
         f"    open({str(marks)!r} + '/' + str(os.getpid()), 'w').close()\n"
         "    time.sleep(600)\n"
     )
@@ -219,7 +222,7 @@ def test_prompts_of_token_ids_need_no_tokenizer(tmp_path: Path, tiny: Callable[[
 
 
 def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1000)
+    monkeypatch.setattr("splitwiser.model.kv_pool.available_memory", lambda: 1000)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert not said.works
     assert found(said, "weights_and_pool").ok is False
@@ -230,7 +233,7 @@ def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytes
 def test_a_pool_that_does_not_fit_stops_the_modes_that_have_one(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1 << 30)
+    monkeypatch.setattr("splitwiser.model.kv_pool.available_memory", lambda: 1 << 30)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu", kv_memory="2GiB"))
     assert verdicts(said) == {"generate": True, "sequential": False, "mp": False, "mps": False, "green": False}
     assert note(said, "mp") == refusal(LLM, tiny("llama"), mode="mp", device="cpu", kv_memory="2GiB")
@@ -292,7 +295,7 @@ def test_the_pool_is_estimated_as_it_becomes(name: str, tiny: Callable[[str], Pa
 def test_a_pool_sized_by_itself_takes_a_quarter_of_what_the_weights_leave(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.kv_pool.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("splitwiser.model.kv_pool.available_memory", lambda: 1_000_000)
     figures = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "weights_and_pool").figures
     block = 3 * 2 * (12 + 12) * 4 * 16  # layers, heads, keys and values, bytes, tokens
     assert figures["weights_bytes"] > 300_000
@@ -436,7 +439,7 @@ def test_prefill_that_is_left_to_pytorch_is_said(tiny: Callable[[str], Path], mo
             "prefill_attention": "PyTorch's own", "decode_attention": "compiled"
         }  # fmt: skip
 
-    monkeypatch.setattr("splitwiser.kernel_choice.load_kernels", load)
+    monkeypatch.setattr("splitwiser.model.kernels.choose.load_kernels", load)
     finding = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "kernel")
     assert finding.ok
     assert "compiled; prefill: PyTorch's own; kept in " in finding.text

@@ -9,10 +9,10 @@ from conftest import POSITIONS
 from helpers import assert_says, refusal
 from test_llm import Seen
 
-from splitwiser.engine import SplitEngine, check_fits
+from splitwiser.engine.engine import SplitEngine, check_fits
+from splitwiser.engine.messages import Handoff, Message, Progress, StepRecord
 from splitwiser.errors import RunError, WorkerLostError
-from splitwiser.messages import Handoff, Message, Progress, StepRecord
-from splitwiser.model import LoadedModel, load_model
+from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.request import Request, SamplingParams
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.fair_share import LOOK_S, RISE_S, FairShare
+from splitwiser.machine.fair_share import LOOK_S, RISE_S, FairShare
 
 MS = 1_000_000  # ns
 
@@ -96,7 +96,7 @@ def test_a_kernel_that_does_not_tell_changes_nothing(tmp_path: Path) -> None:
 def test_beside_processes_that_spin_threads_become_fewer() -> None:
     code = """
 import time
-from splitwiser.fair_share import FairShare
+from splitwiser.machine.fair_share import FairShare
 share, until = FairShare(), time.monotonic() + 20
 share.threads(8)
 while share.threads(8) > 6 and time.monotonic() < until: pass

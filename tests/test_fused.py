@@ -15,11 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from splitwiser import LLM, SamplingParams, attention, fused, packed
-from splitwiser.fused import FusedLayer, FusedMLP, FusedNorm, describe_parts, fuse_parts
-from splitwiser.guard import _served_logits, attach_engine
-from splitwiser.model import LoadedModel, load_model
-from splitwiser.packed import PackedLinear
+from splitwiser import LLM, SamplingParams
+from splitwiser.model import attention, fused
+from splitwiser.model.compatibility import _served_logits, attach_engine
+from splitwiser.model.fused import FusedLayer, FusedMLP, FusedNorm, describe_parts, fuse_parts
+from splitwiser.model.kernels import packed_linear as packed
+from splitwiser.model.kernels.packed_linear import PackedLinear
+from splitwiser.model.loading import LoadedModel, load_model
 
 pytestmark = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
 needs_compiler = pytest.mark.skipif(fused.find_problem() is not None, reason=f"not compiled: {fused.find_problem()}")

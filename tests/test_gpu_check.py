@@ -22,8 +22,8 @@ from gpu_check import Check, Stage
 from helpers import assert_says, refusal, wait_for
 
 from splitwiser.errors import RunError
-from splitwiser.modes import MODES
-from splitwiser.sweep import read_sweep
+from splitwiser.placement.modes import MODES
+from splitwiser.study.sweep import read_sweep
 
 PROJECT = Path(__file__).resolve().parents[1]
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(60)"]

@@ -18,9 +18,10 @@ import torch
 from decode_cases import CASES, error_beyond_32_bits, largest_error
 from torch import Tensor
 
-from splitwiser import constants, gpu_kernel
-from splitwiser.gpu_kernel import GpuKernel, load_gpu_kernels
-from splitwiser.pool_kernels import PoolKernels
+from splitwiser import constants
+from splitwiser.model.kernels import gpu_attention as gpu_kernel
+from splitwiser.model.kernels.gpu_attention import GpuKernel, load_gpu_kernels
+from splitwiser.model.kernels.interface import PoolKernels
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # by compute capability: what a program may have

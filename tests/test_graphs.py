@@ -11,15 +11,15 @@ from helpers import assert_says
 from test_token_identity import LENGTHS, SERVED, prompts_of
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.attention import Mask
+from splitwiser.engine.cuda_graphs import DecodeGraphs, _first_cause, _FixedStep, capture_graphs, ladder
+from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.graphs import DecodeGraphs, _first_cause, _FixedStep, capture_graphs, ladder
-from splitwiser.guard import attach_engine
-from splitwiser.kernel_choice import load_kernels
-from splitwiser.kv_pool import KVPool
-from splitwiser.model import LoadedModel, load_model
+from splitwiser.model.attention import Mask
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.request import Request
-from splitwiser.steps import Chunk, InFlight, decode_step, prefill_step
 
 BLOCK = 16
 

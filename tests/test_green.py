@@ -10,9 +10,9 @@ import torch
 from helpers import assert_says, refusal
 
 from splitwiser import LLM
-from splitwiser.green import AUTO_PREFILL_PERCENT, GreenDivision, check_layout, plan_prefill_sms
-from splitwiser.layout import ONE_OF_EACH, parse_layout
-from splitwiser.shares import ShareSettings
+from splitwiser.placement.green import AUTO_PREFILL_PERCENT, GreenDivision, check_layout, plan_prefill_sms
+from splitwiser.placement.layout import ONE_OF_EACH, parse_layout
+from splitwiser.placement.shares import ShareSettings
 
 FORTY = parse_layout("[{role: prefill, share: 40}, {role: decode, share: 60}]")
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.guard import attach_engine, padding_changes_tokens, try_kernels
-from splitwiser.kernel_choice import load_kernels
-from splitwiser.kv_pool import LayerShape
-from splitwiser.model import LoadedModel, load_model
-from splitwiser.pool_kernels import PoolKernels
+from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.loading import LoadedModel, load_model
 
 
 def load(directory: Path) -> LoadedModel:
@@ -90,8 +90,8 @@ def test_refuses_parts_that_are_fused_wrongly(tiny: Callable[[str], Path], monke
     def fuse_wrongly(module: torch.nn.Module) -> None:
         module.get_parameter("model.norm.weight").data.neg_()
 
-    monkeypatch.setattr("splitwiser.guard.fuse_parts", fuse_wrongly)
-    monkeypatch.setattr("splitwiser.guard.pack_linears", lambda _: None)
+    monkeypatch.setattr("splitwiser.model.compatibility.fuse_parts", fuse_wrongly)
+    monkeypatch.setattr("splitwiser.model.compatibility.pack_linears", lambda _: None)
     model = load_model(tiny("llama"), dtype="bfloat16", device="cpu", load_format="auto")
     with pytest.raises(UnsupportedModelError, match="with fused parts it gives other logits than its own"):
         attach_engine(model, pack=True)

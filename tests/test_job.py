@@ -13,7 +13,7 @@ from helpers import assert_says, refusal
 
 from splitwiser.config import RunConfig
 from splitwiser.job import Job, prepare_job
-from splitwiser.model import load_model
+from splitwiser.model.loading import load_model
 
 TRACE = [("2023-11-16 18:15:00.5", 40, 4), ("2023-11-16 18:15:01.0", 60, 9), ("2023-11-16 18:15:03.0", 90, 2)]
 

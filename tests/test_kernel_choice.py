@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from splitwiser.errors import InputError
-from splitwiser.kernel_choice import load_kernels
-from splitwiser.kv_pool import LayerShape
-from splitwiser.pool_kernels import PoolKernels
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kv_pool import LayerShape
 
 CPU = torch.device("cpu")
 LAYERS = [LayerShape(2, 64, 64)]

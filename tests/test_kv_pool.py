@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import assert_says, refusal
 
-from splitwiser import kv_pool
-from splitwiser.kv_pool import (
+from splitwiser.model import kv_pool
+from splitwiser.model.kv_pool import (
     BlockAllocator,
     KVPool,
     LayerShape,

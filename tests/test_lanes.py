@@ -10,15 +10,15 @@ import pytest
 import torch
 from test_token_identity import LENGTHS, SERVED, prompts_of, references
 
-from splitwiser.engine import Observer, SplitEngine
+from splitwiser.engine.engine import Observer, SplitEngine
+from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError
-from splitwiser.lanes import start_lanes
-from splitwiser.layout import ONE_OF_EACH
-from splitwiser.messages import StepRecord
-from splitwiser.model import load_model
-from splitwiser.prepare import EngineSettings
+from splitwiser.model.loading import load_model
+from splitwiser.placement.layout import ONE_OF_EACH
+from splitwiser.placement.prepare import EngineSettings
+from splitwiser.placement.shares import ShareSettings
+from splitwiser.placement.threads import start_lanes
 from splitwiser.request import Request, SamplingParams
-from splitwiser.shares import ShareSettings
 
 SETTINGS = EngineSettings(8, 48, 16, "4MiB", ShareSettings("none", 50.0, True), "auto")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from splitwiser.engine.messages import WorkerSpec
 from splitwiser.errors import InputError
-from splitwiser.layout import ONE_OF_EACH, WorkerGroup, WorkerLayout, parse_layout
-from splitwiser.messages import WorkerSpec
+from splitwiser.placement.layout import ONE_OF_EACH, WorkerGroup, WorkerLayout, parse_layout
 
 
 def test_workers_are_numbered_by_role_and_share_what_is_left() -> None:

@@ -12,12 +12,12 @@ from conftest import POSITIONS, VOCABULARY
 from helpers import assert_says, refusal
 
 from splitwiser import LLM, SamplingParams, constants
-from splitwiser.cases import get_case
-from splitwiser.data import load_tok
-from splitwiser.engine import Observer
+from splitwiser.engine.engine import Observer
+from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import InputError, RunError
-from splitwiser.messages import StepRecord
 from splitwiser.request import RequestOutput
+from splitwiser.workload.cases import get_case
+from splitwiser.workload.reports import load_tok
 
 
 class Seen(Observer):
@@ -185,9 +185,9 @@ def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.Monkey
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     load_format: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.model.free_memory", lambda _: 1000)
-    monkeypatch.setattr("splitwiser.model.draw_weights", pytest.fail)
-    monkeypatch.setattr("splitwiser.model._read_checkpoint", pytest.fail)
+    monkeypatch.setattr("splitwiser.model.loading.free_memory", lambda _: 1000)
+    monkeypatch.setattr("splitwiser.model.loading.draw_weights", pytest.fail)
+    monkeypatch.setattr("splitwiser.model.loading._read_checkpoint", pytest.fail)
     line = (
         r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller --dtype or model is needed"
     )
@@ -198,8 +198,8 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
 def test_a_pool_that_does_not_fit_beside_the_weights_is_refused_before_they_are_made(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.model.free_memory", lambda _: 2 << 30)
-    monkeypatch.setattr("splitwiser.model._read_checkpoint", pytest.fail)
+    monkeypatch.setattr("splitwiser.model.loading.free_memory", lambda _: 2 << 30)
+    monkeypatch.setattr("splitwiser.model.loading._read_checkpoint", pytest.fail)
     with pytest.raises(
         InputError, match=r"kv_memory '2GiB' is more than the 2\.0 GiB that are available beside the weights"
     ):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from splitwiser import constants, machine
+from splitwiser import constants
+from splitwiser.machine import describe as machine
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -144,7 +145,7 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
     script = (
         "import sys, types\n"
         "sys.modules['torch'] = types.SimpleNamespace(device=object)  # a small process: its parent has the real one\n"
-        "from splitwiser.machine import peak_memory_mb\n"
+        "from splitwiser.machine.describe import peak_memory_mb\n"
         "print(peak_memory_mb(types.SimpleNamespace(type='cpu')))\n"
     )
     path = os.pathsep.join(sys.path)

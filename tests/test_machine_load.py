@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers import assert_says
 
-from splitwiser.machine_load import COLUMNS, Load, MachineLoad, Reading, busy_note, load_between, look
+from splitwiser.machine.load import COLUMNS, Load, MachineLoad, Reading, busy_note, load_between, look
 
 TICKS_S = os.sysconf("SC_CLK_TCK")
 QUIET = Load(seconds=10.0, load_average=0.5, cores=2.0, own_cores=1.9, others_cores=0.05, cpu_pressure=0.1)

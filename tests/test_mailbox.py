@@ -2,10 +2,10 @@
 
 import pytest
 
+from splitwiser.engine.messages import Failed, Progress
 from splitwiser.errors import WorkerLostError
-from splitwiser.mailbox import Letterbox, Mailbox, MailPlacement, Pipe
-from splitwiser.messages import Failed, Progress
-from splitwiser.multiprocess import _context
+from splitwiser.placement.mailbox import Letterbox, Mailbox, MailPlacement, Pipe
+from splitwiser.placement.processes import _context
 
 ANSWER = Progress("decode-0", 1, 2, (), ((0, 7),), ((0, "length"),))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import START_NS, assert_says, make_output, refusal
 
-from splitwiser.metrics import LATENCY_COLUMNS, latency_row, meets, parse_goodput, throughput_figures
+from splitwiser.results.metrics import LATENCY_COLUMNS, latency_row, meets, parse_goodput, throughput_figures
 
 # arrives at 100 ms, waits 50 ms, is decoded from 215 ms on, tokens at 200, 230, 240 and 300 ms: gaps of 30, 10 and 60 ms
 WORKED = make_output(

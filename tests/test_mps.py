@@ -23,18 +23,21 @@ from test_cli import only_run
 from test_multiprocess import STAGES, Running, Trigger, finished
 from test_token_identity import LENGTHS, prompts_of
 
-from splitwiser import LLM, SamplingParams, llm, mps, multiprocess
+from splitwiser import LLM, SamplingParams, llm
+from splitwiser.engine.messages import Role, WorkerSpec
 from splitwiser.errors import RunError
-from splitwiser.messages import Role, WorkerSpec
-from splitwiser.model import load_model
-from splitwiser.mps import Gpu, find_problem, gpu_index, mps_daemon, running_daemon, thread_percentage
-from splitwiser.shared import SharedMemory
-from splitwiser.shares import ShareSettings
+from splitwiser.machine.shared_memory import SharedMemory
+from splitwiser.model.loading import load_model
+from splitwiser.placement import mps_daemon as mps
+from splitwiser.placement import processes as multiprocess
+from splitwiser.placement.mps_daemon import Gpu, find_problem, gpu_index, mps_daemon, running_daemon, thread_percentage
+from splitwiser.placement.shares import ShareSettings
 
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes
 ON_A_CPU = f"""
-from splitwiser import llm, mps
+from splitwiser import llm
+from splitwiser.placement import mps_daemon as mps
 from splitwiser.cli import entry_point
 mps.inspect_gpu = lambda index: mps.{GPU!r}
 load = llm.load_model
@@ -433,7 +436,7 @@ def test_exclusive_after_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_mode_that_a_killed_run_changed_goes_back(mode: Path, stand_in: StandIn) -> None:
     script = """
 import os, signal
-from splitwiser import mps
+from splitwiser.placement import mps_daemon as mps
 mps.inspect_gpu = lambda index: mps.%r
 with mps.mps_daemon(existing=False, exclusive=True, device_index=0):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -546,7 +549,7 @@ import torch
 def used(*_): raise SystemExit("CUDA was asked")
 for name in ("is_available", "device_count", "init", "_lazy_init"):
     setattr(torch.cuda, name, used)
-import splitwiser.multiprocess
+import splitwiser.placement.processes
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 

@@ -22,10 +22,10 @@ from test_llm import Seen
 from test_token_identity import LENGTHS, prompts_of, references, room_for
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.engine import Observer, SplitEngine
+from splitwiser.engine.engine import Observer, SplitEngine
+from splitwiser.engine.messages import Handoff, StepRecord
 from splitwiser.errors import InputError, RunError
-from splitwiser.messages import Handoff, StepRecord
-from splitwiser.multiprocess import MISSED_LOOKS, ProcessPlacement
+from splitwiser.placement.processes import MISSED_LOOKS, ProcessPlacement
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "two of each": [{"role": "prefill", "count": 2}, {"role": "decode", "count": 2}],

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser import native
-from splitwiser.native import cache_directory, load_native
+from splitwiser.model.kernels import build as native
+from splitwiser.model.kernels.build import cache_directory, load_native
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 

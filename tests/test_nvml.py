@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_says, wait_for
 
-from splitwiser.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
+from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
 
 
 class Library:

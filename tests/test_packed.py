@@ -10,12 +10,13 @@ import torch
 from test_token_identity import LENGTHS, SERVED, prompts_of
 from torch import nn
 
-from splitwiser import LLM, SamplingParams, packed
-from splitwiser.architecture import count_architecture
-from splitwiser.guard import attach_engine
-from splitwiser.model import load_model
-from splitwiser.packed import PackedLinear, pack_linears
-from splitwiser.shared import SharedModule
+from splitwiser import LLM, SamplingParams
+from splitwiser.machine.shared_memory import SharedModule
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kernels import packed_linear as packed
+from splitwiser.model.kernels.packed_linear import PackedLinear, pack_linears
+from splitwiser.model.loading import load_model
+from splitwiser.study.operations import count_architecture
 
 needs_packing = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
 needs_panels = pytest.mark.skipif(

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from splitwiser.paired import (
+from splitwiser.results.busy import describe_busy
+from splitwiser.study.paired import (
     METRICS,
     T_975,
     SummaryRow,
     TokenDifference,
     compare_tokens,
     decide,
-    describe_busy,
     headline_metrics,
     interval,
     more_is_better,

@@ -7,15 +7,15 @@ import pytest
 from test_token_identity import prompts_of
 from test_worker import BLOCK, Wire, run
 
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import KVPool
-from splitwiser.layout import parse_layout
-from splitwiser.messages import PrefillTask, Progress, Submit
-from splitwiser.model import load_model
-from splitwiser.policy import FIRST_COME, FirstCome, MostRoom, PendingPrompt, Policy
+from splitwiser.engine.messages import PrefillTask, Progress, Submit
+from splitwiser.engine.policy import FIRST_COME, FirstCome, MostRoom, PendingPrompt, Policy
+from splitwiser.engine.steps import InFlight, ModelStepper
+from splitwiser.engine.worker import PARENT, Scheduling, build_worker
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.loading import load_model
+from splitwiser.placement.layout import parse_layout
 from splitwiser.request import Request, SamplingParams
-from splitwiser.steps import InFlight, ModelStepper
-from splitwiser.worker import PARENT, Scheduling, build_worker
 
 
 def pending(*lengths: int) -> list[PendingPrompt]:

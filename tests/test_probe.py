@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from splitwiser import probe
-from splitwiser.probe import ProbeError, ask, ask_ahead, run_command
+from splitwiser.doctor import probe
+from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
 
 
 def python(script: str) -> list[str]:

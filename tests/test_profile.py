@@ -16,11 +16,11 @@ import yaml
 from helpers import assert_says, refusal, wait_for
 from PIL import Image
 
-from splitwiser.architecture import StepCost
-from splitwiser.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
 from splitwiser.config import ProfileConfig
-from splitwiser.machine_load import Load, Stretch
-from splitwiser.profile import (
+from splitwiser.machine.load import Load, Stretch
+from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
+from splitwiser.study.operations import StepCost
+from splitwiser.study.profile import (
     DECODE_COLUMNS,
     PREFILL_COLUMNS,
     SUMMARY_COLUMNS,
@@ -207,7 +207,7 @@ def test_a_quiet_machine_is_recorded_and_not_talked_about(
 def test_unsteady_points_are_said_in_the_terminal_and_the_record(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("splitwiser.profile._UNSTEADY", 0.0)
+    monkeypatch.setattr("splitwiser.study.profile._UNSTEADY", 0.0)
     _, notes = profiled(tiny, tmp_path, QUIET, monkeypatch)
     assert_says(notes[-1], "2 of 2 points had steps of more than 0.0 times the median")
     assert f"note: {notes[-1]}" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import pytest
 
-from splitwiser.quality import Words, can_score, rouge
+from splitwiser.results.rouge import Words, can_score, rouge
 
 REFERENCE = "the cat sat on the mat"
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from helpers import assert_says, refusal
 
-from splitwiser.report import write_report
-from splitwiser.report.activity import (
+from splitwiser.results.report import write_report
+from splitwiser.results.report.activity import (
     Overlap,
     PhaseActivity,
     accumulated,
@@ -27,8 +27,8 @@ from splitwiser.report.activity import (
     inter_token_gaps,
     rates,
 )
-from splitwiser.report.folders import Run, read_folder
-from splitwiser.report.plots import MOST_BARS, shown
+from splitwiser.results.report.folders import Run, read_folder
+from splitwiser.results.report.plots import MOST_BARS, shown
 
 STEPS = pd.DataFrame(
     [

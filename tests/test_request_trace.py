@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import assert_says, refusal
 
-from splitwiser.request_trace import load_trace, parse_slice
+from splitwiser.workload.trace import load_trace, parse_slice
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 ROWS = [

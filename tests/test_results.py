@@ -16,11 +16,11 @@ import pytest
 import yaml
 from helpers import MS, make_output, make_step
 
-from splitwiser import results
-from splitwiser.data import Report
 from splitwiser.errors import RunError
-from splitwiser.machine_load import Load, MachineLoad
-from splitwiser.results import RunRecorder, Status, append_row, make_run_directory, replace
+from splitwiser.machine.load import Load, MachineLoad
+from splitwiser.results import recorder as results
+from splitwiser.results.recorder import RunRecorder, Status, append_row, make_run_directory, replace
+from splitwiser.workload.reports import Report
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
 LABELS: dict[str, Any] = {

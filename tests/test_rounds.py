@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_says, refusal, wait_for
 
 from splitwiser.config import RunConfig
-from splitwiser.rounds import Execute, OneProcess, Outcome, RoundsBar, check_one_process, run_once
+from splitwiser.study.fresh_runs import Execute, OneProcess, Outcome, RoundsBar, check_one_process, run_once
 
 
 def quiet(_: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitwiser import sampling
+from splitwiser.engine import sampling
+from splitwiser.engine.sampling import choose, uniform
 from splitwiser.request import SamplingParams
-from splitwiser.sampling import choose, uniform
 
 LOGITS = (1.5, -0.5, 3.0, 0.0, 2.25, -2.0, 0.75, 1.0)
 DRAWS = 10_000

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from splitwiser.shared import SharedModule
+from splitwiser.machine.shared_memory import SharedModule
 
 
 def private_mib() -> float:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import assert_says, refusal
 
-from splitwiser.board import Board
-from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, parse_layout
-from splitwiser.shares import WINDOW, AutoLevel, Part, ShareSettings
+from splitwiser.placement.board import Board
+from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, parse_layout
+from splitwiser.placement.shares import WINDOW, AutoLevel, Part, ShareSettings
 
 UNITS = (16, 32, 64, 96)
 

@@ -10,10 +10,10 @@ from helpers import assert_says, refusal
 from test_llm import Seen
 
 from splitwiser import LLM
-from splitwiser.costs import StepCosts
-from splitwiser.layout import ONE_MIXED, ONE_OF_EACH, WorkerGroup, WorkerLayout
+from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerGroup, WorkerLayout
 from splitwiser.request import Request, RequestOutput, SamplingParams
-from splitwiser.simulate import Conditions, Machine, Schedule, simulate
+from splitwiser.study.simulate import Conditions, Machine, Schedule, simulate
+from splitwiser.study.step_times import StepCosts
 
 # a prefill step takes 10 ms and 1 ms a token, a decode step 20 ms; with two threads half of that
 ONE_THREAD = StepCosts((0.010, 0.001, 0, 0, 0), ((1, 0.020, 0),))

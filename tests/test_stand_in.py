@@ -19,7 +19,7 @@ from stand_in.build import Ran, StandIn
 from test_cli import only_run, write_workload
 from test_token_identity import LENGTHS, prompts_of, references
 
-from splitwiser.report import STAND_IN_WARNING, write_report
+from splitwiser.results.report import STAND_IN_WARNING, write_report
 
 pytestmark = pytest.mark.stand_in
 
@@ -117,7 +117,7 @@ def test_half_precision_prefills_all_prompts_in_one_call(on_stand_in: StandIn, t
 import json, sys
 import torch
 from splitwiser import LLM, SamplingParams
-from splitwiser.packed_attention import PackedAttention
+from splitwiser.model.kernels.packed_attention import PackedAttention
 calls, call = [], PackedAttention.__call__
 def counted(*given, **named):
     calls.append(len(given[1]))
@@ -142,7 +142,8 @@ def test_no_step_is_too_large_to_warm_up_with(on_stand_in: StandIn, tiny: Callab
 STREAMS = """
 import json, sys
 import torch
-from splitwiser import LLM, steps
+from splitwiser import LLM
+from splitwiser.engine import steps
 ran, step = [], steps.prefill_step
 def noted(model, pool, chunks):
     stream = torch.cuda.current_stream(model.device)
@@ -170,9 +171,9 @@ def test_decode_runs_on_streams_of_a_higher_priority(decode_priority: bool, abov
     script = f"""
 import json
 import torch
-from splitwiser.green import GreenDivision
-from splitwiser.layout import ONE_OF_EACH
-from splitwiser.shares import ShareSettings
+from splitwiser.placement.green import GreenDivision
+from splitwiser.placement.layout import ONE_OF_EACH
+from splitwiser.placement.shares import ShareSettings
 division = GreenDivision(torch.device("cuda", 0), ONE_OF_EACH, ShareSettings("fixed", 50.0, True, {decode_priority}))
 print(json.dumps([[stream.priority for stream in division.streams(name)] for name in ("prefill-0", "decode-0")]))
 """
@@ -182,8 +183,8 @@ print(json.dumps([[stream.priority for stream in division.streams(name)] for nam
 
 
 def test_cuda_starts_with_a_queue_for_every_stream_of_mode_green(on_stand_in: StandIn) -> None:
-    script = "import torch; from splitwiser.checks import find_mode_problem; print(find_mode_problem('green', 'cuda'))"
-    ran = run_script(on_stand_in, script)
+    look = "print(find_mode_problem('green', 'cuda'))"
+    ran = run_script(on_stand_in, f"import torch; from splitwiser.placement.checks import find_mode_problem; {look}")
     assert ran.stdout.split() == ["None"]
     assert "CUDA_DEVICE_MAX_CONNECTIONS=32" in ran.log
     assert "green context 1 of 72 multiprocessors" in ran.log  # one cut, which is given up again
@@ -289,7 +290,7 @@ def test_a_copy_into_a_capture_is_from_pinned_memory(on_stand_in: StandIn) -> No
 VARLEN = """
 import json, sys, torch
 from torch.nn.attention.varlen import varlen_attn
-from splitwiser.attention import AttentionOptions, attend
+from splitwiser.model.attention import AttentionOptions, attend
 torch.manual_seed(0)
 queries, contexts = [5, 1, 7], [5, 9, 12]
 def offsets(lengths):
@@ -391,7 +392,7 @@ print(json.dumps([made.tolist(), str(made.device), len(ids)]))
 def test_triton_launches_on_the_current_device(on_stand_in: StandIn) -> None:
     script = """
 import torch
-from splitwiser.gpu_kernel import GpuKernel
+from splitwiser.model.kernels.gpu_attention import GpuKernel
 device = torch.device("cuda", 1)
 rows = torch.ones(1, dtype=torch.int64, device=device)
 query, keys = torch.ones(1, 2, 16, device=device), torch.ones(1, 16, 2, 16, device=device)

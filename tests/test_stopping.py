@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from splitwiser.engine.stopping import final_text, finish_reason
 from splitwiser.request import SamplingParams
-from splitwiser.stopping import final_text, finish_reason
 
 EOS = (1, 2)
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from helpers import START_NS, make_output
 
-from splitwiser.metrics import throughput_figures
-from splitwiser.quality import ROUGE
 from splitwiser.request import RequestOutput
-from splitwiser.summary import columns, run_summary
+from splitwiser.results.metrics import throughput_figures
+from splitwiser.results.rouge import ROUGE
+from splitwiser.results.terminal import columns, run_summary
 
 LABELS = {"model": "opt-125m", "mode": "mp", "device": "cpu", "dtype": "float32", "load_format": "auto"}
 

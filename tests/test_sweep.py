@@ -17,8 +17,8 @@ from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.errors import RunError
 from splitwiser.job import prepare_job
-from splitwiser.rounds import Outcome
-from splitwiser.sweep import Point, read_sweep, sweep
+from splitwiser.study.fresh_runs import Outcome
+from splitwiser.study.sweep import Point, read_sweep, sweep
 
 SHIPPED = sorted((constants.DIR_CONFIGS / "sweeps").glob("*.yaml"))
 
@@ -130,7 +130,7 @@ def sweep_with(outcomes: list[Outcome], file: Path, monkeypatch: pytest.MonkeyPa
         asked.append(f"{label.partition('_')[0]} of {options['limit']}")
         return outcomes.pop(0)
 
-    monkeypatch.setattr("splitwiser.sweep.run_once", run_once)
+    monkeypatch.setattr("splitwiser.study.sweep.run_once", run_once)
     with contextlib.suppress(RunError):
         sweep(read_sweep(file), file, file.parent / "out", fresh=False)
     return asked, pd.read_csv(file.parent / "out" / "sweep_tried" / "sweep_summary.csv")

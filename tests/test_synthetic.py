@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_says, refusal
 
-from splitwiser.synthetic import SPELLINGS, parse_lengths, random_prompts
+from splitwiser.workload.synthetic import SPELLINGS, parse_lengths, random_prompts
 
 MANY = 20_000
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.system import uninterrupted
+from splitwiser.machine.process import uninterrupted
 
 SCRIPT = """
 from splitwiser import LLM, SamplingParams

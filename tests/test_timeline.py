@@ -12,8 +12,8 @@ import pytest
 from helpers import START_NS, make_step
 from PIL import Image
 
-from splitwiser.messages import Phase, StepRecord
-from splitwiser.timeline import PHASE_COLOURS, draw_timeline, lanes, write_trace
+from splitwiser.engine.messages import Phase, StepRecord
+from splitwiser.results.timeline import PHASE_COLOURS, draw_timeline, lanes, write_trace
 
 TWO = [
     make_step("prefill-0", "prefill", 5, 105, requests=3, tokens=200, role="prefill"),

@@ -12,11 +12,12 @@ import torch
 from conftest import VOCABULARY
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from splitwiser import LLM, SamplingParams, mps
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import block_nbytes
-from splitwiser.model import load_model
-from splitwiser.modes import MODES
+from splitwiser import LLM, SamplingParams
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kv_pool import block_nbytes
+from splitwiser.model.loading import load_model
+from splitwiser.placement import mps_daemon as mps
+from splitwiser.placement.modes import MODES
 
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
 NO_MPS = pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from test_token_identity import prompts_of, references
 
-from splitwiser.decode import Decoder
-from splitwiser.guard import attach_engine
-from splitwiser.kv_pool import BlockAllocator, KVPool
-from splitwiser.messages import Handoff, Message, PrefillTask, Progress, StepRecord, Submit
-from splitwiser.model import LoadedModel, load_model
-from splitwiser.prefill import Prefiller
+from splitwiser.engine.decode import Decoder
+from splitwiser.engine.messages import Handoff, Message, PrefillTask, Progress, StepRecord, Submit
+from splitwiser.engine.prefill import Prefiller
+from splitwiser.engine.steps import ModelStepper
+from splitwiser.engine.worker import PARENT, Worker
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kv_pool import BlockAllocator, KVPool
+from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.request import Request, SamplingParams
-from splitwiser.steps import ModelStepper
-from splitwiser.worker import PARENT, Worker
 
 BLOCK = 4
 

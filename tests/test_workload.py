@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers import assert_says, refusal
 
-from splitwiser.workload import Workload, load_workload
+from splitwiser.workload.prompt_file import Workload, load_workload
 
 
 def write(directory: Path, content: Any) -> Path:

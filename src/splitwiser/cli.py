@@ -12,13 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from splitwiser import constants
-from splitwiser.cases import load_cases
-from splitwiser.catalog import load_catalog
 from splitwiser.config import AdviseConfig, DoctorConfig, ProfileConfig, RunConfig
-from splitwiser.doctor import diagnose
+from splitwiser.doctor.diagnose import diagnose
 from splitwiser.errors import InputError, RunError, SplitwiserError
+from splitwiser.model.catalog import load_catalog
 from splitwiser.options import add_options, add_run_options, given_options
-from splitwiser.summary import columns, run_summary
+from splitwiser.results.terminal import columns, run_summary
+from splitwiser.workload.cases import load_cases
 
 ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imports take their time once"
 
@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from splitwiser.compare import compare, make_variants
+    from splitwiser.study.compare import compare, make_variants
 
     modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
     variants = make_variants(given_options(options), modes, options.variant)
@@ -102,7 +102,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from splitwiser.sweep import list_points, read_sweep, sweep
+    from splitwiser.study.sweep import list_points, read_sweep, sweep
 
     grid = read_sweep(options.file)
     if options.list:
@@ -113,21 +113,21 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     config = ProfileConfig(**given_options(options, ProfileConfig))
-    from splitwiser.profile import profile, profile_summary
+    from splitwiser.study.profile import profile, profile_summary
 
     print(profile_summary(profile(config)))
 
 
 def _advise(options: argparse.Namespace) -> None:
     config = AdviseConfig(**given_options(options, AdviseConfig))
-    from splitwiser.advice import advice_summary
-    from splitwiser.advise import advise
+    from splitwiser.study.advise import advise
+    from splitwiser.study.recommend import advice_summary
 
     print(advice_summary(advise(config)))
 
 
 def _report(options: argparse.Namespace) -> None:
-    from splitwiser.report import write_report  # brings in matplotlib and pandas
+    from splitwiser.results.report import write_report  # brings in matplotlib and pandas
 
     print(write_report(options.folders, options.output))
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from splitwiser import constants
-from splitwiser.data import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
 from splitwiser.errors import InputError, unknown
-from splitwiser.metrics import parse_goodput
 from splitwiser.request import SamplingParams
-from splitwiser.request_trace import parse_slice
-from splitwiser.synthetic import SPELLINGS, parse_lengths
+from splitwiser.results.metrics import parse_goodput
+from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
+from splitwiser.workload.synthetic import SPELLINGS, parse_lengths
+from splitwiser.workload.trace import parse_slice
 
 T = TypeVar("T")
 

@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from splitwiser import constants
-from splitwiser.arrivals import check_arrival, gamma_arrivals
-from splitwiser.cases import get_case
 from splitwiser.config import RunConfig
-from splitwiser.data import Report, load_reports, load_tok
 from splitwiser.errors import InputError
-from splitwiser.llm import Prompt
-from splitwiser.model import LoadedModel
+from splitwiser.llm import Prompt, check_mode_here, check_mps, check_sizes, plan_workers
+from splitwiser.model.loading import LoadedModel, plan_model
+from splitwiser.placement.shares import ShareSettings
 from splitwiser.request import SamplingParams
-from splitwiser.request_trace import load_trace, parse_slice
-from splitwiser.synthetic import parse_lengths, random_prompts
-from splitwiser.workload import load_workload
+from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
+from splitwiser.workload.cases import get_case
+from splitwiser.workload.prompt_file import load_workload
+from splitwiser.workload.reports import Report, load_reports, load_tok
+from splitwiser.workload.synthetic import parse_lengths, random_prompts
+from splitwiser.workload.trace import load_trace, parse_slice
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,24 @@ def _at_most(most: int | None, lengths: Sequence[int], what: str) -> tuple[Seque
 def _generator(seed: int, purpose: str) -> np.random.Generator:
     """Random numbers for one purpose: more or other draws for one change nothing in another."""
     return np.random.default_rng([seed & (2**64 - 1), *purpose.encode()])
+
+
+def check(config: RunConfig) -> Job:
+    """What ``config`` asks for, if all is right that can be known without loading the model.
+
+    Raises :class:`~splitwiser.errors.InputError` as :func:`splitwiser.run.run` would, for commands that start many runs.
+    """
+    shares = ShareSettings(config.share, config.itl_target_ms, config.lend, config.decode_priority)
+    plan_workers(config.mode, config.workers, shares)
+    check_mps(config.mode, config.mps, config.exclusive)
+    check_mode_here(config.mode, config.device_name)
+    check_sizes(
+        config.kv_memory,
+        max_batch=config.max_batch,
+        batch_size=config.batch_size,
+        prefill_tokens=config.prefill_tokens,
+    )
+    plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
+    job = prepare_job(config)
+    job.sampling_params(config)
+    return job

@@ -15,25 +15,25 @@ from typing import Any, Self
 import torch
 
 from splitwiser import constants, waiting
-from splitwiser.arrivals import check_arrival
-from splitwiser.checks import find_mode_problem
-from splitwiser.device import release_memory
-from splitwiser.engine import Engine, Observer, check_fits
+from splitwiser.engine.engine import Engine, Observer, check_fits
+from splitwiser.engine.generate import GenerateEngine
 from splitwiser.errors import InputError, unknown
-from splitwiser.generate import GenerateEngine
-from splitwiser.green import check_layout, start_green
-from splitwiser.guard import padding_changes_tokens
-from splitwiser.kv_pool import parse_bytes
-from splitwiser.layout import WorkerLayout, parse_layout
-from splitwiser.local import start_local
-from splitwiser.model import LoadedModel, load_model
-from splitwiser.modes import MODES, find_mode
-from splitwiser.mps import MpsDaemon, gpu_index, mps_daemon, thread_percentage
-from splitwiser.multiprocess import start_processes, warm_up_start
-from splitwiser.prepare import EngineSettings, Started
+from splitwiser.machine.device import release_memory
+from splitwiser.model.compatibility import padding_changes_tokens
+from splitwiser.model.kv_pool import parse_bytes
+from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.placement.checks import find_mode_problem
+from splitwiser.placement.green import check_layout, start_green
+from splitwiser.placement.inline import start_local
+from splitwiser.placement.layout import WorkerLayout, parse_layout
+from splitwiser.placement.modes import MODES, find_mode
+from splitwiser.placement.mps_daemon import MpsDaemon, gpu_index, mps_daemon, thread_percentage
+from splitwiser.placement.prepare import EngineSettings, Started
+from splitwiser.placement.processes import start_processes, warm_up_start
+from splitwiser.placement.shares import ShareSettings
 from splitwiser.request import Request, RequestOutput, SamplingParams
-from splitwiser.shares import ShareSettings
 from splitwiser.text import check_text
+from splitwiser.workload.arrivals import check_arrival
 
 ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 MPS_DAEMONS = ("private", "existing")
@@ -294,8 +294,8 @@ class LLM:
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
     ) -> list[RequestOutput]:
-        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.Engine.run`. Threads take turns, so
-        another's run is waiting time of the requests."""
+        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.engine.Engine.run`. Threads take
+        turns, so another's run is waiting time of the requests."""
         with self._turn:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
 

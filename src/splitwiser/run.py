@@ -10,19 +10,17 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from splitwiser.config import RunConfig
-from splitwiser.engine import Observer
+from splitwiser.engine.engine import Observer
+from splitwiser.engine.messages import StepRecord
 from splitwiser.job import Job, prepare_job
-from splitwiser.llm import LLM, check_mode_here, check_mps, check_sizes, plan_workers
-from splitwiser.machine import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
-from splitwiser.machine_load import look
-from splitwiser.messages import StepRecord
-from splitwiser.metrics import parse_goodput
-from splitwiser.model import plan_model
-from splitwiser.quality import can_score
+from splitwiser.llm import LLM
+from splitwiser.machine.describe import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
+from splitwiser.machine.load import look
+from splitwiser.machine.process import uninterrupted
 from splitwiser.request import Request, RequestOutput
-from splitwiser.results import RunRecorder, Status, make_run_directory
-from splitwiser.shares import ShareSettings
-from splitwiser.system import uninterrupted
+from splitwiser.results.metrics import parse_goodput
+from splitwiser.results.recorder import RunRecorder, Status, make_run_directory
+from splitwiser.results.rouge import can_score
 
 NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip install rouge-score"
 
@@ -33,27 +31,6 @@ class RunResult:
 
     directory: Path
     figures: dict[str, Any]
-
-
-def check(config: RunConfig) -> Job:
-    """What ``config`` asks for, if all is right that can be known without loading the model.
-
-    Raises :class:`~splitwiser.errors.InputError` as :func:`run` would, for commands that start many runs.
-    """
-    shares = ShareSettings(config.share, config.itl_target_ms, config.lend, config.decode_priority)
-    plan_workers(config.mode, config.workers, shares)
-    check_mps(config.mode, config.mps, config.exclusive)
-    check_mode_here(config.mode, config.device_name)
-    check_sizes(
-        config.kv_memory,
-        max_batch=config.max_batch,
-        batch_size=config.batch_size,
-        prefill_tokens=config.prefill_tokens,
-    )
-    plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
-    job = prepare_job(config)
-    job.sampling_params(config)
-    return job
 
 
 def run(config: RunConfig) -> RunResult:

@@ -1,8 +1,8 @@
 """Runs ``splitwiser`` commands one after another in one process, which has imported PyTorch and transformers once.
 
-Run as a program by :class:`splitwiser.rounds.OneProcess`: each line of stdin is a JSON object, ``arguments`` of a command
-and the ``log`` that gets what it prints; each is answered on stdout with the command's exit code. A command that failed or
-was interrupted is the process's last: what it has left behind must not reach another.
+Run as a program by :class:`splitwiser.study.fresh_runs.OneProcess`: each line of stdin is a JSON object, ``arguments`` of a
+command and the ``log`` that gets what it prints; each is answered on stdout with the command's exit code. A command that
+failed or was interrupted is the process's last: what it has left behind must not reach another.
 """
 
 import json

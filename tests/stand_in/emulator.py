@@ -69,7 +69,8 @@ def install() -> None:
 
 
 def install_decode_attention(gpu_kernel: ModuleType) -> None:
-    """Let the call of ``splitwiser.gpu_kernel.GpuKernel``, which launches Triton's kernels, compute on the CPU."""
+    """Let the call of ``splitwiser.model.kernels.gpu_attention.GpuKernel``, which launches Triton's kernels, compute on the
+    CPU."""
     gpu_kernel.GpuKernel.__call__ = _decode_attention
 
 
@@ -322,7 +323,7 @@ def _decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """What :meth:`splitwiser.gpu_kernel.GpuKernel.__call__` computes."""
+    """What :meth:`splitwiser.model.kernels.gpu_attention.GpuKernel.__call__` computes."""
     device = query.device
     if device.index != torch.cuda.current_device():
         raise RuntimeError(

@@ -50,4 +50,6 @@ def _exists(self: pathlib.Path, **settings: bool) -> bool:
 
 _exists_really = pathlib.Path.exists
 pathlib.Path.exists = _exists  # type: ignore[method-assign]  # the driver's file, where a driver is
-sys.meta_path.insert(0, _AfterImport({"torch": _install, "splitwiser.gpu_kernel": _install_decode_attention}))
+sys.meta_path.insert(
+    0, _AfterImport({"torch": _install, "splitwiser.model.kernels.gpu_attention": _install_decode_attention})
+)

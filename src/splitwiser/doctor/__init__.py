@@ -1,0 +1,1 @@
+"""What this machine has, and which modes work on it for a model."""

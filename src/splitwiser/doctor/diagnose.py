@@ -1,0 +1,220 @@
+"""``splitwiser doctor``: what this machine has, which modes will work on it for a model, and why each other one will not.
+
+Every check answers with a finding; one that breaks becomes a finding with the reason. PyTorch and transformers are imported
+where a check needs them, so that the rest is still found where they are broken.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from splitwiser.config import DoctorConfig
+from splitwiser.doctor import survey
+from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, ending_questions
+from splitwiser.errors import InputError, first_line
+from splitwiser.model.catalog import resolve_model
+from splitwiser.placement.modes import MODES
+from splitwiser.results.terminal import columns
+
+if TYPE_CHECKING:
+    from splitwiser.doctor.needs import Needs
+
+SECTIONS = ("software", "gpu", "processor", "memory", "hub", "model")
+MODE_S = 60.0  # longest that a process may take to say whether a mode works
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. ``ok`` is False for what is missing or stands in the way, None for what does not apply or was
+    not tried. ``figures`` are for machines: bytes, counts, names."""
+
+    section: str
+    name: str
+    ok: bool | None
+    text: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModeFinding:
+    """Whether ``mode`` will work, and the reason if not (or what to know if it does)."""
+
+    mode: str
+    works: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, and what they mean for each mode."""
+
+    model: str
+    device: str | None
+    findings: list[Finding]
+    modes: list[ModeFinding]
+
+    @property
+    def works(self) -> bool:
+        """Whether at least one mode works."""
+        return any(mode.works for mode in self.modes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``: ``works``, ``model``, ``device``, ``findings`` and ``modes``, each of the last two a list of the
+        fields of :class:`Finding` and :class:`ModeFinding`."""
+        return {"works": self.works, **asdict(self)}
+
+    def __str__(self) -> str:
+        marks = {True: "ok", False: "NO", None: "-"}
+        lines = []
+        for section in SECTIONS:
+            rows = [(f"  {each.name}", marks[each.ok], each.text) for each in self.findings if each.section == section]
+            lines += [section, columns(rows), ""]
+        table = [(each.mode, "yes" if each.works else "no", each.note) for each in self.modes]
+        return "\n".join([*lines, columns([("mode", "works", "why not / note"), *table])])
+
+
+@ending_questions()
+def diagnose(config: DoctorConfig) -> Diagnosis:
+    """Look at everything. Raises :class:`InputError` on a model, a type or a size that does not exist."""
+    name = resolve_model(config.model).name
+    look = _Look()
+    look("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
+    pytorch = look("software", "pytorch", survey.find_pytorch).ok
+    if pytorch:
+        survey.ask_for_gpus_ahead()
+    transformers = look("software", "transformers", survey.find_transformers).ok
+    if pytorch:
+        _check_form(config)
+    gpus: list[dict[str, Any]] = look("gpu", "devices", survey.find_gpus).figures.get("devices", [])
+    place: str | None = look("gpu", "device", survey.find_device, config.device, len(gpus)).figures.get("device")
+    if pytorch and place:
+        survey.ask_for_sharing_ahead(place)
+        for mode in _asked_apart(place):
+            ask_ahead("mode", mode, place, deadline_s=MODE_S)
+    gpu = gpus[int(place.removeprefix("cuda:"))] if place and place != "cpu" else None
+    memory = look("memory", "main_memory", survey.find_main_memory)
+    hub = look("hub", "hub", survey.find_hub, config.model, config.hub)
+    free: int | None = gpu["free_bytes"] if gpu else memory.figures.get("free_bytes")
+    needs = None
+    if pytorch and transformers and place and free is not None:
+        needs = _find_needs(config, place, free, hub)
+    look("model", "model", needs.find_model if needs else _cannot_tell)
+    look("model", "weights_and_pool", needs.find_memory if needs else _cannot_tell)
+    look("memory", "shared_memory", survey.find_shared_memory)
+    look("memory", "dev_shm", survey.find_dev_shm, gpu is not None)
+    look("memory", "open_files", survey.find_open_files)
+    refused = {mode: _find_mode_problem(mode, place) for mode in MODES} if pytorch and place else {}
+    look("gpu", "nvidia_smi", survey.find_nvidia_smi)
+    look("gpu", "cuda_ipc", survey.find_cuda_ipc, place if gpu else None)
+    look("gpu", "green_contexts", survey.find_green_contexts, gpu is not None, refused.get("green"))
+    look("gpu", "mps_binary", survey.find_mps_binary)
+    look("gpu", "mps_daemon", survey.find_mps_daemon)
+    look("processor", "processor", survey.find_processor)
+    look("processor", "cores", survey.find_cores)
+    look("processor", "load", survey.find_load)
+    look("processor", "compiler", survey.find_compiler)
+    look("processor", "kernel", survey.find_kernel, place)
+    look.close()
+    modes = [_judge(mode, look.findings, refused.get(mode), needs) for mode in MODES]
+    return Diagnosis(name, place, list(look.findings.values()), modes)
+
+
+class _Look:
+    """Makes checks, keeps their findings by name and shows on a terminal what is being looked at."""
+
+    def __init__(self) -> None:
+        self.findings: dict[str, Finding] = {}
+        self._line = tqdm(total=0, bar_format="looking at {desc}", disable=None, leave=False)
+
+    def __call__(self, section: str, name: str, check: Callable[..., survey.Found], *given: object) -> Finding:
+        self._line.set_description_str(name)
+        try:
+            found = check(*given)
+        except (InputError, ProbeError) as error:
+            found = False, str(error), {}
+        except Exception as error:
+            found = False, f"cannot be told ({type(error).__name__}: {first_line(error)})", {}
+        self.findings[name] = Finding(section, name, *found)
+        return self.findings[name]
+
+    def close(self) -> None:
+        """Take the line away."""
+        self._line.close()
+
+
+def _check_form(config: DoctorConfig) -> None:
+    """Raises :class:`InputError` on a device or size of a form that there is not; whether it is here is a finding."""
+    from splitwiser.machine.device import resolve_device
+    from splitwiser.model.kv_pool import find_pool_problem
+
+    resolve_device(config.device, gpus=sys.maxsize)
+    find_pool_problem(config.kv_memory, sys.maxsize)
+
+
+def _find_needs(config: DoctorConfig, place: str, free: int, hub: Finding) -> "Needs":
+    import torch
+
+    from splitwiser.doctor.needs import find_needs
+
+    unreachable = hub.figures.get("problem") or (hub.text if hub.ok is False else None)
+    return find_needs(config, torch.device(place), free, unreachable)
+
+
+def _cannot_tell() -> survey.Found:
+    return None, "cannot be told without PyTorch, transformers and a device", {}
+
+
+# the modes
+
+
+def _judge(mode: str, found: dict[str, Finding], refused: str | None, needs: "Needs | None") -> ModeFinding:
+    problem = next((problem for problem in _problems(mode, found, refused, needs) if problem), None)
+    if problem:
+        return ModeFinding(mode, False, problem)
+    notes = [needs.note if needs else ""]
+    if mode != "generate" and found["kernel"].ok is False:
+        notes.append(f"decode attention: {found['kernel'].figures.get('kernel', found['kernel'].text)}")
+    if mode == "mp" and found["device"].figures["device"] == "cpu" and found["cores"].figures.get("cores") == 1:
+        notes.append("prefill and decode share one core")
+    return ModeFinding(mode, True, "; ".join(filter(None, notes)))
+
+
+def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: "Needs | None") -> Iterator[str | None]:
+    """What stands in the way of ``mode``, if anything, in the order in which a run would meet it."""
+    for name in ("pytorch", "transformers"):
+        if not found[name].ok:
+            yield f"{name}: {found[name].text}"
+    if not found["device"].ok:
+        yield found["device"].text
+    yield refused
+    if MODES[mode].shares_memory:
+        for name in ("shared_memory", "cuda_ipc"):
+            if found[name].ok is False:
+                yield f"cannot share memory between processes: {found[name].text}"
+    if needs:
+        yield needs.problem
+        if mode != "generate":
+            yield needs.dispatch
+        yield needs.memory.get(mode != "generate")
+        yield needs.text
+
+
+def _asked_apart(place: str) -> tuple[str, ...]:
+    """The modes of which a process of its own is asked, since to look may start CUDA."""
+    return () if place == "cpu" else tuple(mode.name for mode in MODES.values() if mode.needs_gpu)
+
+
+def _find_mode_problem(mode: str, place: str) -> str | None:
+    """As :func:`splitwiser.placement.checks.find_mode_problem`; where that may start CUDA, a process of its own is asked."""
+    if mode not in _asked_apart(place):
+        from splitwiser.placement.checks import find_mode_problem
+
+        return find_mode_problem(mode, place)
+    try:
+        answer: str | None = ask("mode", mode, place, deadline_s=MODE_S)
+    except ProbeError as error:
+        return str(error)
+    return answer

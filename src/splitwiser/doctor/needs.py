@@ -1,0 +1,149 @@
+"""What a run of a model needs on this machine, told before a weight is made and without reaching for the hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from splitwiser import constants
+from splitwiser.config import DoctorConfig
+from splitwiser.doctor.survey import Found, format_size
+from splitwiser.errors import InputError, UnsupportedModelError, first_line
+from splitwiser.model.catalog import CatalogEntry, resolve_model
+from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem, find_file
+from splitwiser.model.compatibility import find_dispatch_problem
+from splitwiser.model.kv_pool import LayerShape, block_nbytes, find_memory_problem, parse_bytes, plan_blocks
+from splitwiser.model.loading import (
+    has_tokenizer_files,
+    load_tokenizer,
+    max_positions,
+    not_to_be_had,
+    plan_model,
+    weights_nbytes,
+    without_memory,
+)
+
+DOWNLOAD = "not in the local cache, so a run downloads it first"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run of the model needs, as far as it is known here, and what stands in its way.
+
+    ``weights``, ``pool`` (``about``: an estimate) and ``free`` are bytes. ``problem`` is in the way of every mode,
+    ``dispatch`` of all that the engine serves, ``memory`` of those without and with a pool, ``text`` of prompts that are
+    text. ``where`` the model comes from.
+    """
+
+    weights: int | None = None
+    pool: int | None = None
+    about: bool = False
+    free: int = 0
+    problem: str | None = None
+    dispatch: str | None = None
+    text: str | None = None
+    memory: dict[bool, str | None] = field(default_factory=dict)
+    where: str = ""
+
+    @property
+    def note(self) -> str:
+        """What to know before a run that works."""
+        return DOWNLOAD if self.where.endswith(DOWNLOAD) else ""
+
+    def find_model(self) -> Found:
+        """The finding on the model itself."""
+        problem = self.problem or self.dispatch or self.text
+        return (None if self.note and not problem else problem is None), problem or self.where, {}
+
+    def find_memory(self) -> Found:
+        """The finding on the memory that weights and pool take."""
+        figures = {"weights_bytes": self.weights, "pool_bytes": self.pool, "free_bytes": self.free}
+        if self.weights is None:
+            return None, "cannot be told without the model's configuration", figures
+        text = f"weights {format_size(self.weights)}"
+        if self.pool is not None:
+            text += f", KV pool {'about ' if self.about else ''}{format_size(self.pool)}"
+        return not any(self.memory.values()), f"{text}, of {format_size(self.free)} available", figures
+
+
+def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachable: str | None) -> Needs:
+    """What a run of ``config``'s model needs on ``device`` with ``free`` bytes; ``unreachable``: why the hub is, if it is.
+
+    Raises :class:`InputError` on a model, type or load format that does not exist.
+    """
+    entry = resolve_model(config.model)
+    shape_is_known, problem, where = _find_files(entry, config, unreachable)
+    where = f"{entry.name} at {entry.location}" + (f": {where}" if where else "")
+    if not shape_is_known and entry.kind == "decoder":  # another is refused before anything is read
+        return Needs(free=free, problem=problem, where=where)
+    load_format = "dummy" if entry.config and not _is_here(entry, ["config.json"]) else config.load_format
+    text = None
+    try:
+        # the device has no say in a model's shape, and asking for it here would start CUDA in this process
+        _, _, figures, dtype = plan_model(config.model, dtype=config.dtype, device="cpu", load_format=load_format)
+        if load_format == config.load_format == "auto":
+            problem = problem or find_checkpoint_problem(entry, figures, device)
+            text = _find_text_problem(entry, config, unreachable)
+        module = without_memory(entry, figures, dtype)
+        dispatch = find_dispatch_problem(module)
+        needs = _measure(entry.name, module, config, device, free)
+    except UnsupportedModelError as error:
+        return Needs(free=free, problem=str(error), where=where)
+    except InputError:
+        raise
+    except Exception as error:  # whatever building a foreign architecture raises
+        return Needs(free=free, problem=f"model {entry.name}: {type(error).__name__}: {first_line(error)}", where=where)
+    return replace(needs, problem=problem, dispatch=dispatch, text=text, where=where)
+
+
+def _find_files(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> tuple[bool, str | None, str]:
+    """Whether the model's shape is known here, why it cannot be had, and where it comes from."""
+    if config.load_format == "dummy" and (entry.config or _is_here(entry, ["config.json"])):
+        return True, None, "random weights, nothing to download"
+    if entry.path:
+        return True, None, ""
+    if _is_here(entry, WEIGHT_FILES):
+        return True, None, "in the local cache"
+    # the catalogue's figures do not say of which type the checkpoint's numbers are
+    shape_is_known = _is_here(entry, ["config.json"]) or (bool(entry.config) and config.dtype != "auto")
+    return shape_is_known, not_to_be_had(entry, unreachable) if unreachable else None, DOWNLOAD
+
+
+def _find_text_problem(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> str | None:
+    """Why prompts of text, which a run has but for ``--prompt_tokens``, cannot be tokenised."""
+    downloaded = entry.hub and not unreachable and not has_tokenizer_files(entry)
+    if config.prompt_tokens is not None or downloaded:
+        return None
+    return load_tokenizer(entry, local_only=True)[1] or None
+
+
+def _is_here(entry: CatalogEntry, names: Sequence[str]) -> bool:
+    """Whether one of the files ``names`` of the model lies in its directory or in the hub's local cache."""
+    return any(find_file(entry, name) for name in names)
+
+
+def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: torch.device, free: int) -> Needs:
+    weights, dtype = weights_nbytes(module), module.dtype
+    memory = {
+        pooled: find_memory_problem(name, weights, dtype, config.kv_memory if pooled else "auto", free, device)
+        for pooled in (False, True)
+    }
+    pool = None
+    if config.kv_memory != "auto":
+        pool = parse_bytes(config.kv_memory)
+    elif (layers := _likely_layers(module.config)) and weights <= free:
+        tokens, positions = constants.BLOCK_TOKENS, max_positions(module.config)
+        blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, positions, free - weights)
+        pool = blocks * block_nbytes(layers, tokens, dtype)
+    return Needs(weights, pool, config.kv_memory == "auto", free, memory=memory)
+
+
+def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
+    """What each layer keeps, as most configurations say it; only a forward, as a run makes it, knows."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
+    layers = getattr(text, "num_hidden_layers", None)
+    return [LayerShape(kv_heads, size, size)] * layers if layers and kv_heads and size else None

@@ -1,0 +1,119 @@
+"""The decode side of a worker: owns blocks, admits requests, batches steps, emits tokens and frees blocks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from splitwiser.engine.messages import Handoff, PrefillTask, Progress
+from splitwiser.engine.policy import FIRST_COME, Policy
+from splitwiser.engine.steps import InFlight, Stepper
+from splitwiser.errors import RunError
+from splitwiser.model.kv_pool import BlockAllocator
+from splitwiser.request import FinishReason, Request
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """One turn: the report for the parent, and how many requests its step took (0: none ran)."""
+
+    progress: Progress
+    requests: int
+
+
+class Decoder:
+    """A request waits here until ``max_batch`` and its blocks allow, is with prefill until its handoff, then runs.
+
+    All blocks that a request can come to need are reserved when it is admitted, so a running request never waits for
+    another, and admission cannot deadlock. ``policy`` says in which order requests are admitted.
+
+    ``on_itl`` is told of each gap between two tokens of its requests, in seconds.
+
+    State: waiting -> admitted (blocks reserved, with prefill) -> running -> finished (blocks freed).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stepper: Stepper,
+        allocator: BlockAllocator,
+        block_tokens: int,
+        max_batch: int,
+        policy: Policy = FIRST_COME,
+        on_itl: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self.name = name
+        self._stepper = stepper
+        self._allocator = allocator
+        self._block_tokens = block_tokens
+        self._max_batch = max_batch
+        self._policy = policy
+        self._waiting: dict[int, Request] = {}
+        self._admitted: dict[int, InFlight] = {}
+        self._running: dict[int, InFlight] = {}
+        self._handoffs: list[Handoff] = []
+        self._on_itl = on_itl
+        self._last_end_ns: int | None = None
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self._waiting[request.request_id] = request
+
+    def admit(self) -> list[PrefillTask]:
+        """Reserve blocks for as many waiting requests as there is room for, in the policy's order."""
+        tasks: list[PrefillTask] = []
+        if not self._waiting:
+            return tasks
+        for request in self._policy.admission_order(self._waiting.values()):
+            if len(self._admitted) + len(self._running) >= self._max_batch:
+                break
+            blocks = self._allocator.allocate(-(-request.most_tokens // self._block_tokens))
+            if blocks is None:
+                break
+            self._admitted[request.request_id] = InFlight(request, blocks)
+            tasks.append(PrefillTask(request, tuple(blocks), self.name))
+        for task in tasks:
+            del self._waiting[task.request.request_id]
+        return tasks
+
+    def receive(self, handoff: Handoff) -> None:
+        """Take a prefilled request over."""
+        sequence = self._admitted.pop(handoff.request_id)
+        sequence.token_ids.append(handoff.first_token)
+        self._running[handoff.request_id] = sequence
+        self._handoffs.append(handoff)
+
+    def step(self) -> DecodeResult | None:
+        """Run one step of every running request and report, or None if there is nothing to do."""
+        handoffs, self._handoffs = tuple(self._handoffs), []
+        finished = self._collect([handoff.request_id for handoff in handoffs])  # by the first token alone
+        batch = list(self._running.values())
+        if not handoffs and not batch:
+            return None
+        tokens: list[int] = []
+        start_ns = self._stepper.now_ns()
+        if batch:
+            tokens = self._stepper.decode(batch)
+            for sequence, token in zip(batch, tokens, strict=True):
+                sequence.token_ids.append(token)
+        end_ns = self._stepper.now_ns()
+        if self._last_end_ns is not None:
+            self._on_itl((end_ns - self._last_end_ns) / 1e9)
+        ids = [sequence.request.request_id for sequence in batch]
+        finished += self._collect(ids)
+        self._last_end_ns = end_ns if self._running else None
+        progress = Progress(
+            self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
+        )
+        return DecodeResult(progress, len(batch))
+
+    def _collect(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
+        finished = []
+        for request_id in request_ids:
+            sequence = self._running[request_id]
+            if reason := self._stepper.finish_reason(sequence):
+                self._allocator.release(self._running.pop(request_id).blocks)
+                finished.append((request_id, reason))
+        if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
+            raise RunError(
+                f"{self.name}: {self._allocator.count - self._allocator.free_count} blocks in use with no request in them"
+            )
+        return finished

@@ -1,1 +1,0 @@
-"""Code for other compilers than Python's."""

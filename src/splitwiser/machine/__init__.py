@@ -1,0 +1,1 @@
+"""Devices, processors, memory and processes of this machine."""

@@ -1,0 +1,110 @@
+"""What a run ran on: machine, versions and commit, for its record."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitwiser import constants, waiting
+from splitwiser.machine.stand_in import STAND_IN, is_stand_in
+
+PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, system and, if ``device`` is one, the GPU."""
+    described: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": platform.platform(),
+        "torch_threads": torch.get_num_threads(),
+        "threads_wait": waiting.describe(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpu_sms": properties.multi_processor_count,
+        }
+    return described
+
+
+def name_device(device: torch.device) -> str:
+    """``device`` as tables name it, such as ``cuda:0``; a stand-in for a GPU is named as one."""
+    if device.type == "cuda" and is_stand_in(torch.cuda.get_device_properties(device).name):
+        return f"{device} ({STAND_IN})"
+    return str(device)
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Versions of Python, CUDA and the packages that a result depends on; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions["torch"] = str(torch.__version__)  # with the build, such as +cpu
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def git_commit() -> str | None:
+    """The project's commit, with ``-dirty`` if tracked files differ from it; None outside a git checkout. Of a copy that is
+    not one, or one of another state, ``SPLITWISER_COMMIT`` of the environment tells it."""
+    if told := os.environ.get("SPLITWISER_COMMIT"):
+        return told
+    command = ["git", "-C", str(constants.DIR_PROJECT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float:
+    """The memory of a run so far, in MB (10^6 bytes).
+
+    On a GPU all that is in use there now, contexts of processes included: what processes share counts once, and PyTorch
+    keeps what it once had, so it is the peak where nobody else uses the GPU. On a CPU the peak of this process's resident
+    set, or, with ``workers`` (process ids), what this process and they hold now, as their proportional set sizes: memory
+    that they share counts once, which the peaks of each cannot tell.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 1e6
+    if workers:
+        return sum(_memory_kib(pid, "smaps_rollup", "Pss:") for pid in [os.getpid(), *workers]) * 1024 / 1e6
+    # not ru_maxrss, which keeps what the process that started this one held
+    return _memory_kib(os.getpid(), "status", "VmHWM:") * 1024 / 1e6
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory_mb` count from now on; where the system does not allow it, it goes on counting."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # PyTorch keeps what it once had; see peak_memory_mb
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
+
+
+def _memory_kib(pid: int, file: str, field: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
+    except OSError:  # it has ended
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,1 @@
+"""A transformers model whose forward runs exactly over the paged KV pool."""

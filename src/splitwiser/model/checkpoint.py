@@ -1,0 +1,125 @@
+"""What can be told of a checkpoint's weights before they are loaded: each file is opened, none is read."""
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
+
+from splitwiser.errors import first_line
+from splitwiser.model.catalog import CatalogEntry
+
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def find_file(entry: CatalogEntry, name: str) -> Path | None:
+    """The file ``name`` of the model in its directory or in the hub's local cache; None if it is not there."""
+    if entry.path:
+        path = Path(entry.location) / name
+        return path if path.is_file() else None
+    found = try_to_load_from_cache(entry.hub, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def find_checkpoint_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
+    """Why the files that are on this machine make no model on ``device``, in one line that names the file; None if they do,
+    or if none are here."""
+    return (
+        find_quantisation_problem(entry, config, device) or find_weights_problem(entry) or _find_settings_problem(entry)
+    )
+
+
+def find_pointer(entry: CatalogEntry, names: Sequence[str]) -> str | None:
+    """The first of the files ``names`` that is a pointer of Git LFS, in one line; None if none is, or none is here."""
+    paths = filter(None, (find_file(entry, name) for name in names))
+    return next(filter(None, map(_pointer_problem, paths)), None)
+
+
+def find_weights_problem(entry: CatalogEntry) -> str | None:
+    """Why the weights that are on this machine cannot be read, in one line that names the file; None if they can, or if none
+    are here yet of a model of the hub."""
+    first = next((path for name in WEIGHT_FILES if (path := find_file(entry, name))), None)
+    if first is None:
+        return f"model {entry.name}: no weights in {entry.location}" if entry.path else None
+    return next((f"model {entry.name}: {problem}" for problem in _problems(entry, first)), None)
+
+
+def find_quantisation_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
+    """Why weights quantised as ``config`` says cannot be loaded onto ``device``; None if they can or are not quantised."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    try:
+        if not AutoHfQuantizer.supports_quant_method(given):
+            raise ValueError("transformers does not know the method")
+        get_hf_quantizer(config, None, {"": device}, weights_only=True, user_agent={})
+    except (
+        Exception
+    ) as error:  # a library that is not there, a method that nobody knows, a device that it does not serve
+        how = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+        return (
+            f"model {entry.name}: its weights are quantised ({getattr(how, 'value', how) or 'method not named'}), which "
+            f"cannot be loaded here: {first_line(error)}"
+        )
+    return None
+
+
+def _find_settings_problem(entry: CatalogEntry) -> str | None:
+    path = find_file(entry, "generation_config.json")
+    try:
+        if path:
+            GenerationConfig.from_pretrained(path.parent)
+    except OSError:  # transformers goes on without a file that is no JSON
+        return None
+    except Exception as error:  # whatever JSON of another form raises
+        return f"model {entry.name}: {path}: no generation settings: {type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _problems(entry: CatalogEntry, first: Path) -> Iterator[str | None]:
+    if first.suffix != ".json":
+        yield from filter(None, [_file_problem(first)])
+        return
+    try:
+        names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield _pointer_problem(first) or f"{first}: no index of weights, which maps each weight to a file"
+        return
+    for name in names:
+        path = find_file(entry, str(name))
+        if path is None and entry.path:
+            yield f"{first} names {name}, which is not there"
+        elif path is not None:
+            yield from filter(None, [_file_problem(path)])
+
+
+def _file_problem(path: Path) -> str | None:
+    if problem := _pointer_problem(path):
+        return problem
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                return None
+        except Exception as error:  # SafetensorError has no base of its own among Python's
+            return f"{path}: cannot be opened as safetensors, or is cut short: {first_line(error)}"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if zipfile.is_zipfile(path) or start[:1] == b"\x80":  # since PyTorch 1.6, and before
+        return None
+    return f"{path}: no checkpoint of PyTorch, or cut short"
+
+
+def _pointer_problem(path: Path) -> str | None:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return f"{path}: a pointer of Git LFS in place of the file; git lfs pull fetches it"
+    return None

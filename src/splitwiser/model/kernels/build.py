@@ -1,0 +1,74 @@
+"""The project's own C++ functions for CPUs: built once with the machine's own compiler, cached, and done without where there
+is none."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from splitwiser.errors import first_line
+from splitwiser.machine.process import home_folder
+
+SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).with_name("csrc").glob("*.h")))
+FLAGS = ("-O3", "-funroll-loops", "-std=c++17", "-fopenmp", "-fPIC")
+MARCH = "SPLITWISER_MARCH"  # an environment variable: what g++ is to compile for in place of this processor
+COMPILE_S = 120  # a few seconds are usual
+
+
+def load_native() -> tuple[ctypes.CDLL | None, str]:
+    """The functions and a line for the run's record; None, and the reason, where they cannot be had."""
+    compiler = shutil.which("g++")  # another compiler's OpenMP is not the one that PyTorch has loaded
+    if compiler is None:
+        return None, "plain PyTorch (no g++ on PATH)"
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
+        return None, f"plain PyTorch (g++ failed: {lines[0]})"
+    except subprocess.TimeoutExpired:
+        return None, f"plain PyTorch (g++ took more than {COMPILE_S} s)"
+    except OSError as error:
+        return None, f"plain PyTorch (what g++ compiled cannot be used: {first_line(error)})"
+    return library, f"compiled by {compiler}" + (f" for {march}" if (march := os.environ.get(MARCH)) else "")
+
+
+def cache_directory() -> Path:
+    """Where the compiled functions are kept: ``$XDG_CACHE_HOME/splitwiser`` or ``~/.cache/splitwiser``. Raises
+    FileNotFoundError for a user without a home folder."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "splitwiser"
+    return home_folder("XDG_CACHE_HOME") / ".cache" / "splitwiser"
+
+
+def _build(compiler: str) -> Path:
+    """The shared library, compiled unless the cache has it for these sources, flags, compiler and processor."""
+    flags = (*FLAGS, f"-march={os.environ.get(MARCH) or 'native'}")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_S).stdout
+    sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
+    identity = hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags), version, processor_flags()]))
+    library = cache_directory() / f"native-{identity.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects = [f"{scratch}/{source.stem}.o" for source in SOURCES]
+        compiling = [
+            [compiler, *flags, "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        # linked without an OpenMP library: its calls find the one that PyTorch has loaded, and so its threads
+        for command in (*compiling, [compiler, "-shared", *objects, "-o", f"{scratch}/native.so"]):
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_S)
+        Path(scratch, "native.so").replace(library)  # whole or not at all, should two runs build at once
+    return library
+
+
+def processor_flags() -> bytes:
+    """What the processor can do, as /proc/cpuinfo lists it."""
+    for line in Path("/proc/cpuinfo").read_bytes().splitlines():
+        if line.startswith((b"flags", b"Features")):
+            return line
+    return b""

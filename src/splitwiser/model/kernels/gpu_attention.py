@@ -1,0 +1,152 @@
+"""Decode attention for GPUs: flash-decoding over the block pool in Triton, which PyTorch's CUDA builds bring along.
+
+Each request's context is cut into parts that different multiprocessors read at the same time (Dao et al., "Flash-Decoding",
+2023); where there are several, a second, small kernel joins them. The heads that share a K/V head are taken together, so
+K and V are read once. Nothing depends on a length that only the device knows, so steps can be captured in CUDA graphs.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitwiser.machine.process import home_folder
+from splitwiser.model.kernels import packed_attention
+from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kv_pool import LayerShape
+
+PARTS = 64  # most parts of one request's context
+PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor
+LEAST_ROWS = 16  # heads a program: what a matrix product on tensor cores takes
+MOST_ROWS = 64
+MOST_ROWS_FLOAT32 = 32  # which is multiplied without tensor cores: that takes more registers
+TILE_BYTES = 16_384  # of K or V that a program reads at a time
+
+Constants = dict[str, Any]  # what a Triton function is compiled with, by name; its launch options among them
+
+
+class GpuKernel:
+    """A :class:`~splitwiser.model.kernels.interface.AttentionKernel` for CUDA tensors."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        starts: Tensor,
+        offsets: Tensor,
+        lengths: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`splitwiser.model.kernels.interface.AttentionKernel.__call__`; for one token a request only."""
+        attend_part, join_parts = _kernels()
+        query = query.contiguous()
+        requests, heads, key_dim = query.shape
+        _, block_tokens, kv_heads, value_dim = values.shape
+        group = heads // kv_heads
+        programs = kv_heads * -(-group // _rows(group, query.element_size()))  # of one part of one request
+        parts = _parts(requests * programs, query.device)
+        attend, join = kernel_constants(
+            heads, kv_heads, key_dim, value_dim, block_tokens, query.element_size(), parts,
+            softcap is not None, sinks is not None,
+        )  # fmt: skip
+        output = partial = query.new_empty(requests, heads, value_dim)
+        statistics: Sequence[Tensor | None] = (None, None)
+        if parts > 1:
+            partial = query.new_empty(requests, heads, parts, value_dim, dtype=torch.float32)
+            statistics = query.new_empty(2, requests, heads, parts, dtype=torch.float32).unbind()
+        attend_part[(requests, programs, parts)](
+            query, keys, values, tables, tables.shape[1], starts, lengths, None if sinks is None else sinks.contiguous(),
+            partial, *statistics, scaling, softcap or 0.0, **attend,
+        )  # fmt: skip
+        if parts > 1:
+            join_parts[(requests, heads)](partial, *statistics, output, **join)
+        return output
+
+
+@functools.cache
+def kernel_constants(
+    heads: int, kv_heads: int, key_dim: int, value_dim: int, block_tokens: int, element_bytes: int, parts: int,
+    capped: bool, has_sinks: bool,
+) -> tuple[Constants, Constants]:  # fmt: skip
+    """What ``attend_part`` and ``join_parts`` are compiled with for tensors of these sizes.
+
+    ``ROWS``, ``TILE`` and ``num_warps`` are such that up to head size 256 no registers are spilled.
+    """
+    group = heads // kv_heads
+    rows = _rows(group, element_bytes)
+    key_pad, value_pad = max(16, _power_of_2(key_dim)), max(16, _power_of_2(value_dim))
+    tile = min(64, max(16, TILE_BYTES // (max(key_pad, value_pad) * element_bytes)))
+    in_float32 = element_bytes == 4
+    attend = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "KEY_DIM": key_dim, "KEY_PAD": key_pad,
+        "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, "BLOCK_TOKENS": block_tokens, "PARTS": parts,
+        "TILE": 16 if in_float32 and rows > LEAST_ROWS else tile, "CAPPED": capped, "SINKS": has_sinks,
+        "num_warps": 8 if in_float32 or rows > 32 else 4, "num_stages": 3,
+    }  # fmt: skip
+    join = {
+        "HEADS": heads, "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, "PARTS": parts, "num_warps": 4, "num_stages": 1
+    }  # fmt: skip
+    return attend, join
+
+
+def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[PoolKernels, dict[str, str]]:
+    """See :func:`splitwiser.model.kernels.choose.load_kernels`."""
+    not_packed = packed_attention.find_problem(dtype, layers)
+    has_triton = importlib.util.find_spec("triton") is not None
+    kernels = PoolKernels(
+        decode=GpuKernel() if has_triton else None,
+        packed=None if not_packed else packed_attention.PackedAttention(),
+    )
+    return kernels, {
+        "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({not_packed})"
+        if not_packed
+        else "torch.nn.attention.varlen, one call a layer",
+        "decode_attention": "gpu_kernel.py, compiled by Triton"
+        if has_triton
+        else "plain PyTorch (Triton is not installed)",
+    }
+
+
+def cache_directory() -> Path:
+    """Where Triton keeps what it has compiled. Raises FileNotFoundError for a user without a home folder."""
+    if given := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(given)
+    return Path(os.environ.get("TRITON_HOME") or home_folder("TRITON_CACHE_DIR")) / ".triton" / "cache"
+
+
+def _rows(group: int, element_bytes: int) -> int:
+    """Heads that a program takes of the ``group`` that share a K/V head."""
+    return min(MOST_ROWS_FLOAT32 if element_bytes == 4 else MOST_ROWS, max(LEAST_ROWS, _power_of_2(group)))
+
+
+def _power_of_2(number: int) -> int:
+    """The least power of 2 that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _parts(programs: int, device: torch.device) -> int:
+    """Parts of each request's context, a power of 2, so that ``programs``, those of one part, fill the device."""
+    room = PROGRAMS_PER_SM * _multiprocessors(device) // programs
+    return min(PARTS, 1 << max(0, room.bit_length() - 1))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    """The two Triton functions; made on first use, since Triton is not there on a machine without a GPU."""
+    from splitwiser.model.kernels import triton_decode
+
+    return triton_decode.attend_part, triton_decode.join_parts

@@ -1,0 +1,239 @@
+"""The KV pool: the preallocated cache of all requests in blocks, and the allocator that hands blocks out."""
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from splitwiser.errors import InputError
+from splitwiser.machine import cgroup
+from splitwiser.machine.process import use_huge_pages
+from splitwiser.model.kernels.interface import PoolKernels
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps for a token: ``kv_heads`` keys of ``key_dim`` and values of ``value_dim`` numbers."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+TAKEN_AT_ONCE = 1 << 30  # bytes of a pool that are written to before the first request
+
+
+class KVPool:
+    """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
+
+    A *slot* is one token's place: block number x ``block_tokens`` + offset. ``memory`` (uint8, as many bytes as
+    :func:`block_nbytes` x ``blocks``) is where the pool lies, such as memory that processes share; without it the pool gets
+    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernels`` are
+    those that read and write it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: Tensor | None = None,
+        kernels: PoolKernels = PoolKernels(),  # noqa: B008  # of no state
+    ) -> None:
+        self.blocks = blocks
+        self.kernels = kernels
+        self.block_tokens = block_tokens
+        if memory is None:
+            memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * blocks, device)
+        slots = blocks * block_tokens
+        sizes = [slots * layer.kv_heads * dim for layer in layers for dim in (layer.key_dim, layer.value_dim)]
+        parts = iter(memory.view(dtype).split(sizes))
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for layer in layers:
+            self.keys.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.key_dim))
+            self.values.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.value_dim))
+
+    def take_first(self, blocks: range) -> None:
+        """Write zeros to the first of ``blocks``, up to :data:`TAKEN_AT_ONCE` bytes. The system gives a page when it is
+        first written to, which takes microseconds; so this falls on no request, as long as they use no more. A GPU's
+        memory is there already."""
+        if self.keys[0].is_cuda:
+            return
+        first = blocks[: TAKEN_AT_ONCE // (self.nbytes // self.blocks)]
+        for kept in [*self.keys, *self.values]:
+            kept[first.start : first.stop].zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in [*self.keys, *self.values])
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store ``keys`` and ``values`` of shape (tokens, kv_heads, head size) in ``slots`` (int64, shape (tokens,))."""
+        if self.kernels.store:
+            self.kernels.store(self.keys[layer], self.values[layer], slots, keys, values)
+        else:
+            self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+            self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values in ``tables`` (block numbers, shape (requests, blocks)), each of shape
+        (requests, blocks x block_tokens, kv_heads, head size)."""
+        return self.keys[layer][tables].flatten(1, 2), self.values[layer][tables].flatten(1, 2)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that ``tokens`` tokens take."""
+        return -(-tokens // self.block_tokens)
+
+
+def zeroed_memory(nbytes: int, device: torch.device) -> Tensor:
+    """``nbytes`` zeros of type uint8."""
+    if device.type == "cuda":
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    # the system's pages are zero, and cost nothing until they are used; torch would write the zeros
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    use_huge_pages(memory)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+    return numbers * block_tokens * dtype.itemsize
+
+
+class BlockAllocator:
+    """The free blocks of a range of the pool. It has one owner, a decode worker; nobody else allocates or frees."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.count = count
+        self._free = list(range(first + count - 1, first - 1, -1))
+        self._used: set[int] = set()
+
+    @property
+    def free_count(self) -> int:
+        """Blocks not in use."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """``count`` block numbers, or None if fewer are free."""
+        if count > len(self._free):
+            return None
+        blocks = [self._free.pop() for _ in range(count)]
+        self._used.update(blocks)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take ``blocks`` back. Raises ValueError if one is not in use."""
+        given: set[int] = set()
+        for block in blocks:
+            if block not in self._used or block in given:
+                raise ValueError(f"blocks [{block}] are not in use; a block is freed once")
+            given.add(block)
+        self._used -= given
+        self._free.extend(reversed(blocks))
+
+
+_LONGEST_REQUEST = 8192  # tokens a request is taken to need at most, where the pool's size is chosen automatically
+
+
+def plan_blocks(
+    layers: Sequence[LayerShape],
+    kv_memory: str,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_batch: int,
+    max_positions: int | None,
+    available: int | None = None,
+) -> int:
+    """How many blocks the pool gets.
+
+    ``kv_memory`` is a size such as ``512MiB``, or ``auto``: what ``max_batch`` requests of the model's longest length need,
+    but at most a quarter of a CPU's available memory or half of what a GPU has free after loading. ``available`` is these
+    bytes, asked of the device if not given. Raises :class:`InputError` if not even one block fits.
+    """
+    nbytes = block_nbytes(layers, block_tokens, dtype)
+    if available is None:
+        available = free_memory(device)
+    if kv_memory != "auto":
+        size = parse_bytes(kv_memory)
+        if size < nbytes:
+            raise InputError(
+                f"kv_memory '{kv_memory}' is less than one block, which takes {nbytes} bytes for this model"
+            )
+        if problem := find_pool_problem(kv_memory, available):
+            raise InputError(problem)
+        return size // nbytes
+    longest = min(max_positions or _LONGEST_REQUEST, _LONGEST_REQUEST)
+    wanted = max_batch * -(-longest // block_tokens)
+    affordable = available // (2 if device.type == "cuda" else 4)
+    return max(1, min(wanted, affordable // nbytes))
+
+
+def find_memory_problem(
+    name: str, weights: int, dtype: torch.dtype, kv_memory: str, free: int, device: torch.device
+) -> str | None:
+    """Why ``weights`` bytes of model ``name`` and a KV pool of the size ``kv_memory`` are more than the ``free`` bytes of
+    ``device``; None if they fit. With ``auto`` the pool takes what there is.
+
+    Raises :class:`InputError` if ``kv_memory`` is not a size.
+    """
+    if weights > free:
+        return (
+            f"model {name}: its weights in {str(dtype).removeprefix('torch.')} take {weights / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are available on {device}; a smaller --dtype or model is needed"
+        )
+    return find_pool_problem(kv_memory, free - weights, " beside the weights")
+
+
+def find_pool_problem(kv_memory: str, available: int, beside: str = "") -> str | None:
+    """Why a pool of the size ``kv_memory`` does not fit in ``available`` bytes (``beside`` says what else lies there), or
+    None; ``auto`` always fits. Raises :class:`InputError` if it is not a size."""
+    if kv_memory == "auto" or parse_bytes(kv_memory) <= available:
+        return None
+    return f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available{beside}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on ``device`` now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def available_memory(root: Path = cgroup.ROOT, membership: Path = cgroup.MEMBERSHIP) -> int:
+    """Bytes of main memory that can be had without swapping, within what a container lets this process have."""
+    room = cgroup.memory_room(root, membership)
+    return machine_memory() if room is None else min(machine_memory(), room)
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's main memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as ``512MiB`` or ``4GiB``. Raises :class:`InputError`."""
+    folded = text.strip().lower()
+    unit = next((unit for unit in _UNITS if folded.endswith(unit)), "")
+    try:
+        size = int(float(folded[: len(folded) - len(unit)]) * _UNITS[unit or "b"])
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise InputError(
+            f"kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
+        )
+    return size

@@ -1,0 +1,370 @@
+"""Loads a model, unmodified from transformers: a checkpoint, or the architecture alone with random weights."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from splitwiser import constants
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
+from splitwiser.machine.device import resolve_device
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
+from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_file, find_pointer
+from splitwiser.model.kv_pool import find_memory_problem, free_memory
+
+T = TypeVar("T")
+
+LoadFormat = Literal["auto", "dummy"]
+
+# Generation settings of a checkpoint that change no token here: special tokens, how long, how it is computed and reported,
+# and what a request says itself. No mode applies any other, and the user is told.
+_CHANGES_NO_TOKEN = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "max_time",
+    "do_sample", "temperature", "top_k", "top_p", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "prefill_chunk_size",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "transformers_version",
+}  # fmt: skip
+_NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device with what serving it takes. ``parameters`` counts its weights, tied ones once; ``tokenizer`` is
+    None where a checkpoint has none that can be loaded, and ``no_text`` says then why its prompts cannot be text."""
+
+    name: str
+    module: PreTrainedModel
+    parameters: int
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    dtype: torch.dtype
+    load_format: LoadFormat
+    load_s: float
+    eos_token_ids: frozenset[int]
+    max_positions: int | None
+    notes: list[str] = field(default_factory=list)
+    no_text: str = ""
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids the model has embeddings for."""
+        weight = self.module.get_input_embeddings().weight
+        return len(weight) if isinstance(weight, Tensor) else 0
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Token ids that stand for no text: end-of-sequence, begin, padding and what the tokenizer counts among them."""
+        config = self.module.config.get_text_config()
+        named = (getattr(config, name, None) for name in ("bos_token_id", "pad_token_id"))
+        of_tokenizer = self.tokenizer.all_special_ids if self.tokenizer else []
+        return self.eos_token_ids.union(of_tokenizer, (each for each in named if isinstance(each, int)))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids`` without special tokens; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
+    """The torch type that ``dtype`` names; ``auto`` is the checkpoint's own. Raises :class:`InputError`."""
+    if dtype == "auto":
+        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        if own not in DTYPES.values():
+            raise UnsupportedModelError(
+                f"dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
+            )
+        return own
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, ["auto", *DTYPES])
+    return DTYPES[dtype]
+
+
+def plan_model(
+    model: str | Path, *, dtype: str, device: str, load_format: str
+) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
+    """What :func:`load_model` would load, and where to; arguments as for it. Raises :class:`InputError`."""
+    if load_format not in ("auto", "dummy"):
+        raise unknown("load_format", load_format, ["auto", "dummy"])
+    entry = resolve_model(model)
+    if entry.kind == "encoder-decoder":
+        raise _encoder_decoder(entry)
+    place = resolve_device(device)
+    config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _encoder_decoder(entry)
+    return entry, place, config, resolve_dtype(dtype, config)
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str,
+    device: str,
+    load_format: str,
+    seed: int = constants.SEED,
+    kv_memory: str = "auto",
+    weights: bool = True,
+) -> LoadedModel:
+    """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
+
+    ``load_format`` ``auto`` reads its weights; ``dummy`` draws random ones with ``seed`` from the architecture alone, and
+    falls back on the embedded model's tokenizer where the model's own is not on this machine. The attention implementation
+    stays transformers' own; see :func:`splitwiser.model.compatibility.attach_engine`. Before any weight is made, they and a
+    KV pool of the size ``kv_memory`` are held against the memory there is. Without ``weights`` there is only what is known
+    of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
+    """
+    began = time.perf_counter()
+    entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
+    module = without_memory(entry, config, weights_dtype)
+    problem = find_memory_problem(
+        entry.name, weights_nbytes(module), module.dtype, kv_memory, free_memory(place), place
+    )
+    if weights and problem:  # before the system kills the run for it
+        raise InputError(problem)
+    if weights and load_format == "dummy":
+        draw_weights(module, place, seed)
+    elif weights:
+        module = _read_checkpoint(entry, config, weights_dtype, place)
+        if module.dtype not in DTYPES.values():
+            raise UnsupportedModelError(f"model {entry.name}: its weights are {module.dtype}, which is not served")
+    notes = _unapplied_settings(module.generation_config)
+    tokenizer, no_text = load_tokenizer(entry, local_only=load_format == "dummy")
+    if has_tokenizer_files(entry) and no_text:
+        notes.append(no_text)
+    if tokenizer is None and load_format == "dummy":
+        tokenizer, no_text = load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
+        notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
+    eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
+    # a fresh one, so that mode generate applies nothing that the engine does not: no end-of-sequence token either, since
+    # transformers would end a row at it even where the request ignores it
+    module.generation_config = GenerationConfig(pad_token_id=0)
+    return LoadedModel(
+        name=entry.name,
+        module=module.eval().requires_grad_(False),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        tokenizer=tokenizer,
+        device=place,
+        dtype=module.dtype,
+        load_format="dummy" if load_format == "dummy" else "auto",
+        load_s=time.perf_counter() - began,
+        eos_token_ids=eos,
+        max_positions=max_positions(module.config),
+        notes=notes,
+        no_text=no_text,
+    )
+
+
+def _encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
+    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
+
+
+def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``.
+
+    They are made straight on ``device`` (accelerate), so a second copy never exists.
+    """
+    module.tie_weights()
+    for name, parameter in list(module.named_parameters()):
+        set_module_tensor_to_device(module, name, device, value=torch.empty_like(parameter, device=device))
+    module.tie_weights()
+    torch.nn.Module.to(module, device)  # the buffers
+    for part in module.modules():
+        part.__dict__.pop("_is_hf_initialized", None)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        module.init_weights()
+
+
+def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture of ``config``, its weights on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            module: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_own_attention(config)
+            )
+    except ValueError as error:  # no causal model of this kind
+        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    except Exception as error:  # whatever figures that do not go together raise
+        raise _cannot_be_made(entry, error) from error
+    module.tie_weights()
+    return module
+
+
+def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
+    """What a library raises over a checkpoint's files has many types."""
+    return UnsupportedModelError(
+        f"model {entry.name}: cannot be made from {entry.location}: {type(error).__name__}: {first_line(error)}"
+    )
+
+
+def weights_nbytes(module: PreTrainedModel) -> int:
+    """Bytes of all weights, tied ones once."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
+    if entry.config:
+        figures = dict(entry.config)
+        built: PreTrainedConfig = AutoConfig.for_model(figures.pop("model_type"), **figures)
+        return built
+    return _checkpoint_config(entry)
+
+
+def _own_attention(config: PreTrainedConfig) -> str | None:
+    """The model's own attention where the engine does not serve it: transformers' choice, but for soft-capped scores,
+    which its fused function drops silently in 5.17."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
+    """``load(local_files_only)`` from this machine or, if it is not there, from the hub."""
+    try:
+        return load(True)
+    except OSError as error:
+        if not entry.hub:
+            raise InputError(
+                f"model {entry.name}: cannot be read from {entry.location}: {first_line(error)}"
+            ) from error
+    try:
+        return load(False)
+    except (OSError, RuntimeError) as error:
+        raise InputError(not_to_be_had(entry, first_line(error))) from error
+
+
+def not_to_be_had(entry: CatalogEntry, why: str) -> str:
+    """The line for a model of the hub that is not on this machine and cannot be downloaded."""
+    return (
+        f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
+        f"directory, or use --load_format dummy for timing with random weights ({why})"
+    )
+
+
+def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
+    def load(local_files_only: bool) -> PreTrainedConfig:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(entry.location, local_files_only=local_files_only)
+        return config
+
+    try:
+        return _from_cache_or_hub(entry, load)
+    except ValueError as error:  # transformers does not know the architecture
+        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise _cannot_be_made(entry, error) from error
+
+
+def _read_checkpoint(
+    entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    def load(local_files_only: bool) -> PreTrainedModel:
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            entry.location,
+            output_loading_info=True,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=_own_attention(config),
+            local_files_only=local_files_only,
+        )
+        module: PreTrainedModel = made[0]
+        if missing := sorted(made[1]["missing_keys"]):  # transformers would draw them at random
+            raise InputError(
+                f"model {entry.name}: {entry.location} lacks {len(missing)} of the model's weights, such as {missing[0]}"
+            )
+        return module
+
+    if problem := find_checkpoint_problem(entry, config, device):
+        raise UnsupportedModelError(problem)
+    try:
+        return _from_cache_or_hub(entry, load)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
+    except Exception as error:
+        raise _cannot_be_made(entry, error) from error
+
+
+def has_tokenizer_files(entry: CatalogEntry) -> bool:
+    """Whether a file of the model's own tokenizer is on this machine."""
+    return any(find_file(entry, name) for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The tokenizer and no text, or None, where there is none or one that cannot be loaded, and a line that says so: prompts
+    are token ids then."""
+    problem = find_pointer(entry, TOKENIZER_FILES) or ""
+    for local in (True,) if local_only or entry.path or problem else (True, False):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
+        except Exception as error:  # no file, a broken one, a library that is not there
+            problem = problem or first_line(error)
+            continue
+        # without any tokenizer file, transformers makes one of special tokens alone, which drops all text
+        if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
+            return tokenizer, ""
+        problem = problem or "its files hold no words"
+    found = f"'s tokenizer cannot be loaded: {problem}" if has_tokenizer_files(entry) else " has no tokenizer"
+    return None, f"{entry.name}{found}; give its prompt as token ids"
+
+
+def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    for source in (module.generation_config, module.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
+    given = generation.to_diff_dict() if generation else {}
+    settings = [
+        f"{name}={value}"
+        for name, value in sorted(given.items())
+        if name not in _CHANGES_NO_TOKEN
+        and not name.startswith("_")
+        and value not in (None, [], {}, _NEUTRAL.get(name))
+    ]
+    if not settings:
+        return []
+    return [f"the checkpoint's generation settings are not applied, in any mode: {', '.join(settings)}"]
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions the model takes, or None if it has no limit.
+
+    Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes past the original
+    length for every request in the pack, so such a model is served up to that length only.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit

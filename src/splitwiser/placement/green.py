@@ -1,0 +1,115 @@
+"""Mode ``green``: two lanes in one process, each on a stream in a CUDA green context that owns part of the device's SMs."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from splitwiser.errors import InputError
+from splitwiser.model.loading import LoadedModel
+from splitwiser.placement.board import Board
+from splitwiser.placement.green_contexts import count_multiprocessors, cut_device
+from splitwiser.placement.layout import WorkerLayout
+from splitwiser.placement.prepare import EngineSettings, Started
+from splitwiser.placement.shares import AutoLevel, Part, ShareSettings
+from splitwiser.placement.threads import start_lanes
+
+AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses
+
+PREFILL, DECODE = 0, 1  # the lanes' places on the board
+
+
+def start_green(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
+    """An engine over one prefill and one decode lane in green contexts."""
+    return start_lanes(model, layout, settings, GreenDivision(model.device, layout, settings.shares))
+
+
+def check_layout(layout: WorkerLayout) -> None:
+    """Refuse a layout other than one prefill and one decode worker. Raises :class:`InputError`."""
+    if sorted(spec.role for spec in layout.workers) != ["decode", "prefill"]:
+        raise InputError(f"mode green has one prefill and one decode worker, not {layout}; use mode mp for others")
+
+
+class GreenDivision:
+    """The device's multiprocessors between a prefill and a decode lane; see :class:`splitwiser.placement.threads.Division`.
+
+    With share ``none`` both lanes use the whole device through plain streams, and the device's own scheduling decides.
+    """
+
+    def __init__(self, device: torch.device, layout: WorkerLayout, shares: ShareSettings) -> None:
+        names = {spec.role: spec.name for spec in layout.workers}
+        self._index = {names["prefill"]: PREFILL, names["decode"]: DECODE}
+        _, highest = torch.cuda.Stream(device).priority_range()
+        priorities = (0, highest if shares.decode_priority else 0)
+        wanted = plan_prefill_sms(count_multiprocessors(device), layout, shares)
+        cuts = _distinct([_cut(device, sms, priorities) for sms in wanted])
+        self._whole = [torch.cuda.Stream(device, priority=priority) for priority in priorities]
+        self._streams = [streams for _, streams in cuts]
+        self.units = [{names["prefill"]: granted[PREFILL], names["decode"]: granted[DECODE]} for granted, _ in cuts]
+        board = Board.over(torch.zeros(Board.nbytes(2), dtype=torch.uint8))
+        board.level = len(cuts) // 2
+        auto = None
+        if shares.share == "auto":
+            units = [granted[DECODE] for granted, _ in cuts]
+            auto = AutoLevel(units, board.level, shares.itl_target_ms / 1e3)
+        self._parts = [Part(board, PREFILL, shares.lend), Part(board, DECODE, shares.lend, auto, [PREFILL])]
+
+    def streams(self, worker: str) -> Sequence[torch.cuda.Stream]:
+        """See :class:`splitwiser.placement.threads.Division`."""
+        index = self._index[worker]
+        return [self._whole[index], *(streams[index] for streams in self._streams)]
+
+    def lane(self, worker: str) -> "GreenLane":
+        """See :class:`splitwiser.placement.threads.Division`."""
+        index = self._index[worker]
+        return GreenLane(self._parts[index], self._whole[index], [streams[index] for streams in self._streams])
+
+    def observe(self, gap_s: float) -> None:
+        """See :class:`splitwiser.placement.threads.Division`."""
+        self._parts[DECODE].observe(gap_s)
+
+
+class GreenLane:
+    """Runs each turn on the stream of the split that holds, or of the whole device while the other lane has no work."""
+
+    def __init__(self, part: Part, whole: torch.cuda.Stream, streams: Sequence[torch.cuda.Stream]) -> None:
+        self._part = part
+        self._whole = whole
+        self._streams = streams
+
+    def turn(self) -> AbstractContextManager[object]:
+        """See :meth:`splitwiser.engine.worker.Lane.turn`."""
+        level, lent = self._part.take()
+        undivided = any(lent) or not self._streams
+        return torch.cuda.stream(self._whole if undivided else self._streams[level])
+
+    def leave(self) -> None:
+        """See :meth:`splitwiser.engine.worker.Lane.leave`."""
+        self._part.leave()
+
+
+def plan_prefill_sms(total: int, layout: WorkerLayout, shares: ShareSettings) -> list[int]:
+    """Multiprocessors to ask for prefill at each level, of ``total``: the most first, since decode then has the least."""
+    if shares.share == "none":
+        return []
+    (prefill,) = (spec.share for spec in layout.workers if spec.role == "prefill")
+    percentages = AUTO_PREFILL_PERCENT if shares.share == "auto" else (prefill,)
+    return [min(max(1, round(total * percent / 100)), total - 1) for percent in percentages]
+
+
+Cut = tuple[tuple[int, int], tuple[torch.cuda.Stream, torch.cuda.Stream]]
+
+
+def _distinct(cuts: Sequence[Cut]) -> list[Cut]:
+    """One of the cuts that were rounded to the same counts."""
+    return list({granted: (granted, streams) for granted, streams in cuts}.values())
+
+
+def _cut(device: torch.device, prefill_sms: int, priorities: Sequence[int]) -> Cut:
+    """Cut the device in two, at about ``prefill_sms``: the multiprocessors granted to prefill and to decode, and a stream on
+    each, with its priority."""
+    prefill, decode = cut_device(device, prefill_sms)
+    first, second = (
+        context.stream(device, priority) for context, priority in zip((prefill, decode), priorities, strict=True)
+    )
+    return (prefill.sms, decode.sms), (first, second)

@@ -1,0 +1,85 @@
+"""Mode ``sequential``: one mixed worker that steps in the parent's own thread."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import ClassVar
+
+from splitwiser.engine.cuda_graphs import capture_graphs
+from splitwiser.engine.engine import SplitEngine
+from splitwiser.engine.messages import Message, Submit
+from splitwiser.engine.steps import ModelStepper, warm_up_prefill
+from splitwiser.engine.worker import Worker, build_worker
+from splitwiser.errors import RunError
+from splitwiser.machine.fair_share import OwnThreads
+from splitwiser.model.loading import LoadedModel
+from splitwiser.placement.layout import WorkerLayout
+from splitwiser.placement.prepare import EngineSettings, Started, make_pool, prepare
+from splitwiser.request import Request
+
+
+class LocalTransport:
+    """Two queues in one thread."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[Message] = deque()
+        self.outbox: list[Message] = []
+
+    def receive(self) -> list[Message]:
+        """See :meth:`splitwiser.engine.worker.Transport.receive`."""
+        messages = list(self.inbox)
+        self.inbox.clear()
+        return messages
+
+    def send(self, to: str, message: Message) -> None:
+        """See :meth:`splitwiser.engine.worker.Transport.send`; the one worker has nobody to send to but the parent."""
+        self.outbox.append(message)
+
+
+class LocalPlacement:
+    """One worker, stepped whenever the engine asks what is new."""
+
+    pids: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, worker: Worker, transport: LocalTransport) -> None:
+        self._worker = worker
+        self._transport = transport
+        self._lane = OwnThreads()
+
+    def submit(self, request: Request) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.submit`."""
+        self._transport.inbox.append(Submit(request))
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        """See :meth:`splitwiser.engine.engine.Placement.poll`."""
+        with self._lane.turn():
+            ran = self._worker.turn()
+        if not ran:
+            self._lane.leave()
+            if until_ns is None:
+                raise RunError(f"{self._worker.name}: requests are open, but none can be taken up")
+            time.sleep(max(0, until_ns - time.perf_counter_ns()) / 1e9)
+        messages, self._transport.outbox = self._transport.outbox, []
+        return messages
+
+    def close(self) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.close`; nothing runs outside this thread."""
+        self._lane.leave()
+
+
+def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
+    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
+    prepared = prepare(model, settings)
+    blocks = prepared.blocks
+    pool = make_pool(model, prepared, settings)
+    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
+    warm_up_prefill(model, pool, settings.prefill_tokens)
+    transport = LocalTransport()
+    stepper = ModelStepper(model, pool, graphs)
+    worker = build_worker(layout.workers, 0, transport, stepper, range(blocks), settings.scheduling)
+    return Started(
+        SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens),
+        pool,
+        {**prepared.described, "decode_graphs": graphs_described},
+        [],
+    )

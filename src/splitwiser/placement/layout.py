@@ -1,0 +1,115 @@
+"""Worker layouts: which roles, how many workers of each, and what share of the device's compute each gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from splitwiser.engine.messages import Role, WorkerSpec
+from splitwiser.errors import InputError, unknown
+from splitwiser.text import read_text
+from splitwiser.yaml_file import load_yaml
+
+ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """``count`` workers of one role. ``share`` is the percentage of the device's compute that each of them may use; None
+    takes an equal part of what the groups that name one leave."""
+
+    role: Role
+    count: int = 1
+    share: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise unknown("worker role", self.role, ROLES)
+        if not isinstance(self.count, int) or self.count < 1:
+            raise InputError(f"workers: 'count' of {self.role} must be a whole number of 1 or more, not {self.count!r}")
+        if self.share is not None and (not isinstance(self.share, int) or not 1 <= self.share <= 100):
+            raise InputError(
+                f"workers: 'share' of {self.role} must be a whole percentage from 1 to 100, not {self.share!r}"
+            )
+
+
+@dataclass(frozen=True)
+class WorkerLayout:
+    """All workers of a run. Raises :class:`InputError` on a combination that cannot serve a request."""
+
+    groups: tuple[WorkerGroup, ...]
+
+    def __post_init__(self) -> None:
+        roles = {group.role for group in self.groups}
+        if not self.groups:
+            raise InputError("workers: the list is empty; a prefill and a decode worker, or a mixed one, are needed")
+        if "mixed" in roles and len(roles) > 1:
+            raise InputError("workers: mixed workers do both phases themselves; list them without prefill or decode")
+        for needed in ("prefill", "decode"):
+            if "mixed" not in roles and needed not in roles:
+                raise InputError(f"workers: no {needed} worker; list at least one, or mixed workers alone")
+        if len(roles) < len(self.groups):
+            raise InputError("workers: a role is listed twice; give it one entry with a count")
+        total = sum(group.count * (group.share or 0) for group in self.groups)
+        unshared = sum(group.count for group in self.groups if group.share is None)
+        if total > 100 or (unshared and total >= 100):
+            rest = " and others have none" if unshared else ""
+            raise InputError(f"workers: the shares make {total}%{rest}; together they may be 100% at most")
+
+    @property
+    def workers(self) -> tuple[WorkerSpec, ...]:
+        """Each worker by name, in the order of the groups."""
+        given = sum(group.count * (group.share or 0) for group in self.groups)
+        unshared = sum(group.count for group in self.groups if group.share is None)
+        return tuple(
+            WorkerSpec(
+                f"{group.role}-{number}", group.role, (100 - given) / unshared if group.share is None else group.share
+            )
+            for group in self.groups
+            for number in range(group.count)
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{group.count} {group.role}" + ("" if group.share is None else f" at {group.share}%")
+            for group in self.groups
+        )
+
+
+ONE_MIXED = WorkerLayout((WorkerGroup("mixed"),))
+ONE_OF_EACH = WorkerLayout((WorkerGroup("prefill"), WorkerGroup("decode")))
+
+
+def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
+    """A layout from a YAML file's path, YAML text such as ``[{role: mixed, count: 4}]``, or a list of mappings.
+
+    Raises :class:`InputError`.
+    """
+    where = "workers"
+    groups: object = given
+    if isinstance(given, str):
+        text = given
+        if not given.lstrip().startswith("["):
+            where = f"workers file {given}"
+            try:
+                text = read_text(Path(given))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    f"workers '{given}': neither a file nor a list such as '[{{role: prefill}}, {{role: decode}}]'"
+                ) from error
+        try:
+            groups = load_yaml(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(groups, Sequence) or not all(isinstance(group, dict) for group in groups):
+        raise InputError(f"{where}: must be a list of entries such as {{role: prefill, count: 1, share: 50}}")
+    known = [each.name for each in fields(WorkerGroup)]
+    for group in groups:
+        for key in group:
+            if key not in known:
+                raise InputError(f"{where}: {unknown('key', key, known)}")
+        if "role" not in group:
+            raise InputError(f"{where}: an entry has no 'role'; known: {', '.join(ROLES)}")
+    return WorkerLayout(tuple(WorkerGroup(**group) for group in groups))

@@ -1,0 +1,107 @@
+"""What every engine over the KV pool needs before its workers: the model attached, its pool planned, kernels chosen."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from splitwiser.engine.engine import Engine
+from splitwiser.engine.worker import Scheduling
+from splitwiser.machine.process import keep_freed_memory
+from splitwiser.model.compatibility import attach_engine, try_kernels
+from splitwiser.model.fused import describe_parts
+from splitwiser.model.kernels import packed_linear as packed
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kv_pool import KVPool, LayerShape, plan_blocks
+from splitwiser.model.loading import LoadedModel
+from splitwiser.placement.shares import ShareSettings
+
+_COMPUTED_BY = {"decode": "decode_attention", "packed": "prefill_attention"}  # what a run's record calls it
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What every engine over the KV pool is set up with; see :class:`splitwiser.llm.LLM` for the meanings."""
+
+    max_batch: int
+    prefill_tokens: int
+    block_tokens: int
+    kv_memory: str
+    shares: ShareSettings
+    kernels: str
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """What of it the workers schedule by."""
+        return Scheduling(self.max_batch, self.prefill_tokens, self.block_tokens)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
+    of compute, how many units (cores, multiprocessors) each worker has."""
+
+    engine: Engine | None  # None: it was closed
+    pool: KVPool | None
+    kernels: dict[str, str]
+    division: list[dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The layers' shapes, the pool's number of blocks, the kernels over it, those of them (fields of
+    :class:`~splitwiser.model.kernels.interface.PoolKernels`) that a trial refused, and all kernels in words by what they
+    compute, for a run's record."""
+
+    layers: list[LayerShape]
+    blocks: int
+    kernels: PoolKernels
+    refused_kernels: tuple[str, ...]
+    described: dict[str, str]
+
+
+def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
+    """Attach the engine to ``model`` and plan. Raises as :func:`splitwiser.model.compatibility.attach_engine`,
+    :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels` do."""
+    unpacked = _why_not_packed(model, settings.kernels)
+    layers = attach_engine(model, pack=unpacked is None)
+    kernels, attention = load_kernels(settings.kernels, model.device, model.dtype, layers)
+    refused = try_kernels(model, layers, kernels, settings.block_tokens) if model.device.type == "cuda" else {}
+    kernels = replace(kernels, **dict.fromkeys(refused))
+    attention |= {_COMPUTED_BY[name]: f"PyTorch's ({name} kernel: {reason})" for name, reason in refused.items()}
+    blocks = plan_blocks(
+        layers,
+        settings.kv_memory,
+        settings.block_tokens,
+        model.dtype,
+        model.device,
+        settings.max_batch,
+        model.max_positions,
+    )
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    described = {
+        "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
+        "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
+        **attention,
+    }
+    return Prepared(layers, blocks, kernels, tuple(refused), described)
+
+
+def make_pool(model: LoadedModel, prepared: Prepared, settings: EngineSettings, memory: Tensor | None = None) -> KVPool:
+    """The pool that was planned, in ``memory`` or in its own."""
+    pool = KVPool(
+        prepared.layers, prepared.blocks, settings.block_tokens, model.dtype, model.device, memory, prepared.kernels
+    )
+    if memory is None:  # the workers that share it take their own parts
+        pool.take_first(range(prepared.blocks))
+    return pool
+
+
+def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:
+    if kernels == "plain":
+        return "as asked for"
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return "packing is for bfloat16 on a CPU"
+    return packed.find_problem()

@@ -1,0 +1,21 @@
+"""Which runs the machine was busy in, from their rows of ``throughput.csv``."""
+
+import pandas as pd
+
+
+def busy_runs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of ``rows`` (of ``throughput.csv``, with what was run) that ran while the machine was busy."""
+    return rows[rows["machine_busy"].astype(str) == "True"] if "machine_busy" in rows else rows.head(0)
+
+
+def describe_busy(rows: pd.DataFrame, by: str) -> str | None:
+    """A line that names the busy ones of ``rows`` by their column ``by`` and their round; None if there are none."""
+    found = busy_runs(rows)
+    if found.empty:
+        return None
+    named = [f"{by} {what} in round {number}" for what, number in zip(found[by], found["round"], strict=True)]
+    others, cores = (pd.to_numeric(found[name]).max() for name in ("others_cores", "cores"))
+    return (
+        f"the machine was busy in {len(found)} of {len(rows)} runs: {', '.join(named)}; other processes used up to "
+        f"{others:.1f} of {cores:g} cores"
+    )

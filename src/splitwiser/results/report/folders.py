@@ -1,0 +1,220 @@
+"""Reads the folders that the commands write, told apart by the record each holds: a run, a comparison, a sweep, a profile
+or an advice."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from splitwiser.errors import InputError
+from splitwiser.machine.stand_in import is_stand_in
+
+STEP_NUMBERS = ("start_s", "end_s", "requests", "tokens")
+ROW_NUMBERS = ("point", "round", "repeat", "key")  # of a sweep's points.csv
+LATENCY_NUMBERS = ("output_tokens", "arrival_s", "prefill_start_s", "first_token_s", "finish_s", "ttft_ms")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder: its record, its row of ``throughput.csv`` (empty if it never came to write one) and its tables."""
+
+    path: Path
+    record: dict[str, Any]
+    figures: dict[str, Any]
+    steps: pd.DataFrame
+    latency: pd.DataFrame
+    generations: pd.DataFrame
+
+    @property
+    def mode(self) -> str:
+        """The mode it ran in."""
+        configuration = self.record.get("configuration")
+        configured = configuration.get("mode") if isinstance(configuration, dict) else None
+        return str(self.figures.get("mode") or configured or "run")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison's folder: a row a run, the summary, and the folders of the runs that finished, by run id."""
+
+    path: Path
+    record: dict[str, Any]
+    rows: pd.DataFrame
+    summary: pd.DataFrame
+    tokens: pd.DataFrame
+    runs: dict[str, Run]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder: a row a point and repeat."""
+
+    path: Path
+    record: dict[str, Any]
+    points: pd.DataFrame
+
+    @property
+    def options(self) -> list[str]:
+        """The options that the grid varies: what stands before ``status``, but for what numbers the rows."""
+        columns = list(self.points.columns)
+        return [name for name in columns[: columns.index("status")] if name not in ROW_NUMBERS]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile's folder: a row a prefill step, a decode step, and a measured ceiling."""
+
+    path: Path
+    record: dict[str, Any]
+    prefill: pd.DataFrame
+    decode: pd.DataFrame
+    ceilings: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Advice:
+    """An advice's folder: what it recommends, predicts and has checked, and the profile it rests on, if that is there."""
+
+    path: Path
+    record: dict[str, Any]
+    predictions: pd.DataFrame
+    checks: pd.DataFrame
+    profile: Profile | None
+
+
+Folder = Run | Comparison | Sweep | Profile | Advice
+
+
+def read_folder(path: Path) -> Folder:
+    """What ``path`` holds. Raises :class:`InputError` naming the file if it is none of these or cannot be understood."""
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give one that a command wrote"
+        )
+    for name, read in _READERS.items():
+        if (path / name).is_file():
+            return read(path, _read_record(path / name))
+    inside = sorted(marker.parent.name for name in _READERS for marker in path.glob(f"*/{name}"))
+    hint = f"; did you mean one in it, such as {path / inside[-1]}?" if inside else ""
+    raise InputError(f"{path}: none of {', '.join(_READERS)} is in it, so it is no folder of results{hint}")
+
+
+def are_stand_ins(folder: Folder) -> set[bool]:
+    """Whether what ``folder`` tells of ran on a stand-in for a GPU: both, if only some of it did."""
+    match folder:
+        case Comparison(rows=table) | Sweep(points=table):
+            finished = table[table.status == "finished"]
+            return {is_stand_in(device) for device in finished["device"]} if "device" in table else {False}
+        case _:
+            machine = folder.record.get("machine")
+            return {isinstance(machine, dict) and is_stand_in(machine.get("gpu"))}
+
+
+def _read_run(path: Path, record: dict[str, Any]) -> Run:
+    throughput = _read_table(path / "throughput.csv", required=("output_throughput",), optional=True)
+    return Run(
+        path,
+        record,
+        {} if throughput.empty else {str(name): value for name, value in throughput.iloc[0].items()},
+        _read_table(path / "steps.csv", required=("worker", "phase", *STEP_NUMBERS), numbers=STEP_NUMBERS),
+        _read_table(path / "latency.csv", required=("request_id", *LATENCY_NUMBERS), numbers=LATENCY_NUMBERS),
+        _read_table(path / "generations.csv", required=("request_id", "summary_gen")),
+    )
+
+
+def _read_comparison(path: Path, record: dict[str, Any]) -> Comparison:
+    rows = _read_table(path / "comparison.csv", required=("round", "variant", "status"), optional=True)
+    named = list(map(str, rows["run_id"].dropna())) if "run_id" in rows else []
+    runs = {name: path / "runs" / name for name in named}
+    return Comparison(
+        path,
+        record,
+        rows,
+        _read_table(path / "comparison_summary.csv", required=("variant",), optional=True),
+        _read_table(path / "comparison_tokens.csv", required=(), optional=True),
+        {
+            name: _read_run(folder, _read_record(folder / "run.yaml"))
+            for name, folder in runs.items()
+            if (folder / "run.yaml").is_file()
+        },
+    )
+
+
+def _read_sweep(path: Path, record: dict[str, Any]) -> Sweep:
+    return Sweep(path, record, _read_table(path / "points.csv", required=("point", "status")))
+
+
+def _read_profile(path: Path, record: dict[str, Any]) -> Profile:
+    rates = ("ms", "arithmetic_intensity", "tflops")
+    return Profile(
+        path,
+        record,
+        _read_table(path / "prefill.csv", required=("prompt_tokens", *rates), numbers=("prompt_tokens", *rates)),
+        _read_table(path / "decode.csv", required=("batch", "context", *rates), numbers=("batch", "context", *rates)),
+        _read_table(path / "ceilings.csv", required=("kind", "rate", "unit"), numbers=("rate",)),
+    )
+
+
+def _read_advice(path: Path, record: dict[str, Any]) -> Advice:
+    return Advice(
+        path,
+        record,
+        _read_table(path / "predictions.csv", required=()),
+        _read_table(path / "checks.csv", required=(), optional=True),
+        _read_profile(path, _read_record(path / "profile.yaml")) if (path / "profile.yaml").is_file() else None,
+    )
+
+
+_READERS: dict[str, Callable[[Path, dict[str, Any]], Folder]] = {
+    "run.yaml": _read_run,
+    "compare.yaml": _read_comparison,
+    "sweep.yaml": _read_sweep,
+    "advice.yaml": _read_advice,  # before the profile's, which an advice's folder may hold as well
+    "profile.yaml": _read_profile,
+}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: must map names to values, as the commands write it")
+    return record
+
+
+def _read_table(
+    path: Path, *, required: Sequence[str], numbers: Sequence[str] = (), optional: bool = False
+) -> pd.DataFrame:
+    """The CSV at ``path``; a last row that a kill cut short is left out. If it may be missing (``optional``), it is empty
+    then. Raises :class:`InputError`."""
+    if optional and not path.exists():
+        return pd.DataFrame(columns=list(required))
+    try:
+        text = _whole_rows(path.read_bytes().decode("utf-8"))
+        table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; the folder is not whole") from error
+    except (OSError, UnicodeDecodeError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise InputError(f"{path}: cannot be read as CSV: {' '.join(str(error).split())}") from error
+    for name in required:
+        if name not in table:
+            raise InputError(f"{path}: has no column '{name}'; needed: {', '.join(required)}")
+    for name in numbers:
+        wrong = table.index[pd.to_numeric(table[name], errors="coerce").isna()]
+        if len(wrong):
+            row = int(wrong[0])
+            raise InputError(f"{path}: row {row + 1} has '{table[name].iloc[row]!s}' as {name}; a number is needed")
+    return table
+
+
+def _whole_rows(text: str) -> str:
+    """``text`` up to the end of its last whole row: one that ends its line, with every quote closed."""
+    while text and (not text.endswith("\n") or text.count('"') % 2):
+        text = text[: text.rfind("\n", 0, len(text) - 1) + 1]
+    return text

@@ -1,0 +1,246 @@
+"""What the report says of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from splitwiser.machine.load import busy_note
+from splitwiser.results.report.activity import FloatArray, PhaseActivity, busy_seconds, inter_token_gaps, span
+from splitwiser.results.report.common import HEADLINES, MOST_ROWS, measure, record_section, status_warnings
+from splitwiser.results.report.folders import Run
+from splitwiser.results.report.page import (
+    Block,
+    Example,
+    Figures,
+    Part,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+    cell,
+    frame_table,
+    pairs_table,
+    picture,
+)
+from splitwiser.results.report.plots import MOST_POINTS, draw_distributions, draw_progress, draw_timeline, shown
+
+LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E", "handoff": "Handoff"}
+STATISTICS = ("mean", "median", "std", "p90", "p99")
+ZOOMED_STEPS = 60  # so many steps, more or less, fill the timeline's close-up
+EXAMPLES = 3  # generations shown
+
+
+def run_part(run: Run, name: str, title: str, *, closed: bool = False) -> Part:
+    """Everything that a run's files say."""
+    sections = [Section("", [_headlines(run)])]
+    if len(run.steps):
+        sections.append(Section("Timeline", _timeline(run)))
+        sections.append(Section("Throughput over time", [_progress(run)]))
+    if len(run.latency):
+        sections.append(Section("Distributions", distributions({run.mode: [run]})))
+    if run.figures:
+        sections.append(Section("Latency", [_latency_table(run, f"{name}-latency")]))
+    if len(run.steps):
+        sections.append(Section("Workers", _workers(run, name)))
+    if run.generations.summary_gen.notna().any():
+        sections.append(Section("Generations", _generations(run)))
+    requests = frame_table(f"{name}-requests", "latency.csv.", run.latency.sort_values("request_id"), most=MOST_ROWS)
+    sections.append(Section("Requests", [requests], closed=True))
+    if run.figures:
+        pairs = pairs_table(f"{name}-throughput", "The row of throughput.csv.", run.figures)
+        sections.append(Section("All figures", [pairs], closed=True))
+    sections.append(record_section(run.record, f"{name}-record", "run.yaml"))
+    return Part(name, title, _verdict(run), sections, _run_warnings(run), closed)
+
+
+def _verdict(run: Run) -> str:
+    figures, record = run.figures, run.record
+    if not figures:
+        return f"mode {run.mode}: {len(run.latency):,} requests had finished when the files were last written."
+    dummy = " (dummy weights)" if figures.get("load_format") == "dummy" else ""
+    said = [
+        f"{figures.get('model')}{dummy}, mode {run.mode} ({figures.get('workers')}) on {_device(record, figures)} in "
+        f"{figures.get('dtype')}: {measure(figures, 'completed', 'requests')} in {measure(figures, 'duration', 's')}",
+        f"{measure(figures, 'output_throughput', 'tokens/s')} out",
+        f"TTFT p50 {measure(figures, 'median_ttft_ms', 'ms')}",
+        f"ITL p50 {measure(figures, 'median_itl_ms', 'ms')}",
+    ]
+    return ", ".join(said) + "."
+
+
+def _device(record: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    machine = record.get("machine")
+    named = machine.get("gpu") or machine.get("processor") if isinstance(machine, dict) else None
+    return f"{figures.get('device')} ({named})" if named else str(figures.get("device"))
+
+
+def _run_warnings(run: Run) -> list[str]:
+    warnings = status_warnings(run.record, "run.yaml")
+    failed = run.figures.get("failed", 0)
+    if failed > 0:
+        warnings.append(f"{cell(failed).text} requests were not answered; run.yaml names them.")
+    if note := busy_note(run.figures):
+        warnings.append(f"The machine was busy: {note}.")
+    model = run.record.get("model")
+    notes = model.get("notes") if isinstance(model, dict) else None
+    return warnings + [f"Note: {note}." for note in notes or []]
+
+
+def _headlines(run: Run) -> Figures:
+    figures = run.figures
+    tiles = [
+        (label, cell(figures[column]).text, unit, "")
+        for column, (label, unit) in HEADLINES.items()
+        if column in figures and cell(figures[column]).numeric
+    ]
+    if figures:
+        asked = (
+            f"{measure(figures, 'total_input_tokens', 'tokens in')}, {measure(figures, 'total_output_tokens', 'out')}"
+        )
+        tiles.insert(0, ("Requests", cell(figures["completed"]).text, "", asked))
+    if len(run.steps):
+        overlap = PhaseActivity(run.steps).overlap()
+        both = overlap.both_s / (span(run.steps, run.latency) or 1) * 100
+        tiles.append(("Both phases at once", f"{both:.1f}", "%", "of the run"))
+    return Figures(tiles)
+
+
+def _timeline(run: Run) -> list[Block]:
+    steps, whole = run.steps, (0.0, span(run.steps, run.latency))
+    svg, bin_s = draw_timeline({run.mode: steps}, whole)
+    caption = f"The whole run: {len(steps):,} steps. {thinned(bin_s)}"
+    blocks: list[Block] = [picture(svg, _timeline_words(run), caption)]
+    if len(steps) > 2 * ZOOMED_STEPS:
+        length = whole[1] * ZOOMED_STEPS / len(steps)
+        start, end = PhaseActivity(steps).busiest_window(length)
+        svg, bin_s = draw_timeline({run.mode: steps}, (start, end))
+        caption = (
+            f"A close-up: the {shown(length * 1e3)} ms with the most overlap, or, without any, the most of both phases."
+        )
+        words = f"Timeline of the steps from {start:.3f} to {end:.3f} s"
+        blocks.append(picture(svg, words, f"{caption} {thinned(bin_s)}"))
+    return blocks
+
+
+def thinned(bin_s: float | None) -> str:
+    """How to read a timeline; ``bin_s`` is that of :func:`draw_timeline`."""
+    if bin_s is None:
+        return "Each bar is a step; pointing at it says what it did. Red is prefill, blue is decode."
+    return (
+        f"Too many steps to draw each: a lane's height is the share of each {shown(bin_s * 1e3)} ms in which it was at "
+        "work. Red is prefill, blue is decode."
+    )
+
+
+def _timeline_words(run: Run) -> str:
+    overlap = PhaseActivity(run.steps).overlap()
+    return (
+        f"Timeline of mode {run.mode}: prefill at work for {shown(overlap.prefill_s)} s, decode for "
+        f"{shown(overlap.decode_s)} s, both at once for {shown(overlap.both_s)} s"
+    )
+
+
+def _progress(run: Run) -> Picture:
+    svg, bin_s = draw_progress(run.steps, run.latency)
+    caption = (
+        f"Means over {shown(bin_s * 1e3)} ms; a step's tokens are spread evenly over its time. A request's first token "
+        "comes from prefill and is not in decode's rate. Requests are counted at the start of each bin."
+    )
+    if run.record.get("status") != "finished":
+        caption += " Requests are those that had finished; latency.csv has no others."
+    return picture(svg, "Tokens a second of decode and of prefill, and requests in flight, over the run", caption)
+
+
+def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
+    """Of TTFT, ITL and E2E; a curve a name, over all requests of its runs."""
+    pooled = {name: [run for run in runs if len(run.latency)] for name, runs in samples.items()}
+    pooled = {name: runs for name, runs in pooled.items() if runs}
+    pictures = []
+    for column, title in (("ttft_ms", "TTFT"), ("e2el_ms", "E2E")):
+        values = {name: _pool(runs, column) for name, runs in pooled.items()}
+        pictures.append(_distribution(values, f"{title} by request"))
+    gaps = {name: [inter_token_gaps(run.steps, run.latency) for run in runs] for name, runs in pooled.items()}
+    known = {
+        name: np.concatenate([each for each in of if each is not None]) for name, of in gaps.items() if _all_known(of)
+    }
+    if len(known) == len(gaps):
+        pictures.insert(1, _distribution(known, "ITL, every gap", log=True))
+        said = (
+            "ITL is every gap between two tokens of a request. It follows from steps.csv: a request has a token from each "
+            "of its decode worker's steps from handoff to end. That their count is right is checked for every request."
+        )
+    else:
+        for column, title in (("itl_p50_ms", "median"), ("itl_p99_ms", "99th percentile")):
+            values = {name: _pool(runs, column) for name, runs in pooled.items()}
+            if all(map(len, values.values())):
+                pictures.append(_distribution(values, f"each request's {title} ITL", log=True))
+        said = (
+            "steps.csv does not tell every gap between tokens, so ITL is shown by its percentiles within each request."
+        )
+    read = (
+        f"Dots mark the median and the 99th percentile; a curve has at most {MOST_POINTS} points, even over the ranks."
+    )
+    return [Pictures(pictures), Text(f"{read} {said}")]
+
+
+def _all_known(gaps: Sequence[FloatArray | None]) -> bool:
+    return all(each is not None for each in gaps)
+
+
+def _pool(runs: Sequence[Run], column: str) -> FloatArray:
+    columns = [run.latency[column].dropna().to_numpy(dtype=float) for run in runs if column in run.latency]
+    return np.concatenate(columns) if columns else np.empty(0)
+
+
+def _distribution(samples: Mapping[str, FloatArray], title: str, *, log: bool = False) -> Picture:
+    words = "; ".join(
+        f"{name} median {shown(float(np.median(values)))} ms, 99th percentile {shown(float(np.percentile(values, 99)))} ms"
+        for name, values in samples.items()
+    )
+    return picture(draw_distributions(samples, "ms", title, log=log), f"Distribution of {title}: {words}", wide=False)
+
+
+def _latency_table(run: Run, name: str) -> Table:
+    rows = [
+        [cell(label), *(cell(run.figures.get(f"{statistic}_{metric}_ms")) for statistic in STATISTICS)]
+        for metric, label in LATENCIES.items()
+        if f"mean_{metric}_ms" in run.figures
+    ]
+    caption = "In ms, from throughput.csv. ITL is over every gap of every request, the others are over requests."
+    return Table(name, caption, ["", *STATISTICS], rows)
+
+
+def _workers(run: Run, name: str) -> list[Block]:
+    whole = span(run.steps, run.latency)
+    busy = busy_seconds(run.steps)
+    busy.insert(4, "busy_percent", busy.busy_s / whole * 100)
+    overlap = PhaseActivity(run.steps).overlap()
+    times = {
+        "prefill": overlap.prefill_s,
+        "decode": overlap.decode_s,
+        "both at once": overlap.both_s,
+        "neither": whole - overlap.either_s,
+    }
+    rows = [[cell(phase), cell(seconds), cell(seconds / whole * 100)] for phase, seconds in times.items()]
+    return [
+        frame_table(f"{name}-workers", f"From steps.csv; percent of {shown(whole)} s.", busy),
+        Table(f"{name}-overlap", "How long the phases were at work.", ("at work", "seconds", "percent"), rows),
+    ]
+
+
+def _generations(run: Run) -> list[Block]:
+    rows = run.generations.sort_values("request_id").head(EXAMPLES).to_dict("records")
+    named = {"finding": "Finding", "summary_ref": "Reference", "summary_gen": "Generated"}
+    return [
+        Example(
+            f"Request {row['request_id']}",
+            [
+                (named.get(str(column), str(column)), cell(value).text)
+                for column, value in row.items()
+                if column == "summary_gen" or (column != "request_id" and value == value)
+            ],
+        )
+        for row in rows
+    ]

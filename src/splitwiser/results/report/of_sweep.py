@@ -1,0 +1,88 @@
+"""What the report says of a sweep."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from splitwiser.results.report.common import (
+    HEADLINES,
+    MOST_LINES,
+    MOST_ROWS,
+    busy_warnings,
+    failed_warnings,
+    record_section,
+    setting,
+    status_warnings,
+)
+from splitwiser.results.report.folders import Sweep
+from splitwiser.results.report.page import Part, Picture, Pictures, Section, Text, frame_table, picture
+from splitwiser.results.report.plots import Spread, draw_bars, draw_lines
+
+
+def sweep_part(sweep: Sweep, name: str) -> Part:
+    """The headline figures over the options, and every point."""
+    points = sweep.points
+    finished = points[points.status == "finished"]
+    settings = finished[sweep.options].drop_duplicates()
+    varied = ", ".join(sweep.options)
+    verdict = f"{varied} varied: {len(settings):,} settings, {len(finished):,} of {len(points):,} runs finished."
+    sections = _sweep_plots(
+        finished, [option for option in sweep.options if finished[option].nunique(dropna=False) > 1]
+    )
+    table = frame_table(f"{name}-points", "points.csv.", points, most=5 * MOST_ROWS, drop_empty=True)
+    sections += [
+        Section("Points", [table], closed=len(points) > 30),
+        record_section(sweep.record, f"{name}-record", "sweep.yaml"),
+    ]
+    warnings = status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points) + busy_warnings(points, "point")
+    return Part(name, sweep.path.resolve().name, verdict, sections, warnings)
+
+
+def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
+    """The headline figures over the options: along the numeric option with the most values, a line for each setting of the
+    others. If those are more than fit one plot, the one with the most values that fit makes the lines, and each setting
+    of the rest is a section."""
+    numeric = [name for name in options if pd.api.types.is_numeric_dtype(points[name]) and points[name].dtype != bool]
+    along = max(numeric, key=lambda name: points[name].nunique(), default=None)
+    others = [name for name in options if name != along]
+    by_lines = others
+    if others and len(points[others].drop_duplicates()) > MOST_LINES:
+        fitting = [name for name in others if points[name].nunique() <= MOST_LINES]
+        by_lines = [max(fitting, key=lambda name: points[name].nunique())] if fitting else []
+    by_section = [name for name in others if name not in by_lines]
+    groups = points.groupby(by_section, sort=False, dropna=False) if by_section else [((), points)]
+    return [
+        Section(
+            setting(by_section, values) or "Figures over the options",
+            [
+                Pictures(_sweep_pictures(of, along, by_lines)),
+                Text("Medians over repeats; strokes go from least to greatest."),
+            ],
+            closed=number > 0,
+        )
+        for number, (values, of) in enumerate(groups)
+        if len(of)
+    ]
+
+
+def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[str]) -> list[Picture]:
+    pictures = []
+    for column, (label, unit) in HEADLINES.items():
+        if column not in points or points[column].isna().all():
+            continue
+        known = points.dropna(subset=[column])
+        groups = known.groupby(list(by_lines), sort=False, dropna=False) if by_lines else [((), known)]
+        words = f"{label} in {unit} by {', '.join([*([along] if along else []), *by_lines])}"
+        if along is None:
+            bars = {setting(by_lines, values) or "all": Spread.of(of[column].tolist()) for values, of in groups}
+            pictures.append(picture(draw_bars(label, unit, bars), words, wide=False))
+            continue
+        lines = {
+            setting(by_lines, values): {
+                float(place): Spread.of(at[column].tolist())  # type: ignore[arg-type]
+                for place, at in of.groupby(along)
+            }
+            for values, of in groups
+        }
+        pictures.append(picture(draw_lines(label, along, unit, lines), words, wide=False))
+    return pictures

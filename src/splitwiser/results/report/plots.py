@@ -1,0 +1,354 @@
+"""The report's pictures, each an SVG to stand inside a page: text stays text, and ink takes the page's colour."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from splitwiser.results.report.activity import FloatArray, durations, in_flight, rates, span
+from splitwiser.results.timeline import PHASE_COLOURS
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#9a7d0a")
+"""Okabe and Ito's, which the colour-blind can tell apart; black and yellow, which one of the two themes would swallow, are
+a grey and an ochre."""
+STATES = {"waiting": "#a0a0a0", "in prefill": PHASE_COLOURS["prefill"], "generating": PHASE_COLOURS["decode"]}
+MOST_BARS = 1500  # steps of a timeline that are drawn one by one; above, bins stand for them
+BINS = 300  # of a run's time, where it is drawn in bins
+MOST_POINTS = 400  # of a distribution's curve
+
+_WIDE, _SMALL = 11.0, 4.2  # inches
+_INK, _FAINT = "#010203", "#010204"  # become the page's own colours
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "splitwiser",
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.35,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A bar or point: its middle value and the least and greatest seen."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of ``values``, one or more."""
+        return cls(float(np.median(values)), float(min(values)), float(max(values)))
+
+
+def draw_timeline(
+    runs: Mapping[str, pd.DataFrame], window: tuple[float, float], *, titled: bool = False
+) -> tuple[str, float | None]:
+    """The steps of each run within ``window`` (seconds), a lane a worker and phase, runs above one another on one time axis.
+
+    Returns the picture and, where steps are too many to draw each, the seconds of a bin: then a lane's height is the share
+    of the bin in which it was at work. A step drawn by itself says on hover what it did.
+    """
+    visible = {name: steps[(steps.end_s > window[0]) & (steps.start_s < window[1])] for name, steps in runs.items()}
+    lanes = {name: _lanes(steps) for name, steps in visible.items()}
+    rows = [max(1, len(each)) for each in lanes.values()]
+    binned = sum(map(len, visible.values())) > MOST_BARS
+    edges = np.linspace(*window, BINS + 1)
+    tips: dict[str, list[str]] = {}
+    with _figure(_WIDE, 0.75 + 0.42 * sum(rows) + 0.3 * len(runs), len(runs), rows) as (figure, panels):
+        for number, (axes, (name, steps)) in enumerate(zip(panels, visible.items(), strict=True)):
+            for row, (worker, phase) in enumerate(lanes[name]):
+                own = steps[(steps.worker == worker) & (steps.phase == phase)]
+                colour = PHASE_COLOURS["decode" if phase == "decode" else "prefill"]
+                if binned:
+                    share = np.clip(rates(own, durations(own), edges), 0, 1)
+                    axes.stairs(row + 0.4 - 0.8 * share, edges, baseline=row + 0.4, fill=True, color=colour)
+                    continue
+                starts, ends = (own[column].clip(*window) for column in ("start_s", "end_s"))
+                spans = list(zip(starts, ends - starts, strict=True))
+                bars = axes.broken_barh(spans, (row - 0.38, 0.76), facecolors=colour, edgecolor="none")
+                bars.set_gid(f"steps-{number}-{row}")
+                tips[f"steps-{number}-{row}"] = [_tip(step) for step in own.to_dict("records")]
+            axes.set_yticks(range(len(lanes[name])), [f"{worker}\n{phase}" for worker, phase in lanes[name]])
+            axes.set_ylim(max(1, len(lanes[name])) - 0.5, -0.5)
+            axes.set_xlim(*window)
+            axes.grid(axis="y", visible=False)
+            if titled:
+                axes.set_title(name)
+        panels[-1].set_xlabel("seconds from the run's start")
+        return _svg(figure, tips), float(edges[1] - edges[0]) if binned else None
+
+
+def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, float]:
+    """Tokens a second of each phase over the run, and how many requests wait, are in prefill and generate. Returns the
+    picture and the seconds of a bin."""
+    edges = np.linspace(0, span(steps, latency) or 1.0, BINS // 2 + 1)
+    with _figure(_WIDE, 5.2, 3) as (figure, (decode, prefill, requests)):
+        for axes, phase in ((decode, "decode"), (prefill, "prefill")):
+            own = steps[steps.phase == phase]
+            made = np.maximum(rates(own, own.tokens.to_numpy(dtype=float), edges), 0)
+            axes.stairs(made, edges, fill=True, color=PHASE_COLOURS["decode" if phase == "decode" else "prefill"])
+            axes.set_ylabel(f"{phase},\ntokens/s")
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        states = in_flight(latency, edges[:-1])
+        requests.stackplot(
+            edges[:-1], *states.values(), labels=list(states), colors=list(STATES.values()), step="post", alpha=0.85
+        )
+        requests.set_ylabel("requests")
+        requests.set_ylim(bottom=0)
+        requests.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        requests.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
+        requests.set_xlim(0, edges[-1])
+        requests.set_xlabel("seconds from the run's start")
+        figure.align_ylabels()
+        return _svg(figure), float(edges[1] - edges[0])
+
+
+def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
+    """The share of each sample that is at most so long; medians and 99th percentiles are marked."""
+    with _figure(_SMALL, 3.2) as (figure, (axes,)):
+        for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
+            ordered = np.sort(values)
+            shares = np.arange(1, len(ordered) + 1) / len(ordered)
+            if len(ordered) > MOST_POINTS:
+                kept = np.unique(np.linspace(0, len(ordered) - 1, MOST_POINTS).round().astype(int))
+                ordered, shares = ordered[kept], shares[kept]
+            axes.step([ordered[0], *ordered], [0, *shares * 100], where="post", color=colour, linewidth=1.6, label=name)
+            marked = np.percentile(values, [50, 99])
+            axes.plot(marked, [50, 99], linestyle="none", marker="o", markersize=4, color=colour)
+        axes.set_title(title)
+        axes.set_ylim(0, 102)
+        axes.set_ylabel("% at most so long")
+        axes.set_xlabel(unit)
+        least, greatest = (
+            float(extreme([extreme(values) for values in samples.values()])) for extreme in (np.min, np.max)
+        )
+        if log and greatest > 8 * least > 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if greatest < 100 * least else (1,)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        if len(samples) > 1:
+            figure.legend(loc="outside lower center", ncols=3)
+        return _svg(figure)
+
+
+def draw_bars(title: str, unit: str, values: Mapping[str, Spread]) -> str:
+    """A bar a name: the median, a line from the least to the greatest, and the figure beside it."""
+    with _figure(_SMALL, 0.85 + 0.36 * len(values)) as (figure, (axes,)):
+        rows = range(len(values))
+        spreads = list(values.values())
+        axes.barh(rows, [each.median for each in spreads], height=0.62, color=_cycle(len(values)))
+        reach = max((each.greatest for each in spreads), default=1.0) or 1.0
+        for row, each in zip(rows, spreads, strict=True):
+            if each.least < each.greatest:
+                axes.plot([each.least, each.greatest], [row, row], color=_INK, linewidth=1.2)
+            axes.annotate(
+                shown(each.median),
+                (each.greatest, row),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
+        axes.set_xlim(0, reach * 1.22)
+        axes.set_yticks(rows, list(values))
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(title)
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        return _svg(figure)
+
+
+def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
+    """A line a name over a numeric option: medians, with a stroke from the least to the greatest."""
+    with _figure(_SMALL, 3.2) as (figure, (axes,)):
+        for (name, points), colour, marker in zip(lines.items(), _cycle(len(lines)), _markers(len(lines)), strict=True):
+            places = sorted(points)
+            axes.plot(
+                places, [points[place].median for place in places],
+                color=colour, marker=marker, markersize=5, linewidth=1.6, label=name,
+            )  # fmt: skip
+            for place in places:
+                axes.plot([place, place], [points[place].least, points[place].greatest], color=colour, linewidth=1.1)
+        places = sorted({place for points in lines.values() for place in points})
+        if len(places) > 1 and places[0] > 0 and places[-1] / places[0] >= 8:
+            axes.set_xscale("log", base=2)
+            axes.minorticks_off()
+        if len(places) <= 10:
+            axes.set_xticks(places, [shown(place) for place in places])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.set_title(title)
+        axes.set_xlabel(along)
+        axes.set_ylabel(unit)
+        if len(lines) > 1:
+            figure.legend(loc="outside lower center", ncols=1 if max(map(len, lines)) > 24 else 2)
+        return _svg(figure)
+
+
+def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> str:
+    """Measured steps (``phase, label, arithmetic_intensity, tflops``) under the measured ceilings of compute, in TFLOP/s,
+    and of memory, in GB/s."""
+    ridge = tera_flops * 1e3 / giga_bytes
+    with _figure(_WIDE, 5.4) as (figure, (axes,)):
+        left = min(points.arithmetic_intensity.min(), ridge) / 2
+        middle = (left * ridge) ** 0.5
+        right = max(points.arithmetic_intensity.max(), ridge) * 2
+        axes.plot([left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4)
+        axes.annotate(
+            f"compute {shown(tera_flops)} TFLOP/s",
+            (right, tera_flops),
+            xytext=(-4, 5),
+            textcoords="offset points",
+            ha="right",
+        )
+        axes.annotate(
+            f"memory {shown(giga_bytes)} GB/s",
+            (middle, middle * giga_bytes / 1e3),
+            xytext=(-8, 4),
+            textcoords="offset points",
+            ha="right",
+        )
+        tips = {}
+        for phase, marker in (("prefill", "o"), ("decode", "s")):
+            own = points[points.phase == phase]
+            drawn = axes.scatter(
+                own.arithmetic_intensity, own.tflops, s=34, marker=marker, alpha=0.85, label=phase,
+                color=PHASE_COLOURS["decode" if phase == "decode" else "prefill"],
+            )  # fmt: skip
+            drawn.set_gid(f"roofline-{phase}")
+            tips[f"roofline-{phase}"] = [
+                f"{step['label']}: {shown(step['tflops'])} TFLOP/s at {shown(step['arithmetic_intensity'])} operations/byte"
+                for step in own.to_dict("records")
+            ]
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(left, right)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("operations a byte of memory traffic")
+        axes.set_ylabel("TFLOP/s")
+        axes.legend(loc="lower right")
+        return _svg(figure, tips)
+
+
+def shown(value: float) -> str:
+    """A figure as the report rounds it: whole numbers whole, else one decimal from 100, two from 1, three digits below."""
+    if value == int(value):
+        return f"{value:,.0f}"
+    size = abs(value)
+    return f"{value:,.1f}" if size >= 99.95 else f"{value:.2f}" if size >= 0.995 else f"{value:.3g}"
+
+
+def _lanes(steps: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (worker, phase) pairs of ``steps``, prefill first."""
+    pairs = {(str(worker), str(phase)) for worker, phase in zip(steps.worker, steps.phase, strict=True)}
+    return sorted(pairs, key=lambda lane: (lane[1] == "decode", lane[0]))
+
+
+def _tip(step: Mapping[Any, object]) -> str:
+    start, end = (float(str(step[column])) for column in ("start_s", "end_s"))
+    return (
+        f"{step['worker']} {step['phase']}: {step['requests']} requests, {step['tokens']} tokens, "
+        f"{start:.4f} to {end:.4f} s ({shown((end - start) * 1e3)} ms)"
+    )
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def _markers(count: int) -> list[str]:
+    return ["osD^vP*X"[number % 8] for number in range(count)]
+
+
+@contextmanager
+def _figure(
+    width: float, height: float, rows: int = 1, height_ratios: Sequence[float] | None = None
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure and its panels, one above the other on one x axis."""
+    # not pyplot: a figure of its own needs no display and leaves the user's matplotlib settings alone
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=height_ratios)[:, 0])
+
+
+def _svg(figure: Figure, tips: Mapping[str, Sequence[str]] | None = None) -> str:
+    """``figure`` as an element for a page: coordinates to a hundredth of a point, colours and font the page's, ids that no
+    other picture has. ``tips`` gives each mark of a group what it says on hover."""
+    file = StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = file.getvalue()
+    text = re.sub(r"font-family: [^;]*; ", "", text[text.index("<svg") :])
+    text = text.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    prefix = f"p{hashlib.sha256(text.encode()).hexdigest()[:10]}-"
+    used = set(re.findall(r"(?:url\(|href=\")#([\w.-]+)", text))
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    root = ElementTree.fromstring(re.sub(r"(url\(|href=\")#", rf"\1#{prefix}", text))
+    for group in root.iter(f"{{{_SVG}}}g"):
+        _add_tips(group, (tips or {}).get(group.get("id", ""), []))
+    for element in root.iter():
+        name = element.attrib.pop("id", None)
+        if name is not None and name in used:
+            element.set("id", prefix + name)
+        if element.tag not in (f"{{{_SVG}}}text", f"{{{_SVG}}}tspan", f"{{{_SVG}}}title"):
+            element.text = None
+        element.tail = None
+        for attribute in ("d", "x", "y", "transform"):
+            if attribute in element.attrib:
+                hundredths = re.sub(r"(\.\d\d)\d+", r"\1", element.attrib[attribute])
+                element.set(attribute, " ".join(hundredths.split()))
+    for parent in list(root.iter(f"{{{_SVG}}}defs")):
+        for style in parent.findall(f"{{{_SVG}}}style"):
+            parent.remove(style)
+    for name in ("width", "height"):
+        root.attrib.pop(name, None)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _add_tips(group: ElementTree.Element, tips: Sequence[str]) -> None:
+    marks = [child for child in group if child.tag == f"{{{_SVG}}}path"]
+    marks += group.findall(f"{{{_SVG}}}g/{{{_SVG}}}use")
+    if len(marks) == len(tips):  # else some lie outside of the picture, and which is not told
+        for mark, tip in zip(marks, tips, strict=True):
+            ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = tip

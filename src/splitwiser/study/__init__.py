@@ -1,0 +1,1 @@
+"""Many runs and what they say: comparisons, sweeps, profiles, predictions and advice."""

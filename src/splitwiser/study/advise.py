@@ -1,0 +1,226 @@
+"""Advises how to place the phases for a workload: measures a little, predicts every placement, runs the best, recommends.
+
+1. A short profile of both phases at the sizes of the workload and, on a CPU, with the cores of each share.
+2. A few of the workload's requests in each placement, to learn what running side by side does to a step
+   (:mod:`splitwiser.study.calibrate`) and, where requests end by themselves, how long answers are.
+3. Every placement and prefill budget is predicted (:mod:`splitwiser.study.simulate`, over
+:mod:`splitwiser.study.step_times`).
+4. The best predictions, the best with split phases and the best without among them, are run and held against what was
+   predicted; what was measured decides, unless the predictions missed it or the machine was busy.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from splitwiser.config import AdviseConfig, option_fields
+from splitwiser.engine.engine import check_fits
+from splitwiser.errors import InputError, RunError
+from splitwiser.job import prepare_job
+from splitwiser.llm import token_ids
+from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
+from splitwiser.machine.device import resolve_device
+from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.request import Request
+from splitwiser.results.metrics import parse_goodput, throughput_figures
+from splitwiser.results.recorder import Status, make_directory, replace
+from splitwiser.rows import add_row, start_rows
+from splitwiser.study.candidates import (
+    BUDGETS,
+    CANDIDATE_COLUMNS,
+    Basis,
+    Candidate,
+    measure_placements,
+    read_basis,
+    short_profile,
+)
+from splitwiser.study.fresh_runs import RoundsBar, run_once
+from splitwiser.study.profile import Bench
+from splitwiser.study.recommend import (
+    FIGURES,
+    OBJECTIVE_FIGURES,
+    Advice,
+    choose_checks,
+    recommend,
+    relative_error,
+    rows_of,
+    run_options,
+)
+from splitwiser.study.simulate import Machine, Schedule, simulate
+
+PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
+CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id", "machine_busy")
+
+
+def advise(config: AdviseConfig) -> Advice:
+    """Advise on ``config``'s workload and write ``advise_<model>_<UTC time>``; shows progress bars.
+
+    Raises :class:`InputError` before the folder is made if the input is wrong.
+    """
+    shell = load_model(
+        config.model, dtype=config.dtype, device="cpu", load_format=config.load_format, seed=config.seed, weights=False
+    )
+    requests = make_requests(config, shell)
+    basis = read_basis(Path(config.profile), shell) if config.profile is not None else None
+    bench = Bench(short_profile(config, requests)) if basis is None else None
+    directory = make_directory(Path(config.results), f"advise_{shell.name}")
+    record = _Record(directory, config, requests)
+    status: Status = "failed"
+    record.write("running")
+    try:
+        if bench is not None:
+            bench.measure(directory)
+            bench = None  # its model goes before the next comes
+            measure_placements(config, requests, directory)
+            basis = read_basis(directory, shell)
+        assert basis is not None
+        predictions = predict(config, requests, basis, directory)
+        measured = check(config, predictions, directory)
+        advice = recommend(config, predictions, measured, directory, basis.busy)
+        advice.table.to_csv(directory / "advice.csv", index=False)
+        record.add(advice, basis)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        record.write(status)
+        if status != "finished":
+            print(f"{status}; what was found so far is in {directory}", file=sys.stderr)
+    return advice
+
+
+def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
+    """The workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can serve."""
+    job = prepare_job(config)
+    requests = []
+    given = zip(job.make_prompts(shell, config.seed), job.sampling_params(config), job.arrival_s, strict=True)
+    for number, (prompt, params, arrival_s) in enumerate(given):
+        requests.append(Request(number, token_ids(shell, number, prompt), params, seed=number, arrival_s=arrival_s))
+        check_fits(requests[-1], shell, None)
+    return requests
+
+
+def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, directory: Path) -> pd.DataFrame:
+    """Simulate every placement with every prefill budget; the rows of ``predictions.csv``."""
+    start_rows(directory / "predictions.csv", PREDICTION_COLUMNS)
+    targets = None if config.goodput is None else parse_goodput(config.goodput)
+    rng = random.Random(config.seed)
+    ends = {
+        request.request_id: min(request.params.max_tokens, rng.choice(basis.output_tokens))
+        for request in requests
+        if basis.output_tokens and not request.params.ignore_eos
+    }
+    tokens = sum(len(request.prompt_token_ids) for request in requests)
+    # the one asked for comes first, so that it wins where others are no better
+    budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(basis.placements) * len(budgets), desc="predictions", unit="run") as bar:
+        for (mode, workers), (conditions, blocks) in basis.placements.items():
+            for budget in budgets:
+                candidate = Candidate(mode, workers, budget)
+                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
+                row = candidate.row
+                try:
+                    machine = Machine(basis.costs, basis.cores, blocks)
+                    outputs = simulate(
+                        requests, machine, schedule, conditions, ends, max_concurrency=config.max_concurrency
+                    )
+                    figures = throughput_figures(outputs, 0, 0, targets)
+                    row |= {name: figures[name] for name in FIGURES}
+                except InputError as error:
+                    row["not_possible"] = str(error)
+                rows.append(row)
+                add_row(directory / "predictions.csv", row)
+                bar.update()
+    if all("not_possible" in row for row in rows):
+        raise InputError(str(rows[0]["not_possible"]))
+    objective = OBJECTIVE_FIGURES[config.objective][0]
+    if all(row.get(objective) is None for row in rows):
+        raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
+    for (mode, workers), reason in basis.not_possible.items():
+        rows.append({"mode": mode, "workers": workers, "not_possible": reason})
+        add_row(directory / "predictions.csv", rows[-1])
+    return pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
+
+
+def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> pd.DataFrame:
+    """Run the chosen candidates in fresh processes, in interleaved rounds; the rows of ``checks.csv``."""
+    chosen = choose_checks(config, predictions)
+    start_rows(directory / "checks.csv", CHECK_COLUMNS)
+    rows: list[dict[str, Any]] = []
+    with RoundsBar(len(chosen) * config.repeats) as bar:
+        for number in range(config.repeats):
+            for place, candidate in enumerate(chosen, start=1):
+                bar.begin(f"check of {candidate}")
+                outcome = run_once(run_options(config, candidate), directory, f"round{number}-{place}", bar.show)
+                bar.end(outcome)
+                predicted = predictions.loc[rows_of(predictions, candidate)].iloc[0]
+                for name in FIGURES if outcome.status == "finished" else ():
+                    if outcome.figures[name]:
+                        measured = float(outcome.figures[name])
+                        row = {
+                            **candidate.row,
+                            "round": number,
+                            "figure": name,
+                            "predicted": predicted[name],
+                            "measured": measured,
+                            "error": relative_error(predicted[name], measured),
+                            "run_id": outcome.figures["run_id"],
+                            "machine_busy": outcome.figures["machine_busy"],
+                        }
+                        rows.append(row)
+                        add_row(directory / "checks.csv", row)
+    if chosen and not rows:
+        raise RunError("every check failed, so nothing is recommended; see above and the folder logs/")
+    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+
+
+class _Record:
+    """``advice.yaml``: written anew as more is known."""
+
+    def __init__(self, directory: Path, config: AdviseConfig, requests: Sequence[Request]) -> None:
+        self._path = directory / "advice.yaml"
+        lengths = [len(request.prompt_token_ids) for request in requests]
+        self._content: dict[str, Any] = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": git_commit(),
+            "configuration": {each.name: getattr(config, each.name) for each in option_fields(AdviseConfig)},
+            "requests": {
+                "count": len(requests),
+                "prompt_tokens": {"least": min(lengths), "median": median(lengths), "greatest": max(lengths)},
+                "last_arrival_s": max(request.arrival_s for request in requests),
+            },
+            "machine": describe_machine(resolve_device(config.device_name)),
+            "versions": describe_versions(),
+        }
+
+    def add(self, advice: Advice, basis: Basis) -> None:
+        """Take in the outcome."""
+        self._content |= {
+            "split": advice.split,
+            "recommended": advice.best and advice.best.row,
+            "command": advice.command,
+            "reasons": advice.reasons,
+            "median_errors": advice.errors,
+            "answers_end": "as a sample of them did" if basis.output_tokens else "at their greatest length",
+            "step_costs": {
+                threads: {
+                    "prefill": list(costs.prefill_coefficients),
+                    "decode": [list(line) for line in costs.decode_lines],
+                }
+                for threads, costs in basis.costs.items()
+            },
+        }
+
+    def write(self, status: Status) -> None:
+        """Write it."""
+        replace(self._path, yaml.safe_dump({"status": status, **self._content}, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,248 @@
+"""Ways to place the phases, and what is measured of each: the basis of predictions."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from tqdm import tqdm
+
+from splitwiser.config import AdviseConfig, ProfileConfig
+from splitwiser.errors import InputError
+from splitwiser.llm import LLM
+from splitwiser.machine.describe import describe_machine
+from splitwiser.machine.device import release_memory, resolve_device
+from splitwiser.machine.load import MachineLoad, Stretch
+from splitwiser.model.loading import LoadedModel
+from splitwiser.placement.checks import find_mode_problem
+from splitwiser.placement.cores import plan_threads
+from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
+from splitwiser.placement.modes import MODES
+from splitwiser.request import Request, SamplingParams
+from splitwiser.rows import add_row, start_rows
+from splitwiser.study.calibrate import Recording, conditions_of, size_steps
+from splitwiser.study.simulate import Conditions
+from splitwiser.study.step_times import StepCosts, fit_costs
+
+CANDIDATE_COLUMNS = ("mode", "workers", "prefill_tokens")
+PLACEMENT_COLUMNS = (
+    "mode", "workers", "blocks", *(each.name for each in fields(Conditions)), "steps", "not_possible",
+    "machine_busy",
+)  # fmt: skip
+BUDGETS = (256, 512, 1024)  # prefill tokens a step that are predicted beside the one asked for
+
+# options that a profile and a run have in common
+_SHARED_OPTIONS = ("dtype", "device", "gpu_id", "load_format", "kv_memory", "kernels", "seed")
+_SHARES = (25, 50, 75)  # of prefill; decode gets the rest
+_SAMPLE = 16  # requests of a calibrating run
+_SAMPLE_TOKENS = 64  # most new tokens of each, where all that is learnt from more is the same again
+_GPU_MODES = [mode.name for mode in MODES.values() if mode.needs_gpu]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run the workload."""
+
+    mode: str
+    workers: str
+    prefill_tokens: int
+
+    @property
+    def layout(self) -> WorkerLayout:
+        """Its workers."""
+        return parse_layout(self.workers) if self.workers else MODES[self.mode].layout or ONE_MIXED
+
+    @property
+    def splits(self) -> bool:
+        """Whether prefill and decode have workers of their own."""
+        return any(spec.role == "prefill" for spec in self.layout.workers)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its columns."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        workers = f" with {self.workers}" if self.workers else ""
+        return f"{self.mode}{workers}, {self.prefill_tokens} prefill tokens a step"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_basis` reads it.
+
+    ``placements`` holds (mode, workers): the conditions there and the blocks of the pool; ``not_possible`` those that this
+    machine cannot run, with the reason; ``output_tokens`` the lengths of a sample of answers that ended by themselves;
+    ``busy`` what was measured while others used the machine.
+    """
+
+    costs: Mapping[int, StepCosts]
+    cores: int | None
+    placements: Mapping[tuple[str, str], tuple[Conditions, int]]
+    not_possible: Mapping[tuple[str, str], str]
+    output_tokens: Sequence[int]
+    busy: Sequence[str] = ()
+
+
+def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileConfig:
+    """The profile that predictions of ``requests`` need: prompts and batches of their sizes, threads of every share."""
+    lengths = sorted(len(request.prompt_token_ids) for request in requests)
+    longest = max(request.most_tokens for request in requests)
+    batch = min(config.max_batch, len(requests))
+    threads = set()
+    if resolve_device(config.device_name).type == "cpu":
+        cores = describe_machine(torch.device("cpu"))["cores"]
+        for _, workers in placements("cpu", cores):
+            layout = parse_layout(workers) if workers else ONE_OF_EACH
+            threads |= {cores, *plan_threads(layout.workers, cores)}
+
+    def text(numbers: set[int]) -> str:
+        return ",".join(map(str, sorted(numbers)))
+
+    return ProfileConfig(
+        model=config.model,
+        prompt_lengths=text({max(1, lengths[0] // 2), lengths[0], lengths[len(lengths) // 2], lengths[-1]}),
+        prompts="4,16",
+        starts=str(min(BUDGETS)),
+        batch_sizes=text({1, batch} | {size for size in (4, 16) if size < batch}),
+        contexts=text({max(2, lengths[0] + 1), max(2, longest)}),
+        threads=text(threads),
+        repeats=3,
+        prefill_tokens=config.prefill_tokens,
+        **{name: getattr(config, name) for name in _SHARED_OPTIONS},
+    )
+
+
+def placements(device: str, cores: int) -> list[tuple[str, str]]:
+    """The (mode, workers) to predict on ``device`` (cpu or cuda), as options of a run.
+
+    On a CPU, shares that come to the same threads are one, and those that take more threads than there are ``cores`` are
+    left out; on a GPU, mode ``mp`` has no shares.
+    """
+    found = [("sequential", ""), ("mp", "")]
+    shared = [(f"[{{role: prefill, share: {share}}}, {{role: decode, share: {100 - share}}}]") for share in _SHARES]
+    if device != "cpu":
+        return found + [(mode, workers) for mode in _GPU_MODES for workers in shared]
+    seen = [plan_threads(ONE_OF_EACH.workers, cores)]
+    for workers in shared:
+        threads = plan_threads(parse_layout(workers).workers, cores)
+        if threads not in seen and sum(threads) <= cores:
+            seen.append(threads)
+            found.append(("mp", workers))
+    return found
+
+
+def measure_placements(config: AdviseConfig, requests: Sequence[Request], directory: Path) -> None:
+    """Run a sample of ``requests`` in each placement and write ``placements.csv`` and ``output_tokens.csv``."""
+    device = resolve_device(config.device_name)
+    cores = describe_machine(device)["cores"]
+    costs = fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv"))
+    start_rows(directory / "placements.csv", PLACEMENT_COLUMNS)
+    sample = requests[:: -(-len(requests) // _SAMPLE)]
+    listed = placements(device.type, cores)
+    for mode in _GPU_MODES:
+        problem = find_mode_problem(mode, str(device))
+        if problem:
+            add_row(directory / "placements.csv", {"mode": mode, "workers": "", "not_possible": problem})
+            listed = [each for each in listed if each[0] != mode]
+    with tqdm(listed, desc="side by side", unit="placement") as bar:
+        for mode, workers in bar:
+            bar.set_postfix_str(f"{mode} {workers}")
+            row = {"mode": mode, "workers": workers}
+            stretch = Stretch()
+            try:
+                recording, blocks = _run_sample(config, mode, workers, sample)
+            except InputError as error:
+                if mode == "sequential":
+                    raise
+                add_row(directory / "placements.csv", row | {"not_possible": str(error)})
+                continue
+            busy = MachineLoad(during=stretch.end()).busy
+            layout = Candidate(mode, workers, config.prefill_tokens).layout
+            steps = size_steps(recording)
+            conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
+            found = {"blocks": blocks, "steps": len(steps), "machine_busy": busy}
+            add_row(directory / "placements.csv", row | asdict(conditions) | found)
+            if mode == "sequential":
+                made = {output.request_id: len(output.token_ids) for output in recording.outputs}
+                lengths = [made[place] for place, each in enumerate(sample) if not each.params.ignore_eos]
+                pd.DataFrame({"output_tokens": lengths}).to_csv(directory / "output_tokens.csv", index=False)
+
+
+def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[Request]) -> tuple[Recording, int]:
+    """Run ``sample``, all at once; with the blocks of the pool."""
+    release_memory()
+    total = sum(len(request.prompt_token_ids) for request in sample)
+    with LLM(
+        config.model,
+        mode=mode,
+        workers=workers,
+        # several prefill steps, so that most of them run beside decode steps
+        prefill_tokens=min(config.prefill_tokens, max(64, total // 8)),
+        device=config.device_name,
+        **{name: getattr(config, name) for name in _SHARED_OPTIONS if name not in ("device", "gpu_id")},
+        lend=config.lend,
+        decode_priority=config.decode_priority,
+        mps=config.mps,
+        exclusive=config.exclusive,
+        max_batch=config.max_batch,
+    ) as llm:
+        prompts, params = zip(*((each.prompt_token_ids, _sample_params(each.params)) for each in sample), strict=True)
+        recording = Recording()
+        llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())
+        assert llm.started.pool is not None
+        return recording, llm.started.pool.blocks
+
+
+def _sample_params(params: SamplingParams) -> SamplingParams:
+    return (
+        dataclasses.replace(params, max_tokens=min(params.max_tokens, _SAMPLE_TOKENS)) if params.ignore_eos else params
+    )
+
+
+def read_basis(directory: Path, shell: LoadedModel) -> Basis:
+    """What :func:`measure_placements` and the profile before it wrote into ``directory``, for the model ``shell``.
+
+    Raises :class:`InputError` for a folder that lacks something or is of another model.
+    """
+    where = f"--profile {directory}"
+    for name in ("prefill.csv", "decode.csv", "placements.csv"):
+        if not (directory / name).is_file():
+            raise InputError(f"{where}: no {name} in it; give the folder that an advise has made")
+    record = yaml.safe_load((directory / "profile.yaml").read_text(encoding="utf-8"))
+    model = record["model"]
+    dtype = str(shell.dtype).removeprefix("torch.")
+    if (model["name"], model["dtype"]) != (shell.name, dtype):
+        raise InputError(f"{where}: is of {model['name']} in {model['dtype']}, not of {shell.name} in {dtype}")
+    rows = pd.read_csv(directory / "placements.csv", keep_default_na=False)
+    conditions = {}
+    not_possible = {}
+    busy = ["the profile"] if (record.get("load") or {}).get("busy") else []
+    for row in rows.to_dict("records"):
+        key = str(row["mode"]), str(row["workers"])
+        if row["not_possible"]:
+            not_possible[key] = str(row["not_possible"])
+        else:
+            factors = Conditions(**{each.name: float(row[each.name]) for each in fields(Conditions)})
+            conditions[key] = factors, int(float(row["blocks"]))
+            busy += (
+                [f"the sample in mode {' with '.join(filter(None, key))}"]
+                if str(row.get("machine_busy")) == "True"
+                else []
+            )
+    if not conditions:
+        raise InputError(f"{where}: its placements.csv has no placement; give the folder of an advise that finished")
+    lengths = directory / "output_tokens.csv"  # of no row where every answer has a set length
+    return Basis(
+        costs=fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv")),
+        cores=record["machine"]["cores"] if record["configuration"]["device"] == "cpu" else None,
+        placements=conditions,
+        not_possible=not_possible,
+        output_tokens=pd.read_csv(lengths)["output_tokens"].tolist() if lengths.exists() else [],
+        busy=busy,
+    )

@@ -1,0 +1,101 @@
+"""What this machine can do at most, measured on the spot: the rate of a matrix product and of a pass over memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from splitwiser.model.kv_pool import available_memory
+
+CEILING_COLUMNS = ("kind", "what", "size", "ms", "amount", "rate", "unit")
+_PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger exceed the caches; the fastest counts
+_PASS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measurement: the least time of a pass and what it moved or computed (bytes, or operations)."""
+
+    kind: str
+    what: str
+    size: int
+    seconds: float
+    amount: float
+
+    def row(self) -> dict[str, object]:
+        """Its row of ``ceilings.csv``: rates in TFLOP/s or GB/s (10^12, 10^9)."""
+        unit, scale = ("TFLOP/s", 1e12) if self.kind == "compute" else ("GB/s", 1e9)
+        rate = self.amount / self.seconds / scale
+        values = (self.kind, self.what, self.size, self.seconds * 1e3, self.amount, rate, unit)
+        return dict(zip(CEILING_COLUMNS, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Operations a second and bytes a second: the best of the probes of each kind."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    @property
+    def ridge(self) -> float:
+        """Operations a byte above which arithmetic, not memory, is the limit."""
+        return self.flops_per_s / self.bytes_per_s
+
+    def attainable(self, intensity: float) -> float:
+        """Operations a second that the roofline allows at ``intensity`` operations a byte (Williams et al. 2009)."""
+        return min(self.flops_per_s, intensity * self.bytes_per_s)
+
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[Probe]:
+    """Probes in ``dtype`` with PyTorch's present thread count.
+
+    Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations. Memory: a copy, counted as bytes read plus
+    bytes written, and a sum over float32, counted as bytes read (a CPU may fetch what a copy overwrites, which is not
+    counted; then the sum is the faster pass). Buffers are larger than the caches.
+    """
+    probes = []
+    for size in _PRODUCT_SIZES[device.type]:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = _least_time(lambda left=left, right=right: linear(left, right), device)  # type: ignore[misc]
+        probes.append(Probe("compute", "matrix product", size, seconds, 2 * size**3))
+    nbytes = min(_PASS_BYTES[device.type], available_memory() // 8)
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    probes.append(
+        Probe("memory", "copy", source.nbytes, _least_time(lambda: target.copy_(source), device), 2 * source.nbytes)
+    )
+    probes.append(Probe("memory", "sum", source.nbytes, _least_time(source.sum, device), source.nbytes))
+    return probes
+
+
+def ceilings_of(probes: list[Probe]) -> Ceilings:
+    """The best rate of each kind."""
+
+    def best(kind: str) -> float:
+        return max(probe.amount / probe.seconds for probe in probes if probe.kind == kind)
+
+    return Ceilings(best("compute"), best("memory"))
+
+
+@torch.inference_mode()
+def _least_time(run: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds of ``run``, the least of several after one that does not count; on a GPU from events around it."""
+    times: list[float] = []
+    for _ in range(_REPEATS + 1):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+    return min(times[1:])

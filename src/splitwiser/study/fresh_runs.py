@@ -1,0 +1,248 @@
+"""Runs ``splitwiser run`` again and again, each time in a fresh process or all in one, for the commands that need many
+runs."""
+
+import ctypes
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pandas as pd
+from tqdm import tqdm
+
+from splitwiser.config import RunConfig
+from splitwiser.errors import InputError
+from splitwiser.machine.device import resolve_device
+from splitwiser.machine.load import busy_note
+from splitwiser.options import to_arguments
+from splitwiser.results.recorder import replace
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # what files may be named by
+LOOK_S = 0.5  # how often the progress of the run under way is read
+STOP_S = 30.0  # longest that an interrupted run may take to write what it has and to end its workers
+
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_libc = ctypes.CDLL(None)  # opened here: between fork and exec only the call itself is safe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, its folder (None if it made none) and, of a finished one, its row of ``throughput.csv`` as text."""
+
+    status: Literal["finished", "failed"]
+    error: str = ""
+    directory: Path | None = None
+    figures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def row(self) -> dict[str, str]:
+        """How it ended, then its figures."""
+        return {"status": self.status, "error": self.error, **self.figures}
+
+
+Execute = Callable[[Sequence[str], Path, Callable[[str], None]], int]
+"""Runs a ``splitwiser`` command, given its arguments, its log and what is told how far it is; its exit code."""
+
+
+def run_once(
+    options: Mapping[str, Any], folder: Path, label: str, show: Callable[[str], None], execute: Execute | None = None
+) -> Outcome:
+    """``splitwiser run`` with ``options``, in a process of its own if not by ``execute``; its folder comes under
+    ``folder/runs``, what it prints in ``folder/logs/<label>.log``. ``show`` is told how far it is.
+
+    If this is interrupted, the run is ended first; if this process is killed, the run gets SIGTERM and ends by itself.
+    """
+    runs, log = folder / "runs", folder / "logs" / f"{label}.log"
+    runs.mkdir(parents=True, exist_ok=True)
+    before = set(runs.iterdir())
+    arguments = ["run", "--debug", *to_arguments({**options, "results": str(runs)})]
+    returncode = (execute or _in_own_process)(arguments, log, show)
+    made = sorted(path for path in set(runs.iterdir()) - before if path.is_dir())
+    directory = made[-1] if made else None
+    if returncode or directory is None:
+        return Outcome("failed", _error(returncode, log), directory)
+    row = pd.read_csv(directory / "throughput.csv", dtype=str, keep_default_na=False)
+    return Outcome("finished", "", directory, {str(name): str(value) for name, value in row.iloc[0].items()})
+
+
+def check_one_process(configs: Iterable[RunConfig]) -> None:
+    """Refuse runs on a CPU, whose peak memory would be that of all runs before. Raises :class:`InputError`."""
+    if any(resolve_device(config.device_name).type == "cpu" for config in configs):
+        raise InputError("--one_process is for runs on a GPU: on a CPU the peak memory of a run is that of its process")
+
+
+def _in_own_process(arguments: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
+    return run_process([sys.executable, "-m", "splitwiser", *arguments], log, show)
+
+
+class OneProcess:
+    """Executes runs one after another in one process beside this one, so that imports take their time once; for a GPU, where
+    a run may take less than they do. After a run that failed the next has a new process."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, arguments: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
+        """See :data:`Execute`."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "splitwiser.run_server"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_end_with(os.getpid()),
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        with suppress(BrokenPipeError):  # it has ended; its answer, which is none, says so
+            process.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}).encode() + b"\n")
+            process.stdin.flush()
+        try:
+            while not select.select([process.stdout], [], [], LOOK_S)[0]:
+                show(_progress(log))
+        except BaseException:
+            _end(process)
+            raise
+        answer = process.stdout.readline()
+        code = int(answer) if answer else process.wait()
+        if code or not answer:
+            self._close()
+            return code or 1
+        return 0
+
+    def _close(self) -> None:
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(STOP_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
+    """Run ``command`` in a session of its own, with all that it prints in ``log``; its exit code, negative for a signal.
+    Ends as :func:`run_once` says."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which decides what it means
+            preexec_fn=_end_with(os.getpid()),
+        )
+        try:
+            while not _ended(process):
+                show(_progress(log))
+        except BaseException:
+            _end(process)
+            raise
+    return process.returncode
+
+
+class RoundsBar:
+    """A progress bar over runs; on a terminal it also says how far the run under way is."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._what = ""
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            smoothing=0,  # the average over all runs: they differ in length, so the last few say little about the others
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs, {elapsed}<{remaining}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, what: str) -> None:
+        """Name the run that starts now."""
+        self._what = what
+        self._bar.set_description_str(what)
+
+    def show(self, progress: str) -> None:
+        """Say how far it is."""
+        if sys.stderr.isatty():
+            self._bar.set_description_str(f"{self._what}, {progress}" if progress else self._what)
+
+    def end(self, outcome: Outcome) -> None:
+        """Count it; one that failed, or ran while the machine was busy, is named above the bar."""
+        if outcome.status == "failed":
+            tqdm.write(f"{self._what}: failed: {outcome.error}", file=sys.stderr)
+        if note := busy_note(outcome.figures):
+            tqdm.write(f"{self._what}: machine busy: {note}", file=sys.stderr)
+        self._bar.update()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the CSV at ``path``; columns are those of all ``rows``, as they first come."""
+    replace(path, pd.DataFrame(list(rows)).to_csv(index=False))
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    def ask_for_a_signal() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+    return ask_for_a_signal
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> bool:
+    try:
+        process.wait(LOOK_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask the run to end, so that it writes what it has; force it and its workers after a while or at a second Ctrl-C."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _progress(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 500))
+        found = re.findall(rb"\d+/\d+ requests", file.read())
+    return found[-1].decode() if found else ""
+
+
+def _error(exit_code: int, log: Path) -> str:
+    """The run's own line of what went wrong, or how it ended."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix("splitwiser: ") for line in lines if line.startswith("splitwiser: ")]
+    if said:
+        return said[-1]
+    return f"ended with exit code {exit_code}" if exit_code >= 0 else f"killed by {signal.Signals(-exit_code).name}"

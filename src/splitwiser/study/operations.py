@@ -1,0 +1,198 @@
+"""What a step costs on paper: operations and bytes, counted from the loaded module and from what its layers attend to."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.model import attention
+from splitwiser.model.attention import AttentionOptions, Mask, StepCache
+from splitwiser.model.forward import forward
+from splitwiser.model.kernels.packed_linear import PackedLinear
+from splitwiser.model.loading import LoadedModel
+
+# what configurations call the number of experts that a token is sent to
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+_ROWS = 512  # positions of a prompt whose masks are asked for at once
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Floating point operations (a multiplication and an addition are two) and bytes moved to and from memory."""
+
+    flops: float
+    nbytes: float
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flops / self.nbytes
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention: query and K/V heads, sizes of a key and a value, and which positions see which."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    mask: Mask
+
+    def seen_by(self, position: int) -> int:
+        """Positions that the token at ``position`` attends to, itself among them."""
+        return position + 1 if self.mask.is_causal else _seen(self.mask, position, position + 1)
+
+    def pairs(self, start: int, tokens: int) -> int:
+        """Positions attended to, summed over the ``tokens`` tokens from position ``start`` on."""
+        if self.mask.is_causal:
+            return tokens * start + tokens * (tokens + 1) // 2
+        return _seen(self.mask, start, start + tokens)
+
+
+@cache
+def _seen(mask: Mask, start: int, end: int) -> int:
+    positions = torch.arange(end)
+    rows = positions[start:].split(_ROWS)
+    return sum(int((mask(each[:, None], positions[None]) & (positions <= each[:, None])).sum()) for each in rows)
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of ``experts`` experts together, of which each token uses ``active``."""
+
+    numbers: int
+    experts: int
+    active: int
+
+    def touched(self, tokens: int) -> float:
+        """Weights that ``tokens`` tokens need at least once, expected for an even choice of experts."""
+        return self.numbers * (1 - (1 - self.active / self.experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Counts of one model.
+
+    ``weights`` are those of the matrix products that every token passes through, ``head`` those of the output layer, which
+    only the kept rows pass through; looking up an embedding is no product. ``itemsize`` is a number's bytes.
+    ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``notes`` say what was assumed.
+    """
+
+    weights: int
+    head: int
+    experts: tuple[ExpertWeights, ...]
+    layers: tuple[AttentionLayer, ...]
+    itemsize: int
+    head_keeps_rows: bool
+    notes: tuple[str, ...] = field(default=())
+
+    def prefill(self, chunks: Sequence[tuple[int, int]], rows: int) -> StepCost:
+        """A prefill step of ``chunks``, each (first position, tokens), that keeps the logits of ``rows`` tokens.
+
+        Bytes: each weight once, K and V of the new tokens written once, and those attended to read once a chunk.
+        Activations are not counted.
+        """
+        tokens = sum(count for _, count in chunks)
+        products = self._products(tokens, rows if self.head_keeps_rows else tokens)
+        flops = products.flops
+        nbytes = products.nbytes
+        for layer in self.layers:
+            flops += sum(_attention_flops(layer, layer.pairs(start, count)) for start, count in chunks)
+            # the first new token sees furthest back; from there on all are read
+            read = sum(layer.seen_by(start) - 1 + count for start, count in chunks)
+            nbytes += (read + tokens) * _kv_numbers(layer) * self.itemsize
+        return StepCost(flops, nbytes)
+
+    def decode(self, contexts: Sequence[int]) -> StepCost:
+        """A decode step of one token for each request, of which ``contexts`` tokens lie in the pool after it.
+
+        Bytes: each weight once, K and V of every token attended to read once, those of the new tokens written once.
+        """
+        products = self._products(len(contexts), len(contexts))
+        flops = products.flops
+        nbytes = products.nbytes
+        for layer in self.layers:
+            seen = sum(layer.seen_by(context - 1) for context in contexts)
+            flops += _attention_flops(layer, seen)
+            nbytes += (seen + len(contexts)) * _kv_numbers(layer) * self.itemsize
+        return StepCost(flops, nbytes)
+
+    def _products(self, tokens: int, rows: int) -> StepCost:
+        """The matrix products of ``tokens`` tokens: 2 operations a weight and token."""
+        active = sum(each.numbers * each.active / each.experts for each in self.experts)
+        touched = sum(each.touched(tokens) for each in self.experts)
+        return StepCost(
+            2 * (self.weights + active) * tokens + 2 * self.head * rows,
+            (self.weights + touched + self.head) * self.itemsize,
+        )
+
+
+def _attention_flops(layer: AttentionLayer, pairs: int) -> int:
+    """Scores and their weighted sum of values: 4 x head size an attended position and head where K and V are alike."""
+    return 2 * pairs * layer.heads * (layer.key_dim + layer.value_dim)
+
+
+def _kv_numbers(layer: AttentionLayer) -> int:
+    return layer.kv_heads * (layer.key_dim + layer.value_dim)
+
+
+def count_architecture(model: LoadedModel) -> Architecture:
+    """Count ``model``, which :func:`splitwiser.model.compatibility.attach_engine` must have attached to the engine."""
+    module = model.module
+    output = module.get_output_embeddings()
+    config = module.config.get_text_config()
+    active = next((given for name in _ACTIVE_EXPERTS if isinstance(given := getattr(config, name, None), int)), None)
+    weights = 0
+    experts: list[ExpertWeights] = []
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) or part is output:
+            continue
+        if isinstance(part, PackedLinear):
+            weights += part.weight.numel()
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.ndim < 2 or name.endswith("bias"):
+                continue
+            if parameter.ndim == 3:  # all experts of a layer, one after another
+                experts.append(ExpertWeights(parameter.numel(), len(parameter), active or len(parameter)))
+            else:
+                weights += parameter.numel()
+    notes = []
+    if experts and active is None:
+        notes.append("the configuration does not say how many experts a token uses; all are counted")
+    return Architecture(
+        weights=weights,
+        head=output.weight.numel() if isinstance(output, nn.Linear | PackedLinear) else 0,
+        experts=tuple(experts),
+        layers=tuple(_probe_attention(model)),
+        itemsize=model.dtype.itemsize,
+        head_keeps_rows="logits_to_keep" in inspect.signature(type(module).forward).parameters,
+        notes=tuple(notes),
+    )
+
+
+class _Probe(StepCache):
+    """Notes what each layer's attention is asked for."""
+
+    def __init__(self) -> None:
+        self.layers: list[AttentionLayer] = []
+
+    def update(self, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        if not isinstance(mask, Mask):
+            raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
+        self.layers.append(AttentionLayer(query.shape[1], key.shape[1], query.shape[3], value.shape[3], mask))
+        return attention.attend(query, key, value, None, options).transpose(1, 2)
+
+
+@torch.inference_mode()
+def _probe_attention(model: LoadedModel) -> list[AttentionLayer]:
+    probe = _Probe()
+    forward(model.module, probe, probe, [0], [0], [0])
+    return probe.layers

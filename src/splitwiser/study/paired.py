@@ -1,0 +1,159 @@
+"""The arithmetic of a comparison: medians, ratios round by round, what they decide, and where tokens differ."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from splitwiser.results.busy import busy_runs
+
+METRICS = (
+    "output_throughput", "total_token_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms",
+    "p99_itl_ms", "median_tpot_ms", "median_e2el_ms", "p99_e2el_ms", "peak_memory_mb", "ready_s",
+)  # fmt: skip
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t, 97.5% quantile, at 1, 2, ... degrees of freedom; the last serves for all above, which errs
+towards "undecided"."""
+NARROW = 0.03  # two are called equal if the interval of their ratio goes no further from 1
+_UNTIMED = ("peak_memory_mb", "rouge")  # what a busy machine does not change
+
+
+def headline_metrics(columns: Sequence[str]) -> list[str]:
+    """Those of :data:`METRICS` that ``columns`` have, and the ROUGE scores."""
+    return [name for name in METRICS if name in columns] + [name for name in columns if name.startswith("rouge")]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A metric of a variant over its finished rounds, its ratio to the first variant's in the same round, the ratio's 95%
+    interval (:func:`interval`), and what follows (:func:`decide`)."""
+
+    metric: str
+    variant: str
+    rounds: int
+    median: float | None
+    least: float | None
+    greatest: float | None
+    ratio_median: float | None
+    ratio_least: float | None
+    ratio_greatest: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    verdict: str | None
+
+
+def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
+    """A row a headline metric and variant; ratios are to the first of ``variants``, which has none itself.
+
+    ``rows`` are those of ``comparison.csv``: columns ``round``, ``variant``, ``status`` and figures.
+    """
+    finished = rows[rows["status"] == "finished"]
+    runs = {name: finished[finished["variant"] == name] for name in variants}
+    busy = {
+        name: set(busy_runs(own)["round"]) | set(busy_runs(runs[variants[0]])["round"]) for name, own in runs.items()
+    }
+    table = []
+    for metric in headline_metrics(list(rows.columns)):
+        values = {name: own.set_index("round")[metric].dropna() for name, own in runs.items()}
+        for variant, own in values.items():
+            ratios = round_ratios(own, values[variants[0]]) if variant != variants[0] else {}
+            given = list(ratios.values())
+            spreads = *_spread(own.to_list()), *_spread(given)
+            low, high = interval(given) or (None, None)
+            verdict = decide(metric, ratios, busy[variant])
+            table.append(SummaryRow(metric, variant, len(own), *spreads, low, high, verdict))
+    return table
+
+
+def round_ratios(values: pd.Series, first: pd.Series) -> dict[int, float]:
+    """``values`` over ``first`` in each round (their index) that both have; a round where one is 0 has no ratio."""
+    return {
+        int(number): float(values[number] / first[number])
+        for number in values.index
+        if number in first.index and values[number] > 0 and first[number] > 0
+    }
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% confidence interval of the ratio that those of the rounds scatter about; None of fewer than two.
+
+    The ratios of a round share its drift. Their logarithms' mean +- t(n - 1) * s / sqrt(n) (a paired t-test on logarithms;
+    s has n - 1 in its denominator). With few rounds t is wide: at a scatter of 2% a difference shows from some 5% on at 3
+    rounds, 2.5% at 5, 1.4% at 10. One pair in twenty that is equal will still show a difference.
+    """
+    if len(ratios) < 2:
+        return None
+    logarithms = [math.log(ratio) for ratio in ratios]
+    freedom, mean = len(ratios) - 1, float(np.mean(logarithms))
+    half_width = T_975[min(freedom, len(T_975)) - 1] * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))
+    return math.exp(mean - half_width), math.exp(mean + half_width)
+
+
+def decide(metric: str, ratios: Mapping[int, float], busy: Collection[int] = ()) -> str | None:
+    """What ``ratios`` of ``metric`` by round say: ``better`` or ``worse`` than what they are ratios to, if their
+    :func:`interval` leaves out 1; ``equal within X%``, if it is narrow about 1; else ``undecided``, with the reason. So it
+    is whatever the ratios are, where the machine was ``busy`` in some of the rounds, unless it does not change the metric.
+    None without ratios."""
+    if not ratios:
+        return None
+    disturbed = sum(number in busy for number in ratios)
+    if disturbed and not metric.startswith(_UNTIMED):
+        return f"undecided (busy machine in {disturbed} of {len(ratios)} rounds)"
+    found = interval(list(ratios.values()))
+    if found is None:
+        return "undecided (one round)"
+    low, high = found
+    if low > 1 or high < 1:
+        return "better" if (low > 1) is more_is_better(metric) else "worse"
+    off = max(high, 1 / low) - 1
+    if off > NARROW:
+        return f"undecided (from {low:.2f} to {high:.2f})"
+    return f"equal within {math.ceil(100 * off - 1e-9)}%" if off > 1e-9 else "equal"
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether more of one of the headline metrics is better; of times and memory less is."""
+    return "throughput" in metric or metric == "request_goodput" or metric.startswith("rouge")
+
+
+def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Median, least and greatest."""
+    if not values:
+        return None, None, None
+    return float(np.median(values)), float(min(values)), float(max(values))
+
+
+Made = tuple[str, str]  # the token ids of a request's prompt and of its answer, as text
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """One run's tokens against another's: requests in either, those whose prompts differ, those whose answers do, and the
+    median position (from 0) of the first token that differs, None if none does."""
+
+    requests: int
+    other_prompts: int
+    differ: int
+    first_difference: float | None
+
+
+def compare_tokens(made: Mapping[int, Made], reference: Mapping[int, Made]) -> TokenDifference:
+    """Compare by request; one that only one side answered counts as differing, at no position."""
+    requests = made.keys() | reference.keys()
+    both = made.keys() & reference.keys()
+    differing = [number for number in both if made[number][1] != reference[number][1]]
+    positions = [_first_difference(made[number][1].split(), reference[number][1].split()) for number in differing]
+    return TokenDifference(
+        requests=len(requests),
+        other_prompts=sum(made[number][0] != reference[number][0] for number in both),
+        differ=len(differing) + len(requests) - len(both),
+        first_difference=float(np.median(positions)) if positions else None,
+    )
+
+
+def _first_difference(made: Sequence[str], reference: Sequence[str]) -> int:
+    """Where two different sequences part; at the shorter one's end if it begins the other."""
+    pairs = zip(made, reference, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(made), len(reference)))

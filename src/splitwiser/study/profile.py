@@ -1,0 +1,452 @@
+"""Characterises the two phases of a model on this machine: steps of known size, run and timed one by one."""
+
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+import yaml
+from tqdm import tqdm
+
+from splitwiser import constants
+from splitwiser.config import ProfileConfig, whole_numbers
+from splitwiser.engine.cuda_graphs import capture_graphs
+from splitwiser.engine.messages import Phase
+from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
+from splitwiser.errors import InputError
+from splitwiser.machine.describe import (
+    describe_machine,
+    describe_versions,
+    git_commit,
+    peak_memory_mb,
+    reset_peak_memory,
+)
+from splitwiser.machine.load import MachineLoad, Stretch, look
+from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
+from splitwiser.model.kv_pool import BlockAllocator
+from splitwiser.model.loading import load_model
+from splitwiser.placement.prepare import EngineSettings, make_pool, prepare
+from splitwiser.placement.shares import ShareSettings
+from splitwiser.request import Request, SamplingParams
+from splitwiser.results.recorder import Status, make_directory, replace
+from splitwiser.results.terminal import columns
+from splitwiser.rows import add_row, start_rows
+from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
+from splitwiser.study.operations import Architecture, StepCost, count_architecture
+from splitwiser.study.roofline import RooflinePoint, draw_roofline
+
+FIGURE_COLUMNS = (
+    "ms", "ms_least", "ms_greatest", "repeats", "tokens_per_s", "flops", "bytes", "arithmetic_intensity", "tflops", "gb_s",
+    "share_of_compute", "share_of_bandwidth", "share_of_roofline", "peak_memory_mb", *ACTIVITY_COLUMNS,
+)  # fmt: skip
+PREFILL_COLUMNS = ("threads", "prompts", "start_tokens", "prompt_tokens", *FIGURE_COLUMNS)
+DECODE_COLUMNS = ("threads", "batch", "context", "itl_ms", *FIGURE_COLUMNS)
+SUMMARY_COLUMNS = (
+    "phase", "step", "threads", "ms", "tokens_per_s", "tflops", "gb_s", "share_of_compute", "share_of_bandwidth", "limit",
+)  # fmt: skip
+
+_LEAST_S = 0.2  # a point's measured steps last so long together
+_UNSTEADY = 1.5
+_LEAST_SAMPLED_S = 1.0  # and so long where NVML samples them: its counters are means over up to a second
+
+
+@dataclass(frozen=True)
+class PrefillPoint:
+    """A step of ``prompts`` prompts, of each ``prompt_tokens`` tokens behind ``start_tokens`` that came in earlier steps."""
+
+    phase: ClassVar[Phase] = "prefill"
+    threads: int
+    prompts: int
+    start_tokens: int
+    prompt_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step computes."""
+        return self.prompts * self.prompt_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each request has in the pool after the step."""
+        return [self.start_tokens + self.prompt_tokens] * self.prompts
+
+    def cost(self, architecture: Architecture) -> StepCost:
+        """Its operations and bytes."""
+        return architecture.prefill([(self.start_tokens, self.prompt_tokens)] * self.prompts, rows=self.prompts)
+
+    def run(self, bench: "Bench", sequences: Sequence[InFlight]) -> None:
+        """Run the step."""
+        chunks = [Chunk(sequence, self.start_tokens, self.prompt_tokens) for sequence in sequences]
+        prefill_step(bench.model, bench.pool, chunks)
+
+    def __str__(self) -> str:
+        packed = f"{self.prompts} x " if self.prompts > 1 else ""
+        return f"{packed}{self.prompt_tokens}" + (f" after {self.start_tokens}" if self.start_tokens else "")
+
+
+@dataclass(frozen=True)
+class DecodePoint:
+    """A step of one token for each of ``batch`` requests that have ``context`` tokens in the pool after it."""
+
+    phase: ClassVar[Phase] = "decode"
+    threads: int
+    batch: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step computes."""
+        return self.batch
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each request has in the pool after the step."""
+        return [self.context] * self.batch
+
+    def cost(self, architecture: Architecture) -> StepCost:
+        """Its operations and bytes."""
+        return architecture.decode(self.lengths)
+
+    def run(self, bench: "Bench", sequences: Sequence[InFlight]) -> None:
+        """Run the step; it draws a token and forgets it, so that it can be run again."""
+        decode_step(bench.model, bench.pool, sequences, bench.graphs)
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.context}"
+
+
+Point = PrefillPoint | DecodePoint
+Measured = tuple[Point, dict[str, Any]]  # with its row
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """A finished profile: its folder, the rows of ``summary.csv`` and what the machine did meanwhile."""
+
+    directory: Path
+    summary: pd.DataFrame
+    load: MachineLoad
+
+
+def profile(config: ProfileConfig) -> ProfileResult:
+    """Profile into a new folder ``profile_<model>_<UTC time>``; shows a progress bar.
+
+    Raises :class:`InputError` before the folder is made if the input is wrong. Whatever ends it later, the folder has what
+    was measured.
+    """
+    bench = Bench(config)
+    return bench.measure(make_directory(Path(config.results), f"profile_{bench.model.name}"))
+
+
+_UNDIVIDED = ShareSettings("none", constants.ITL_TARGET_MS, constants.LEND)  # a bench steps alone
+
+
+class Bench:
+    """A model over a KV pool, as mode ``sequential`` has it, and the points of ``config`` that it can take."""
+
+    def __init__(self, config: ProfileConfig) -> None:
+        self.config = config
+        self.model = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=config.device_name,
+            load_format=config.load_format,
+            seed=config.seed,
+            kv_memory=config.kv_memory,
+        )
+        most = max(whole_numbers("batch_sizes", config.batch_sizes))
+        settings = EngineSettings(
+            most, constants.PREFILL_TOKENS, constants.BLOCK_TOKENS, config.kv_memory, _UNDIVIDED, config.kernels
+        )
+        prepared = prepare(self.model, settings)
+        self.pool = make_pool(self.model, prepared, settings)
+        self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
+        self.kernels = {**prepared.described, "decode_graphs": graphs_described}
+        self.architecture = count_architecture(self.model)
+        self.threads = self._thread_counts()
+        self.notes = [*self.model.notes, *self.architecture.notes]
+        self.points = self._points()
+
+    def measure(self, directory: Path) -> ProfileResult:
+        """Measure every point and write ``directory``'s files, row by row."""
+        monitor, monitored = open_monitor(self.model.device)
+        self.notes.append(monitored)
+        _print_notes(self.notes)
+        load = MachineLoad(look())
+        measured: list[Measured] = []
+        ceilings: dict[int, Ceilings] = {}
+        status: Status = "failed"
+        start_rows(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
+        start_rows(directory / "prefill.csv", PREFILL_COLUMNS)
+        start_rows(directory / "decode.csv", DECODE_COLUMNS)
+        record = self._record()
+        _write_record(directory, "running", record)
+        stretch = Stretch()
+        try:
+            self._fill_pool()
+            with tqdm(total=len(self.points), desc="profile", unit="point") as bar:
+                for threads in self.threads:
+                    with using_threads(threads):
+                        probes = measure_ceilings(self.model.dtype, self.model.device)
+                        ceilings[threads] = ceilings_of(probes)
+                        for probe in probes:
+                            add_row(directory / "ceilings.csv", {"threads": threads, **probe.row()})
+                        for point in (each for each in self.points if each.threads == threads):
+                            bar.set_postfix_str(f"{point.phase} {point}")
+                            row = self._measure(point, ceilings[threads], monitor)
+                            add_row(directory / f"{point.phase}.csv", row)
+                            measured.append((point, row))
+                            bar.update()
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            load = MachineLoad(load.before, stretch.end())
+            found = [*unsteady(measured), *filter(None, [load.record["note"]])]
+            _print_notes(found)
+            self.notes += found
+            _write_record(directory, status, record | {"load": load.record})
+            summary = summarise(measured, ceilings)
+            summary.to_csv(directory / "summary.csv", index=False)
+            if measured:
+                draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], *self._picture(measured))
+            if monitor:
+                monitor.close()
+            if status != "finished":
+                print(f"{status}; what was measured is in {directory}", file=sys.stderr)
+        return ProfileResult(directory, summary, load)
+
+    def _thread_counts(self) -> tuple[int, ...]:
+        given = whole_numbers("threads", self.config.threads)
+        if given and self.model.device.type != "cpu":
+            raise InputError(f"--threads divides a CPU's cores; the device is {self.model.device}")
+        return given or (torch.get_num_threads(),)
+
+    def _points(self) -> list[Point]:
+        """The points asked for, but for those that neither the model's positions nor the pool allow, which are noted."""
+        config = self.config
+        lengths = whole_numbers("prompt_lengths", config.prompt_lengths)
+        sizes = [(1, 0, length) for length in lengths]
+        sizes += [
+            (prompts, 0, length)
+            for prompts in whole_numbers("prompts", config.prompts)
+            for length in lengths
+            if prompts > 1 and prompts * length <= config.prefill_tokens
+        ]
+        sizes += [(1, start, length) for start in whole_numbers("starts", config.starts) for length in lengths]
+        points: list[Point] = []
+        for threads in self.threads:
+            points += [PrefillPoint(threads, *size) for size in sizes]
+            points += [
+                DecodePoint(threads, batch, context)
+                for batch in whole_numbers("batch_sizes", config.batch_sizes)
+                for context in whole_numbers("contexts", config.contexts)
+            ]
+        fitting = [point for point in points if self._fits(point)]
+        left_out = dict.fromkeys(f"{point.phase} {point}" for point in points if not self._fits(point))
+        if left_out:
+            self.notes.append(
+                f"left out, since {self.model.name} has {self.model.max_positions} positions and the pool holds "
+                f"{self.pool.blocks * self.pool.block_tokens} tokens: {', '.join(left_out)}"
+            )
+        for phase in ("prefill", "decode"):
+            if not any(point.phase == phase for point in fitting):
+                raise InputError(
+                    f"no {phase} step of the sizes given fits: {self.model.name} has {self.model.max_positions} positions "
+                    f"and the pool holds {self.pool.blocks * self.pool.block_tokens} tokens (--kv_memory)"
+                )
+        return fitting
+
+    def _fits(self, point: Point) -> bool:
+        longest = max(point.lengths)
+        if isinstance(point, DecodePoint) and longest < 2:  # the token of a decode step follows a prompt
+            return False
+        positions = self.model.max_positions
+        return (positions is None or longest <= positions) and self._blocks(point) <= self.pool.blocks
+
+    def _blocks(self, point: Point) -> int:
+        return sum(self.pool.blocks_for(length) for length in point.lengths)
+
+    def _fill_pool(self) -> None:
+        """Give every block that is read later numbers of its own: pages that were never written are all one page of zeros
+        to the system, which the caches hold."""
+        used = max(map(self._blocks, self.points))
+        for tensor in [*self.pool.keys, *self.pool.values]:
+            tensor[:used] = torch.randn_like(tensor[0])
+
+    def _sequences(self, point: Point) -> list[InFlight]:
+        allocator = BlockAllocator(0, self.pool.blocks)
+        rng = random.Random(self.config.seed)
+        sequences = []
+        for number, length in enumerate(point.lengths):
+            blocks = allocator.allocate(self.pool.blocks_for(length))
+            assert blocks is not None
+            drawn = [rng.randrange(self.model.vocabulary)] if point.phase == "decode" else []
+            prompt = tuple(rng.randrange(self.model.vocabulary) for _ in range(length - len(drawn)))
+            request = Request(number, prompt, SamplingParams(temperature=0), seed=0)
+            sequences.append(InFlight(request, blocks, drawn))
+        return sequences
+
+    def _measure(self, point: Point, ceilings: Ceilings, monitor: Monitor | None) -> dict[str, Any]:
+        """The row of one point: its steps' median time after one that does not count, and the figures that follow."""
+        sequences = self._sequences(point)
+        reset_peak_memory(self.model.device)
+        point.run(self, sequences)
+        times: list[float] = []
+        least_s = _LEAST_SAMPLED_S if monitor else _LEAST_S
+        with monitor.watch() if monitor else nullcontext(NO_ACTIVITY) as activity:
+            while len(times) < self.config.repeats or sum(times) < least_s:
+                began = time.perf_counter()
+                point.run(self, sequences)
+                times.append(time.perf_counter() - began)
+        own = {each.name: getattr(point, each.name) for each in fields(point)}
+        row = own | figures(point.cost(self.architecture), point.tokens, times, ceilings)
+        row |= {"peak_memory_mb": peak_memory_mb(self.model.device), **activity}
+        return row | ({"itl_ms": row["ms"]} if point.phase == "decode" else {})
+
+    def _record(self) -> dict[str, Any]:
+        model, pool = self.model, self.pool
+        return {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": git_commit(),
+            "configuration": {**asdict(self.config), "device": str(model.device)},
+            "model": {
+                "name": model.name,
+                "class": type(model.module).__name__,
+                "parameters": model.parameters,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "load_format": model.load_format,
+                "max_positions": model.max_positions,
+                "product_weights": self.architecture.weights,
+                "head_weights": self.architecture.head,
+                "expert_weights": sum(each.numbers for each in self.architecture.experts),
+            },
+            "kv_pool": {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
+            "kernels": self.kernels,
+            "notes": self.notes,
+            "load_s": model.load_s,
+            "machine": describe_machine(model.device),
+            "versions": describe_versions(),
+        }
+
+    def _picture(self, measured: Sequence[Measured]) -> tuple[list[RooflinePoint], str]:
+        """The points of the roofline, those of the most threads, and its title."""
+        threads = max(point.threads for point, _ in measured)
+        shown = [(point, row) for point, row in measured if point.threads == threads and _is_drawn(point)]
+        decode = [point for point, _ in shown if isinstance(point, DecodePoint)]
+        most, shortest = max((p.batch for p in decode), default=0), min((p.context for p in decode), default=0)
+        points = [
+            RooflinePoint(
+                point.phase,
+                f"{point.phase} {point.context}" if isinstance(point, DecodePoint) else point.phase,
+                # contexts hardly differ where requests are few, so there only the shortest is labelled
+                ""
+                if isinstance(point, DecodePoint) and point.batch < most and point.context > shortest
+                else str(point),
+                row["arithmetic_intensity"],
+                row["tflops"] * 1e12,
+            )
+            for point, row in shown
+        ]
+        dummy = ", dummy weights" if self.model.load_format == "dummy" else ""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        cores = f", {threads} threads" if self.model.device.type == "cpu" else ""
+        return points, f"{self.model.name} in {dtype}{dummy} on {self.model.device}{cores}"
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
+
+
+def _is_drawn(point: Point) -> bool:
+    return isinstance(point, DecodePoint) or (point.prompts == 1 and not point.start_tokens)
+
+
+def unsteady(measured: Sequence[Measured]) -> list[str]:
+    """A note that names the points whose slowest step took over 1.5 times the median, if there are any."""
+    named = [f"{point.phase} {point}" for point, row in measured if row["ms_greatest"] > _UNSTEADY * row["ms"]]
+    if not named:
+        return []
+    return [
+        f"{len(named)} of {len(measured)} points had steps of more than {_UNSTEADY} times the median; was the machine idle "
+        f"otherwise? ({', '.join(named[:5])}{', ...' if len(named) > 5 else ''})"
+    ]
+
+
+def summarise(measured: Sequence[Measured], ceilings: dict[int, Ceilings]) -> pd.DataFrame:
+    """A row a point, prefill first; ``limit`` is what the roofline says holds it: compute or memory."""
+    table = [
+        {
+            "phase": point.phase,
+            "step": str(point),
+            "limit": "compute" if row["arithmetic_intensity"] > ceilings[point.threads].ridge else "memory",
+            **row,
+        }
+        for point, row in sorted(measured, key=lambda each: each[0].phase == "decode")
+    ]
+    return pd.DataFrame(table, columns=list(SUMMARY_COLUMNS))
+
+
+def profile_summary(result: ProfileResult) -> str:
+    """The table that the terminal shows, and where the files lie."""
+    heading = ("phase", "tokens", "threads", "ms", "tokens/s", "TFLOP/s", "GB/s", "of compute", "of bandwidth", "limit")
+    rows = [
+        (
+            str(row.phase), str(row.step), str(row.threads), f"{row.ms:,.2f}", f"{row.tokens_per_s:,.0f}",
+            f"{row.tflops:.3f}", f"{row.gb_s:,.1f}", f"{row.share_of_compute:.0%}", f"{row.share_of_bandwidth:.0%}",
+            str(row.limit),
+        )
+        for row in result.summary.itertuples()
+    ]  # fmt: skip
+    return f"{columns([heading, *rows])}\nresults  {result.directory}"
+
+
+def figures(cost: StepCost, tokens: int, times: Sequence[float], ceilings: Ceilings) -> dict[str, Any]:
+    """What follows from ``times`` (seconds) of a step of ``tokens`` tokens and ``cost``; rates are those of the median.
+
+    Units: 10^12 operations and 10^9 bytes a second. A share of bandwidth above 1 means that weights or K and V came from a
+    cache. The roofline is the lesser of what compute and memory allow at the step's arithmetic intensity.
+    """
+    seconds = median(times)
+    flops_per_s, bytes_per_s = cost.flops / seconds, cost.nbytes / seconds
+    return {
+        "ms": seconds * 1e3,
+        "ms_least": min(times) * 1e3,
+        "ms_greatest": max(times) * 1e3,
+        "repeats": len(times),
+        "tokens_per_s": tokens / seconds,
+        "flops": cost.flops,
+        "bytes": cost.nbytes,
+        "arithmetic_intensity": cost.intensity,
+        "tflops": flops_per_s / 1e12,
+        "gb_s": bytes_per_s / 1e9,
+        "share_of_compute": flops_per_s / ceilings.flops_per_s,
+        "share_of_bandwidth": bytes_per_s / ceilings.bytes_per_s,
+        "share_of_roofline": flops_per_s / ceilings.attainable(cost.intensity),
+    }
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_record(directory: Path, status: Status, record: dict[str, Any]) -> None:
+    text = yaml.safe_dump({"status": status, **record}, sort_keys=False, allow_unicode=True)
+    replace(directory / "profile.yaml", text)

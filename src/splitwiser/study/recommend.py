@@ -1,0 +1,226 @@
+"""What to recommend, from what was predicted and measured, and how it is said."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from splitwiser.config import AdviseConfig, RunConfig, option_fields
+from splitwiser.options import to_arguments
+from splitwiser.placement.layout import parse_layout
+from splitwiser.results.terminal import columns
+from splitwiser.study.candidates import CANDIDATE_COLUMNS, Candidate
+
+FIGURES = (
+    "output_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms",
+    "median_e2el_ms", "p99_e2el_ms",
+)  # fmt: skip
+OBJECTIVE_FIGURES = {  # figure of throughput.csv, whether more is better, its name in a sentence, its unit
+    "throughput": ("output_throughput", True, "throughput", "tokens/s"),
+    "goodput": ("request_goodput", True, "goodput", "requests/s"),
+    "ttft": ("p99_ttft_ms", False, "TTFT p99", "ms"),
+    "itl": ("p99_itl_ms", False, "ITL p99", "ms"),
+    "e2el": ("p99_e2el_ms", False, "E2E p99", "ms"),
+}
+_TRADED = ("output_throughput", "p99_ttft_ms", "p99_itl_ms")  # what the reasons show beside the objective
+AIM = 0.2  # a prediction is good within this part of what was measured; nothing is recommended on one that is not
+# splitting must gain this much to be recommended: it takes more processes, and trades one latency for another
+WORTH = 0.05
+
+
+@dataclass
+class Advice:
+    """What is recommended and why; ``table`` has a row a candidate with what was predicted and measured. Where nothing can
+    be recommended, ``best``, ``split`` and ``command`` are None and ``reasons`` say why not and what to do."""
+
+    directory: Path
+    table: pd.DataFrame
+    best: Candidate | None
+    split: bool | None
+    command: str | None
+    reasons: list[str]
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def choose_checks(config: AdviseConfig, predictions: pd.DataFrame) -> list[Candidate]:
+    """What to run: the best with split phases and the best without, so that the two can be held against each other, then
+    the next best."""
+    ranked = _ranked(predictions, config.objective)
+    first = [next((each for each in ranked if each.splits is splits), None) for splits in (True, False)]
+    wanted = sorted([each for each in first if each], key=ranked.index)
+    return [*wanted, *(each for each in ranked if each not in wanted)][: config.checks]
+
+
+def recommend(
+    config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFrame, directory: Path, busy: Sequence[str] = ()
+) -> Advice:
+    """The best candidate by what was measured, or by prediction where nothing was run, and why.
+
+    Split phases are recommended only where they gain more than :data:`WORTH`. Nothing is, where predictions of the
+    objective's figure missed what was measured by more than :data:`AIM`, or where the machine was busy during a check or
+    while what predictions rest on was measured: ``busy`` names that.
+    """
+    table = join_measured(predictions, checks)
+    figure, more_is_better, name, unit = OBJECTIVE_FIGURES[config.objective]
+    basis, prefix = ("predicted", "") if checks.empty else ("measured", "measured_")
+    ranked = _ranked(table, config.objective, f"{prefix}{figure}")
+    split = next((each for each in ranked if each.splits), None)
+    whole = next((each for each in ranked if not each.splits), None)
+
+    def value(candidate: Candidate, of: str) -> float:
+        return float(table.loc[rows_of(table, candidate), f"{prefix}{of}"].iloc[0])
+
+    why: list[str] = []
+    if split is None or whole is None:
+        best = ranked[0]
+        kind = "one worker for both phases" if split is None else "split phases"
+        found = f"Only {kind} could be {basis}: {name} is {value(best, figure):,.1f} {unit}"
+        gained = ""
+    else:
+        ratio = value(split, figure) / value(whole, figure)
+        gain = ratio - 1 if more_is_better else 1 / ratio - 1
+        best = split if gain > WORTH else whole
+        better = "better" if gain > 0 else "worse"
+        kept = ", too little to be worth it" if 0 < gain <= WORTH else ""
+        others = [each for each in OBJECTIVE_FIGURES.values() if each[0] in _TRADED and each[0] != figure]
+        changes = [
+            f"{label} {value(whole, key):,.1f} to {value(split, key):,.1f} {of}"
+            for key, _, label, of in others
+            if pd.notna(value(whole, key)) and pd.notna(value(split, key))  # answers of one token have no gap
+        ]
+        found = (
+            f"{name[0].upper()}{name[1:]} is {value(split, figure):,.1f} {unit} with split phases and "
+            f"{value(whole, figure):,.1f} {unit} without ({basis})"
+        )
+        gained = f": splitting makes it {abs(gain):.0%} {better}{kept}"
+        why.append(f"From one worker to split phases, {' and '.join(changes)}.")
+    errors = median_errors(checks)
+    doubts: list[str] = []
+    if figure in errors:
+        said, is_met = _accuracy(table, figure, name, checks, [each for each in (split, whole) if each])
+        (why if is_met else doubts).append(said)
+    during = [*busy, *_busy_checks(checks)]
+    if during:
+        doubts.append(
+            f"The machine was busy during {', '.join(during)}: what was measured then is not its own. Run this again while "
+            f"nothing else runs{' (without --profile)' if config.profile is not None and busy else ''}."
+        )
+    if doubts:
+        return Advice(directory, table, None, None, None, [f"{found}.", *doubts], errors)
+    command = shlex.join(["splitwiser", "run", *to_arguments(run_options(config, best))])
+    return Advice(directory, table, best, best.splits, command, [f"{found}{gained}.", *why], errors)
+
+
+def _accuracy(
+    table: pd.DataFrame, figure: str, name: str, checks: pd.DataFrame, compared: Sequence[Candidate]
+) -> tuple[str, bool]:
+    """How well the checks' ``figure`` was predicted, and whether that is within :data:`AIM`: over all runs, and for each
+    candidate that the advice is about."""
+    off = median_errors(checks)[figure]
+    said = f"Predictions of {name} were off by {off:.0%} (median of {checks['run_id'].nunique()} runs)"
+    own = {each: abs(float(table.loc[rows_of(table, each), f"error_{figure}"].iloc[0])) for each in compared}
+    missed = {each: error for each, error in own.items() if error > AIM}
+    if off <= AIM and not missed:
+        return f"{said}, within the aim of {AIM:.0%}.", True
+    if off <= AIM:
+        said += "".join(f", but by {error:.0%} for {each}" for each, error in missed.items())
+    again = "run this again with --repeats 3 while the machine does nothing else, or let splitwiser compare measure"
+    return f"{said}, outside the aim of {AIM:.0%}, so nothing is recommended; {again}.", False
+
+
+def _busy_checks(checks: pd.DataFrame) -> list[str]:
+    if "machine_busy" not in checks:
+        return []
+    runs = checks[checks["machine_busy"].astype(str) == "True"].drop_duplicates("run_id")
+    return [
+        f"the check of {Candidate(str(mode), str(workers), int(budget))} in round {int(number) + 1}"
+        for mode, workers, budget, number in runs[[*CANDIDATE_COLUMNS, "round"]].itertuples(index=False)
+    ]
+
+
+def median_errors(checks: pd.DataFrame) -> dict[str, float]:
+    """The median over all runs of each figure's relative error, without its sign."""
+    known = checks.dropna(subset="error")
+    return {str(figure): float(median(map(abs, rows["error"]))) for figure, rows in known.groupby("figure")}
+
+
+def join_measured(predictions: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFrame:
+    """``predictions`` with, for each figure, the median of what was measured and the prediction's error."""
+    table = predictions.copy()
+    for name in FIGURES:
+        table[f"measured_{name}"] = float("nan")
+        table[f"error_{name}"] = float("nan")
+    for key, rows in checks.groupby([*CANDIDATE_COLUMNS, "figure"]):
+        mode, workers, budget, name = map(str, key)
+        place = rows_of(table, Candidate(mode, workers, int(budget)))
+        measured = float(rows["measured"].median())
+        table.loc[place, f"measured_{name}"] = measured
+        table.loc[place, f"error_{name}"] = relative_error(float(table.loc[place, name].iloc[0]), measured)
+    return table
+
+
+def relative_error(predicted: float | None, measured: float | None) -> float | None:
+    """(predicted - measured) / measured; None where there is nothing to compare."""
+    if not measured or predicted is None or pd.isna(predicted) or pd.isna(measured):
+        return None
+    return (predicted - measured) / measured
+
+
+def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
+    """The options of ``splitwiser run`` that run ``candidate`` over ``config``'s workload, but for those at their
+    defaults."""
+    changed = candidate.row
+    values = {each: changed.get(each.name, getattr(config, each.name)) for each in option_fields(RunConfig)}
+    return {each.name: value for each, value in values.items() if each.name == "mode" or value != each.default}
+
+
+def advice_summary(advice: Advice) -> str:
+    """The table that the terminal shows, the recommendation and its reasons."""
+    shown = ("output_throughput", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms")
+    heading = ["mode", "workers", "prefill"]
+    for name in ("tokens/s", "TTFT p99 ms", "ITL p50 ms", "ITL p99 ms"):
+        heading += [name, "run", "error"]
+    rows, missing = [heading], []
+    for row in advice.table.to_dict("records"):
+        workers = str(parse_layout(row["workers"])) if row["workers"] else ""
+        if pd.notna(row["not_possible"]):
+            missing.append(
+                " ".join(filter(None, [row["mode"], workers])) + f" is not possible here: {row['not_possible']}"
+            )
+            continue
+        cells = [row["mode"], workers, f"{row['prefill_tokens']:.0f}"]
+        for name in shown:
+            cells += [_cell(row[name]), _cell(row[f"measured_{name}"]), _cell(row[f"error_{name}"], "+.0%")]
+        rows.append(cells)
+    verdict = {True: "split the phases", False: "do not split the phases", None: "none"}[advice.split]
+    lines = [columns(rows), *missing, "", f"Advice: {verdict}. {' '.join(advice.reasons)}"]
+    lines += [f"    {advice.command}"] if advice.command else []
+    return "\n".join([*lines, f"results  {advice.directory}"])
+
+
+def _cell(value: float | None, form: str = ",.1f") -> str:
+    return "" if value is None or pd.isna(value) else format(value, form)
+
+
+def _ranked(table: pd.DataFrame, objective: str, column: str | None = None) -> list[Candidate]:
+    """The candidates that have the figure, the best first; of equals, those listed first."""
+    figure, more_is_better, _, _ = OBJECTIVE_FIGURES[objective]
+    rows = table[table[column or figure].notna()]
+    rows = rows.sort_values(column or figure, ascending=not more_is_better, kind="stable")
+    return [
+        Candidate(str(mode), str(workers), int(budget))
+        for mode, workers, budget in rows[list(CANDIDATE_COLUMNS)].itertuples(index=False)
+    ]
+
+
+def rows_of(table: pd.DataFrame, candidate: Candidate) -> "pd.Series[bool]":
+    """Which rows of ``table`` are ``candidate``'s."""
+    return (
+        (table["mode"] == candidate.mode)
+        & (table["workers"] == candidate.workers)
+        & (table["prefill_tokens"] == candidate.prefill_tokens)
+    )

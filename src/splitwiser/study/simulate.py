@@ -1,0 +1,338 @@
+"""Predicts a run: the engine's own parent loop, workers and schedulers, over steps that take their predicted time.
+
+Only two things are not the engine's own. A step does not run, it lasts as :class:`~splitwiser.study.step_times.StepCosts`
+says; and the clock is moved from one event to the next. Every worker lives in a thread, of which one at a time is let go
+on, so a run is the same each time. While several workers are in a step, each goes on at the rate that :class:`Conditions`
+give it, and slower still if they use more threads than there are cores; so how long a step lasts depends on what runs
+beside it.
+
+Not in it: the time that messages travel, and what else the machine does.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from splitwiser import constants
+from splitwiser.engine.engine import Observer, SplitEngine
+from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
+from splitwiser.engine.policy import MostRoom
+from splitwiser.engine.steps import Chunk, InFlight
+from splitwiser.engine.worker import PARENT, Scheduling, build_worker, serve
+from splitwiser.errors import InputError, RunError
+from splitwiser.model.loading import LoadedModel
+from splitwiser.placement.board import Board
+from splitwiser.placement.cores import plan_levels, take_threads
+from splitwiser.placement.layout import WorkerLayout
+from splitwiser.placement.shares import Part
+from splitwiser.request import FinishReason, Request, RequestOutput, SamplingParams
+from splitwiser.study.step_times import StepCosts, nearest_costs
+
+_TOKEN = 0  # what every simulated step draws
+_NOTHING_S = 1e-12  # less work than this is none
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How steps in a placement differ from those of the profile: factors on their time, alone and beside another worker's
+    step, and the seconds that a worker takes between two turns."""
+
+    prefill_alone: float = 1.0
+    decode_alone: float = 1.0
+    prefill_beside: float = 1.0
+    decode_beside: float = 1.0
+    gap_s: float = 0.0
+
+    def factor(self, phase: Phase, beside: bool) -> float:
+        """On the time of a step of ``phase``."""
+        if phase == "prefill":
+            return self.prefill_beside if beside else self.prefill_alone
+        return self.decode_beside if beside else self.decode_alone
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a simulated run has: step costs by thread count, cores (None where threads do not divide the device, as on a
+    GPU), and blocks of the KV pool."""
+
+    costs: Mapping[int, StepCosts]
+    cores: int | None
+    blocks: int
+    block_tokens: int = constants.BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a simulated run is set up: its workers (one ``mixed`` worker is mode ``sequential``) and the engine's options."""
+
+    layout: WorkerLayout
+    prefill_tokens: int
+    max_batch: int
+    lend: bool = True
+
+
+def simulate(
+    requests: Sequence[Request],
+    machine: Machine,
+    schedule: Schedule,
+    conditions: Conditions,
+    output_tokens: Mapping[int, int] | None = None,
+    observer: Observer | None = None,
+    max_concurrency: int | None = None,
+) -> list[RequestOutput]:
+    """The predicted outputs of ``requests``, whose times count from 0 nanoseconds; their tokens mean nothing.
+
+    Requests arrive as in :meth:`splitwiser.engine.engine.Engine.run`. ``output_tokens`` says by request id how many tokens
+    each makes before it ends by itself; without it, as many as it may. Raises :class:`InputError` for one that never fits.
+    """
+    lengths = {request.request_id: request.params.max_tokens for request in requests} | dict(output_tokens or {})
+    # stop strings and end-of-sequence cannot be foreseen: a request ends at its length
+    plain = [replace(each, params=SamplingParams(max_tokens=each.params.max_tokens)) for each in requests]
+    owners = sum(spec.role != "prefill" for spec in schedule.layout.workers)
+    most = max(request.most_tokens for request in requests)
+    if -(-most // machine.block_tokens) > machine.blocks // owners:
+        raise InputError(
+            f"a request needs room for {most} tokens in the KV pool, of which each worker that decodes owns "
+            f"{machine.blocks // owners * machine.block_tokens}; raise kv_memory"
+        )
+    placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
+    try:
+        engine = SplitEngine(_no_model(), placement, machine.blocks * machine.block_tokens, placement.now_ns)
+        return engine.run(plain, observer or Observer(), 0, max_concurrency)
+    finally:
+        placement.close()
+
+
+class _SimulatedPlacement:
+    """Workers that live in simulated time; see :class:`splitwiser.engine.engine.Placement`. Each decode or mixed worker
+    owns an equal part of the blocks, as in mode ``mp``."""
+
+    pids: ClassVar[dict[str, int]] = {}
+
+    def __init__(
+        self, machine: Machine, schedule: Schedule, conditions: Conditions, lengths: Mapping[int, int]
+    ) -> None:
+        self.machine = machine
+        self.schedule = schedule
+        self.lengths = lengths
+        self.outbox: list[Message] = []
+        self.specs = schedule.layout.workers
+        self.board = Board.over(torch.zeros(Board.nbytes(len(self.specs)), dtype=torch.uint8))
+        self.levels = plan_levels(self.specs, machine.cores, "fixed") if machine.cores else [[0] * len(self.specs)]
+        self.gap_s = conditions.gap_s
+        self._conditions = conditions
+        self._now_s = 0.0
+        owners = [spec for spec in self.specs if spec.role != "prefill"]
+        part = machine.blocks // len(owners)
+        self._router = MostRoom({spec.name: part for spec in owners}, machine.block_tokens)
+        self.lanes = {spec.name: _Lane(self, place, spec, part) for place, spec in enumerate(self.specs)}
+
+    def now_ns(self) -> int:
+        """The simulated time."""
+        return round(self._now_s * 1e9)
+
+    def submit(self, request: Request) -> None:
+        """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`: to the worker with the most room."""
+        self.lanes[self._router.choose(request)].inbox.append(Submit(request))
+
+    def poll(self, until_ns: int | None) -> Sequence[Message]:
+        """See :meth:`splitwiser.engine.engine.Placement.poll`."""
+        until_s = None if until_ns is None else max(self._now_s, until_ns / 1e9)
+        while not self.outbox:
+            called = [lane for lane in self.lanes.values() if lane.is_idle and lane.inbox]
+            if called:
+                called[0].go_on()
+                continue
+            busy = [lane for lane in self.lanes.values() if not lane.is_idle]
+            if not busy:
+                if until_s is None:
+                    raise RunError("simulation: requests are open, but none can be taken up")
+                self._now_s = until_s
+                return []
+            rates = {lane: self._rate(lane) for lane in busy}
+            passed_s = min(lane.left_s / rate for lane, rate in rates.items())
+            cut = until_s is not None and self._now_s + passed_s > until_s
+            if until_s is not None and cut:
+                passed_s = until_s - self._now_s
+            self._now_s += passed_s
+            for lane, rate in rates.items():
+                lane.left_s = max(0.0, lane.left_s - passed_s * rate)
+            if cut:
+                return []
+            for lane in busy:
+                if lane.left_s <= _NOTHING_S:
+                    lane.go_on()
+        messages, self.outbox = self.outbox, []
+        for message in messages:
+            if isinstance(message, Progress):
+                for request_id, _ in message.finished:
+                    self._router.release(request_id)
+        return messages
+
+    def close(self) -> None:
+        """End the workers' threads."""
+        for lane in self.lanes.values():
+            lane.end()
+
+    def _rate(self, lane: "_Lane") -> float:
+        """How fast ``lane``'s step goes on, against the profile's; 1 between two steps."""
+        if lane.phase is None:
+            return 1.0
+        stepping = [each for each in self.lanes.values() if each.phase is not None and not each.is_idle]
+        rate = 1 / self._conditions.factor(lane.phase, beside=len(stepping) > 1)
+        if self.machine.cores:
+            rate *= min(1.0, self.machine.cores / sum(each.step_threads for each in stepping))
+        return rate
+
+
+class _Lane:
+    """A worker in a thread of its own that goes on only from :meth:`go_on` until it has spent time or has nothing to do."""
+
+    def __init__(self, world: _SimulatedPlacement, place: int, spec: WorkerSpec, part: int) -> None:
+        self.inbox: deque[Message] = deque()
+        self.stopped = False  # never: the simulation ends its thread instead
+        self.is_idle = True
+        self.left_s = 0.0
+        self.phase: Phase | None = None
+        self.step_threads = 0
+        self._world = world
+        self._part = Part(world.board, place, world.schedule.lend)
+        self._error: BaseException | None = None
+        self._ended = False
+        self._stepped = False
+        self._may_go = threading.Semaphore(0)
+        self._has_stopped = threading.Semaphore(0)
+        scheduling = Scheduling(world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens)
+        self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
+        self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
+        self._thread.start()
+
+    def receive(self) -> list[Message]:
+        """See :meth:`splitwiser.engine.worker.Transport.receive`."""
+        messages = list(self.inbox)
+        self.inbox.clear()
+        return messages
+
+    def send(self, to: str, message: Message) -> None:
+        """See :meth:`splitwiser.engine.worker.Transport.send`; messages take no time."""
+        (self._world.outbox if to == PARENT else self._world.lanes[to].inbox).append(message)
+
+    def step(self, phase: Phase, seconds: float) -> None:
+        """Be in a step of ``phase`` that takes ``seconds`` where nothing runs beside it."""
+        self._stepped = True
+        self.phase = phase
+        self._spend(seconds)
+        self.phase = None
+
+    def go_on(self) -> None:
+        """Let the worker go on; returns when it has stopped again. Raises what it raises."""
+        self._may_go.release()
+        self._has_stopped.acquire()
+        if self._error:
+            raise self._error
+
+    def end(self) -> None:
+        """End the thread, wherever it is."""
+        self._ended = True
+        self._may_go.release()
+        self._thread.join()
+
+    def wait(self) -> None:
+        """See :class:`splitwiser.engine.worker.Waits`."""
+        if not self.inbox:
+            self.is_idle = True
+            self._stop()
+            self.is_idle = False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See :meth:`splitwiser.engine.worker.Lane.turn`."""
+        self.step_threads = take_threads(self._part, self._world.levels, self._world.machine.cores or 0)
+        self._stepped = False
+        yield
+        if self._stepped:
+            self._spend(self._world.gap_s)  # the parent may act between two turns
+
+    def leave(self) -> None:
+        """See :meth:`splitwiser.engine.worker.Lane.leave`."""
+        self._part.leave()
+
+    def _live(self) -> None:
+        try:
+            self._wait()
+            self.is_idle = False
+            serve(self._worker, self, self)
+        except _EndedError:
+            return
+        except BaseException as error:
+            self._error = error
+            self._has_stopped.release()
+
+    def _spend(self, seconds: float) -> None:
+        self.left_s = seconds
+        self._stop()
+
+    def _stop(self) -> None:
+        self._has_stopped.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._may_go.acquire()
+        if self._ended:
+            raise _EndedError
+
+
+class _EndedError(BaseException):
+    """The simulation is over."""
+
+
+class _CostStepper:
+    """The :class:`~splitwiser.engine.steps.Stepper` of a simulated worker: a step lasts as its costs say, and a request
+    ends at its length."""
+
+    def __init__(self, lane: _Lane, world: _SimulatedPlacement) -> None:
+        self._lane = lane
+        self._world = world
+
+    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """See :meth:`splitwiser.engine.steps.Stepper.prefill`."""
+        self._lane.step("prefill", self._costs().prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
+        return [_TOKEN for chunk in chunks if chunk.is_last]
+
+    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+        """See :meth:`splitwiser.engine.steps.Stepper.decode`."""
+        context = sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
+        self._lane.step("decode", self._costs().decode(len(sequences), context))
+        return [_TOKEN] * len(sequences)
+
+    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+        """See :meth:`splitwiser.engine.steps.Stepper.finish_reason`."""
+        return "length" if sequence.drawn >= self._world.lengths[sequence.request.request_id] else None
+
+    def now_ns(self) -> int:
+        """The simulated time."""
+        return self._world.now_ns()
+
+    def _costs(self) -> StepCosts:
+        return nearest_costs(self._world.machine.costs, self._lane.step_threads)
+
+
+def _no_model() -> LoadedModel:
+    """As much of a model as the engine asks for: a tokenizer that is none."""
+    return LoadedModel(
+        name="simulated",
+        module=None,  # type: ignore[arg-type]  # no step runs
+        parameters=0,
+        tokenizer=None,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        load_format="dummy",
+        load_s=0.0,
+        eos_token_ids=frozenset(),
+        max_positions=None,
+    )

@@ -1,0 +1,1 @@
+"""Where requests come from: reports, prompt files, traces, drawn lengths and arrival times."""

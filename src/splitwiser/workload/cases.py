@@ -1,0 +1,97 @@
+"""Cases: the numbered prompting recipes of ``configs/cases.yaml`` and how each turns reports into prompts."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitwiser.errors import InputError, unknown
+from splitwiser.workload.reports import Report
+from splitwiser.yaml_file import read_entries
+
+METHODS = ("discrete", "prefix_tuning", "lora")  # only the first is supported yet
+LEAST = {"examples": 0, "max_new_tokens": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe. A prompt is ``start_prefix``, the in-context examples and the question, which stands the finding
+    between ``insert_prefix`` and ``prompt``, lower-cased and with white space folded, as in RadAdapt."""
+
+    case_id: int
+    description: str
+    method: str = "discrete"
+    examples: int = 0
+    start_prefix: str = ""
+    insert_prefix: str = "### findings:"
+    prompt: str = "### impressions:"
+    max_new_tokens: int = 200
+
+    def question(self, finding: str) -> str:
+        """The finding as the model is asked about it."""
+        return " ".join(f"{self.insert_prefix} {finding} {self.prompt}".lower().split())
+
+    def example(self, report: Report) -> str:
+        """A report as an in-context example: the question and its answer."""
+        return f"{self.question(report.finding)} {' '.join(report.impression.lower().split())}"
+
+    def prompt_text(self, finding: str, examples: Sequence[Report] = ()) -> str:
+        """The whole prompt for ``finding``; ``examples`` come first, a blank line between them."""
+        question = self.question(finding)
+        if examples:
+            question = "\n\n".join(map(self.example, examples)) + "\n" + question
+        return f"{self.start_prefix}\n{question}" if self.start_prefix else question
+
+    def prompts(self, reports: Sequence[Report], training: Sequence[Report], seed: int) -> list[str]:
+        """One prompt a report, in their order; the in-context examples are drawn from ``training``, for each report
+        afresh, without repeats and without the report itself, by a generator seeded with ``seed``."""
+        rng = random.Random(seed)
+        prompts = []
+        for report in reports:
+            others = [example for example in training if example.finding != report.finding]
+            if self.examples > len(others):
+                raise InputError(
+                    f"case {self.case_id} draws {self.examples} examples, but the training set has {len(others)} reports"
+                )
+            prompts.append(self.prompt_text(report.finding, rng.sample(others, self.examples)))
+        return prompts
+
+
+def load_cases(path: Path) -> dict[int, Case]:
+    """Read every case of a ``cases.yaml``. Raises :class:`InputError` naming the file, the case and the key."""
+    entries = read_entries(path, "0: {description: null prompt}")
+    return {case_id: _case(path, case_id, entry) for case_id, entry in entries.items()}
+
+
+def _case(path: Path, case_id: object, entry: dict[str, object]) -> Case:
+    where = f"{path}, case {case_id}"
+    if not isinstance(case_id, int) or isinstance(case_id, bool):
+        raise InputError(f"{where}: a case's name must be a whole number")
+    fields = {field.name: field.type for field in dataclasses.fields(Case) if field.name != "case_id"}
+    for key, value in entry.items():
+        if key not in fields:
+            raise InputError(f"{where}: {unknown('key', key, fields)}")
+        if not isinstance(value, str if fields[key] is str else int) or isinstance(value, bool):
+            raise InputError(
+                f"{where}: '{key}' must be {'text' if fields[key] is str else 'a whole number'}, not {value!r}"
+            )
+        if key in LEAST and value < LEAST[key]:  # type: ignore[operator]  # checked to be a number above
+            raise InputError(f"{where}: '{key}' must be {LEAST[key]} or more, not {value}")
+    if entry.get("method", "discrete") not in METHODS:
+        raise InputError(f"{where}: {unknown('method', entry['method'], METHODS)}")
+    if "description" not in entry:
+        raise InputError(f"{where}: needs a 'description'")
+    return Case(case_id=case_id, **entry)  # type: ignore[arg-type]  # checked against the fields above
+
+
+def get_case(path: Path, case_id: int) -> Case:
+    """The case to run. Raises :class:`InputError` for an unknown number or a method that is not supported yet."""
+    cases = load_cases(path)
+    if case_id not in cases:
+        raise unknown("case", case_id, cases)
+    case = cases[case_id]
+    if case.method != "discrete":
+        usable = ", ".join(str(other.case_id) for other in cases.values() if other.method == "discrete")
+        raise InputError(f"case {case_id} ({case.description}) is not supported yet; use one of {usable}")
+    return case
