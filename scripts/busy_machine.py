@@ -22,10 +22,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from splitwiser import waiting
-from splitwiser.machine.describe import git_commit
-from splitwiser.study.fresh_runs import write_rows
-
 PROJECT = Path(__file__).resolve().parents[1]
 # model: data type, requests, new tokens of each; prompts have 40 to 160 tokens. Half a second to a second each, alone
 MODELS = {
@@ -99,6 +95,8 @@ def spinning(count: int) -> Iterator[None]:
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """All turns, as rows of busy_machine.csv."""
+    from splitwiser.study.fresh_runs import write_rows
+
     sides = {"now": PROJECT, **({"before": options.before.resolve()} if options.before else {})}
     loads = {0: options.rounds, options.spinning: options.busy_rounds}
     rows: list[dict[str, object]] = []
@@ -166,10 +164,11 @@ def main() -> None:
     if options.serve:
         serve(*options.serve)
         return
+    from splitwiser.machine.describe import git_commit  # not above: another checkout's side runs this script too
+
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     cores = len(os.sched_getaffinity(0))
-    waiting.undo_bound()  # each side says itself how its threads wait
     rows = measure(options)
     print(f"commit {git_commit()}, {cores} cores")
     print(tables(rows, cores))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from splitwiser import waiting
 from splitwiser.request import RequestMetrics, RequestOutput
 from splitwiser.results.metrics import throughput_figures
 from splitwiser.workload.prompt_file import load_workload
@@ -203,7 +202,6 @@ def main() -> None:
     parser.add_argument("--max_concurrency", type=int, help="closed loop of so many requests; all at once if not given")
     parser.add_argument("--output", type=Path, required=True, help="gets the figures as one JSON object")
     options = parser.parse_args()
-    waiting.undo_bound()
     try:
         figures = measure(options)
     except Exception as error:

@@ -48,20 +48,20 @@ def machine(tmp_path: Path) -> Machine:
 def test_as_many_as_the_share_comes_to(
     ran_ms: int, waited_ms: int, wanted: int, threads: int, machine: Machine
 ) -> None:
-    share = FairShare(machine.folder, machine.clock)
+    share = FairShare(tasks=machine.folder, clock=machine.clock)
     machine.pass_time(1, ran_ms, waited_ms)
     assert share.threads(wanted) == threads
 
 
 def test_all_threads_count(machine: Machine) -> None:
-    share = FairShare(machine.folder, machine.clock)
+    share = FairShare(tasks=machine.folder, clock=machine.clock)
     machine.pass_time(0, 100, 0, "7")
     machine.pass_time(0, 20, 80, "8")
     assert share.threads(10) == 6
 
 
 def test_looks_only_now_and_then(machine: Machine) -> None:
-    share = FairShare(machine.folder, machine.clock)
+    share = FairShare(tasks=machine.folder, clock=machine.clock)
     machine.pass_time(1, 100, 0)
     assert share.threads(2) == 2
     machine.pass_time(LOOK_S / 2, 0, 100)
@@ -71,7 +71,7 @@ def test_looks_only_now_and_then(machine: Machine) -> None:
 
 
 def test_a_greater_share_is_believed_after_a_while(machine: Machine) -> None:
-    share = FairShare(machine.folder, machine.clock)
+    share = FairShare(tasks=machine.folder, clock=machine.clock)
     machine.pass_time(1, 10, 90)
     assert share.threads(2) == 1
     machine.pass_time(RISE_S * 0.6, 100, 0)
@@ -82,14 +82,20 @@ def test_a_greater_share_is_believed_after_a_while(machine: Machine) -> None:
 
 def test_the_users_own_number_holds(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    share = FairShare(machine.folder, machine.clock)
+    share = FairShare(tasks=machine.folder, clock=machine.clock)
+    machine.pass_time(1, 10, 90)
+    assert share.threads(2) == 2
+
+
+def test_steps_on_a_gpu_leave_the_threads_alone(machine: Machine) -> None:
+    share = FairShare(on_cpu=False, tasks=machine.folder, clock=machine.clock)
     machine.pass_time(1, 10, 90)
     assert share.threads(2) == 2
 
 
 def test_a_kernel_that_does_not_tell_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
-    assert FairShare(tmp_path).threads(2) == 2
+    assert FairShare(tasks=tmp_path).threads(2) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not tell how long threads wait")

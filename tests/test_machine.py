@@ -23,7 +23,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_cpu_is_described_without_a_gpu() -> None:
-    keys = ["processor", "cores", "memory_gib", "system", "torch_threads", "threads_wait"]
+    keys = ["processor", "cores", "memory_gib", "system", "torch_threads"]
     assert list(machine.describe_machine(CPU)) == keys
 
 

@@ -2,15 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from splitwiser.waiting import bound_waiting
-
 if TYPE_CHECKING:
     from splitwiser.llm import LLM
     from splitwiser.request import RequestOutput, SamplingParams
 
 __all__ = ["LLM", "RequestOutput", "SamplingParams"]
-
-bound_waiting()  # here, before anything loads torch
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,6 @@ import math
 import operator
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from splitwiser import constants, waiting
+from splitwiser import constants
 from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.engine.generate import GenerateEngine
 from splitwiser.errors import InputError, unknown
@@ -197,8 +196,6 @@ class LLM:
             undo.callback(self._engine.close)
             self._warm_up(layout)
             self._undo: Callable[[], None] = undo.pop_all().close
-        if self.model.device.type == "cpu" and not waiting.is_bounded():
-            warnings.warn(waiting.LATE, stacklevel=2)
         self._closed = False
         self.ready_s = time.perf_counter() - began
 

@@ -94,7 +94,7 @@ class GenerateEngine:
         self._model = model
         self._batch_size = batch_size
         self._one_length = one_length
-        self._threads = OwnThreads()
+        self._threads = OwnThreads(model.device.type == "cpu")
 
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from splitwiser import constants, waiting
+from splitwiser import constants
 from splitwiser.machine.stand_in import STAND_IN, is_stand_in
 
 PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
@@ -25,7 +25,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": platform.platform(),
         "torch_threads": torch.get_num_threads(),
-        "threads_wait": waiting.describe(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

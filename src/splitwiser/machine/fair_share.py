@@ -22,16 +22,21 @@ class FairShare:
     """The part of its time that this process's threads have run, of that in which they could have.
 
     Of n threads, n times this part are as many as there is processor time for: with k others on n processors it settles
-    where the threads' number is what a fair scheduler gives them.
+    where the threads' number is what a fair scheduler gives them. Where steps run on a GPU, all threads stay.
     """
 
-    def __init__(self, tasks: Path = Path("/proc/self/task"), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        on_cpu: bool = True,
+        tasks: Path = Path("/proc/self/task"),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._tasks = tasks
         self._clock = clock
         self._share = 1.0
         self._before: dict[str, tuple[int, int]] = {}
         self._next_look_s = self._changed_s = float("-inf")
-        self._fixed = "OMP_NUM_THREADS" in os.environ  # the user's own number
+        self._fixed = not on_cpu or "OMP_NUM_THREADS" in os.environ  # the user's own number
 
     def threads(self, wanted: int) -> int:
         """Of ``wanted`` threads those to use now: 1 or more."""
@@ -70,8 +75,8 @@ class OwnThreads:
     """The :class:`~splitwiser.engine.worker.Lane` of steps in the caller's own thread: of PyTorch's threads as many as their
     :class:`~splitwiser.machine.fair_share.FairShare` comes to. :meth:`leave` sets what was set before."""
 
-    def __init__(self) -> None:
-        self._share = FairShare()
+    def __init__(self, on_cpu: bool = True) -> None:
+        self._share = FairShare(on_cpu)
         self._found: int | None = None
 
     def turn(self) -> AbstractContextManager[object]:

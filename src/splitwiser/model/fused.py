@@ -57,7 +57,7 @@ class FusedNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """``down(f(gate(x)) * up(x))`` with gate and up as one product; ``factors`` choose f, see kernels/fused.cpp."""
+    """``down(f(gate(x)) * up(x))`` with gate and up as one product; ``factors`` choose f, see kernels/csrc/fused.cpp."""
 
     def __init__(
         self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, factors: tuple[float, float]
@@ -144,7 +144,7 @@ class _Norm(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """A :class:`FusedLayer` as kernels/layer.cpp takes it."""
+    """A :class:`FusedLayer` as kernels/csrc/layer.cpp takes it."""
 
     _fields_: ClassVar = [
         *((name, Product) for name in ("qkv", "o", "gate_up", "down")),
@@ -155,7 +155,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """A step at a layer, as kernels/layer.cpp takes it."""
+    """A step at a layer, as kernels/csrc/layer.cpp takes it."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", *Place._fields)),
@@ -498,7 +498,7 @@ def _randomised(value: object, step: _Outcome, random: torch.Generator) -> objec
 
 @cache
 def _functions() -> ctypes.CDLL:
-    """The functions of kernels/fused.cpp. Raises RuntimeError, with the reason, where they cannot be had."""
+    """The functions of kernels/csrc/fused.cpp. Raises RuntimeError, with the reason, where they cannot be had."""
     library, described = load_native()
     if library is None:
         raise RuntimeError(described)

@@ -55,11 +55,11 @@ class Threads:
     worker's own and those that are lent to it at that moment as many as its
     :class:`~splitwiser.machine.fair_share.FairShare` comes to."""
 
-    def __init__(self, part: Part, levels: Sequence[Sequence[int]], cores: int) -> None:
+    def __init__(self, part: Part, levels: Sequence[Sequence[int]], cores: int, on_cpu: bool = True) -> None:
         self._part = part
         self._levels = levels
         self._cores = cores
-        self._share = FairShare()
+        self._share = FairShare(on_cpu)
         self._set = 0
 
     def turn(self) -> AbstractContextManager[object]:

@@ -41,10 +41,10 @@ class LocalPlacement:
 
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, worker: Worker, transport: LocalTransport) -> None:
+    def __init__(self, worker: Worker, transport: LocalTransport, on_cpu: bool = True) -> None:
         self._worker = worker
         self._transport = transport
-        self._lane = OwnThreads()
+        self._lane = OwnThreads(on_cpu)
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
@@ -78,7 +78,9 @@ def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
     stepper = ModelStepper(model, pool, graphs)
     worker = build_worker(layout.workers, 0, transport, stepper, range(blocks), settings.scheduling)
     return Started(
-        SplitEngine(model, LocalPlacement(worker, transport), blocks * settings.block_tokens),
+        SplitEngine(
+            model, LocalPlacement(worker, transport, model.device.type == "cpu"), blocks * settings.block_tokens
+        ),
         pool,
         {**prepared.described, "decode_graphs": graphs_described},
         [],

@@ -41,7 +41,6 @@ from splitwiser.placement.mps_daemon import MpsDaemon
 from splitwiser.placement.prepare import EngineSettings, Started, make_pool, prepare
 from splitwiser.placement.shares import AutoLevel, Part
 from splitwiser.request import Request
-from splitwiser.waiting import wait_variables
 
 BEAT_S = 0.1  # how often a worker shows that it lives
 MISSED_LOOKS = 4  # looks in a row without a beat after which a worker counts as lost
@@ -60,7 +59,8 @@ def warm_up_start() -> None:
     forkserver.set_forkserver_preload([__name__])
     shorten_socket_paths()
     # by its safe path it imports nothing from the current folder, where a file may have the name of a module
-    with environment(**wait_variables(), TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
+    # threads that a worker has on cores lent to it must not spin there once their owner wants them back
+    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
         forkserver.ensure_running()
 
 
@@ -118,7 +118,7 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
     if shares.share == "fixed" and not shares.lend:
         os.sched_setaffinity(0, plan_cores(setup.workers, setup.cores)[setup.index])  # this thread and those it makes
     part = _part(setup, board)
-    threads = Threads(part, setup.thread_levels, len(setup.cores))
+    threads = Threads(part, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
     else:

@@ -14,7 +14,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CpuAttention:
-    """The function ``attention`` of ``kernels/attention.cpp``, called through ctypes; an
+    """The function ``attention`` of ``csrc/attention.cpp``, called through ctypes; an
     :class:`~splitwiser.model.kernels.interface.AttentionKernel`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -53,7 +53,7 @@ class CpuAttention:
 
 
 class CpuStore:
-    """The function ``store`` of ``kernels/attention.cpp``; a :class:`~splitwiser.model.kernels.interface.StoreKernel`."""
+    """The function ``store`` of ``csrc/attention.cpp``; a :class:`~splitwiser.model.kernels.interface.StoreKernel`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = library.store

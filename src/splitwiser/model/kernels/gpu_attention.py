@@ -110,7 +110,7 @@ def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
         "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({not_packed})"
         if not_packed
         else "torch.nn.attention.varlen, one call a layer",
-        "decode_attention": "gpu_kernel.py, compiled by Triton"
+        "decode_attention": "triton_decode.py, compiled by Triton"
         if has_triton
         else "plain PyTorch (Triton is not installed)",
     }

@@ -24,7 +24,7 @@ PANELS = (64, 32, 48, 16)  # outputs of a panel: of AVX-512, of AMX, and what el
 
 
 class Product(ctypes.Structure):
-    """A packed layer as kernels/layer.cpp takes it: addresses of its weight and bias (0: none), its sizes, and how the
+    """A packed layer as csrc/layer.cpp takes it: addresses of its weight and bias (0: none), its sizes, and how the
     weight lies: in panels of so many outputs, its inputs filled up to so many."""
 
     _fields_: ClassVar = [
@@ -220,7 +220,7 @@ def describe() -> str:
 
 @cache
 def _few_functions() -> ctypes.CDLL | None:
-    """The functions of kernels/layer.cpp, where this processor has what they need."""
+    """The functions of csrc/layer.cpp, where this processor has what they need."""
     library, _ = load_native()
     if library is None or library.most_few() == 0:
         return None

@@ -30,7 +30,7 @@
 
 extern "C" {
 
-// A linear layer, as packed.py's Product; bias may be null. panel: the outputs of one, a multiple of 16; filled: the inputs with
+// A linear layer, as packed_linear.py's Product; bias may be null. panel: the outputs of one, a multiple of 16; filled: the inputs with
 // what they are filled up with, an even number.
 struct Product {
     const void *packed, *bias;
