@@ -381,12 +381,13 @@ def test_a_fault_in_the_run_gets_exit_code_1_and_keeps_what_was_finished(
     workload = write_workload(tmp_path / "two.json", [[5], [6]], 4, arrival_s=[0, 0.5])
     script = (
         "import sys\n"
-        "from splitwiser import steps, prefill, cli\n"
+        "from splitwiser import cli\n"
+        "from splitwiser.engine import steps\n"
         "real = steps.prefill_step\n"
         "def failing(model, pool, chunks):\n"
         "    if chunks[0].sequence.request.prompt_token_ids == (6,): raise RuntimeError('the device is gone')\n"
         "    return real(model, pool, chunks)\n"
-        "prefill.prefill_step = failing\n"
+        "steps.prefill_step = failing\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(

@@ -64,7 +64,8 @@ def test_without_a_home_folder_it_is_said_how_to_name_another(monkeypatch: pytes
 
 def test_kernels_are_offered_without_importing_triton() -> None:
     code = (
-        "import sys, torch; from splitwiser import gpu_kernel; gpu_kernel.load_gpu_kernels(torch.float32, []); "
+        "import sys, torch; from splitwiser.model.kernels.gpu_attention import load_gpu_kernels; "
+        "load_gpu_kernels(torch.float32, []); "
         "sys.exit('triton' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(constants.DIR_PROJECT / "src")}

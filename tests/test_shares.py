@@ -8,6 +8,7 @@ from helpers import assert_says, refusal
 
 from splitwiser.placement.board import Board
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, parse_layout
+from splitwiser.placement.modes import MODES
 from splitwiser.placement.shares import WINDOW, AutoLevel, Part, ShareSettings
 
 UNITS = (16, 32, 64, 96)
@@ -115,4 +116,4 @@ def test_settings_are_checked(share: str, target: float, said: list[str]) -> Non
     ],
 )
 def test_auto_is_refused_where_it_cannot_be(mode: str, layout: object, said: list[str]) -> None:
-    assert_says(refusal(ShareSettings("auto", 50.0, True).check, mode, layout), *said)
+    assert_says(refusal(ShareSettings("auto", 50.0, True).check, MODES[mode], layout), *said)
