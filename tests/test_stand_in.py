@@ -162,7 +162,7 @@ def test_every_stream_of_prefill_is_warmed_up_by_a_whole_step(
     ran, levels = printed(run_script(on_stand_in, STREAMS, model, json.dumps({"share": "auto"})))
     assert levels == 7
     assert len({stream for stream, *_ in ran}) == 1 + levels
-    assert {tokens for *_, tokens in ran} == {256}
+    assert {tokens for *_, tokens in ran[: 1 + levels]} == {256}  # what follows is the first request, on streams seen
     assert {priority for _, priority, _ in ran} == {0}
 
 
