@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import refusal
 
 from splitwiser.config import RunConfig
 from splitwiser.request import SamplingParams
+from tests.support.assertions import refusal
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig) if field.default is not None])

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import POSITIONS, VOCABULARY
-from helpers import assert_says, refusal
 
 from splitwiser.config import RunConfig
 from splitwiser.job import Job, prepare_job
 from splitwiser.model.loading import load_model
+from tests.support.assertions import assert_says, refusal
+from tests.support.models import POSITIONS, VOCABULARY
 
 TRACE = [("2023-11-16 18:15:00.5", 40, 4), ("2023-11-16 18:15:01.0", 60, 9), ("2023-11-16 18:15:03.0", 90, 2)]
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from helpers import refusal
 
 from splitwiser.text import check_text, read_text
+from tests.support.assertions import refusal
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
