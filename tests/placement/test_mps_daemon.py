@@ -30,7 +30,7 @@ from splitwiser.placement import processes as multiprocess
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.mps_daemon import (
     Gpu,
-    find_gpu_problem,
+    find_problem,
     gpu_index,
     mps_daemon,
     running_daemon,
@@ -466,7 +466,7 @@ with mps.mps_daemon(existing=False, exclusive=True, device_index=0):
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA GPU")
 def test_without_a_gpu_the_mode_refuses_and_names_the_other(tiny: Callable[[str], Path]) -> None:
-    problem = find_gpu_problem(0)
+    problem = find_problem("cuda:0")
     assert problem is not None
     assert problem.startswith("there is no NVIDIA GPU here")
     assert refusal(LLM, tiny("opt"), mode="mps") == f"mode mps: {problem}; use mode mp"
@@ -527,12 +527,12 @@ def test_a_gpu_is_what_the_driver_says_it_is() -> None:
     ],
 )
 def test_a_problem_is_named(index: int, problem: str | None) -> None:
-    assert find_gpu_problem(index) == problem
+    assert find_problem(f"cuda:{index}") == problem
 
 
 def test_a_driver_that_fails_is_named(driver: Path) -> None:
     (driver / "libcuda.so.1").write_text("not a library")
-    assert find_gpu_problem(0) == "CUDA cannot be used: the driver's libcuda.so.1 cannot be loaded"
+    assert find_problem("cuda:0") == "CUDA cannot be used: the driver's libcuda.so.1 cannot be loaded"
 
 
 @pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:2", 2)])
@@ -591,7 +591,7 @@ def test_memory_that_arrives_does_not_initialise_cuda() -> None:
 @pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
 @pytest.mark.parametrize("workers", ["", "[{role: mixed, count: 3}]"])
 def test_tokens_on_a_gpu_are_those_of_mode_sequential(workers: str, tiny: Callable[[str], Path]) -> None:
-    problem = find_gpu_problem(0)
+    problem = find_problem("cuda:0")
     if problem:
         pytest.skip(problem)
     prompts = prompts_of(LENGTHS, seed=5)
