@@ -11,9 +11,9 @@ from splitwiser.machine.memory import available_memory
 @pytest.fixture
 def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 3,000 KiB available, and a process in a control group of no limit yet."""
-    (tmp_path / "meminfo").write_text(
-        "MemTotal: 4000 kB\nMemFree: 1000 kB\nMemAvailable: 3000 kB\nCached: 2500 kB\nBuffers: 1 kB\nShmem: 1 kB\nActive: 1 kB\nInactive: 1 kB\n"
-    )
+    kib = {"MemTotal": 4000, "MemFree": 1000, "MemAvailable": 3000, "Cached": 2500}
+    kib |= dict.fromkeys(("Buffers", "Shmem", "Active", "Inactive"), 1)
+    (tmp_path / "meminfo").write_text("".join(f"{name}: {number} kB\n" for name, number in kib.items()))
     (tmp_path / "self").write_text("0::/\n")
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     return tmp_path
