@@ -9,10 +9,9 @@ import torch
 from splitwiser import LLM, SamplingParams
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.machine.fair_share import FairShare, OwnThreads
-from splitwiser.placement.board import Board
 from splitwiser.placement.cores import Threads, plan_cores, plan_levels, plan_threads
 from splitwiser.placement.layout import parse_layout
-from splitwiser.placement.shares import Part
+from splitwiser.placement.shares import Board, Part
 
 
 def workers(*shares: float) -> list[WorkerSpec]:

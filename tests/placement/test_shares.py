@@ -1,12 +1,11 @@
-"""The policy that divides a device between the phases."""
+"""The board that workers share, and the policy that divides a device between the phases."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from splitwiser.placement.board import Board
-from splitwiser.placement.shares import WINDOW, AutoLevel, Part
+from splitwiser.placement.shares import WINDOW, AutoLevel, Board, Part
 
 UNITS = (16, 32, 64, 96)
 
@@ -90,3 +89,16 @@ def test_only_gaps_beside_prefill_count(prefill_works: bool, level: int) -> None
     for _ in range(WINDOW):
         decode.observe(0.020)
     assert words.level == level
+
+
+def test_each_word_keeps_to_its_worker() -> None:
+    memory = torch.zeros(Board.nbytes(3), dtype=torch.uint8)
+    board, other = Board.over(memory), Board.over(memory)
+    board.beat(1)
+    board.beat(1)
+    board.beat(2)
+    board.set_busy(0, True)
+    board.level = 4
+    assert other.beats() == [0, 2, 1]
+    assert other.busy() == [True, False, False]
+    assert other.level == 4

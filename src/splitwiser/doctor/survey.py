@@ -134,7 +134,7 @@ def find_green_contexts(on_gpu: bool, problem: str | None) -> Found:
 
 def find_mps_binary() -> Found:
     """The program that starts an MPS daemon."""
-    from splitwiser.placement.mps_daemon import CONTROL
+    from splitwiser.placement.mps_gpu import CONTROL
 
     path = shutil.which(CONTROL)
     return (True, path, {"path": path}) if path else (None, f"{CONTROL} is not on PATH", {"path": None})

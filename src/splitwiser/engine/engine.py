@@ -8,7 +8,7 @@ from typing import Protocol
 
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.messages import Message, Progress, StepRecord
-from splitwiser.engine.stopping import final_text
+from splitwiser.engine.sampling import final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput

@@ -14,9 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.engine import Observer, make_output
 from splitwiser.engine.messages import Phase, StepRecord
-from splitwiser.engine.sampling import choose
+from splitwiser.engine.sampling import choose, finish_reason
 from splitwiser.engine.steps import InFlight
-from splitwiser.engine.stopping import finish_reason
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left

@@ -1,14 +1,16 @@
 """Choosing tokens from logits: greedy, or drawn so that a request's draws depend on its own seed and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from splitwiser.request import SamplingParams
+from splitwiser.request import FinishReason, SamplingParams
 
 _MASK = (1 << 64) - 1
+
+Decode = Callable[[Sequence[int]], str]
 
 
 class Drawing(Protocol):
@@ -82,3 +84,21 @@ def _draw(logits: Tensor, requests: Sequence[Drawing]) -> Tensor:
     aims = column([uniform(request.seed, request.drawn) for request in requests], torch.float64) * cumulative[:, -1:]
     # the first token whose cumulative probability lies above the aim: one of probability 0 never does
     return torch.searchsorted(cumulative, aims, right=True).squeeze(-1).clamp(max=vocabulary - 1)
+
+
+def finish_reason(
+    params: SamplingParams, token_ids: Sequence[int], eos_token_ids: Collection[int], decode: Decode
+) -> FinishReason | None:
+    """Why a request with these output ``token_ids`` (at least one) has finished, or None while it has not."""
+    if token_ids[-1] in eos_token_ids and not params.ignore_eos:
+        return "stop"
+    if params.stop and any(stop in decode(token_ids) for stop in params.stop):
+        return "stop"
+    return "length" if len(token_ids) >= params.max_tokens else None
+
+
+def final_text(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> str:
+    """The text of ``token_ids``, cut before the first stop string in it."""
+    text = decode(token_ids)
+    cuts = [place for place in map(text.find, params.stop) if place >= 0]
+    return text[: min(cuts)] if cuts else text

@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 
 from splitwiser.engine.cuda_graphs import DecodeGraphs
-from splitwiser.engine.sampling import choose
-from splitwiser.engine.stopping import finish_reason
+from splitwiser.engine.sampling import choose, finish_reason
 from splitwiser.model.attention import Segment, StepAttention
 from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool

@@ -5,12 +5,11 @@ from contextlib import AbstractContextManager, ExitStack
 
 import torch
 
-from splitwiser.placement.board import Board
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.green_contexts import count_multiprocessors, cut_device
 from splitwiser.placement.prepare import Started, load
-from splitwiser.placement.shares import AutoLevel, Part
+from splitwiser.placement.shares import AutoLevel, Board, Part
 from splitwiser.placement.threads import start_lanes
 
 AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses

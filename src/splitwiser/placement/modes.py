@@ -34,7 +34,7 @@ MODES = {
         Mode("generate", "reference", None),
         Mode("sequential", "inline", ONE_MIXED),
         Mode("mp", "processes", ONE_OF_EACH, laid_out=True, moves_shares=True, shares_memory=True),
-        Mode("mps", "mps", ONE_OF_EACH, laid_out=True, shares_memory=True, needs_gpu=True, checked_by="mps_daemon"),
+        Mode("mps", "mps", ONE_OF_EACH, laid_out=True, shares_memory=True, needs_gpu=True, checked_by="mps_gpu"),
         Mode(
             "green",
             "green",

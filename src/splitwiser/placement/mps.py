@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from splitwiser.placement import processes
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.mps_daemon import gpu_index, mps_daemon, thread_percentage
+from splitwiser.placement.mps_daemon import mps_daemon, thread_percentage
+from splitwiser.placement.mps_gpu import gpu_index
 from splitwiser.placement.prepare import Started
 
 

@@ -14,11 +14,8 @@ nvidia-cuda-mps-control(1):
   with work under way can hang the server, so the workers are stopped first.
 """
 
-import json
 import os
-import platform
 import pwd
-import re
 import shutil
 import signal
 import stat
@@ -35,12 +32,12 @@ from typing import Literal
 import torch
 
 from splitwiser.engine.messages import WorkerSpec
-from splitwiser.errors import InputError, RunError, first_line
-from splitwiser.machine.process import environment, find_children_problem, start_ticks, uninterrupted
+from splitwiser.errors import InputError, RunError
+from splitwiser.machine.process import environment, start_ticks, uninterrupted
+from splitwiser.placement import mps_gpu
 from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.mps_gpu import CONTROL, PIPES
 
-CONTROL = "nvidia-cuda-mps-control"
-PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
 PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 PRIORITY, NORMAL, BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", 0, 1
@@ -52,7 +49,6 @@ SETTLE_S = 0.5  # a daemon that detaches may not be seen for a moment
 REGISTER_S = 10.0  # longest that a worker that is up may be missing from the daemon's list
 QUIT_S = 5  # whole seconds that servers have to end in peace
 FORCE_S = 2.0  # from SIGTERM to SIGKILL
-SMI_S = 30.0  # nvidia-smi takes seconds where the driver is not loaded yet
 SOCKET_BYTES = 107  # longest path of a unix socket: sun_path of unix(7), less its final zero
 LOG_LINES = 3
 
@@ -72,16 +68,6 @@ class RunningDaemon:
     def __str__(self) -> str:
         process = "outside this container" if self.pid is None else f"process {self.pid}"
         return f"MPS daemon of user {self.user} ({process}, pipes in {self.pipe_directory})"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU of a run: ``uuids`` are of the visible GPUs up to it, as CUDA numbers them, its own last."""
-
-    uuids: tuple[str, ...]
-    name: str
-    capability: tuple[int, int]
-    compute_mode: str
 
 
 @dataclass(frozen=True)
@@ -138,58 +124,6 @@ def thread_percentage(spec: WorkerSpec, share: str) -> int:
     return 100 if share == "none" else max(1, round(spec.share))
 
 
-def gpu_index(device: str) -> int:
-    """The GPU, as CUDA numbers them, that ``auto``, ``cuda`` or ``cuda:N`` names. Raises :class:`InputError` on others."""
-    named = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
-    if not named:
-        raise InputError(
-            f"mode mps: needs an NVIDIA GPU, and device is '{device}'; give cuda or cuda:N, or use mode mp"
-        )
-    return int(named[1] or 0)
-
-
-def find_problem(device: str) -> str | None:
-    """Return why mode ``mps`` cannot run on ``device`` of this machine, in one line; None if nothing speaks against it.
-    Does not initialise CUDA in this process. Raises :class:`InputError` for a device that is no GPU."""
-    found = inspect_gpu(gpu_index(device))
-    return found if isinstance(found, str) else None
-
-
-def inspect_gpu(device_index: int) -> Gpu | str:
-    """The GPU with what MPS depends on, or why mode ``mps`` cannot run on it."""
-    if problem := _machine_problem():
-        return problem
-    gpus = _probe()
-    if isinstance(gpus, str):
-        return f"CUDA cannot be used: {gpus}"
-    if device_index >= len(gpus):
-        return f"there is no GPU {device_index}: CUDA sees {len(gpus)}, numbered from 0"
-    gpu = gpus[device_index]
-    if gpu.capability < (7, 0):
-        return f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and MPS shares need 7.0 (Volta)"
-    if gpu.compute_mode == "PROHIBITED":
-        return f"{gpu.name} is in compute mode PROHIBITED (nvidia-smi -c DEFAULT, as root, changes it)"
-    return gpu
-
-
-def _machine_problem() -> str | None:
-    if problem := find_children_problem():
-        return problem
-    if sys.platform != "linux":
-        return f"NVIDIA MPS runs on Linux, and this is {platform.system()}"
-    if "microsoft" in platform.release().lower():
-        return "NVIDIA MPS runs on Linux itself, and this is Linux under Windows (WSL)"
-    if Path("/etc/nv_tegra_release").exists():
-        return "the workers share memory by CUDA IPC, which NVIDIA's MPS does not support on Tegra"
-    if not Path("/dev/nvidiactl").exists():
-        return "there is no NVIDIA GPU here (no /dev/nvidiactl)"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is built without CUDA"
-    if shutil.which(CONTROL) is None:
-        return f"{CONTROL} is not on PATH; it comes with the NVIDIA driver (on Ubuntu in nvidia-compute-utils)"
-    return None
-
-
 def running_daemon() -> RunningDaemon | None:
     """The daemon that a process of this environment would become a client of; a private one of a run is never that."""
     pipes = Path(os.environ.get(PIPES) or DEFAULT_PIPES)
@@ -212,7 +146,7 @@ def mps_daemon(existing: bool, exclusive: bool, device_index: int) -> Iterator[M
     ``exclusive`` puts the GPU into compute mode EXCLUSIVE_PROCESS until the block ends. Raises :class:`InputError` if MPS
     cannot run here, or a daemon is there without ``existing``, and :class:`RunError` if a daemon does not come up.
     """
-    gpu = inspect_gpu(device_index)
+    gpu = mps_gpu.inspect_gpu(device_index)
     if isinstance(gpu, str):
         raise InputError(f"mode mps: {gpu}; use mode mp")
     for directory in _left_behind():
@@ -232,7 +166,7 @@ def mps_daemon(existing: bool, exclusive: bool, device_index: int) -> Iterator[M
     directory = _make_directory()
     try:
         if exclusive:
-            _make_exclusive(gpu.uuids[-1], directory)
+            mps_gpu.make_exclusive(gpu.uuids[-1], directory)
         daemon = _start(directory, gpu)
         with environment(**daemon.environment) if joins else nullcontext():
             yield daemon
@@ -295,7 +229,7 @@ def _left_behind() -> list[Path]:
     return found
 
 
-def _start(directory: Path, gpu: Gpu) -> MpsDaemon:
+def _start(directory: Path, gpu: mps_gpu.Gpu) -> MpsDaemon:
     pipes, logs = directory / "pipe", directory / "log"
     pipes.mkdir()
     logs.mkdir()
@@ -359,7 +293,7 @@ def _remove(directory: Path) -> None:
             print(f"splitwiser: MPS processes {names} do not end; the next start tries again", file=sys.stderr)
             return
     try:
-        _restore_compute_mode(directory)
+        mps_gpu.restore_compute_mode(directory)
     except InputError as error:
         print(f"splitwiser: {error}", file=sys.stderr)
         return
@@ -440,69 +374,6 @@ def log_tail(directory: Path) -> str:
         if lines:
             ends.append(f"{name}: {' / '.join(lines[-LOG_LINES:])}")
     return "; ".join(ends) or "nothing was logged"
-
-
-# -- the GPU
-
-
-def _probe() -> list[Gpu] | str:
-    """The GPUs that CUDA sees, or why it sees none."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "machine" / "cuda_probe.py")]
-    try:  # without a daemon, even where one is there: it may count the devices anew, or be another user's
-        done = subprocess.run(
-            command, env={**os.environ, PIPES: os.devnull}, capture_output=True, text=True, timeout=SMI_S, check=True
-        )
-        answer = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return first_line(error)
-    if "error" in answer:
-        return str(answer["error"])
-    uuids = [gpu["uuid"] for gpu in answer["gpus"]]
-    return [
-        Gpu(tuple(uuids[: index + 1]), gpu["name"], tuple(gpu["capability"]), gpu["compute_mode"])
-        for index, gpu in enumerate(answer["gpus"])
-    ]
-
-
-def _make_exclusive(uuid: str, directory: Path) -> None:
-    found = _nvidia_smi("-i", uuid, "--query-gpu=compute_mode", "--format=csv,noheader").strip()
-    if found.upper() == "EXCLUSIVE_PROCESS":
-        return
-    note = directory / "compute_mode"  # written first: should this run be killed, the next start puts the mode back
-    note.write_text(f"{uuid} {found.upper()}", encoding="ascii")
-    try:
-        _nvidia_smi("-i", uuid, "-c", "EXCLUSIVE_PROCESS")
-    except InputError:
-        note.unlink()
-        raise
-
-
-def _restore_compute_mode(directory: Path) -> None:
-    note = directory / "compute_mode"
-    if note.exists():
-        uuid, mode = note.read_text(encoding="ascii").split()
-        _nvidia_smi("-i", uuid, "-c", mode)
-        note.unlink()
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SMI_S,
-            start_new_session=True,
-            check=False,
-        )
-        said = " ".join((done.stdout + done.stderr).split())
-        if not done.returncode:
-            return done.stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        said = first_line(error)
-    raise InputError(
-        f"--exclusive: 'nvidia-smi {' '.join(arguments)}' failed ({said}); changing the compute mode needs root"
-    )
 
 
 def _user(uid: int) -> str:

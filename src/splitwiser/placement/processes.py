@@ -7,45 +7,37 @@ never sent again. From then on it only feeds, collects and supervises.
 import os
 import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import forkserver
-from pathlib import Path
 
 import psutil
 import torch
 import torch.multiprocessing
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from splitwiser import constants
-from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.engine import SplitEngine
-from splitwiser.engine.messages import Failed, Message, Progress, Ready, Stop, Submit, WorkerSpec
+from splitwiser.engine.messages import Message, Progress, Ready, Stop, Submit
 from splitwiser.engine.policy import MostRoom
-from splitwiser.engine.steps import ModelStepper, warm_up_prefill
-from splitwiser.engine.worker import PARENT, build_worker, serve
+from splitwiser.engine.worker import PARENT
 from splitwiser.errors import InputError, RunError, WorkerLostError
-from splitwiser.machine.process import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
+from splitwiser.machine.process import environment, shorten_socket_paths, uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
-from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kv_pool import KVPool, LayerShape, block_nbytes
-from splitwiser.model.loading import LoadedModel
-from splitwiser.placement.board import Board
+from splitwiser.model.kv_pool import block_nbytes
+from splitwiser.placement import worker_process
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.cores import Threads, plan_cores, plan_levels
-from splitwiser.placement.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
+from splitwiser.placement.cores import plan_levels
+from splitwiser.placement.mailbox import LOOK_S, Mailbox, MailPlacement, Pipe
 from splitwiser.placement.mps_daemon import MpsDaemon
-from splitwiser.placement.prepare import Started, load, make_pool, prepare, scheduling_of
-from splitwiser.placement.shares import AutoLevel, Part
+from splitwiser.placement.prepare import Started, load, make_pool, prepare
+from splitwiser.placement.shares import Board
+from splitwiser.placement.worker_process import WorkerSetup, worker_main
 from splitwiser.request import Request
 
-BEAT_S = 0.1  # how often a worker shows that it lives
 MISSED_LOOKS = 4  # looks in a row without a beat after which a worker counts as lost
 START_S = 300.0  # longest that workers may take to come up
 STOP_S = 5.0  # longest that they may take to end by themselves
@@ -59,7 +51,7 @@ _context = torch.multiprocessing.get_context("forkserver")
 
 def warm_up_start() -> None:
     """Start the fork server, so that its imports go on while the parent loads the model."""
-    forkserver.set_forkserver_preload([__name__])
+    forkserver.set_forkserver_preload([worker_process.__name__])
     shorten_socket_paths()
     # by its safe path it imports nothing from the current folder, where a file may have the name of a module
     # threads that a worker has on cores lent to it must not spin there once their owner wants them back
@@ -67,113 +59,11 @@ def warm_up_start() -> None:
         forkserver.ensure_running()
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """All that a worker process is given as it starts."""
-
-    index: int
-    workers: tuple[WorkerSpec, ...]
-    model: LoadedModel
-    module: SharedModule
-    layers: list[LayerShape]
-    refused_kernels: tuple[str, ...]
-    pool: SharedMemory
-    blocks: int
-    own_blocks: range
-    board: SharedMemory
-    config: EngineConfig
-    cores: tuple[int, ...]
-    thread_levels: list[list[int]]
-    environment: dict[str, str]
-    inbox: dict[str, Pipe]
-    outbox: dict[str, Pipe]
-
-    @property
-    def spec(self) -> WorkerSpec:
-        """This worker's."""
-        return self.workers[self.index]
-
-
-def _work(setup: _Setup) -> None:
-    """What a worker process runs."""
-    os.environ.update(setup.environment)  # first, as CUDA reads it once
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    name = setup.spec.name
-    Path("/proc/self/comm").write_text(name, encoding="ascii")  # what ps and top show
-
-    def closed(sender: str) -> None:
-        if sender == PARENT:
-            os._exit(1)  # nobody is left to answer, whatever step is under way
-
-    transport = MailTransport(Mailbox(setup.inbox, closed), setup.outbox)
-    try:
-        _serve(setup, transport)
-    except BaseException as error:
-        line = f"{type(error).__name__}: {error}"
-        transport.send(PARENT, Failed(name, line, traceback.format_exc()))
-        sys.exit(1)
-
-
-def _serve(setup: _Setup, transport: MailTransport) -> None:
-    board = Board.over(setup.board.tensor)
-    threading.Thread(target=_beat, args=(board, setup.index), name="heartbeat", daemon=True).start()
-    config = setup.config
-    if config.share == "fixed" and not config.lend:
-        os.sched_setaffinity(0, plan_cores(setup.workers, setup.cores)[setup.index])  # this thread and those it makes
-    part = _part(setup, board)
-    threads = Threads(part, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
-    if setup.model.device.type == "cuda":
-        torch.cuda.set_device(setup.model.device)
-    else:
-        keep_freed_memory()
-    module = setup.module.open()
-    assert isinstance(module, PreTrainedModel)
-    model = replace(setup.model, module=module)
-    kernels, _ = load_kernels(config.kernels, model.device, model.dtype, setup.layers)
-    kernels = replace(kernels, **dict.fromkeys(setup.refused_kernels))
-    pool = KVPool(
-        setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
-    )
-    spec = setup.spec
-    pool.take_first(setup.own_blocks)
-    graphs, graphs_described = None, ""
-    if spec.role != "prefill":
-        graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
-    if spec.role != "decode":
-        warm_up_prefill(model, pool, config.prefill_tokens)
-    stepper = ModelStepper(model, pool, graphs)
-    worker = build_worker(
-        setup.workers, setup.index, transport, stepper, setup.own_blocks, scheduling_of(config), part.observe
-    )
-    threads.before_step()
-    transport.send(PARENT, Ready(spec.name, graphs_described))
-    serve(worker, transport, threads)
-
-
-def _part(setup: _Setup, board: Board) -> Part:
-    """The worker's part of the device; the first decode worker moves the level, if it moves."""
-    config = setup.config
-    names = [worker.role for worker in setup.workers]
-    auto = None
-    if config.share == "auto" and setup.index == names.index("decode"):
-        units = [sum(threads for threads, role in zip(level, names, strict=True) if role == "decode")
-                 for level in setup.thread_levels]  # fmt: skip
-        auto = AutoLevel(units, board.level, config.itl_target_ms / 1e3)
-    prefill = [number for number, role in enumerate(names) if role == "prefill"]
-    return Part(board, setup.index, config.lend, auto, prefill)
-
-
-def _beat(board: Board, index: int) -> None:
-    while True:
-        board.beat(index)
-        time.sleep(BEAT_S)
-
-
 class ProcessPlacement(MailPlacement):
     """Worker processes and the pipes to them; see :class:`splitwiser.engine.engine.Placement`."""
 
     def __init__(
-        self, setups: Sequence[_Setup], parent_ends: dict[str, tuple[Pipe, Pipe]], daemon: MpsDaemon | None
+        self, setups: Sequence[WorkerSetup], parent_ends: dict[str, tuple[Pipe, Pipe]], daemon: MpsDaemon | None
     ) -> None:
         self._daemon = daemon
         self._outbox = {name: to for name, (to, _) in parent_ends.items()}
@@ -188,7 +78,8 @@ class ProcessPlacement(MailPlacement):
         self._router = MostRoom(blocks, constants.BLOCK_TOKENS)
         with _main_left_alone():
             self._processes = [
-                _context.Process(target=_work, args=(setup,), name=setup.spec.name, daemon=True) for setup in setups
+                _context.Process(target=worker_main, args=(setup,), name=setup.spec.name, daemon=True)
+                for setup in setups
             ]
             for process in self._processes:
                 process.start()
@@ -327,7 +218,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     Board.over(board.tensor).level = len(thread_levels) // 2
     inboxes, outboxes, parent_ends = _pipes([spec.name for spec in specs])
     setups = [
-        _Setup(
+        WorkerSetup(
             index=number,
             workers=specs,
             model=replace(model, module=None),  # type: ignore[arg-type]  # it travels as shared memory

@@ -26,10 +26,9 @@ from splitwiser.engine.steps import Chunk, InFlight
 from splitwiser.engine.worker import PARENT, Scheduling, build_worker, serve
 from splitwiser.errors import InputError, RunError
 from splitwiser.model.loading import LoadedModel
-from splitwiser.placement.board import Board
 from splitwiser.placement.cores import plan_levels, take_threads
 from splitwiser.placement.layout import WorkerLayout
-from splitwiser.placement.shares import Part
+from splitwiser.placement.shares import Board, Part
 from splitwiser.request import FinishReason, Request, RequestOutput, SamplingParams
 from splitwiser.study.step_times import StepCosts, nearest_costs
 
