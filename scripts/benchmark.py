@@ -31,7 +31,7 @@ import pandas as pd
 from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
-from splitwiser.machine.load import MachineLoad, Stretch
+from splitwiser.machine.load import LoadMeter, MachineLoad
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import parse_options
 from splitwiser.results.busy import busy_runs
@@ -150,7 +150,7 @@ def run_peer(peer: str, job: Job, options: argparse.Namespace, label: str, bar: 
         "--dtype", options.dtype, "--output", str(output),
         *([] if concurrency is None else ["--max_concurrency", str(concurrency)]),
     ]  # fmt: skip
-    stretch = Stretch()
+    stretch = LoadMeter()
     returncode = run_process(command, log, bar.show)
     load = MachineLoad(during=stretch.end()).columns
     if returncode or not output.exists():

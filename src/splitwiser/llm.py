@@ -20,7 +20,7 @@ from splitwiser.machine.device import release_memory
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
-from splitwiser.placement.prepare import Started
+from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
 from splitwiser.request import Prompt, Request, RequestOutput, SamplingParams
 from splitwiser.text import check_text
@@ -74,7 +74,7 @@ class LLM:
         self._turn = threading.Lock()
         began = time.perf_counter()
         with ExitStack() as undo:  # of whatever was done, should the rest fail
-            self.started: Started = module_of(find_mode(self.config.mode)).start(self.config, undo)
+            self.started: StartedEngine = module_of(find_mode(self.config.mode)).start(self.config, undo)
             undo.callback(self._engine.close)
             self._warm_up()
             self._undo: Callable[[], None] = undo.pop_all().close

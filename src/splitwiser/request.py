@@ -55,7 +55,7 @@ class Request:
     arrival_s: float = 0.0
 
     @property
-    def most_tokens(self) -> int:
+    def max_kv_tokens(self) -> int:
         """Positions whose K and V must be kept at most: the prompt and all new tokens but the last, which nothing
         reads again."""
         return len(self.prompt_token_ids) + self.params.max_tokens - 1

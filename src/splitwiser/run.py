@@ -14,7 +14,7 @@ from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
-from splitwiser.machine.load import look
+from splitwiser.machine.load import measure_load
 from splitwiser.machine.process import uninterrupted
 from splitwiser.request import Request, RequestOutput
 from splitwiser.results.metrics import parse_goodput
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> RunResult:
     later, what was finished is in the folder, and its ``run.yaml`` says how the run ended.
     """
     job = prepare_job(config, config.seed)
-    before = look()
+    before = measure_load()
     with LLM(config=config) as llm:
         reports = [each.report for each in job.requests]
         scored = llm.model.load_format == "auto" and any(report.impression for report in reports)

@@ -425,7 +425,7 @@ def test_a_quota_below_the_cores_is_pointed_out(tiny: Callable[[str], Path], mon
 def test_what_others_use_is_a_finding_and_no_obstacle(
     others: float | None, ok: bool | None, part: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_load, "look", lambda: Load(0.2, 8.5, 2.0, 0.0, others, 0.9))
+    monkeypatch.setattr(machine_load, "measure_load", lambda: Load(0.2, 8.5, 2.0, 0.0, others, 0.9))
     diagnosis = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     finding = found(diagnosis, "load")
     assert (finding.section, finding.ok) == ("processor", ok)

@@ -191,7 +191,7 @@ def test_a_daemon_that_dies_in_mid_run_is_noticed(stand_in: StandIn, tiny: Calla
     ("behaviour", "said"),
     [
         ("refuse", ["nvidia-cuda-mps-control -d ended with exit code 1", "start.log: Cannot start: no permission"]),
-        ("hang", ["nvidia-cuda-mps-control -d did not come back within 1 s"]),
+        ("hang", ["nvidia-cuda-mps-control -d did not return within 1 s"]),
         ("dead", ["nvidia-cuda-mps-control -d died as it started", "control.log: Failed to bind"]),
         (
             "mute",

@@ -24,7 +24,7 @@ def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytes
     daemon = MpsDaemon("private", pipes, Path("/run/logs"), 1, 1, {PIPES: str(pipes)})
     spec = WorkerSpec("decode-0", "decode", 33.3)
     setup = SimpleNamespace(
-        environment=daemon.worker_environment(spec, EngineConfig(mode="mps")), spec=spec, inbox={}, outbox={}
+        environment=daemon.worker_environment(spec, EngineConfig(mode="mps")), spec=spec, receive_ends={}, send_ends={}
     )
     worker = multiprocessing.get_context("fork").Process(target=worker_process.worker_main, args=(setup,))
     worker.start()

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from splitwiser.machine.load import Load, Stretch
+from splitwiser.machine.load import Load, LoadMeter
 from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
 from splitwiser.study.config import ProfileConfig
 from splitwiser.study.operations import StepCost
@@ -179,7 +179,7 @@ QUIET = Load(9.0, 0.5, 2.0, 1.9, 0.05, 0.1)
 
 def profiled(tiny: Tiny, tmp_path: Path, during: Load, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
     """The folder of a profile on a machine that did ``during``, and its notes."""
-    monkeypatch.setattr(Stretch, "end", lambda _: during)
+    monkeypatch.setattr(LoadMeter, "end", lambda _: during)
     config = small(tiny("opt"), tmp_path, prompt_lengths="8", prompts="", starts="", batch_sizes="1", contexts="5")
     directory = profile(config).directory
     notes: list[str] = yaml.safe_load((directory / "profile.yaml").read_text())["notes"]

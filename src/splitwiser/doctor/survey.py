@@ -187,7 +187,7 @@ def find_cores() -> Found:
 
 def find_load() -> Found:
     """What others use of the cores right now."""
-    load = machine_load.look()
+    load = machine_load.measure_load()
     named = ("load_average", "others_cores", "cpu_pressure")
     figures = {name: load.record[name] for name in named}
     if load.others_cores is None:
@@ -251,7 +251,7 @@ def find_main_memory() -> Found:
     from splitwiser.machine.memory import available_memory
 
     memory = psutil.virtual_memory()
-    room, free = cgroup.memory_room(), available_memory()
+    room, free = cgroup.memory_headroom(), available_memory()
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     text = f"{format_size(memory.available)} of {format_size(memory.total)} available"
     if room is not None:

@@ -10,7 +10,7 @@ ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def memory_room(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+def memory_headroom(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
     """Bytes that this process may still take before a limit of its group, or of one above it, is met; None without a limit.
 
     Cached files that can be dropped at once do not count as taken.

@@ -72,15 +72,15 @@ class FairShare:
 
 
 class OwnThreads:
-    """The :class:`~splitwiser.engine.worker.Lane` of steps in the caller's own thread: of PyTorch's threads as many as their
+    """The :class:`~splitwiser.engine.worker.DeviceShare` of steps in the caller's own thread: of PyTorch's threads as many as their
     :class:`~splitwiser.machine.fair_share.FairShare` comes to. :meth:`leave` sets what was set before."""
 
     def __init__(self, on_cpu: bool = True) -> None:
         self._share = FairShare(on_cpu)
         self._found: int | None = None
 
-    def turn(self) -> AbstractContextManager[object]:
-        """See :meth:`splitwiser.engine.worker.Lane.turn`."""
+    def use(self) -> AbstractContextManager[object]:
+        """See :meth:`splitwiser.engine.worker.DeviceShare.use`."""
         self.before_step()
         return nullcontext()
 
@@ -93,8 +93,8 @@ class OwnThreads:
         if count != now:
             torch.set_num_threads(count)
 
-    def leave(self) -> None:
-        """See :meth:`splitwiser.engine.worker.Lane.leave`."""
+    def release(self) -> None:
+        """See :meth:`splitwiser.engine.worker.DeviceShare.release`."""
         if self._found is not None and self._found != torch.get_num_threads():
             torch.set_num_threads(self._found)
         self._found = None

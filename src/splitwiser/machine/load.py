@@ -114,14 +114,14 @@ def busy_note(figures: Mapping[str, Any]) -> str | None:
     return f"other processes used {others:.1f} of {cores:g} cores while this ran; figures are not this machine's own"
 
 
-def look() -> Load:
+def measure_load() -> Load:
     """What is going on now; takes :data:`LOOK_S`."""
-    stretch = Stretch()
+    stretch = LoadMeter()
     time.sleep(LOOK_S)
     return stretch.end()
 
 
-class Stretch:
+class LoadMeter:
     """A stretch of work, from when it is made to each call of :meth:`end`."""
 
     def __init__(self) -> None:

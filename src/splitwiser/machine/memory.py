@@ -15,6 +15,6 @@ def free_memory(device: torch.device) -> int:
 
 def available_memory(root: Path = cgroup.ROOT, membership: Path = cgroup.MEMBERSHIP) -> int:
     """Return the bytes of main memory that can be had without swapping, within what a container lets this process have."""
-    room = cgroup.memory_room(root, membership)
+    room = cgroup.memory_headroom(root, membership)
     there: int = psutil.virtual_memory().available
     return there if room is None else min(there, room)

@@ -1,17 +1,17 @@
-"""Mode ``mps``: the NVIDIA MPS daemon whose clients the workers are.
+"""Mode ``mps``: start, supervision and end of the NVIDIA MPS daemon that serves the workers.
 
-What this rests on, from NVIDIA's MPS documentation (docs.nvidia.com/deploy/mps) and the manual page
+The code relies on these facts from NVIDIA's MPS documentation (docs.nvidia.com/deploy/mps) and the manual page
 nvidia-cuda-mps-control(1):
 
 * A process looks for its daemon, in ``CUDA_MPS_PIPE_DIRECTORY``, when it initialises CUDA, and runs without MPS if it finds
-  none; so whether it is a client must be asked of the daemon. Its ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` is read then, too.
-* CUDA IPC works between clients and processes that are none. So the parent, which allocates weights and KV pool and
-  launches nothing after that, stays outside: a client lasts as long as its process, and the daemon could not quit in peace
-  before the parent's end. Only a GPU in compute mode EXCLUSIVE_PROCESS, which admits one process, the MPS server, makes
-  the parent a client.
-* A daemon that has ``CUDA_VISIBLE_DEVICES`` counts those devices anew for its clients. UUIDs mean the same to both.
+  none; so only the daemon can tell whether a process is a client. ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` is read then, too.
+* CUDA IPC works between clients and other processes. So the parent, which allocates weights and KV pool and launches
+  nothing after that, does not become a client: a client lasts as long as its process, and the daemon could not quit
+  cleanly before the parent ends. Only a GPU in compute mode EXCLUSIVE_PROCESS, which admits a single process, the MPS
+  server, makes the parent a client.
+* A daemon with ``CUDA_VISIBLE_DEVICES`` renumbers those devices for its clients. UUIDs are valid for both.
 * ``quit -t SECONDS`` lets clients finish, then ends the servers, and returns when the daemon has ended. A client that ends
-  with work under way can hang the server, so the workers are stopped first.
+  while its kernels run can hang the server, so the workers are stopped first.
 """
 
 import os
@@ -45,9 +45,9 @@ DEFAULT_PIPES, DEFAULT_LOGS = "/tmp/nvidia-mps", "/var/log/nvidia-mps"
 
 COMMAND_S = 5.0  # longest that a command to the daemon may take
 START_S = 10.0  # longest that the daemon may take to answer
-SETTLE_S = 0.5  # a daemon that detaches may not be seen for a moment
-REGISTER_S = 10.0  # longest that a worker that is up may be missing from the daemon's list
-QUIT_S = 5  # whole seconds that servers have to end in peace
+SETTLE_S = 0.5  # a daemon that detaches may be invisible for a moment
+REGISTER_S = 10.0  # longest that a ready worker may be missing from the daemon's list
+QUIT_S = 5  # whole seconds that servers have to end by themselves
 FORCE_S = 2.0  # from SIGTERM to SIGKILL
 SOCKET_BYTES = 107  # longest path of a unix socket: sun_path of unix(7), less its final zero
 LOG_LINES = 3
@@ -59,7 +59,7 @@ class NoAnswerError(RunError):
 
 @dataclass(frozen=True)
 class RunningDaemon:
-    """A daemon that is there already. ``pid`` is None where it runs outside this container."""
+    """A daemon that is already running. ``pid`` is None if it runs outside this container."""
 
     pid: int | None
     user: str
@@ -72,17 +72,17 @@ class RunningDaemon:
 
 @dataclass(frozen=True)
 class MpsDaemon:
-    """A daemon that answers. ``environment`` makes a process its client; ``started`` is of :func:`start_ticks`."""
+    """A running daemon. ``environment`` makes a process its client; ``started`` is its :func:`start_ticks`."""
 
     kind: Literal["private", "existing"]
     pipe_directory: Path
     log_directory: Path
-    pid: int | None  # None: it cannot be seen from here
+    pid: int | None  # None if it is not visible from here
     started: int | None
     environment: dict[str, str]
 
     def worker_environment(self, spec: WorkerSpec, config: EngineConfig) -> dict[str, str]:
-        """What makes the worker of ``spec`` a client with its share, or, with share none, with the whole device."""
+        """Return the environment that makes the worker of ``spec`` a client with its share of the device, all with share none."""
         below = config.decode_priority and spec.role == "prefill"
         return {
             **self.environment,
@@ -91,12 +91,13 @@ class MpsDaemon:
         }
 
     def clients(self) -> set[int]:
-        """Process ids of the clients of all its servers. Raises :class:`RunError` if the daemon does not answer."""
+        """Return the process ids of the clients of all servers. Raises :class:`RunError` if the daemon does not answer."""
         servers = _numbers(_ask(self.pipe_directory, "get_server_list"))
         return {pid for server in servers for pid in _numbers(_ask(self.pipe_directory, f"get_client_list {server}"))}
 
     def wait_for_clients(self, pids: Mapping[str, int]) -> None:
-        """Return when all of ``pids`` (by worker) are clients. Raises :class:`RunError` that names those that are not."""
+        """Wait until all of ``pids`` (by worker) are clients. Raises :class:`RunError`, with the missing ones, after
+        :data:`REGISTER_S`."""
         deadline = time.monotonic() + REGISTER_S
         while True:
             if fault := self.find_fault():
@@ -107,25 +108,25 @@ class MpsDaemon:
                 return
             if time.monotonic() > deadline:
                 outside = self.kind == "existing" and self.pid is None
-                why = "; a daemon outside this container counts process ids of its own" if outside else ""
+                why = "; a daemon outside this container uses other process ids" if outside else ""
                 logs = log_tail(self.log_directory)
                 raise RunError(f"not on the MPS server: {', '.join(missing)}{why}; its logs end: {logs}")
             time.sleep(0.1)
 
     def find_fault(self) -> str | None:
-        """That the daemon has died, and what its logs say; None while it lives."""
+        """Return that the daemon has died, with the end of its logs, or None while it is alive."""
         if self.pid is None or start_ticks(self.pid) == self.started:
             return None
         return f"the MPS daemon (process {self.pid}) has died; its logs end: {log_tail(self.log_directory)}"
 
 
 def thread_percentage(spec: WorkerSpec, share: str) -> int:
-    """The MPS active-thread percentage that stands for a worker's share; all of it with ``share`` none."""
+    """Return the MPS active-thread percentage for a worker's share; 100 with ``share`` none."""
     return 100 if share == "none" else max(1, round(spec.share))
 
 
 def running_daemon() -> RunningDaemon | None:
-    """The daemon that a process of this environment would become a client of; a private one of a run is never that."""
+    """Return the daemon that a process with this environment would be a client of, or None; never a run's private one."""
     pipes = Path(os.environ.get(PIPES) or DEFAULT_PIPES)
     try:
         owner = (pipes / "control").stat().st_uid
@@ -141,57 +142,57 @@ def running_daemon() -> RunningDaemon | None:
 
 @contextmanager
 def mps_daemon(existing: bool, exclusive: bool, device_index: int) -> Iterator[MpsDaemon]:
-    """The daemon that is there already if ``existing``, else one of this run alone, which ends with the block.
+    """Provide the daemon that is already running if ``existing``, else a private one that ends with the block.
 
     ``exclusive`` puts the GPU into compute mode EXCLUSIVE_PROCESS until the block ends. Raises :class:`InputError` if MPS
-    cannot run here, or a daemon is there without ``existing``, and :class:`RunError` if a daemon does not come up.
+    cannot run here, or if a daemon is already running without ``existing``, and :class:`RunError` if a daemon does not
+    start.
     """
     gpu = mps_gpu.inspect_gpu(device_index)
     if isinstance(gpu, str):
         raise InputError(f"mode mps: {gpu}; use mode mp")
     for directory in _left_behind():
         _remove(directory)
-    there = running_daemon()
+    running = running_daemon()
     if existing:
-        yield _existing(there)
+        yield _use_existing(running)
         return
-    if there:
-        raise InputError(f"an {there} is there already; use it with --mps existing, or have it stopped")
-    joins = exclusive or gpu.compute_mode == "EXCLUSIVE_PROCESS"
-    if joins and torch.cuda.is_initialized():
+    if running:
+        raise InputError(f"an {running} is already running; use it with --mps existing, or have it stopped")
+    parent_is_client = exclusive or gpu.compute_mode == "EXCLUSIVE_PROCESS"
+    if parent_is_client and torch.cuda.is_initialized():
         raise InputError(
-            "mode mps: this process has initialised CUDA already, too late to join a daemon, which a GPU in compute mode "
-            "EXCLUSIVE_PROCESS takes; start from a fresh process"
+            "mode mps: this process has initialised CUDA already, too late to become a client of a daemon, as a GPU in "
+            "compute mode EXCLUSIVE_PROCESS requires; start from a fresh process"
         )
     directory = _make_directory()
     try:
         if exclusive:
             mps_gpu.make_exclusive(gpu.uuids[-1], directory)
         daemon = _start(directory, gpu)
-        with environment(**daemon.environment) if joins else nullcontext():
+        with environment(**daemon.environment) if parent_is_client else nullcontext():
             yield daemon
     finally:
         _remove(directory)
 
 
-def _existing(there: RunningDaemon | None) -> MpsDaemon:
-    if there is None:
-        pipes = os.environ.get(PIPES) or DEFAULT_PIPES
-        raise InputError(f"--mps existing: no MPS daemon answers in {pipes}; start one there, or use --mps private")
-    _ask(there.pipe_directory, "get_server_list")
+def _use_existing(running: RunningDaemon | None) -> MpsDaemon:
+    if running is None:
+        where = os.environ.get(PIPES) or DEFAULT_PIPES
+        raise InputError(f"--mps existing: no MPS daemon answers in {where}; start one there, or use --mps private")
+    pipes = running.pipe_directory
+    _ask(pipes, "get_server_list")
     logs = Path(os.environ.get(LOGS) or DEFAULT_LOGS)
-    started = None if there.pid is None else start_ticks(there.pid)
-    return MpsDaemon(
-        "existing", there.pipe_directory, logs, there.pid, started, {PIPES: str(there.pipe_directory), LOGS: str(logs)}
-    )
+    started = None if running.pid is None else start_ticks(running.pid)
+    return MpsDaemon("existing", pipes, logs, running.pid, started, {PIPES: str(pipes), LOGS: str(logs)})
 
 
 # -- a private daemon: its directory, start and end
 
 
 def _runtime_directories() -> list[Path]:
-    """Where private directories may lie, the preferred first."""
-    parents = [Path(tempfile.gettempdir()), Path("/tmp")]  # the latter is short, whatever TMPDIR says
+    """Return the possible parents of private directories, the preferred one first."""
+    parents = [Path(tempfile.gettempdir()), Path("/tmp")]  # /tmp is short, whatever TMPDIR is
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     if given and os.access(given, os.W_OK) and Path(given).stat().st_uid == os.getuid():
         parents.insert(0, Path(given))
@@ -199,12 +200,12 @@ def _runtime_directories() -> list[Path]:
 
 
 def _owner(pid: int) -> str:
-    """A name for process ``pid`` that no other process has, later or in another container."""
+    """Return a name for process ``pid`` that no other process has, not even later or in another container."""
     return f"{Path('/proc/self/ns/pid').stat().st_ino}-{pid}-{start_ticks(pid)}"
 
 
 def _make_directory() -> Path:
-    """A new private directory, where its sockets' paths are short enough."""
+    """Create a private directory, in a place where the paths of its sockets are short enough."""
     prefix = f"{_owner(os.getpid())}-"
     socket_bytes = len(f"/{prefix}12345678/pipe/control_privileged")
     base = next(each for each in _runtime_directories() if len(os.fsencode(each)) + socket_bytes <= SOCKET_BYTES)
@@ -212,13 +213,13 @@ def _make_directory() -> Path:
     found = base.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise InputError(
-            f"{base} belongs to user {_user(found.st_uid)}; set XDG_RUNTIME_DIR or TMPDIR to a place of yours"
+            f"{base} belongs to user {_user(found.st_uid)}; set XDG_RUNTIME_DIR or TMPDIR to a directory of your own"
         )
     return Path(tempfile.mkdtemp(prefix=prefix, dir=base))
 
 
 def _left_behind() -> list[Path]:
-    """Private directories whose owner has died."""
+    """Return private directories whose owner has died."""
     namespace = _owner(os.getpid()).partition("-")[0]
     found = []
     for base in dict.fromkeys(_runtime_directories()):
@@ -230,23 +231,24 @@ def _left_behind() -> list[Path]:
 
 
 def _start(directory: Path, gpu: mps_gpu.Gpu) -> MpsDaemon:
+    """Start a private daemon in ``directory`` and wait until it answers. Raises :class:`RunError`."""
     pipes, logs = directory / "pipe", directory / "log"
     pipes.mkdir()
     logs.mkdir()
     clients = {PIPES: str(pipes), LOGS: str(logs), "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuids)}
-    inherited = {name: value for name, value in os.environ.items() if name != PERCENTAGE}  # it would cap every client
+    inherited = {name: value for name, value in os.environ.items() if name != PERCENTAGE}  # it would limit every client
 
     def fault(what: str) -> RunError:
         return RunError(f"{CONTROL} -d {what}; its logs end: {log_tail(logs)}")
 
-    with (logs / "start.log").open("wb") as output:  # a pipe would stay open as long as the daemon
+    with (logs / "start.log").open("wb") as output:  # a pipe would stay open as long as the daemon runs
         try:
             done = subprocess.run(
                 [CONTROL, "-d"], env=inherited | clients, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 timeout=START_S, start_new_session=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise fault(f"did not come back within {START_S:g} s") from error
+            raise fault(f"did not return within {START_S:g} s") from error
         except OSError as error:
             raise fault(f"cannot be run ({error})") from error
     if done.returncode:
@@ -264,14 +266,16 @@ def _start(directory: Path, gpu: mps_gpu.Gpu) -> MpsDaemon:
                 raise fault(f"did not answer within {START_S:g} s ({error})") from error
         time.sleep(0.05)
     running = _processes(pipes)
-    pid = min(running, key=running.__getitem__, default=None)  # the oldest: it started its servers
+    pid = min(running, key=running.__getitem__, default=None)  # the oldest, which started its servers
     return MpsDaemon("private", pipes, logs, pid, running[pid] if pid else None, clients)
 
 
 @uninterrupted()
 def _remove(directory: Path) -> None:
-    """End the daemon of ``directory``, put the compute mode back and remove the directory. Never raises: it runs on every
-    way out, and says on stderr what it could not do."""
+    """End the daemon of ``directory``, restore the compute mode and remove the directory.
+
+    Never raises, since it runs at every kind of exit; prints to stderr what could not be done.
+    """
     pipes = directory / "pipe"
     running = _processes(pipes)
     if running or (pipes / "control").exists():
@@ -301,7 +305,7 @@ def _remove(directory: Path) -> None:
 
 
 def _wait_until_gone(pipes: Path, timeout_s: float) -> dict[int, int]:
-    """The processes over ``pipes`` that are left when none is, or after ``timeout_s``."""
+    """Wait until no process of the daemon of ``pipes`` is left, at most ``timeout_s`` seconds; return those left."""
     deadline = time.monotonic() + timeout_s
     while (left := _processes(pipes)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -309,8 +313,11 @@ def _wait_until_gone(pipes: Path, timeout_s: float) -> dict[int, int]:
 
 
 def _processes(pipes: Path) -> dict[int, int]:
-    """Daemon, servers and front ends over ``pipes``: process ids with their start ticks. Each is known by its command and
-    its environment, or by the daemon's pid file, so that no process of somebody else's is ever taken for one."""
+    """Return the start ticks of daemon, servers and front ends of ``pipes``, by process id.
+
+    A process is recognised by its command and its environment, or by the daemon's pid file, so that no unrelated process
+    is ever taken for one of them.
+    """
     recorded = _recorded_pid(pipes)
     variable = f"{PIPES}={pipes}".encode()
     found = {}
@@ -322,7 +329,7 @@ def _processes(pipes: Path) -> dict[int, int]:
                 and variable in (entry / "environ").read_bytes().split(b"\0")
             ):
                 continue
-        except OSError:  # ended meanwhile, or of another user
+        except OSError:  # it has ended, or belongs to another user
             continue
         ticks = start_ticks(pid)
         if ticks is not None:
@@ -331,7 +338,7 @@ def _processes(pipes: Path) -> dict[int, int]:
 
 
 def _recorded_pid(pipes: Path) -> int | None:
-    """The process id in the daemon's pid file, if that is a daemon, which it is not after a kill or from a container."""
+    """Return the process id in the daemon's pid file, or None if no daemon has it: after a kill, or in another container."""
     try:
         pid = int((pipes / f"{CONTROL}.pid").read_text(encoding="ascii"))
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -341,7 +348,7 @@ def _recorded_pid(pipes: Path) -> int | None:
 
 
 def _ask(pipes: Path, command: str, timeout_s: float | None = None) -> str:
-    """The daemon's answer to ``command``. Raises :class:`NoAnswerError`."""
+    """Send ``command`` to the daemon and return its answer. Raises :class:`NoAnswerError`."""
     timeout_s = COMMAND_S if timeout_s is None else timeout_s
     try:
         done = subprocess.run(
@@ -353,8 +360,8 @@ def _ask(pipes: Path, command: str, timeout_s: float | None = None) -> str:
     except OSError as error:
         raise NoAnswerError(f"{CONTROL} cannot be run: {error}") from error
     if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
-        raise NoAnswerError(f"the MPS daemon refused '{command}': {said}")
+        reason = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
+        raise NoAnswerError(f"the MPS daemon refused '{command}': {reason}")
     return done.stdout
 
 
@@ -363,7 +370,7 @@ def _numbers(answer: str) -> list[int]:
 
 
 def log_tail(directory: Path) -> str:
-    """The last lines of the daemon's logs, on one line."""
+    """Return the last lines of the daemon's logs, joined to one line."""
     ends = []
     for name in ("start.log", "control.log", "server.log"):
         try:

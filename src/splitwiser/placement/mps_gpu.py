@@ -1,4 +1,4 @@
-"""What mode ``mps`` asks of the GPU: whether MPS can run on it, and its compute mode."""
+"""Mode ``mps``: checks whether MPS can run on a GPU, and sets the GPU's compute mode."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from splitwiser.machine.process import find_children_problem
 CONTROL = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 
-SMI_S = 30.0  # nvidia-smi takes seconds where the driver is not loaded yet
+SMI_S = 30.0  # nvidia-smi takes seconds if the driver is not loaded yet
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU of a run: ``uuids`` are of the visible GPUs up to it, as CUDA numbers them, its own last."""
+    """The GPU of a run; ``uuids`` are those of the visible GPUs, in CUDA's order, up to and including its own."""
 
     uuids: tuple[str, ...]
     name: str
@@ -32,7 +32,7 @@ class Gpu:
 
 
 def gpu_index(device: str) -> int:
-    """The GPU, as CUDA numbers them, that ``auto``, ``cuda`` or ``cuda:N`` names. Raises :class:`InputError` on others."""
+    """Return CUDA's index of the GPU ``auto``, ``cuda`` or ``cuda:N``. Raises :class:`InputError` for other devices."""
     named = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
     if not named:
         raise InputError(
@@ -42,14 +42,16 @@ def gpu_index(device: str) -> int:
 
 
 def find_problem(device: str) -> str | None:
-    """Return why mode ``mps`` cannot run on ``device`` of this machine, in one line; None if nothing speaks against it.
-    Does not initialise CUDA in this process. Raises :class:`InputError` for a device that is no GPU."""
+    """Return why mode ``mps`` cannot run on ``device`` of this machine, on one line, or None if it can.
+
+    Does not initialise CUDA in this process. Raises :class:`InputError` for a device that is not a GPU.
+    """
     found = inspect_gpu(gpu_index(device))
     return found if isinstance(found, str) else None
 
 
 def inspect_gpu(device_index: int) -> Gpu | str:
-    """The GPU with what MPS depends on, or why mode ``mps`` cannot run on it."""
+    """Return the GPU with the properties that MPS depends on, or why mode ``mps`` cannot run on it."""
     if problem := _machine_problem():
         return problem
     gpus = _probe()
@@ -66,6 +68,7 @@ def inspect_gpu(device_index: int) -> Gpu | str:
 
 
 def _machine_problem() -> str | None:
+    """Return why MPS cannot run on this machine, whatever its GPUs, or None."""
     if problem := find_children_problem():
         return problem
     if sys.platform != "linux":
@@ -84,9 +87,9 @@ def _machine_problem() -> str | None:
 
 
 def _probe() -> list[Gpu] | str:
-    """The GPUs that CUDA sees, or why it sees none."""
+    """Return the GPUs that CUDA sees, or why CUDA cannot be used."""
     command = [sys.executable, str(Path(__file__).parents[1] / "machine" / "cuda_probe.py")]
-    try:  # without a daemon, even where one is there: it may count the devices anew, or be another user's
+    try:  # without any running daemon: it may renumber the devices, or belong to another user
         done = subprocess.run(
             command, env={**os.environ, PIPES: os.devnull}, capture_output=True, text=True, timeout=SMI_S, check=True
         )
@@ -103,11 +106,15 @@ def _probe() -> list[Gpu] | str:
 
 
 def make_exclusive(uuid: str, directory: Path) -> None:
-    found = _nvidia_smi("-i", uuid, "--query-gpu=compute_mode", "--format=csv,noheader").strip()
-    if found.upper() == "EXCLUSIVE_PROCESS":
+    """Put the GPU ``uuid`` into compute mode EXCLUSIVE_PROCESS and note its present mode in ``directory``.
+
+    Raises :class:`InputError` if nvidia-smi fails.
+    """
+    mode = _nvidia_smi("-i", uuid, "--query-gpu=compute_mode", "--format=csv,noheader").strip()
+    if mode.upper() == "EXCLUSIVE_PROCESS":
         return
-    note = directory / "compute_mode"  # written first: should this run be killed, the next start puts the mode back
-    note.write_text(f"{uuid} {found.upper()}", encoding="ascii")
+    note = directory / "compute_mode"  # written first: if this run is killed, the next start restores the mode
+    note.write_text(f"{uuid} {mode.upper()}", encoding="ascii")
     try:
         _nvidia_smi("-i", uuid, "-c", "EXCLUSIVE_PROCESS")
     except InputError:
@@ -116,6 +123,7 @@ def make_exclusive(uuid: str, directory: Path) -> None:
 
 
 def restore_compute_mode(directory: Path) -> None:
+    """Restore the compute mode that is noted in ``directory``, if any. Raises :class:`InputError` if nvidia-smi fails."""
     note = directory / "compute_mode"
     if note.exists():
         uuid, mode = note.read_text(encoding="ascii").split()
@@ -124,6 +132,7 @@ def restore_compute_mode(directory: Path) -> None:
 
 
 def _nvidia_smi(*arguments: str) -> str:
+    """Run nvidia-smi and return its output. Raises :class:`InputError`, as for option ``exclusive``."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments],
@@ -133,11 +142,11 @@ def _nvidia_smi(*arguments: str) -> str:
             start_new_session=True,
             check=False,
         )
-        said = " ".join((done.stdout + done.stderr).split())
+        reason = " ".join((done.stdout + done.stderr).split())
         if not done.returncode:
             return done.stdout
     except (OSError, subprocess.SubprocessError) as error:
-        said = first_line(error)
+        reason = first_line(error)
     raise InputError(
-        f"--exclusive: 'nvidia-smi {' '.join(arguments)}' failed ({said}); changing the compute mode needs root"
+        f"--exclusive: 'nvidia-smi {' '.join(arguments)}' failed ({reason}); changing the compute mode needs root"
     )

@@ -1,6 +1,6 @@
-"""A worker process of modes ``mp`` and ``mps``: what it is given, and what it runs.
+"""The worker processes of modes ``mp`` and ``mps``: their setup and their main function.
 
-The fork server imports this module before the workers start, so importing it must not touch CUDA.
+The fork server imports this module before the workers start, so importing it must not initialise CUDA.
 """
 
 import os
@@ -19,24 +19,24 @@ from splitwiser import constants
 from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Failed, Ready, WorkerSpec
 from splitwiser.engine.steps import ModelStepper, warm_up_prefill
-from splitwiser.engine.worker import PARENT, build_worker, serve
+from splitwiser.engine.worker import PARENT, build_worker, run_worker
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kv_pool import KVPool, LayerShape
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.cores import Threads, plan_cores
-from splitwiser.placement.mailbox import Mailbox, MailTransport, Pipe
-from splitwiser.placement.prepare import scheduling_of
-from splitwiser.placement.shares import AutoLevel, Board, Part
+from splitwiser.placement.cores import CpuShare, plan_cores
+from splitwiser.placement.mailbox import MailTransport, Pipe, PipeInbox
+from splitwiser.placement.prepare import scheduler_settings
+from splitwiser.placement.shares import AutoLevel, Board, WorkerShare
 
 HEARTBEAT_S = 0.1  # how often a worker shows that it is alive
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """All that a worker process is given as it starts."""
+    """Everything that a worker process receives at its start."""
 
     index: int
     workers: tuple[WorkerSpec, ...]
@@ -52,27 +52,27 @@ class WorkerSetup:
     cores: tuple[int, ...]
     thread_levels: list[list[int]]
     environment: dict[str, str]
-    inbox: dict[str, Pipe]
-    outbox: dict[str, Pipe]
+    receive_ends: dict[str, Pipe]
+    send_ends: dict[str, Pipe]
 
     @property
     def spec(self) -> WorkerSpec:
-        """This worker's."""
+        """Name, role and share of this worker."""
         return self.workers[self.index]
 
 
 def worker_main(setup: WorkerSetup) -> None:
-    """What a worker process runs."""
-    os.environ.update(setup.environment)  # first, as CUDA reads it once
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    """Main function of a worker process."""
+    os.environ.update(setup.environment)  # first, since CUDA reads it only once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     name = setup.spec.name
-    Path("/proc/self/comm").write_text(name, encoding="ascii")  # what ps and top show
+    Path("/proc/self/comm").write_text(name, encoding="ascii")  # the name that ps and top show
 
     def closed(sender: str) -> None:
         if sender == PARENT:
-            os._exit(1)  # nobody is left to answer, whatever step is under way
+            os._exit(1)  # the parent has ended; stop at once, even in the middle of a step
 
-    transport = MailTransport(Mailbox(setup.inbox, closed), setup.outbox)
+    transport = MailTransport(PipeInbox(setup.receive_ends, closed), setup.send_ends)
     try:
         _run(setup, transport)
     except BaseException as error:
@@ -82,13 +82,16 @@ def worker_main(setup: WorkerSetup) -> None:
 
 
 def _run(setup: WorkerSetup, transport: MailTransport) -> None:
+    """Set up the model over the shared memory, report that the worker is ready, and run it until it is stopped."""
     board = Board.over(setup.board.tensor)
     threading.Thread(target=_send_heartbeats, args=(board, setup.index), name="heartbeat", daemon=True).start()
     config = setup.config
     if config.share == "fixed" and not config.lend:
-        os.sched_setaffinity(0, plan_cores(setup.workers, setup.cores)[setup.index])  # this thread and those it makes
-    part = _make_share(setup, board)
-    threads = Threads(part, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
+        os.sched_setaffinity(
+            0, plan_cores(setup.workers, setup.cores)[setup.index]
+        )  # this thread and those that it starts
+    share = _make_share(setup, board)
+    cpu_share = CpuShare(share, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
     else:
@@ -110,27 +113,27 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         warm_up_prefill(model, pool, config.prefill_tokens)
     stepper = ModelStepper(model, pool, graphs)
     worker = build_worker(
-        setup.workers, setup.index, transport, stepper, setup.own_blocks, scheduling_of(config), part.observe
+        setup.workers, setup.index, transport, stepper, setup.own_blocks, scheduler_settings(config), share.observe
     )
-    threads.before_step()
+    cpu_share.before_step()
     transport.send(PARENT, Ready(spec.name, graphs_described))
-    serve(worker, transport, threads)
+    run_worker(worker, transport, cpu_share)
 
 
-def _make_share(setup: WorkerSetup, board: Board) -> Part:
-    """The worker's part of the device; the first decode worker moves the level, if it moves."""
+def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:
+    """Return the worker's share of the device; with share auto, the first decode worker changes the level."""
     config = setup.config
-    names = [worker.role for worker in setup.workers]
+    roles = [worker.role for worker in setup.workers]
     auto = None
-    if config.share == "auto" and setup.index == names.index("decode"):
-        units = [sum(threads for threads, role in zip(level, names, strict=True) if role == "decode")
+    if config.share == "auto" and setup.index == roles.index("decode"):
+        units = [sum(threads for threads, role in zip(level, roles, strict=True) if role == "decode")
                  for level in setup.thread_levels]  # fmt: skip
         auto = AutoLevel(units, board.level, config.itl_target_ms / 1e3)
-    prefill = [number for number, role in enumerate(names) if role == "prefill"]
-    return Part(board, setup.index, config.lend, auto, prefill)
+    prefill = [number for number, role in enumerate(roles) if role == "prefill"]
+    return WorkerShare(board, setup.index, config.lend, auto, prefill)
 
 
 def _send_heartbeats(board: Board, index: int) -> None:
     while True:
-        board.beat(index)
+        board.add_heartbeat(index)
         time.sleep(HEARTBEAT_S)
