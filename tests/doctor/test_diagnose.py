@@ -463,5 +463,5 @@ def test_a_check_that_breaks_is_a_finding(tiny: Callable[[str], Path], monkeypat
     monkeypatch.setattr(os, "statvfs", broken)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert found(said, "dev_shm").ok is False
-    assert found(said, "dev_shm").text.startswith("cannot be told (FileNotFoundError: ")
+    assert found(said, "dev_shm").text.startswith("cannot be determined (FileNotFoundError: ")
     assert said.works

@@ -49,7 +49,7 @@ class GreenContext:
     sms: int
 
     def stream(self, device: torch.device, priority: int) -> torch.cuda.ExternalStream:
-        """Return a new stream whose kernels run only on this context; it lives as long as the process, as PyTorch's own do."""
+        """Return a new stream whose kernels run only on this context. Like PyTorch's, it lives as long as the process."""
         from cuda.bindings import driver
 
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING

@@ -82,7 +82,7 @@ class MpsDaemon:
     environment: dict[str, str]
 
     def worker_environment(self, spec: WorkerSpec, config: EngineConfig) -> dict[str, str]:
-        """Return the environment that makes the worker of ``spec`` a client with its share of the device, all with share none."""
+        """Return the environment that makes the worker of ``spec`` a client with its share of the device."""
         below = config.decode_priority and spec.role == "prefill"
         return {
             **self.environment,
