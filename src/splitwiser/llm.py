@@ -59,8 +59,8 @@ class LLM:
             kernels: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             seed: seed of dummy weights, and of sampling for requests without their own seed.
 
-    Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` for invalid arguments and
-    :class:`~splitwiser.errors.UnsupportedModelError` for a model that the engine cannot serve exactly.
+    Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` for invalid arguments,
+    and :class:`~splitwiser.errors.UnsupportedModelError` for a model that the engine cannot serve exactly.
     """
 
     def __init__(
