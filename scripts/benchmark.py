@@ -30,12 +30,13 @@ import pandas as pd
 
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
+from splitwiser.files import write_rows
 from splitwiser.job import check
 from splitwiser.machine.load import MachineLoad, Stretch
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import parse_options
 from splitwiser.results.busy import busy_runs
-from splitwiser.study.fresh_runs import Outcome, RoundsBar, run_once, run_process, write_rows
+from splitwiser.study.fresh_runs import Outcome, RoundsBar, run_once, run_process
 from splitwiser.study.paired import decide, round_ratios
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -291,7 +292,8 @@ def benchmark(options: argparse.Namespace) -> None:
                         run = run_peer if name in options.peers else run_mode
                         outcome = run(name, job, options, "_".join(map(str, what.values())), bar)
                         rows.append({**what, **outcome.row, "model": job.model, "arrival_rate": job.arrival_rate})
-                        write_rows(options.out / "benchmark.csv", rows)
+                        found = dict.fromkeys(name for row in rows for name in row)
+                        write_rows(options.out / "benchmark.csv", list(found), rows)
                         bar.end(outcome)
     finally:
         failed = sum(row["status"] == "failed" for row in rows)

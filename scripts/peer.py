@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from splitwiser.request import RequestMetrics, RequestOutput
-from splitwiser.results.metrics import throughput_figures
+from splitwiser.results.schema import throughput_figures
 from splitwiser.workload.prompt_file import load_workload
 
 WARM_UP = (4, 8)  # requests and new tokens

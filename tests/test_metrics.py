@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from helpers import START_NS, assert_says, make_output, refusal
 
-from splitwiser.results.metrics import LATENCY_COLUMNS, latency_row, meets, parse_goodput, throughput_figures
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.metrics import latency_row, meets
+from splitwiser.results.schema import LATENCY, names, throughput_figures
 
 # arrives at 100 ms, waits 50 ms, is decoded from 215 ms on, tokens at 200, 230, 240 and 300 ms: gaps of 30, 10 and 60 ms
 WORKED = make_output(
@@ -46,7 +48,7 @@ def test_latency_column_of_a_worked_request(column: str, value: Any) -> None:
 
 @pytest.mark.parametrize("output", [WORKED, SINGLE], ids=["several tokens", "one token"])
 def test_latency_row_has_every_column_in_order(output: Any) -> None:
-    assert tuple(latency_row(output, START_NS)) == LATENCY_COLUMNS
+    assert tuple(latency_row(output, START_NS)) == names(LATENCY)
 
 
 def test_one_token_has_no_figures_between_tokens() -> None:

@@ -18,12 +18,11 @@ from PIL import Image
 
 from splitwiser.config import ProfileConfig
 from splitwiser.machine.load import Load, Stretch
-from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
+from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, names
+from splitwiser.study.ceilings import Ceilings, Probe, ceilings_of, measure_ceilings
 from splitwiser.study.operations import StepCost
 from splitwiser.study.profile import (
-    DECODE_COLUMNS,
-    PREFILL_COLUMNS,
-    SUMMARY_COLUMNS,
+    SUMMARY,
     Bench,
     PrefillPoint,
     figures,
@@ -58,18 +57,18 @@ def test_every_file_is_written(directory: Path) -> None:
 
 def test_every_point_has_a_row(directory: Path) -> None:
     prefill, decode = (pd.read_csv(directory / f"{phase}.csv") for phase in ("prefill", "decode"))
-    assert (tuple(prefill.columns), tuple(decode.columns)) == (PREFILL_COLUMNS, DECODE_COLUMNS)
+    assert (tuple(prefill.columns), tuple(decode.columns)) == (names(PREFILL), names(DECODE))
     sizes = prefill[["prompts", "start_tokens", "prompt_tokens"]].to_numpy().tolist()
     assert sizes == [[1, 0, 8], [1, 0, 32], [3, 0, 8], [3, 0, 32], [1, 16, 8], [1, 16, 32]]
     assert decode[["batch", "context"]].to_numpy().tolist() == [[1, 5], [1, 40], [3, 5], [3, 40]]
     summary = pd.read_csv(directory / "summary.csv")
-    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    assert tuple(summary.columns) == names(SUMMARY)
     assert summary.step.tolist()[-6:] == ["8 after 16", "32 after 16", "1 x 5", "1 x 40", "3 x 5", "3 x 40"]
 
 
 def test_the_figures_of_a_row_agree(directory: Path) -> None:
     ceilings = pd.read_csv(directory / "ceilings.csv")
-    assert tuple(ceilings.columns) == ("threads", *CEILING_COLUMNS)
+    assert tuple(ceilings.columns) == names(CEILINGS)
     compute = ceilings[ceilings.kind == "compute"].rate.max()
     memory = ceilings[ceilings.kind == "memory"].rate.max()
     prefill, decode = (pd.read_csv(directory / f"{phase}.csv") for phase in ("prefill", "decode"))

@@ -16,16 +16,19 @@ import pytest
 import yaml
 from helpers import MS, make_output, make_step
 
+from splitwiser import files
 from splitwiser.errors import RunError
+from splitwiser.files import CsvTable, Status, append_row, make_run_directory, replace, write_rows
 from splitwiser.machine.load import Load, MachineLoad
 from splitwiser.results import recorder as results
-from splitwiser.results.recorder import RunRecorder, Status, append_row, make_run_directory, replace
+from splitwiser.results.recorder import RunRecorder
 from splitwiser.workload.reports import Report
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
 LABELS: dict[str, Any] = {
     "run_id": "a_run", "model": "opt-125m", "case_id": 0, "mode": "mp", "workers": "1 prefill, 1 decode",
-    "device": "cpu", "dtype": "float32", "load_format": "dummy",
+    "device": "cpu", "dtype": "float32", "load_format": "dummy", "request_rate": 2.0, "burstiness": 1.0,
+    "max_concurrency": None,
 }  # fmt: skip
 MEMORY = {"peak_memory_mb": 512.25, "load_s": 1.5, "ready_s": 2.5}
 RECORD: dict[str, Any] = {"commit": "abc", "configuration": {"model": "opt-125m", "seed": 3}, "notes": ["größe"]}
@@ -84,7 +87,7 @@ class OneMoment(datetime):
 
 
 def test_runs_of_the_same_second_get_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "datetime", OneMoment)
+    monkeypatch.setattr(files, "datetime", OneMoment)
     names = [make_run_directory(tmp_path, "m", "case0", "mp").name for _ in range(3)]
     name = "m_case0_mp_20260304T050607Z"
     assert names == [name, f"{name}-2", f"{name}-3"]
@@ -116,7 +119,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         ("tokens.csv", "request_id,prompt_token_ids,token_ids"),
         (
             "throughput.csv",
-            "run_id,model,case_id,mode,workers,device,dtype,load_format,duration,completed,failed,total_input_tokens,"
+            "run_id,model,case_id,mode,workers,device,dtype,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,total_input_tokens,"
             "total_output_tokens,request_throughput,request_goodput,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"
@@ -400,7 +403,7 @@ def test_rows_that_could_not_be_written_are_written_at_the_end(tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(results, "FLUSH_S", 0.01)
-        patch.setattr(pd.DataFrame, "to_csv", fail)
+        patch.setattr(files, "_line", fail)
         feed(recorder, recorder.begin())
         wait_until(lambda: bool(attempts))
     recorder.finish("finished", MEMORY)
@@ -431,7 +434,7 @@ def fail_to_flush(_: object) -> None:
 def test_a_run_whose_rows_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, start_ns = start(tmp_path)
     feed(recorder, start_ns)
-    monkeypatch.setattr(results._Table, "flush", fail_to_flush)
+    monkeypatch.setattr(CsvTable, "flush", fail_to_flush)
     with pytest.raises(RunError, match=r"^rows could not be written: ValueError: no row; what could be is in "):
         recorder.finish("finished", MEMORY)
     assert status_of(tmp_path) == "failed"
@@ -550,6 +553,31 @@ def test_processes_that_append_at_once_lose_no_row(tmp_path: Path) -> None:
     assert found == [(process, number) for process in range(PROCESSES) for number in range(ROWS)]
 
 
+# the writer of tables
+
+
+def test_a_column_that_a_table_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^a\.csv has no column 'c'; its columns are a, b$"):
+        CsvTable(tmp_path / "a.csv", ("a", "b")).add({"a": 1, "c": 2})
+    with pytest.raises(ValueError, match=r"^b\.csv has no column 'c'; its columns are a, b$"):
+        write_rows(tmp_path / "b.csv", ("a", "b"), [{"a": 1, "c": 2}])
+
+
+@pytest.mark.parametrize("value", ["a,b", 'say "so"', "two\nlines", "bare\rreturn", "both\r\n", " space ", "größe", ""])
+def test_any_text_is_read_as_it_was_written(value: str, tmp_path: Path) -> None:
+    table = CsvTable(tmp_path / "a.csv", ("number", "text"))
+    table.write({"number": 1, "text": value})
+    write_rows(tmp_path / "b.csv", ("number", "text"), [{"number": 1, "text": value}])
+    for path in (tmp_path / "a.csv", tmp_path / "b.csv"):
+        assert rows(path) == pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        assert rows(path) == [{"number": "1", "text": value}]
+
+
+def test_nothing_is_an_empty_cell(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.csv", ("a", "b", "c"), [{"a": None, "b": float("nan")}])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "a,b,c\n,,\n"
+
+
 # replacing a file
 
 
@@ -597,7 +625,7 @@ def fail_to_replace(method: str, path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_that_cannot_be_written_is_named_by_what_it_was_to_be(tmp_path: Path) -> None:
     path = tmp_path / "none" / "run.yaml"
     with pytest.raises(FileNotFoundError) as caught:
-        results.replace(path, "status: running")
+        replace(path, "status: running")
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
 
 

@@ -7,8 +7,7 @@ import pytest
 from helpers import START_NS, make_output
 
 from splitwiser.request import RequestOutput
-from splitwiser.results.metrics import throughput_figures
-from splitwiser.results.rouge import ROUGE
+from splitwiser.results.schema import ROUGE, throughput_figures
 from splitwiser.results.terminal import columns, run_summary
 
 LABELS = {"model": "opt-125m", "mode": "mp", "device": "cpu", "dtype": "float32", "load_format": "auto"}

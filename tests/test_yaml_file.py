@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from helpers import assert_says, refusal
 
-from splitwiser.yaml_file import load_yaml, read_yaml
+from splitwiser.files import load_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

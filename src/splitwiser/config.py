@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 from splitwiser import constants
 from splitwiser.errors import InputError, unknown
 from splitwiser.request import SamplingParams
-from splitwiser.results.metrics import parse_goodput
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.schema import OBJECTIVES
 from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
 from splitwiser.workload.synthetic import SPELLINGS, parse_lengths
 from splitwiser.workload.trace import parse_slice
@@ -16,7 +17,6 @@ from splitwiser.workload.trace import parse_slice
 T = TypeVar("T")
 
 MOST_REQUESTS = 10_000_000  # of synthetic ones, which all lie in memory at once
-OBJECTIVES = ("throughput", "goodput", "ttft", "itl", "e2el")
 
 
 def _option(default: T, help_text: str, kind: type = str, *, group: str = "model and placement") -> T:

@@ -12,14 +12,15 @@ from tqdm import tqdm
 from splitwiser.config import RunConfig
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
+from splitwiser.files import Status, make_run_directory
 from splitwiser.job import Job, prepare_job
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
 from splitwiser.machine.load import look
 from splitwiser.machine.process import uninterrupted
 from splitwiser.request import Request, RequestOutput
-from splitwiser.results.metrics import parse_goodput
-from splitwiser.results.recorder import RunRecorder, Status, make_run_directory
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.recorder import RunRecorder
 from splitwiser.results.rouge import can_score
 
 NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip install rouge-score"

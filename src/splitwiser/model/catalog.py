@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from splitwiser import constants
 from splitwiser.errors import InputError, first_line, unknown
-from splitwiser.yaml_file import read_entries
+from splitwiser.files import read_entries
 
 KINDS = ("decoder", "encoder-decoder")
 EMBEDDED_MODEL = "radiology-opt"

@@ -9,8 +9,8 @@ import yaml
 
 from splitwiser.engine.messages import Role, WorkerSpec
 from splitwiser.errors import InputError, unknown
+from splitwiser.files import load_yaml
 from splitwiser.text import read_text
-from splitwiser.yaml_file import load_yaml
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 

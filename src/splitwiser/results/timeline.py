@@ -10,6 +10,19 @@ from splitwiser.engine.messages import Phase, StepRecord
 PHASE_COLOURS: dict[Phase, str] = {"prefill": "#d1495b", "decode": "#2e86ab"}
 
 
+def step_row(step: StepRecord, start_ns: int) -> dict[str, Any]:
+    """Return the row of ``steps.csv``, whose times count from ``start_ns``."""
+    return {
+        "worker": step.worker,
+        "role": step.role,
+        "phase": step.phase,
+        "start_s": (step.start_ns - start_ns) / 1e9,
+        "end_s": (step.end_ns - start_ns) / 1e9,
+        "requests": step.requests,
+        "tokens": step.tokens,
+    }
+
+
 def lanes(steps: Sequence[StepRecord]) -> list[tuple[str, Phase]]:
     """The (worker, phase) pairs that ran steps, in the order in which the timeline stacks them."""
     return sorted({(step.worker, step.phase) for step in steps}, key=lambda lane: (lane[1] == "decode", lane[0]))

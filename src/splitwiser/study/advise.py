@@ -18,24 +18,24 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
-import yaml
 from tqdm import tqdm
 
 from splitwiser.config import AdviseConfig, option_fields
 from splitwiser.engine.engine import check_fits
 from splitwiser.errors import InputError, RunError
+from splitwiser.files import CsvTable, Status, make_directory, write_rows, write_yaml
 from splitwiser.job import prepare_job
 from splitwiser.llm import token_ids
 from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
 from splitwiser.machine.device import resolve_device
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.request import Request
-from splitwiser.results.metrics import parse_goodput, throughput_figures
-from splitwiser.results.recorder import Status, make_directory, replace
-from splitwiser.rows import add_row, start_rows
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.schema import OBJECTIVES, names, throughput_figures
 from splitwiser.study.candidates import (
     BUDGETS,
-    CANDIDATE_COLUMNS,
+    OUTPUT_TOKENS,
+    PLACEMENTS,
     Basis,
     Candidate,
     measure_placements,
@@ -45,8 +45,10 @@ from splitwiser.study.candidates import (
 from splitwiser.study.fresh_runs import RoundsBar, run_once
 from splitwiser.study.profile import Bench
 from splitwiser.study.recommend import (
-    FIGURES,
-    OBJECTIVE_FIGURES,
+    ADVICE,
+    CHECKS,
+    PREDICTED,
+    PREDICTIONS,
     Advice,
     choose_checks,
     recommend,
@@ -56,8 +58,13 @@ from splitwiser.study.recommend import (
 )
 from splitwiser.study.simulate import Machine, Schedule, simulate
 
-PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
-CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id", "machine_busy")
+TABLES = {
+    "placements.csv": PLACEMENTS,
+    "output_tokens.csv": OUTPUT_TOKENS,
+    "predictions.csv": PREDICTIONS,
+    "checks.csv": CHECKS,
+    "advice.csv": ADVICE,
+}
 
 
 def advise(config: AdviseConfig) -> Advice:
@@ -85,7 +92,7 @@ def advise(config: AdviseConfig) -> Advice:
         predictions = predict(config, requests, basis, directory)
         measured = check(config, predictions, directory)
         advice = recommend(config, predictions, measured, directory, basis.busy)
-        advice.table.to_csv(directory / "advice.csv", index=False)
+        write_rows(directory / "advice.csv", names(ADVICE), advice.table.to_dict("records"))
         record.add(advice, basis)
         status = "finished"
     except KeyboardInterrupt:
@@ -111,7 +118,7 @@ def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
 
 def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, directory: Path) -> pd.DataFrame:
     """Simulate every placement with every prefill budget; the rows of ``predictions.csv``."""
-    start_rows(directory / "predictions.csv", PREDICTION_COLUMNS)
+    table = CsvTable(directory / "predictions.csv", names(PREDICTIONS))
     targets = None if config.goodput is None else parse_goodput(config.goodput)
     rng = random.Random(config.seed)
     ends = {
@@ -135,27 +142,27 @@ def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, dir
                         requests, machine, schedule, conditions, ends, max_concurrency=config.max_concurrency
                     )
                     figures = throughput_figures(outputs, 0, 0, targets)
-                    row |= {name: figures[name] for name in FIGURES}
+                    row |= {name: figures[name] for name in names(PREDICTED)}
                 except InputError as error:
                     row["not_possible"] = str(error)
                 rows.append(row)
-                add_row(directory / "predictions.csv", row)
+                table.write(row)
                 bar.update()
     if all("not_possible" in row for row in rows):
         raise InputError(str(rows[0]["not_possible"]))
-    objective = OBJECTIVE_FIGURES[config.objective][0]
+    objective = OBJECTIVES[config.objective].name
     if all(row.get(objective) is None for row in rows):
         raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
     for (mode, workers), reason in basis.not_possible.items():
         rows.append({"mode": mode, "workers": workers, "not_possible": reason})
-        add_row(directory / "predictions.csv", rows[-1])
-    return pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
+        table.write(rows[-1])
+    return pd.DataFrame(rows, columns=list(names(PREDICTIONS)))
 
 
 def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> pd.DataFrame:
     """Run the chosen candidates in fresh processes, in interleaved rounds; the rows of ``checks.csv``."""
     chosen = choose_checks(config, predictions)
-    start_rows(directory / "checks.csv", CHECK_COLUMNS)
+    table = CsvTable(directory / "checks.csv", names(CHECKS))
     rows: list[dict[str, Any]] = []
     with RoundsBar(len(chosen) * config.repeats) as bar:
         for number in range(config.repeats):
@@ -164,7 +171,7 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
                 outcome = run_once(run_options(config, candidate), directory, f"round{number}-{place}", bar.show)
                 bar.end(outcome)
                 predicted = predictions.loc[rows_of(predictions, candidate)].iloc[0]
-                for name in FIGURES if outcome.status == "finished" else ():
+                for name in names(PREDICTED) if outcome.status == "finished" else ():
                     if outcome.figures[name]:
                         measured = float(outcome.figures[name])
                         row = {
@@ -178,10 +185,10 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
                             "machine_busy": outcome.figures["machine_busy"],
                         }
                         rows.append(row)
-                        add_row(directory / "checks.csv", row)
+                        table.write(row)
     if chosen and not rows:
         raise RunError("every check failed, so nothing is recommended; see above and the folder logs/")
-    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+    return pd.DataFrame(rows, columns=list(names(CHECKS)))
 
 
 class _Record:
@@ -223,4 +230,4 @@ class _Record:
 
     def write(self, status: Status) -> None:
         """Write it."""
-        replace(self._path, yaml.safe_dump({"status": status, **self._content}, sort_keys=False, allow_unicode=True))
+        write_yaml(self._path, {"status": status, **self._content})

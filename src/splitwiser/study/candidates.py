@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from splitwiser.config import AdviseConfig, ProfileConfig
 from splitwiser.errors import InputError
+from splitwiser.files import CsvTable, write_rows
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine
 from splitwiser.machine.device import release_memory, resolve_device
@@ -24,16 +25,11 @@ from splitwiser.placement.cores import plan_threads
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES
 from splitwiser.request import Request, SamplingParams
-from splitwiser.rows import add_row, start_rows
+from splitwiser.results.schema import METRIC, Column, column, columns_of, names
 from splitwiser.study.calibrate import Recording, conditions_of, size_steps
 from splitwiser.study.simulate import Conditions
 from splitwiser.study.step_times import StepCosts, fit_costs
 
-CANDIDATE_COLUMNS = ("mode", "workers", "prefill_tokens")
-PLACEMENT_COLUMNS = (
-    "mode", "workers", "blocks", *(each.name for each in fields(Conditions)), "steps", "not_possible",
-    "machine_busy",
-)  # fmt: skip
 BUDGETS = (256, 512, 1024)  # prefill tokens a step that are predicted beside the one asked for
 
 # options that a profile and a run have in common
@@ -48,9 +44,9 @@ _GPU_MODES = [mode.name for mode in MODES.values() if mode.needs_gpu]
 class Candidate:
     """A way to run the workload."""
 
-    mode: str
-    workers: str
-    prefill_tokens: int
+    mode: str = column("How the phases are placed.")
+    workers: str = column("Layout of the workers, as --workers takes it; empty for the mode's own.")
+    prefill_tokens: int = column("Most prompt tokens in one prefill step.", "tokens")
 
     @property
     def layout(self) -> WorkerLayout:
@@ -70,6 +66,18 @@ class Candidate:
     def __str__(self) -> str:
         workers = f" with {self.workers}" if self.workers else ""
         return f"{self.mode}{workers}, {self.prefill_tokens} prefill tokens a step"
+
+
+CANDIDATE = columns_of(Candidate)
+PLACEMENTS = (
+    *(each for each in CANDIDATE if each.name != "prefill_tokens"),
+    Column("blocks", "Blocks of the KV pool.", "blocks"),
+    *columns_of(Conditions),
+    Column("steps", "Steps that the factors rest on.", "steps"),
+    Column("not_possible", "Why this machine cannot run the placement; empty if it can."),
+    METRIC["machine_busy"],
+)
+OUTPUT_TOKENS = (Column("output_tokens", "Tokens of an answer that ended by itself, in a sample.", "tokens"),)
 
 
 @dataclass(frozen=True)
@@ -142,13 +150,13 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
     device = resolve_device(config.device_name)
     cores = describe_machine(device)["cores"]
     costs = fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv"))
-    start_rows(directory / "placements.csv", PLACEMENT_COLUMNS)
+    table = CsvTable(directory / "placements.csv", names(PLACEMENTS))
     sample = requests[:: -(-len(requests) // _SAMPLE)]
     listed = placements(device.type, cores)
     for mode in _GPU_MODES:
         problem = find_mode_problem(mode, str(device))
         if problem:
-            add_row(directory / "placements.csv", {"mode": mode, "workers": "", "not_possible": problem})
+            table.write({"mode": mode, "workers": "", "not_possible": problem})
             listed = [each for each in listed if each[0] != mode]
     with tqdm(listed, desc="side by side", unit="placement") as bar:
         for mode, workers in bar:
@@ -160,18 +168,19 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
             except InputError as error:
                 if mode == "sequential":
                     raise
-                add_row(directory / "placements.csv", row | {"not_possible": str(error)})
+                table.write(row | {"not_possible": str(error)})
                 continue
             busy = MachineLoad(during=stretch.end()).busy
             layout = Candidate(mode, workers, config.prefill_tokens).layout
             steps = size_steps(recording)
             conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
             found = {"blocks": blocks, "steps": len(steps), "machine_busy": busy}
-            add_row(directory / "placements.csv", row | asdict(conditions) | found)
+            table.write(row | asdict(conditions) | found)
             if mode == "sequential":
                 made = {output.request_id: len(output.token_ids) for output in recording.outputs}
-                lengths = [made[place] for place, each in enumerate(sample) if not each.params.ignore_eos]
-                pd.DataFrame({"output_tokens": lengths}).to_csv(directory / "output_tokens.csv", index=False)
+                ended = (made[place] for place, each in enumerate(sample) if not each.params.ignore_eos)
+                lengths = ({"output_tokens": length} for length in ended)
+                write_rows(directory / "output_tokens.csv", names(OUTPUT_TOKENS), lengths)
 
 
 def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[Request]) -> tuple[Recording, int]:

@@ -10,7 +10,6 @@ from torch.nn.functional import linear
 
 from splitwiser.model.kv_pool import available_memory
 
-CEILING_COLUMNS = ("kind", "what", "size", "ms", "amount", "rate", "unit")
 _PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger exceed the caches; the fastest counts
 _PASS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _REPEATS = 5
@@ -29,9 +28,15 @@ class Probe:
     def row(self) -> dict[str, object]:
         """Its row of ``ceilings.csv``: rates in TFLOP/s or GB/s (10^12, 10^9)."""
         unit, scale = ("TFLOP/s", 1e12) if self.kind == "compute" else ("GB/s", 1e9)
-        rate = self.amount / self.seconds / scale
-        values = (self.kind, self.what, self.size, self.seconds * 1e3, self.amount, rate, unit)
-        return dict(zip(CEILING_COLUMNS, values, strict=True))
+        return {
+            "kind": self.kind,
+            "what": self.what,
+            "size": self.size,
+            "ms": self.seconds * 1e3,
+            "amount": self.amount,
+            "rate": self.amount / self.seconds / scale,
+            "unit": unit,
+        }
 
 
 @dataclass(frozen=True)

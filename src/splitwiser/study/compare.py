@@ -15,14 +15,23 @@ import yaml
 
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
+from splitwiser.files import Status, make_run_directory, write_rows, write_yaml
 from splitwiser.job import Job, check
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.recorder import TOKEN_COLUMNS, Status, make_run_directory, replace
+from splitwiser.results.schema import TOKENS, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
-from splitwiser.study.fresh_runs import NAME, OneProcess, Outcome, RoundsBar, check_one_process, run_once, write_rows
+from splitwiser.study.fresh_runs import (
+    NAME,
+    RUN_COLUMNS,
+    OneProcess,
+    Outcome,
+    RoundsBar,
+    check_one_process,
+    run_once,
+)
 from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
 
 RECORD = ("commit", "machine", "versions")  # what compare.yaml takes over from a run's record
@@ -46,10 +55,20 @@ class Variant:
 class TokenCheck(TokenDifference):
     """A row of ``comparison_tokens.csv``: a run's tokens, and whether they must be the same (float32, greedy)."""
 
-    round: int
-    variant: str
-    run_id: str
-    must_match: bool
+    round: int = column("Number of the round, from 1.")
+    variant: str = column("Name of the variant.")
+    run_id: str = column("Name of the run's folder.")
+    must_match: bool = column("Whether the tokens must be the same: float32, greedy.")
+
+
+COMPARISON = (
+    Column("round", "Number of the round, from 1."),
+    Column("variant", "Name of the variant."),
+    *RUN_COLUMNS,
+)
+SUMMARY = columns_of(SummaryRow)
+TOKEN_CHECKS = columns_of(TokenCheck)
+TABLES = {"comparison.csv": COMPARISON, "comparison_summary.csv": SUMMARY, "comparison_tokens.csv": TOKEN_CHECKS}
 
 
 def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequence[str]) -> list[Variant]:
@@ -108,7 +127,7 @@ def compare(
                 bar.begin(f"round {number}/{rounds}, {variant.name}")
                 outcome = run_once(variant.options, folder, f"round{number}_{variant.name}", bar.show, execute)
                 rows.append({"round": number, "variant": variant.name, **outcome.row})
-                write_rows(folder / "comparison.csv", rows)
+                write_rows(folder / "comparison.csv", names(COMPARISON), rows)
                 if "machine" not in record:
                     record |= _where_it_ran(outcome)
                 bar.end(outcome)
@@ -172,8 +191,7 @@ def _record(variants: Sequence[Variant], rounds: int, one_process: bool) -> dict
 
 
 def _write_record(folder: Path, status: Status, record: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump({"status": status, **record}, sort_keys=False, allow_unicode=True)
-    replace(folder / "compare.yaml", text)
+    write_yaml(folder / "compare.yaml", {"status": status, **record})
 
 
 def _where_it_ran(outcome: Outcome) -> dict[str, Any]:
@@ -194,13 +212,13 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
         else:
             written = pd.read_csv(folder / "comparison.csv")
             summary = summarise(written, [variant.name for variant in variants])
-            write_rows(folder / "comparison_summary.csv", [asdict(row) for row in summary])
+            write_rows(folder / "comparison_summary.csv", names(SUMMARY), map(asdict, summary))
             print(_table(summary, variants[0].name))
             if busy := describe_busy(written, "variant"):
                 print(f"busy: {busy}; compare again while nothing else runs")
         checks = list(_check_tokens(folder, variants[0], rows))
         if checks:
-            write_rows(folder / "comparison_tokens.csv", [asdict(check) for check in checks])
+            write_rows(folder / "comparison_tokens.csv", names(TOKEN_CHECKS), map(asdict, checks))
         for said, is_fault in _token_lines(checks, variants[0].name):
             print(f"tokens: {said}")
             faults += [said] if is_fault else []
@@ -230,7 +248,7 @@ def _check_tokens(folder: Path, first: Variant, rows: Sequence[Mapping[str, Any]
 def _read_tokens(folder: Path, row: Mapping[str, Any]) -> dict[int, Made]:
     path = folder / "runs" / row["run_id"] / "tokens.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return {int(number): (prompt, made) for number, prompt, made in table[list(TOKEN_COLUMNS)].to_numpy()}
+    return {int(number): (prompt, made) for number, prompt, made in table[list(names(TOKENS))].to_numpy()}
 
 
 def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str, bool]]:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-import yaml
 from tqdm import tqdm
 
 from splitwiser import constants
@@ -22,6 +21,7 @@ from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
 from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
 from splitwiser.errors import InputError
+from splitwiser.files import CsvTable, Status, make_directory, write_rows, write_yaml
 from splitwiser.machine.describe import (
     describe_machine,
     describe_versions,
@@ -30,28 +30,29 @@ from splitwiser.machine.describe import (
     reset_peak_memory,
 )
 from splitwiser.machine.load import MachineLoad, Stretch, look
-from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
+from splitwiser.machine.nvml import NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.model.loading import load_model
 from splitwiser.placement.prepare import EngineSettings, make_pool, prepare
 from splitwiser.placement.shares import ShareSettings
 from splitwiser.request import Request, SamplingParams
-from splitwiser.results.recorder import Status, make_directory, replace
+from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column, names
 from splitwiser.results.terminal import columns
-from splitwiser.rows import add_row, start_rows
-from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
+from splitwiser.study.ceilings import Ceilings, ceilings_of, measure_ceilings
 from splitwiser.study.operations import Architecture, StepCost, count_architecture
 from splitwiser.study.roofline import RooflinePoint, draw_roofline
 
-FIGURE_COLUMNS = (
-    "ms", "ms_least", "ms_greatest", "repeats", "tokens_per_s", "flops", "bytes", "arithmetic_intensity", "tflops", "gb_s",
-    "share_of_compute", "share_of_bandwidth", "share_of_roofline", "peak_memory_mb", *ACTIVITY_COLUMNS,
-)  # fmt: skip
-PREFILL_COLUMNS = ("threads", "prompts", "start_tokens", "prompt_tokens", *FIGURE_COLUMNS)
-DECODE_COLUMNS = ("threads", "batch", "context", "itl_ms", *FIGURE_COLUMNS)
-SUMMARY_COLUMNS = (
-    "phase", "step", "threads", "ms", "tokens_per_s", "tflops", "gb_s", "share_of_compute", "share_of_bandwidth", "limit",
-)  # fmt: skip
+SUMMARY = (
+    Column("phase", "prefill or decode."),
+    Column("step", "The step's size: prompts x tokens after those computed before, or requests x context."),
+    *(
+        each
+        for each in DECODE
+        if each.name in ("threads", "ms", "tokens_per_s", "tflops", "gb_s", "share_of_compute", "share_of_bandwidth")
+    ),
+    Column("limit", "What the roofline says holds the step: compute or memory."),
+)
+TABLES = {"summary.csv": SUMMARY}
 
 _LEAST_S = 0.2  # a point's measured steps last so long together
 _UNSTEADY = 1.5
@@ -184,9 +185,8 @@ class Bench:
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
         status: Status = "failed"
-        start_rows(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
-        start_rows(directory / "prefill.csv", PREFILL_COLUMNS)
-        start_rows(directory / "decode.csv", DECODE_COLUMNS)
+        tables = {"ceilings": CEILINGS, "prefill": PREFILL, "decode": DECODE}
+        files = {name: CsvTable(directory / f"{name}.csv", names(table)) for name, table in tables.items()}
         record = self._record()
         _write_record(directory, "running", record)
         stretch = Stretch()
@@ -198,11 +198,11 @@ class Bench:
                         probes = measure_ceilings(self.model.dtype, self.model.device)
                         ceilings[threads] = ceilings_of(probes)
                         for probe in probes:
-                            add_row(directory / "ceilings.csv", {"threads": threads, **probe.row()})
+                            files["ceilings"].write({"threads": threads, **probe.row()})
                         for point in (each for each in self.points if each.threads == threads):
                             bar.set_postfix_str(f"{point.phase} {point}")
                             row = self._measure(point, ceilings[threads], monitor)
-                            add_row(directory / f"{point.phase}.csv", row)
+                            files[point.phase].write(row)
                             measured.append((point, row))
                             bar.update()
             status = "finished"
@@ -216,7 +216,7 @@ class Bench:
             self.notes += found
             _write_record(directory, status, record | {"load": load.record})
             summary = summarise(measured, ceilings)
-            summary.to_csv(directory / "summary.csv", index=False)
+            write_rows(directory / "summary.csv", names(SUMMARY), summary.to_dict("records"))
             if measured:
                 draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], *self._picture(measured))
             if monitor:
@@ -394,7 +394,7 @@ def summarise(measured: Sequence[Measured], ceilings: dict[int, Ceilings]) -> pd
         }
         for point, row in sorted(measured, key=lambda each: each[0].phase == "decode")
     ]
-    return pd.DataFrame(table, columns=list(SUMMARY_COLUMNS))
+    return pd.DataFrame(table, columns=list(names(SUMMARY)))
 
 
 def profile_summary(result: ProfileResult) -> str:
@@ -448,5 +448,4 @@ def using_threads(count: int) -> Iterator[None]:
 
 
 def _write_record(directory: Path, status: Status, record: dict[str, Any]) -> None:
-    text = yaml.safe_dump({"status": status, **record}, sort_keys=False, allow_unicode=True)
-    replace(directory / "profile.yaml", text)
+    write_yaml(directory / "profile.yaml", {"status": status, **record})

@@ -17,15 +17,30 @@ import pandas as pd
 
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, unknown
+from splitwiser.files import read_yaml, write_rows
 from splitwiser.job import check
 from splitwiser.options import typed_options
 from splitwiser.results.busy import busy_runs, describe_busy
+from splitwiser.results.schema import Column, names, shown_in
 from splitwiser.results.terminal import columns
-from splitwiser.study.fresh_runs import NAME, OneProcess, RoundsBar, check_one_process, run_once, write_rows
+from splitwiser.study.fresh_runs import NAME, RUN_COLUMNS, OneProcess, RoundsBar, check_one_process, run_once
 from splitwiser.study.paired import headline_metrics
-from splitwiser.yaml_file import read_yaml
 
-SHOWN = ("output_throughput", "median_ttft_ms", "median_itl_ms", "median_e2el_ms")
+ROW = (
+    Column("point", "Number of the setting in the sweep's file, from 1; empty if it is no longer there."),
+    Column("round", "Number of the round, from 1."),
+    Column("key", "Hash of the setting's whole configuration."),
+)
+COUNTS = (
+    Column("finished", "Rounds that finished.", "runs"),
+    Column("failed", "Rounds that failed.", "runs"),
+    Column("busy", "Finished rounds in which the machine was busy.", "runs"),
+)
+OPTIONS = Column("...", "The options that the grid varies, a column each.")
+TABLES = {
+    "points.csv": (*ROW, OPTIONS, *RUN_COLUMNS),
+    "sweep_summary.csv": (ROW[0], OPTIONS, *COUNTS, *shown_in("compare")),
+}
 KEYS = ("name", "figure", "repeats", "base", "grid")
 EXAMPLE = "{name: shares, repeats: 3, base: {model: opt-125m}, grid: {mode: [sequential, mp]}}"
 
@@ -142,6 +157,7 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: b
     with _alone(folder):
         shutil.copyfile(file, folder / "sweep.yaml")
         rows = _read_rows(folder, grid.points)
+        written = _columns(folder, grid)
         done = {(row["key"], int(row["round"])) for row in rows if row["status"] == "finished"}
         turns = [(number, point) for number in range(1, grid.repeats + 1) for point in grid.points]
         left = [(number, point) for number, point in turns if (point.key, number) not in done]
@@ -159,7 +175,7 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: b
                     rows.append(
                         {"point": point.number, "round": number, "key": point.key, **point.varied, **outcome.row}
                     )
-                    write_rows(folder / "points.csv", rows)
+                    write_rows(folder / "points.csv", written, rows)
                     bar.end(outcome)
         finally:
             failed = _conclude(folder, grid)
@@ -211,6 +227,13 @@ def _read_rows(folder: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} | {"point": numbers.get(row["key"], "")} for row in rows]
 
 
+def _columns(folder: Path, grid: Sweep) -> list[str]:
+    """The columns of ``points.csv``: those that an earlier command wrote, and those of ``grid``."""
+    path = folder / "points.csv"
+    earlier = list(pd.read_csv(path, nrows=0).columns) if path.exists() else []
+    return list(dict.fromkeys([*earlier, *names(ROW), *grid.varied, *names(RUN_COLUMNS)]))
+
+
 def _finished(rows: Sequence[Mapping[str, Any]], point: Point) -> int:
     return sum(row["key"] == point.key and row["status"] == "finished" for row in rows)
 
@@ -229,8 +252,9 @@ def _conclude(folder: Path, grid: Sweep) -> int:
         row |= {"finished": len(finished), "failed": len(own) - len(finished), "busy": len(busy_runs(finished))}
         table.append(row | {metric: finished[metric].median() for metric in metrics})
     summary = pd.DataFrame(table)
-    summary.to_csv(folder / "sweep_summary.csv", index=False)
-    shown = [name for name in summary.columns if name in SHOWN or name not in metrics]
+    write_rows(folder / "sweep_summary.csv", list(summary.columns), table)
+    brief = names(shown_in("sweep"))
+    shown = [name for name in summary.columns if name in brief or name not in metrics]
     print(columns([shown, *([_cell(value) for value in row] for row in summary[shown].itertuples(index=False))]))
     if busy := describe_busy(rows, "point"):
         print(f"busy: {busy}")

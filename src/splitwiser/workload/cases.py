@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitwiser.errors import InputError, unknown
+from splitwiser.files import read_entries
 from splitwiser.workload.reports import Report
-from splitwiser.yaml_file import read_entries
 
 METHODS = ("discrete", "prefix_tuning", "lora")  # only the first is supported yet
 LEAST = {"examples": 0, "max_new_tokens": 1}
