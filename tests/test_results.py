@@ -22,6 +22,7 @@ from splitwiser.files import CsvTable, Status, append_row, make_run_directory, r
 from splitwiser.machine.load import Load, MachineLoad
 from splitwiser.results import recorder as results
 from splitwiser.results.recorder import RunRecorder
+from splitwiser.results.report import plots
 from splitwiser.workload.reports import Report
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
@@ -384,7 +385,7 @@ def test_rows_wait_for_the_interval_or_the_end(tmp_path: Path, monkeypatch: pyte
 
 def test_rows_come_in_order_however_often_they_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "FLUSH_S", 1e-4)
-    monkeypatch.setattr(results, "draw_timeline", lambda *_: None)
+    monkeypatch.setattr(plots, "save_timeline", lambda *_: None)
     recorder, start_ns = start(tmp_path)
     for number in range(3000):
         recorder.on_step(make_step("d0", "decode", number, number + 1, tokens=number, start_ns=start_ns))
@@ -482,7 +483,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise ValueError("no picture")
 
-    monkeypatch.setattr(results, "draw_timeline", fail)
+    monkeypatch.setattr(plots, "save_timeline", fail)
     recorder, start_ns = start(tmp_path)
     feed(recorder, start_ns)
     recorder.finish("finished", MEMORY)
@@ -635,7 +636,7 @@ def test_a_picture_cut_in_the_middle_leaves_no_file(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     recorder, _ = start(tmp_path)
-    monkeypatch.setattr(results, "draw_timeline", interrupted)
+    monkeypatch.setattr(plots, "save_timeline", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recorder.finish("interrupted", MEMORY, "KeyboardInterrupt: ")
     assert not [path.name for path in recorder.directory.iterdir() if "timeline.png" in path.name]

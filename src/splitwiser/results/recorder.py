@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from splitwiser.engine.engine import Observer
@@ -19,7 +20,7 @@ from splitwiser.request import RequestOutput
 from splitwiser.results.metrics import latency_row
 from splitwiser.results.rouge import rouge
 from splitwiser.results.schema import GENERATIONS, LATENCY, STEPS, THROUGHPUT, TOKENS, names, throughput_figures
-from splitwiser.results.timeline import draw_timeline, step_row, write_trace
+from splitwiser.results.timeline import step_row, write_trace
 from splitwiser.workload.reports import Report
 
 FLUSH_S = 0.5  # rows reach the disk at most this much later than they came
@@ -135,12 +136,20 @@ class RunRecorder(Observer):
             with whole(self.directory / "trace.json") as path:
                 write_trace(path, self._steps, self._start_ns)
             with whole(self.directory / "timeline.png") as path:
-                draw_timeline(path, self._steps, self._start_ns, self.directory.name)
+                self._draw_timeline(path)
         except Exception as fault:  # a picture is no reason to call a run failed
             tqdm.write(f"note: no timeline: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
         if status == "finished" and self._unwritten is not None:
             raise RunError(f"{self._unwritten}; what could be is in {self.directory}")
         return figures
+
+    def _draw_timeline(self, path: Path) -> None:
+        from splitwiser.results.report.plots import (
+            save_timeline,  # matplotlib takes a while, which a start can do without
+        )
+
+        rows = [step_row(step, self._start_ns) for step in self._steps]
+        save_timeline(path, pd.DataFrame(rows, columns=list(names(STEPS))), self.directory.name)
 
     @property
     def _unanswered(self) -> list[int]:

@@ -40,7 +40,6 @@ from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.ceilings import Ceilings, ceilings_of, measure_ceilings
 from splitwiser.study.operations import Architecture, StepCost, count_architecture
-from splitwiser.study.roofline import RooflinePoint, draw_roofline
 
 SUMMARY = (
     Column("phase", "prefill or decode."),
@@ -218,7 +217,7 @@ class Bench:
             summary = summarise(measured, ceilings)
             write_rows(directory / "summary.csv", names(SUMMARY), summary.to_dict("records"))
             if measured:
-                draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], *self._picture(measured))
+                self._draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], measured)
             if monitor:
                 monitor.close()
             if status != "finished":
@@ -338,29 +337,34 @@ class Bench:
             "versions": describe_versions(),
         }
 
-    def _picture(self, measured: Sequence[Measured]) -> tuple[list[RooflinePoint], str]:
-        """The points of the roofline, those of the most threads, and its title."""
+    def _draw_roofline(self, path: Path, ceilings: Ceilings, measured: Sequence[Measured]) -> None:
+        """Draw the points of the most threads under their ``ceilings``."""
+        from splitwiser.results.report.plots import (
+            save_roofline,  # matplotlib takes a while, which a start can do without
+        )
+
         threads = max(point.threads for point, _ in measured)
         shown = [(point, row) for point, row in measured if point.threads == threads and _is_drawn(point)]
         decode = [point for point, _ in shown if isinstance(point, DecodePoint)]
         most, shortest = max((p.batch for p in decode), default=0), min((p.context for p in decode), default=0)
         points = [
-            RooflinePoint(
-                point.phase,
-                f"{point.phase} {point.context}" if isinstance(point, DecodePoint) else point.phase,
+            {
+                "phase": point.phase,
+                "series": f"{point.phase} {point.context}" if isinstance(point, DecodePoint) else point.phase,
                 # contexts hardly differ where requests are few, so there only the shortest is labelled
-                ""
+                "label": ""
                 if isinstance(point, DecodePoint) and point.batch < most and point.context > shortest
                 else str(point),
-                row["arithmetic_intensity"],
-                row["tflops"] * 1e12,
-            )
+                "arithmetic_intensity": row["arithmetic_intensity"],
+                "tflops": row["tflops"],
+            }
             for point, row in shown
         ]
         dummy = ", dummy weights" if self.model.load_format == "dummy" else ""
         dtype = str(self.model.dtype).removeprefix("torch.")
         cores = f", {threads} threads" if self.model.device.type == "cpu" else ""
-        return points, f"{self.model.name} in {dtype}{dummy} on {self.model.device}{cores}"
+        title = f"{self.model.name} in {dtype}{dummy} on {self.model.device}{cores}"
+        save_roofline(path, pd.DataFrame(points), ceilings.flops_per_s / 1e12, ceilings.bytes_per_s / 1e9, title)
 
 
 def _print_notes(notes: Sequence[str]) -> None:
