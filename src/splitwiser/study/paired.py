@@ -10,9 +10,6 @@ import pandas as pd
 from splitwiser.results.busy import busy_runs
 from splitwiser.results.schema import METRIC, column, shown_in
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t, 97.5% quantile, at 1, 2, ... degrees of freedom; the last serves for all above, which errs
-towards "undecided"."""
 NARROW = 0.03  # two are called equal if the interval of their ratio goes no further from 1
 
 
@@ -79,11 +76,13 @@ def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
     s has n - 1 in its denominator). With few rounds t is wide: at a scatter of 2% a difference shows from some 5% on at 3
     rounds, 2.5% at 5, 1.4% at 10. One pair in twenty that is equal will still show a difference.
     """
+    from scipy.special import stdtrit  # Student's t; it takes a while to import, which a start can do without
+
     if len(ratios) < 2:
         return None
     logarithms = [math.log(ratio) for ratio in ratios]
     freedom, mean = len(ratios) - 1, float(np.mean(logarithms))
-    half_width = T_975[min(freedom, len(T_975)) - 1] * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))
+    half_width = float(stdtrit(freedom, 0.975)) * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))
     return math.exp(mean - half_width), math.exp(mean + half_width)
 
 
