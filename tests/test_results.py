@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from helpers import MS, make_output, make_step
 
@@ -21,6 +22,7 @@ from splitwiser.errors import RunError
 from splitwiser.files import CsvTable, Status, append_row, make_run_directory, replace, write_rows
 from splitwiser.machine.load import Load, MachineLoad
 from splitwiser.results import recorder as results
+from splitwiser.results.record import PLACE, Record, read_place
 from splitwiser.results.recorder import RunRecorder
 from splitwiser.results.report import plots
 from splitwiser.workload.reports import Report
@@ -35,10 +37,14 @@ MEMORY = {"peak_memory_mb": 512.25, "load_s": 1.5, "ready_s": 2.5}
 RECORD: dict[str, Any] = {"commit": "abc", "configuration": {"model": "opt-125m", "seed": 3}, "notes": ["größe"]}
 
 
+def record_of(directory: Path) -> Record:
+    return Record(directory / "run" / "run.yaml", RECORD)
+
+
 def make(directory: Path) -> RunRecorder:
     """A recorder of a run in ``directory``/run."""
     (directory / "run").mkdir(parents=True)
-    return RunRecorder(directory / "run", dict(RECORD), LABELS, REPORTS)
+    return RunRecorder(directory / "run", record_of(directory), LABELS, REPORTS)
 
 
 def start(directory: Path) -> tuple[RunRecorder, int]:
@@ -231,7 +237,7 @@ def test_throughput_figure_of_a_worked_run(column: str, value: Any, tmp_path: Pa
 def test_what_the_machine_did_is_in_the_record_and_the_row(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     before = Load(0.2, 3.25, 2.0, 0.0, 1.5, 0.75)
-    recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, before=before)
+    recorder = RunRecorder(tmp_path / "run", record_of(tmp_path), LABELS, REPORTS, before=before)
     start_ns = recorder.begin()
     deadline = time.monotonic() + 0.6
     while time.monotonic() < deadline:
@@ -256,14 +262,14 @@ def test_a_run_that_never_began_has_no_load_of_its_own(tmp_path: Path) -> None:
 
 def test_goodput_is_of_the_targets_given(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, targets={"e2el": 81})
+    recorder = RunRecorder(tmp_path / "run", record_of(tmp_path), LABELS, REPORTS, targets={"e2el": 81})
     feed(recorder, recorder.begin())
     assert recorder.finish("finished", MEMORY)["request_goodput"] == pytest.approx(2 / 0.082)
 
 
 def scored_run(directory: Path, status: Status, text: str = " first other\n") -> dict[str, Any]:
     (directory / "run").mkdir()
-    recorder = RunRecorder(directory / "run", dict(RECORD), LABELS, REPORTS, scored=True)
+    recorder = RunRecorder(directory / "run", record_of(directory), LABELS, REPORTS, scored=True)
     feed(recorder, recorder.begin(), (text, "first", "reference"))
     return recorder.finish(status, MEMORY)
 
@@ -316,6 +322,7 @@ def test_record_says_running_from_the_start(tmp_path: Path) -> None:
     make(tmp_path)
     found = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
     assert found.pop("load") == MachineLoad().record
+    assert datetime.fromisoformat(found.pop("started")).tzinfo is not None
     assert found == {"status": "running", **RECORD}
 
 
@@ -324,6 +331,7 @@ def test_record_says_how_the_run_ended(status: Status, tmp_path: Path) -> None:
     start(tmp_path)[0].finish(status, MEMORY)
     found = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
     assert found.pop("load")["during"]["seconds"] > 0
+    assert found.pop("started")
     assert found == {"status": status, **RECORD}
 
 
@@ -552,6 +560,18 @@ def test_processes_that_append_at_once_lose_no_row(tmp_path: Path) -> None:
         process.kill()  # does nothing to one that has ended
     found = sorted((int(row["process"]), int(row["number"])) for row in rows(path))
     assert found == [(process, number) for process in range(PROCESSES) for number in range(ROWS)]
+
+
+# the record
+
+
+def test_a_record_says_where_it_was_made(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run.yaml", {"configuration": {"seed": 3}}, torch.device("cpu"))
+    record.content["load"] = None
+    record.write("finished")
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8"))
+    assert list(content) == ["status", "started", "commit", "configuration", "machine", "versions", "load"]
+    assert read_place(tmp_path / "run.yaml") == {name: content[name] for name in PLACE}
 
 
 # the writer of tables

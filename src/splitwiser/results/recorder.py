@@ -14,10 +14,11 @@ from tqdm import tqdm
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError, first_line
-from splitwiser.files import CsvTable, Status, append_row, whole, write_rows, write_yaml
+from splitwiser.files import CsvTable, Status, append_row, whole, write_rows
 from splitwiser.machine.load import Load, MachineLoad, Stretch
 from splitwiser.request import RequestOutput
 from splitwiser.results.metrics import latency_row
+from splitwiser.results.record import Record
 from splitwiser.results.rouge import rouge
 from splitwiser.results.schema import GENERATIONS, LATENCY, STEPS, THROUGHPUT, TOKENS, names, throughput_figures
 from splitwiser.results.timeline import step_row, write_trace
@@ -27,14 +28,14 @@ FLUSH_S = 0.5  # rows reach the disk at most this much later than they came
 
 
 class RunRecorder(Observer):
-    """Records one run in ``directory``. ``record`` goes into ``run.yaml`` whole; ``labels`` are the columns of
+    """Records one run in ``directory``. ``record`` is that of ``run.yaml``; ``labels`` are the columns of
     ``throughput.csv`` before its figures. ``targets`` are those of goodput; ``scored`` says whether a finished run's texts
     are compared with the references; ``before`` is what the machine did before the run."""
 
     def __init__(
         self,
         directory: Path,
-        record: dict[str, Any],
+        record: Record,
         labels: dict[str, Any],
         reports: Sequence[Report],
         *,
@@ -61,7 +62,7 @@ class RunRecorder(Observer):
         self._ended = threading.Event()
         # a thread, since what has finished must reach the disk while the engine waits for an arrival or runs a long step
         self._flusher = threading.Thread(target=self._flush_regularly, name="flush results", daemon=True)
-        self._write_record("running", {})
+        self._write_record("running")
 
     def begin(self) -> int:
         """Start the run's clock: the moment of ``time.perf_counter_ns`` that its times count from."""
@@ -110,7 +111,9 @@ class RunRecorder(Observer):
         except Exception as fault:
             self._unwritten = f"rows could not be written: {type(fault).__name__}: {first_line(fault)}"
             status, error = "failed" if status == "finished" else status, error or self._unwritten
-        self._write_record(status, {} if error is None else {"error": error, "unanswered": self._unanswered})
+        if error is not None:
+            self._record.content |= {"error": error, "unanswered": self._unanswered}
+        self._write_record(status)
 
     def finish(self, status: Status, memory: Mapping[str, float | None], error: str | None = None) -> dict[str, Any]:
         """:meth:`end` the run, then write the figures and the timeline. A run that was not finished does not enter
@@ -164,9 +167,9 @@ class RunRecorder(Observer):
     def _write_figures(self, figures: dict[str, Any]) -> None:
         write_rows(self.directory / "throughput.csv", names(THROUGHPUT), [figures])
 
-    def _write_record(self, status: Status, outcome: Mapping[str, Any]) -> None:
-        content = {"status": status, **self._record, "load": self._load.record, **outcome}
-        write_yaml(self.directory / "run.yaml", content)
+    def _write_record(self, status: Status) -> None:
+        self._record.content["load"] = self._load.record
+        self._record.write(status)
 
     def _flush_regularly(self) -> None:
         while not self._ended.wait(FLUSH_S):

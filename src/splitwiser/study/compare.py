@@ -6,21 +6,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
-from splitwiser.files import Status, make_run_directory, write_rows, write_yaml
+from splitwiser.files import Status, make_run_directory, write_rows
 from splitwiser.job import Job, check
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
 from splitwiser.results.busy import describe_busy
+from splitwiser.results.record import Record, read_place
 from splitwiser.results.schema import TOKENS, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.fresh_runs import (
@@ -34,7 +33,6 @@ from splitwiser.study.fresh_runs import (
 )
 from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
 
-RECORD = ("commit", "machine", "versions")  # what compare.yaml takes over from a run's record
 ASKED = ("model", "load_format", "seed")  # with the requests and how tokens are drawn, what all variants must share
 
 
@@ -117,10 +115,10 @@ def compare(
     job = _check_same_question(variants)
     first = variants[0].config
     folder = make_run_directory(Path(first.results), "compare", resolve_model(first.model).name, job.label)
-    record = _record(variants, rounds, one_process)
+    record = Record(folder / "compare.yaml", _sections(variants, rounds, one_process))
     rows: list[dict[str, Any]] = []
     status: Status = "failed"
-    _write_record(folder, "running", record)
+    record.write("running")
     try:
         with RoundsBar(rounds * len(variants)) as bar, OneProcess() if one_process else nullcontext() as execute:
             for number, variant in _turns(variants, rounds, last_start_s):
@@ -128,15 +126,15 @@ def compare(
                 outcome = run_once(variant.options, folder, f"round{number}_{variant.name}", bar.show, execute)
                 rows.append({"round": number, "variant": variant.name, **outcome.row})
                 write_rows(folder / "comparison.csv", names(COMPARISON), rows)
-                if "machine" not in record:
-                    record |= _where_it_ran(outcome)
+                if "machine" not in record.content:
+                    record.content |= _where_it_ran(outcome)
                 bar.end(outcome)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        _write_record(folder, status, record)
+        record.write(status)
         faults = conclude(folder, variants, rows)
     if faults:
         raise RunError(f"{'; '.join(faults)}; see {folder}")
@@ -174,14 +172,13 @@ def _turns(variants: Sequence[Variant], rounds: int, last_start_s: float) -> Ite
             yield number + 1, variant
 
 
-def _record(variants: Sequence[Variant], rounds: int, one_process: bool) -> dict[str, Any]:
+def _sections(variants: Sequence[Variant], rounds: int, one_process: bool) -> dict[str, Any]:
     command = ["splitwiser", "compare", f"--repeats={rounds}", f"--results={variants[0].config.results}"]
     command += ["--one_process"] if one_process else []
     for variant in variants:
         own = {name: value for name, value in variant.options.items() if name != "results"}
         command += ["--variant", f"{variant.name}: {shlex.join(to_arguments(own))}"]
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "repeats": rounds,
         "processes": "one for all runs" if one_process else "one for each run",
@@ -190,16 +187,11 @@ def _record(variants: Sequence[Variant], rounds: int, one_process: bool) -> dict
     }
 
 
-def _write_record(folder: Path, status: Status, record: Mapping[str, Any]) -> None:
-    write_yaml(folder / "compare.yaml", {"status": status, **record})
-
-
 def _where_it_ran(outcome: Outcome) -> dict[str, Any]:
     """As a finished run found it: this process stays away from the device."""
     if outcome.status != "finished" or outcome.directory is None:
         return {}
-    record = yaml.safe_load((outcome.directory / "run.yaml").read_text(encoding="utf-8"))
-    return {name: record[name] for name in RECORD}
+    return read_place(outcome.directory / "run.yaml")
 
 
 def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> list[str]:
