@@ -19,8 +19,8 @@ from PIL import Image
 from splitwiser.config import ProfileConfig
 from splitwiser.machine.load import Load, Stretch
 from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, names
-from splitwiser.study.ceilings import Ceilings, Probe, ceilings_of, measure_ceilings
-from splitwiser.study.operations import StepCost
+from splitwiser.study.ceilings import CeilingProbe, Ceilings, ceilings_of, measure_ceilings
+from splitwiser.study.operations import StepWork
 from splitwiser.study.profile import (
     SUMMARY,
     Bench,
@@ -130,7 +130,7 @@ def test_what_is_read_was_written_before(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_figures_of_a_hand_worked_step() -> None:
     ceilings = Ceilings(flops_per_s=4e12, bytes_per_s=1e12)
-    row = figures(StepCost(flops=2e9, nbytes=1e9), 10, [0.004, 0.002, 0.001], ceilings)
+    row = figures(StepWork(flops=2e9, nbytes=1e9), 10, [0.004, 0.002, 0.001], ceilings)
     assert row["ms"] == 2
     assert (row["ms_least"], row["ms_greatest"], row["repeats"]) == (1, 4, 3)
     assert row["tokens_per_s"] == 5000
@@ -150,10 +150,10 @@ def test_the_roofline_bends_at_the_ridge() -> None:
 
 def test_the_best_probe_of_each_kind_is_the_ceiling() -> None:
     probes = [
-        Probe("compute", "matrix product", 8, 2.0, 100),
-        Probe("compute", "matrix product", 16, 1.0, 300),
-        Probe("memory", "copy", 8, 1.0, 50),
-        Probe("memory", "sum", 8, 0.5, 20),
+        CeilingProbe("compute", "matrix product", 8, 2.0, 100),
+        CeilingProbe("compute", "matrix product", 16, 1.0, 300),
+        CeilingProbe("memory", "copy", 8, 1.0, 50),
+        CeilingProbe("memory", "sum", 8, 0.5, 20),
     ]
     assert ceilings_of(probes) == Ceilings(300, 50)
 

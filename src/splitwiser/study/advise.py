@@ -12,7 +12,6 @@
 import random
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,23 +22,23 @@ from tqdm import tqdm
 from splitwiser.config import AdviseConfig, option_fields
 from splitwiser.engine.engine import check_fits
 from splitwiser.errors import InputError, RunError
-from splitwiser.files import CsvTable, Status, make_directory, write_rows, write_yaml
+from splitwiser.files import CsvTable, Status, make_directory, write_rows
 from splitwiser.job import prepare_job
 from splitwiser.llm import token_ids
-from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
 from splitwiser.machine.device import resolve_device
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.request import Request
 from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.record import Record
 from splitwiser.results.schema import OBJECTIVES, names, throughput_figures
 from splitwiser.study.candidates import (
     BUDGETS,
     OUTPUT_TOKENS,
     PLACEMENTS,
-    Basis,
     Candidate,
+    Measurements,
     measure_placements,
-    read_basis,
+    read_measurements,
     short_profile,
 )
 from splitwiser.study.fresh_runs import RoundsBar, run_once
@@ -76,10 +75,11 @@ def advise(config: AdviseConfig) -> Advice:
         config.model, dtype=config.dtype, device="cpu", load_format=config.load_format, seed=config.seed, weights=False
     )
     requests = make_requests(config, shell)
-    basis = read_basis(Path(config.profile), shell) if config.profile is not None else None
-    bench = Bench(short_profile(config, requests)) if basis is None else None
+    measurements = read_measurements(Path(config.profile), shell) if config.profile is not None else None
+    bench = Bench(short_profile(config, requests)) if measurements is None else None
     directory = make_directory(Path(config.results), f"advise_{shell.name}")
-    record = _Record(directory, config, requests)
+    device = resolve_device(config.device_name)
+    record = Record(directory / "advice.yaml", _sections(config, requests), device)
     status: Status = "failed"
     record.write("running")
     try:
@@ -87,13 +87,13 @@ def advise(config: AdviseConfig) -> Advice:
             bench.measure(directory)
             bench = None  # its model goes before the next comes
             measure_placements(config, requests, directory)
-            basis = read_basis(directory, shell)
-        assert basis is not None
-        predictions = predict(config, requests, basis, directory)
+            measurements = read_measurements(directory, shell)
+        assert measurements is not None
+        predictions = predict(config, requests, measurements, directory)
         measured = check(config, predictions, directory)
-        advice = recommend(config, predictions, measured, directory, basis.busy)
+        advice = recommend(config, predictions, measured, directory, measurements.busy)
         write_rows(directory / "advice.csv", names(ADVICE), advice.table.to_dict("records"))
-        record.add(advice, basis)
+        record.content |= _outcome(advice, measurements)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -116,30 +116,32 @@ def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     return requests
 
 
-def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, directory: Path) -> pd.DataFrame:
+def predict(
+    config: AdviseConfig, requests: Sequence[Request], measurements: Measurements, directory: Path
+) -> pd.DataFrame:
     """Simulate every placement with every prefill budget; the rows of ``predictions.csv``."""
     table = CsvTable(directory / "predictions.csv", names(PREDICTIONS))
     targets = None if config.goodput is None else parse_goodput(config.goodput)
     rng = random.Random(config.seed)
     ends = {
-        request.request_id: min(request.params.max_tokens, rng.choice(basis.output_tokens))
+        request.request_id: min(request.params.max_tokens, rng.choice(measurements.output_tokens))
         for request in requests
-        if basis.output_tokens and not request.params.ignore_eos
+        if measurements.output_tokens and not request.params.ignore_eos
     }
     tokens = sum(len(request.prompt_token_ids) for request in requests)
     # the one asked for comes first, so that it wins where others are no better
     budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(basis.placements) * len(budgets), desc="predictions", unit="run") as bar:
-        for (mode, workers), (conditions, blocks) in basis.placements.items():
+    with tqdm(total=len(measurements.placements) * len(budgets), desc="predictions", unit="run") as bar:
+        for placement in measurements.placements:
             for budget in budgets:
-                candidate = Candidate(mode, workers, budget)
+                candidate = Candidate(placement.mode, placement.workers, budget)
                 schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
                 row = candidate.row
                 try:
-                    machine = Machine(basis.costs, basis.cores, blocks)
+                    machine = Machine(measurements.costs, measurements.cores, placement.blocks)
                     outputs = simulate(
-                        requests, machine, schedule, conditions, ends, max_concurrency=config.max_concurrency
+                        requests, machine, schedule, placement.conditions, ends, max_concurrency=config.max_concurrency
                     )
                     figures = throughput_figures(outputs, 0, 0, targets)
                     row |= {name: figures[name] for name in names(PREDICTED)}
@@ -153,8 +155,8 @@ def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, dir
     objective = OBJECTIVES[config.objective].name
     if all(row.get(objective) is None for row in rows):
         raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
-    for (mode, workers), reason in basis.not_possible.items():
-        rows.append({"mode": mode, "workers": workers, "not_possible": reason})
+    for each in measurements.impossible:
+        rows.append({"mode": each.mode, "workers": each.workers, "not_possible": each.reason})
         table.write(rows[-1])
     return pd.DataFrame(rows, columns=list(names(PREDICTIONS)))
 
@@ -191,43 +193,31 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
     return pd.DataFrame(rows, columns=list(names(CHECKS)))
 
 
-class _Record:
-    """``advice.yaml``: written anew as more is known."""
+def _sections(config: AdviseConfig, requests: Sequence[Request]) -> dict[str, Any]:
+    lengths = [len(request.prompt_token_ids) for request in requests]
+    return {
+        "configuration": {each.name: getattr(config, each.name) for each in option_fields(AdviseConfig)},
+        "requests": {
+            "count": len(requests),
+            "prompt_tokens": {"least": min(lengths), "median": median(lengths), "greatest": max(lengths)},
+            "last_arrival_s": max(request.arrival_s for request in requests),
+        },
+    }
 
-    def __init__(self, directory: Path, config: AdviseConfig, requests: Sequence[Request]) -> None:
-        self._path = directory / "advice.yaml"
-        lengths = [len(request.prompt_token_ids) for request in requests]
-        self._content: dict[str, Any] = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": git_commit(),
-            "configuration": {each.name: getattr(config, each.name) for each in option_fields(AdviseConfig)},
-            "requests": {
-                "count": len(requests),
-                "prompt_tokens": {"least": min(lengths), "median": median(lengths), "greatest": max(lengths)},
-                "last_arrival_s": max(request.arrival_s for request in requests),
-            },
-            "machine": describe_machine(resolve_device(config.device_name)),
-            "versions": describe_versions(),
-        }
 
-    def add(self, advice: Advice, basis: Basis) -> None:
-        """Take in the outcome."""
-        self._content |= {
-            "split": advice.split,
-            "recommended": advice.best and advice.best.row,
-            "command": advice.command,
-            "reasons": advice.reasons,
-            "median_errors": advice.errors,
-            "answers_end": "as a sample of them did" if basis.output_tokens else "at their greatest length",
-            "step_costs": {
-                threads: {
-                    "prefill": list(costs.prefill_coefficients),
-                    "decode": [list(line) for line in costs.decode_lines],
-                }
-                for threads, costs in basis.costs.items()
-            },
-        }
-
-    def write(self, status: Status) -> None:
-        """Write it."""
-        write_yaml(self._path, {"status": status, **self._content})
+def _outcome(advice: Advice, measurements: Measurements) -> dict[str, Any]:
+    return {
+        "split": advice.split,
+        "recommended": advice.best and advice.best.row,
+        "command": advice.command,
+        "reasons": advice.reasons,
+        "median_errors": advice.errors,
+        "answers_end": "as a sample of them did" if measurements.output_tokens else "at their greatest length",
+        "step_costs": {
+            threads: {
+                "prefill": list(costs.prefill_coefficients),
+                "decode": [list(line) for line in costs.decode_lines],
+            }
+            for threads, costs in measurements.costs.items()
+        },
+    }

@@ -81,18 +81,36 @@ OUTPUT_TOKENS = (Column("output_tokens", "Tokens of an answer that ended by itse
 
 
 @dataclass(frozen=True)
-class Basis:
-    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_basis` reads it.
+class MeasuredPlacement:
+    """A placement that was measured: the conditions there, and the blocks of the KV pool."""
 
-    ``placements`` holds (mode, workers): the conditions there and the blocks of the pool; ``not_possible`` those that this
-    machine cannot run, with the reason; ``output_tokens`` the lengths of a sample of answers that ended by themselves;
-    ``busy`` what was measured while others used the machine.
+    mode: str
+    workers: str
+    conditions: Conditions
+    blocks: int
+
+
+@dataclass(frozen=True)
+class ImpossiblePlacement:
+    """A placement that this machine cannot run, and why."""
+
+    mode: str
+    workers: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_measurements` reads it.
+
+    ``costs`` are by thread count; ``cores`` those of the CPU, None on a GPU; ``output_tokens`` the lengths of a sample of
+    answers that ended by themselves; ``busy`` names what was measured while others used the machine.
     """
 
     costs: Mapping[int, StepCosts]
     cores: int | None
-    placements: Mapping[tuple[str, str], tuple[Conditions, int]]
-    not_possible: Mapping[tuple[str, str], str]
+    placements: Sequence[MeasuredPlacement]
+    impossible: Sequence[ImpossiblePlacement]
     output_tokens: Sequence[int]
     busy: Sequence[str] = ()
 
@@ -214,8 +232,8 @@ def _sample_params(params: SamplingParams) -> SamplingParams:
     )
 
 
-def read_basis(directory: Path, shell: LoadedModel) -> Basis:
-    """What :func:`measure_placements` and the profile before it wrote into ``directory``, for the model ``shell``.
+def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:
+    """Return what :func:`measure_placements` and the profile before it wrote into ``directory``, for the model ``shell``.
 
     Raises :class:`InputError` for a folder that lacks something or is of another model.
     """
@@ -229,29 +247,26 @@ def read_basis(directory: Path, shell: LoadedModel) -> Basis:
     if (model["name"], model["dtype"]) != (shell.name, dtype):
         raise InputError(f"{where}: is of {model['name']} in {model['dtype']}, not of {shell.name} in {dtype}")
     rows = pd.read_csv(directory / "placements.csv", keep_default_na=False)
-    conditions = {}
-    not_possible = {}
+    measured: list[MeasuredPlacement] = []
+    impossible: list[ImpossiblePlacement] = []
     busy = ["the profile"] if (record.get("load") or {}).get("busy") else []
     for row in rows.to_dict("records"):
-        key = str(row["mode"]), str(row["workers"])
+        mode, workers = str(row["mode"]), str(row["workers"])
         if row["not_possible"]:
-            not_possible[key] = str(row["not_possible"])
-        else:
-            factors = Conditions(**{each.name: float(row[each.name]) for each in fields(Conditions)})
-            conditions[key] = factors, int(float(row["blocks"]))
-            busy += (
-                [f"the sample in mode {' with '.join(filter(None, key))}"]
-                if str(row.get("machine_busy")) == "True"
-                else []
-            )
-    if not conditions:
+            impossible.append(ImpossiblePlacement(mode, workers, str(row["not_possible"])))
+            continue
+        conditions = Conditions(**{each.name: float(row[each.name]) for each in fields(Conditions)})
+        measured.append(MeasuredPlacement(mode, workers, conditions, int(float(row["blocks"]))))
+        if str(row.get("machine_busy")) == "True":
+            busy.append(f"the sample in mode {' with '.join(filter(None, (mode, workers)))}")
+    if not measured:
         raise InputError(f"{where}: its placements.csv has no placement; give the folder of an advise that finished")
     lengths = directory / "output_tokens.csv"  # of no row where every answer has a set length
-    return Basis(
+    return Measurements(
         costs=fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv")),
         cores=record["machine"]["cores"] if record["configuration"]["device"] == "cpu" else None,
-        placements=conditions,
-        not_possible=not_possible,
+        placements=measured,
+        impossible=impossible,
         output_tokens=pd.read_csv(lengths)["output_tokens"].tolist() if lengths.exists() else [],
         busy=busy,
     )

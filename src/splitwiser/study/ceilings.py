@@ -16,7 +16,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Probe:
+class CeilingProbe:
     """One measurement: the least time of a pass and what it moved or computed (bytes, or operations)."""
 
     kind: str
@@ -56,7 +56,7 @@ class Ceilings:
         return min(self.flops_per_s, intensity * self.bytes_per_s)
 
 
-def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[Probe]:
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingProbe]:
     """Probes in ``dtype`` with PyTorch's present thread count.
 
     Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations. Memory: a copy, counted as bytes read plus
@@ -67,18 +67,20 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[Probe]:
     for size in _PRODUCT_SIZES[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _least_time(lambda left=left, right=right: linear(left, right), device)  # type: ignore[misc]
-        probes.append(Probe("compute", "matrix product", size, seconds, 2 * size**3))
+        probes.append(CeilingProbe("compute", "matrix product", size, seconds, 2 * size**3))
     nbytes = min(_PASS_BYTES[device.type], available_memory() // 8)
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     probes.append(
-        Probe("memory", "copy", source.nbytes, _least_time(lambda: target.copy_(source), device), 2 * source.nbytes)
+        CeilingProbe(
+            "memory", "copy", source.nbytes, _least_time(lambda: target.copy_(source), device), 2 * source.nbytes
+        )
     )
-    probes.append(Probe("memory", "sum", source.nbytes, _least_time(source.sum, device), source.nbytes))
+    probes.append(CeilingProbe("memory", "sum", source.nbytes, _least_time(source.sum, device), source.nbytes))
     return probes
 
 
-def ceilings_of(probes: list[Probe]) -> Ceilings:
+def ceilings_of(probes: list[CeilingProbe]) -> Ceilings:
     """The best rate of each kind."""
 
     def best(kind: str) -> float:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -21,14 +20,8 @@ from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
 from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
 from splitwiser.errors import InputError
-from splitwiser.files import CsvTable, Status, make_directory, write_rows, write_yaml
-from splitwiser.machine.describe import (
-    describe_machine,
-    describe_versions,
-    git_commit,
-    peak_memory_mb,
-    reset_peak_memory,
-)
+from splitwiser.files import CsvTable, Status, make_directory, write_rows
+from splitwiser.machine.describe import peak_memory_mb, reset_peak_memory
 from splitwiser.machine.load import MachineLoad, Stretch, look
 from splitwiser.machine.nvml import NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.model.kv_pool import BlockAllocator
@@ -36,10 +29,11 @@ from splitwiser.model.loading import load_model
 from splitwiser.placement.prepare import EngineSettings, make_pool, prepare
 from splitwiser.placement.shares import ShareSettings
 from splitwiser.request import Request, SamplingParams
+from splitwiser.results.record import Record
 from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.ceilings import Ceilings, ceilings_of, measure_ceilings
-from splitwiser.study.operations import Architecture, StepCost, count_architecture
+from splitwiser.study.operations import Architecture, StepWork, count_architecture
 
 SUMMARY = (
     Column("phase", "prefill or decode."),
@@ -78,7 +72,7 @@ class PrefillPoint:
         """Tokens that each request has in the pool after the step."""
         return [self.start_tokens + self.prompt_tokens] * self.prompts
 
-    def cost(self, architecture: Architecture) -> StepCost:
+    def cost(self, architecture: Architecture) -> StepWork:
         """Its operations and bytes."""
         return architecture.prefill([(self.start_tokens, self.prompt_tokens)] * self.prompts, rows=self.prompts)
 
@@ -111,7 +105,7 @@ class DecodePoint:
         """Tokens that each request has in the pool after the step."""
         return [self.context] * self.batch
 
-    def cost(self, architecture: Architecture) -> StepCost:
+    def cost(self, architecture: Architecture) -> StepWork:
         """Its operations and bytes."""
         return architecture.decode(self.lengths)
 
@@ -186,8 +180,8 @@ class Bench:
         status: Status = "failed"
         tables = {"ceilings": CEILINGS, "prefill": PREFILL, "decode": DECODE}
         files = {name: CsvTable(directory / f"{name}.csv", names(table)) for name, table in tables.items()}
-        record = self._record()
-        _write_record(directory, "running", record)
+        record = Record(directory / "profile.yaml", self._sections(), self.model.device)
+        record.write("running")
         stretch = Stretch()
         try:
             self._fill_pool()
@@ -213,7 +207,8 @@ class Bench:
             found = [*unsteady(measured), *filter(None, [load.record["note"]])]
             _print_notes(found)
             self.notes += found
-            _write_record(directory, status, record | {"load": load.record})
+            record.content["load"] = load.record
+            record.write(status)
             summary = summarise(measured, ceilings)
             write_rows(directory / "summary.csv", names(SUMMARY), summary.to_dict("records"))
             if measured:
@@ -312,11 +307,9 @@ class Bench:
         row |= {"peak_memory_mb": peak_memory_mb(self.model.device), **activity}
         return row | ({"itl_ms": row["ms"]} if point.phase == "decode" else {})
 
-    def _record(self) -> dict[str, Any]:
+    def _sections(self) -> dict[str, Any]:
         model, pool = self.model, self.pool
         return {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": git_commit(),
             "configuration": {**asdict(self.config), "device": str(model.device)},
             "model": {
                 "name": model.name,
@@ -333,8 +326,6 @@ class Bench:
             "kernels": self.kernels,
             "notes": self.notes,
             "load_s": model.load_s,
-            "machine": describe_machine(model.device),
-            "versions": describe_versions(),
         }
 
     def _draw_roofline(self, path: Path, ceilings: Ceilings, measured: Sequence[Measured]) -> None:
@@ -415,7 +406,7 @@ def profile_summary(result: ProfileResult) -> str:
     return f"{columns([heading, *rows])}\nresults  {result.directory}"
 
 
-def figures(cost: StepCost, tokens: int, times: Sequence[float], ceilings: Ceilings) -> dict[str, Any]:
+def figures(cost: StepWork, tokens: int, times: Sequence[float], ceilings: Ceilings) -> dict[str, Any]:
     """What follows from ``times`` (seconds) of a step of ``tokens`` tokens and ``cost``; rates are those of the median.
 
     Units: 10^12 operations and 10^9 bytes a second. A share of bandwidth above 1 means that weights or K and V came from a
@@ -449,7 +440,3 @@ def using_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write_record(directory: Path, status: Status, record: dict[str, Any]) -> None:
-    write_yaml(directory / "profile.yaml", {"status": status, **record})
