@@ -31,12 +31,12 @@ class Column:
 class Metric(Column):
     """A figure of a run.
 
-    ``subject`` and ``statistic`` name it in a sentence, such as ``TTFT`` and ``p50``, if the words of its column do not.
+    ``short_name`` names it in a sentence, if the words of its column do not, and ``statistic`` says which of several it is.
     ``compute`` finds it from the run's answers; where it is None, whoever observes the run brings the figure. ``objective``
     is what ``advise --objective`` calls it. A figure that is not ``timed`` is the same on a busy machine.
     """
 
-    subject: str = ""
+    short_name: str = ""
     statistic: str = ""
     compute: Callable[[Served], float | None] | None = None
     more_is_better: bool = False
@@ -45,9 +45,14 @@ class Metric(Column):
     timed: bool = True
 
     @property
+    def subject(self) -> str:
+        """What it is about, in a sentence."""
+        return self.short_name or self.name.replace("_", " ")
+
+    @property
     def label(self) -> str:
         """Its name in a sentence."""
-        return f"{self.subject or self.name.replace('_', ' ')} {self.statistic}".strip()
+        return f"{self.subject} {self.statistic}".strip()
 
     @property
     def title(self) -> str:
@@ -90,7 +95,7 @@ class Latency:
                 self.column(name),
                 f"{words} of {self.description}",
                 "ms",
-                subject=self.subject,
+                short_name=self.subject,
                 statistic="p50" if name == "median" else name,
                 compute=partial(_statistic, name, self.samples),
                 shown=self.shown.get(name, ()),
@@ -177,7 +182,7 @@ METRICS: tuple[Metric, ...] = (
         "request_goodput",
         "Requests per second of the duration that meet every target of --goodput; empty without targets.",
         "requests/s",
-        subject="goodput",
+        short_name="goodput",
         compute=metrics.request_goodput,
         more_is_better=True,
         shown=("compare", "report"),
@@ -205,7 +210,7 @@ METRICS: tuple[Metric, ...] = (
         Metric(
             name,
             "Mean F-measure of this ROUGE score of the answers against the references; empty without references.",
-            subject=name.replace("rouge", "ROUGE-"),
+            short_name=name.replace("rouge", "ROUGE-"),
             more_is_better=True,
             shown=("compare", "report") if name == "rougeL" else ("compare",),
             timed=False,
@@ -216,13 +221,13 @@ METRICS: tuple[Metric, ...] = (
         "peak_memory_mb",
         "Memory of the run: all that is in use on the GPU or, on a CPU, what its processes hold.",
         "MB",
-        subject="peak memory",
+        short_name="peak memory",
         shown=("compare", "report"),
         timed=False,
     ),
-    Metric("load_s", "Time to load the model.", "s", subject="time to load"),
+    Metric("load_s", "Time to load the model.", "s", short_name="time to load"),
     Metric(
-        "ready_s", "Time until the engine could take requests.", "s", subject="time to be ready", shown=("compare",)
+        "ready_s", "Time until the engine could take requests.", "s", short_name="time to be ready", shown=("compare",)
     ),
     Metric("load_before", "Load average of the last minute before the run.", "processes"),
     Metric("cores", "Processors that the run may use, or the part of them that a container's quota allows.", "cores"),
