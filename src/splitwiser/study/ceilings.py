@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from splitwiser.model.kv_pool import available_memory
+from splitwiser.machine.memory import available_memory
 
 _PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger exceed the caches; the fastest counts
 _PASS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import Status, make_run_directory, write_rows
-from splitwiser.job import Job, check
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
@@ -32,6 +32,7 @@ from splitwiser.study.fresh_runs import (
     run_once,
 )
 from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
+from splitwiser.workload.job import Job
 
 ASKED = ("model", "load_format", "seed")  # with the requests and how tokens are drawn, what all variants must share
 
@@ -78,7 +79,7 @@ def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequ
         if not colon or not NAME.fullmatch(name):
             raise InputError(f"--variant '{text}': must be a name, a colon and options, such as 'four: --mode mp'")
         try:
-            own = split_options(options)
+            own = split_options(options, RunConfig)
         except InputError as error:
             raise InputError(f"--variant {name}: {error}") from error
         if "results" in own:
