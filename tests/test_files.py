@@ -1,4 +1,4 @@
-"""YAML as users write it: no value becomes another."""
+"""Files as users write them: no value of a YAML becomes another."""
 
 from pathlib import Path
 from typing import Any
