@@ -36,11 +36,12 @@ class StepCosts:
     decode_lines: tuple[tuple[int, float, float], ...]
 
     def prefill(self, chunks: Sequence[Chunk]) -> float:
-        """Of a prefill step of ``chunks``."""
+        """Return the predicted seconds of a prefill step over ``chunks``."""
         return float(np.dot(self.prefill_coefficients, _prefill_features(chunks)))
 
     def decode(self, batch: int, context: float) -> float:
-        """Of a decode step of ``batch`` requests with ``context`` tokens in the pool together."""
+        """Return the predicted seconds of a decode step of ``batch`` requests that have ``context`` tokens in the pool
+        together."""
         mean = context / batch
         moments = [(size, fixed + slope * mean * size) for size, fixed, slope in self.decode_lines]
         if len(moments) == 1 or batch <= moments[0][0]:

@@ -185,7 +185,7 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
 
 
 def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
-    """The share of each sample that is at most so long; medians and 99th percentiles are marked."""
+    """Draw the cumulative distribution of each sample; medians and 99th percentiles are marked."""
     with _figure(_SMALL, 3.2) as (figure, (axes,)):
         for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
             ordered = np.sort(values)
@@ -198,7 +198,7 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
             axes.plot(marked, [50, 99], linestyle="none", marker="o", markersize=4, color=colour)
         axes.set_title(title)
         axes.set_ylim(0, 102)
-        axes.set_ylabel("% at most so long")
+        axes.set_ylabel("cumulative share, %")
         axes.set_xlabel(unit)
         least, greatest = (
             float(extreme([extreme(values) for values in samples.values()])) for extreme in (np.min, np.max)
