@@ -31,6 +31,7 @@ import yaml
 from gpu_results import ARCHIVE, PLAN, PROJECT, RECORD, read_json
 
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
+from splitwiser.machine import cuda_probe
 from splitwiser.machine.describe import git_commit
 from splitwiser.placement.modes import MODES
 
@@ -379,9 +380,9 @@ class Record:
 
 def find_gpu() -> str:
     """The name of the first GPU; cpu if there is none. CUDA starts in a process of its own."""
-    command = [sys.executable, str(PROJECT / "src" / "splitwiser" / "cuda_probe.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    gpus = json.loads(done.stdout or "{}").get("gpus")
+    command = [sys.executable, cuda_probe.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    gpus = json.loads(done.stdout).get("gpus")
     return str(gpus[0]["name"]) if gpus else "cpu"
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import yaml
 from gpu_check import Check, Stage
-from helpers import assert_says, refusal, wait_for
+from helpers import assert_says, put_cuda_driver, refusal, wait_for
 
 from splitwiser.errors import RunError
 from splitwiser.placement.modes import MODES
@@ -237,6 +237,12 @@ def test_later_call_skips_what_has_passed_and_tries_the_rest_again(
         tmp_path / "runs"
     ).read_text() == "x" * 3  # once, not at all twice over, and each time it was asked for anew
     assert (tmp_path / "tries").read_text() == "x" * 4
+
+
+def test_the_gpu_is_named_by_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_cuda_driver(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert gpu_check.find_gpu() == "Tesla V100"
 
 
 def test_what_was_measured_on_another_gpu_is_not_gone_on_from(tmp_path: Path) -> None:
