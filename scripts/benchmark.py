@@ -28,9 +28,9 @@ from typing import Any
 
 import pandas as pd
 
+from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
-from splitwiser.job import check
 from splitwiser.machine.load import MachineLoad, Stretch
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import parse_options
@@ -224,7 +224,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", type=float, help="Poisson arrivals at this fraction of capacity")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark"))
     options, extra = parser.parse_known_args(arguments)
-    options.extra = parse_options(extra)  # to `splitwiser run`, such as --prefill_tokens 512
+    options.extra = parse_options(extra, RunConfig)  # to `splitwiser run`, such as --prefill_tokens 512
     options.modes, options.models = names(options.modes), names(options.models)
     options.peers = dict(map(read_peer, names(options.peers)))
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from helpers import assert_says, refusal
 
-from splitwiser.config import OBJECTIVES, AdviseConfig, RunConfig
+from splitwiser.config import RunConfig
 from splitwiser.request import Request, SamplingParams
 from splitwiser.study.advise import CHECK_COLUMNS, advise
 from splitwiser.study.candidates import PLACEMENT_COLUMNS, Candidate, placements, short_profile
+from splitwiser.study.config import OBJECTIVES, AdviseConfig
 from splitwiser.study.recommend import (
     AIM,
     FIGURES,

@@ -12,7 +12,7 @@ from helpers import assert_says, refusal
 from safetensors.torch import load_file, save_file
 
 from splitwiser import LLM
-from splitwiser.config import DoctorConfig
+from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.needs import find_needs
 from splitwiser.model.catalog import resolve_model
 from splitwiser.model.checkpoint import find_weights_problem

@@ -8,13 +8,14 @@ import pytest
 from helpers import refusal
 
 from splitwiser.config import RunConfig
+from splitwiser.options import option_type
 from splitwiser.request import SamplingParams
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig) if field.default is not None])
 def test_default_is_of_the_type_an_option_gives(name: str) -> None:
     (field,) = (each for each in fields(RunConfig) if each.name == name)
-    assert type(field.default) is field.metadata["type"]
+    assert type(field.default) is option_type(field)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from typing import Any, cast
 import pytest
 from helpers import refusal, wait_for
 
-from splitwiser.config import DoctorConfig
 from splitwiser.doctor import diagnose as doctor
 from splitwiser.doctor import survey
+from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.diagnose import Diagnosis, Finding, diagnose
 from splitwiser.doctor.probe import ProbeError
 from splitwiser.llm import LLM

@@ -9,7 +9,7 @@ from test_llm import Seen
 from test_token_identity import prompts_of, references
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.llm import ONE_LENGTH
+from splitwiser.placement.reference import ONE_LENGTH
 
 
 def batches(seen: Seen) -> list[int]:

@@ -10,25 +10,24 @@ import torch
 from helpers import assert_says, refusal
 
 from splitwiser import LLM
-from splitwiser.placement.green import AUTO_PREFILL_PERCENT, GreenDivision, check_layout, plan_prefill_sms
-from splitwiser.placement.layout import ONE_OF_EACH, parse_layout
-from splitwiser.placement.shares import ShareSettings
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.green import AUTO_PREFILL_PERCENT, GreenDivision, plan_prefill_sms
 
-FORTY = parse_layout("[{role: prefill, share: 40}, {role: decode, share: 60}]")
+FORTY = "[{role: prefill, share: 40}, {role: decode, share: 60}]"
 
 
 @pytest.mark.parametrize(
-    ("layout", "share", "total", "sms"),
+    ("workers", "share", "total", "sms"),
     [
-        (ONE_OF_EACH, "none", 132, []),
-        (ONE_OF_EACH, "fixed", 132, [66]),
+        ("", "none", 132, []),
+        ("", "fixed", 132, [66]),
         (FORTY, "fixed", 132, [53]),
-        (parse_layout("[{role: prefill, share: 99}, {role: decode, share: 1}]"), "fixed", 8, [7]),
-        (ONE_OF_EACH, "auto", 132, [116, 99, 82, 66, 50, 33, 16]),
+        ("[{role: prefill, share: 99}, {role: decode, share: 1}]", "fixed", 8, [7]),
+        ("", "auto", 132, [116, 99, 82, 66, 50, 33, 16]),
     ],
 )
-def test_shares_become_multiprocessors(layout: object, share: str, total: int, sms: list[int]) -> None:
-    assert plan_prefill_sms(total, layout, ShareSettings(share, 50.0, True)) == sms  # type: ignore[arg-type]
+def test_shares_become_multiprocessors(workers: str, share: str, total: int, sms: list[int]) -> None:
+    assert plan_prefill_sms(total, EngineConfig(mode="green", workers=workers, share=share)) == sms
 
 
 def test_auto_starts_with_the_least_for_decode() -> None:
@@ -49,24 +48,19 @@ def test_the_command_refuses_with_exit_code_2() -> None:
 @pytest.mark.gpu
 def test_the_pieces_are_all_of_the_device() -> None:
     device = torch.device("cuda", 0)
-    (units,) = GreenDivision(device, FORTY, ShareSettings("fixed", 50.0, True)).units
+    (units,) = GreenDivision(device, EngineConfig(mode="green", workers=FORTY)).units
     assert sum(units.values()) == torch.cuda.get_device_properties(device).multi_processor_count
     assert 0 < units["prefill-0"] < units["decode-0"]
 
 
 @pytest.mark.gpu
 def test_share_none_cuts_nothing() -> None:
-    assert GreenDivision(torch.device("cuda", 0), FORTY, ShareSettings("none", 50.0, True)).units == []
+    assert GreenDivision(torch.device("cuda", 0), EngineConfig(mode="green", share="none")).units == []
 
 
 @pytest.mark.gpu
 def test_auto_has_a_choice_of_splits() -> None:
-    division = GreenDivision(torch.device("cuda", 0), ONE_OF_EACH, ShareSettings("auto", 50.0, True))
+    division = GreenDivision(torch.device("cuda", 0), EngineConfig(mode="green", share="auto"))
     decode = [units["decode-0"] for units in division.units]
     assert len(decode) >= 3
     assert decode == sorted(decode)
-
-
-def test_other_layouts_are_refused() -> None:
-    layout = parse_layout("[{role: prefill, count: 2}, {role: decode}]")
-    assert_says(refusal(check_layout, layout), "one prefill and one decode", "mode mp")

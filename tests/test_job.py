@@ -12,8 +12,8 @@ from conftest import POSITIONS, VOCABULARY
 from helpers import assert_says, refusal
 
 from splitwiser.config import RunConfig
-from splitwiser.job import Job, prepare_job
 from splitwiser.model.loading import load_model
+from splitwiser.workload.job import Job, prepare_job
 
 TRACE = [("2023-11-16 18:15:00.5", 40, 4), ("2023-11-16 18:15:01.0", 60, 9), ("2023-11-16 18:15:03.0", 90, 2)]
 
@@ -34,7 +34,12 @@ def workload(tmp_path: Path) -> str:
 
 
 def job_of(**settings: Any) -> Job:
-    return prepare_job(RunConfig(**settings))
+    config = RunConfig(**settings)
+    return prepare_job(config, config.seed)
+
+
+def each(job: Job, name: str) -> list[Any]:
+    return [getattr(request, name) for request in job.requests]
 
 
 def limits(job: Job, config: RunConfig) -> list[tuple[int, bool]]:
@@ -43,35 +48,35 @@ def limits(job: Job, config: RunConfig) -> list[tuple[int, bool]]:
 
 def test_a_case_makes_prompts_of_its_reports() -> None:
     job = job_of(limit=3)
-    assert (job.label, job.exact, list(job.new_tokens), list(job.arrival_s)) == ("case0", False, [200] * 3, [0.0] * 3)
-    assert job.prompts is not None
-    assert len(job.prompts) == len(job.reports) == 3
-    assert all(report.impression for report in job.reports)
+    assert (job.label, job.exact) == ("case0", False)
+    assert (each(job, "new_tokens"), job.arrival_s) == ([200] * 3, [0.0] * 3)
+    assert all(each(job, "prompt"))
+    assert all(report.impression for report in each(job, "report"))
 
 
 def test_a_workload_gives_each_prompt_its_own_limit(workload: str) -> None:
     job = job_of(workload=workload, limit=2)
-    assert (job.label, job.prompts, job.arrival_s) == ("mine", ("a", (4,)), (0.0, 1.0))
+    assert (job.label, each(job, "prompt"), job.arrival_s) == ("mine", ["a", (4,)], [0.0, 1.0])
     assert limits(job, RunConfig()) == [(3, False), (5, False)]
     assert limits(job, RunConfig(max_new_tokens=4)) == [(4, False), (4, False)]
 
 
 def test_a_trace_gives_lengths_and_times(trace: str) -> None:
     job = job_of(trace=trace)
-    assert (job.label, job.prompts, job.prompt_tokens) == ("conv", None, (40, 60, 90))
-    assert job.arrival_s == (0.0, 0.5, 2.5)
+    assert (job.label, each(job, "prompt"), each(job, "prompt_tokens")) == ("conv", [None] * 3, [40, 60, 90])
+    assert job.arrival_s == [0.0, 0.5, 2.5]
     assert limits(job, RunConfig()) == [(4, True), (9, True), (2, True)]
 
 
 def test_a_trace_can_be_taken_in_part_and_speeded_up(trace: str) -> None:
     job = job_of(trace=trace, trace_slice="0.25:", trace_speed=0.5, limit=1)
-    assert (job.prompt_tokens, job.arrival_s) == ((60,), (0.5,))
+    assert (each(job, "prompt_tokens"), job.arrival_s) == ([60], [0.5])
 
 
 def test_a_traces_lengths_can_be_cut_and_the_run_says_so(trace: str) -> None:
     config = RunConfig(trace=trace, max_prompt_tokens=60, max_new_tokens=4)
-    job = prepare_job(config)
-    assert job.prompt_tokens == [40, 60, 60]
+    job = prepare_job(config, config.seed)
+    assert each(job, "prompt_tokens") == [40, 60, 60]
     assert limits(job, config) == [(4, True), (4, True), (2, True)]
     assert job.notes == ("1 of 3 requests are cut to 60 prompt tokens", "1 of 3 requests are cut to 4 new tokens")
 
@@ -82,20 +87,21 @@ def test_what_is_short_enough_is_not_cut(trace: str) -> None:
 
 def test_a_traces_times_can_be_kept_with_other_lengths(trace: str) -> None:
     job = job_of(trace=trace, prompt_tokens="7", output_tokens="8")
-    assert (job.arrival_s, job.prompt_tokens, job.new_tokens) == ((0.0, 0.5, 2.5), [7] * 3, [8] * 3)
+    assert job.arrival_s == [0.0, 0.5, 2.5]
+    assert (each(job, "prompt_tokens"), each(job, "new_tokens")) == ([7] * 3, [8] * 3)
 
 
 @pytest.mark.parametrize(("settings", "new"), [({}, 128), ({"max_new_tokens": 6}, 6), ({"output_tokens": "9"}, 9)])
 def test_synthetic_requests_make_just_so_many_tokens(settings: dict[str, Any], new: int) -> None:
     config = RunConfig(prompt_tokens="50", requests=4, **settings)
-    job = prepare_job(config)
-    assert (job.label, job.prompts, job.prompt_tokens) == ("synthetic", None, [50] * 4)
+    job = prepare_job(config, config.seed)
+    assert (job.label, each(job, "prompt"), each(job, "prompt_tokens")) == ("synthetic", [None] * 4, [50] * 4)
     assert limits(job, config) == [(new, True)] * 4
     assert job.notes == ()
 
 
 def test_synthetic_requests_have_a_default_number() -> None:
-    assert len(job_of(prompt_tokens="5").reports) == 100
+    assert len(job_of(prompt_tokens="5").requests) == 100
 
 
 @pytest.mark.parametrize("source", ["case", "jsonl", "csv", "workload", "trace", "synthetic"])
@@ -113,14 +119,14 @@ def test_a_limit_is_kept_by_every_source(source: str, workload: str, trace: str,
     }
     for limit, count in ((2, 2), (3, 3), (4, None)):
         job = job_of(**settings[source], limit=limit, output_tokens="5")
-        each = [job.reports, job.new_tokens, job.arrival_s, job.prompt_tokens if job.prompts is None else job.prompts]
         wanted = (4 if source == "case" else 3) if count is None else count
-        assert [len(one) for one in each] == [wanted] * 4
+        assert len(job.requests) == wanted
+        assert len({request.prompt or request.prompt_tokens for request in job.requests}) > 1
 
 
 def test_output_lengths_of_a_case_can_be_set() -> None:
     config = RunConfig(limit=50, output_tokens="uniform:2:4")
-    found = limits(prepare_job(config), config)
+    found = limits(prepare_job(config, config.seed), config)
     assert {tokens for tokens, _ in found} == {2, 3, 4}
     assert all(ignoring for _, ignoring in found)
 
@@ -139,7 +145,7 @@ def test_the_seed_fixes_arrivals_and_lengths() -> None:
     ]
     assert drawn[0] == drawn[1]
     for name in ("prompt_tokens", "new_tokens", "arrival_s"):
-        assert getattr(drawn[0], name) != getattr(drawn[2], name)
+        assert each(drawn[0], name) != each(drawn[2], name)
 
 
 def test_what_is_drawn_for_one_thing_moves_nothing_else() -> None:
@@ -147,13 +153,13 @@ def test_what_is_drawn_for_one_thing_moves_nothing_else() -> None:
     other = job_of(
         prompt_tokens="uniform:1:90", output_tokens="normal:5:2", request_rate=3.0, burstiness=0.5, requests=9
     )
-    assert one.prompt_tokens == other.prompt_tokens
+    assert each(one, "prompt_tokens") == each(other, "prompt_tokens")
     assert one.arrival_s != other.arrival_s
 
 
 def test_prompt_and_output_lengths_are_drawn_apart() -> None:
     job = job_of(prompt_tokens="uniform:1:1000", output_tokens="uniform:1:1000", requests=400)
-    assert abs(np.corrcoef(job.prompt_tokens, job.new_tokens)[0, 1]) < 0.15
+    assert abs(np.corrcoef(each(job, "prompt_tokens"), each(job, "new_tokens"))[0, 1]) < 0.15
 
 
 def test_random_prompts_suit_the_model(tiny: Callable[[str], Path]) -> None:

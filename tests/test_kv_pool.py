@@ -15,7 +15,6 @@ from splitwiser.model.kv_pool import (
     available_memory,
     block_nbytes,
     machine_memory,
-    parse_bytes,
     plan_blocks,
 )
 
@@ -180,28 +179,6 @@ def test_any_sequence_keeps_the_blocks_apart(seed: int) -> None:
 
 
 # the size
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("512MiB", 512 * 2**20), ("4GiB", 4 * 2**30), ("1KiB", 1024), ("2kb", 2000), ("3MB", 3 * 10**6),
-        ("1GB", 10**9), ("100B", 100), ("100", 100), ("1.5GiB", 3 * 2**29), ("0.5kib", 512), ("512 MiB", 512 * 2**20),
-        ("  7mib\n", 7 * 2**20),
-    ],
-)  # fmt: skip
-def test_size_in_bytes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "MiB", "lots", "0", "0GiB", "-1GiB", "4G", "4TiB", "1,5GiB", "4 GiB of it", "nan", "nanGiB", "inf",
-     "infGiB", "1e999", "0.1B", "AUTO please", "0x10"],
-)  # fmt: skip
-def test_wrong_size_shows_a_right_one(text: str) -> None:
-    message = refusal(parse_bytes, text)
-    assert_says(message, f"kv_memory '{text}' is not a size", "'auto'", "512MiB or 4GiB")
 
 
 def plan(kv_memory: str, *, max_batch: int = 8, max_positions: int | None = 100) -> int:

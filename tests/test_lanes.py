@@ -14,13 +14,11 @@ from splitwiser.engine.engine import Observer, SplitEngine
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError
 from splitwiser.model.loading import load_model
-from splitwiser.placement.layout import ONE_OF_EACH
-from splitwiser.placement.prepare import EngineSettings
-from splitwiser.placement.shares import ShareSettings
+from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.threads import start_lanes
 from splitwiser.request import Request, SamplingParams
 
-SETTINGS = EngineSettings(8, 48, 16, "4MiB", ShareSettings("none", 50.0, True), "auto")
+CONFIG = EngineConfig(mode="green", max_batch=8, prefill_tokens=48, kv_memory="4MiB", share="none")
 
 
 class WholeDevice:
@@ -60,7 +58,7 @@ class _Lane:
 @contextmanager
 def lanes(directory: Path, division: WholeDevice) -> Iterator[SplitEngine]:
     model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
-    engine = start_lanes(model, ONE_OF_EACH, SETTINGS, division).engine
+    engine = start_lanes(model, CONFIG, division).engine
     assert isinstance(engine, SplitEngine)
     try:
         yield engine

@@ -11,7 +11,7 @@ from splitwiser import constants
 
 SOURCE = constants.DIR_PROJECT / "src" / "splitwiser"
 MOST_MODULES = 20
-SHARED = {"constants", "errors", "request", "rows", "text", "yaml_file"}  # everybody may use these
+SHARED = {"constants", "errors", "options", "request", "rows", "text", "yaml_file"}  # everybody may use these
 MAY_USE = {  # a package, or a module beside them: what it may use besides
     "machine": set(),
     "workload": set(),
@@ -19,17 +19,17 @@ MAY_USE = {  # a package, or a module beside them: what it may use besides
     "engine": {"model", "machine"},
     "placement": {"engine", "model", "machine"},
     "results": {"engine", "workload", "machine"},
-    "config": {"placement", "engine", "model", "workload", "results", "options"},
-    "options": {"config"},
+    "config": {"placement", "workload", "results"},
     "llm": {"placement", "engine", "model", "workload", "machine"},
-    "job": {"config", "llm", "placement", "model", "workload"},
-    "doctor": {"config", "placement", "model", "machine", "results", "llm"},
-    "study": {"job", "llm", "config", "options", "results", "placement", "engine", "workload", "model", "machine"},
-    "run": {"job", "llm", "config", "results", "placement", "engine", "workload", "model", "machine"},
-    "cli": {"run", "study", "doctor", "job", "llm", "config", "options", "results", "model", "workload"},
+    "check": {"config", "placement", "model", "workload"},
+    "doctor": {"placement", "workload", "model", "machine", "results"},
+    "study": {"check", "llm", "config", "results", "placement", "engine", "workload", "model", "machine"},
+    "run": {"llm", "config", "results", "engine", "workload", "machine"},
+    "commands": {"run", "study", "doctor", "config", "results", "model", "workload"},
+    "cli": {"commands"},
     "run_server": {"cli"},
     "__main__": {"cli"},
-    "__init__": {"llm"},
+    "__init__": {"llm", "config", "placement"},
 }
 
 

@@ -30,8 +30,15 @@ from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.model.loading import load_model
 from splitwiser.placement import mps_daemon as mps
 from splitwiser.placement import processes as multiprocess
-from splitwiser.placement.mps_daemon import Gpu, find_problem, gpu_index, mps_daemon, running_daemon, thread_percentage
-from splitwiser.placement.shares import ShareSettings
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.mps_daemon import (
+    Gpu,
+    find_gpu_problem,
+    gpu_index,
+    mps_daemon,
+    running_daemon,
+    thread_percentage,
+)
 
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes
@@ -128,8 +135,8 @@ def test_a_run_has_a_daemon_of_its_own_that_outlasts_its_clients(
         outputs = split.generate(prompts, SamplingParams(max_tokens=12))
         assert dict(os.environ) == before
         assert len(stand_in.processes("nvidia-cuda-mps-control")) == 1
-        assert split.mps is not None
-        assert split.mps["active_thread_percentages"] == {"prefill-0": 30, "decode-0": 35, "decode-1": 35}
+        assert split.started.mps is not None
+        assert split.started.mps["active_thread_percentages"] == {"prefill-0": 30, "decode-0": 35, "decode-1": 35}
     assert [output.token_ids for output in outputs] == expected
     environment = stand_in.commands[0]["environment"]
     assert environment["CUDA_VISIBLE_DEVICES"] == GPU.uuids[0]
@@ -147,7 +154,7 @@ def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytes
     daemon = mps.MpsDaemon("private", pipes, Path("/run/logs"), 1, 1, {mps.PIPES: str(pipes)})
     spec = WorkerSpec("decode-0", "decode", 33.3)
     setup = SimpleNamespace(
-        environment=daemon.worker_environment(spec, ShareSettings("fixed", 50.0, True)), spec=spec, inbox={}, outbox={}
+        environment=daemon.worker_environment(spec, EngineConfig(mode="mps")), spec=spec, inbox={}, outbox={}
     )
     worker = multiprocessing.get_context("fork").Process(target=multiprocess._work, args=(setup,))
     worker.start()
@@ -162,8 +169,8 @@ def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytes
 )
 def test_prefill_is_a_client_below_the_others(role: Role, decode_priority: bool, priority: str) -> None:
     daemon = mps.MpsDaemon("private", Path("/run/pipes"), Path("/run/logs"), 1, 1, {})
-    shares = ShareSettings("none", 50.0, True, decode_priority)
-    assert daemon.worker_environment(WorkerSpec("worker", role, 50), shares)[mps.PRIORITY] == priority
+    config = EngineConfig(mode="mps", share="none", decode_priority=decode_priority)
+    assert daemon.worker_environment(WorkerSpec("worker", role, 50), config)[mps.PRIORITY] == priority
 
 
 @pytest.mark.parametrize(("share", "percentage"), [(100, 100), (33.3, 33), (66.7, 67), (0.4, 1)])
@@ -453,7 +460,7 @@ with mps.mps_daemon(existing=False, exclusive=True, device_index=0):
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA GPU")
 def test_without_a_gpu_the_mode_refuses_and_names_the_other(tiny: Callable[[str], Path]) -> None:
-    problem = find_problem(0)
+    problem = find_gpu_problem(0)
     assert problem is not None
     assert problem.startswith("there is no NVIDIA GPU here")
     assert refusal(LLM, tiny("opt"), mode="mps") == f"mode mps: {problem}; use mode mp"
@@ -487,12 +494,12 @@ def test_a_gpu_is_what_the_driver_says_it_is() -> None:
     ],
 )
 def test_a_problem_is_named(index: int, problem: str | None) -> None:
-    assert find_problem(index) == problem
+    assert find_gpu_problem(index) == problem
 
 
 def test_a_driver_that_fails_is_named(driver: Path) -> None:
     (driver / "libcuda.so.1").write_text("not a library")
-    assert find_problem(0) == "CUDA cannot be used: the driver's libcuda.so.1 cannot be loaded"
+    assert find_gpu_problem(0) == "CUDA cannot be used: the driver's libcuda.so.1 cannot be loaded"
 
 
 @pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:2", 2)])
@@ -551,7 +558,7 @@ def test_memory_that_arrives_does_not_initialise_cuda() -> None:
 @pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
 @pytest.mark.parametrize("workers", ["", "[{role: mixed, count: 3}]"])
 def test_tokens_on_a_gpu_are_those_of_mode_sequential(workers: str, tiny: Callable[[str], Path]) -> None:
-    problem = find_problem(0)
+    problem = find_gpu_problem(0)
     if problem:
         pytest.skip(problem)
     prompts = prompts_of(LENGTHS, seed=5)

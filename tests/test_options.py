@@ -7,21 +7,21 @@ import pytest
 from helpers import assert_says, refusal
 
 from splitwiser.config import RunConfig
-from splitwiser.options import add_run_options, given_options, parse_options, split_options, to_arguments, typed_options
+from splitwiser.options import add_options, given_options, parse_options, split_options, to_arguments, typed_options
 
 
 def test_only_what_is_given_is_found() -> None:
-    assert parse_options(["--max-batch", "8", "--no-lend"]) == {"max_batch": 8, "lend": False}
+    assert parse_options(["--max-batch", "8", "--no-lend"], RunConfig) == {"max_batch": 8, "lend": False}
 
 
 def test_with_defaults_the_options_are_a_whole_configuration() -> None:
     parser = argparse.ArgumentParser()
-    add_run_options(parser)
-    assert RunConfig(**given_options(parser.parse_args([]))) == RunConfig()
+    add_options(parser, RunConfig)
+    assert RunConfig(**given_options(parser.parse_args([]), RunConfig)) == RunConfig()
 
 
 def test_text_is_quoted_as_for_a_shell() -> None:
-    found = split_options(" --mode mp --workers '[{role: mixed, count: 2}]'")
+    found = split_options(" --mode mp --workers '[{role: mixed, count: 2}]'", RunConfig)
     assert found == {"mode": "mp", "workers": "[{role: mixed, count: 2}]"}
 
 
@@ -33,7 +33,7 @@ def test_text_is_quoted_as_for_a_shell() -> None:
     ],
 )
 def test_arguments_come_back_as_they_were(options: dict[str, Any]) -> None:
-    assert parse_options(to_arguments(options)) == options
+    assert parse_options(to_arguments(options), RunConfig) == options
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_arguments_come_back_as_they_were(options: dict[str, Any]) -> None:
     ],
 )
 def test_values_from_yaml_become_those_of_the_command_line(given: dict[str, Any], typed: dict[str, Any]) -> None:
-    found = typed_options(given)
+    found = typed_options(given, RunConfig)
     assert found == typed
     assert [type(value) for value in found.values()] == [type(value) for value in typed.values()]
 
@@ -63,7 +63,7 @@ def test_values_from_yaml_become_those_of_the_command_line(given: dict[str, Any]
     ],
 )
 def test_a_wrong_value_from_yaml_is_named(given: dict[str, Any], parts: list[str]) -> None:
-    assert_says(refusal(typed_options, given), *parts)
+    assert_says(refusal(typed_options, given, RunConfig), *parts)
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_a_wrong_value_from_yaml_is_named(given: dict[str, Any], parts: list[str
     ],
 )
 def test_wrong_text_is_named(text: str, parts: list[str]) -> None:
-    assert_says(refusal(split_options, text), *parts)
+    assert_says(refusal(split_options, text, RunConfig), *parts)

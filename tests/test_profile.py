@@ -16,9 +16,9 @@ import yaml
 from helpers import assert_says, refusal, wait_for
 from PIL import Image
 
-from splitwiser.config import ProfileConfig
 from splitwiser.machine.load import Load, Stretch
 from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
+from splitwiser.study.config import ProfileConfig
 from splitwiser.study.operations import StepCost
 from splitwiser.study.profile import (
     DECODE_COLUMNS,

@@ -4,12 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_says, refusal
 
 from splitwiser.placement.board import Board
-from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, parse_layout
-from splitwiser.placement.modes import MODES
-from splitwiser.placement.shares import WINDOW, AutoLevel, Part, ShareSettings
+from splitwiser.placement.shares import WINDOW, AutoLevel, Part
 
 UNITS = (16, 32, 64, 96)
 
@@ -93,27 +90,3 @@ def test_only_gaps_beside_prefill_count(prefill_works: bool, level: int) -> None
     for _ in range(WINDOW):
         decode.observe(0.020)
     assert words.level == level
-
-
-@pytest.mark.parametrize(
-    ("share", "target", "said"),
-    [
-        ("fair", 50.0, ["fair", "fixed", "auto", "none"]),
-        ("fixed", 0.0, ["itl_target_ms", "0"]),
-        ("auto", float("nan"), ["itl_target_ms"]),
-    ],
-)
-def test_settings_are_checked(share: str, target: float, said: list[str]) -> None:
-    assert_says(refusal(ShareSettings, share, target, True), *said)
-
-
-@pytest.mark.parametrize(
-    ("mode", "layout", "said"),
-    [
-        ("mps", ONE_OF_EACH, ["mps", "green"]),
-        ("mp", ONE_MIXED, ["mixed"]),
-        ("mp", parse_layout("[{role: prefill, share: 30}, {role: decode}]"), ["shares", "fixed"]),
-    ],
-)
-def test_auto_is_refused_where_it_cannot_be(mode: str, layout: object, said: list[str]) -> None:
-    assert_says(refusal(ShareSettings("auto", 50.0, True).check, MODES[mode], layout), *said)

@@ -172,9 +172,9 @@ def test_decode_runs_on_streams_of_a_higher_priority(decode_priority: bool, abov
 import json
 import torch
 from splitwiser.placement.green import GreenDivision
-from splitwiser.placement.layout import ONE_OF_EACH
-from splitwiser.placement.shares import ShareSettings
-division = GreenDivision(torch.device("cuda", 0), ONE_OF_EACH, ShareSettings("fixed", 50.0, True, {decode_priority}))
+from splitwiser.placement.config import EngineConfig
+config = EngineConfig(mode="green", decode_priority={decode_priority})
+division = GreenDivision(torch.device("cuda", 0), config)
 print(json.dumps([[stream.priority for stream in division.streams(name)] for name in ("prefill-0", "decode-0")]))
 """
     prefill, decode = printed(run_script(on_stand_in, script))

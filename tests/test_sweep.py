@@ -16,9 +16,9 @@ from test_cli import COMMAND, splitwiser, write_workload
 from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.errors import RunError
-from splitwiser.job import prepare_job
 from splitwiser.study.fresh_runs import Outcome
 from splitwiser.study.sweep import Point, read_sweep, sweep
+from splitwiser.workload.job import prepare_job
 
 SHIPPED = sorted((constants.DIR_CONFIGS / "sweeps").glob("*.yaml"))
 
@@ -104,7 +104,7 @@ def test_shipped_files_hold_points_that_can_be(path: Path) -> None:
     assert grid.name == path.stem
     assert grid.figure
     for point in grid.points:
-        assert prepare_job(point.config).reports
+        assert prepare_job(point.config, point.config.seed).requests
 
 
 def test_the_list_shows_the_points_and_runs_nothing(tmp_path: Path) -> None:

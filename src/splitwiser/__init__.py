@@ -1,22 +1,27 @@
 """Splitwiser: LLM inference with prefill and decode placed apart on one device, and measured."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from splitwiser.config import RunConfig
     from splitwiser.llm import LLM
+    from splitwiser.placement.config import EngineConfig
     from splitwiser.request import RequestOutput, SamplingParams
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "RequestOutput", "RunConfig", "SamplingParams"]
+
+_HOMES = {
+    "LLM": "llm",
+    "EngineConfig": "placement.config",
+    "RequestOutput": "request",
+    "RunConfig": "config",
+    "SamplingParams": "request",
+}
 
 
 def __getattr__(name: str) -> object:
     # importing torch and transformers takes seconds, which `splitwiser --help` and `splitwiser cases` need not wait for
-    if name == "LLM":
-        from splitwiser.llm import LLM
-
-        return LLM
-    if name in ("RequestOutput", "SamplingParams"):
-        from splitwiser import request
-
-        return getattr(request, name)
-    raise AttributeError(f"module 'splitwiser' has no attribute '{name}'")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'splitwiser' has no attribute '{name}'")
+    return getattr(import_module(f"splitwiser.{_HOMES[name]}"), name)

@@ -1,16 +1,34 @@
-"""The fields of :class:`~splitwiser.config.RunConfig` as options: of a parser, from text or YAML, and back to arguments."""
+"""Fields of a configuration as options: of a parser, from text or YAML, and back to command-line arguments.
+
+A configuration is a frozen dataclass whose fields are made by :func:`option`; a field made otherwise is no option.
+"""
 
 import argparse
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field
-from typing import Any, NoReturn
+from dataclasses import Field, field, fields
+from typing import Any, NoReturn, get_args
 
-from splitwiser.config import ProfileConfig, RunConfig, option_fields
 from splitwiser.errors import InputError, unknown
 
 GROUPS = ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results")
-_FIELDS = {each.name: each for each in option_fields(RunConfig)}
+
+
+def option(default: object, help_text: str, group: str = "model and placement") -> Any:  # noqa: ANN401  # as dataclasses.field
+    """A dataclass field that is also an option, listed under ``group`` of :data:`GROUPS`. What the option takes follows from
+    the field's annotation."""
+    return field(default=default, metadata={"help": help_text, "group": group})
+
+
+def option_fields(kind: type) -> dict[str, Field[Any]]:
+    """The fields of the dataclass ``kind`` that are options, by name."""
+    return {each.name: each for each in fields(kind) if each.metadata}
+
+
+def option_type(of: Field[Any]) -> type:
+    """The type of an option's values on the command line: bool, int, float or str, the first that the annotation names."""
+    named = get_args(of.type) or (of.type,)
+    return next((kind for kind in (bool, int, float) if kind in named), str)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,77 +38,67 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def add_run_options(
-    parser: argparse.ArgumentParser, names: Collection[str] = tuple(_FIELDS), *, defaults: bool = True
+def add_options(
+    parser: argparse.ArgumentParser, kind: type, names: Collection[str] | None = None, *, defaults: bool = True
 ) -> None:
-    """An option for each of the fields ``names``, in the field's group, spelt with underscores or hyphens. Without
-    ``defaults``, only those given are in the namespace."""
-    _add_options(parser, [each for each in _FIELDS.values() if each.name in names], defaults)
-
-
-def add_options(parser: argparse.ArgumentParser, kind: type[RunConfig] | type[ProfileConfig]) -> None:
-    """An option for each field of ``kind`` that is one; see :func:`add_run_options`."""
-    _add_options(parser, option_fields(kind), defaults=True)
-
-
-def _add_options(parser: argparse.ArgumentParser, chosen: Sequence[Field[Any]], defaults: bool) -> None:
+    """Add an option for each field of ``kind`` (or for those in ``names``), in the field's group, spelt with underscores or
+    hyphens. Without ``defaults``, only options that are given are in the namespace."""
+    chosen = [each for each in option_fields(kind).values() if names is None or each.name in names]
     used = {each.metadata["group"] for each in chosen}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
     for each in chosen:
         group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         default = each.default if defaults else argparse.SUPPRESS
-        help_text, option_type = each.metadata["help"], each.metadata["type"]
-        if option_type is bool:
+        help_text, taken = each.metadata["help"], option_type(each)
+        if taken is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=help_text, default=default)
         else:
-            group.add_argument(*flags, type=option_type, help=help_text, default=default, metavar=each.name.upper())
+            group.add_argument(*flags, type=taken, help=help_text, default=default, metavar=each.name.upper())
 
 
-def given_options(
-    namespace: argparse.Namespace, kind: type[RunConfig] | type[ProfileConfig] = RunConfig
-) -> dict[str, Any]:
+def given_options(namespace: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The options of ``kind`` that ``namespace`` holds."""
-    known = {each.name for each in option_fields(kind)}
-    return {name: value for name, value in vars(namespace).items() if name in known}
+    return {name: value for name, value in vars(namespace).items() if name in option_fields(kind)}
 
 
-def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """The run options among ``arguments``, all of which must be such. Raises :class:`InputError`."""
+def parse_options(arguments: Sequence[str], kind: type) -> dict[str, Any]:
+    """The options of ``kind`` among ``arguments``, all of which must be such. Raises :class:`InputError`."""
     parser = _Parser(add_help=False, allow_abbrev=False)
-    add_run_options(parser, defaults=False)
+    add_options(parser, kind, defaults=False)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
-        raise unknown("option", rest[0], [f"--{name}" for name in _FIELDS])
-    return given_options(namespace)
+        raise unknown("option", rest[0], [f"--{name}" for name in option_fields(kind)])
+    return given_options(namespace, kind)
 
 
-def split_options(text: str) -> dict[str, Any]:
-    """The run options in ``text``, quoted as for a shell. Raises :class:`InputError`."""
+def split_options(text: str, kind: type) -> dict[str, Any]:
+    """The options of ``kind`` in ``text``, quoted as for a shell. Raises :class:`InputError`."""
     try:
-        return parse_options(shlex.split(text))
+        return parse_options(shlex.split(text), kind)
     except ValueError as error:
         raise InputError(f"{error} in '{text}'") from error
 
 
-def typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` (from YAML) with each value as its field has it: what the command line makes of the same text.
+def typed_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """``options`` (from YAML) with each value as its field of ``kind`` has it: what the command line makes of the same text.
 
     A value of None leaves its option out. Raises :class:`InputError`.
     """
+    known = option_fields(kind)
     for name, value in options.items():
-        if name not in _FIELDS:
-            raise unknown("option", name, _FIELDS)
-        wants_bool = _FIELDS[name].metadata["type"] is bool
+        if name not in known:
+            raise unknown("option", name, known)
+        wants_bool = option_type(known[name]) is bool
         if value is not None and isinstance(value, bool) != wants_bool:
             raise InputError(f"option '{name}' {'must' if wants_bool else 'cannot'} be true or false; it is {value!r}")
         if isinstance(value, (list, dict)):
             raise InputError(f"option '{name}' must be one value, in quotation marks if it is a list, not {value!r}")
-    return parse_options(to_arguments(options))
+    return parse_options(to_arguments(options), kind)
 
 
 def to_arguments(options: Mapping[str, Any]) -> list[str]:
-    """``options`` as arguments of ``splitwiser run``; those that are None are left out."""
+    """``options`` as command-line arguments; those that are None are left out."""
     arguments = []
     for name, value in options.items():
         if isinstance(value, bool):
@@ -98,3 +106,22 @@ def to_arguments(options: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             arguments.append(f"--{name}={value}")
     return arguments
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """The numbers of option ``name``, such as ``64,128``, ascending and each once. Raises :class:`InputError`."""
+    numbers = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if not part.isdecimal() or int(part) < 1:
+            raise InputError(f"--{name} '{text}': '{part}' is not a whole number of 1 or more; write such as 64,128")
+        numbers.add(int(part))
+    return tuple(sorted(numbers))
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Raises :class:`InputError` unless each of ``config``'s attributes ``names``, which may be spelt as options, is 1 or
+    more, or None."""
+    for name in names:
+        given = getattr(config, name.removeprefix("--"))
+        if given is not None and given < 1:
+            raise InputError(f"{name} must be 1 or more, not {given}")

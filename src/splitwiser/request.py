@@ -1,5 +1,6 @@
 """What is asked of the engine and what it answers: sampling parameters, a request, its output and its times."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError
 
 FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[int]  # text, or token ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from splitwiser.config import RunConfig
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
-from splitwiser.job import Job, prepare_job
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
 from splitwiser.machine.load import look
@@ -21,6 +20,7 @@ from splitwiser.request import Request, RequestOutput
 from splitwiser.results.metrics import parse_goodput
 from splitwiser.results.recorder import RunRecorder, Status, make_run_directory
 from splitwiser.results.rouge import can_score
+from splitwiser.workload.job import Job, prepare_job
 
 NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip install rouge-score"
 
@@ -39,29 +39,11 @@ def run(config: RunConfig) -> RunResult:
     Raises :class:`~splitwiser.errors.InputError` before a folder is made if the input is wrong. Whatever ends the run
     later, what was finished is in the folder, and its ``run.yaml`` says how the run ended.
     """
-    job = prepare_job(config)
+    job = prepare_job(config, config.seed)
     before = look()
-    with LLM(
-        config.model,
-        mode=config.mode,
-        workers=config.workers,
-        share=config.share,
-        itl_target_ms=config.itl_target_ms,
-        lend=config.lend,
-        decode_priority=config.decode_priority,
-        mps=config.mps,
-        exclusive=config.exclusive,
-        dtype=config.dtype,
-        device=config.device_name,
-        load_format=config.load_format,
-        kv_memory=config.kv_memory,
-        max_batch=config.max_batch,
-        batch_size=config.batch_size,
-        prefill_tokens=config.prefill_tokens,
-        kernels=config.kernels,
-        seed=config.seed,
-    ) as llm:
-        scored = llm.model.load_format == "auto" and any(report.impression for report in job.reports)
+    with LLM(config=config) as llm:
+        reports = [each.report for each in job.requests]
+        scored = llm.model.load_format == "auto" and any(report.impression for report in reports)
         for note in [*llm.model.notes, *job.notes, *([NO_ROUGE] if scored and not can_score() else [])]:
             tqdm.write(f"note: {note}")
         prompts = job.make_prompts(llm.model, config.seed)
@@ -71,7 +53,7 @@ def run(config: RunConfig) -> RunResult:
             directory,
             _record(config, llm, job, requests),
             _labels(config, llm, directory.name),
-            job.reports,
+            reports,
             targets=None if config.goodput is None else parse_goodput(config.goodput),
             scored=scored and can_score(),
             before=before,
@@ -190,7 +172,7 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
             "notes": llm.model.notes,
         },
         "workers": llm.workers,
-        "mps": llm.mps,
+        "mps": llm.started.mps,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
         "division": llm.started.division,
         "kernels": llm.started.kernels,

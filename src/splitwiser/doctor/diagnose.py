@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from splitwiser.config import DoctorConfig
 from splitwiser.doctor import survey
+from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, ending_questions
 from splitwiser.errors import InputError, first_line
 from splitwiser.model.catalog import resolve_model
@@ -175,7 +175,7 @@ def _judge(mode: str, found: dict[str, Finding], refused: str | None, needs: "Ne
     if problem:
         return ModeFinding(mode, False, problem)
     notes = [needs.note if needs else ""]
-    if mode != "generate" and found["kernel"].ok is False:
+    if MODES[mode].layout is not None and found["kernel"].ok is False:
         notes.append(f"decode attention: {found['kernel'].figures.get('kernel', found['kernel'].text)}")
     if mode == "mp" and found["device"].figures["device"] == "cpu" and found["cores"].figures.get("cores") == 1:
         notes.append("prefill and decode share one core")
@@ -196,9 +196,9 @@ def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: 
                 yield f"cannot share memory between processes: {found[name].text}"
     if needs:
         yield needs.problem
-        if mode != "generate":
+        if MODES[mode].layout is not None:
             yield needs.dispatch
-        yield needs.memory.get(mode != "generate")
+        yield needs.memory_alone if MODES[mode].layout is None else needs.memory_with_pool
         yield needs.text
 
 

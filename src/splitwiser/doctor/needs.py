@@ -1,19 +1,19 @@
 """What a run of a model needs on this machine, told before a weight is made and without reaching for the hub."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser import constants
-from splitwiser.config import DoctorConfig
+from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.survey import Found, format_size
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem, find_file
 from splitwiser.model.compatibility import find_dispatch_problem
-from splitwiser.model.kv_pool import LayerShape, block_nbytes, find_memory_problem, parse_bytes, plan_blocks
+from splitwiser.model.kv_pool import LayerShape, block_nbytes, find_memory_problem, plan_blocks
 from splitwiser.model.loading import (
     has_tokenizer_files,
     load_tokenizer,
@@ -23,6 +23,7 @@ from splitwiser.model.loading import (
     weights_nbytes,
     without_memory,
 )
+from splitwiser.text import parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"
 
@@ -32,8 +33,8 @@ class Needs:
     """What a run of the model needs, as far as it is known here, and what stands in its way.
 
     ``weights``, ``pool`` (``about``: an estimate) and ``free`` are bytes. ``problem`` is in the way of every mode,
-    ``dispatch`` of all that the engine serves, ``memory`` of those without and with a pool, ``text`` of prompts that are
-    text. ``where`` the model comes from.
+    ``dispatch`` of all that the engine serves, ``memory_alone`` and ``memory_with_pool`` of those without and with a KV
+    pool, ``text`` of prompts that are text. ``where`` the model comes from.
     """
 
     weights: int | None = None
@@ -43,7 +44,8 @@ class Needs:
     problem: str | None = None
     dispatch: str | None = None
     text: str | None = None
-    memory: dict[bool, str | None] = field(default_factory=dict)
+    memory_alone: str | None = None
+    memory_with_pool: str | None = None
     where: str = ""
 
     @property
@@ -64,7 +66,11 @@ class Needs:
         text = f"weights {format_size(self.weights)}"
         if self.pool is not None:
             text += f", KV pool {'about ' if self.about else ''}{format_size(self.pool)}"
-        return not any(self.memory.values()), f"{text}, of {format_size(self.free)} available", figures
+        return (
+            not (self.memory_alone or self.memory_with_pool),
+            f"{text}, of {format_size(self.free)} available",
+            figures,
+        )
 
 
 def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachable: str | None) -> Needs:
@@ -125,10 +131,9 @@ def _is_here(entry: CatalogEntry, names: Sequence[str]) -> bool:
 
 def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: torch.device, free: int) -> Needs:
     weights, dtype = weights_nbytes(module), module.dtype
-    memory = {
-        pooled: find_memory_problem(name, weights, dtype, config.kv_memory if pooled else "auto", free, device)
-        for pooled in (False, True)
-    }
+    alone, with_pool = (
+        find_memory_problem(name, weights, dtype, kv_memory, free, device) for kv_memory in ("auto", config.kv_memory)
+    )
     pool = None
     if config.kv_memory != "auto":
         pool = parse_bytes(config.kv_memory)
@@ -136,7 +141,8 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
         tokens, positions = constants.BLOCK_TOKENS, max_positions(module.config)
         blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, positions, free - weights)
         pool = blocks * block_nbytes(layers, tokens, dtype)
-    return Needs(weights, pool, config.kv_memory == "auto", free, memory=memory)
+    about = config.kv_memory == "auto"
+    return Needs(weights, pool, about, free, memory_alone=alone, memory_with_pool=with_pool)
 
 
 def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:

@@ -13,6 +13,7 @@ from splitwiser.errors import InputError
 from splitwiser.machine import cgroup
 from splitwiser.machine.process import use_huge_pages
 from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.text import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -219,21 +220,3 @@ def machine_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``512MiB`` or ``4GiB``. Raises :class:`InputError`."""
-    folded = text.strip().lower()
-    unit = next((unit for unit in _UNITS if folded.endswith(unit)), "")
-    try:
-        size = int(float(folded[: len(folded) - len(unit)]) * _UNITS[unit or "b"])
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise InputError(
-            f"kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
-        )
-    return size

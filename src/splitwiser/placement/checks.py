@@ -4,36 +4,39 @@ import os
 
 import torch
 
-from splitwiser.errors import first_line
-from splitwiser.machine.device import resolve_device
+from splitwiser.errors import InputError, first_line
 from splitwiser.machine.process import find_children_problem
 from splitwiser.machine.shared_memory import SharedMemory
-from splitwiser.placement import green_contexts
-from splitwiser.placement import mps_daemon as mps
-from splitwiser.placement.modes import MODES
+from splitwiser.placement.modes import find_mode
+from splitwiser.placement.start import module_of
 
 
 def find_mode_problem(mode: str, device: str) -> str | None:
-    """Why ``mode`` does not work on ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``) of this machine, or None.
+    """Return why ``mode`` does not work on ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``) of this machine, or None.
 
     Does not initialise CUDA for mode ``mps``. Raises :class:`~splitwiser.errors.InputError` on another form of device.
     """
-    if MODES[mode].needs_gpu and device == "cpu":
+    chosen = find_mode(mode)
+    if chosen.needs_gpu and device == "cpu":
         return "needs an NVIDIA GPU, and the device is cpu"
-    if MODES[mode].shares_memory:
+    if chosen.shares_memory:
         if problem := find_children_problem():
             return problem
         if problem := find_memfd_problem():
             return f"cannot share memory between processes: {problem}"
-    if mode == "mps":
-        return mps.find_problem(mps.gpu_index(device))
-    if mode == "green":
-        return green_contexts.find_problem(resolve_device(device))
-    return None
+    return module_of(chosen).find_problem(device)
+
+
+def refuse_mode_here(mode: str, device: str) -> None:
+    """Refuse a mode that this machine cannot run, with the reason and the mode to use instead. Raises
+    :class:`InputError`."""
+    if problem := find_mode_problem(mode, device):
+        raise InputError(f"mode {mode}: {problem}; use mode {'sequential' if mode == 'mp' else 'mp'}")
 
 
 def find_memfd_problem() -> str | None:
-    """Why this process cannot make anonymous files, in which processes share memory; a sandbox may forbid the call."""
+    """Return why this process cannot make anonymous files, in which processes share memory, or None; a sandbox may forbid
+    the call."""
     try:
         SharedMemory(1, torch.device("cpu")).close()
     except OSError as error:

@@ -1,17 +1,18 @@
 """Mode ``green``: two lanes in one process, each on a stream in a CUDA green context that owns part of the device's SMs."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 
-from splitwiser.errors import InputError
-from splitwiser.model.loading import LoadedModel
+from splitwiser.machine.device import resolve_device
+from splitwiser.placement import green_contexts
 from splitwiser.placement.board import Board
+from splitwiser.placement.checks import refuse_mode_here
+from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.green_contexts import count_multiprocessors, cut_device
-from splitwiser.placement.layout import WorkerLayout
-from splitwiser.placement.prepare import EngineSettings, Started
-from splitwiser.placement.shares import AutoLevel, Part, ShareSettings
+from splitwiser.placement.prepare import Started, load
+from splitwiser.placement.shares import AutoLevel, Part
 from splitwiser.placement.threads import start_lanes
 
 AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses
@@ -19,15 +20,16 @@ AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which 
 PREFILL, DECODE = 0, 1  # the lanes' places on the board
 
 
-def start_green(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
-    """An engine over one prefill and one decode lane in green contexts."""
-    return start_lanes(model, layout, settings, GreenDivision(model.device, layout, settings.shares))
+def find_problem(device: str) -> str | None:
+    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`."""
+    return green_contexts.find_problem(resolve_device(device))
 
 
-def check_layout(layout: WorkerLayout) -> None:
-    """Refuse a layout other than one prefill and one decode worker. Raises :class:`InputError`."""
-    if sorted(spec.role for spec in layout.workers) != ["decode", "prefill"]:
-        raise InputError(f"mode green has one prefill and one decode worker, not {layout}; use mode mp for others")
+def start(config: EngineConfig, _: ExitStack) -> Started:
+    """See :meth:`splitwiser.placement.start.ModeModule.start`: one prefill and one decode lane in green contexts."""
+    refuse_mode_here(config.mode, config.device_name)
+    model = load(config)
+    return start_lanes(model, config, GreenDivision(model.device, config))
 
 
 class GreenDivision:
@@ -36,12 +38,12 @@ class GreenDivision:
     With share ``none`` both lanes use the whole device through plain streams, and the device's own scheduling decides.
     """
 
-    def __init__(self, device: torch.device, layout: WorkerLayout, shares: ShareSettings) -> None:
-        names = {spec.role: spec.name for spec in layout.workers}
+    def __init__(self, device: torch.device, config: EngineConfig) -> None:
+        names = {spec.role: spec.name for spec in config.specs}
         self._index = {names["prefill"]: PREFILL, names["decode"]: DECODE}
         _, highest = torch.cuda.Stream(device).priority_range()
-        priorities = (0, highest if shares.decode_priority else 0)
-        wanted = plan_prefill_sms(count_multiprocessors(device), layout, shares)
+        priorities = (0, highest if config.decode_priority else 0)
+        wanted = plan_prefill_sms(count_multiprocessors(device), config)
         cuts = _distinct([_cut(device, sms, priorities) for sms in wanted])
         self._whole = [torch.cuda.Stream(device, priority=priority) for priority in priorities]
         self._streams = [streams for _, streams in cuts]
@@ -49,10 +51,10 @@ class GreenDivision:
         board = Board.over(torch.zeros(Board.nbytes(2), dtype=torch.uint8))
         board.level = len(cuts) // 2
         auto = None
-        if shares.share == "auto":
+        if config.share == "auto":
             units = [granted[DECODE] for granted, _ in cuts]
-            auto = AutoLevel(units, board.level, shares.itl_target_ms / 1e3)
-        self._parts = [Part(board, PREFILL, shares.lend), Part(board, DECODE, shares.lend, auto, [PREFILL])]
+            auto = AutoLevel(units, board.level, config.itl_target_ms / 1e3)
+        self._parts = [Part(board, PREFILL, config.lend), Part(board, DECODE, config.lend, auto, [PREFILL])]
 
     def streams(self, worker: str) -> Sequence[torch.cuda.Stream]:
         """See :class:`splitwiser.placement.threads.Division`."""
@@ -88,12 +90,13 @@ class GreenLane:
         self._part.leave()
 
 
-def plan_prefill_sms(total: int, layout: WorkerLayout, shares: ShareSettings) -> list[int]:
-    """Multiprocessors to ask for prefill at each level, of ``total``: the most first, since decode then has the least."""
-    if shares.share == "none":
+def plan_prefill_sms(total: int, config: EngineConfig) -> list[int]:
+    """Return the multiprocessors to ask for prefill at each level, of ``total``: the most first, since decode then has the
+    least."""
+    if config.share == "none":
         return []
-    (prefill,) = (spec.share for spec in layout.workers if spec.role == "prefill")
-    percentages = AUTO_PREFILL_PERCENT if shares.share == "auto" else (prefill,)
+    (prefill,) = (spec.share for spec in config.specs if spec.role == "prefill")
+    percentages = AUTO_PREFILL_PERCENT if config.share == "auto" else (prefill,)
     return [min(max(1, round(total * percent / 100)), total - 1) for percent in percentages]
 
 

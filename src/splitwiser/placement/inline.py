@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import ClassVar
 
 from splitwiser.engine.cuda_graphs import capture_graphs
@@ -12,9 +13,8 @@ from splitwiser.engine.steps import ModelStepper, warm_up_prefill
 from splitwiser.engine.worker import Worker, build_worker
 from splitwiser.errors import RunError
 from splitwiser.machine.fair_share import OwnThreads
-from splitwiser.model.loading import LoadedModel
-from splitwiser.placement.layout import WorkerLayout
-from splitwiser.placement.prepare import EngineSettings, Started, make_pool, prepare
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.prepare import Started, load, make_pool, prepare, scheduling_of
 from splitwiser.request import Request
 
 
@@ -67,21 +67,21 @@ class LocalPlacement:
         self._lane.leave()
 
 
-def start_local(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings) -> Started:
-    """An engine with the one ``mixed`` worker of ``layout`` over the whole device and the whole pool."""
-    prepared = prepare(model, settings)
-    blocks = prepared.blocks
-    pool = make_pool(model, prepared, settings)
-    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch)
-    warm_up_prefill(model, pool, settings.prefill_tokens)
+def find_problem(_: str) -> str | None:
+    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`; a thread of its own any process has."""
+    return None
+
+
+def start(config: EngineConfig, _: ExitStack) -> Started:
+    """See :meth:`splitwiser.placement.start.ModeModule.start`: one worker over the whole device and the whole pool."""
+    model = load(config)
+    prepared = prepare(model, config)
+    pool = make_pool(model, prepared)
+    graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
+    warm_up_prefill(model, pool, config.prefill_tokens)
     transport = LocalTransport()
     stepper = ModelStepper(model, pool, graphs)
-    worker = build_worker(layout.workers, 0, transport, stepper, range(blocks), settings.scheduling)
-    return Started(
-        SplitEngine(
-            model, LocalPlacement(worker, transport, model.device.type == "cpu"), blocks * settings.block_tokens
-        ),
-        pool,
-        {**prepared.described, "decode_graphs": graphs_described},
-        [],
-    )
+    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduling_of(config))
+    placement = LocalPlacement(worker, transport, model.device.type == "cpu")
+    engine = SplitEngine(model, placement, pool.blocks * pool.block_tokens)
+    return Started(model, engine, pool, {**prepared.described, "decode_graphs": graphs_described}, [])

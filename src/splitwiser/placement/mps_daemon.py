@@ -37,7 +37,7 @@ import torch
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.errors import InputError, RunError, first_line
 from splitwiser.machine.process import environment, find_children_problem, start_ticks, uninterrupted
-from splitwiser.placement.shares import ShareSettings
+from splitwiser.placement.config import EngineConfig
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
@@ -95,12 +95,12 @@ class MpsDaemon:
     started: int | None
     environment: dict[str, str]
 
-    def worker_environment(self, spec: WorkerSpec, shares: ShareSettings) -> dict[str, str]:
+    def worker_environment(self, spec: WorkerSpec, config: EngineConfig) -> dict[str, str]:
         """What makes the worker of ``spec`` a client with its share, or, with share none, with the whole device."""
-        below = shares.decode_priority and spec.role == "prefill"
+        below = config.decode_priority and spec.role == "prefill"
         return {
             **self.environment,
-            PERCENTAGE: str(thread_percentage(spec, shares.share)),
+            PERCENTAGE: str(thread_percentage(spec, config.share)),
             PRIORITY: str(BELOW_NORMAL if below else NORMAL),
         }
 
@@ -148,7 +148,7 @@ def gpu_index(device: str) -> int:
     return int(named[1] or 0)
 
 
-def find_problem(device_index: int) -> str | None:
+def find_gpu_problem(device_index: int) -> str | None:
     """Why mode ``mps`` cannot run on GPU ``device_index`` of this machine, in one line; None if nothing speaks against it.
     Does not initialise CUDA in this process."""
     found = inspect_gpu(device_index)

@@ -1,10 +1,13 @@
-"""What every engine over the KV pool needs before its workers: the model attached, its pool planned, kernels chosen."""
+"""What every mode needs before its workers: the model loaded and, over a KV pool, attached, its pool planned, kernels
+chosen."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from splitwiser import constants
 from splitwiser.engine.engine import Engine
 from splitwiser.engine.worker import Scheduling
 from splitwiser.machine.process import keep_freed_memory
@@ -14,38 +17,23 @@ from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import PoolKernels
 from splitwiser.model.kv_pool import KVPool, LayerShape, plan_blocks
-from splitwiser.model.loading import LoadedModel
-from splitwiser.placement.shares import ShareSettings
+from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.placement.config import EngineConfig, ModelConfig
 
 _COMPUTED_BY = {"decode": "decode_attention", "packed": "prefill_attention"}  # what a run's record calls it
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """What every engine over the KV pool is set up with; see :class:`splitwiser.llm.LLM` for the meanings."""
-
-    max_batch: int
-    prefill_tokens: int
-    block_tokens: int
-    kv_memory: str
-    shares: ShareSettings
-    kernels: str
-
-    @property
-    def scheduling(self) -> Scheduling:
-        """What of it the workers schedule by."""
-        return Scheduling(self.max_batch, self.prefill_tokens, self.block_tokens)
-
-
-@dataclass(frozen=True)
 class Started:
-    """A running engine and what a run's record says of it: the pool, which kernels serve, and, by level of the division
-    of compute, how many units (cores, multiprocessors) each worker has."""
+    """A model with a running engine, and what a run's record says of it: the pool, which kernels serve, by level of the
+    division of compute how many units (cores, multiprocessors) each worker has, and the MPS daemon of mode ``mps``."""
 
+    model: LoadedModel
     engine: Engine | None  # None: it was closed
     pool: KVPool | None
     kernels: dict[str, str]
     division: list[dict[str, int]]
+    mps: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,22 +49,40 @@ class Prepared:
     described: dict[str, str]
 
 
-def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
+def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
+    """Load ``config``'s model, onto ``device`` instead of its own if given. Raises as
+    :func:`splitwiser.model.loading.load_model`."""
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        device=device or config.device_name,
+        load_format=config.load_format,
+        seed=config.seed,
+        kv_memory=config.kv_memory,
+    )
+
+
+def scheduling_of(config: EngineConfig) -> Scheduling:
+    """Return what of ``config`` the workers schedule by."""
+    return Scheduling(config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS)
+
+
+def prepare(model: LoadedModel, config: EngineConfig) -> Prepared:
     """Attach the engine to ``model`` and plan. Raises as :func:`splitwiser.model.compatibility.attach_engine`,
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels` do."""
-    unpacked = _why_not_packed(model, settings.kernels)
+    unpacked = _why_not_packed(model, config.kernels)
     layers = attach_engine(model, pack=unpacked is None)
-    kernels, attention = load_kernels(settings.kernels, model.device, model.dtype, layers)
-    refused = try_kernels(model, layers, kernels, settings.block_tokens) if model.device.type == "cuda" else {}
+    kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
+    refused = try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if model.device.type == "cuda" else {}
     kernels = replace(kernels, **dict.fromkeys(refused))
     attention |= {_COMPUTED_BY[name]: f"PyTorch's ({name} kernel: {reason})" for name, reason in refused.items()}
     blocks = plan_blocks(
         layers,
-        settings.kv_memory,
-        settings.block_tokens,
+        config.kv_memory,
+        constants.BLOCK_TOKENS,
         model.dtype,
         model.device,
-        settings.max_batch,
+        config.max_batch,
         model.max_positions,
     )
     if model.device.type == "cpu":
@@ -89,10 +95,10 @@ def prepare(model: LoadedModel, settings: EngineSettings) -> Prepared:
     return Prepared(layers, blocks, kernels, tuple(refused), described)
 
 
-def make_pool(model: LoadedModel, prepared: Prepared, settings: EngineSettings, memory: Tensor | None = None) -> KVPool:
-    """The pool that was planned, in ``memory`` or in its own."""
+def make_pool(model: LoadedModel, prepared: Prepared, memory: Tensor | None = None) -> KVPool:
+    """Make the pool that was planned, in ``memory`` or in its own."""
     pool = KVPool(
-        prepared.layers, prepared.blocks, settings.block_tokens, model.dtype, model.device, memory, prepared.kernels
+        prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
     if memory is None:  # the workers that share it take their own parts
         pool.take_first(range(prepared.blocks))

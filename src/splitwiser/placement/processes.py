@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch.multiprocessing
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from splitwiser import constants
 from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Failed, Message, Progress, Ready, Stop, Submit, WorkerSpec
@@ -34,11 +35,12 @@ from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kv_pool import KVPool, LayerShape, block_nbytes
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.board import Board
+from splitwiser.placement.checks import refuse_mode_here
+from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import Threads, plan_cores, plan_levels
-from splitwiser.placement.layout import WorkerLayout
 from splitwiser.placement.mailbox import LOOK_S, Mailbox, MailPlacement, MailTransport, Pipe
 from splitwiser.placement.mps_daemon import MpsDaemon
-from splitwiser.placement.prepare import EngineSettings, Started, make_pool, prepare
+from splitwiser.placement.prepare import Started, load, make_pool, prepare, scheduling_of
 from splitwiser.placement.shares import AutoLevel, Part
 from splitwiser.request import Request
 
@@ -78,7 +80,7 @@ class _Setup:
     blocks: int
     own_blocks: range
     board: SharedMemory
-    settings: EngineSettings
+    config: EngineConfig
     cores: tuple[int, ...]
     thread_levels: list[list[int]]
     environment: dict[str, str]
@@ -114,8 +116,8 @@ def _work(setup: _Setup) -> None:
 def _serve(setup: _Setup, transport: MailTransport) -> None:
     board = Board.over(setup.board.tensor)
     threading.Thread(target=_beat, args=(board, setup.index), name="heartbeat", daemon=True).start()
-    shares = setup.settings.shares
-    if shares.share == "fixed" and not shares.lend:
+    config = setup.config
+    if config.share == "fixed" and not config.lend:
         os.sched_setaffinity(0, plan_cores(setup.workers, setup.cores)[setup.index])  # this thread and those it makes
     part = _part(setup, board)
     threads = Threads(part, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
@@ -126,21 +128,21 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
     module = setup.module.open()
     assert isinstance(module, PreTrainedModel)
     model = replace(setup.model, module=module)
-    kernels, _ = load_kernels(setup.settings.kernels, model.device, model.dtype, setup.layers)
+    kernels, _ = load_kernels(config.kernels, model.device, model.dtype, setup.layers)
     kernels = replace(kernels, **dict.fromkeys(setup.refused_kernels))
     pool = KVPool(
-        setup.layers, setup.blocks, setup.settings.block_tokens, model.dtype, model.device, setup.pool.tensor, kernels
+        setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
     pool.take_first(setup.own_blocks)
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
-        graphs, graphs_described = capture_graphs(model, pool, setup.settings.max_batch)
+        graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
     if spec.role != "decode":
-        warm_up_prefill(model, pool, setup.settings.prefill_tokens)
+        warm_up_prefill(model, pool, config.prefill_tokens)
     stepper = ModelStepper(model, pool, graphs)
     worker = build_worker(
-        setup.workers, setup.index, transport, stepper, setup.own_blocks, setup.settings.scheduling, part.observe
+        setup.workers, setup.index, transport, stepper, setup.own_blocks, scheduling_of(config), part.observe
     )
     threads.before_step()
     transport.send(PARENT, Ready(spec.name, graphs_described))
@@ -149,15 +151,15 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
 
 def _part(setup: _Setup, board: Board) -> Part:
     """The worker's part of the device; the first decode worker moves the level, if it moves."""
-    shares = setup.settings.shares
+    config = setup.config
     names = [worker.role for worker in setup.workers]
     auto = None
-    if shares.share == "auto" and setup.index == names.index("decode"):
+    if config.share == "auto" and setup.index == names.index("decode"):
         units = [sum(threads for threads, role in zip(level, names, strict=True) if role == "decode")
                  for level in setup.thread_levels]  # fmt: skip
-        auto = AutoLevel(units, board.level, shares.itl_target_ms / 1e3)
+        auto = AutoLevel(units, board.level, config.itl_target_ms / 1e3)
     prefill = [number for number, role in enumerate(names) if role == "prefill"]
-    return Part(board, setup.index, shares.lend, auto, prefill)
+    return Part(board, setup.index, config.lend, auto, prefill)
 
 
 def _beat(board: Board, index: int) -> None:
@@ -182,7 +184,7 @@ class ProcessPlacement(MailPlacement):
         self._shared = [*setups[0].module.memories, setups[0].pool]
         self.graphs = ""  # what the workers that decode say of their CUDA graphs
         blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
-        self._router = MostRoom(blocks, setups[0].settings.block_tokens)
+        self._router = MostRoom(blocks, constants.BLOCK_TOKENS)
         with _main_left_alone():
             self._processes = [
                 _context.Process(target=_work, args=(setup,), name=setup.spec.name, daemon=True) for setup in setups
@@ -294,28 +296,40 @@ def _process_state(pid: int | None) -> str:
     return next(line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State"))
 
 
-def start_processes(
-    model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, daemon: MpsDaemon | None = None
-) -> Started:
-    """An engine over worker processes, one for each of ``layout``; every decode or mixed worker owns an equal part of the
-    pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
-    if model.device.type == "cuda" and settings.shares.share == "auto":
+def find_problem(_: str) -> str | None:
+    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`; what processes need is asked of all modes that share
+    memory."""
+    return None
+
+
+def start(config: EngineConfig, _: ExitStack) -> Started:
+    """See :meth:`splitwiser.placement.start.ModeModule.start`."""
+    refuse_mode_here(config.mode, config.device_name)
+    return start_workers(config, config.device_name)
+
+
+def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = None) -> Started:
+    """Load the model onto ``device`` and start an engine over worker processes; every decode or mixed worker owns an equal
+    part of the pool's blocks. With a ``daemon``, each is its client, with its share. Returns when all are ready."""
+    warm_up_start()
+    model = load(config, device)
+    if model.device.type == "cuda" and config.share == "auto":
         raise InputError("share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
-    prepared = prepare(model, settings)
+    prepared = prepare(model, config)
     layers, blocks = prepared.layers, prepared.blocks
-    specs = layout.workers
+    specs = config.specs
     owners = [number for number, spec in enumerate(specs) if spec.role != "prefill"]
-    block_tokens = settings.block_tokens
+    block_tokens = constants.BLOCK_TOKENS
     part = blocks // len(owners)
     if not part:
         raise InputError(
-            f"kv_memory '{settings.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
+            f"kv_memory '{config.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
         )
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
     board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    thread_levels = plan_levels(specs, len(cores), settings.shares.share)
+    thread_levels = plan_levels(specs, len(cores), config.share)
     Board.over(board.tensor).level = len(thread_levels) // 2
     inboxes, outboxes, parent_ends = _pipes([spec.name for spec in specs])
     setups = [
@@ -332,10 +346,10 @@ def start_processes(
             if number in owners
             else range(0),
             board=board,
-            settings=settings,
+            config=config,
             cores=cores,
             thread_levels=thread_levels,
-            environment=daemon.worker_environment(spec, settings.shares) if daemon else {},
+            environment=daemon.worker_environment(spec, config) if daemon else {},
             inbox=inboxes[spec.name],
             outbox=outboxes[spec.name],
         )
@@ -350,8 +364,9 @@ def start_processes(
     finally:
         for memory in (*module.memories, pool_memory, board):
             memory.close()
-    pool = make_pool(model, prepared, settings, pool_memory.tensor)
+    pool = make_pool(model, prepared, pool_memory.tensor)
     return Started(
+        model,
         SplitEngine(model, placement, part * block_tokens),
         pool,
         {**prepared.described, "decode_graphs": placement.graphs},

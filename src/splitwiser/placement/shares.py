@@ -7,54 +7,11 @@ are numbered by *level*, from the least for decode to the most.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from splitwiser.errors import InputError, unknown
 from splitwiser.placement.board import Board
-from splitwiser.placement.layout import WorkerLayout
-from splitwiser.placement.modes import MODES, Mode
-
-SHARES = ("fixed", "auto", "none")
 
 WINDOW = 4  # gaps between tokens that a change of level is judged by
 COMFORT = 0.9  # decode gives units away only if it then keeps this part of its target, as far as can be told
-
-
-@dataclass(frozen=True)
-class ShareSettings:
-    """How compute is divided: ``fixed`` by the layout's shares, ``auto`` so that decode just keeps ``itl_target_ms`` and
-    prefill has the rest, ``none`` not at all. With ``lend``, a worker without work leaves its part to the others. With
-    ``decode_priority``, a GPU's own scheduler takes decode's kernels before prefill's where both wait.
-
-    Raises :class:`InputError`.
-    """
-
-    share: str
-    itl_target_ms: float
-    lend: bool
-    decode_priority: bool = True
-
-    def __post_init__(self) -> None:
-        if self.share not in SHARES:
-            raise unknown("share", self.share, SHARES)
-        if not 0 < self.itl_target_ms < float("inf"):
-            raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
-
-    def check(self, mode: Mode, layout: WorkerLayout) -> None:
-        """Refuse what ``mode`` or ``layout`` cannot have. Raises :class:`InputError`."""
-        if self.share != "auto":
-            return
-        if not mode.moves_shares:
-            can = " or ".join(each.name for each in MODES.values() if each.moves_shares)
-            raise InputError(
-                f"share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}"
-            )
-        if any(group.role == "mixed" for group in layout.groups):
-            raise InputError("share auto divides between prefill and decode workers, and mixed ones are both")
-        if any(group.share is not None for group in layout.groups):
-            raise InputError(
-                "share auto chooses the shares itself; leave them out of the workers, or use --share fixed"
-            )
 
 
 class AutoLevel:

@@ -13,9 +13,9 @@ from splitwiser.engine.messages import Failed, Stop, Submit
 from splitwiser.engine.steps import ModelStepper, warm_up_prefill
 from splitwiser.engine.worker import PARENT, Lane, Worker, build_worker, serve
 from splitwiser.model.loading import LoadedModel
-from splitwiser.placement.layout import WorkerLayout
+from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.mailbox import Letterbox, MailPlacement, MailTransport
-from splitwiser.placement.prepare import EngineSettings, Started, make_pool, prepare
+from splitwiser.placement.prepare import Started, make_pool, prepare, scheduling_of
 from splitwiser.request import Request
 
 STOP_S = 30.0  # longest that a lane may take to end: the step it is in
@@ -71,21 +71,20 @@ class Division(Protocol):
         ...
 
 
-def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettings, division: Division) -> Started:
-    """An engine over one prefill and one decode lane on the parts that ``division`` gives them."""
-    specs = sorted(layout.workers, key=lambda spec: spec.role != "prefill")
+def start_lanes(model: LoadedModel, config: EngineConfig, division: Division) -> Started:
+    """Start an engine over one prefill and one decode lane on the parts that ``division`` gives them."""
+    specs = sorted(config.specs, key=lambda spec: spec.role != "prefill")
     prefill, decode = specs
-    prepared = prepare(model, settings)
-    blocks = prepared.blocks
-    pool = make_pool(model, prepared, settings)
-    graphs, graphs_described = capture_graphs(model, pool, settings.max_batch, division.streams(decode.name))
-    warm_up_prefill(model, pool, settings.prefill_tokens, division.streams(prefill.name))
+    prepared = prepare(model, config)
+    pool = make_pool(model, prepared)
+    graphs, graphs_described = capture_graphs(model, pool, config.max_batch, division.streams(decode.name))
+    warm_up_prefill(model, pool, config.prefill_tokens, division.streams(prefill.name))
     boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
     transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in specs}
     stepper = ModelStepper(model, pool, graphs)
     workers = [
         build_worker(
-            specs, number, transports[spec.name], stepper, range(blocks), settings.scheduling, division.observe
+            specs, number, transports[spec.name], stepper, range(pool.blocks), scheduling_of(config), division.observe
         )
         for number, spec in enumerate(specs)
     ]
@@ -95,7 +94,8 @@ def start_lanes(model: LoadedModel, layout: WorkerLayout, settings: EngineSettin
         [(worker, transports[worker.name], division.lane(worker.name)) for worker in workers], boxes
     )
     return Started(
-        SplitEngine(model, placement, blocks * settings.block_tokens),
+        model,
+        SplitEngine(model, placement, pool.blocks * pool.block_tokens),
         pool,
         {**prepared.described, "decode_graphs": graphs_described},
         division.units,

@@ -21,14 +21,12 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from splitwiser.config import AdviseConfig, option_fields
-from splitwiser.engine.engine import check_fits
 from splitwiser.errors import InputError, RunError
-from splitwiser.job import prepare_job
-from splitwiser.llm import token_ids
+from splitwiser.llm import make_requests
 from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
 from splitwiser.machine.device import resolve_device
 from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.options import option_fields
 from splitwiser.request import Request
 from splitwiser.results.metrics import parse_goodput, throughput_figures
 from splitwiser.results.recorder import Status, make_directory, replace
@@ -42,6 +40,7 @@ from splitwiser.study.candidates import (
     read_basis,
     short_profile,
 )
+from splitwiser.study.config import AdviseConfig
 from splitwiser.study.fresh_runs import RoundsBar, run_once
 from splitwiser.study.profile import Bench
 from splitwiser.study.recommend import (
@@ -55,6 +54,7 @@ from splitwiser.study.recommend import (
     run_options,
 )
 from splitwiser.study.simulate import Machine, Schedule, simulate
+from splitwiser.workload.job import prepare_job
 
 PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
 CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id", "machine_busy")
@@ -68,7 +68,7 @@ def advise(config: AdviseConfig) -> Advice:
     shell = load_model(
         config.model, dtype=config.dtype, device="cpu", load_format=config.load_format, seed=config.seed, weights=False
     )
-    requests = make_requests(config, shell)
+    requests = planned_requests(config, shell)
     basis = read_basis(Path(config.profile), shell) if config.profile is not None else None
     bench = Bench(short_profile(config, requests)) if basis is None else None
     directory = make_directory(Path(config.results), f"advise_{shell.name}")
@@ -98,15 +98,12 @@ def advise(config: AdviseConfig) -> Advice:
     return advice
 
 
-def make_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
-    """The workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can serve."""
-    job = prepare_job(config)
-    requests = []
-    given = zip(job.make_prompts(shell, config.seed), job.sampling_params(config), job.arrival_s, strict=True)
-    for number, (prompt, params, arrival_s) in enumerate(given):
-        requests.append(Request(number, token_ids(shell, number, prompt), params, seed=number, arrival_s=arrival_s))
-        check_fits(requests[-1], shell, None)
-    return requests
+def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
+    """Return the workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can
+    serve."""
+    job = prepare_job(config, config.seed)
+    prompts = job.make_prompts(shell, config.seed)
+    return make_requests(shell, prompts, job.sampling_params(config), job.arrival_s, config.seed)
 
 
 def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, directory: Path) -> pd.DataFrame:
@@ -193,7 +190,7 @@ class _Record:
         self._content: dict[str, Any] = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": git_commit(),
-            "configuration": {each.name: getattr(config, each.name) for each in option_fields(AdviseConfig)},
+            "configuration": {name: getattr(config, name) for name in option_fields(AdviseConfig)},
             "requests": {
                 "count": len(requests),
                 "prompt_tokens": {"least": min(lengths), "median": median(lengths), "greatest": max(lengths)},

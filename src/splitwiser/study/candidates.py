@@ -12,20 +12,22 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from splitwiser.config import AdviseConfig, ProfileConfig
 from splitwiser.errors import InputError
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine
 from splitwiser.machine.device import release_memory, resolve_device
 from splitwiser.machine.load import MachineLoad, Stretch
 from splitwiser.model.loading import LoadedModel
+from splitwiser.options import option_fields
 from splitwiser.placement.checks import find_mode_problem
+from splitwiser.placement.config import EngineConfig, ModelConfig
 from splitwiser.placement.cores import plan_threads
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES
 from splitwiser.request import Request, SamplingParams
 from splitwiser.rows import add_row, start_rows
 from splitwiser.study.calibrate import Recording, conditions_of, size_steps
+from splitwiser.study.config import AdviseConfig, ProfileConfig
 from splitwiser.study.simulate import Conditions
 from splitwiser.study.step_times import StepCosts, fit_costs
 
@@ -36,8 +38,6 @@ PLACEMENT_COLUMNS = (
 )  # fmt: skip
 BUDGETS = (256, 512, 1024)  # prefill tokens a step that are predicted beside the one asked for
 
-# options that a profile and a run have in common
-_SHARED_OPTIONS = ("dtype", "device", "gpu_id", "load_format", "kv_memory", "kernels", "seed")
 _SHARES = (25, 50, 75)  # of prefill; decode gets the rest
 _SAMPLE = 16  # requests of a calibrating run
 _SAMPLE_TOKENS = 64  # most new tokens of each, where all that is learnt from more is the same again
@@ -105,7 +105,7 @@ def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileC
         return ",".join(map(str, sorted(numbers)))
 
     return ProfileConfig(
-        model=config.model,
+        **{name: getattr(config, name) for name in option_fields(ModelConfig)},
         prompt_lengths=text({max(1, lengths[0] // 2), lengths[0], lengths[len(lengths) // 2], lengths[-1]}),
         prompts="4,16",
         starts=str(min(BUDGETS)),
@@ -113,8 +113,6 @@ def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileC
         contexts=text({max(2, lengths[0] + 1), max(2, longest)}),
         threads=text(threads),
         repeats=3,
-        prefill_tokens=config.prefill_tokens,
-        **{name: getattr(config, name) for name in _SHARED_OPTIONS},
     )
 
 
@@ -178,20 +176,10 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
     """Run ``sample``, all at once; with the blocks of the pool."""
     release_memory()
     total = sum(len(request.prompt_token_ids) for request in sample)
-    with LLM(
-        config.model,
-        mode=mode,
-        workers=workers,
-        # several prefill steps, so that most of them run beside decode steps
-        prefill_tokens=min(config.prefill_tokens, max(64, total // 8)),
-        device=config.device_name,
-        **{name: getattr(config, name) for name in _SHARED_OPTIONS if name not in ("device", "gpu_id")},
-        lend=config.lend,
-        decode_priority=config.decode_priority,
-        mps=config.mps,
-        exclusive=config.exclusive,
-        max_batch=config.max_batch,
-    ) as llm:
+    # several prefill steps, so that most of them run beside decode steps
+    prefill_tokens = min(config.prefill_tokens, max(64, total // 8))
+    engine = EngineConfig(**{name: getattr(config, name) for name in option_fields(EngineConfig)})
+    with LLM(config=engine, mode=mode, workers=workers, prefill_tokens=prefill_tokens) as llm:
         prompts, params = zip(*((each.prompt_token_ids, _sample_params(each.params)) for each in sample), strict=True)
         recording = Recording()
         llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())

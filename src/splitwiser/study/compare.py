@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
-from splitwiser.job import Job, check
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
@@ -24,6 +24,7 @@ from splitwiser.results.recorder import TOKEN_COLUMNS, Status, make_run_director
 from splitwiser.results.terminal import columns
 from splitwiser.study.fresh_runs import NAME, OneProcess, Outcome, RoundsBar, check_one_process, run_once, write_rows
 from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
+from splitwiser.workload.job import Job
 
 RECORD = ("commit", "machine", "versions")  # what compare.yaml takes over from a run's record
 ASKED = ("model", "load_format", "seed")  # with the requests and how tokens are drawn, what all variants must share
@@ -61,7 +62,7 @@ def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequ
         if not colon or not NAME.fullmatch(name):
             raise InputError(f"--variant '{text}': must be a name, a colon and options, such as 'four: --mode mp'")
         try:
-            own = split_options(options)
+            own = split_options(options, RunConfig)
         except InputError as error:
             raise InputError(f"--variant {name}: {error}") from error
         if "results" in own:

@@ -16,8 +16,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from splitwiser import constants
-from splitwiser.config import ProfileConfig, whole_numbers
 from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
 from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
@@ -32,14 +30,15 @@ from splitwiser.machine.describe import (
 from splitwiser.machine.load import MachineLoad, Stretch, look
 from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.model.kv_pool import BlockAllocator
-from splitwiser.model.loading import load_model
-from splitwiser.placement.prepare import EngineSettings, make_pool, prepare
-from splitwiser.placement.shares import ShareSettings
+from splitwiser.options import option_fields, whole_numbers
+from splitwiser.placement.config import EngineConfig, ModelConfig
+from splitwiser.placement.prepare import load, make_pool, prepare
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results.recorder import Status, make_directory, replace
 from splitwiser.results.terminal import columns
 from splitwiser.rows import add_row, start_rows
 from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
+from splitwiser.study.config import ProfileConfig
 from splitwiser.study.operations import Architecture, StepCost, count_architecture
 from splitwiser.study.roofline import RooflinePoint, draw_roofline
 
@@ -146,28 +145,16 @@ def profile(config: ProfileConfig) -> ProfileResult:
     return bench.measure(make_directory(Path(config.results), f"profile_{bench.model.name}"))
 
 
-_UNDIVIDED = ShareSettings("none", constants.ITL_TARGET_MS, constants.LEND)  # a bench steps alone
-
-
 class Bench:
     """A model over a KV pool, as mode ``sequential`` has it, and the points of ``config`` that it can take."""
 
     def __init__(self, config: ProfileConfig) -> None:
         self.config = config
-        self.model = load_model(
-            config.model,
-            dtype=config.dtype,
-            device=config.device_name,
-            load_format=config.load_format,
-            seed=config.seed,
-            kv_memory=config.kv_memory,
-        )
+        self.model = load(config)
         most = max(whole_numbers("batch_sizes", config.batch_sizes))
-        settings = EngineSettings(
-            most, constants.PREFILL_TOKENS, constants.BLOCK_TOKENS, config.kv_memory, _UNDIVIDED, config.kernels
-        )
-        prepared = prepare(self.model, settings)
-        self.pool = make_pool(self.model, prepared, settings)
+        engine = EngineConfig(max_batch=most, **{name: getattr(config, name) for name in option_fields(ModelConfig)})
+        prepared = prepare(self.model, engine)
+        self.pool = make_pool(self.model, prepared)
         self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
         self.kernels = {**prepared.described, "decode_graphs": graphs_described}
         self.architecture = count_architecture(self.model)

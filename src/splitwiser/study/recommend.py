@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from splitwiser.config import AdviseConfig, RunConfig, option_fields
-from splitwiser.options import to_arguments
+from splitwiser.config import RunConfig
+from splitwiser.options import option_fields, to_arguments
 from splitwiser.placement.layout import parse_layout
 from splitwiser.results.terminal import columns
 from splitwiser.study.candidates import CANDIDATE_COLUMNS, Candidate
+from splitwiser.study.config import AdviseConfig
 
 FIGURES = (
     "output_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms",
@@ -174,8 +175,9 @@ def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
     """The options of ``splitwiser run`` that run ``candidate`` over ``config``'s workload, but for those at their
     defaults."""
     changed = candidate.row
-    values = {each: changed.get(each.name, getattr(config, each.name)) for each in option_fields(RunConfig)}
-    return {each.name: value for each, value in values.items() if each.name == "mode" or value != each.default}
+    options = option_fields(RunConfig)
+    values = {name: changed.get(name, getattr(config, name)) for name in options}
+    return {name: value for name, value in values.items() if name == "mode" or value != options[name].default}
 
 
 def advice_summary(advice: Advice) -> str:

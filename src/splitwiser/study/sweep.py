@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
+from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, unknown
-from splitwiser.job import check
 from splitwiser.options import typed_options
 from splitwiser.results.busy import busy_runs, describe_busy
 from splitwiser.results.terminal import columns
@@ -42,7 +42,7 @@ class Point:
     def config(self) -> RunConfig:
         """Its whole configuration. Raises :class:`InputError` naming the point."""
         try:
-            return RunConfig(**typed_options(self.options))
+            return RunConfig(**typed_options(self.options, RunConfig))
         except InputError as error:
             raise InputError(f"point {self.number}: {error}") from error
 
@@ -153,7 +153,7 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: b
                 for number, point in left:
                     bar.begin(f"round {number}/{grid.repeats}, point {point.number}/{len(grid.points)}")
                     outcome = run_once(
-                        typed_options(point.options), folder, f"round{number}_{point.key}", bar.show, execute
+                        typed_options(point.options, RunConfig), folder, f"round{number}_{point.key}", bar.show, execute
                     )
                     rows = [row for row in rows if (row["key"], int(row["round"])) != (point.key, number)]
                     rows.append(

@@ -1,0 +1,35 @@
+"""``splitwiser compare``."""
+
+import argparse
+
+from splitwiser.config import RunConfig
+from splitwiser.options import add_options, given_options
+
+DESCRIPTION = "Every run is a fresh process, if not --one_process; a round runs each variant once."
+USAGE = "--modes MODE,MODE... [options of splitwiser run, for all variants]"
+ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imports take their time once"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names the variants, and the options of a run."""
+    parser.add_argument(
+        "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the base"
+    )
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="'NAME: OPTIONS'",
+        help="a variant by options of splitwiser run, such as 'four: --mode mp --workers configs/workers/four_mixed.yaml'; "
+        "may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3, help="rounds")
+    parser.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
+    parser.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
+    add_options(parser, RunConfig, defaults=False)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare the variants; the comparison prints its own table."""
+    from splitwiser.study.compare import compare, make_variants
+
+    modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
+    variants = make_variants(given_options(options, RunConfig), modes, options.variant)
+    compare(variants, options.repeats, options.minutes, one_process=options.one_process)

@@ -1,0 +1,32 @@
+"""``splitwiser sweep``."""
+
+import argparse
+from pathlib import Path
+
+from splitwiser import constants
+from splitwiser.commands.compare import ONE_PROCESS
+
+DESCRIPTION = "Runs that have finished are kept; those that failed are tried again at the next start."
+USAGE = "FILE [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the grid's file and how it is run."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="the grid, such as those in configs/sweeps/")
+    parser.add_argument("--list", action="store_true", help="print the points and run nothing")
+    parser.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
+    parser.add_argument("--fresh", action="store_true", help="start anew; the old results are kept under another name")
+    parser.add_argument(
+        "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the grid, or list its points."""
+    from splitwiser.study.sweep import list_points, read_sweep, sweep
+
+    grid = read_sweep(options.file)
+    if options.list:
+        print(list_points(grid, options.results))
+    else:
+        sweep(grid, options.file, options.results, fresh=options.fresh, one_process=options.one_process)

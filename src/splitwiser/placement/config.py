@@ -1,0 +1,131 @@
+"""The configuration of an engine: which model, on which device, with what numbers, and how its phases are placed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from splitwiser import constants
+from splitwiser.engine.messages import WorkerSpec
+from splitwiser.errors import InputError, unknown
+from splitwiser.options import check_counts, option
+from splitwiser.placement.layout import WorkerLayout, parse_layout
+from splitwiser.placement.modes import MODES, Mode, find_mode
+from splitwiser.text import parse_bytes
+
+SHARES = ("fixed", "auto", "none")
+MPS_DAEMONS = ("private", "existing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model runs on which device, in which numbers and with how large a KV pool. Raises :class:`InputError`."""
+
+    model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
+    dtype: str = option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
+    device: str = option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
+    gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
+    load_format: str = option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
+    kv_memory: str = option(constants.KV_MEMORY, "size of the KV pool, such as 512MiB, or auto")
+    prefill_tokens: int = option(constants.PREFILL_TOKENS, "most prompt tokens in one prefill step")
+    kernels: str = option(
+        constants.KERNELS, "auto compiles what is faster so, where there is a compiler; plain does not"
+    )
+    seed: int = option(
+        constants.SEED,
+        "of in-context examples, lengths, arrivals, random prompts, dummy weights and drawn tokens",
+        "sampling",
+    )
+
+    def __post_init__(self) -> None:
+        if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
+            raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
+        if self.kv_memory != "auto":
+            parse_bytes(self.kv_memory)
+        check_counts(self, "prefill_tokens")
+
+    @property
+    def device_name(self) -> str:
+        """The device that ``device`` and ``gpu_id`` name together."""
+        return self.device if self.gpu_id is None else f"cuda:{self.gpu_id}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ModelConfig):
+    """All that an engine is set up with.
+
+    ``workers`` may also be a list of mappings with ``role``, ``count`` and ``share``, as from Python. Raises
+    :class:`InputError` for what does not go together, whatever the machine; what this machine lacks is found out by
+    :func:`splitwiser.placement.checks.find_mode_problem`.
+    """
+
+    mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
+    workers: str | Sequence[dict[str, Any]] = option(
+        constants.WORKERS, "worker layout of modes mp, mps, green: YAML file or text; empty: one prefill, one decode"
+    )
+    share: str = option(
+        constants.SHARE,
+        "how workers divide the device: fixed, by their shares; auto, by --itl_target_ms (mp on a CPU, green); none",
+    )
+    itl_target_ms: float = option(constants.ITL_TARGET_MS, "share auto: what decode keeps between two tokens")
+    lend: bool = option(constants.LEND, "idle workers lend their part of the device, step by step")
+    decode_priority: bool = option(
+        constants.DECODE_PRIORITY, "on a GPU, decode's kernels go before prefill's (modes mps, green)"
+    )
+    mps: str = option(constants.MPS, "mode mps: private starts an MPS daemon for this run; existing uses the one there")
+    exclusive: bool = option(
+        constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root"
+    )
+    max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
+    batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "max_batch", "batch_size")
+        if self.share not in SHARES:
+            raise unknown("share", self.share, SHARES)
+        if not 0 < self.itl_target_ms < float("inf"):
+            raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
+        mode = find_mode(self.mode)
+        if self.workers and not mode.laid_out:
+            can = ", ".join(each.name for each in MODES.values() if each.laid_out)
+            raise InputError(f"workers are laid out in modes {can}, not in mode {mode.name}")
+        if self.layout is not None:
+            _check_layout(mode, self.layout, self.share)
+        self._check_mps()
+
+    @cached_property
+    def layout(self) -> WorkerLayout | None:
+        """The workers, as laid out or as the mode has them by default; None in mode ``generate``, which has none."""
+        return parse_layout(self.workers) if self.workers else find_mode(self.mode).layout
+
+    @property
+    def specs(self) -> tuple[WorkerSpec, ...]:
+        """Each worker of the layout; none in mode ``generate``."""
+        return self.layout.workers if self.layout else ()
+
+    def _check_mps(self) -> None:
+        if self.mps not in MPS_DAEMONS:
+            raise unknown("mps", self.mps, MPS_DAEMONS)
+        if self.mps == "existing" and self.mode != "mps":
+            raise InputError(f"mps existing goes with mode mps, not with mode {self.mode}")
+        if self.exclusive and (self.mode != "mps" or self.mps == "existing"):
+            raise InputError("exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses")
+
+
+def _check_layout(mode: Mode, layout: WorkerLayout, share: str) -> None:
+    """Refuse workers that ``mode`` cannot have, or between which ``share`` auto cannot divide the device."""
+    if mode.one_of_each and sorted(spec.role for spec in layout.workers) != ["decode", "prefill"]:
+        raise InputError(
+            f"mode {mode.name} has one prefill and one decode worker, not {layout}; use mode mp for others"
+        )
+    if share != "auto":
+        return
+    if not mode.moves_shares:
+        can = " or ".join(each.name for each in MODES.values() if each.moves_shares)
+        raise InputError(f"share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}")
+    if any(group.role == "mixed" for group in layout.groups):
+        raise InputError("share auto divides between prefill and decode workers, and mixed ones are both")
+    if any(group.share is not None for group in layout.groups):
+        raise InputError("share auto chooses the shares itself; leave them out of the workers, or use --share fixed")

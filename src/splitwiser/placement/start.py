@@ -1,0 +1,31 @@
+"""Starts a mode: what the module of each defines, and how it is found."""
+
+from contextlib import ExitStack
+from importlib import import_module
+from typing import Protocol, cast
+
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.modes import Mode
+from splitwiser.placement.prepare import Started
+
+
+class ModeModule(Protocol):
+    """What the module of a mode defines; see :class:`splitwiser.placement.modes.Mode`."""
+
+    def start(self, config: EngineConfig, undo: ExitStack) -> Started:
+        """Load ``config``'s model and start an engine over it. ``undo`` gets what must be undone at the end, after a fault
+        too.
+
+        Raises :class:`~splitwiser.errors.InputError` where this machine or this model does not allow the mode.
+        """
+        ...
+
+    def find_problem(self, device: str) -> str | None:
+        """Return why the mode does not work on ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``) of this machine, or
+        None. Raises :class:`~splitwiser.errors.InputError` on another form of device."""
+        ...
+
+
+def module_of(mode: Mode) -> ModeModule:
+    """Import the module of ``mode``, which may take seconds."""
+    return cast("ModeModule", import_module(f"splitwiser.placement.{mode.module}"))

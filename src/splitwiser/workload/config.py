@@ -1,0 +1,151 @@
+"""The configuration of a workload: where requests come from, when they arrive, and how their tokens are chosen."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from splitwiser import constants
+from splitwiser.errors import InputError
+from splitwiser.options import check_counts, option
+from splitwiser.request import SamplingParams
+from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
+from splitwiser.workload.synthetic import SPELLINGS, parse_lengths
+from splitwiser.workload.trace import parse_slice
+
+Source = Literal["case", "workload", "trace", "synthetic"]
+
+MOST_REQUESTS = 10_000_000  # of synthetic ones, which all lie in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """Which requests are made and when they arrive. Raises :class:`InputError` on values that make no sense together."""
+
+    case_id: int = option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", "requests")
+    data: str = option(
+        str(constants.DIR_DATA),
+        "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name",
+        "requests",
+    )
+    split: str = option(constants.SPLIT, "which set of --data: train, validate or test", "requests")
+    finding_column: str = option(
+        DEFAULT_FINDING_COLUMN, "column of --data that holds the text to summarise", "requests"
+    )
+    impression_column: str = option(
+        DEFAULT_IMPRESSION_COLUMN, "column of --data that holds the reference summary, if any", "requests"
+    )
+    workload: str | None = option(
+        None, "JSON file of prompts, lengths and arrival times, instead of --data and --case_id", "requests"
+    )
+    trace: str | None = option(
+        None,
+        "CSV of TIMESTAMP, ContextTokens, GeneratedTokens (the public Azure traces) to replay with random prompts of "
+        "those lengths, instead of --data and --case_id",
+        "requests",
+    )
+    trace_slice: str | None = option(
+        None, "START:END, in seconds from the trace's first request: only what arrived then", "requests"
+    )
+    trace_speed: float = option(1.0, "replay the trace this many times as fast", "requests")
+    prompt_tokens: str | None = option(
+        None,
+        f"random prompts of such lengths, instead of --data and --case_id, or of the trace's lengths: {SPELLINGS}",
+        "requests",
+    )
+    output_tokens: str | None = option(
+        None,
+        "every request makes just so many tokens, past end-of-sequence ones; spelt as --prompt_tokens "
+        f"(default with that: {constants.OUTPUT_TOKENS})",
+        "requests",
+    )
+    requests: int | None = option(
+        None, f"how many requests --prompt_tokens makes (default: {constants.REQUESTS})", "requests"
+    )
+    limit: int | None = option(None, "only the first N requests", "requests")
+    max_prompt_tokens: int | None = option(None, "cut longer prompts of --trace or --prompt_tokens to this", "requests")
+    max_new_tokens: int | None = option(
+        None,
+        "most new tokens a request, instead of the case's or workload's; cuts the trace's and --output_tokens",
+        "requests",
+    )
+    request_rate: float | None = option(
+        None,
+        "requests per second, instead of the workload's or trace's own times; inf, or without such times: all at once",
+        "arrivals",
+    )
+    burstiness: float = option(
+        1.0, "of --request_rate: 1 is Poisson, less is burstier, more is steadier, inf is even", "arrivals"
+    )
+    max_concurrency: int | None = option(
+        None, "closed loop: N requests at a time, the next arrives the moment one finishes", "arrivals"
+    )
+    temperature: float = option(constants.TEMPERATURE, "0 is greedy; above, tokens are drawn at random", "sampling")
+    top_k: int = option(constants.TOP_K, "draw among the K likeliest tokens; 0: all", "sampling")
+    top_p: float = option(
+        constants.TOP_P, "draw among the likeliest tokens of this total probability; 1: all", "sampling"
+    )
+    ignore_eos: bool = option(False, "do not end a request at an end-of-sequence token", "sampling")
+
+    def __post_init__(self) -> None:
+        check_counts(self, "--limit", "--requests", "--max_prompt_tokens")
+        self._check_requests()
+        self._check_arrivals()
+        if self.trace_slice is not None:
+            parse_slice(self.trace_slice)
+        for name in ("prompt_tokens", "output_tokens"):
+            if getattr(self, name) is not None:
+                parse_lengths(f"--{name}", getattr(self, name))
+
+    def _check_requests(self) -> None:
+        if self.requests is not None and self.requests > MOST_REQUESTS:
+            raise InputError(f"--requests must be {MOST_REQUESTS:,} or less, not {self.requests:,}")
+        for other in ("trace", "prompt_tokens"):
+            if self.workload is not None and getattr(self, other) is not None:
+                raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
+        if self.trace is None and (self.trace_slice is not None or self.trace_speed != 1):
+            raise InputError("--trace_slice and --trace_speed take a part of a trace; give its file with --trace")
+        if not 0 < self.trace_speed < math.inf:
+            raise InputError(f"--trace_speed must be above 0, not {self.trace_speed:g}")
+        if self.requests is not None and self.source != "synthetic":
+            raise InputError("--requests is for --prompt_tokens without --trace; --limit takes the first N of others")
+        if self.max_prompt_tokens is not None and self.source not in ("trace", "synthetic"):
+            raise InputError(
+                "--max_prompt_tokens cuts the random prompts of --trace or --prompt_tokens; give one of them"
+            )
+
+    def _check_arrivals(self) -> None:
+        if self.request_rate is not None and not self.request_rate > 0:
+            raise InputError(f"--request_rate must be above 0 requests per second, not {self.request_rate:g}")
+        if not self.burstiness > 0:
+            raise InputError(f"--burstiness must be above 0, not {self.burstiness:g}")
+        if self.burstiness != 1 and self.request_rate is None:
+            raise InputError("--burstiness is of arrivals at a rate; give --request_rate")
+        check_counts(self, "--max_concurrency")
+        if self.max_concurrency is not None and self.request_rate is not None:
+            raise InputError(
+                "--max_concurrency lets requests in as others finish, --request_rate at times; give one of them"
+            )
+        if self.trace_speed != 1 and (self.max_concurrency is not None or self.request_rate is not None):
+            raise InputError(
+                "--trace_speed is of the trace's own times, which --request_rate or --max_concurrency replaces"
+            )
+
+    @property
+    def source(self) -> Source:
+        """Where the requests come from."""
+        if self.workload is not None:
+            return "workload"
+        if self.trace is not None:
+            return "trace"
+        return "case" if self.prompt_tokens is None else "synthetic"
+
+    def sampling_params(self, max_new_tokens: int, exact: bool = False) -> SamplingParams:
+        """Return the sampling parameters of a request whose case, workload or trace says ``max_new_tokens``. If ``exact``,
+        it makes just as many, past end-of-sequence tokens and whatever ``--max_new_tokens`` says."""
+        return SamplingParams(
+            max_tokens=max_new_tokens if exact or self.max_new_tokens is None else self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            ignore_eos=self.ignore_eos or exact,
+        )

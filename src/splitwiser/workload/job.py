@@ -1,0 +1,178 @@
+"""What a run asks for: prompts from a case, a workload file, a trace or thin air, with their lengths and arrival times."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from splitwiser import constants
+from splitwiser.errors import InputError
+from splitwiser.request import Prompt, SamplingParams
+from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
+from splitwiser.workload.cases import get_case
+from splitwiser.workload.config import Source, WorkloadConfig
+from splitwiser.workload.prompt_file import load_workload
+from splitwiser.workload.reports import Report, load_reports, load_tok
+from splitwiser.workload.synthetic import parse_lengths, random_prompts
+from splitwiser.workload.trace import load_trace, parse_slice
+
+
+class ModelFacts(Protocol):
+    """What of a model random prompts depend on."""
+
+    name: str
+    max_positions: int | None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def special_token_ids(self) -> Collection[int]:
+        """Token ids that stand for no text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """A request before there is a model. ``prompt`` is None where it is to be drawn: ``prompt_tokens`` random token ids.
+    ``new_tokens`` are the most that it makes, or, in an exact job, just as many."""
+
+    report: Report
+    prompt: Prompt | None
+    prompt_tokens: int
+    new_tokens: int
+    arrival_s: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """The requests of a run. ``label`` names them in folders. ``exact`` says that every request makes just its
+    ``new_tokens``, whatever end-of-sequence tokens come."""
+
+    label: str
+    requests: Sequence[PlannedRequest]
+    exact: bool = False
+    notes: tuple[str, ...] = ()
+
+    def make_prompts(self, model: ModelFacts, seed: int) -> list[Prompt]:
+        """Return the prompts, drawn for ``model`` where they are random. Raises :class:`InputError` for one that is too
+        long."""
+        given = [each.prompt for each in self.requests if each.prompt is not None]
+        if given:
+            return given
+        for number, each in enumerate(self.requests):
+            needed = each.prompt_tokens + each.new_tokens - 1
+            if model.max_positions is not None and needed > model.max_positions:
+                raise InputError(
+                    f"request {number}: {each.prompt_tokens} prompt tokens and {each.new_tokens} new ones need {needed} "
+                    f"positions, and {model.name} has {model.max_positions}; cut them with --max_prompt_tokens and "
+                    "--max_new_tokens"
+                )
+        lengths = [each.prompt_tokens for each in self.requests]
+        drawn = random_prompts(lengths, model.vocabulary, model.special_token_ids, _generator(seed, "prompts"))
+        return list(drawn)
+
+    def sampling_params(self, config: WorkloadConfig) -> list[SamplingParams]:
+        """Return the sampling parameters of each request."""
+        return [config.sampling_params(each.new_tokens, self.exact) for each in self.requests]
+
+    @property
+    def arrival_s(self) -> list[float]:
+        """When each request arrives, in seconds from the start."""
+        return [each.arrival_s for each in self.requests]
+
+
+def prepare_job(config: WorkloadConfig, seed: int) -> Job:
+    """Return the requests that ``config`` asks for, with all that is random drawn by ``seed``. Raises
+    :class:`InputError`."""
+    job = _SOURCES[config.source](config, seed)
+    count = len(job.requests)
+    if config.output_tokens is not None:
+        lengths = parse_lengths("--output_tokens", config.output_tokens).draw(count, _generator(seed, "output lengths"))
+        job = replace(_changed(job, "new_tokens", lengths), exact=True)
+    if config.prompt_tokens is not None:
+        lengths = parse_lengths("--prompt_tokens", config.prompt_tokens).draw(count, _generator(seed, "prompt lengths"))
+        job = _changed(job, "prompt_tokens", lengths)
+    if config.request_rate is not None:
+        times = gamma_arrivals(count, config.request_rate, config.burstiness, _generator(seed, "arrivals"))
+        job = _changed(job, "arrival_s", times)
+    if config.max_concurrency is None:
+        for number, each in enumerate(job.requests):
+            check_arrival(each.arrival_s, f"request {number}")
+    if config.source in ("trace", "synthetic"):
+        job = _cut(job, "prompt_tokens", config.max_prompt_tokens, "prompt tokens")
+    return _cut(job, "new_tokens", config.max_new_tokens, "new tokens") if job.exact else job
+
+
+def _from_case(config: WorkloadConfig, seed: int) -> Job:
+    case = get_case(constants.DIR_CONFIGS / "cases.yaml", config.case_id)
+    reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
+    training = load_tok(constants.DIR_DATA, "train") if case.examples else []
+    prompts = case.prompts(reports, training, seed)
+    requests = [
+        PlannedRequest(report, prompt, 0, case.max_new_tokens, 0.0)
+        for report, prompt in zip(reports, prompts, strict=True)
+    ]
+    return Job(f"case{case.case_id}", requests)
+
+
+def _from_workload(config: WorkloadConfig, _: int) -> Job:
+    path = Path(str(config.workload))
+    workload = load_workload(path)
+    rows = zip(workload.prompts, workload.max_new_tokens, workload.arrival_s, strict=True)
+    requests = [
+        PlannedRequest(Report(prompt if isinstance(prompt, str) else ""), prompt, 0, new_tokens, arrival_s)
+        for prompt, new_tokens, arrival_s in rows
+    ]
+    return Job(path.stem, requests[: config.limit])
+
+
+def _from_trace(config: WorkloadConfig, _: int) -> Job:
+    path = Path(str(config.trace))
+    start_s, end_s = parse_slice(config.trace_slice or ":")
+    trace = load_trace(path, start_s, end_s, config.trace_speed)
+    rows = zip(trace.prompt_tokens, trace.output_tokens, trace.arrival_s, strict=True)
+    requests = [PlannedRequest(_NOTHING, None, *row) for row in rows]
+    return Job(path.stem, requests[: config.limit], exact=True)
+
+
+def _from_nothing(config: WorkloadConfig, _: int) -> Job:
+    """Requests whose prompt lengths are drawn later, and the answers' lengths unless those are not given."""
+    count = constants.REQUESTS if config.requests is None else config.requests
+    count = min(count, config.limit or count)
+    new_tokens = constants.OUTPUT_TOKENS if config.max_new_tokens is None else config.max_new_tokens
+    return Job("synthetic", [PlannedRequest(_NOTHING, None, 0, new_tokens, 0.0)] * count, exact=True)
+
+
+_NOTHING = Report("")
+_SOURCES: dict[Source, Callable[[WorkloadConfig, int], Job]] = {
+    "case": _from_case,
+    "workload": _from_workload,
+    "trace": _from_trace,
+    "synthetic": _from_nothing,
+}
+
+
+def _changed(job: Job, name: str, values: Sequence[float]) -> Job:
+    """Return ``job`` with the field ``name`` of each request replaced by its value."""
+    changes: list[dict[str, Any]] = [{name: value} for value in values]
+    return replace(job, requests=[replace(each, **change) for each, change in zip(job.requests, changes, strict=True)])
+
+
+def _cut(job: Job, name: str, most: int | None, what: str) -> Job:
+    """Return ``job`` with the lengths ``name`` no greater than ``most``, and a note of how many were."""
+    lengths = [getattr(each, name) for each in job.requests]
+    over = sum(length > most for length in lengths) if most is not None else 0
+    if most is None or not over:
+        return job
+    note = f"{over} of {len(lengths)} requests are cut to {most} {what}"
+    return replace(_changed(job, name, [min(length, most) for length in lengths]), notes=(*job.notes, note))
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    """Random numbers for one purpose: more or other draws for one change nothing in another."""
+    return np.random.default_rng([seed & (2**64 - 1), *purpose.encode()])
