@@ -1,4 +1,4 @@
-"""Another engine over a workload file, with the figures of ``throughput.csv``: what scripts/benchmark.py runs as a peer.
+"""Another engine over a workload file, with the figures of ``throughput.csv``: what ``splitwiser compare --peer`` runs.
 
     PYTHONPATH=src ENV/bin/python scripts/peer.py vllm --model DIR --workload FILE --output FILE.json
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from splitwiser.request import RequestMetrics, RequestOutput
-from splitwiser.results.metrics import throughput_figures
+from splitwiser.results.metrics import parse_goodput, throughput_figures
 from splitwiser.workload.prompt_file import load_workload
 
 WARM_UP = (4, 8)  # requests and new tokens
@@ -167,7 +167,8 @@ def serve(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Start the peer, answer the workload and return its figures, named as in ``throughput.csv``."""
+    """Start the peer, answer the workload and return its figures, named as in ``throughput.csv``, and ``token_ids``: each
+    request's answer."""
     work = load_workload(options.workload)
     prompts = [prompt for prompt in work.prompts if not isinstance(prompt, str)]
     if len(prompts) < len(work.prompts) or any(work.arrival_s):
@@ -183,12 +184,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         outputs = serve(engine, prompts, work.max_new_tokens, concurrency)
     finally:
         engine.close()
+    import torch
+
+    targets = None if options.goodput is None else parse_goodput(options.goodput)
     return {
-        "mode": options.peer,
         "version": engine.version,
-        "dtype": options.dtype,
-        **throughput_figures(outputs, 0, start_ns),
+        "device": "cuda:0" if torch.cuda.is_available() else "cpu",
+        **throughput_figures(outputs, 0, start_ns, targets),
         "ready_s": ready_s,
+        "token_ids": [output.token_ids for output in sorted(outputs, key=lambda output: output.request_id)],
     }
 
 
@@ -200,7 +204,8 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True, help="a workload file of token ids")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max_concurrency", type=int, help="closed loop of so many requests; all at once if not given")
-    parser.add_argument("--output", type=Path, required=True, help="gets the figures as one JSON object")
+    parser.add_argument("--goodput", help="targets in ms, as for splitwiser run")
+    parser.add_argument("--output", type=Path, required=True, help="gets figures and token ids as one JSON object")
     options = parser.parse_args()
     try:
         figures = measure(options)
