@@ -127,5 +127,5 @@ def put_cuda_driver(folder: Path) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler")
     (folder / "libcuda.c").write_text(LIBCUDA)
-    command = ["gcc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "libcuda.c"]
-    subprocess.run(command, check=True, timeout=60)
+    library, source = folder / "libcuda.so.1", folder / "libcuda.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
