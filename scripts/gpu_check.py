@@ -142,7 +142,7 @@ def tokens(check: Check) -> Iterator[list[str]]:
 def tests(check: Check) -> Iterator[list[str]]:
     """The tests that need a GPU: side by side, since they mostly import and compile, but for those that need it alone."""
     folder = PROJECT / "tests"
-    asked = folder / "test_graphs.py" if check.quick else folder
+    asked = folder / "engine" / "test_cuda_graphs.py" if check.quick else folder
     for name, own in (("shared", ["-m", "gpu and not alone", "-n", "6"]), ("alone", ["-m", "gpu and alone"])):
         if name == "alone" and check.quick:
             continue

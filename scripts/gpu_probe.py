@@ -308,7 +308,7 @@ def mps(say: Say) -> None:
     import splitwiser.placement.mps_daemon
     from splitwiser.machine.shared_memory import SharedMemory
 
-    if problem := splitwiser.placement.mps_daemon.find_gpu_problem(0):
+    if problem := splitwiser.placement.mps_daemon.find_problem("cuda:0"):
         say("not here", problem)
         return
     began = time.perf_counter()

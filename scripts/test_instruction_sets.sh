@@ -9,8 +9,9 @@ cd "$project"
 export OMP_WAIT_POLICY=passive
 unset ONEDNN_MAX_CPU_ISA SPLITWISER_MARCH
 files=(
-    tests/test_packed.py tests/test_fused.py tests/test_native.py tests/test_cpu_kernel.py tests/test_attention.py
-    tests/test_guard.py tests/test_kernel_choice.py tests/test_token_identity.py
+    tests/model/test_attention.py tests/model/test_compatibility.py tests/model/test_fused.py tests/model/kernels/test_build.py
+    tests/model/kernels/test_choose.py tests/model/kernels/test_cpu_attention.py tests/model/kernels/test_packed_linear.py
+    tests/end_to_end/test_token_identity.py
 )
 # name | environment | what /proc/cpuinfo must list
 sets=(

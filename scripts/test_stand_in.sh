@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: scripts/test_stand_in.sh [--environment DIR] [pytest's arguments]
-# Runs the tests of what needs a GPU on a machine without one, on a stand-in for it (tests/stand_in). They need PyTorch for
-# CUDA, which is not that of .venv: its environment, 5 GB, is made in .venv-cuda, or DIR is one that is there.
+# Runs the tests of what needs a GPU on a machine without one, on a stand-in for it (tests/support/stand_in). They need
+# PyTorch for CUDA, which is not that of .venv: its environment, 5 GB, is made in .venv-cuda, or DIR is one that is there.
 set -euo pipefail
 project=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 environment=$project/.venv-cuda

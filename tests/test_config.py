@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import refusal
 
 from splitwiser.config import RunConfig
 from splitwiser.options import option_type
 from splitwiser.request import SamplingParams
+from tests.support.assertions import refusal
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig) if field.default is not None])

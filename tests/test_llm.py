@@ -8,29 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import POSITIONS, VOCABULARY
-from helpers import assert_says, refusal
 
 from splitwiser import LLM, SamplingParams, constants
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import InputError, RunError
-from splitwiser.request import RequestOutput
 from splitwiser.workload.cases import get_case
 from splitwiser.workload.reports import load_tok
-
-
-class Seen(Observer):
-    def __init__(self) -> None:
-        self.steps: list[StepRecord] = []
-        self.outputs: list[RequestOutput] = []
-
-    def on_step(self, record: StepRecord) -> None:
-        self.steps.append(record)
-
-    def on_output(self, output: RequestOutput) -> None:
-        self.outputs.append(output)
-
+from tests.support.assertions import assert_says, refusal
+from tests.support.models import POSITIONS, VOCABULARY
+from tests.support.observers import Seen
 
 MODES = pytest.mark.parametrize("mode", ["sequential", "generate"])
 

@@ -4,10 +4,10 @@ import argparse
 from typing import Any
 
 import pytest
-from helpers import assert_says, refusal
 
 from splitwiser.config import RunConfig
 from splitwiser.options import add_options, given_options, parse_options, split_options, to_arguments, typed_options
+from tests.support.assertions import assert_says, refusal
 
 
 def test_only_what_is_given_is_found() -> None:

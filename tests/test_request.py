@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 import pytest
-from helpers import make_output, refusal
 
 from splitwiser.request import Request, RequestMetrics, SamplingParams
+from tests.support.assertions import refusal
+from tests.support.records import make_output
 
 
 def test_greedy_is_the_default() -> None:

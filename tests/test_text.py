@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from helpers import assert_says, refusal
 
 from splitwiser.text import check_text, parse_bytes, read_text
+from tests.support.assertions import assert_says, refusal
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_says, refusal
 
 from splitwiser.yaml_file import load_yaml, read_yaml
+from tests.support.assertions import assert_says, refusal
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The mark of a device that only tests have (``tests/stand_in``): no time or rate of it may pass for a GPU's."""
+"""The mark of a device that only tests have (``tests/support/stand_in``): no time or rate of it may pass for a GPU's."""
 
 STAND_IN = "stand-in"
 

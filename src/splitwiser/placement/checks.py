@@ -1,6 +1,7 @@
 """Whether a mode works on this machine, in the words that refuse a run; ``splitwiser doctor`` says the same."""
 
 import os
+from importlib import import_module
 
 import torch
 
@@ -8,7 +9,6 @@ from splitwiser.errors import InputError, first_line
 from splitwiser.machine.process import find_children_problem
 from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.placement.modes import find_mode
-from splitwiser.placement.start import module_of
 
 
 def find_mode_problem(mode: str, device: str) -> str | None:
@@ -24,7 +24,11 @@ def find_mode_problem(mode: str, device: str) -> str | None:
             return problem
         if problem := find_memfd_problem():
             return f"cannot share memory between processes: {problem}"
-    return module_of(chosen).find_problem(device)
+    if not chosen.checked_by:
+        return None
+    # imported for this mode alone: what another one needs may be missing
+    found: str | None = import_module(f"splitwiser.placement.{chosen.checked_by}").find_problem(device)
+    return found
 
 
 def refuse_mode_here(mode: str, device: str) -> None:

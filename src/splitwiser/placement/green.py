@@ -5,8 +5,6 @@ from contextlib import AbstractContextManager, ExitStack
 
 import torch
 
-from splitwiser.machine.device import resolve_device
-from splitwiser.placement import green_contexts
 from splitwiser.placement.board import Board
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
@@ -18,11 +16,6 @@ from splitwiser.placement.threads import start_lanes
 AUTO_PREFILL_PERCENT = (88, 75, 62, 50, 38, 25, 12)  # the splits between which share auto chooses
 
 PREFILL, DECODE = 0, 1  # the lanes' places on the board
-
-
-def find_problem(device: str) -> str | None:
-    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`."""
-    return green_contexts.find_problem(resolve_device(device))
 
 
 def start(config: EngineConfig, _: ExitStack) -> Started:

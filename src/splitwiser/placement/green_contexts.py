@@ -14,12 +14,15 @@ from typing import Any
 import torch
 
 from splitwiser.errors import InputError, RunError, first_line
+from splitwiser.machine.device import resolve_device
 
 OLDEST_DRIVER = 12050  # CUDA 12.5, which has streams of green contexts
 
 
-def find_problem(device: torch.device) -> str | None:
-    """Why green contexts cannot be had on ``device``, in a line; None if they can."""
+def find_problem(name: str) -> str | None:
+    """Return why green contexts cannot be had on the device called ``name``, in a line; None if they can. Raises
+    :class:`InputError` for a name that is none."""
+    device = resolve_device(name)
     if device.type != "cuda":
         return f"green contexts divide an NVIDIA GPU's multiprocessors, and the device is {device}"
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:

@@ -67,11 +67,6 @@ class LocalPlacement:
         self._lane.leave()
 
 
-def find_problem(_: str) -> str | None:
-    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`; a thread of its own any process has."""
-    return None
-
-
 def start(config: EngineConfig, _: ExitStack) -> Started:
     """See :meth:`splitwiser.placement.start.ModeModule.start`: one worker over the whole device and the whole pool."""
     model = load(config)

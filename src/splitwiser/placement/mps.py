@@ -5,13 +5,8 @@ from dataclasses import replace
 
 from splitwiser.placement import processes
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.mps_daemon import find_gpu_problem, gpu_index, mps_daemon, thread_percentage
+from splitwiser.placement.mps_daemon import gpu_index, mps_daemon, thread_percentage
 from splitwiser.placement.prepare import Started
-
-
-def find_problem(device: str) -> str | None:
-    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`. Does not initialise CUDA in this process."""
-    return find_gpu_problem(gpu_index(device))
 
 
 def start(config: EngineConfig, undo: ExitStack) -> Started:

@@ -148,10 +148,10 @@ def gpu_index(device: str) -> int:
     return int(named[1] or 0)
 
 
-def find_gpu_problem(device_index: int) -> str | None:
-    """Why mode ``mps`` cannot run on GPU ``device_index`` of this machine, in one line; None if nothing speaks against it.
-    Does not initialise CUDA in this process."""
-    found = inspect_gpu(device_index)
+def find_problem(device: str) -> str | None:
+    """Return why mode ``mps`` cannot run on ``device`` of this machine, in one line; None if nothing speaks against it.
+    Does not initialise CUDA in this process. Raises :class:`InputError` for a device that is no GPU."""
+    found = inspect_gpu(gpu_index(device))
     return found if isinstance(found, str) else None
 
 

@@ -296,12 +296,6 @@ def _process_state(pid: int | None) -> str:
     return next(line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State"))
 
 
-def find_problem(_: str) -> str | None:
-    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`; what processes need is asked of all modes that share
-    memory."""
-    return None
-
-
 def start(config: EngineConfig, _: ExitStack) -> Started:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
     refuse_mode_here(config.mode, config.device_name)

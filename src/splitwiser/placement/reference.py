@@ -11,11 +11,6 @@ from splitwiser.placement.prepare import Started, load
 ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 
 
-def find_problem(_: str) -> str | None:
-    """See :meth:`splitwiser.placement.start.ModeModule.find_problem`; whatever runs the model runs this mode."""
-    return None
-
-
 def start(config: EngineConfig, _: ExitStack) -> Started:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
     model = load(replace(config, kv_memory="auto"))  # there is no pool that would have to fit beside the weights

@@ -20,11 +20,6 @@ class ModeModule(Protocol):
         """
         ...
 
-    def find_problem(self, device: str) -> str | None:
-        """Return why the mode does not work on ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``) of this machine, or
-        None. Raises :class:`~splitwiser.errors.InputError` on another form of device."""
-        ...
-
 
 def module_of(mode: Mode) -> ModeModule:
     """Import the module of ``mode``, which may take seconds."""

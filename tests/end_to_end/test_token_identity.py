@@ -1,0 +1,87 @@
+"""Tokens are those of ``model.generate`` on one prompt alone, unpadded: in every mode, whatever else is in the batch."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitwiser import LLM, SamplingParams
+from splitwiser.placement import mps_daemon as mps
+from splitwiser.placement.modes import MODES
+from tests.support.tokens import LENGTHS, SERVED, prompts_of, references, room_for
+
+NO_MPS = pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
+ON_A_GPU = {"mps": [pytest.mark.gpu, NO_MPS], "green": [pytest.mark.gpu]}
+PLACED = [pytest.param(mode, marks=ON_A_GPU.get(mode, [])) for mode in MODES]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize("name", SERVED)
+def test_split_prompts_and_waiting_requests(name: str, kernels: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS)
+    # a budget below most prompts splits them; room for little more than the longest makes the others wait
+    with LLM(tiny(name), prefill_tokens=24, kv_memory=room_for(tiny(name), 144), kernels=kernels) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+
+
+@pytest.mark.parametrize("mode", PLACED)
+@pytest.mark.parametrize("name", SERVED)
+def test_all_prompts_at_once(mode: str, name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=1)
+    with LLM(tiny(name), mode=mode) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=40))
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 40)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 150])
+@pytest.mark.parametrize("mode", PLACED)
+def test_one_and_many_new_tokens(mode: str, new_tokens: int, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([1, 30, 90])
+    with LLM(tiny("llama"), mode=mode) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=new_tokens))
+    assert [output.token_ids for output in outputs] == references(tiny("llama"), prompts, new_tokens)
+
+
+@pytest.mark.parametrize("name", ["opt", "mistral"])
+def test_staggered_arrivals_change_no_token(name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=2)
+    arrivals = [0.02 * (len(prompts) - number) for number in range(len(prompts))]  # the last prompt comes first
+    with LLM(tiny(name), prefill_tokens=32) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=30), arrival_s=arrivals)
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 30)
+
+
+def test_sampled_tokens_depend_on_the_seed_and_nothing_else(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=3)
+    params = [
+        SamplingParams(max_tokens=20, temperature=0.9, top_k=number % 3 * 20, top_p=1 - 0.1 * (number % 2), seed=number)
+        for number in range(len(prompts))
+    ]
+    drawn = []
+    placements: list[tuple[str, dict[str, Any]]] = [
+        ("sequential", {}),
+        ("sequential", {"max_batch": 2, "prefill_tokens": 20}),
+        ("generate", {}),
+    ]
+    for mode, settings in placements:
+        with LLM(tiny("llama"), mode=mode, **settings) as llm:
+            drawn.append([output.token_ids for output in llm.generate(prompts, params)])
+    assert drawn[0] == drawn[1] == drawn[2]
+    with LLM(tiny("llama")) as llm:
+        (alone,) = llm.generate([prompts[4]], params[4])
+        (other,) = llm.generate([prompts[4]], SamplingParams(max_tokens=20, temperature=0.9, seed=1000))
+    assert alone.token_ids == drawn[0][4]
+    assert other.token_ids != drawn[0][4]
+
+
+def test_greedy_and_sampled_requests_in_one_batch(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([9, 20, 31])
+    params = [SamplingParams(max_tokens=15, temperature=heat) for heat in (0.0, 1.5, 0.0)]
+    with LLM(tiny("gpt2")) as llm:
+        outputs = llm.generate(prompts, params)
+    greedy = references(tiny("gpt2"), prompts, 15)
+    assert [outputs[0].token_ids, outputs[2].token_ids] == [greedy[0], greedy[2]]
+    assert outputs[1].token_ids != greedy[1]

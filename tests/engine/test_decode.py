@@ -1,0 +1,49 @@
+"""The decode side of a worker over steps that take a known time."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from splitwiser.engine.decode import Decoder
+from splitwiser.engine.messages import Handoff
+from splitwiser.engine.steps import Chunk, InFlight
+from splitwiser.model.kv_pool import BlockAllocator
+from splitwiser.request import FinishReason, Request, SamplingParams
+from tests.support.records import MS
+
+
+class Timed:
+    """A stepper whose steps take 10 ms."""
+
+    clock_ns = 0
+
+    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+        raise AssertionError(f"a decoder prefills nothing, such as {chunks}")
+
+    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+        self.clock_ns += 10 * MS
+        return [9] * len(sequences)
+
+    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+        return "length" if sequence.drawn >= sequence.params.max_tokens else None
+
+    def now_ns(self) -> int:
+        return self.clock_ns
+
+
+def serve(decoder: Decoder, request: Request) -> None:
+    decoder.submit(request)
+    decoder.admit()
+    decoder.receive(Handoff(request.request_id, 7, 1, 2, "prefill-0"))
+    while decoder.step():
+        continue
+
+
+def test_idle_time_is_no_gap_between_tokens() -> None:
+    gaps: list[float] = []
+    stepper = Timed()
+    decoder = Decoder("decode-0", stepper, BlockAllocator(0, 8), 4, 4, on_itl=gaps.append)
+    for number in range(2):
+        serve(decoder, Request(number, (5, 6), SamplingParams(max_tokens=3), seed=0))
+        stepper.clock_ns += 5_000 * MS
+    assert gaps == pytest.approx([0.010] * 2)  # one between the two steps of each

@@ -1,0 +1,172 @@
+"""Scheduling, tested without a process: workers of every role in one thread, their messages seen."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splitwiser.engine.decode import Decoder
+from splitwiser.engine.messages import Handoff, Message, PrefillTask, Progress, StepRecord, Submit
+from splitwiser.engine.prefill import Prefiller
+from splitwiser.engine.steps import ModelStepper
+from splitwiser.engine.worker import PARENT, Worker
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kv_pool import BlockAllocator, KVPool
+from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.request import Request, SamplingParams
+from tests.support.tokens import prompts_of, references
+from tests.support.workers import BLOCK, Wire, run
+
+
+class Bench:
+    """A model and pool with the workers that are asked for."""
+
+    def __init__(self, directory: Path, blocks: int = 64) -> None:
+        self.model: LoadedModel = load_model(directory, dtype="float32", device="cpu", load_format="auto")
+        self.pool = KVPool(attach_engine(self.model), blocks, BLOCK, self.model.dtype, self.model.device)
+        self.stepper = ModelStepper(self.model, self.pool)
+        self.wire = Wire()
+
+    def prefiller(self, name: str, budget: int = 1000) -> Prefiller:
+        return Prefiller(name, self.stepper, budget)
+
+    def decoder(self, name: str, first: int = 0, count: int | None = None, max_batch: int = 100) -> Decoder:
+        allocator = BlockAllocator(first, self.pool.blocks if count is None else count)
+        return Decoder(name, self.stepper, allocator, BLOCK, max_batch)
+
+    def worker(
+        self, name: str, prefiller: Prefiller | None, decoder: Decoder | None, prefill_workers: tuple[str, ...] = ()
+    ) -> Worker:
+        return Worker(name, self.wire.end(name), prefiller=prefiller, decoder=decoder, prefill_workers=prefill_workers)
+
+    def submit(self, name: str, prompts: list[list[int]], max_tokens: int, first_id: int = 0) -> None:
+        for number, prompt in enumerate(prompts, start=first_id):
+            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+            self.wire.boxes[name].append(Submit(Request(number, tuple(prompt), params, seed=number)))
+
+    def reports(self, kind: type[Message]) -> list[Message]:
+        return [message for message in self.wire.boxes[PARENT] if isinstance(message, kind)]
+
+    def tokens(self) -> dict[int, list[int]]:
+        made: dict[int, list[int]] = {}
+        for progress in self.reports(Progress):
+            assert isinstance(progress, Progress)
+            for handoff in progress.handoffs:
+                made[handoff.request_id] = [handoff.first_token]
+            for request_id, token in progress.tokens:
+                made[request_id].append(token)
+        return made
+
+
+@pytest.fixture
+def bench(tiny: Callable[[str], Path]) -> Bench:
+    return Bench(tiny("llama"))
+
+
+def test_separate_workers_make_the_same_tokens(bench: Bench, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([3, 21, 9, 1, 14])
+    prefill = bench.worker("prefill-0", bench.prefiller("prefill-0", budget=8), None)
+    decode = bench.worker("decode-0", None, bench.decoder("decode-0"), ("prefill-0",))
+    bench.submit("decode-0", prompts, 12)
+    run(decode, prefill)
+    made = bench.tokens()
+    expected = references(tiny("llama"), prompts, 12)
+    for number, tokens in enumerate(expected):  # generate ends at end-of-sequence, these requests do not
+        assert made[number][: len(tokens)] == tokens
+
+
+def test_two_decode_workers_have_a_part_of_the_pool_each(bench: Bench, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([3, 21, 9, 1, 14, 8])
+    prefills = [bench.worker(name, bench.prefiller(name), None) for name in ("prefill-0", "prefill-1")]
+    names = ("prefill-0", "prefill-1")
+    decodes = [
+        bench.worker(name, None, bench.decoder(name, first, 32), names)
+        for name, first in (("decode-0", 0), ("decode-1", 32))
+    ]
+    bench.submit("decode-0", prompts[:3], 10)
+    bench.submit("decode-1", prompts[3:], 10, first_id=3)
+    run(*decodes, *prefills)
+    tasks = [(to, message) for to, message in bench.wire.sent if isinstance(message, PrefillTask)]
+    for _, task in tasks:
+        own = range(32) if task.decode_worker == "decode-0" else range(32, 64)
+        assert set(task.blocks) <= set(own)
+    assert {to for to, _ in tasks} == set(names)
+    made = bench.tokens()
+    for number, tokens in enumerate(references(tiny("llama"), prompts, 10)):
+        assert made[number][: len(tokens)] == tokens
+
+
+def test_a_mixed_worker_alternates(bench: Bench) -> None:
+    worker = bench.worker("mixed-0", bench.prefiller("mixed-0", budget=10), bench.decoder("mixed-0"))
+    bench.submit("mixed-0", prompts_of([10, 10, 10]), 6)
+    run(worker)
+    phases = [record.phase for record in bench.reports(StepRecord) if isinstance(record, StepRecord)]
+    assert phases[:6] == ["prefill", "decode"] * 3
+    assert set(phases[6:]) == {"decode"}
+
+
+def test_whole_prompts_are_packed_up_to_the_budget(bench: Bench) -> None:
+    worker = bench.worker("mixed-0", bench.prefiller("mixed-0", budget=20), bench.decoder("mixed-0"))
+    bench.submit("mixed-0", prompts_of([8, 12, 5, 16, 3]), 1)
+    run(worker)
+    records = [record for record in bench.reports(StepRecord) if isinstance(record, StepRecord)]
+    assert [(record.requests, record.tokens) for record in records] == [(2, 20), (1, 5), (2, 19)]
+
+
+def test_a_prompt_over_the_budget_is_split_and_its_rest_shared(bench: Bench) -> None:
+    worker = bench.worker("mixed-0", bench.prefiller("mixed-0", budget=20), bench.decoder("mixed-0"))
+    bench.submit("mixed-0", prompts_of([50, 7, 9]), 1)
+    run(worker)
+    records = [record for record in bench.reports(StepRecord) if isinstance(record, StepRecord)]
+    assert [(record.requests, record.tokens) for record in records] == [(1, 20), (1, 20), (2, 17), (1, 9)]
+
+
+def test_handoffs_carry_the_prefill_times(bench: Bench) -> None:
+    worker = bench.worker("mixed-0", bench.prefiller("mixed-0", budget=20), bench.decoder("mixed-0"))
+    bench.submit("mixed-0", prompts_of([50]), 1)
+    run(worker)
+    (progress,) = bench.reports(Progress)
+    steps = [record for record in bench.reports(StepRecord) if isinstance(record, StepRecord)]
+    assert isinstance(progress, Progress)
+    (handoff,) = progress.handoffs
+    assert (handoff.prefill_start_ns, handoff.first_token_ns) == (steps[0].start_ns, steps[-1].end_ns)
+
+
+def test_requests_wait_in_order_for_blocks(bench: Bench) -> None:
+    decoder = bench.decoder("decode-0", count=6)
+    for number, length in enumerate([8, 14, 1, 1]):  # with 4 new tokens: 3, 5, 1 and 1 blocks of 4
+        decoder.submit(Request(number, tuple(range(length)), SamplingParams(max_tokens=4, ignore_eos=True), 0))
+    assert [task.request.request_id for task in decoder.admit()] == [0]  # the later, smaller ones do not overtake
+    assert decoder.admit() == []
+    decoder.receive(Handoff(0, 5, 1, 2, "prefill-0"))
+    while decoder.step():
+        pass
+    assert [task.request.request_id for task in decoder.admit()] == [1, 2]
+
+
+def test_max_batch_counts_requests_that_are_being_prefilled(bench: Bench) -> None:
+    decoder = bench.decoder("decode-0", max_batch=2)
+    for number in range(3):
+        decoder.submit(Request(number, (1, 2), SamplingParams(max_tokens=4, ignore_eos=True), 0))
+    assert len(decoder.admit()) == 2
+    decoder.receive(Handoff(0, 5, 1, 2, "prefill-0"))
+    assert decoder.admit() == []
+
+
+def test_a_request_of_one_token_takes_no_decode_step(bench: Bench) -> None:
+    decoder = bench.decoder("decode-0")
+    decoder.submit(Request(0, (1, 2), SamplingParams(max_tokens=1), 0))
+    decoder.admit()
+    decoder.receive(Handoff(0, 5, 1, 2, "prefill-0"))
+    result = decoder.step()
+    assert result is not None
+    assert result.requests == 0
+    assert result.progress.finished == ((0, "length"),)
+    assert decoder.step() is None
+
+
+def test_a_worker_refuses_a_message_that_is_not_for_its_role(bench: Bench) -> None:
+    worker = bench.worker("prefill-0", bench.prefiller("prefill-0"), None)
+    bench.submit("prefill-0", [[1]], 1)
+    with pytest.raises(TypeError, match="prefill-0 \\(prefill\\) has no use for Submit"):
+        worker.turn()

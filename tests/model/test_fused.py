@@ -1,0 +1,323 @@
+"""Fused parts compute what the parts they replace do, and parts that are not like them stay."""
+
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from splitwiser import LLM, SamplingParams
+from splitwiser.model import attention, fused
+from splitwiser.model.compatibility import _served_logits, attach_engine
+from splitwiser.model.fused import FusedLayer, FusedMLP, FusedNorm, describe_parts, fuse_parts
+from splitwiser.model.kernels import packed_linear as packed
+from splitwiser.model.kernels.packed_linear import PackedLinear
+from splitwiser.model.loading import LoadedModel, load_model
+from tests.support.models import TINY, make_tiny
+from tests.support.tokens import LENGTHS, prompts_of
+
+pytestmark = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
+needs_compiler = pytest.mark.skipif(fused.find_problem() is not None, reason=f"not compiled: {fused.find_problem()}")
+
+PARTS = {
+    "llama": "decoder_layer 3, rms_norm 7, attention 3, gated_mlp 3",
+    "mistral": "decoder_layer 3, rms_norm 7, attention 3, gated_mlp 3",
+    "qwen3": "decoder_layer 3, rms_norm 13, attention 3, gated_mlp 3",
+    "gemma2": "attention 3, gated_mlp 3, rms_norm 13",
+    "gpt_oss": "attention 3, rms_norm 7",
+    "opt": "activation 3",
+}
+
+
+class _Body(PreTrainedModel):
+    """A causal model of one part, which its token is sent through."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, part: nn.Module, width: int, dtype: torch.dtype) -> None:
+        super().__init__(PreTrainedConfig())
+        self.part, self.embed = part, nn.Embedding(4, width, dtype=dtype)
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> Any:
+        return type("Output", (), {"logits": self.part(self.embed(input_ids))})
+
+
+@torch.inference_mode()
+def fuse(part: nn.Module, width: int = 96, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """What takes the place of ``part``, all of whose numbers are drawn first, in a model of it alone."""
+    torch.manual_seed(0)
+    for parameter in part.parameters():
+        parameter.normal_(0, 0.3)
+    model = _Body(part.to(dtype), width, dtype).requires_grad_(False)
+    fuse_parts(model)
+    made: nn.Module = model.part
+    return made
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+
+def assert_same(made: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(made, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)
+
+
+def load(tiny: Callable[[str], Path], name: str, dtype: str = "bfloat16") -> LoadedModel:
+    return load_model(tiny(name), dtype=dtype, device="cpu", load_format="auto")
+
+
+# -- norms
+
+
+@needs_compiler
+@pytest.mark.parametrize("convention", [LlamaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 5, 3, 96), (1, 700, 96)])
+def test_norms_of_both_conventions(convention: type[nn.Module], shape: tuple[int, ...]) -> None:
+    own = convention(96, 1e-3)
+    made = fuse(own)
+    assert isinstance(made, FusedNorm)
+    with torch.inference_mode():
+        for scale in (1e-2, 1.0, 100.0):
+            assert_same(made(inputs(*shape) * scale), own(inputs(*shape) * scale))
+        strided = inputs(2, 96, 7).transpose(1, 2)
+        assert_same(made(strided), own(strided))
+
+
+class _Shifted(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) + 0.05
+
+
+class _Clamped(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.clamp(-100, 100))
+
+
+@pytest.mark.parametrize("own", [_Shifted(96), _Clamped(96), nn.LayerNorm(96), nn.LayerNorm(96, bias=False)])
+def test_a_norm_that_computes_something_else_stays(own: nn.Module) -> None:
+    assert fuse(own) is own
+
+
+def test_a_part_in_float32_stays() -> None:
+    own = LlamaRMSNorm(96)
+    assert fuse(own, dtype=torch.float32) is own
+
+
+# -- gated multi-layer perceptrons
+
+
+class _MLP(nn.Module):
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(96, 160, bias=bias), nn.Linear(96, 160, bias=bias)
+        self.down_proj = nn.Linear(160, 96, bias=bias)
+        self.act_fn = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return product
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(approximate="tanh"), lambda x: x * torch.sigmoid(1.702 * x)])
+def test_gated_mlps(activation: Callable[[torch.Tensor], torch.Tensor], bias: bool) -> None:
+    own = _MLP(activation, bias)
+    made = fuse(own)
+    assert isinstance(made, FusedMLP)
+    with torch.inference_mode():
+        for rows in (1, 300):
+            x, residual = inputs(1, rows, 96), inputs(1, rows, 96) + 1
+            assert_same(made(x), own(x))
+            assert_same(made(x, residual), own(x) + residual)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), lambda x: nn.functional.silu(x).clamp(max=7)])
+def test_a_gate_of_another_kind_stays(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    own = _MLP(activation)
+    assert fuse(own) is own
+
+
+# -- activations of a first product
+
+
+class _Feed(nn.Module):
+    def __init__(self, activation: nn.Module, between: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.activation_fn, self.fc2 = nn.Linear(96, 160), activation, nn.Linear(160, 96)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.fc2(self.activation_fn(self.fc1(x) + self.between))
+        return product
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU()])
+def test_an_activation_becomes_part_of_the_product(activation: nn.Module) -> None:
+    own = _Feed(activation)
+    with torch.inference_mode():
+        made = fuse(own)
+        assert isinstance(own.activation_fn, nn.Identity)
+        computed = made(inputs(1, 9, 96))
+        own.fc1.activation = ("none", "")  # type: ignore[assignment]
+        own.activation_fn = activation
+        assert_same(computed, own(inputs(1, 9, 96)))
+
+
+class _Choosy(_Feed):
+    """Refuses some of the numbers that parts are tried with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x.abs() > 100).any()):
+            raise ValueError
+        return super().forward(x)
+
+
+def test_an_activation_of_something_else_stays() -> None:
+    for own in (_Feed(nn.Tanh()), _Feed(nn.ReLU(), between=0.5), _Choosy(nn.ReLU())):
+        kept = own.fc1, own.activation_fn
+        fuse(own)
+        assert (own.fc1, own.activation_fn) == kept
+
+
+# -- models
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", PARTS)
+def test_a_model_of_fused_parts_gives_its_logits(name: str, tiny: Callable[[str], Path]) -> None:
+    model = load(tiny, name)
+    attach_engine(model, pack=True)  # which compares the logits
+    assert describe_parts(model.module) == PARTS[name]
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
+)
+@pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
+def test_a_layer_of_a_few_rows_is_one_call(
+    name: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, name)
+    layers = attach_engine(model, pack=True)
+    called: list[object] = []
+    once = FusedLayer._call_once
+
+    def note(layer: FusedLayer, *given: Any) -> torch.Tensor:
+        called.append(layer)
+        return once(layer, *given)
+
+    monkeypatch.setattr(FusedLayer, "_call_once", note)
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    with torch.inference_mode():
+        *_, made = _served_logits(model, layers, prompts)
+        assert len(called) == len(layers)
+        monkeypatch.setattr(fused, "most_few", lambda: 0)
+        *_, expected = _served_logits(model, layers, prompts)
+    assert len(called) == len(layers)
+    assert_same(made, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_a_float32_model_is_untouched(name: str, tiny: Callable[[str], Path]) -> None:
+    model = load(tiny, name, "float32")
+    before = list(model.module.modules())
+    model.module.set_attn_implementation(attention.NAME)
+    with torch.inference_mode():
+        fuse_parts(model.module)
+    assert list(model.module.modules()) == before
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "changes", "described"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}, PARTS["llama"]),
+        ("stablelm", {"partial_rotary_factor": 0.5}, "attention 3, gated_mlp 3"),  # half a head turns
+        ("granite", {"residual_multiplier": 0.2}, "attention 3, gated_mlp 3, rms_norm 7"),  # no layer adds plainly
+        ("olmo", {"clip_qkv": 8.0}, "gated_mlp 3"),  # keys have a limit
+        ("olmo2", {}, "rms_norm 13, gated_mlp 3"),  # norms of all heads together
+        ("cohere", {}, "gated_mlp 3"),  # neighbours turn together
+        ("hunyuan_v1_dense", {"head_dim": 16}, "rms_norm 13, gated_mlp 3"),  # heads are normalised once turned
+        ("ministral3", {"head_dim": 16}, "gated_mlp 3, rms_norm 7"),  # queries are scaled from a late position on
+    ],
+)
+def test_what_is_not_alike_stays(
+    name: str, changes: dict[str, Any], described: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TINY, name, TINY["llama"])
+    model = load_model(make_tiny(name, tmp_path, **changes), dtype="bfloat16", device="cpu", load_format="auto")
+    attach_engine(model, pack=True)
+    assert describe_parts(model.module) == described
+
+
+@needs_compiler
+def test_a_second_copy_of_the_weights_never_exists(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, "llama")
+    own = [weakref.ref(part) for part in model.module.modules() if type(part) is nn.Linear]
+    living: list[int] = []
+    init = PackedLinear.__init__
+
+    def count(self: PackedLinear, *given: Any, **named: Any) -> None:
+        living.append(sum(reference() is not None for reference in own))
+        init(self, *given, **named)
+
+    monkeypatch.setattr(PackedLinear, "__init__", count)
+    attach_engine(model, pack=True)
+    # each layer makes two products of the three of its MLP, then two of the four of its attention; what is left is the head
+    of_mlps = [len(own) - 3 * layer for layer in range(3) for _ in range(2)]
+    of_attentions = [len(own) - 9 - 4 * layer for layer in range(3) for _ in range(2)]
+    assert living == [*of_mlps, *of_attentions, 1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_fused_parts_travel(name: str, tiny: Callable[[str], Path]) -> None:
+    model = load(tiny, name)
+    attach_engine(model, pack=True)
+    layer = model.module.model.layers[0].self_attn
+    copied = pickle.loads(pickle.dumps(model.module)).model.layers[0].self_attn
+    with torch.inference_mode():
+        expected = layer.qkv_proj(inputs(1, 3, 48))
+        layer.qkv_proj.packed.zero_()
+        assert torch.equal(copied.qkv_proj(inputs(1, 3, 48)), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_processes_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
+    made = []
+    placements: list[dict[str, Any]] = [{}, {"mode": "mp"}]
+    for settings in placements:
+        with LLM(tiny(name), dtype="bfloat16", max_batch=1, prefill_tokens=512, **settings) as llm:
+            assert llm.started.kernels["fused_parts"] == PARTS[name]
+            outputs = [llm.generate([each], SamplingParams(max_tokens=12))[0] for each in prompts_of(LENGTHS, seed=8)]
+            made.append([output.token_ids for output in outputs])
+    assert made[0] == made[1]
+
+
+def test_plain_kernels_fuse_nothing(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("llama"), dtype="bfloat16", kernels="plain") as llm:
+        assert llm.started.kernels["fused_parts"] == "none (as asked for)"
+
+
+def test_without_a_compiler_activations_alone_are_fused(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fused._functions.cache_clear()
+    for name, described in (("opt", "activation 3"), ("llama", "none (plain PyTorch (no g++ on PATH))")):
+        model = load(tiny, name)
+        attach_engine(model, pack=True)
+        assert describe_parts(model.module) == described

@@ -1,0 +1,54 @@
+"""What goes together in an engine's configuration, whatever the machine."""
+
+from typing import Any
+
+import pytest
+
+from splitwiser.placement.config import EngineConfig
+from tests.support.assertions import assert_says, refusal
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "both"}, ["unknown mode 'both'", "sequential"]),
+        ({"share": "fair"}, ["fair", "fixed", "auto", "none"]),
+        ({"itl_target_ms": 0.0}, ["itl_target_ms", "0"]),
+        ({"share": "auto", "itl_target_ms": float("nan")}, ["itl_target_ms"]),
+        ({"max_batch": 0}, ["max_batch must be 1 or more, not 0"]),
+        ({"kv_memory": "much"}, ["kv_memory 'much' is not a size"]),
+        ({"mps": "shared"}, ["unknown mps 'shared'", "private", "existing"]),
+        ({"mps": "existing"}, ["mps existing goes with mode mps, not with mode sequential"]),
+        ({"exclusive": True}, ["exclusive goes with mode mps"]),
+        ({"workers": "[{role: mixed}]"}, ["workers are laid out in modes mp, mps, green, not in mode sequential"]),
+        ({"mode": "mp", "workers": [{"role": "cook"}]}, ["unknown worker role 'cook'"]),
+        ({"mode": "green", "workers": "[{role: mixed}]"}, ["mode green has one prefill and one decode worker", "mp"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any], said: list[str]) -> None:
+    assert_says(refusal(EngineConfig, **settings), *said)
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "said"),
+    [
+        ("mps", "", ["mps", "green"]),
+        ("mp", "[{role: mixed}]", ["mixed"]),
+        ("mp", "[{role: prefill, share: 30}, {role: decode}]", ["shares", "fixed"]),
+    ],
+)
+def test_share_auto_is_refused_where_it_cannot_be(mode: str, workers: str, said: list[str]) -> None:
+    assert_says(refusal(EngineConfig, mode=mode, workers=workers, share="auto"), *said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"mode": "generate"}, []),
+        ({}, ["mixed-0"]),
+        ({"mode": "mps"}, ["prefill-0", "decode-0"]),
+        ({"mode": "mp", "workers": [{"role": "mixed", "count": 2}]}, ["mixed-0", "mixed-1"]),
+    ],
+)
+def test_workers_are_those_laid_out_or_the_modes_own(settings: dict[str, Any], names: list[str]) -> None:
+    assert [spec.name for spec in EngineConfig(**settings).specs] == names

@@ -1,0 +1,47 @@
+"""Prompts, and the tokens that ``model.generate`` makes of each alone."""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.kv_pool import block_nbytes
+from splitwiser.model.loading import load_model
+from tests.support.models import VOCABULARY
+
+SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
+LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
+
+
+def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@cache
+def reference_model(directory: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model
+
+
+def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    generate = cast("Callable[..., torch.Tensor]", reference_model(directory).generate)
+    made = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        tokens = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
+        made.append(tokens[0, len(prompt) :].tolist())
+    return made
+
+
+def room_for(directory: Path, tokens: int) -> str:
+    """A ``kv_memory`` with room for ``tokens`` tokens."""
+    model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
+    return f"{block_nbytes(attach_engine(model), 16, model.dtype) * (tokens // 16)}B"

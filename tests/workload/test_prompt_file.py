@@ -1,0 +1,115 @@
+"""Workload files: what they give, and the line that each wrong one gets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitwiser.workload.prompt_file import Workload, load_workload
+from tests.support.assertions import assert_says, refusal
+
+
+def write(directory: Path, content: Any) -> Path:
+    path = directory / "load.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_prompts_may_be_text_or_token_ids(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": 7, "prompts": ["größe", [5, 0, 9]], "arrival_s": [0.25, 3]})
+    assert load_workload(path) == Workload(("größe", (5, 0, 9)), (7, 7), (0.25, 3.0))
+
+
+def test_each_prompt_may_have_its_own_limit(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": [3, 9], "prompts": ["a", [1]]})
+    assert load_workload(path).max_new_tokens == (3, 9)
+
+
+def test_requests_arrive_at_once_without_times(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b", "c"]})
+    assert load_workload(path).arrival_s == (0.0, 0.0, 0.0)
+
+
+def test_arrivals_need_no_order(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b"], "arrival_s": [2, 1]})
+    assert load_workload(path).arrival_s == (2.0, 1.0)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "load.json"
+    assert refusal(load_workload, path) == f"--workload {path}: no such file"
+
+
+@pytest.mark.parametrize("content", ["", "{", "{'prompts': []}", "[1,]", "prompts"])
+def test_broken_json_is_named(content: str, tmp_path: Path) -> None:
+    path = write(tmp_path, content)
+    assert_says(refusal(load_workload, path), f"--workload {path}: not valid JSON: ", "line 1")
+
+
+def test_half_of_a_surrogate_pair_is_named_by_its_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b \ud83d"]})
+    assert_says(refusal(load_workload, path), f"--workload {path}: prompt 1: character 3", "U+D83D")
+
+
+def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "load.json"
+    path.write_bytes(b'{"prompts": ["\xff"]}')
+    assert_says(refusal(load_workload, path), f"--workload {path}: not valid JSON: ")
+
+
+def test_directory_is_named(tmp_path: Path) -> None:
+    assert_says(refusal(load_workload, tmp_path), f"--workload {tmp_path}: ", "directory")
+
+
+FINE = {"max_new_tokens": 4, "prompts": ["a", [1, 2]]}
+NEW_TOKENS = "'max_new_tokens' must be a whole number of 1 or more, not "
+PROMPT = "must be text or a list of token ids, and not empty"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([FINE], "must be an object with 'max_new_tokens' and 'prompts'"),
+        ({**FINE, "arrivals": []}, "unknown field 'arrivals'; known: max_new_tokens, prompts, arrival_s"),
+        ({"prompts": ["a"]}, f"{NEW_TOKENS}None"),
+        ({**FINE, "max_new_tokens": 0}, f"{NEW_TOKENS}0"),
+        ({**FINE, "max_new_tokens": True}, f"{NEW_TOKENS}True"),
+        ({**FINE, "max_new_tokens": 2.0}, f"{NEW_TOKENS}2.0"),
+        ({**FINE, "max_new_tokens": "4"}, f"{NEW_TOKENS}'4'"),
+        ({**FINE, "max_new_tokens": [4, 0]}, f"{NEW_TOKENS}0"),
+        ({**FINE, "max_new_tokens": [4, None]}, f"{NEW_TOKENS}None"),
+        (
+            {**FINE, "max_new_tokens": [4]},
+            "'max_new_tokens' must be one number, or a list with one for each of the 2 prompts, not of 1",
+        ),
+        ({"max_new_tokens": 4}, "'prompts' must be a list with at least one prompt"),
+        ({**FINE, "prompts": []}, "'prompts' must be a list with at least one prompt"),
+        ({**FINE, "prompts": "a"}, "'prompts' must be a list with at least one prompt"),
+        ({**FINE, "prompts": ["a", ""]}, f"prompt 1 {PROMPT}"),
+        ({**FINE, "prompts": [[]]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [None]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [7]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [{"a": 1}]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [[1, 2.0]]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [[1, True]]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [[1, "2"]]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "prompts": [[[1, 2]]]}, f"prompt 0 {PROMPT}"),
+        ({**FINE, "arrival_s": [0]}, "'arrival_s' must be a list with one number for each of the 2 prompts"),
+        ({**FINE, "arrival_s": 0}, "'arrival_s' must be a list with one number for each of the 2 prompts"),
+        ({**FINE, "arrival_s": None}, "'arrival_s' must be a list with one number for each of the 2 prompts"),
+        ({**FINE, "arrival_s": [0, -0.5]}, "arrival_s of prompt 1 must be 0 or more seconds, not -0.5"),
+        ({**FINE, "arrival_s": ["0", 0]}, "arrival_s of prompt 0 must be 0 or more seconds, not '0'"),
+        ({**FINE, "arrival_s": [float("nan"), 0]}, "arrival_s of prompt 0 must be 0 or more seconds, not nan"),
+        ({**FINE, "arrival_s": [0, float("inf")]}, "arrival_s of prompt 1 must be 0 or more seconds, not inf"),
+        ({**FINE, "arrival_s": [0, True]}, "arrival_s of prompt 1 must be 0 or more seconds, not True"),
+    ],
+)
+def test_wrong_content_is_named_with_its_field(content: Any, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, content)
+    assert refusal(load_workload, path) == f"--workload {path}: {message}"
+
+
+def test_arrival_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {**FINE, "arrival_s": [0, 10**400]})
+    assert_says(refusal(load_workload, path), f"--workload {path}: arrival_s of prompt 1 ")
