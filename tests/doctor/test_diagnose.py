@@ -223,7 +223,7 @@ def test_prompts_of_token_ids_need_no_tokenizer(tmp_path: Path, tiny: Callable[[
 
 
 def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitwiser.model.kv_pool.available_memory", lambda: 1000)
+    monkeypatch.setattr("splitwiser.machine.memory.available_memory", lambda: 1000)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert not said.works
     assert found(said, "weights_and_pool").ok is False
@@ -234,7 +234,7 @@ def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytes
 def test_a_pool_that_does_not_fit_stops_the_modes_that_have_one(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.model.kv_pool.available_memory", lambda: 1 << 30)
+    monkeypatch.setattr("splitwiser.machine.memory.available_memory", lambda: 1 << 30)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu", kv_memory="2GiB"))
     assert verdicts(said) == {"generate": True, "sequential": False, "mp": False, "mps": False, "green": False}
     assert note(said, "mp") == refusal(LLM, tiny("llama"), mode="mp", device="cpu", kv_memory="2GiB")
@@ -296,7 +296,7 @@ def test_the_pool_is_estimated_as_it_becomes(name: str, tiny: Callable[[str], Pa
 def test_a_pool_sized_by_itself_takes_a_quarter_of_what_the_weights_leave(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitwiser.model.kv_pool.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("splitwiser.machine.memory.available_memory", lambda: 1_000_000)
     figures = found(diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu")), "weights_and_pool").figures
     block = 3 * 2 * (12 + 12) * 4 * 16  # layers, heads, keys and values, bytes, tokens
     assert figures["weights_bytes"] > 300_000

@@ -1,19 +1,17 @@
 """The pool's memory, the allocator of its blocks and the size the pool gets."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
+from splitwiser.machine import memory as main_memory
 from splitwiser.model import kv_pool
 from splitwiser.model.kv_pool import (
     BlockAllocator,
     KVPool,
     LayerShape,
-    available_memory,
     block_nbytes,
-    machine_memory,
     plan_blocks,
 )
 from tests.support.assertions import assert_says, refusal
@@ -217,7 +215,7 @@ def test_wrong_size_is_refused_by_the_plan() -> None:
 def test_auto_holds_a_batch_of_the_longest(
     max_batch: int, max_positions: int | None, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_pool, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(main_memory, "available_memory", lambda: 10**12)
     assert plan("auto", max_batch=max_batch, max_positions=max_positions) == blocks
 
 
@@ -225,26 +223,10 @@ def test_auto_holds_a_batch_of_the_longest(
 def test_auto_takes_a_quarter_of_the_memory_at_most(
     available: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_pool, "available_memory", lambda: available)
+    monkeypatch.setattr(main_memory, "available_memory", lambda: available)
     assert plan("auto") == blocks
 
 
 def test_auto_takes_half_of_a_gpus_free_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10 * NBYTES, 10**12))
     assert plan_blocks(LAYERS, "auto", BLOCK, torch.float32, torch.device("cuda", 0), 8, 100) == 10
-
-
-def test_memory_that_can_be_had_is_what_the_system_calls_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 4000 kB\nMemFree: 1000 kB\nMemAvailable: 3000 kB\nCached: 2500 kB\n")
-    monkeypatch.setattr(kv_pool, "Path", lambda _: meminfo)
-    assert machine_memory() == 3000 * 1024
-
-
-def test_available_memory_is_no_more_than_a_container_lets_be_used(tmp_path: Path) -> None:
-    for name, content in (("memory.max", 3000), ("memory.current", 1000)):
-        (tmp_path / name).write_text(f"{content}\n")
-    (tmp_path / "self").write_text("0::/\n")
-    assert available_memory(tmp_path, tmp_path / "self") == 2000

@@ -21,7 +21,7 @@ from tests.support.assertions import assert_says, refusal
         ({"mps": "existing"}, ["mps existing goes with mode mps, not with mode sequential"]),
         ({"exclusive": True}, ["exclusive goes with mode mps"]),
         ({"workers": "[{role: mixed}]"}, ["workers are laid out in modes mp, mps, green, not in mode sequential"]),
-        ({"mode": "mp", "workers": [{"role": "cook"}]}, ["unknown worker role 'cook'"]),
+        ({"mode": "mp", "workers": [{"role": "cook"}]}, ["'role' must be one of prefill, decode, mixed, not 'cook'"]),
         ({"mode": "green", "workers": "[{role: mixed}]"}, ["mode green has one prefill and one decode worker", "mp"]),
     ],
 )

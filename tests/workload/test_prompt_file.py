@@ -64,45 +64,47 @@ def test_directory_is_named(tmp_path: Path) -> None:
 
 FINE = {"max_new_tokens": 4, "prompts": ["a", [1, 2]]}
 NEW_TOKENS = "'max_new_tokens' must be a whole number of 1 or more, not "
-PROMPT = "must be text or a list of token ids, and not empty"
+PROMPT = "must be text or a list of token ids, and not empty, not "
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([FINE], "must be an object with 'max_new_tokens' and 'prompts'"),
-        ({**FINE, "arrivals": []}, "unknown field 'arrivals'; known: max_new_tokens, prompts, arrival_s"),
-        ({"prompts": ["a"]}, f"{NEW_TOKENS}None"),
+        ({**FINE, "arrivals": []}, "unknown key 'arrivals'; known: prompts, max_new_tokens, arrival_s"),
+        ({"prompts": ["a"]}, "'max_new_tokens' is missing"),
         ({**FINE, "max_new_tokens": 0}, f"{NEW_TOKENS}0"),
         ({**FINE, "max_new_tokens": True}, f"{NEW_TOKENS}True"),
         ({**FINE, "max_new_tokens": 2.0}, f"{NEW_TOKENS}2.0"),
         ({**FINE, "max_new_tokens": "4"}, f"{NEW_TOKENS}'4'"),
-        ({**FINE, "max_new_tokens": [4, 0]}, f"{NEW_TOKENS}0"),
-        ({**FINE, "max_new_tokens": [4, None]}, f"{NEW_TOKENS}None"),
+        ({**FINE, "max_new_tokens": [4, 0]}, "'max_new_tokens', entry 1 must be a whole number of 1 or more, not 0"),
+        (
+            {**FINE, "max_new_tokens": [4, None]},
+            "'max_new_tokens', entry 1 must be a whole number of 1 or more, not None",
+        ),
         (
             {**FINE, "max_new_tokens": [4]},
-            "'max_new_tokens' must be one number, or a list with one for each of the 2 prompts, not of 1",
+            "'max_new_tokens' has 1 entries for 2 prompts; give one each",
         ),
-        ({"max_new_tokens": 4}, "'prompts' must be a list with at least one prompt"),
-        ({**FINE, "prompts": []}, "'prompts' must be a list with at least one prompt"),
-        ({**FINE, "prompts": "a"}, "'prompts' must be a list with at least one prompt"),
-        ({**FINE, "prompts": ["a", ""]}, f"prompt 1 {PROMPT}"),
-        ({**FINE, "prompts": [[]]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [None]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [7]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [{"a": 1}]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [[1, 2.0]]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [[1, True]]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [[1, "2"]]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "prompts": [[[1, 2]]]}, f"prompt 0 {PROMPT}"),
-        ({**FINE, "arrival_s": [0]}, "'arrival_s' must be a list with one number for each of the 2 prompts"),
-        ({**FINE, "arrival_s": 0}, "'arrival_s' must be a list with one number for each of the 2 prompts"),
-        ({**FINE, "arrival_s": None}, "'arrival_s' must be a list with one number for each of the 2 prompts"),
-        ({**FINE, "arrival_s": [0, -0.5]}, "arrival_s of prompt 1 must be 0 or more seconds, not -0.5"),
-        ({**FINE, "arrival_s": ["0", 0]}, "arrival_s of prompt 0 must be 0 or more seconds, not '0'"),
-        ({**FINE, "arrival_s": [float("nan"), 0]}, "arrival_s of prompt 0 must be 0 or more seconds, not nan"),
-        ({**FINE, "arrival_s": [0, float("inf")]}, "arrival_s of prompt 1 must be 0 or more seconds, not inf"),
-        ({**FINE, "arrival_s": [0, True]}, "arrival_s of prompt 1 must be 0 or more seconds, not True"),
+        ({"max_new_tokens": 4}, "'prompts' is missing"),
+        ({**FINE, "prompts": []}, "'prompts' must be a list with at least one prompt, not []"),
+        ({**FINE, "prompts": "a"}, "'prompts' must be a list with at least one prompt, not 'a'"),
+        ({**FINE, "prompts": ["a", ""]}, f"'prompts', entry 1 {PROMPT}''"),
+        ({**FINE, "prompts": [[]]}, f"'prompts', entry 0 {PROMPT}[]"),
+        ({**FINE, "prompts": [None]}, f"'prompts', entry 0 {PROMPT}None"),
+        ({**FINE, "prompts": [7]}, f"'prompts', entry 0 {PROMPT}7"),
+        ({**FINE, "prompts": [{"a": 1}]}, f"'prompts', entry 0 {PROMPT}{{'a': 1}}"),
+        ({**FINE, "prompts": [[1, 2.0]]}, f"'prompts', entry 0 {PROMPT}[1, 2.0]"),
+        ({**FINE, "prompts": [[1, True]]}, f"'prompts', entry 0 {PROMPT}[1, True]"),
+        ({**FINE, "prompts": [[1, "2"]]}, f"'prompts', entry 0 {PROMPT}[1, '2']"),
+        ({**FINE, "prompts": [[[1, 2]]]}, f"'prompts', entry 0 {PROMPT}[[1, 2]]"),
+        ({**FINE, "arrival_s": [0]}, "'arrival_s' has 1 entries for 2 prompts; give one each"),
+        ({**FINE, "arrival_s": 0}, "'arrival_s' must be a valid list, not 0"),
+        ({**FINE, "arrival_s": [0, -0.5]}, "'arrival_s', entry 1 must be 0 or more seconds, not -0.5"),
+        ({**FINE, "arrival_s": ["0", 0]}, "'arrival_s', entry 0 must be 0 or more seconds, not '0'"),
+        ({**FINE, "arrival_s": [float("nan"), 0]}, "'arrival_s', entry 0 must be 0 or more seconds, not nan"),
+        ({**FINE, "arrival_s": [0, float("inf")]}, "'arrival_s', entry 1 must be 0 or more seconds, not inf"),
+        ({**FINE, "arrival_s": [0, True]}, "'arrival_s', entry 1 must be 0 or more seconds, not True"),
     ],
 )
 def test_wrong_content_is_named_with_its_field(content: Any, message: str, tmp_path: Path) -> None:
@@ -112,4 +114,4 @@ def test_wrong_content_is_named_with_its_field(content: Any, message: str, tmp_p
 
 def test_arrival_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {**FINE, "arrival_s": [0, 10**400]})
-    assert_says(refusal(load_workload, path), f"--workload {path}: arrival_s of prompt 1 ")
+    assert_says(refusal(load_workload, path), f"--workload {path}: 'arrival_s', entry 1 ")

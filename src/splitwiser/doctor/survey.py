@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from splitwiser import constants
 from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
 from splitwiser.errors import first_line
@@ -246,17 +248,17 @@ def _is_writable(path: Path) -> bool:
 
 def find_main_memory() -> Found:
     """Main memory that can be had, within what a container allows."""
-    from splitwiser.model.kv_pool import available_memory, machine_memory
+    from splitwiser.machine.memory import available_memory
 
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = psutil.virtual_memory()
     room, free = cgroup.memory_room(), available_memory()
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    text = f"{format_size(machine_memory())} of {format_size(total)} available"
+    text = f"{format_size(memory.available)} of {format_size(memory.total)} available"
     if room is not None:
         text += f"; the container's limit leaves {format_size(room)}"
     if address_space != resource.RLIM_INFINITY:
         text += f"; ulimit -v allows {format_size(address_space)} of addresses, PyTorch's own included"
-    return True, text, {"free_bytes": free, "total_bytes": total, "container_room_bytes": room}
+    return True, text, {"free_bytes": free, "total_bytes": memory.total, "container_room_bytes": room}
 
 
 def find_shared_memory() -> Found:

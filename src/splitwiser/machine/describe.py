@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from splitwiser import constants
@@ -22,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     described: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "torch_threads": torch.get_num_threads(),
     }
@@ -80,9 +81,9 @@ def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e6
     if workers:
-        return sum(_memory_kib(pid, "smaps_rollup", "Pss:") for pid in [os.getpid(), *workers]) * 1024 / 1e6
+        return sum(map(_shared_out_bytes, [os.getpid(), *workers])) / 1e6
     # not ru_maxrss, which keeps what the process that started this one held
-    return _memory_kib(os.getpid(), "status", "VmHWM:") * 1024 / 1e6
+    return _peak_kib() * 1024 / 1e6
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -94,12 +95,19 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
 
 
-def _memory_kib(pid: int, file: str, field: str) -> int:
+def _shared_out_bytes(pid: int) -> int:
+    """The proportional set size of process ``pid``; 0 if it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
-    except OSError:  # it has ended
+        nbytes: int = psutil.Process(pid).memory_full_info().pss
+    except psutil.Error:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
+    return nbytes
+
+
+def _peak_kib() -> int:
+    """The peak of this process's resident set, which proc_pid_status(5) tells and psutil does not."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _processor() -> str:

@@ -1,14 +1,15 @@
 """The catalogue of models, ``configs/models.yaml``: from the name a user gives to where weights and figures come from."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from splitwiser import constants
 from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.formats import Text, must_be, parse_as
 from splitwiser.yaml_file import read_entries
 
-KINDS = ("decoder", "encoder-decoder")
+Kind = Literal["decoder", "encoder-decoder"]
 EMBEDDED_MODEL = "radiology-opt"
 
 
@@ -16,11 +17,11 @@ EMBEDDED_MODEL = "radiology-opt"
 class CatalogEntry:
     """A model by name: its checkpoint directory or hub id and, for a decoder, the figures to build it without either."""
 
-    name: str
-    path: str = ""
-    hub: str = ""
-    kind: Literal["decoder", "encoder-decoder"] = "decoder"
-    config: dict[str, Any] = field(default_factory=dict)
+    name: Text
+    path: Text = ""
+    hub: Text = ""
+    kind: Annotated[Kind, must_be(f"one of {', '.join(get_args(Kind))}")] = "decoder"
+    config: Annotated[dict[str, Any], must_be("a mapping")] = field(default_factory=dict)
 
     @property
     def location(self) -> str:
@@ -31,25 +32,16 @@ class CatalogEntry:
 def load_catalog(path: Path) -> dict[str, CatalogEntry]:
     """Read a ``models.yaml``. Raises :class:`InputError` naming the file, the model and the key."""
     entries = read_entries(path, "opt-125m: {hub: facebook/opt-125m}")
-    known = [each.name for each in fields(CatalogEntry) if each.name != "name"]
-    for name, entry in entries.items():
-        for key in entry:
-            if key not in known:
-                raise InputError(f"{path}, model {name}: {unknown('key', key, known)}")
-        for key, value in entry.items():
-            if not isinstance(value, dict if key == "config" else str):
-                raise InputError(
-                    f"{path}, model {name}: '{key}' must be {'a mapping' if key == 'config' else 'text'}, not {value!r}"
-                )
-        if entry.get("kind", "decoder") not in KINDS:
-            raise InputError(f"{path}, model {name}: {unknown('kind', entry['kind'], KINDS)}")
-        if "config" in entry and "model_type" not in entry["config"]:
-            raise InputError(
-                f"{path}, model {name}: 'config' needs a 'model_type', as transformers names architectures"
-            )
-        if not entry.get("path") and not entry.get("hub"):
-            raise InputError(f"{path}, model {name}: needs a 'path' or a 'hub' id")
-    return {name: CatalogEntry(name=name, **entry) for name, entry in entries.items()}
+    return {name: _entry(name, entry, f"{path}, model {name}") for name, entry in entries.items()}
+
+
+def _entry(name: str, content: dict[str, Any], where: str) -> CatalogEntry:
+    entry = parse_as(CatalogEntry, content, where, name=name)
+    if "config" in content and "model_type" not in entry.config:
+        raise InputError(f"{where}: 'config' needs a 'model_type', as transformers names architectures")
+    if not entry.path and not entry.hub:
+        raise InputError(f"{where}: needs a 'path' or a 'hub' id")
+    return entry
 
 
 def resolve_model(model: str | Path) -> CatalogEntry:

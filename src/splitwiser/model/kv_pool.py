@@ -1,16 +1,14 @@
 """The KV pool: the preallocated cache of all requests in blocks, and the allocator that hands blocks out."""
 
 import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from splitwiser.errors import InputError
-from splitwiser.machine import cgroup
+from splitwiser.machine.memory import free_memory
 from splitwiser.machine.process import use_huge_pages
 from splitwiser.model.kernels.interface import PoolKernels
 from splitwiser.text import parse_bytes
@@ -201,22 +199,3 @@ def find_pool_problem(kv_memory: str, available: int, beside: str = "") -> str |
     if kv_memory == "auto" or parse_bytes(kv_memory) <= available:
         return None
     return f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available{beside}"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on ``device`` now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-
-
-def available_memory(root: Path = cgroup.ROOT, membership: Path = cgroup.MEMBERSHIP) -> int:
-    """Bytes of main memory that can be had without swapping, within what a container lets this process have."""
-    room = cgroup.memory_room(root, membership)
-    return machine_memory() if room is None else min(machine_memory(), room)
-
-
-def machine_memory() -> int:
-    """Bytes of the machine's main memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

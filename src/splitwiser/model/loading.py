@@ -23,9 +23,10 @@ from transformers import (
 from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
 from splitwiser.machine.device import resolve_device
+from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_file, find_pointer
-from splitwiser.model.kv_pool import find_memory_problem, free_memory
+from splitwiser.model.kv_pool import find_memory_problem
 
 T = TypeVar("T")
 

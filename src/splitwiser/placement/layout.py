@@ -1,18 +1,19 @@
 """Worker layouts: which roles, how many workers of each, and what share of the device's compute each gets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import yaml
+from annotated_types import Interval
+from pydantic import Strict
 
 from splitwiser.engine.messages import Role, WorkerSpec
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError
+from splitwiser.formats import AtLeastOne, must_be, parse_as
 from splitwiser.text import read_text
 from splitwiser.yaml_file import load_yaml
-
-ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,9 @@ class WorkerGroup:
     """``count`` workers of one role. ``share`` is the percentage of the device's compute that each of them may use; None
     takes an equal part of what the groups that name one leave."""
 
-    role: Role
-    count: int = 1
-    share: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise unknown("worker role", self.role, ROLES)
-        if not isinstance(self.count, int) or self.count < 1:
-            raise InputError(f"workers: 'count' of {self.role} must be a whole number of 1 or more, not {self.count!r}")
-        if self.share is not None and (not isinstance(self.share, int) or not 1 <= self.share <= 100):
-            raise InputError(
-                f"workers: 'share' of {self.role} must be a whole percentage from 1 to 100, not {self.share!r}"
-            )
+    role: Annotated[Role, must_be(f"one of {', '.join(get_args(Role))}")]
+    count: AtLeastOne = 1
+    share: Annotated[int | None, Strict(), Interval(ge=1, le=100), must_be("a whole percentage from 1 to 100")] = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +96,5 @@ def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
             raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(groups, Sequence) or not all(isinstance(group, dict) for group in groups):
         raise InputError(f"{where}: must be a list of entries such as {{role: prefill, count: 1, share: 50}}")
-    known = [each.name for each in fields(WorkerGroup)]
-    for group in groups:
-        for key in group:
-            if key not in known:
-                raise InputError(f"{where}: {unknown('key', key, known)}")
-        if "role" not in group:
-            raise InputError(f"{where}: an entry has no 'role'; known: {', '.join(ROLES)}")
-    return WorkerLayout(tuple(WorkerGroup(**group) for group in groups))
+    numbered = enumerate(groups, start=1)
+    return WorkerLayout(tuple(parse_as(WorkerGroup, group, f"{where}, entry {number}") for number, group in numbered))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import torch
 import torch.multiprocessing
 from tqdm import tqdm
@@ -290,10 +291,9 @@ def _how_it_ended(exitcode: int) -> str:
 
 def _process_state(pid: int | None) -> str:
     try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
+        return psutil.Process(pid).status()
+    except psutil.Error:
         return "gone"
-    return next(line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State"))
 
 
 def start(config: EngineConfig, _: ExitStack) -> Started:

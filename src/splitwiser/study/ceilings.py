@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from splitwiser.model.kv_pool import available_memory
+from splitwiser.machine.memory import available_memory
 
 CEILING_COLUMNS = ("kind", "what", "size", "ms", "amount", "rate", "unit")
 _PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger exceed the caches; the fastest counts

@@ -1,17 +1,17 @@
 """Cases: the numbered prompting recipes of ``configs/cases.yaml`` and how each turns reports into prompts."""
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 from splitwiser.errors import InputError, unknown
+from splitwiser.formats import AtLeastOne, AtLeastZero, Text, Whole, must_be, parse_as
 from splitwiser.workload.reports import Report
 from splitwiser.yaml_file import read_entries
 
-METHODS = ("discrete", "prefix_tuning", "lora")  # only the first is supported yet
-LEAST = {"examples": 0, "max_new_tokens": 1}
+Method = Literal["discrete", "prefix_tuning", "lora"]  # only the first is supported yet
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Case:
     """One recipe. A prompt is ``start_prefix``, the in-context examples and the question, which stands the finding
     between ``insert_prefix`` and ``prompt``, lower-cased and with white space folded, as in RadAdapt."""
 
-    case_id: int
-    description: str
-    method: str = "discrete"
-    examples: int = 0
-    start_prefix: str = ""
-    insert_prefix: str = "### findings:"
-    prompt: str = "### impressions:"
-    max_new_tokens: int = 200
+    case_id: Whole
+    description: Text
+    method: Annotated[Method, must_be(f"one of {', '.join(get_args(Method))}")] = "discrete"
+    examples: AtLeastZero = 0
+    start_prefix: Text = ""
+    insert_prefix: Text = "### findings:"
+    prompt: Text = "### impressions:"
+    max_new_tokens: AtLeastOne = 200
 
     def question(self, finding: str) -> str:
         """The finding as the model is asked about it."""
@@ -61,28 +61,9 @@ class Case:
 def load_cases(path: Path) -> dict[int, Case]:
     """Read every case of a ``cases.yaml``. Raises :class:`InputError` naming the file, the case and the key."""
     entries = read_entries(path, "0: {description: null prompt}")
-    return {case_id: _case(path, case_id, entry) for case_id, entry in entries.items()}
-
-
-def _case(path: Path, case_id: object, entry: dict[str, object]) -> Case:
-    where = f"{path}, case {case_id}"
-    if not isinstance(case_id, int) or isinstance(case_id, bool):
-        raise InputError(f"{where}: a case's name must be a whole number")
-    fields = {field.name: field.type for field in dataclasses.fields(Case) if field.name != "case_id"}
-    for key, value in entry.items():
-        if key not in fields:
-            raise InputError(f"{where}: {unknown('key', key, fields)}")
-        if not isinstance(value, str if fields[key] is str else int) or isinstance(value, bool):
-            raise InputError(
-                f"{where}: '{key}' must be {'text' if fields[key] is str else 'a whole number'}, not {value!r}"
-            )
-        if key in LEAST and value < LEAST[key]:  # type: ignore[operator]  # checked to be a number above
-            raise InputError(f"{where}: '{key}' must be {LEAST[key]} or more, not {value}")
-    if entry.get("method", "discrete") not in METHODS:
-        raise InputError(f"{where}: {unknown('method', entry['method'], METHODS)}")
-    if "description" not in entry:
-        raise InputError(f"{where}: needs a 'description'")
-    return Case(case_id=case_id, **entry)  # type: ignore[arg-type]  # checked against the fields above
+    return {
+        number: parse_as(Case, entry, f"{path}, case {number}", case_id=number) for number, entry in entries.items()
+    }
 
 
 def get_case(path: Path, case_id: int) -> Case:

@@ -2,12 +2,24 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Annotated
+
+from annotated_types import Ge, Le, MinLen
+from pydantic import Strict
 
 from splitwiser.errors import InputError
+from splitwiser.formats import AtLeastOne, must_be, parse_as
 from splitwiser.text import check_text, read_text
+
+_Prompt = Annotated[
+    Annotated[str, Strict()] | tuple[Annotated[int, Strict()], ...],
+    MinLen(1),
+    must_be("text or a list of token ids, and not empty"),
+]
+_Time = Annotated[float, Strict(), Ge(0), Le(sys.float_info.max), must_be("0 or more seconds")]
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,15 @@ class Workload:
     prompts: tuple[str | tuple[int, ...], ...]
     max_new_tokens: tuple[int, ...]
     arrival_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A workload file as it is written."""
+
+    prompts: Annotated[list[_Prompt], MinLen(1), must_be("a list with at least one prompt", itself=True)]
+    max_new_tokens: AtLeastOne | list[AtLeastOne]
+    arrival_s: list[_Time] | None = None
 
 
 def load_workload(path: Path) -> Workload:
@@ -32,46 +53,18 @@ def load_workload(path: Path) -> Workload:
         raise InputError(f"--workload {path}: no such file") from error
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"--workload {path}: not valid JSON: {error}") from error
+    where = f"--workload {path}"
     if not isinstance(content, dict):
-        raise InputError(f"--workload {path}: must be an object with 'max_new_tokens' and 'prompts'")
-    for key in content:
-        if key not in ("max_new_tokens", "prompts", "arrival_s"):
-            raise InputError(f"--workload {path}: unknown field '{key}'; known: max_new_tokens, prompts, arrival_s")
-    new_tokens, prompts = content.get("max_new_tokens"), content.get("prompts")
-    if not isinstance(prompts, list) or not prompts:
-        raise InputError(f"--workload {path}: 'prompts' must be a list with at least one prompt")
-    for number, prompt in enumerate(prompts):
-        is_ids = isinstance(prompt, list) and all(map(_is_whole, prompt))
-        if not prompt or not (isinstance(prompt, str) or is_ids):
-            raise InputError(f"--workload {path}: prompt {number} must be text or a list of token ids, and not empty")
+        raise InputError(f"{where}: must be an object with 'max_new_tokens' and 'prompts'")
+    read = parse_as(_Content, content, where)
+    count = len(read.prompts)
+    new_tokens = read.max_new_tokens if isinstance(read.max_new_tokens, list) else [read.max_new_tokens] * count
+    arrivals = [0.0] * count if read.arrival_s is None else read.arrival_s
+    given: dict[str, Sequence[float]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals}
+    for name, values in given.items():
+        if len(values) != count:
+            raise InputError(f"{where}: '{name}' has {len(values)} entries for {count} prompts; give one each")
+    for number, prompt in enumerate(read.prompts):
         if isinstance(prompt, str):
-            check_text(prompt, f"--workload {path}: prompt {number}")
-    if not isinstance(new_tokens, list):
-        new_tokens = [new_tokens] * len(prompts)
-    elif len(new_tokens) != len(prompts):
-        raise InputError(
-            f"--workload {path}: 'max_new_tokens' must be one number, or a list with one for each of the {len(prompts)} "
-            f"prompts, not of {len(new_tokens)}"
-        )
-    for each in new_tokens:
-        if not _is_whole(each) or each < 1:
-            raise InputError(f"--workload {path}: 'max_new_tokens' must be a whole number of 1 or more, not {each!r}")
-    arrivals = content.get("arrival_s", [0.0] * len(prompts))
-    if not isinstance(arrivals, list) or len(arrivals) != len(prompts):
-        raise InputError(
-            f"--workload {path}: 'arrival_s' must be a list with one number for each of the {len(prompts)} prompts"
-        )
-    for number, arrival in enumerate(arrivals):
-        if isinstance(arrival, bool) or not isinstance(arrival, (int, float)) or not 0 <= arrival <= sys.float_info.max:
-            raise InputError(
-                f"--workload {path}: arrival_s of prompt {number} must be 0 or more seconds, not {arrival!r}"
-            )
-    return Workload(
-        tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts),
-        tuple(new_tokens),
-        tuple(map(float, arrivals)),
-    )
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+            check_text(prompt, f"{where}: prompt {number}")
+    return Workload(tuple(read.prompts), tuple(new_tokens), tuple(arrivals))
