@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 from splitwiser.request import RequestMetrics, RequestOutput
 from splitwiser.results.metrics import parse_goodput, throughput_figures
-from splitwiser.workload.prompt_file import load_workload
 
 WARM_UP = (4, 8)  # requests and new tokens
 PATIENCE_S = 1.0  # between two looks at whether the engine still runs
@@ -169,19 +168,17 @@ def serve(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Start the peer, answer the workload and return its figures, named as in ``throughput.csv``, and ``token_ids``: each
     request's answer."""
-    work = load_workload(options.workload)
-    prompts = [prompt for prompt in work.prompts if not isinstance(prompt, str)]
-    if len(prompts) < len(work.prompts) or any(work.arrival_s):
-        raise ValueError("a peer takes prompts of token ids, which all arrive at once")
+    work = json.loads(options.workload.read_text(encoding="utf-8"))
+    prompts, new_tokens = work["prompts"], work["max_new_tokens"]
     concurrency = options.max_concurrency or len(prompts)
-    longest = max(len(prompt) + new for prompt, new in zip(prompts, work.max_new_tokens, strict=True))
+    longest = max(len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True))
     engine = PEERS[options.peer](options.model, options.dtype, longest, concurrency)
     try:
-        first, new_tokens = WARM_UP
-        serve(engine, prompts[:first], [min(new_tokens, each) for each in work.max_new_tokens[:first]], concurrency)
+        first, most = WARM_UP
+        serve(engine, prompts[:first], [min(most, each) for each in new_tokens[:first]], concurrency)
         ready_s = time.perf_counter() - engine.began_s
         start_ns = time.perf_counter_ns()
-        outputs = serve(engine, prompts, work.max_new_tokens, concurrency)
+        outputs = serve(engine, prompts, new_tokens, concurrency)
     finally:
         engine.close()
     import torch
@@ -201,7 +198,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--model", required=True, help="checkpoint directory")
-    parser.add_argument("--workload", type=Path, required=True, help="a workload file of token ids")
+    parser.add_argument(
+        "--workload",
+        type=Path,
+        required=True,
+        help="a workload file as compare writes it: token ids and a number of new tokens for each prompt",
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max_concurrency", type=int, help="closed loop of so many requests; all at once if not given")
     parser.add_argument("--goodput", help="targets in ms, as for splitwiser run")

@@ -1,7 +1,9 @@
 """Other engines in a comparison, with stand-ins for their environments, and what the process of a peer does."""
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,9 +14,10 @@ import peer
 import pytest
 import yaml
 
+from splitwiser import constants
 from splitwiser.cli import main
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peers import ENGINES, Peer, read_peer
+from splitwiser.study.peers import ENGINES, PROGRAM, Peer, read_peer
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import only_run, write_workload
 from tests.support.models import make_tiny
@@ -233,6 +236,16 @@ class OneTokenAStep:
 
     def close(self) -> None:
         pass
+
+
+def test_the_program_needs_nothing_but_numpy_until_its_engine_starts() -> None:
+    path = os.pathsep.join([str(PROGRAM.parent), str(constants.DIR_PROJECT / "src")])
+    others = ("torch", "transformers", "pandas", "yaml", "tqdm", "pydantic", "psutil", "matplotlib")
+    code = f"import sys; sys.modules |= dict.fromkeys({others}); import peer"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 5])
