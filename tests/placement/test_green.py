@@ -1,7 +1,5 @@
 """What of mode ``green`` can be told without a GPU: the plan of the cut, and the refusals."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from splitwiser.placement.green import AUTO_PREFILL_PERCENT, GreenDivision, chec
 from splitwiser.placement.layout import ONE_OF_EACH, parse_layout
 from splitwiser.placement.shares import ShareSettings
 from tests.support.assertions import assert_says, refusal
+from tests.support.commands import invoke
 
 FORTY = parse_layout("[{role: prefill, share: 40}, {role: decode, share: 60}]")
 
@@ -40,8 +39,7 @@ def test_a_cpu_is_refused_with_the_reason_and_another_mode(tiny: Callable[[str],
 
 
 def test_the_command_refuses_with_exit_code_2() -> None:
-    command = [sys.executable, "-m", "splitwiser", "run", "--mode", "green", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = invoke("run", "--mode", "green", "--device", "cpu")
     assert done.returncode == 2
     assert_says(done.stderr, "mode green:", "use mode mp")
 
