@@ -225,6 +225,7 @@ def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("long") / "tiny-llama-8k", max_position_embeddings=8192)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "fewest", "most"), [("mp", 5, 10_000), ("sequential", 0, 0)])
 def test_decode_goes_on_while_a_long_prompt_is_prefilled(mode: str, fewest: int, most: int, long_context: Path) -> None:
     seen = Seen()

@@ -100,6 +100,7 @@ def test_the_record_says_what_was_measured_and_on_what(directory: Path) -> None:
     assert any(note.startswith("no GPU") for note in record["notes"])
 
 
+@pytest.mark.slow
 def test_each_thread_count_is_profiled_against_its_own_ceilings(tiny: Tiny, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     config = small(

@@ -176,6 +176,7 @@ def usage(function: Any, launch: Launch, capability: int, folder: Path) -> tuple
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "key_dim", "value_dim", "dtype", "parts", "options"),
