@@ -33,6 +33,7 @@ def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytes
     assert receive.recv().items() >= {PIPES: "/run/pipes", PERCENTAGE: "33"}.items()
 
 
+@pytest.mark.slow
 def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
     script = """
 import torch

@@ -77,13 +77,31 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "load", "parts"),
+    [
+        ({}, 0.0, ["load must be above 0", "not 0"]),
+        ({"request_rate": 2.0}, 0.6, ["variant first: a load says when requests arrive", "leave request_rate out"]),
+        ({"max_concurrency": 1}, 0.6, ["variant first: a load says when requests arrive", "leave max_concurrency out"]),
+    ],
+)
+def test_a_load_is_refused_where_requests_have_times_of_their_own(
+    options: dict[str, Any], load: float, parts: list[str], tmp_path: Path
+) -> None:
+    base: dict[str, Any] = {"results": str(tmp_path / "out"), "limit": 2, **options}
+    variants = [Variant("first", base), Variant("last", base)]
+    assert_says(refusal(compare, variants, 1, load=load), *parts)
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(
         "splitwiser.study.compare.compare", lambda *arguments, **named: given.extend([*arguments, named])
     )
     line = (
-        "compare --modes mp --limit 3 --max-batch 9 --variant 'four: --mode mp --max_batch 4' --repeats 2 --minutes 5"
+        "compare --modes mp --limit 3 --max-batch 9 --variant 'four: --mode mp --max_batch 4' --repeats 2 --minutes 5 "
+        "--load 0.6"
     )
     assert main(shlex.split(line)) == 0
     assert given == [
@@ -93,7 +111,7 @@ def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         ],
         2,
         5.0,
-        {"one_process": False},
+        {"load": 0.6, "one_process": False},
     ]
 
 
@@ -121,6 +139,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Pat
     return Compared(done, folder, pd.read_csv(folder / "comparison.csv"))
 
 
+@pytest.mark.slow
 def test_a_round_starts_one_variant_later_than_the_one_before(compared: Compared) -> None:
     order = list(compared.rows[["round", "variant", "mode"]].itertuples(index=False, name=None))
     one, other = ("sequential", "sequential"), ("padded", "generate")
@@ -138,6 +157,7 @@ def test_no_round_but_the_first_begins_after_the_time_given() -> None:
     assert len(list(_turns([one, other], 3, time.monotonic() + 60))) == 6
 
 
+@pytest.mark.slow
 def test_a_row_is_its_runs_row_of_throughput(compared: Compared) -> None:
     assert compared.rows["status"].tolist() == ["finished"] * 4
     for _, row in compared.rows.iterrows():
@@ -145,6 +165,7 @@ def test_a_row_is_its_runs_row_of_throughput(compared: Compared) -> None:
         assert row[own.index].dropna().to_dict() == own.dropna().to_dict()
 
 
+@pytest.mark.slow
 def test_the_summary_is_of_those_rows(compared: Compared) -> None:
     summary = pd.read_csv(compared.folder / "comparison_summary.csv").set_index(["metric", "variant"])
     rows = compared.rows.sort_values("round")
@@ -161,6 +182,7 @@ def test_the_summary_is_of_those_rows(compared: Compared) -> None:
         assert metric in compared.done.stdout
 
 
+@pytest.mark.slow
 def test_tokens_of_all_runs_are_held_against_the_first(compared: Compared) -> None:
     tokens = pd.read_csv(compared.folder / "comparison_tokens.csv")
     assert tokens["run_id"].tolist() == compared.rows["run_id"].tolist()
@@ -170,6 +192,7 @@ def test_tokens_of_all_runs_are_held_against_the_first(compared: Compared) -> No
     assert "tokens: the same for all 4 requests in every run" in compared.done.stdout
 
 
+@pytest.mark.slow
 def test_the_record_repeats_the_comparison(compared: Compared) -> None:
     record = yaml.safe_load((compared.folder / "compare.yaml").read_text())
     assert (record["status"], record["repeats"]) == ("finished", 2)
@@ -208,6 +231,7 @@ def concluded(
     return conclude(folder, variants, rows), pd.read_csv(folder / "comparison_tokens.csv")
 
 
+@pytest.mark.slow
 def test_another_token_in_float32_is_a_fault(compared: Compared, tmp_path: Path) -> None:
     faults, tokens = concluded(compared, tmp_path)
     assert faults == ["padded differs from sequential in 1 of 4 requests, first at token 5 (median)"]
@@ -215,6 +239,7 @@ def test_another_token_in_float32_is_a_fault(compared: Compared, tmp_path: Path)
     assert tokens["first_difference"][1] == 5
 
 
+@pytest.mark.slow
 def test_another_token_in_bfloat16_is_only_said(
     compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,17 +249,20 @@ def test_another_token_in_bfloat16_is_only_said(
     assert "tokens: padded differs from sequential in 1 of 4 requests" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_token_that_was_sampled_is_only_said(compared: Compared, tmp_path: Path) -> None:
     faults, tokens = concluded(compared, tmp_path, temperature=1.0)
     assert faults == []
     assert tokens["must_match"].tolist() == [False] * 4
 
 
+@pytest.mark.slow
 def test_another_prompt_is_a_fault_however_it_was_drawn(compared: Compared, tmp_path: Path) -> None:
     faults, _ = concluded(compared, tmp_path, column="prompt_token_ids", temperature=1.0)
     assert faults == ["padded was asked 1 other prompts than sequential"]
 
 
+@pytest.mark.slow
 def test_figures_of_a_stand_in_are_not_set_against_others(
     compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +277,7 @@ def test_figures_of_a_stand_in_are_not_set_against_others(
     assert not (folder / "comparison_summary.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
     compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +296,7 @@ def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
     assert summary.at[("output_throughput", "padded"), "verdict"] == "undecided (busy machine in 1 of 2 rounds)"
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "two.json", [[5, 6], [7]])
     done = splitwiser(
@@ -283,6 +313,28 @@ def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Call
     assert "not compared, since no run of sequential finished" in done.stdout
     summary = pd.read_csv(folder / "comparison_summary.csv")
     assert set(summary["rounds"]) == {0, 1}
+
+
+def test_a_load_is_a_part_of_what_the_first_variant_answers_at_once(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    workload = write_workload(tmp_path / "two.json", [[5, 6], [7]], arrival_s=[0, 3600])
+    done = splitwiser(
+        "compare", "--modes", "sequential,generate", "--repeats", "1", "--load", "0.5", "--model", tiny("opt"),
+        "--workload", workload, "--ignore_eos", "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path / "out")
+    record = yaml.safe_load((folder / "compare.yaml").read_text())
+    assert (record["load"], record["capacity"]["variant"]) == (0.5, "sequential")
+    capacity = record["capacity"]["requests_per_s"]
+    assert f"capacity of sequential: {capacity:.4g} requests/s" in done.stdout
+    rate = pytest.approx(capacity / 2, rel=1e-3)
+    assert pd.read_csv(folder / "comparison.csv")["request_rate"].tolist() == [rate, rate]
+    assert [options["request_rate"] for options in record["variants"].values()] == [rate, rate]
+    assert "--load=0.5" in record["command"]
+    assert "request_rate" not in record["command"]
+    assert len(list((folder / "runs").glob("*/run.yaml"))) == 3
 
 
 # -- what an interrupted one leaves
@@ -317,6 +369,7 @@ def state_of(pid: int) -> str:
         return "Z"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_and_keeps_what_is_there(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process, pids = start_endless(tmp_path, tiny("opt"), "sequential", "generate")
     process.send_signal(signal.SIGINT)
@@ -331,6 +384,7 @@ def test_ctrl_c_ends_the_run_and_keeps_what_is_there(tmp_path: Path, tiny: Calla
     assert len(pd.read_csv(run / "latency.csv")) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_leaves_no_process(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process, pids = start_endless(tmp_path, tiny("opt"), "mp", "sequential")
     assert len(pids) >= 3
