@@ -411,9 +411,9 @@ def test_a_quota_below_the_cores_is_pointed_out(tiny: Callable[[str], Path], mon
 @pytest.mark.parametrize(
     ("others", "ok", "part"),
     [
-        (1.6, None, "others use 1.6 of 2 cores now, load average 8.5: what is measured meanwhile is not"),
+        (1.6, None, "others use 1.6 of 2 cores now, load average 8.5: measurements made meanwhile do not"),
         (0.1, True, "others use 0.1 of 2 cores now, load average 8.5"),
-        (None, None, "the system does not say"),
+        (None, None, "the system does not report"),
     ],
 )
 def test_what_others_use_is_a_finding_and_no_obstacle(
