@@ -24,15 +24,16 @@ from tests.support.models import make_tiny
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
-# the stand-ins are asked as scripts/peer.py is: the engine, then --name=value
+# the stand-ins are asked as scripts/peer.py is: the engine, then --name=value; what they were asked is their version
 ANSWERS = """
 import json, pathlib, sys
 asked = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[3:])
 work = json.loads(pathlib.Path(asked["workload"]).read_text())
 config = json.loads((pathlib.Path(asked["model"]) / "config.json").read_text())
 answers = {
-    "device": "cpu", "output_throughput": 100.0, "p99_itl_ms": None, "asked": json.dumps(asked),
-    "architecture": config["architectures"][0], "token_ids": [[7] * new for new in work["max_new_tokens"]],
+    "device": "cpu", "output_throughput": 100.0, "p99_itl_ms": None,
+    "version": json.dumps({**asked, "architecture": config["architectures"][0]}),
+    "token_ids": [[7] * new for new in work["max_new_tokens"]],
 }
 pathlib.Path(asked["output"]).write_text(json.dumps(answers))
 """
@@ -121,7 +122,7 @@ def test_a_peer_is_asked_what_the_variants_are(tiny: Callable[[str], Path], tmp_
     assert rows["variant"].tolist() == ["sequential", "vllm", "vllm", "sequential"]
     assert rows["model"].unique().tolist() == ["tiny-opt"]
     assert rows["status"].unique().tolist() == ["finished"]
-    asked = json.loads(rows["asked"][1])
+    asked = json.loads(rows["version"][1])
     assert (asked["model"], asked["dtype"], asked["max_concurrency"], asked["goodput"]) == (
         str(tiny("opt")), "bfloat16", "2", "ttft:200",
     )  # fmt: skip
@@ -193,8 +194,8 @@ def test_modes_and_peers_load_one_checkpoint_of_random_weights(tmp_path: Path) -
     assert code == 0
     rows = pd.read_csv(folder / "comparison.csv").set_index("variant")
     own, other = rows.loc["sequential"], rows.loc["vllm"]
-    assert other["architecture"] == "OPTForCausalLM"
-    asked = json.loads(str(other["asked"]))
+    asked = json.loads(str(other["version"]))
+    assert asked["architecture"] == "OPTForCausalLM"
     assert (asked["model"], asked["max_concurrency"]) == (str(folder / "models" / "wide"), "1")
     assert (own["model"], own["load_format"], own["max_concurrency"]) == ("wide", "auto", 1)
     assert own["total_output_tokens"] == 6
