@@ -12,8 +12,8 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from splitwiser.model.attention import AttentionOptions, Mask, Segment, StepAttention
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import KVPool, LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kv_pool import KVPool
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
 

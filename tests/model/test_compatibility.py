@@ -13,8 +13,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.models import POSITIONS, make_tiny
 

@@ -7,10 +7,10 @@ import torch
 
 from splitwiser.machine import memory as main_memory
 from splitwiser.model import kv_pool
+from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import (
     BlockAllocator,
     KVPool,
-    LayerShape,
     block_nbytes,
     plan_blocks,
 )

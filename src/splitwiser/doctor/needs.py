@@ -13,7 +13,8 @@ from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem, find_file
 from splitwiser.model.compatibility import find_dispatch_problem
-from splitwiser.model.kv_pool import LayerShape, block_nbytes, find_memory_problem, plan_blocks
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
 from splitwiser.model.loading import (
     has_tokenizer_files,
     load_tokenizer,

@@ -13,9 +13,9 @@ from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
 from splitwiser.model.forward import forward
 from splitwiser.model.fused import fuse_parts
-from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
-from splitwiser.model.kv_pool import KVPool, LayerShape
+from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
 

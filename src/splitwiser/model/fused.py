@@ -502,12 +502,4 @@ def _functions() -> ctypes.CDLL:
     library, described = load_native()
     if library is None:
         raise RuntimeError(described)
-    pointer, number, factor = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.rms_norm.argtypes = [*[pointer] * 3, factor, factor, *[number] * 3]
-    library.gate.argtypes = [pointer, pointer, factor, factor, *[number] * 3]
-    library.rotate_heads.argtypes = [*[pointer] * 3, number, pointer, pointer, factor, factor, *[number] * 8]
-    for function in (library.rms_norm, library.gate, library.rotate_heads):
-        function.restype = None
-    if most_few():
-        library.layer_of_few.argtypes, library.layer_of_few.restype = [pointer] * 4, None
     return library

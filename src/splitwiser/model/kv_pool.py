@@ -2,7 +2,6 @@
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,18 +9,8 @@ from torch import Tensor
 from splitwiser.errors import InputError
 from splitwiser.machine.memory import free_memory
 from splitwiser.machine.process import use_huge_pages
-from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.text import parse_bytes
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps for a token: ``kv_heads`` keys of ``key_dim`` and values of ``value_dim`` numbers."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
 
 TAKEN_AT_ONCE = 1 << 30  # bytes of a pool that are written to before the first request
 

@@ -15,8 +15,8 @@ from splitwiser.model.compatibility import attach_engine, try_kernels
 from splitwiser.model.fused import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import KVPool, LayerShape, plan_blocks
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.placement.config import EngineConfig, ModelConfig
 

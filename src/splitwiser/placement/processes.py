@@ -33,7 +33,8 @@ from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.machine.process import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kv_pool import KVPool, LayerShape, block_nbytes
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import KVPool, block_nbytes
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.board import Board
 from splitwiser.placement.checks import refuse_mode_here

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from splitwiser.model.kernels.build import load_native
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -19,9 +18,6 @@ class CpuAttention:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = library.attention
-        pointers, sizes, factors = [ctypes.c_void_p] * 9, [ctypes.c_int64] * 8, [ctypes.c_float] * 2
-        self._function.argtypes = [ctypes.c_int64, *pointers, *sizes, *factors, ctypes.c_int64]
-        self._function.restype = None
 
     def __call__(
         self,
@@ -57,8 +53,6 @@ class CpuStore:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = library.store
-        self._function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6
-        self._function.restype = None
 
     def __call__(self, pool_keys: Tensor, pool_values: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """See :meth:`splitwiser.model.kv_pool.KVPool.write`."""
@@ -83,7 +77,6 @@ def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
     if library is None:
         return PoolKernels(), {"prefill_attention": fused, "decode_attention": described}
     attention, compiled = CpuAttention(library), f"attention.cpp, {described}"
-    library.attention_takes_several.argtypes = [ctypes.c_int64] * 3
     takes_several = all(
         library.attention_takes_several(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
     )

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from splitwiser.machine.process import home_folder
 from splitwiser.model.kernels import packed_attention
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 
 PARTS = 64  # most parts of one request's context
 PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor

@@ -6,6 +6,16 @@ from typing import Protocol
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of what one layer of a model stores per token: ``kv_heads`` keys of ``key_dim`` numbers and as many values of
+    ``value_dim`` numbers."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
 class AttentionKernel(Protocol):
     """Attention of each request's newest tokens over the pool."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape
 
 LARGEST_HEAD = 256
 

@@ -224,8 +224,6 @@ def _few_functions() -> ctypes.CDLL | None:
     library, _ = load_native()
     if library is None or library.most_few() == 0:
         return None
-    library.multiply_few.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
-    library.multiply_few.restype = None
     return library
 
 
