@@ -117,12 +117,12 @@ def test_half_precision_prefills_all_prompts_in_one_call(on_stand_in: StandIn, t
 import json, sys
 import torch
 from splitwiser import LLM, SamplingParams
-from splitwiser.model.kernels.packed_attention import PackedAttention
-calls, call = [], PackedAttention.__call__
+from splitwiser.model.kernels.varlen_attention import VarlenAttention
+calls, call = [], VarlenAttention.__call__
 def counted(*given, **named):
     calls.append(len(given[1]))
     return call(*given, **named)
-PackedAttention.__call__ = counted
+VarlenAttention.__call__ = counted
 with LLM(sys.argv[1], mode="sequential", device="cuda", dtype="bfloat16", max_batch=4) as llm:
     calls.clear()
     llm.generate([[5] * 20, [6] * 30, [7] * 40], SamplingParams(max_tokens=1))

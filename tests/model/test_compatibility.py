@@ -187,10 +187,10 @@ def forgetful(*given: Any, **_: Any) -> Tensor:
 def test_a_kernel_that_fails_or_computes_something_else_is_refused_with_the_reason(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
     layers = attach_engine(model)
-    tried = try_kernels(model, layers, PoolKernels(decode=broken, packed=forgetful), 16)
+    tried = try_kernels(model, layers, PoolKernels(decode=broken, varlen=forgetful), 16)
     assert tried == {
         "decode": "TritonLikeError: out of resource: shared memory",
-        "packed": "it gives other logits than PyTorch",
+        "varlen": "it gives other logits than PyTorch",
     }
 
 

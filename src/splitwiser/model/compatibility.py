@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
-from splitwiser.model.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
 from splitwiser.model.forward import forward
 from splitwiser.model.fused import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -18,6 +18,7 @@ from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
+from splitwiser.model.paged_attention import PagedAttention, Segment
 
 # Of the largest logit: half precisions differ by rounding; a dropped term or a leak between requests differs by far more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -88,7 +89,7 @@ def try_kernels(
     refused = {}
     with torch.inference_mode():
         expected = _served_logits(model, layers, prompts)
-        for name in ("decode", "packed"):
+        for name in ("decode", "varlen"):
             if (kernel := getattr(kernels, name)) is None:
                 continue
             try:
@@ -151,7 +152,7 @@ def find_dispatch_problem(module: PreTrainedModel) -> str | None:
     )
 
 
-class _Probe(StepCache):
+class _Probe(AttentionStep):
     """Stands in for the pool in one forward and notes what each layer does."""
 
     def __init__(self) -> None:
@@ -193,7 +194,7 @@ class _Counting(StepCache):
         return key, value
 
 
-class _Placed(StepCache):
+class _Placed(AttentionStep):
     """Stands in for the pool with prompts at later positions, packed in one row: each sees its own tokens, of this step and
     of those before, and nothing of what would come before its start."""
 
@@ -228,7 +229,7 @@ class _Placed(StepCache):
 def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
     probe = _Probe()
     try:
-        forward(model.module, probe, probe, prompt, range(len(prompt)), [len(prompt) - 1])
+        forward(model.module, probe, prompt, range(len(prompt)), [len(prompt) - 1])
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{type(model.module).__name__}: {error}; use --mode generate") from error
     layers = model.module.config.get_text_config().num_hidden_layers
@@ -276,7 +277,7 @@ def _far_logits(model: LoadedModel, prompt: list[int], starts: Sequence[int]) ->
         each = tokens[:, chunk].shape[1]
         ends = [(number + 1) * each - 1 for number in range(len(starts))]
         rows = tokens[:, chunk].flatten(), places[:, chunk].flatten()
-        return forward(model.module, cache, cache, *rows, ends).float()
+        return forward(model.module, cache, *rows, ends).float()
 
     whole = step(_Placed(model.device), slice(None))
     split = _Placed(model.device)
@@ -305,7 +306,7 @@ def _served_logits(
         tokens = [token for prompt in prompts for token in prompt[start:]]
         positions = [position for segment in segments for position in segment.positions]
         ends = [(number + 1) * (length - start) - 1 for number in range(len(prompts))]
-        attends = StepAttention(pool, segments, model.device)
-        return forward(model.module, attends, attends, tokens, positions, ends).float()
+        attention_step = PagedAttention(pool, segments, model.device)
+        return forward(model.module, attention_step, tokens, positions, ends).float()
 
     return step(0), step(length // 2), step(length - 1)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from splitwiser.model.attention import (
     AttentionOptions,
-    Place,
-    StepAttention,
+    AttentionStep,
     StepCache,
     attention_function,
     serving,
@@ -27,6 +26,7 @@ from splitwiser.model.attention import (
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.packed_linear import PackedLinear, Product, is_packable, most_few
+from splitwiser.model.paged_attention import KernelInputs, PagedAttention
 
 # gates x / (1 + exp(-(linear * x + cubic * x^3))): SiLU, GELU's form with tanh, and the quick form of GELU
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
@@ -158,7 +158,7 @@ class _Step(ctypes.Structure):
     """A step at a layer, as kernels/csrc/layer.cpp takes it."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines", *Place._fields)),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", *KernelInputs._fields)),
         *(
             (name, ctypes.c_int64)
             for name in ("rows", "block_tokens", "table_width", "angles", "in_float32", "threads")
@@ -191,12 +191,14 @@ class FusedLayer(nn.Module):
         output: Tensor = self.mlp(self.post_attention_layernorm(attended), attended)
         return output
 
-    def _place(self, attention_mask: object, past_key_values: object, **_: object) -> Place | None:
-        if not isinstance(past_key_values, StepAttention):
+    def _place(self, attention_mask: object, past_key_values: object, **_: object) -> KernelInputs | None:
+        if not isinstance(past_key_values, PagedAttention):
             return None
-        return past_key_values.place(self.self_attn.layer_idx, attention_mask)
+        return past_key_values.kernel_inputs(self.self_attn.layer_idx, attention_mask)
 
-    def _call_once(self, own: _Layer, place: Place, hidden_states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def _call_once(
+        self, own: _Layer, place: KernelInputs, hidden_states: Tensor, cosines: Tensor, sines: Tensor
+    ) -> Tensor:
         cosines, sines = cosines.contiguous(), sines.contiguous()
         output = torch.empty_like(hidden_states)
         step = _Step(
@@ -401,7 +403,7 @@ _Calls = WeakKeyDictionary[nn.Module, _Call]  # weak, so that what is replaced g
 _Candidates = Callable[[nn.Module, _Call], Iterator[nn.Module]]
 
 
-class _Outcome(StepCache):
+class _Outcome(AttentionStep):
     """Stands in for the step in the call of a part, and notes what the part stores, asks for and returns."""
 
     def __init__(self) -> None:
@@ -447,7 +449,7 @@ def _record_calls(module: nn.Module) -> _Calls:
     hooks = [part.register_forward_pre_hook(note, with_kwargs=True) for part in module.modules()]
     step, tokens = _Outcome(), len(_SCALES)
     try:
-        forward(module, step, step, [0] * tokens, range(tokens), [0])  # type: ignore[arg-type]
+        forward(module, step, [0] * tokens, range(tokens), [0])  # type: ignore[arg-type]
     finally:
         for hook in hooks:
             hook.remove()

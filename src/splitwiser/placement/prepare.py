@@ -20,7 +20,7 @@ from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.placement.config import EngineConfig, ModelConfig
 
-_COMPUTED_BY = {"decode": "decode_attention", "packed": "prefill_attention"}  # what a run's record calls it
+_COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # what a run's record calls it
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from splitwiser.machine.process import home_folder
-from splitwiser.model.kernels import packed_attention
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kernels.varlen_attention import VarlenAttention, find_varlen_problem
 
 PARTS = 64  # most parts of one request's context
 PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor
@@ -99,15 +99,15 @@ def kernel_constants(
 
 def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[PoolKernels, dict[str, str]]:
     """See :func:`splitwiser.model.kernels.choose.load_kernels`."""
-    not_packed = packed_attention.find_problem(dtype, layers)
+    varlen_problem = find_varlen_problem(dtype, layers)
     has_triton = importlib.util.find_spec("triton") is not None
     kernels = PoolKernels(
         decode=GpuKernel() if has_triton else None,
-        packed=None if not_packed else packed_attention.PackedAttention(),
+        varlen=None if varlen_problem else VarlenAttention(),
     )
     return kernels, {
-        "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({not_packed})"
-        if not_packed
+        "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({varlen_problem})"
+        if varlen_problem
         else "torch.nn.attention.varlen, one call a layer",
         "decode_attention": "triton_decode.py, compiled by Triton"
         if has_triton
