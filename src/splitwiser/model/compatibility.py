@@ -12,7 +12,7 @@ from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
 from splitwiser.model.forward import forward
-from splitwiser.model.fused import fuse_parts
+from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool

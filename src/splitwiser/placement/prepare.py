@@ -12,7 +12,7 @@ from splitwiser.engine.engine import Engine
 from splitwiser.engine.worker import Scheduling
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.model.compatibility import attach_engine, try_kernels
-from splitwiser.model.fused import describe_parts
+from splitwiser.model.fusing import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -110,4 +110,4 @@ def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:
         return "as asked for"
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return "packing is for bfloat16 on a CPU"
-    return packed.find_problem()
+    return packed.find_packing_problem()

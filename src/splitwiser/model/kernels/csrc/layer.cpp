@@ -32,9 +32,9 @@ extern "C" {
 
 // A linear layer, as packed_linear.py's Product; bias may be null. panel: the outputs of one, a multiple of 16; filled: the inputs with
 // what they are filled up with, an even number.
-struct Product {
+struct Linear {
     const void *packed, *bias;
-    int64_t inputs, outputs, relu, panel, filled;
+    int64_t inputs, outputs, relu, panel, padded_inputs;
 };
 
 struct Norm {
@@ -44,10 +44,10 @@ struct Norm {
 
 // What a layer is, as fused.py's _Layer.
 struct Layer {
-    Product qkv, o, gate_up, down;
+    Linear qkv, o, gate_up, down;
     Norm input, post, query, key;  // query and key without weights where heads are not normalised
     float linear, cubic, scaling, softcap;
-    int64_t heads, kv_heads, head_dim, halved;  // halved: a cosine turns two numbers of a head
+    int64_t heads, kv_heads, head_dim, half_angles;  // half_angles: a cosine turns two numbers of a head
 };
 
 // What a step is to a layer, as fused.py's _Step; one token a request.
@@ -74,12 +74,12 @@ struct Block {
 };
 
 // The block of outputs from first on, from whatever panels it lies in. What would lie behind the last panel is read from its end.
-Block block_of(const Product& p, int64_t first) {
+Block block_of(const Linear& p, int64_t first) {
     Block block;
     block.step = p.panel;
     for (int64_t j = 0; j < PARTS; ++j) {
         const int64_t output = std::min(first + j * LANES, (p.outputs - 1) / LANES * LANES);
-        block.parts[j] = static_cast<const uint32_t*>(p.packed) + output / p.panel * p.filled / 2 * p.panel + output % p.panel;
+        block.parts[j] = static_cast<const uint32_t*>(p.packed) + output / p.panel * p.padded_inputs / 2 * p.panel + output % p.panel;
     }
     return block;
 }
@@ -187,7 +187,7 @@ void multiply_block_in_tiles(const bfloat16* x, int64_t stride, const Block& blo
 
 // y = x W^T + bias + residual, or max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual may be
 // null, or y.
-void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
+void multiply(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
     const int64_t pairs = p.inputs / 2;
     const auto* bias = static_cast<const bfloat16*>(p.bias);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -225,7 +225,7 @@ void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfl
 }  // namespace
 
 // The most rows that the functions below take; 0 where this processor has no products of bfloat16 pairs.
-extern "C" int most_few() {
+extern "C" int max_small_rows() {
 #if PRODUCTS_OF_TILES
     if (may_use_tiles()) return FEW_IN_TILES;
 #endif
@@ -238,14 +238,14 @@ extern "C" int most_few() {
 
 #if PRODUCTS_OF_PAIRS
 
-extern "C" void multiply_few(const Product* product, const void* x, const void* residual, void* y, int64_t rows,
+extern "C" void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
                              int64_t threads) {
-    multiply(*product, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y),
+    multiply(*linear, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y),
              rows, threads);
 }
 
 // x and y are (rows, width).
-extern "C" void layer_of_few(const Layer* layer, const Step* step, const void* x, void* y) {
+extern "C" void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y) {
     const Layer& l = *layer;
     const Step& s = *step;
     const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, inner = l.down.inputs;
@@ -260,7 +260,7 @@ extern "C" void layer_of_few(const Layer* layer, const Step* step, const void* x
     rms_norm(from, l.input.weight, normed, l.input.offset, l.input.epsilon, s.rows, width, 1);
     multiply(l.qkv, normed, nullptr, joint, s.rows, s.threads);
     rotate_heads(joint, s.cosines, s.sines, s.angles_in_float32, l.query.weight, l.key.weight, l.query.offset,
-                 l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.halved ? 2 * s.angles : s.angles,
+                 l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.half_angles ? 2 * s.angles : s.angles,
                  s.angles, 1);
     const char* keys = reinterpret_cast<const char*>(joint + own_width);
     store(keys, keys + kv_width * size, s.slots, static_cast<char*>(s.keys), static_cast<char*>(s.values), s.rows,
