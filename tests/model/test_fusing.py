@@ -42,7 +42,7 @@ PARTS = {
 
 
 class _Body(PreTrainedModel):
-    """A causal model of one part, which its token is sent through."""
+    """A causal model that consists of an embedding and one module."""
 
     config_class = PreTrainedConfig
 
@@ -56,7 +56,7 @@ class _Body(PreTrainedModel):
 
 @torch.inference_mode()
 def fuse(part: nn.Module, width: int = 96, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """What takes the place of ``part``, all of whose numbers are drawn first, in a model of it alone."""
+    """Return what replaces ``part``, given random weights, in a model of it alone."""
     torch.manual_seed(0)
     for parameter in part.parameters():
         parameter.normal_(0, 0.3)
@@ -115,7 +115,7 @@ def test_a_part_in_float32_stays() -> None:
     assert fuse(own, dtype=torch.float32) is own
 
 
-# -- gated multi-layer perceptrons
+# -- gated MLPs
 
 
 class _MLP(nn.Module):
@@ -150,7 +150,7 @@ def test_a_gate_of_another_kind_stays(activation: Callable[[torch.Tensor], torch
     assert fuse(own) is own
 
 
-# -- activations of a first product
+# -- activations after a first linear layer
 
 
 class _Feed(nn.Module):
@@ -171,14 +171,15 @@ def test_an_activation_becomes_part_of_the_product(activation: nn.Module) -> Non
         made = fuse(own)
         assert isinstance(own.activation_fn, nn.Identity)
         computed = made(inputs(1, 9, 96))
-        assert isinstance(own.fc1, PackedLinear)
-        own.fc1 = own.fc1.with_activation(packed.IDENTITY)
+        first = own.get_submodule("fc1")
+        assert isinstance(first, PackedLinear)
+        setattr(own, "fc1", first.with_activation(packed.IDENTITY))  # noqa: B010  # it is declared as a plain layer
         own.activation_fn = activation
         assert_same(computed, own(inputs(1, 9, 96)))
 
 
 class _Choosy(_Feed):
-    """Refuses some of the numbers that parts are tried with."""
+    """Raises an error for some of the inputs of the trial."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if bool((x.abs() > 100).any()):

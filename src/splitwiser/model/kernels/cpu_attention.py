@@ -77,10 +77,10 @@ def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
     if library is None:
         return PoolKernels(), {"prefill_attention": fused, "decode_attention": described}
     attention, compiled = CpuAttention(library), f"attention.cpp, {described}"
-    takes_several = all(
-        library.attention_takes_several(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
+    supports_prefill = all(
+        library.attention_supports_prefill(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
     )
-    return PoolKernels(attention, attention if takes_several else None, CpuStore(library)), {
-        "prefill_attention": compiled if takes_several else f"{fused} (attention.cpp does it in bfloat16 on AVX-512)",
+    return PoolKernels(attention, attention if supports_prefill else None, CpuStore(library)), {
+        "prefill_attention": compiled if supports_prefill else f"{fused} (attention.cpp does it in bfloat16 on AVX-512)",
         "decode_attention": compiled,
     }

@@ -10,7 +10,7 @@ struct Step;
 
 extern "C" {
 
-int attention_takes_several(int64_t dtype, int64_t key_dim, int64_t value_dim);
+int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim);
 int max_small_rows();
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y);
