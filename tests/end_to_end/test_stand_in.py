@@ -392,11 +392,11 @@ print(json.dumps([made.tolist(), str(made.device), len(ids)]))
 def test_triton_launches_on_the_current_device(on_stand_in: StandIn) -> None:
     script = """
 import torch
-from splitwiser.model.kernels.gpu_attention import GpuKernel
+from splitwiser.model.kernels.gpu_attention import GpuDecodeAttention
 device = torch.device("cuda", 1)
 rows = torch.ones(1, dtype=torch.int64, device=device)
 query, keys = torch.ones(1, 2, 16, device=device), torch.ones(1, 16, 2, 16, device=device)
-GpuKernel()(query, keys, keys, torch.zeros(1, 1, dtype=torch.int64, device=device), rows * 0, rows, rows, 1.0)
+GpuDecodeAttention()(query, keys, keys, torch.zeros(1, 1, dtype=torch.int64, device=device), rows * 0, rows, rows, 1.0)
 """
     assert_says(failure(on_stand_in, script, devices=2), "illegal memory access", "cuda:0, not cuda:1")
 

@@ -101,7 +101,7 @@ def make_pool(model: LoadedModel, prepared: Prepared, memory: Tensor | None = No
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
     if memory is None:  # the workers that share it take their own parts
-        pool.take_first(range(prepared.blocks))
+        pool.prefault(range(prepared.blocks))
     return pool
 
 

@@ -136,7 +136,7 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
         setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
-    pool.take_first(setup.own_blocks)
+    pool.prefault(setup.own_blocks)
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
         graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
