@@ -95,7 +95,7 @@ def spinning(count: int) -> Iterator[None]:
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """All turns, as rows of busy_machine.csv."""
-    from splitwiser.study.fresh_runs import write_rows
+    from splitwiser.files import write_rows
 
     sides = {"now": PROJECT, **({"before": options.before.resolve()} if options.before else {})}
     loads = {0: options.rounds, options.spinning: options.busy_rounds}
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                                 bar.set_postfix_str(f"{model}, {mode}, {server.name}, {load} spinning")
                                 row = {"model": model, "mode": mode, "side": server.name, "spinning": load}
                                 rows.append({**row, "round": number, "tokens_per_s": server.measure()})
-                                write_rows(options.out / "busy_machine.csv", rows)
+                                write_rows(options.out / "busy_machine.csv", list(rows[0]), rows)
                                 bar.update()
     return rows
 

@@ -28,9 +28,10 @@ from typing import Any
 
 import gpu_results
 import yaml
-from gpu_results import ARCHIVE, PLAN, PROJECT, RECORD, read_json
+from gpu_results import ARCHIVE, PROJECT, RECORD, read_json
 
-from splitwiser.errors import InputError, RunError, SplitwiserError, unknown
+from splitwiser.errors import InputError, SplitwiserError, unknown
+from splitwiser.machine import cuda_probe
 from splitwiser.machine.describe import git_commit
 from splitwiser.placement.modes import MODES
 
@@ -44,35 +45,15 @@ LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
 MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
 PASSED, CUT = "passed", "cut"
 
-TWO = "[{role: mixed, count: 2}]"
-FOUR = "[{role: mixed, count: 4}]"
-SHARES = "[{role: prefill, share: 40}, {role: decode, share: 60}]"
-VARIANTS: dict[str, dict[str, Any]] = {  # the most telling first, since time may run out
-    "sequential": {"mode": "sequential"},
-    "green, decode first": {"mode": "green", "share": "none"},
-    "green 40/60": {"mode": "green", "workers": SHARES},
-    "mps": {"mode": "mps", "share": "none"},
-    "mps 40/60": {"mode": "mps", "workers": SHARES},
-    "two mixed, mps": {"mode": "mps", "workers": TWO, "share": "none"},
-    "mp": {"mode": "mp"},
-    "green auto": {"mode": "green", "share": "auto", "itl_target_ms": 10},
-    "generate": {"mode": "generate"},
-    "sequential, steps of 8192": {"mode": "sequential", "prefill_tokens": 8192},
-    "green, equal priority": {"mode": "green", "share": "none", "decode_priority": False},
-    "mps, equal priority": {"mode": "mps", "share": "none", "decode_priority": False},
-    "two mixed, mp": {"mode": "mp", "workers": TWO},
-    "four mixed, mps": {"mode": "mps", "workers": FOUR, "share": "none"},
-    "sequential, chunks of 512": {"mode": "sequential", "prefill_tokens": 512},
-}
-MODELS: dict[str, dict[str, Any]] = {  # what a stage's name says: the model and its load
+SWEEPS = PROJECT / "configs" / "sweeps"
+MODELS: dict[str, dict[str, Any]] = {  # what a stage's name says: the model and its requests
     "125m": {"model": "opt-125m", "requests": 128, "prompt_tokens": "uniform:128:1024", "output_tokens": "128"},
     "1b": {"model": "llama-3.2-1b", "requests": 128, "prompt_tokens": "uniform:256:2048", "output_tokens": "128"},
     "7b": {"model": "llama2-7b-chat", "requests": 64, "prompt_tokens": "uniform:256:2048", "output_tokens": "128"},
 }
 ARRIVING = 2  # times as many requests where they arrive over time: most of that time is then spent under the full load
 LOADS = (60, 80)  # percent of what BASE answers when all requests arrive at once
-QUICK = {"model": "radiology-opt", "requests": 4, "prompt_tokens": "16", "output_tokens": "4"}
-ROUNDS = 5  # of a comparison, as far as there is time
+QUICK: dict[str, Any] = {"model": "radiology-opt", "requests": 4, "prompt_tokens": "16", "output_tokens": "4"}
 
 
 @dataclass(frozen=True)
@@ -175,48 +156,39 @@ def compare(model: str, load: int | None, check: Check) -> Iterator[list[str]]:
     """The variants that work here on one model, all requests at once or arriving at ``load`` percent of capacity. A sweep,
     since that goes on where it was stopped."""
     yield from needs_modes(check)
-    usable = {name: own for name, own in VARIANTS.items() if own["mode"] in check.modes}
-    name = f"compare-{model}"
-    rounds = 1 if check.quick else ROUNDS
-    base = {"load_format": "dummy", "dtype": "bfloat16", **(QUICK if check.quick else MODELS[model])}
+    requests: Mapping[str, Any] = QUICK if check.quick else MODELS[model]
     if load is None:
-        yield sweep(check, name, base, usable, rounds)
+        yield sweep(check, f"compare-{model}", "gpu", requests)
         return
-    capacity = find_capacity(check, name)
-    if capacity is None:
-        yield sweep(check, name, base, {gpu_results.BASE: usable[gpu_results.BASE]}, 1)
-        capacity = find_capacity(check, name)
-    if capacity is None:
-        raise RunError(f"{name} has no finished run of {gpu_results.BASE}, whose throughput the load is a part of")
-    base |= {"requests": base["requests"] * ARRIVING, "request_rate": round(capacity * load / 100, 3)}
-    usable.pop("generate", None)  # its batches wait for a whole one: not what arrivals are about
-    yield sweep(check, f"{name}-{load}", base, usable, rounds)
-
-
-def find_capacity(check: Check, stage: str) -> float | None:
-    """Requests a second that the base variant answered in ``stage``, median over its rounds; None if there is no run."""
-    runs = gpu_results.runs_of(check.work / stage)
-    if runs.empty:
-        return None
-    own = runs[(runs["variant"] == gpu_results.BASE) & (runs["status"] == "finished")]["request_throughput"]
-    return None if own.empty else float(own.median())
+    requests = {**requests, "requests": requests["requests"] * ARRIVING}
+    # without generate, whose batches wait for a whole one: not what arrivals are about
+    yield sweep(check, f"compare-{model}-{load}", "gpu", requests, load=load / 100, without="generate")
 
 
 def sweep(
-    check: Check, stage: str, base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], rounds: int
+    check: Check, stage: str, file: str, base: Mapping[str, Any], load: float | None = None, without: str = ""
 ) -> list[str]:
-    """The command of a sweep over ``variants`` in the folder of ``stage``. A rate that an earlier call has chosen stays, so
-    that its runs count."""
-    folder = check.folder(stage)
-    earlier = read_json(folder / PLAN).get("base", {})
-    base = {**base, **{name: value for name, value in earlier.items() if name == "request_rate"}}
+    """The command of the sweep ``file`` of this project in the folder of ``stage``: with the options of ``base``, and of its
+    points those whose modes work here, but for the mode ``without``."""
+    modes = [mode for mode in check.modes if mode != without]
+    content = yaml.safe_load((SWEEPS / f"{file}.yaml").read_text(encoding="utf-8"))
     # options that name files are relative to the project, so that a run is the same one in another checkout
-    base = {"data": "models/data", **base}
-    content = {"name": stage, "repeats": rounds, "base": base, "grid": list(variants.values())}
-    (folder / PLAN).write_text(json.dumps({"variants": list(variants), "base": base}, indent=1), encoding="utf-8")
-    path = folder / "grid.yaml"
+    content |= {"name": stage, "load": load, "base": {**content["base"], "data": "models/data", **base}}
+    content |= {"repeats": 1} if check.quick else {}
+    if "variants" in content:
+        content["variants"] = {name: own for name, own in content["variants"].items() if own["mode"] in modes}
+    if "grid" in content:
+        grids = [
+            {**grid, "mode": [mode for mode in _listed(grid["mode"]) if mode in modes]} for grid in content["grid"]
+        ]
+        content["grid"] = [grid for grid in grids if grid["mode"]]
+    path = check.folder(stage) / "grid.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return splitwiser("sweep", str(path), "--results", str(folder), *together(check))
+    return splitwiser("sweep", str(path), "--results", str(path.parent), *together(check))
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
 
 
 def interference(check: Check) -> Iterator[list[str]]:
@@ -233,29 +205,30 @@ def interference(check: Check) -> Iterator[list[str]]:
 def paper(check: Check) -> Iterator[list[str]]:
     """The paper's own experiment, as far as the modes work here."""
     yield from needs_modes(check)
-    content = yaml.safe_load((PROJECT / "configs" / "sweeps" / "paper_processes_mps.yaml").read_text(encoding="utf-8"))
-    for grid in content["grid"]:
-        modes = grid["mode"] if isinstance(grid["mode"], list) else [grid["mode"]]
-        grid["mode"] = [mode for mode in modes if mode in check.modes]
-    content["grid"] = [grid for grid in content["grid"] if grid["mode"]]
-    content["base"]["data"] = "models/data"
-    if check.quick:
-        content["base"] |= {**QUICK, "dtype": "float32"}
-    path = check.folder("paper") / "grid.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    yield splitwiser("sweep", str(path), "--results", str(path.parent), *together(check))
+    yield sweep(check, "paper", "paper_processes_mps", {**QUICK, "dtype": "float32"} if check.quick else {})
 
 
 def peers(check: Check) -> Iterator[list[str]]:
     """Other engines that this Python has: transformers' generate (a mode) and its continuous batching."""
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
-    tiny = "--requests 2 --mu 3 --longest 24 --new_tokens 3 --prefill_tokens 64 --max_batch 2 --kv_memory 64MiB"
-    sizes = tiny.split() if check.quick else []
     for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)) if not check.quick else (("opt-125m", 1),):
-        yield script(
-            "benchmark.py", "--modes", ",".join(modes), "--peers", f"hf-continuous={sys.executable}", "--models", model,
-            "--workloads", "standard", "--repeats", str(rounds), "--out", str(check.folder("peers") / model), *sizes,
+        tiny = [
+            "--requests",
+            "2",
+            "--prompt_tokens",
+            "20",
+            "--output_tokens",
+            "3",
+            "--max_batch",
+            "2",
+            "--kv_memory",
+            "64MiB",
+        ]
+        yield splitwiser(
+            "compare", "--modes", ",".join(modes), "--peer", f"hf-continuous={sys.executable}", "--model", model,
+            "--load_format", "dummy", "--dtype", "bfloat16", "--workload", "standard", "--repeats", str(rounds),
+            "--results", str(check.folder("peers") / model), *(tiny if check.quick else []),
         )  # fmt: skip
 
 
@@ -379,9 +352,9 @@ class Record:
 
 def find_gpu() -> str:
     """The name of the first GPU; cpu if there is none. CUDA starts in a process of its own."""
-    command = [sys.executable, str(PROJECT / "src" / "splitwiser" / "cuda_probe.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    gpus = json.loads(done.stdout or "{}").get("gpus")
+    command = [sys.executable, cuda_probe.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    gpus = json.loads(done.stdout).get("gpus")
     return str(gpus[0]["name"]) if gpus else "cpu"
 
 

@@ -22,7 +22,7 @@ from splitwiser.study.paired import round_ratios
 PROJECT = Path(__file__).resolve().parents[1]
 REFERENCE = PROJECT / "results" / "reference"
 ARCHIVE, RECORD = "results.tar.gz", "check.json"
-PLAN = "plan.json"  # of a comparison: its base options and the names of its points
+PLAN = "plan.json"  # has the names of a sweep's points in checks that were made before sweeps had variants
 FIGURES = {  # column of throughput.csv: heading, and how many of its unit make one of the heading's
     "output_throughput": ("tokens/s", 1.0),
     "median_ttft_ms": ("TTFT p50 ms", 1.0),
@@ -43,8 +43,8 @@ TOLD = {  # findings that the tables show, by probe
 }
 TEST_COUNTS = ("tests", "failures", "errors", "skipped")
 KEPT = (
-    RECORD, "*/probe.csv", "*/doctor.json", "*/plan.json", "*/grid.yaml", "*/sweep_*/points.csv", "*/compare_*/*.csv",
-    "*/*.csv", "*/*/summary.csv", "*/*/benchmark.csv",
+    RECORD, "*/doctor.json", f"*/{PLAN}", "*/grid.yaml", "*/*.csv", "*/sweep_*/points.csv", "*/sweep_*/capacity.csv",
+    "*/compare_*/*.csv", "*/*/compare_*/*.csv",
 )  # fmt: skip
 KEPT_BYTES = 1 << 20  # largest file that is kept
 SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # the first that there is has its timelines kept
@@ -78,9 +78,12 @@ def runs_of(folder: Path) -> pd.DataFrame:
     rows = read_rows(points_path(folder))
     if rows.empty:
         return rows
-    names = read_json(folder / PLAN).get("variants") or []
     numbered = rows[rows["point"].notna()].copy()  # a point that is no longer in the grid has no number
-    numbered["variant"] = [names[int(row["point"]) - 1] if names else describe(row) for _, row in numbered.iterrows()]
+    if "variant" not in numbered:
+        names = read_json(folder / PLAN).get("variants")
+        numbered["variant"] = [
+            names[int(row["point"]) - 1] if names else describe(row) for _, row in numbered.iterrows()
+        ]
     return numbered
 
 
@@ -92,10 +95,9 @@ def describe(row: "pd.Series[Any]") -> str:
     return f"{row['mode']}, {parse_layout(workers) if workers.startswith('[') else workers}"  # a list if it failed
 
 
-def comparison(folder: Path) -> pd.DataFrame:
-    """A row a variant: the rounds that it finished, the medians of :data:`FIGURES` over them, and its throughput over that
-    of :data:`BASE`, the median of the rounds that both finished."""
-    runs = runs_of(folder)
+def comparison(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a variant of ``runs``: the rounds that it finished, the medians of :data:`FIGURES` over them, and its throughput
+    over that of :data:`BASE`, the median of the rounds that both finished."""
     if runs.empty:
         return runs
     finished = runs[runs["status"] == "finished"]
@@ -141,11 +143,13 @@ def table_of(folder: Path) -> pd.DataFrame:
         tokens = read_rows(compared[-1])[["variant", "requests", "differ", "other_prompts"]]
         return tokens if len(tokens) > 1 else pd.DataFrame()  # of one variant alone nothing is compared
     if points_path(folder).exists():
-        return comparison(folder)
+        return comparison(runs_of(folder))
     if reports := sorted(folder.glob("*.xml")):
         return pd.concat([test_counts(path) for path in reports], ignore_index=True)
-    tables = sorted([*folder.glob("*.csv"), *folder.glob("*/summary.csv")])
-    return pd.concat([pd.DataFrame(), *map(medians, tables)], ignore_index=True)
+    if models := sorted(folder.glob("*/compare_*/comparison.csv")):
+        tables = {path.parents[1].name: comparison(read_rows(path)) for path in models}
+        return pd.concat(tables, names=["model", ""]).reset_index(level="model").reset_index(drop=True)
+    return pd.concat([pd.DataFrame(), *map(medians, sorted(folder.glob("*.csv")))], ignore_index=True)
 
 
 def probe_table(path: Path) -> pd.DataFrame:
@@ -176,7 +180,7 @@ def test_counts(path: Path) -> pd.DataFrame:
 
 
 def medians(path: Path) -> pd.DataFrame:
-    """The medians of a file of interference, by mode; another file, such as of peers, as it is."""
+    """The medians of a file of interference, by mode; another file as it is."""
     rows = read_rows(path)
     return rows.groupby("mode", sort=False).median().reset_index() if "worst over alone" in rows else rows
 
@@ -184,7 +188,8 @@ def medians(path: Path) -> pd.DataFrame:
 def failed_logs(folder: Path) -> list[Path]:
     """The logs of a stage's runs that failed."""
     logs = []
-    for table in [*folder.glob("sweep_*/points.csv"), *folder.glob("compare_*/comparison.csv")]:
+    comparisons = [*folder.glob("compare_*/comparison.csv"), *folder.glob("*/compare_*/comparison.csv")]
+    for table in [*folder.glob("sweep_*/points.csv"), *comparisons]:
         rows = read_rows(table)
         for _, row in rows[rows["status"] == "failed"].iterrows() if len(rows) else ():
             logs.append(table.parent / "logs" / f"round{row['round']}_{row.get('key', row.get('variant'))}.log")
@@ -265,7 +270,7 @@ def unpack(archive: Path, work: Path) -> None:
 
 def draw(folder: Path) -> None:
     """Draw throughput and ITL of every comparison in ``folder`` as bars into :data:`PICTURE`; nothing if there is none."""
-    tables = {path.name: comparison(path) for path in sorted(folder.glob("compare-*"))}
+    tables = {path.name: comparison(runs_of(path)) for path in sorted(folder.glob("compare-*"))}
     tables = {name: table for name, table in tables.items() if len(table)}
     if not tables:
         return
@@ -317,7 +322,7 @@ def best(folder: Path, abouts: Mapping[str, str]) -> str:
     place = f"results/reference/{folder.name}"
     lines = []
     for path in sorted(folder.glob("compare-*")):
-        rows = comparison(path).dropna().to_dict("records")
+        rows = comparison(runs_of(path)).dropna().to_dict("records")
         base = next((row for row in rows if row["variant"] == BASE), None)
         if base is None or len(rows) < 2:
             continue

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: scripts/install_peer.sh {vllm|hf} DIR
-# Makes the virtual environment DIR of another engine, for `scripts/benchmark.py --peers`. This project does not need it.
+# Makes the virtual environment DIR of another engine, for `splitwiser compare --peer`. This project does not need it.
 # PYTHON is the interpreter to make it with. Where pip's index has CUDA builds of torch only, give that of the CPU builds:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 set -euo pipefail
@@ -39,4 +39,4 @@ PYTHON
     "${pip[@]}" install --no-deps "$wheel"/*.whl
 fi
 "$dir/bin/python" -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-echo "ready: scripts/benchmark.py --peers $([ "$peer" = hf ] && echo hf-continuous || echo vllm)=$dir"
+echo "ready: splitwiser compare --peer $([ "$peer" = hf ] && echo hf-continuous || echo vllm)=$dir"

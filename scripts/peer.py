@@ -1,4 +1,4 @@
-"""Another engine over a workload file, with the figures of ``throughput.csv``: what scripts/benchmark.py runs as a peer.
+"""Another engine over a workload file, with the figures of ``throughput.csv``: what ``splitwiser compare --peer`` runs.
 
     PYTHONPATH=src ENV/bin/python scripts/peer.py vllm --model DIR --workload FILE --output FILE.json
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from splitwiser.request import RequestMetrics, RequestOutput
-from splitwiser.results.metrics import throughput_figures
-from splitwiser.workload.prompt_file import load_workload
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.schema import throughput_figures
 
 WARM_UP = (4, 8)  # requests and new tokens
 PATIENCE_S = 1.0  # between two looks at whether the engine still runs
@@ -167,28 +167,30 @@ def serve(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Start the peer, answer the workload and return its figures, named as in ``throughput.csv``."""
-    work = load_workload(options.workload)
-    prompts = [prompt for prompt in work.prompts if not isinstance(prompt, str)]
-    if len(prompts) < len(work.prompts) or any(work.arrival_s):
-        raise ValueError("a peer takes prompts of token ids, which all arrive at once")
+    """Start the peer, answer the workload and return its figures, named as in ``throughput.csv``, and ``token_ids``: each
+    request's answer."""
+    work = json.loads(options.workload.read_text(encoding="utf-8"))
+    prompts, new_tokens = work["prompts"], work["max_new_tokens"]
     concurrency = options.max_concurrency or len(prompts)
-    longest = max(len(prompt) + new for prompt, new in zip(prompts, work.max_new_tokens, strict=True))
+    longest = max(len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True))
     engine = PEERS[options.peer](options.model, options.dtype, longest, concurrency)
     try:
-        first, new_tokens = WARM_UP
-        serve(engine, prompts[:first], [min(new_tokens, each) for each in work.max_new_tokens[:first]], concurrency)
+        first, most = WARM_UP
+        serve(engine, prompts[:first], [min(most, each) for each in new_tokens[:first]], concurrency)
         ready_s = time.perf_counter() - engine.began_s
         start_ns = time.perf_counter_ns()
-        outputs = serve(engine, prompts, work.max_new_tokens, concurrency)
+        outputs = serve(engine, prompts, new_tokens, concurrency)
     finally:
         engine.close()
+    import torch
+
+    targets = None if options.goodput is None else parse_goodput(options.goodput)
     return {
-        "mode": options.peer,
         "version": engine.version,
-        "dtype": options.dtype,
-        **throughput_figures(outputs, 0, start_ns),
+        "device": "cuda:0" if torch.cuda.is_available() else "cpu",
+        **throughput_figures(outputs, 0, start_ns, targets),
         "ready_s": ready_s,
+        "token_ids": [output.token_ids for output in sorted(outputs, key=lambda output: output.request_id)],
     }
 
 
@@ -197,10 +199,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--model", required=True, help="checkpoint directory")
-    parser.add_argument("--workload", type=Path, required=True, help="a workload file of token ids")
+    parser.add_argument(
+        "--workload",
+        type=Path,
+        required=True,
+        help="a workload file as compare writes it: token ids and a number of new tokens for each prompt",
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max_concurrency", type=int, help="closed loop of so many requests; all at once if not given")
-    parser.add_argument("--output", type=Path, required=True, help="gets the figures as one JSON object")
+    parser.add_argument("--goodput", help="targets in ms, as for splitwiser run")
+    parser.add_argument("--output", type=Path, required=True, help="gets figures and token ids as one JSON object")
     options = parser.parse_args()
     try:
         figures = measure(options)

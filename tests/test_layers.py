@@ -11,16 +11,7 @@ from splitwiser import constants
 
 SOURCE = constants.DIR_PROJECT / "src" / "splitwiser"
 MOST_MODULES = 20
-SHARED = {
-    "constants",
-    "errors",
-    "formats",
-    "options",
-    "request",
-    "rows",
-    "text",
-    "yaml_file",
-}  # everybody may use these
+SHARED = {"constants", "errors", "files", "formats", "options", "request", "text"}  # everybody may use these
 MAY_USE = {  # a package, or a module beside them: what it may use besides
     "machine": set(),
     "workload": set(),

@@ -7,7 +7,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.options import option
 from splitwiser.placement.config import EngineConfig
-from splitwiser.results.metrics import parse_goodput
+from splitwiser.results.goodput import parse_goodput
 from splitwiser.workload.config import WorkloadConfig
 
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,13 +11,15 @@ from tqdm import tqdm
 from splitwiser.config import RunConfig
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
+from splitwiser.files import Status, make_run_directory
 from splitwiser.llm import LLM
-from splitwiser.machine.describe import describe_machine, describe_versions, git_commit, name_device, peak_memory_mb
+from splitwiser.machine.describe import name_device, peak_memory_mb
 from splitwiser.machine.load import look
 from splitwiser.machine.process import uninterrupted
 from splitwiser.request import Request, RequestOutput
-from splitwiser.results.metrics import parse_goodput
-from splitwiser.results.recorder import RunRecorder, Status, make_run_directory
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.record import Record
+from splitwiser.results.recorder import RunRecorder
 from splitwiser.results.rouge import can_score
 from splitwiser.workload.job import Job, prepare_job
 
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> RunResult:
         directory = make_run_directory(Path(config.results), llm.model.name, job.label, config.mode)
         recorder = RunRecorder(
             directory,
-            _record(config, llm, job, requests),
+            Record(directory / "run.yaml", _record(config, llm, job, requests), llm.model.device),
             _labels(config, llm, directory.name),
             reports,
             targets=None if config.goodput is None else parse_goodput(config.goodput),
@@ -152,8 +153,6 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
     pool = llm.started.pool
     new_tokens = [request.params.max_tokens for request in requests]
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
         "configuration": {**asdict(config), "device": str(llm.model.device), "max_new_tokens": max(new_tokens)},
         "requests": {
             "source": config.source,
@@ -178,6 +177,4 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
         "kernels": llm.started.kernels,
         "load_s": llm.model.load_s,
         "ready_s": llm.ready_s,
-        "machine": describe_machine(llm.model.device),
-        "versions": describe_versions(),
     }

@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from splitwiser.results.metrics import LATENCY_COLUMNS
-from splitwiser.results.recorder import GENERATION_COLUMNS, STEP_COLUMNS
+from splitwiser.results.schema import GENERATIONS, LATENCY, STEPS, names
 from tests.support.commands import COMMAND, only_run, splitwiser, write_workload
 
 FILES = {
@@ -36,9 +35,9 @@ def test_the_main_job_writes_every_file(mode: str, tmp_path: Path) -> None:
             directory / "throughput.csv", tmp_path / "runs.csv",
         )
     )  # fmt: skip
-    assert tuple(latency.columns) == LATENCY_COLUMNS
-    assert tuple(steps.columns) == STEP_COLUMNS
-    assert tuple(generations.columns) == GENERATION_COLUMNS
+    assert tuple(latency.columns) == names(LATENCY)
+    assert tuple(steps.columns) == names(STEPS)
+    assert tuple(generations.columns) == names(GENERATIONS)
     assert sorted(latency.request_id) == sorted(generations.request_id) == list(range(6))
     row = throughput.iloc[0]
     assert (row.completed, row.failed, row.total_output_tokens) == (6, 0, latency.output_tokens.sum())

@@ -17,13 +17,12 @@ import gpu_probe
 import gpu_results
 import pandas as pd
 import pytest
-import yaml
 from gpu_check import Check, Stage
 
-from splitwiser.errors import RunError
 from splitwiser.placement.modes import MODES
-from splitwiser.study.sweep import read_sweep
+from splitwiser.study.sweep import Sweep, read_sweep
 from tests.support.assertions import assert_says, refusal
+from tests.support.cuda_driver import put_cuda_driver
 from tests.support.processes import wait_for
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -216,12 +215,12 @@ def test_largest_files_are_left_out_and_named_where_the_archive_would_be_too_lar
 
 
 def test_a_checkpoint_is_not_packed_for_a_later_call_would_find_it_in_part(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "work" / "peers" / "opt-125m" / "models" / "opt-125m-bfloat16"
+    checkpoint = tmp_path / "work" / "peers" / "compare_opt" / "models" / "opt-125m"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
-    (checkpoint.parents[1] / "benchmark.csv").write_text("rows")
+    (checkpoint.parents[1] / "comparison.csv").write_text("rows")
     gpu_check.pack(tmp_path / "work", tmp_path / "out")
-    assert sorted(packed(tmp_path)) == ["peers/opt-125m/benchmark.csv"]
+    assert sorted(packed(tmp_path)) == ["peers/compare_opt/comparison.csv"]
 
 
 def test_later_call_skips_what_has_passed_and_tries_the_rest_again(
@@ -238,6 +237,12 @@ def test_later_call_skips_what_has_passed_and_tries_the_rest_again(
         tmp_path / "runs"
     ).read_text() == "x" * 3  # once, not at all twice over, and each time it was asked for anew
     assert (tmp_path / "tries").read_text() == "x" * 4
+
+
+def test_the_gpu_is_named_by_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_cuda_driver(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert gpu_check.find_gpu() == "Tesla V100"
 
 
 def test_what_was_measured_on_another_gpu_is_not_gone_on_from(tmp_path: Path) -> None:
@@ -326,7 +331,7 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
     """A sweep's rows: variant, round and output throughput, None for a run that failed."""
     names = list(dict.fromkeys(name for name, _, _ in runs))
     rows = [
-        {"point": names.index(name) + 1, "round": number, "key": f"key-{name}", "mode": name, "workers": "",
+        {"point": names.index(name) + 1, "round": number, "key": f"key-{name}", "variant": name, "mode": name,
          "status": "finished" if value else "failed", "run_id": f"{name}-{number}", "request_throughput": value,
          **dict.fromkeys(gpu_results.FIGURES, value)}
         for name, number, value in runs
@@ -334,7 +339,6 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
     sweep = folder / f"sweep_{folder.name}"
     sweep.mkdir(parents=True)
     pd.DataFrame(rows).to_csv(sweep / "points.csv", index=False)
-    (folder / gpu_results.PLAN).write_text(json.dumps({"variants": names, "base": {}}), encoding="utf-8")
 
 
 def write_doctor(work: Path, *modes: str) -> None:
@@ -343,18 +347,20 @@ def write_doctor(work: Path, *modes: str) -> None:
     (work / "doctor" / "doctor.json").write_text(json.dumps({"modes": found}), encoding="utf-8")
 
 
-def grid_of(work: Path, name: str) -> tuple[dict[str, Any], list[str]]:
-    """The options that all points of a stage share, and its variants."""
-    list(gpu_check.STAGES[name].commands(Check(work)))
-    content = yaml.safe_load((work / name / "grid.yaml").read_text(encoding="utf-8"))
-    read_sweep(work / name / "grid.yaml")
-    return content["base"], json.loads((work / name / "plan.json").read_text(encoding="utf-8"))["variants"]
+def sweep_of(work: Path, name: str) -> Sweep:
+    """The sweep that a stage runs."""
+    (command,) = gpu_check.STAGES[name].commands(Check(work))
+    assert command[3:] == ["sweep", str(work / name / "grid.yaml"), "--results", str(work / name)]
+    return read_sweep(work / name / "grid.yaml")
+
+
+def variants_of(grid: Sweep) -> list[str]:
+    return [point.varied["variant"] for point in grid.points]
 
 
 def test_comparison_has_the_variants_that_work_with_the_base_first(tmp_path: Path) -> None:
     write_doctor(tmp_path, "generate", "sequential", "mp")
-    _, variants = grid_of(tmp_path, "compare-1b")
-    assert variants == [
+    assert variants_of(sweep_of(tmp_path, "compare-1b")) == [
         "sequential",
         "mp",
         "generate",
@@ -363,7 +369,14 @@ def test_comparison_has_the_variants_that_work_with_the_base_first(tmp_path: Pat
         "sequential, chunks of 512",
     ]
     write_doctor(tmp_path, *MODES)
-    assert grid_of(tmp_path, "compare-1b")[1] == list(gpu_check.VARIANTS)
+    every = read_sweep(gpu_check.SWEEPS / "gpu.yaml")
+    assert variants_of(sweep_of(tmp_path, "compare-1b")) == variants_of(every)
+    assert every.points[0].config.mode == gpu_results.BASE
+
+
+def test_paper_has_the_points_whose_modes_work(tmp_path: Path) -> None:
+    write_doctor(tmp_path, "sequential", "mp")
+    assert {point.config.mode for point in sweep_of(tmp_path, "paper").points} == {"sequential", "mp"}
 
 
 def test_doctor_comes_first_where_it_has_not_spoken(tmp_path: Path) -> None:
@@ -371,24 +384,12 @@ def test_doctor_comes_first_where_it_has_not_spoken(tmp_path: Path) -> None:
     assert first[-2:] == ["doctor", "--json"]
 
 
-def test_load_is_a_part_of_what_the_base_answered_and_stays(tmp_path: Path) -> None:
+def test_arrivals_are_at_a_load_with_more_requests_and_without_generate(tmp_path: Path) -> None:
     write_doctor(tmp_path, "generate", "sequential", "mp")
-    write_points(tmp_path / "compare-1b", [("sequential", 1, 10.0), ("sequential", 2, 30.0), ("mp", 1, 99.0)])
-    base, variants = grid_of(tmp_path, "compare-1b-60")
-    assert base["request_rate"] == pytest.approx(0.6 * 20)
-    assert "generate" not in variants
-    points = tmp_path / "compare-1b" / "sweep_compare-1b" / "points.csv"
-    points.write_text(points.read_text(encoding="utf-8").replace("30.0", "50.0"), encoding="utf-8")
-    assert grid_of(tmp_path, "compare-1b-60")[0]["request_rate"] == base["request_rate"]
-
-
-def test_load_without_a_capacity_is_measured_first_and_else_fails(tmp_path: Path) -> None:
-    write_doctor(tmp_path, "sequential")
-    work = tmp_path
-    commands = gpu_check.STAGES["compare-1b-80"].commands(Check(work))
-    assert str(work / "compare-1b" / "grid.yaml") in next(commands)
-    with pytest.raises(RunError, match="compare-1b has no finished run of sequential"):
-        next(commands)
+    at_once, arriving = sweep_of(tmp_path, "compare-1b"), sweep_of(tmp_path, "compare-1b-60")
+    assert (at_once.load, arriving.load) == (None, 0.6)
+    assert [grid.points[0].config.requests for grid in (at_once, arriving)] == [128, 256]
+    assert variants_of(arriving) == [name for name in variants_of(at_once) if name != "generate"]
 
 
 def test_table_has_medians_and_ratios_round_by_round(tmp_path: Path) -> None:
@@ -396,11 +397,28 @@ def test_table_has_medians_and_ratios_round_by_round(tmp_path: Path) -> None:
         tmp_path / "compare-1b",
         [("sequential", 1, 10.0), ("sequential", 2, 40.0), ("mp", 1, 20.0), ("mp", 2, 40.0), ("mps", 1, None)],
     )
-    table = gpu_results.comparison(tmp_path / "compare-1b").set_index("variant")
+    table = gpu_results.table_of(tmp_path / "compare-1b").set_index("variant")
     assert list(table["rounds"]) == [2, 2, 0]
     assert list(table["tokens/s"])[:2] == [25, 30]
     assert list(table[gpu_results.SPEED_UP])[:2] == [1, 1.5]
     assert table.loc["mps"].drop("rounds").isna().all()
+
+
+def test_table_of_peers_names_the_models(tmp_path: Path) -> None:
+    for model, throughput in (("opt-125m", 20.0), ("llama-3.2-1b", 5.0)):
+        folder = tmp_path / "peers" / model / f"compare_{model}_standard"
+        folder.mkdir(parents=True)
+        names = {"sequential": 10.0, "hf-continuous": throughput}
+        rows = [
+            {"round": 1, "variant": name, "status": "finished", **dict.fromkeys(gpu_results.FIGURES, value)}
+            for name, value in names.items()
+        ]
+        pd.DataFrame(rows).to_csv(folder / "comparison.csv", index=False)
+    table = gpu_results.table_of(tmp_path / "peers")
+    assert table[["model", "variant", gpu_results.SPEED_UP]].values.tolist() == [
+        ["llama-3.2-1b", "sequential", 1.0], ["llama-3.2-1b", "hf-continuous", 0.5],
+        ["opt-125m", "sequential", 1.0], ["opt-125m", "hf-continuous", 2.0],
+    ]  # fmt: skip
 
 
 # -- the probes
@@ -469,7 +487,7 @@ def test_import_keeps_what_the_readme_needs(archive: Path, tmp_path: Path, monke
     assert folder == tmp_path / "reference" / "gpu-h100-80gb-hbm3-2026-01-02"
     sweep = "compare-1b/sweep_compare-1b"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
-        "check.json", "compare-1b/plan.json", f"{sweep}/logs/round1_key-mps.log", f"{sweep}/points.csv",
+        "check.json", f"{sweep}/logs/round1_key-mps.log", f"{sweep}/points.csv",
         f"{sweep}/runs/mp-1/run.yaml", f"{sweep}/runs/mp-1/timeline.png", f"{sweep}/runs/sequential-1/run.yaml",
         f"{sweep}/runs/sequential-1/timeline.png", "doctor/doctor.json", "modes.png", "tests/counts.csv",
     ]  # fmt: skip

@@ -38,6 +38,7 @@ from splitwiser.placement.mps_daemon import (
 )
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
+from tests.support.cuda_driver import put_cuda_driver
 from tests.support.mps_programs import put_mps_programs
 from tests.support.observers import Trigger
 from tests.support.processes import wait_for
@@ -472,37 +473,10 @@ def test_without_a_gpu_the_mode_refuses_and_names_the_other(tiny: Callable[[str]
     assert refusal(LLM, tiny("opt"), mode="mps") == f"mode mps: {problem}; use mode mp"
 
 
-LIBCUDA = """
-#include <string.h>
-int cuInit(unsigned flags) { return flags; }
-int cuDeviceGetCount(int *count) { *count = 3; return 0; }
-int cuDeviceGet(int *device, int index) { *device = 10 + index; return 0; }
-int cuDeviceGetName(char *name, int length, int device) {
-    strncpy(name, device == 12 ? "NVIDIA A100 MIG 1g.5gb" : device == 11 ? "Tesla P100" : "Tesla V100", length);
-    return 0;
-}
-int cuDeviceGetUuid_v2(char *uuid, int device) { memset(uuid, device, 16); return 0; }
-int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    int old = device == 11;
-    if (attribute == 75) *value = old ? 6 : 7;
-    else if (attribute == 76) *value = 0;
-    else if (attribute == 20) *value = device == 10 ? 3 : 0;
-    else return 1;
-    return 0;
-}
-int cuGetErrorString(int code, const char **said) { *said = "invalid argument"; return 0; }
-"""
-
-
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the CUDA driver, with three GPUs."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no C compiler")
-    (tmp_path / "libcuda.c").write_text(LIBCUDA)
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "libcuda.c"], check=True, timeout=60
-    )
+    put_cuda_driver(tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setattr(mps, "_machine_problem", lambda: None)
     return tmp_path

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splitwiser.results.metrics import LATENCY_COLUMNS, latency_row, meets, parse_goodput, throughput_figures
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.metrics import latency_row, meets
+from splitwiser.results.schema import LATENCY, names, throughput_figures
 from tests.support.assertions import assert_says, refusal
 from tests.support.records import START_NS, make_output
 
@@ -47,7 +49,7 @@ def test_latency_column_of_a_worked_request(column: str, value: Any) -> None:
 
 @pytest.mark.parametrize("output", [WORKED, SINGLE], ids=["several tokens", "one token"])
 def test_latency_row_has_every_column_in_order(output: Any) -> None:
-    assert tuple(latency_row(output, START_NS)) == LATENCY_COLUMNS
+    assert tuple(latency_row(output, START_NS)) == names(LATENCY)
 
 
 def test_one_token_has_no_figures_between_tokens() -> None:

@@ -13,28 +13,38 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from splitwiser import files
 from splitwiser.errors import RunError
+from splitwiser.files import CsvTable, Status, append_row, make_run_directory, replace, write_rows
 from splitwiser.machine.load import Load, MachineLoad
 from splitwiser.results import recorder as results
-from splitwiser.results.recorder import RunRecorder, Status, append_row, make_run_directory, replace
+from splitwiser.results.record import PLACE, Record, read_place
+from splitwiser.results.recorder import RunRecorder
+from splitwiser.results.report import plots
 from splitwiser.workload.reports import Report
 from tests.support.records import MS, make_output, make_step
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
 LABELS: dict[str, Any] = {
     "run_id": "a_run", "model": "opt-125m", "case_id": 0, "mode": "mp", "workers": "1 prefill, 1 decode",
-    "device": "cpu", "dtype": "float32", "load_format": "dummy",
+    "device": "cpu", "dtype": "float32", "load_format": "dummy", "request_rate": 2.0, "burstiness": 1.0,
+    "max_concurrency": None,
 }  # fmt: skip
 MEMORY = {"peak_memory_mb": 512.25, "load_s": 1.5, "ready_s": 2.5}
 RECORD: dict[str, Any] = {"commit": "abc", "configuration": {"model": "opt-125m", "seed": 3}, "notes": ["größe"]}
 
 
+def record_of(directory: Path) -> Record:
+    return Record(directory / "run" / "run.yaml", RECORD)
+
+
 def make(directory: Path) -> RunRecorder:
     """A recorder of a run in ``directory``/run."""
     (directory / "run").mkdir(parents=True)
-    return RunRecorder(directory / "run", dict(RECORD), LABELS, REPORTS)
+    return RunRecorder(directory / "run", record_of(directory), LABELS, REPORTS)
 
 
 def start(directory: Path) -> tuple[RunRecorder, int]:
@@ -84,7 +94,7 @@ class OneMoment(datetime):
 
 
 def test_runs_of_the_same_second_get_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "datetime", OneMoment)
+    monkeypatch.setattr(files, "datetime", OneMoment)
     names = [make_run_directory(tmp_path, "m", "case0", "mp").name for _ in range(3)]
     name = "m_case0_mp_20260304T050607Z"
     assert names == [name, f"{name}-2", f"{name}-3"]
@@ -116,7 +126,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         ("tokens.csv", "request_id,prompt_token_ids,token_ids"),
         (
             "throughput.csv",
-            "run_id,model,case_id,mode,workers,device,dtype,load_format,duration,completed,failed,total_input_tokens,"
+            "run_id,model,case_id,mode,workers,device,dtype,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,total_input_tokens,"
             "total_output_tokens,request_throughput,request_goodput,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"
@@ -227,7 +237,7 @@ def test_throughput_figure_of_a_worked_run(column: str, value: Any, tmp_path: Pa
 def test_what_the_machine_did_is_in_the_record_and_the_row(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     before = Load(0.2, 3.25, 2.0, 0.0, 1.5, 0.75)
-    recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, before=before)
+    recorder = RunRecorder(tmp_path / "run", record_of(tmp_path), LABELS, REPORTS, before=before)
     start_ns = recorder.begin()
     deadline = time.monotonic() + 0.6
     while time.monotonic() < deadline:
@@ -252,14 +262,14 @@ def test_a_run_that_never_began_has_no_load_of_its_own(tmp_path: Path) -> None:
 
 def test_goodput_is_of_the_targets_given(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    recorder = RunRecorder(tmp_path / "run", dict(RECORD), LABELS, REPORTS, targets={"e2el": 81})
+    recorder = RunRecorder(tmp_path / "run", record_of(tmp_path), LABELS, REPORTS, targets={"e2el": 81})
     feed(recorder, recorder.begin())
     assert recorder.finish("finished", MEMORY)["request_goodput"] == pytest.approx(2 / 0.082)
 
 
 def scored_run(directory: Path, status: Status, text: str = " first other\n") -> dict[str, Any]:
     (directory / "run").mkdir()
-    recorder = RunRecorder(directory / "run", dict(RECORD), LABELS, REPORTS, scored=True)
+    recorder = RunRecorder(directory / "run", record_of(directory), LABELS, REPORTS, scored=True)
     feed(recorder, recorder.begin(), (text, "first", "reference"))
     return recorder.finish(status, MEMORY)
 
@@ -312,6 +322,7 @@ def test_record_says_running_from_the_start(tmp_path: Path) -> None:
     make(tmp_path)
     found = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
     assert found.pop("load") == MachineLoad().record
+    assert datetime.fromisoformat(found.pop("started")).tzinfo is not None
     assert found == {"status": "running", **RECORD}
 
 
@@ -320,6 +331,7 @@ def test_record_says_how_the_run_ended(status: Status, tmp_path: Path) -> None:
     start(tmp_path)[0].finish(status, MEMORY)
     found = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
     assert found.pop("load")["during"]["seconds"] > 0
+    assert found.pop("started")
     assert found == {"status": status, **RECORD}
 
 
@@ -381,7 +393,7 @@ def test_rows_wait_for_the_interval_or_the_end(tmp_path: Path, monkeypatch: pyte
 
 def test_rows_come_in_order_however_often_they_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "FLUSH_S", 1e-4)
-    monkeypatch.setattr(results, "draw_timeline", lambda *_: None)
+    monkeypatch.setattr(plots, "save_timeline", lambda *_: None)
     recorder, start_ns = start(tmp_path)
     for number in range(3000):
         recorder.on_step(make_step("d0", "decode", number, number + 1, tokens=number, start_ns=start_ns))
@@ -400,7 +412,7 @@ def test_rows_that_could_not_be_written_are_written_at_the_end(tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(results, "FLUSH_S", 0.01)
-        patch.setattr(pd.DataFrame, "to_csv", fail)
+        patch.setattr(files, "_line", fail)
         feed(recorder, recorder.begin())
         wait_until(lambda: bool(attempts))
     recorder.finish("finished", MEMORY)
@@ -431,7 +443,7 @@ def fail_to_flush(_: object) -> None:
 def test_a_run_whose_rows_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, start_ns = start(tmp_path)
     feed(recorder, start_ns)
-    monkeypatch.setattr(results._Table, "flush", fail_to_flush)
+    monkeypatch.setattr(CsvTable, "flush", fail_to_flush)
     with pytest.raises(RunError, match=r"^rows could not be written: ValueError: no row; what could be is in "):
         recorder.finish("finished", MEMORY)
     assert status_of(tmp_path) == "failed"
@@ -479,7 +491,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise ValueError("no picture")
 
-    monkeypatch.setattr(results, "draw_timeline", fail)
+    monkeypatch.setattr(plots, "save_timeline", fail)
     recorder, start_ns = start(tmp_path)
     feed(recorder, start_ns)
     recorder.finish("finished", MEMORY)
@@ -550,6 +562,43 @@ def test_processes_that_append_at_once_lose_no_row(tmp_path: Path) -> None:
     assert found == [(process, number) for process in range(PROCESSES) for number in range(ROWS)]
 
 
+# the record
+
+
+def test_a_record_says_where_it_was_made(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run.yaml", {"configuration": {"seed": 3}}, torch.device("cpu"))
+    record.content["load"] = None
+    record.write("finished")
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8"))
+    assert list(content) == ["status", "started", "commit", "configuration", "machine", "versions", "load"]
+    assert read_place(tmp_path / "run.yaml") == {name: content[name] for name in PLACE}
+
+
+# the writer of tables
+
+
+def test_a_column_that_a_table_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^a\.csv has no column 'c'; its columns are a, b$"):
+        CsvTable(tmp_path / "a.csv", ("a", "b")).add({"a": 1, "c": 2})
+    with pytest.raises(ValueError, match=r"^b\.csv has no column 'c'; its columns are a, b$"):
+        write_rows(tmp_path / "b.csv", ("a", "b"), [{"a": 1, "c": 2}])
+
+
+@pytest.mark.parametrize("value", ["a,b", 'say "so"', "two\nlines", "bare\rreturn", "both\r\n", " space ", "größe", ""])
+def test_any_text_is_read_as_it_was_written(value: str, tmp_path: Path) -> None:
+    table = CsvTable(tmp_path / "a.csv", ("number", "text"))
+    table.write({"number": 1, "text": value})
+    write_rows(tmp_path / "b.csv", ("number", "text"), [{"number": 1, "text": value}])
+    for path in (tmp_path / "a.csv", tmp_path / "b.csv"):
+        assert rows(path) == pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        assert rows(path) == [{"number": "1", "text": value}]
+
+
+def test_nothing_is_an_empty_cell(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.csv", ("a", "b", "c"), [{"a": None, "b": float("nan")}])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "a,b,c\n,,\n"
+
+
 # replacing a file
 
 
@@ -597,7 +646,7 @@ def fail_to_replace(method: str, path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_that_cannot_be_written_is_named_by_what_it_was_to_be(tmp_path: Path) -> None:
     path = tmp_path / "none" / "run.yaml"
     with pytest.raises(FileNotFoundError) as caught:
-        results.replace(path, "status: running")
+        replace(path, "status: running")
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
 
 
@@ -607,7 +656,7 @@ def test_a_picture_cut_in_the_middle_leaves_no_file(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     recorder, _ = start(tmp_path)
-    monkeypatch.setattr(results, "draw_timeline", interrupted)
+    monkeypatch.setattr(plots, "save_timeline", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recorder.finish("interrupted", MEMORY, "KeyboardInterrupt: ")
     assert not [path.name for path in recorder.directory.iterdir() if "timeline.png" in path.name]

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from splitwiser.request import RequestOutput
-from splitwiser.results.metrics import throughput_figures
-from splitwiser.results.rouge import ROUGE
+from splitwiser.results.schema import ROUGE, throughput_figures
 from splitwiser.results.terminal import columns, run_summary
 from tests.support.records import START_NS, make_output
 

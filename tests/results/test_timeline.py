@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from splitwiser.engine.messages import Phase, StepRecord
-from splitwiser.results.timeline import PHASE_COLOURS, draw_timeline, lanes, write_trace
+from splitwiser.results.report.plots import save_timeline
+from splitwiser.results.schema import STEPS, names
+from splitwiser.results.timeline import PHASE_COLOURS, lanes, step_row, write_trace
 from tests.support.records import START_NS, make_step
 
 TWO = [
@@ -46,9 +49,14 @@ def lane_names(events: Sequence[dict[str, Any]]) -> dict[tuple[int, int], str]:
     return {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["ph"] == "M"}
 
 
+def draw(steps: Sequence[StepRecord], directory: Path, title: str) -> None:
+    rows = pd.DataFrame([step_row(step, START_NS) for step in steps], columns=list(names(STEPS)))
+    save_timeline(directory / "timeline.png", rows, title)
+
+
 def picture_of(steps: Sequence[StepRecord], directory: Path, title: str = "a run") -> np.ndarray[Any, Any]:
     """The drawn picture, shape (height, width, 3)."""
-    draw_timeline(directory / "timeline.png", steps, START_NS, title)
+    draw(steps, directory, title)
     with Image.open(directory / "timeline.png") as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
@@ -137,7 +145,7 @@ def test_more_workers_make_a_taller_picture(tmp_path: Path) -> None:
 def test_drawing_warns_of_nothing(steps: list[StepRecord], tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_timeline(tmp_path / "timeline.png", steps, START_NS, "a run")
+        draw(steps, tmp_path, "a run")
 
 
 @pytest.mark.parametrize("title", ["a$b_{$", "50% of 100", "größe"])

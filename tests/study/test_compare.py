@@ -77,13 +77,31 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "load", "parts"),
+    [
+        ({}, 0.0, ["load must be above 0", "not 0"]),
+        ({"request_rate": 2.0}, 0.6, ["variant first: a load says when requests arrive", "leave request_rate out"]),
+        ({"max_concurrency": 1}, 0.6, ["variant first: a load says when requests arrive", "leave max_concurrency out"]),
+    ],
+)
+def test_a_load_is_refused_where_requests_have_times_of_their_own(
+    options: dict[str, Any], load: float, parts: list[str], tmp_path: Path
+) -> None:
+    base: dict[str, Any] = {"results": str(tmp_path / "out"), "limit": 2, **options}
+    variants = [Variant("first", base), Variant("last", base)]
+    assert_says(refusal(compare, variants, 1, load=load), *parts)
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(
         "splitwiser.study.compare.compare", lambda *arguments, **named: given.extend([*arguments, named])
     )
     line = (
-        "compare --modes mp --limit 3 --max-batch 9 --variant 'four: --mode mp --max_batch 4' --repeats 2 --minutes 5"
+        "compare --modes mp --limit 3 --max-batch 9 --variant 'four: --mode mp --max_batch 4' --repeats 2 --minutes 5 "
+        "--load 0.6"
     )
     assert main(shlex.split(line)) == 0
     assert given == [
@@ -93,7 +111,7 @@ def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         ],
         2,
         5.0,
-        {"one_process": False},
+        {"load": 0.6, "one_process": False},
     ]
 
 
@@ -283,6 +301,28 @@ def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Call
     assert "not compared, since no run of sequential finished" in done.stdout
     summary = pd.read_csv(folder / "comparison_summary.csv")
     assert set(summary["rounds"]) == {0, 1}
+
+
+def test_a_load_is_a_part_of_what_the_first_variant_answers_at_once(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    workload = write_workload(tmp_path / "two.json", [[5, 6], [7]], arrival_s=[0, 3600])
+    done = splitwiser(
+        "compare", "--modes", "sequential,generate", "--repeats", "1", "--load", "0.5", "--model", tiny("opt"),
+        "--workload", workload, "--ignore_eos", "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path / "out")
+    record = yaml.safe_load((folder / "compare.yaml").read_text())
+    assert (record["load"], record["capacity"]["variant"]) == (0.5, "sequential")
+    capacity = record["capacity"]["requests_per_s"]
+    assert f"capacity of sequential: {capacity:.4g} requests/s" in done.stdout
+    rate = pytest.approx(capacity / 2, rel=1e-3)
+    assert pd.read_csv(folder / "comparison.csv")["request_rate"].tolist() == [rate, rate]
+    assert [options["request_rate"] for options in record["variants"].values()] == [rate, rate]
+    assert "--load=0.5" in record["command"]
+    assert "request_rate" not in record["command"]
+    assert len(list((folder / "runs").glob("*/run.yaml"))) == 3
 
 
 # -- what an interrupted one leaves

@@ -16,13 +16,12 @@ import yaml
 from PIL import Image
 
 from splitwiser.machine.load import Load, Stretch
-from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, Probe, ceilings_of, measure_ceilings
+from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, names
+from splitwiser.study.ceilings import CeilingProbe, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.study.config import ProfileConfig
-from splitwiser.study.operations import StepCost
+from splitwiser.study.operations import StepWork
 from splitwiser.study.profile import (
-    DECODE_COLUMNS,
-    PREFILL_COLUMNS,
-    SUMMARY_COLUMNS,
+    SUMMARY,
     Bench,
     PrefillPoint,
     figures,
@@ -59,18 +58,18 @@ def test_every_file_is_written(directory: Path) -> None:
 
 def test_every_point_has_a_row(directory: Path) -> None:
     prefill, decode = (pd.read_csv(directory / f"{phase}.csv") for phase in ("prefill", "decode"))
-    assert (tuple(prefill.columns), tuple(decode.columns)) == (PREFILL_COLUMNS, DECODE_COLUMNS)
+    assert (tuple(prefill.columns), tuple(decode.columns)) == (names(PREFILL), names(DECODE))
     sizes = prefill[["prompts", "start_tokens", "prompt_tokens"]].to_numpy().tolist()
     assert sizes == [[1, 0, 8], [1, 0, 32], [3, 0, 8], [3, 0, 32], [1, 16, 8], [1, 16, 32]]
     assert decode[["batch", "context"]].to_numpy().tolist() == [[1, 5], [1, 40], [3, 5], [3, 40]]
     summary = pd.read_csv(directory / "summary.csv")
-    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    assert tuple(summary.columns) == names(SUMMARY)
     assert summary.step.tolist()[-6:] == ["8 after 16", "32 after 16", "1 x 5", "1 x 40", "3 x 5", "3 x 40"]
 
 
 def test_the_figures_of_a_row_agree(directory: Path) -> None:
     ceilings = pd.read_csv(directory / "ceilings.csv")
-    assert tuple(ceilings.columns) == ("threads", *CEILING_COLUMNS)
+    assert tuple(ceilings.columns) == names(CEILINGS)
     compute = ceilings[ceilings.kind == "compute"].rate.max()
     memory = ceilings[ceilings.kind == "memory"].rate.max()
     prefill, decode = (pd.read_csv(directory / f"{phase}.csv") for phase in ("prefill", "decode"))
@@ -132,7 +131,7 @@ def test_what_is_read_was_written_before(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_figures_of_a_hand_worked_step() -> None:
     ceilings = Ceilings(flops_per_s=4e12, bytes_per_s=1e12)
-    row = figures(StepCost(flops=2e9, nbytes=1e9), 10, [0.004, 0.002, 0.001], ceilings)
+    row = figures(StepWork(flops=2e9, nbytes=1e9), 10, [0.004, 0.002, 0.001], ceilings)
     assert row["ms"] == 2
     assert (row["ms_least"], row["ms_greatest"], row["repeats"]) == (1, 4, 3)
     assert row["tokens_per_s"] == 5000
@@ -152,10 +151,10 @@ def test_the_roofline_bends_at_the_ridge() -> None:
 
 def test_the_best_probe_of_each_kind_is_the_ceiling() -> None:
     probes = [
-        Probe("compute", "matrix product", 8, 2.0, 100),
-        Probe("compute", "matrix product", 16, 1.0, 300),
-        Probe("memory", "copy", 8, 1.0, 50),
-        Probe("memory", "sum", 8, 0.5, 20),
+        CeilingProbe("compute", "matrix product", 8, 2.0, 100),
+        CeilingProbe("compute", "matrix product", 16, 1.0, 300),
+        CeilingProbe("memory", "copy", 8, 1.0, 50),
+        CeilingProbe("memory", "sum", 8, 0.5, 20),
     ]
     assert ceilings_of(probes) == Ceilings(300, 50)
 

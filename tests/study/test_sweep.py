@@ -15,7 +15,7 @@ from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.errors import RunError
 from splitwiser.study.fresh_runs import Outcome
-from splitwiser.study.sweep import Point, read_sweep, sweep
+from splitwiser.study.sweep import Point, list_points, read_sweep, sweep
 from splitwiser.workload.job import prepare_job
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import COMMAND, splitwiser, write_workload
@@ -66,6 +66,9 @@ def test_a_grid_is_every_combination_over_the_base(tmp_path: Path) -> None:
         ({"grid": [{"mode": "mp"}, 3]}, ["'grid' must map options"]),
         ({"grid": []}, ["'grid' must map options"]),
         ({"grid": {"mode": []}}, ["lists no value for 'mode'"]),
+        ({"variants": ["mp"]}, ["'variants' must map names to options"]),
+        ({"variants": {"apart": "mp"}}, ["'variants' must map names to options"]),
+        ({"load": "half", "grid": {"mode": "mp"}}, ["'load' must be a fraction", "'half'"]),
     ],
 )
 def test_a_wrong_file_is_named(content: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
@@ -90,6 +93,35 @@ def test_a_wrong_point_is_refused_before_anything_runs(grid: dict[str, Any], par
     file = write(tmp_path / "s.yaml", base={"case_id": 0}, grid=grid)
     assert_says(refusal(sweep, read_sweep(file), file, tmp_path / "out", fresh=False), *parts)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "load", "parts"),
+    [
+        ({}, 0, ["point 1 (mode mp): load must be above 0"]),
+        ({"request_rate": 3}, 0.6, ["point 1 (mode mp): a load says when requests arrive", "request_rate"]),
+    ],
+)
+def test_a_wrong_load_is_refused_before_anything_runs(
+    base: dict[str, Any], load: float, parts: list[str], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "s.yaml", load=load, base=base, grid={"mode": "mp"})
+    assert_says(refusal(sweep, read_sweep(file), file, tmp_path / "out", fresh=False), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_is_run_by_every_variant(tmp_path: Path) -> None:
+    variants = {"alone": {"mode": "sequential"}, "apart, small": {"mode": "mp", "max_batch": 4}}
+    content: dict[str, Any] = {"base": {"max_batch": 8}, "variants": variants}
+    only = read_sweep(write(tmp_path / "s.yaml", **content))
+    assert [(point.varied, point.options) for point in only.points] == [
+        ({"variant": "alone"}, {"max_batch": 8, "mode": "sequential"}),
+        ({"variant": "apart, small"}, {"max_batch": 4, "mode": "mp"}),
+    ]
+    both = read_sweep(write(tmp_path / "s.yaml", **content, grid={"limit": [2, 3]}))
+    assert [tuple(point.varied.items()) for point in both.points] == [
+        (("limit", limit), ("variant", name)) for limit in (2, 3) for name in variants
+    ]
 
 
 def test_a_key_is_of_what_runs_and_not_of_how_it_is_written() -> None:
@@ -157,6 +189,30 @@ def test_rounds_beyond_the_repeats_do_not_count(tmp_path: Path, monkeypatch: pyt
     asked, summary = sweep_with([], write(tmp_path / "s.yaml", repeats=1, grid=grid), monkeypatch)
     assert asked == []
     assert summary[["finished", "output_throughput"]].values.tolist() == [[1, 5]]
+
+
+def test_arrivals_are_at_a_load_of_the_first_points_capacity_which_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def run_once(options: dict[str, Any], _: Path, label: str, *__: object) -> Outcome:
+        asked.append((label.partition("_")[0], options["request_rate"]))
+        figures = {"request_throughput": str(10 * options["limit"]), "output_throughput": "1"}
+        return Outcome("finished", "", None, figures)
+
+    for module in ("sweep", "capacity"):
+        monkeypatch.setattr(f"splitwiser.study.{module}.run_once", run_once)
+    content: dict[str, Any] = {"load": 0.6, "grid": {"limit": [2, 3], "mode": ["sequential", "mp"]}}
+    file = write(tmp_path / "s.yaml", **content)
+    sweep(read_sweep(file), file, tmp_path / "out", fresh=False)
+    capacities = [("capacity", float("inf"))] * 2
+    assert asked == [*capacities, *[("round1", 12.0)] * 2, *[("round1", 18.0)] * 2]
+    asked.clear()
+    file = write(tmp_path / "s.yaml", repeats=2, **content)
+    sweep(read_sweep(file), file, tmp_path / "out", fresh=False)
+    assert asked == [*[("round2", 12.0)] * 2, *[("round2", 18.0)] * 2]
+    assert "2/2" in list_points(read_sweep(file), tmp_path / "out")
 
 
 def test_points_on_a_busy_machine_are_counted_and_named(

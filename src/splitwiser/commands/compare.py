@@ -20,6 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a variant by options of splitwiser run, such as 'four: --mode mp --workers configs/workers/four_mixed.yaml'; "
         "may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="ENGINE=ENVIRONMENT",
+        help="another engine (vllm or hf-continuous) in an environment of scripts/install_peer.sh, or its Python; may be "
+        "repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--load", type=float,
+        help="Poisson arrivals at this fraction, such as 0.6, of the rate at which the first variant answers when all "
+        "requests arrive at once, which is measured first",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
     parser.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
@@ -31,5 +41,5 @@ def run(options: argparse.Namespace) -> None:
     from splitwiser.study.compare import compare, make_variants
 
     modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
-    variants = make_variants(given_options(options, RunConfig), modes, options.variant)
-    compare(variants, options.repeats, options.minutes, one_process=options.one_process)
+    variants = make_variants(given_options(options, RunConfig), modes, options.variant, options.peer)
+    compare(variants, options.repeats, options.minutes, load=options.load, one_process=options.one_process)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from splitwiser import constants
 from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.files import read_entries
 from splitwiser.formats import Text, must_be, parse_as
-from splitwiser.yaml_file import read_entries
 
 Kind = Literal["decoder", "encoder-decoder"]
 EMBEDDED_MODEL = "radiology-opt"

@@ -11,9 +11,9 @@ from pydantic import Strict
 
 from splitwiser.engine.messages import Role, WorkerSpec
 from splitwiser.errors import InputError
+from splitwiser.files import load_yaml
 from splitwiser.formats import AtLeastOne, must_be, parse_as
 from splitwiser.text import read_text
-from splitwiser.yaml_file import load_yaml
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from splitwiser.machine.process import environment, has_home
-
-ROUGE = ("rouge1", "rouge2", "rougeL")
+from splitwiser.results.schema import ROUGE
 
 
 def can_score() -> bool:

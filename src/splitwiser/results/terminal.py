@@ -1,11 +1,12 @@
 """The short tables that the terminal shows."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from splitwiser.machine.load import busy_note
-from splitwiser.results.rouge import ROUGE
+from splitwiser.results.schema import METRIC, ROUGE, shown_in
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -27,12 +28,13 @@ def run_summary(figures: dict[str, Any], directory: Path) -> str:
             asked, met = (f"{figures[key]:,.2f}" for key in ("request_throughput", "request_goodput"))
             yield "goodput", f"{met} of {asked} requests/s meet every target"
         if figures["rougeL"] is not None:
-            yield "quality", ", ".join(f"{name.replace('rouge', 'ROUGE-')} {figures[name]:.3f}" for name in ROUGE)
+            yield "quality", ", ".join(f"{METRIC[name].label} {figures[name]:.3f}" for name in ROUGE)
         if note := busy_note(figures):
             yield "machine", f"busy: {note}"
 
-    def latency(metric: str) -> str:
-        return f"p50 {number(f'median_{metric}_ms', 'ms')}, p99 {number(f'p99_{metric}_ms', 'ms')}"
+    def shown() -> Iterator[tuple[str, str]]:
+        for subject, group in itertools.groupby(shown_in("run"), key=lambda metric: metric.subject):
+            yield subject, ", ".join(f"{each.statistic} {number(each.name, each.unit)}".strip() for each in group)
 
     dummy = " (dummy weights)" if figures["load_format"] == "dummy" else ""
     return columns(
@@ -40,9 +42,7 @@ def run_summary(figures: dict[str, Any], directory: Path) -> str:
             ("model", f"{figures['model']}{dummy}, {figures['dtype']} on {figures['device']}, mode {figures['mode']}"),
             ("requests", f"{figures['completed']} in {figures['duration']:.2f} s"),
             ("tokens", f"{figures['total_input_tokens']:,} in, {figures['total_output_tokens']:,} out"),
-            ("TTFT", latency("ttft")),
-            ("ITL", latency("itl")),
-            ("E2E", latency("e2el")),
+            *shown(),
             (
                 "throughput",
                 f"{number('output_throughput', 'tokens/s out')}, {number('total_token_throughput', 'in and out')}",

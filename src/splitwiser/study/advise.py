@@ -12,40 +12,41 @@
 import random
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pandas as pd
-import yaml
 from tqdm import tqdm
 
 from splitwiser.errors import InputError, RunError
+from splitwiser.files import CsvTable, Status, make_directory, write_rows
 from splitwiser.llm import make_requests
-from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
 from splitwiser.machine.device import resolve_device
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.options import option_fields
 from splitwiser.request import Request
-from splitwiser.results.metrics import parse_goodput, throughput_figures
-from splitwiser.results.recorder import Status, make_directory, replace
-from splitwiser.rows import add_row, start_rows
+from splitwiser.results.goodput import parse_goodput
+from splitwiser.results.record import Record
+from splitwiser.results.schema import OBJECTIVES, names, throughput_figures
 from splitwiser.study.candidates import (
     BUDGETS,
-    CANDIDATE_COLUMNS,
-    Basis,
+    OUTPUT_TOKENS,
+    PLACEMENTS,
     Candidate,
+    Measurements,
     measure_placements,
-    read_basis,
+    read_measurements,
     short_profile,
 )
 from splitwiser.study.config import AdviseConfig
 from splitwiser.study.fresh_runs import RoundsBar, run_once
 from splitwiser.study.profile import Bench
 from splitwiser.study.recommend import (
-    FIGURES,
-    OBJECTIVE_FIGURES,
+    ADVICE,
+    CHECKS,
+    PREDICTED,
+    PREDICTIONS,
     Advice,
     choose_checks,
     recommend,
@@ -56,8 +57,13 @@ from splitwiser.study.recommend import (
 from splitwiser.study.simulate import Machine, Schedule, simulate
 from splitwiser.workload.job import prepare_job
 
-PREDICTION_COLUMNS = (*CANDIDATE_COLUMNS, *FIGURES, "not_possible")
-CHECK_COLUMNS = (*CANDIDATE_COLUMNS, "round", "figure", "predicted", "measured", "error", "run_id", "machine_busy")
+TABLES = {
+    "placements.csv": PLACEMENTS,
+    "output_tokens.csv": OUTPUT_TOKENS,
+    "predictions.csv": PREDICTIONS,
+    "checks.csv": CHECKS,
+    "advice.csv": ADVICE,
+}
 
 
 def advise(config: AdviseConfig) -> Advice:
@@ -69,10 +75,11 @@ def advise(config: AdviseConfig) -> Advice:
         config.model, dtype=config.dtype, device="cpu", load_format=config.load_format, seed=config.seed, weights=False
     )
     requests = planned_requests(config, shell)
-    basis = read_basis(Path(config.profile), shell) if config.profile is not None else None
-    bench = Bench(short_profile(config, requests)) if basis is None else None
+    measurements = read_measurements(Path(config.profile), shell) if config.profile is not None else None
+    bench = Bench(short_profile(config, requests)) if measurements is None else None
     directory = make_directory(Path(config.results), f"advise_{shell.name}")
-    record = _Record(directory, config, requests)
+    device = resolve_device(config.device_name)
+    record = Record(directory / "advice.yaml", _sections(config, requests), device)
     status: Status = "failed"
     record.write("running")
     try:
@@ -80,13 +87,13 @@ def advise(config: AdviseConfig) -> Advice:
             bench.measure(directory)
             bench = None  # its model goes before the next comes
             measure_placements(config, requests, directory)
-            basis = read_basis(directory, shell)
-        assert basis is not None
-        predictions = predict(config, requests, basis, directory)
+            measurements = read_measurements(directory, shell)
+        assert measurements is not None
+        predictions = predict(config, requests, measurements, directory)
         measured = check(config, predictions, directory)
-        advice = recommend(config, predictions, measured, directory, basis.busy)
-        advice.table.to_csv(directory / "advice.csv", index=False)
-        record.add(advice, basis)
+        advice = recommend(config, predictions, measured, directory, measurements.busy)
+        write_rows(directory / "advice.csv", names(ADVICE), advice.table.to_dict("records"))
+        record.content |= _outcome(advice, measurements)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -106,53 +113,55 @@ def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     return make_requests(shell, prompts, job.sampling_params(config), job.arrival_s, config.seed)
 
 
-def predict(config: AdviseConfig, requests: Sequence[Request], basis: Basis, directory: Path) -> pd.DataFrame:
+def predict(
+    config: AdviseConfig, requests: Sequence[Request], measurements: Measurements, directory: Path
+) -> pd.DataFrame:
     """Simulate every placement with every prefill budget; the rows of ``predictions.csv``."""
-    start_rows(directory / "predictions.csv", PREDICTION_COLUMNS)
+    table = CsvTable(directory / "predictions.csv", names(PREDICTIONS))
     targets = None if config.goodput is None else parse_goodput(config.goodput)
     rng = random.Random(config.seed)
     ends = {
-        request.request_id: min(request.params.max_tokens, rng.choice(basis.output_tokens))
+        request.request_id: min(request.params.max_tokens, rng.choice(measurements.output_tokens))
         for request in requests
-        if basis.output_tokens and not request.params.ignore_eos
+        if measurements.output_tokens and not request.params.ignore_eos
     }
     tokens = sum(len(request.prompt_token_ids) for request in requests)
     # the one asked for comes first, so that it wins where others are no better
     budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(basis.placements) * len(budgets), desc="predictions", unit="run") as bar:
-        for (mode, workers), (conditions, blocks) in basis.placements.items():
+    with tqdm(total=len(measurements.placements) * len(budgets), desc="predictions", unit="run") as bar:
+        for placement in measurements.placements:
             for budget in budgets:
-                candidate = Candidate(mode, workers, budget)
+                candidate = Candidate(placement.mode, placement.workers, budget)
                 schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
                 row = candidate.row
                 try:
-                    machine = Machine(basis.costs, basis.cores, blocks)
+                    machine = Machine(measurements.costs, measurements.cores, placement.blocks)
                     outputs = simulate(
-                        requests, machine, schedule, conditions, ends, max_concurrency=config.max_concurrency
+                        requests, machine, schedule, placement.conditions, ends, max_concurrency=config.max_concurrency
                     )
                     figures = throughput_figures(outputs, 0, 0, targets)
-                    row |= {name: figures[name] for name in FIGURES}
+                    row |= {name: figures[name] for name in names(PREDICTED)}
                 except InputError as error:
                     row["not_possible"] = str(error)
                 rows.append(row)
-                add_row(directory / "predictions.csv", row)
+                table.write(row)
                 bar.update()
     if all("not_possible" in row for row in rows):
         raise InputError(str(rows[0]["not_possible"]))
-    objective = OBJECTIVE_FIGURES[config.objective][0]
+    objective = OBJECTIVES[config.objective].name
     if all(row.get(objective) is None for row in rows):
         raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
-    for (mode, workers), reason in basis.not_possible.items():
-        rows.append({"mode": mode, "workers": workers, "not_possible": reason})
-        add_row(directory / "predictions.csv", rows[-1])
-    return pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
+    for each in measurements.impossible:
+        rows.append({"mode": each.mode, "workers": each.workers, "not_possible": each.reason})
+        table.write(rows[-1])
+    return pd.DataFrame(rows, columns=list(names(PREDICTIONS)))
 
 
 def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> pd.DataFrame:
     """Run the chosen candidates in fresh processes, in interleaved rounds; the rows of ``checks.csv``."""
     chosen = choose_checks(config, predictions)
-    start_rows(directory / "checks.csv", CHECK_COLUMNS)
+    table = CsvTable(directory / "checks.csv", names(CHECKS))
     rows: list[dict[str, Any]] = []
     with RoundsBar(len(chosen) * config.repeats) as bar:
         for number in range(config.repeats):
@@ -161,7 +170,7 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
                 outcome = run_once(run_options(config, candidate), directory, f"round{number}-{place}", bar.show)
                 bar.end(outcome)
                 predicted = predictions.loc[rows_of(predictions, candidate)].iloc[0]
-                for name in FIGURES if outcome.status == "finished" else ():
+                for name in names(PREDICTED) if outcome.status == "finished" else ():
                     if outcome.figures[name]:
                         measured = float(outcome.figures[name])
                         row = {
@@ -175,49 +184,37 @@ def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> p
                             "machine_busy": outcome.figures["machine_busy"],
                         }
                         rows.append(row)
-                        add_row(directory / "checks.csv", row)
+                        table.write(row)
     if chosen and not rows:
         raise RunError("every check failed, so nothing is recommended; see above and the folder logs/")
-    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+    return pd.DataFrame(rows, columns=list(names(CHECKS)))
 
 
-class _Record:
-    """``advice.yaml``: written anew as more is known."""
+def _sections(config: AdviseConfig, requests: Sequence[Request]) -> dict[str, Any]:
+    lengths = [len(request.prompt_token_ids) for request in requests]
+    return {
+        "configuration": {name: getattr(config, name) for name in option_fields(AdviseConfig)},
+        "requests": {
+            "count": len(requests),
+            "prompt_tokens": {"least": min(lengths), "median": median(lengths), "greatest": max(lengths)},
+            "last_arrival_s": max(request.arrival_s for request in requests),
+        },
+    }
 
-    def __init__(self, directory: Path, config: AdviseConfig, requests: Sequence[Request]) -> None:
-        self._path = directory / "advice.yaml"
-        lengths = [len(request.prompt_token_ids) for request in requests]
-        self._content: dict[str, Any] = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": git_commit(),
-            "configuration": {name: getattr(config, name) for name in option_fields(AdviseConfig)},
-            "requests": {
-                "count": len(requests),
-                "prompt_tokens": {"least": min(lengths), "median": median(lengths), "greatest": max(lengths)},
-                "last_arrival_s": max(request.arrival_s for request in requests),
-            },
-            "machine": describe_machine(resolve_device(config.device_name)),
-            "versions": describe_versions(),
-        }
 
-    def add(self, advice: Advice, basis: Basis) -> None:
-        """Take in the outcome."""
-        self._content |= {
-            "split": advice.split,
-            "recommended": advice.best and advice.best.row,
-            "command": advice.command,
-            "reasons": advice.reasons,
-            "median_errors": advice.errors,
-            "answers_end": "as a sample of them did" if basis.output_tokens else "at their greatest length",
-            "step_costs": {
-                threads: {
-                    "prefill": list(costs.prefill_coefficients),
-                    "decode": [list(line) for line in costs.decode_lines],
-                }
-                for threads, costs in basis.costs.items()
-            },
-        }
-
-    def write(self, status: Status) -> None:
-        """Write it."""
-        replace(self._path, yaml.safe_dump({"status": status, **self._content}, sort_keys=False, allow_unicode=True))
+def _outcome(advice: Advice, measurements: Measurements) -> dict[str, Any]:
+    return {
+        "split": advice.split,
+        "recommended": advice.best and advice.best.row,
+        "command": advice.command,
+        "reasons": advice.reasons,
+        "median_errors": advice.errors,
+        "answers_end": "as a sample of them did" if measurements.output_tokens else "at their greatest length",
+        "step_costs": {
+            threads: {
+                "prefill": list(costs.prefill_coefficients),
+                "decode": [list(line) for line in costs.decode_lines],
+            }
+            for threads, costs in measurements.costs.items()
+        },
+    }

@@ -13,6 +13,7 @@ import yaml
 from tqdm import tqdm
 
 from splitwiser.errors import InputError
+from splitwiser.files import CsvTable, write_rows
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine
 from splitwiser.machine.device import release_memory, resolve_device
@@ -25,17 +26,12 @@ from splitwiser.placement.cores import plan_threads
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES
 from splitwiser.request import Request, SamplingParams
-from splitwiser.rows import add_row, start_rows
+from splitwiser.results.schema import METRIC, Column, column, columns_of, names
 from splitwiser.study.calibrate import Recording, conditions_of, size_steps
 from splitwiser.study.config import AdviseConfig, ProfileConfig
 from splitwiser.study.simulate import Conditions
 from splitwiser.study.step_times import StepCosts, fit_costs
 
-CANDIDATE_COLUMNS = ("mode", "workers", "prefill_tokens")
-PLACEMENT_COLUMNS = (
-    "mode", "workers", "blocks", *(each.name for each in fields(Conditions)), "steps", "not_possible",
-    "machine_busy",
-)  # fmt: skip
 BUDGETS = (256, 512, 1024)  # prefill tokens a step that are predicted beside the one asked for
 
 _SHARES = (25, 50, 75)  # of prefill; decode gets the rest
@@ -48,9 +44,9 @@ _GPU_MODES = [mode.name for mode in MODES.values() if mode.needs_gpu]
 class Candidate:
     """A way to run the workload."""
 
-    mode: str
-    workers: str
-    prefill_tokens: int
+    mode: str = column("How the phases are placed.")
+    workers: str = column("Layout of the workers, as --workers takes it; empty for the mode's own.")
+    prefill_tokens: int = column("Most prompt tokens in one prefill step.", "tokens")
 
     @property
     def layout(self) -> WorkerLayout:
@@ -72,19 +68,49 @@ class Candidate:
         return f"{self.mode}{workers}, {self.prefill_tokens} prefill tokens a step"
 
 
-@dataclass(frozen=True)
-class Basis:
-    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_basis` reads it.
+CANDIDATE = columns_of(Candidate)
+PLACEMENTS = (
+    *(each for each in CANDIDATE if each.name != "prefill_tokens"),
+    Column("blocks", "Blocks of the KV pool.", "blocks"),
+    *columns_of(Conditions),
+    Column("steps", "Steps that the factors rest on.", "steps"),
+    Column("not_possible", "Why this machine cannot run the placement; empty if it can."),
+    METRIC["machine_busy"],
+)
+OUTPUT_TOKENS = (Column("output_tokens", "Tokens of an answer that ended by itself, in a sample.", "tokens"),)
 
-    ``placements`` holds (mode, workers): the conditions there and the blocks of the pool; ``not_possible`` those that this
-    machine cannot run, with the reason; ``output_tokens`` the lengths of a sample of answers that ended by themselves;
-    ``busy`` what was measured while others used the machine.
+
+@dataclass(frozen=True)
+class MeasuredPlacement:
+    """A placement that was measured: the conditions there, and the blocks of the KV pool."""
+
+    mode: str
+    workers: str
+    conditions: Conditions
+    blocks: int
+
+
+@dataclass(frozen=True)
+class ImpossiblePlacement:
+    """A placement that this machine cannot run, and why."""
+
+    mode: str
+    workers: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_measurements` reads it.
+
+    ``costs`` are by thread count; ``cores`` those of the CPU, None on a GPU; ``output_tokens`` the lengths of a sample of
+    answers that ended by themselves; ``busy`` names what was measured while others used the machine.
     """
 
     costs: Mapping[int, StepCosts]
     cores: int | None
-    placements: Mapping[tuple[str, str], tuple[Conditions, int]]
-    not_possible: Mapping[tuple[str, str], str]
+    placements: Sequence[MeasuredPlacement]
+    impossible: Sequence[ImpossiblePlacement]
     output_tokens: Sequence[int]
     busy: Sequence[str] = ()
 
@@ -140,13 +166,13 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
     device = resolve_device(config.device_name)
     cores = describe_machine(device)["cores"]
     costs = fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv"))
-    start_rows(directory / "placements.csv", PLACEMENT_COLUMNS)
+    table = CsvTable(directory / "placements.csv", names(PLACEMENTS))
     sample = requests[:: -(-len(requests) // _SAMPLE)]
     listed = placements(device.type, cores)
     for mode in _GPU_MODES:
         problem = find_mode_problem(mode, str(device))
         if problem:
-            add_row(directory / "placements.csv", {"mode": mode, "workers": "", "not_possible": problem})
+            table.write({"mode": mode, "workers": "", "not_possible": problem})
             listed = [each for each in listed if each[0] != mode]
     with tqdm(listed, desc="side by side", unit="placement") as bar:
         for mode, workers in bar:
@@ -158,18 +184,19 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
             except InputError as error:
                 if mode == "sequential":
                     raise
-                add_row(directory / "placements.csv", row | {"not_possible": str(error)})
+                table.write(row | {"not_possible": str(error)})
                 continue
             busy = MachineLoad(during=stretch.end()).busy
             layout = Candidate(mode, workers, config.prefill_tokens).layout
             steps = size_steps(recording)
             conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
             found = {"blocks": blocks, "steps": len(steps), "machine_busy": busy}
-            add_row(directory / "placements.csv", row | asdict(conditions) | found)
+            table.write(row | asdict(conditions) | found)
             if mode == "sequential":
                 made = {output.request_id: len(output.token_ids) for output in recording.outputs}
-                lengths = [made[place] for place, each in enumerate(sample) if not each.params.ignore_eos]
-                pd.DataFrame({"output_tokens": lengths}).to_csv(directory / "output_tokens.csv", index=False)
+                ended = (made[place] for place, each in enumerate(sample) if not each.params.ignore_eos)
+                lengths = ({"output_tokens": length} for length in ended)
+                write_rows(directory / "output_tokens.csv", names(OUTPUT_TOKENS), lengths)
 
 
 def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[Request]) -> tuple[Recording, int]:
@@ -193,8 +220,8 @@ def _sample_params(params: SamplingParams) -> SamplingParams:
     )
 
 
-def read_basis(directory: Path, shell: LoadedModel) -> Basis:
-    """What :func:`measure_placements` and the profile before it wrote into ``directory``, for the model ``shell``.
+def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:
+    """Return what :func:`measure_placements` and the profile before it wrote into ``directory``, for the model ``shell``.
 
     Raises :class:`InputError` for a folder that lacks something or is of another model.
     """
@@ -208,29 +235,26 @@ def read_basis(directory: Path, shell: LoadedModel) -> Basis:
     if (model["name"], model["dtype"]) != (shell.name, dtype):
         raise InputError(f"{where}: is of {model['name']} in {model['dtype']}, not of {shell.name} in {dtype}")
     rows = pd.read_csv(directory / "placements.csv", keep_default_na=False)
-    conditions = {}
-    not_possible = {}
+    measured: list[MeasuredPlacement] = []
+    impossible: list[ImpossiblePlacement] = []
     busy = ["the profile"] if (record.get("load") or {}).get("busy") else []
     for row in rows.to_dict("records"):
-        key = str(row["mode"]), str(row["workers"])
+        mode, workers = str(row["mode"]), str(row["workers"])
         if row["not_possible"]:
-            not_possible[key] = str(row["not_possible"])
-        else:
-            factors = Conditions(**{each.name: float(row[each.name]) for each in fields(Conditions)})
-            conditions[key] = factors, int(float(row["blocks"]))
-            busy += (
-                [f"the sample in mode {' with '.join(filter(None, key))}"]
-                if str(row.get("machine_busy")) == "True"
-                else []
-            )
-    if not conditions:
+            impossible.append(ImpossiblePlacement(mode, workers, str(row["not_possible"])))
+            continue
+        conditions = Conditions(**{each.name: float(row[each.name]) for each in fields(Conditions)})
+        measured.append(MeasuredPlacement(mode, workers, conditions, int(float(row["blocks"]))))
+        if str(row.get("machine_busy")) == "True":
+            busy.append(f"the sample in mode {' with '.join(filter(None, (mode, workers)))}")
+    if not measured:
         raise InputError(f"{where}: its placements.csv has no placement; give the folder of an advise that finished")
     lengths = directory / "output_tokens.csv"  # of no row where every answer has a set length
-    return Basis(
+    return Measurements(
         costs=fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv")),
         cores=record["machine"]["cores"] if record["configuration"]["device"] == "cpu" else None,
-        placements=conditions,
-        not_possible=not_possible,
+        placements=measured,
+        impossible=impossible,
         output_tokens=pd.read_csv(lengths)["output_tokens"].tolist() if lengths.exists() else [],
         busy=busy,
     )

@@ -10,14 +10,13 @@ from torch.nn.functional import linear
 
 from splitwiser.machine.memory import available_memory
 
-CEILING_COLUMNS = ("kind", "what", "size", "ms", "amount", "rate", "unit")
 _PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger exceed the caches; the fastest counts
 _PASS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Probe:
+class CeilingProbe:
     """One measurement: the least time of a pass and what it moved or computed (bytes, or operations)."""
 
     kind: str
@@ -29,9 +28,15 @@ class Probe:
     def row(self) -> dict[str, object]:
         """Its row of ``ceilings.csv``: rates in TFLOP/s or GB/s (10^12, 10^9)."""
         unit, scale = ("TFLOP/s", 1e12) if self.kind == "compute" else ("GB/s", 1e9)
-        rate = self.amount / self.seconds / scale
-        values = (self.kind, self.what, self.size, self.seconds * 1e3, self.amount, rate, unit)
-        return dict(zip(CEILING_COLUMNS, values, strict=True))
+        return {
+            "kind": self.kind,
+            "what": self.what,
+            "size": self.size,
+            "ms": self.seconds * 1e3,
+            "amount": self.amount,
+            "rate": self.amount / self.seconds / scale,
+            "unit": unit,
+        }
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Ceilings:
         return min(self.flops_per_s, intensity * self.bytes_per_s)
 
 
-def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[Probe]:
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingProbe]:
     """Probes in ``dtype`` with PyTorch's present thread count.
 
     Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations. Memory: a copy, counted as bytes read plus
@@ -62,18 +67,20 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[Probe]:
     for size in _PRODUCT_SIZES[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _least_time(lambda left=left, right=right: linear(left, right), device)  # type: ignore[misc]
-        probes.append(Probe("compute", "matrix product", size, seconds, 2 * size**3))
+        probes.append(CeilingProbe("compute", "matrix product", size, seconds, 2 * size**3))
     nbytes = min(_PASS_BYTES[device.type], available_memory() // 8)
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     probes.append(
-        Probe("memory", "copy", source.nbytes, _least_time(lambda: target.copy_(source), device), 2 * source.nbytes)
+        CeilingProbe(
+            "memory", "copy", source.nbytes, _least_time(lambda: target.copy_(source), device), 2 * source.nbytes
+        )
     )
-    probes.append(Probe("memory", "sum", source.nbytes, _least_time(source.sum, device), source.nbytes))
+    probes.append(CeilingProbe("memory", "sum", source.nbytes, _least_time(source.sum, device), source.nbytes))
     return probes
 
 
-def ceilings_of(probes: list[Probe]) -> Ceilings:
+def ceilings_of(probes: list[CeilingProbe]) -> Ceilings:
     """The best rate of each kind."""
 
     def best(kind: str) -> float:

@@ -2,60 +2,96 @@
 
 import itertools
 import shlex
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
+from splitwiser.files import Status, make_run_directory, write_rows
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.recorder import TOKEN_COLUMNS, Status, make_run_directory, replace
+from splitwiser.results.record import Record, read_place
+from splitwiser.results.schema import TOKENS, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
-from splitwiser.study.fresh_runs import NAME, OneProcess, Outcome, RoundsBar, check_one_process, run_once, write_rows
+from splitwiser.study.capacity import check_load, measure_capacity, rate_at
+from splitwiser.study.fresh_runs import (
+    NAME,
+    RUN_COLUMNS,
+    Execute,
+    OneProcess,
+    Outcome,
+    RoundsBar,
+    check_one_process,
+    run_once,
+)
 from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
+from splitwiser.study.peers import MODELS, Peer, check_peer, read_peer, run_peer, share_with_peers, without_requests
 from splitwiser.workload.job import Job
 
-RECORD = ("commit", "machine", "versions")  # what compare.yaml takes over from a run's record
 ASKED = ("model", "load_format", "seed")  # with the requests and how tokens are drawn, what all variants must share
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A run to compare: its name and its options."""
+    """A run to compare: its name and its options, or what they ask of another engine."""
 
     name: str
     options: Mapping[str, Any]
+    peer: Peer | None = None
 
     @property
     def config(self) -> RunConfig:
         """Its whole configuration. Raises :class:`InputError`."""
         return RunConfig(**self.options)
 
+    def over(self, options: Mapping[str, Any]) -> "Variant":
+        """Return this variant with ``options`` over its own."""
+        return Variant(self.name, {**self.options, **options}, self.peer)
+
+    def run(self, folder: Path, label: str, show: Callable[[str], None], execute: Execute | None) -> Outcome:
+        """Run it once; arguments as for :func:`~splitwiser.study.fresh_runs.run_once`."""
+        if self.peer is not None:
+            return run_peer(self.peer, self.config, folder, label, show)
+        return run_once(self.options, folder, label, show, execute)
+
 
 @dataclass(frozen=True)
 class TokenCheck(TokenDifference):
     """A row of ``comparison_tokens.csv``: a run's tokens, and whether they must be the same (float32, greedy)."""
 
-    round: int
-    variant: str
-    run_id: str
-    must_match: bool
+    round: int = column("Number of the round, from 1.")
+    variant: str = column("Name of the variant.")
+    run_id: str = column("Name of the run's folder.")
+    must_match: bool = column("Whether the tokens must be the same: float32, greedy.")
 
 
-def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequence[str]) -> list[Variant]:
-    """One for each of ``modes``, then one for each of ``described``, such as ``two: --mode mp --workers two.yaml``; all
-    with the options of ``base``, which their own override. Raises :class:`InputError`."""
+COMPARISON = (
+    Column("round", "Number of the round, from 1."),
+    Column("variant", "Name of the variant."),
+    *RUN_COLUMNS,
+    Column("version", "Version of a peer; empty for this project's own runs."),
+)
+SUMMARY = columns_of(SummaryRow)
+TOKEN_CHECKS = columns_of(TokenCheck)
+TABLES = {"comparison.csv": COMPARISON, "comparison_summary.csv": SUMMARY, "comparison_tokens.csv": TOKEN_CHECKS}
+
+
+def make_variants(
+    base: Mapping[str, Any], modes: Sequence[str], described: Sequence[str], peers: Sequence[str] = ()
+) -> list[Variant]:
+    """Return one for each of ``modes``, then one for each of ``described``, such as ``two: --mode mp --workers two.yaml``,
+    and one for each of ``peers``, such as ``vllm=ENVIRONMENT``; all with the options of ``base``, which their own override.
+    Raises :class:`InputError`."""
     variants = [Variant(mode, {**base, "mode": mode}) for mode in modes]
     for text in described:
         name, colon, options = text.partition(":")
@@ -68,9 +104,10 @@ def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequ
         if "results" in own:
             raise InputError(f"--variant {name}: --results is the comparison's; give it outside of the variant")
         variants.append(Variant(name, {**base, **own}))
+    variants += [Variant(peer.engine, base, peer) for peer in map(read_peer, peers)]
     names = [variant.name for variant in variants]
     if len(names) < 2:
-        raise InputError("a comparison needs two variants or more; name them by --modes and --variant")
+        raise InputError("a comparison needs two variants or more; name them by --modes, --variant and --peer")
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two variants are named '{name}'; give each a name of its own")
@@ -78,11 +115,17 @@ def make_variants(base: Mapping[str, Any], modes: Sequence[str], described: Sequ
 
 
 def compare(
-    variants: Sequence[Variant], rounds: int, minutes: float | None = None, *, one_process: bool = False
+    variants: Sequence[Variant],
+    rounds: int,
+    minutes: float | None = None,
+    *,
+    load: float | None = None,
+    one_process: bool = False,
 ) -> Path:
     """Run every variant ``rounds`` times, print the table and return the comparison's folder. With ``minutes``, no round
     but the first begins after so long; with ``one_process``, all runs are in one process
-    (:class:`~splitwiser.study.fresh_runs.OneProcess`).
+    (:class:`~splitwiser.study.fresh_runs.OneProcess`). With ``load``, requests arrive as a Poisson process at that fraction
+    of the rate at which the first variant answers them when all arrive at once, which is measured first.
 
     The order turns by one variant a round, so that over as many rounds as there are variants each runs once in every
     place. A run that fails leaves the others going. Raises :class:`InputError` before anything has run if a variant is
@@ -94,43 +137,63 @@ def compare(
     if minutes is not None and not minutes > 0:
         raise InputError(f"--minutes must be more than 0, not {minutes}")
     last_start_s = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+    with_peers = any(variant.peer is not None for variant in variants)
+    if with_peers and (one_process or load is not None):
+        raise InputError(f"--peer cannot be given with {'--one_process' if one_process else '--load'}; leave one out")
     if one_process:
         check_one_process(variant.config for variant in variants)
-    job = _check_same_question(variants)
+    job = _check_same_question(variants, load)
     first = variants[0].config
     folder = make_run_directory(Path(first.results), "compare", resolve_model(first.model).name, job.label)
-    record = _record(variants, rounds, one_process)
+    record = Record(folder / "compare.yaml", _sections(variants, rounds, load, one_process))
     rows: list[dict[str, Any]] = []
     status: Status = "failed"
-    _write_record(folder, "running", record)
+    record.write("running")
     try:
-        with RoundsBar(rounds * len(variants)) as bar, OneProcess() if one_process else nullcontext() as execute:
+        if with_peers:
+            asked = share_with_peers(first, job, folder)
+            variants = [Variant(each.name, {**without_requests(each.options), **asked}, each.peer) for each in variants]
+        runs = rounds * len(variants) + (load is not None)
+        with RoundsBar(runs) as bar, OneProcess() if one_process else nullcontext() as execute:
+            if load is not None:
+                name, options = variants[0].name, variants[0].options
+                capacity = measure_capacity(name, options, folder, f"capacity_{name}", bar, execute)
+                variants = [each.over({"request_rate": rate_at(load, capacity)}) for each in variants]
+                record.content |= {
+                    "capacity": {"variant": name, "requests_per_s": capacity},
+                    "variants": _configs(variants),
+                }
             for number, variant in _turns(variants, rounds, last_start_s):
                 bar.begin(f"round {number}/{rounds}, {variant.name}")
-                outcome = run_once(variant.options, folder, f"round{number}_{variant.name}", bar.show, execute)
+                outcome = variant.run(folder, f"round{number}_{variant.name}", bar.show, execute)
                 rows.append({"round": number, "variant": variant.name, **outcome.row})
-                write_rows(folder / "comparison.csv", rows)
-                if "machine" not in record:
-                    record |= _where_it_ran(outcome)
+                write_rows(folder / "comparison.csv", names(COMPARISON), rows)
+                if "machine" not in record.content and variant.peer is None:
+                    record.content |= _where_it_ran(outcome)
                 bar.end(outcome)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        _write_record(folder, status, record)
+        shutil.rmtree(folder / MODELS, ignore_errors=True)  # large, and made anew from the seed
+        record.write(status)
         faults = conclude(folder, variants, rows)
     if faults:
         raise RunError(f"{'; '.join(faults)}; see {folder}")
     return folder
 
 
-def _check_same_question(variants: Sequence[Variant]) -> Job:
+def _check_same_question(variants: Sequence[Variant], load: float | None) -> Job:
     asked: dict[str, Any] = {}
     for variant in variants:
         try:
             config = variant.config
+            if load is not None:
+                check_load(load, config)
             job = check(config)
+            if variant.peer is not None:
+                check_peer(config, job)
         except InputError as error:
             raise InputError(f"variant {variant.name}: {error}") from error
         asks = {name: getattr(config, name) for name in ASKED}
@@ -156,33 +219,38 @@ def _turns(variants: Sequence[Variant], rounds: int, last_start_s: float) -> Ite
             yield number + 1, variant
 
 
-def _record(variants: Sequence[Variant], rounds: int, one_process: bool) -> dict[str, Any]:
+def _configs(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    return {each.name: {"peer": str(each.peer)} if each.peer else asdict(each.config) for each in variants}
+
+
+def _sections(variants: Sequence[Variant], rounds: int, load: float | None, one_process: bool) -> dict[str, Any]:
     command = ["splitwiser", "compare", f"--repeats={rounds}", f"--results={variants[0].config.results}"]
+    command += to_arguments({"load": load})
     command += ["--one_process"] if one_process else []
+    of_peers: list[str] = []
     for variant in variants:
-        own = {name: value for name, value in variant.options.items() if name != "results"}
-        command += ["--variant", f"{variant.name}: {shlex.join(to_arguments(own))}"]
+        own = to_arguments({name: value for name, value in variant.options.items() if name != "results"})
+        if variant.peer is None:
+            command += ["--variant", f"{variant.name}: {shlex.join(own)}"]
+        else:
+            command += ["--peer", str(variant.peer)]
+            of_peers = own  # the same for all peers, and, as far as they have none of their own, for variants
+    command += of_peers
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "repeats": rounds,
         "processes": "one for all runs" if one_process else "one for each run",
         "order": "a round starts one variant later than the one before",
-        "variants": {variant.name: asdict(variant.config) for variant in variants},
+        "load": load,
+        "variants": _configs(variants),
     }
-
-
-def _write_record(folder: Path, status: Status, record: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump({"status": status, **record}, sort_keys=False, allow_unicode=True)
-    replace(folder / "compare.yaml", text)
 
 
 def _where_it_ran(outcome: Outcome) -> dict[str, Any]:
     """As a finished run found it: this process stays away from the device."""
     if outcome.status != "finished" or outcome.directory is None:
         return {}
-    record = yaml.safe_load((outcome.directory / "run.yaml").read_text(encoding="utf-8"))
-    return {name: record[name] for name in RECORD}
+    return read_place(outcome.directory / "run.yaml")
 
 
 def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -195,13 +263,13 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
         else:
             written = pd.read_csv(folder / "comparison.csv")
             summary = summarise(written, [variant.name for variant in variants])
-            write_rows(folder / "comparison_summary.csv", [asdict(row) for row in summary])
+            write_rows(folder / "comparison_summary.csv", names(SUMMARY), map(asdict, summary))
             print(_table(summary, variants[0].name))
             if busy := describe_busy(written, "variant"):
                 print(f"busy: {busy}; compare again while nothing else runs")
-        checks = list(_check_tokens(folder, variants[0], rows))
+        checks = list(_check_tokens(folder, variants, rows))
         if checks:
-            write_rows(folder / "comparison_tokens.csv", [asdict(check) for check in checks])
+            write_rows(folder / "comparison_tokens.csv", names(TOKEN_CHECKS), map(asdict, checks))
         for said, is_fault in _token_lines(checks, variants[0].name):
             print(f"tokens: {said}")
             faults += [said] if is_fault else []
@@ -209,15 +277,18 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
     return faults
 
 
-def _check_tokens(folder: Path, first: Variant, rows: Sequence[Mapping[str, Any]]) -> Iterator[TokenCheck]:
+def _check_tokens(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> Iterator[TokenCheck]:
     """Each finished run's tokens against those of the first variant's first finished run; none if there is none."""
+    first = variants[0]
+    peers = [variant.name for variant in variants if variant.peer is not None]
     finished = [row for row in rows if row["status"] == "finished"]
     reference = next((row for row in finished if row["variant"] == first.name), None)
     if reference is None:
         return
     expected = _read_tokens(folder, reference)
     for row in finished:
-        must_match = first.config.temperature == 0 and row["dtype"] == reference["dtype"] == "float32"
+        exact = first.config.temperature == 0 and row["dtype"] == reference["dtype"] == "float32"
+        must_match = exact and row["variant"] not in peers and first.name not in peers
         difference = compare_tokens(_read_tokens(folder, row), expected)
         yield TokenCheck(
             **asdict(difference),
@@ -231,7 +302,7 @@ def _check_tokens(folder: Path, first: Variant, rows: Sequence[Mapping[str, Any]
 def _read_tokens(folder: Path, row: Mapping[str, Any]) -> dict[int, Made]:
     path = folder / "runs" / row["run_id"] / "tokens.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return {int(number): (prompt, made) for number, prompt, made in table[list(TOKEN_COLUMNS)].to_numpy()}
+    return {int(number): (prompt, made) for number, prompt, made in table[list(names(TOKENS))].to_numpy()}
 
 
 def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str, bool]]:
@@ -246,7 +317,11 @@ def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str
             yield f"{variant} was asked {worst.other_prompts} other prompts than {first}", True
         if worst.differ:
             where = "" if worst.first_difference is None else f", first at token {worst.first_difference:.0f} (median)"
-            why = "" if worst.must_match else "; rounding may do so below float32, and so may sampling"
+            why = (
+                ""
+                if worst.must_match
+                else "; rounding may do so below float32 or in another engine, and so may sampling"
+            )
             line = f"{variant} differs from {first} in {worst.differ} of {worst.requests} requests{where}{why}"
             yield line, worst.must_match
 

@@ -8,8 +8,7 @@ from splitwiser.config import RunConfig, check_results
 from splitwiser.errors import InputError, unknown
 from splitwiser.options import check_counts, option, whole_numbers
 from splitwiser.placement.config import ModelConfig
-
-OBJECTIVES = ("throughput", "goodput", "ttft", "itl", "e2el")
+from splitwiser.results.schema import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,17 @@ from splitwiser.errors import InputError
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.load import busy_note
 from splitwiser.options import to_arguments
-from splitwiser.results.recorder import replace
+from splitwiser.results.schema import THROUGHPUT, Column
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # what files may be named by
 LOOK_S = 0.5  # how often the progress of the run under way is read
 STOP_S = 30.0  # longest that an interrupted run may take to write what it has and to end its workers
+
+RUN_COLUMNS = (
+    Column("status", "finished or failed."),
+    Column("error", "What a failed run said; empty for a finished one."),
+    *THROUGHPUT,
+)
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _libc = ctypes.CDLL(None)  # opened here: between fork and exec only the call itself is safe
@@ -44,7 +50,7 @@ class Outcome:
 
     @property
     def row(self) -> dict[str, str]:
-        """How it ended, then its figures."""
+        """How it ended, then its figures: the values of :data:`RUN_COLUMNS`."""
         return {"status": self.status, "error": self.error, **self.figures}
 
 
@@ -198,11 +204,6 @@ class RoundsBar:
         if note := busy_note(outcome.figures):
             tqdm.write(f"{self._what}: machine busy: {note}", file=sys.stderr)
         self._bar.update()
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the CSV at ``path``; columns are those of all ``rows``, as they first come."""
-    replace(path, pd.DataFrame(list(rows)).to_csv(index=False))
 
 
 def _end_with(parent: int) -> Callable[[], None]:

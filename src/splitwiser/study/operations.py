@@ -21,7 +21,7 @@ _ROWS = 512  # positions of a prompt whose masks are asked for at once
 
 
 @dataclass(frozen=True)
-class StepCost:
+class StepWork:
     """Floating point operations (a multiplication and an addition are two) and bytes moved to and from memory."""
 
     flops: float
@@ -91,7 +91,7 @@ class Architecture:
     head_keeps_rows: bool
     notes: tuple[str, ...] = field(default=())
 
-    def prefill(self, chunks: Sequence[tuple[int, int]], rows: int) -> StepCost:
+    def prefill(self, chunks: Sequence[tuple[int, int]], rows: int) -> StepWork:
         """A prefill step of ``chunks``, each (first position, tokens), that keeps the logits of ``rows`` tokens.
 
         Bytes: each weight once, K and V of the new tokens written once, and those attended to read once a chunk.
@@ -106,9 +106,9 @@ class Architecture:
             # the first new token sees furthest back; from there on all are read
             read = sum(layer.seen_by(start) - 1 + count for start, count in chunks)
             nbytes += (read + tokens) * _kv_numbers(layer) * self.itemsize
-        return StepCost(flops, nbytes)
+        return StepWork(flops, nbytes)
 
-    def decode(self, contexts: Sequence[int]) -> StepCost:
+    def decode(self, contexts: Sequence[int]) -> StepWork:
         """A decode step of one token for each request, of which ``contexts`` tokens lie in the pool after it.
 
         Bytes: each weight once, K and V of every token attended to read once, those of the new tokens written once.
@@ -120,13 +120,13 @@ class Architecture:
             seen = sum(layer.seen_by(context - 1) for context in contexts)
             flops += _attention_flops(layer, seen)
             nbytes += (seen + len(contexts)) * _kv_numbers(layer) * self.itemsize
-        return StepCost(flops, nbytes)
+        return StepWork(flops, nbytes)
 
-    def _products(self, tokens: int, rows: int) -> StepCost:
+    def _products(self, tokens: int, rows: int) -> StepWork:
         """The matrix products of ``tokens`` tokens: 2 operations a weight and token."""
         active = sum(each.numbers * each.active / each.experts for each in self.experts)
         touched = sum(each.touched(tokens) for each in self.experts)
-        return StepCost(
+        return StepWork(
             2 * (self.weights + active) * tokens + 2 * self.head * rows,
             (self.weights + touched + self.head) * self.itemsize,
         )

@@ -8,21 +8,14 @@ import numpy as np
 import pandas as pd
 
 from splitwiser.results.busy import busy_runs
+from splitwiser.results.schema import METRIC, column, shown_in
 
-METRICS = (
-    "output_throughput", "total_token_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms",
-    "p99_itl_ms", "median_tpot_ms", "median_e2el_ms", "p99_e2el_ms", "peak_memory_mb", "ready_s",
-)  # fmt: skip
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t, 97.5% quantile, at 1, 2, ... degrees of freedom; the last serves for all above, which errs
-towards "undecided"."""
 NARROW = 0.03  # two are called equal if the interval of their ratio goes no further from 1
-_UNTIMED = ("peak_memory_mb", "rouge")  # what a busy machine does not change
 
 
 def headline_metrics(columns: Sequence[str]) -> list[str]:
-    """Those of :data:`METRICS` that ``columns`` have, and the ROUGE scores."""
-    return [name for name in METRICS if name in columns] + [name for name in columns if name.startswith("rouge")]
+    """Return the figures that are compared, as far as ``columns`` have them."""
+    return [metric.name for metric in shown_in("compare") if metric.name in columns]
 
 
 @dataclass(frozen=True)
@@ -30,18 +23,18 @@ class SummaryRow:
     """A metric of a variant over its finished rounds, its ratio to the first variant's in the same round, the ratio's 95%
     interval (:func:`interval`), and what follows (:func:`decide`)."""
 
-    metric: str
-    variant: str
-    rounds: int
-    median: float | None
-    least: float | None
-    greatest: float | None
-    ratio_median: float | None
-    ratio_least: float | None
-    ratio_greatest: float | None
-    ratio_low: float | None
-    ratio_high: float | None
-    verdict: str | None
+    metric: str = column("Column of throughput.csv.")
+    variant: str = column("Name of the variant.")
+    rounds: int = column("Rounds that finished with this figure.", "rounds")
+    median: float | None = column("Median over the finished rounds.", "that of the metric")
+    least: float | None = column("Least over the finished rounds.", "that of the metric")
+    greatest: float | None = column("Greatest over the finished rounds.", "that of the metric")
+    ratio_median: float | None = column("Median of the ratios to the first variant in the same round.")
+    ratio_least: float | None = column("Least of these ratios.")
+    ratio_greatest: float | None = column("Greatest of these ratios.")
+    ratio_low: float | None = column("Lower end of the 95% interval of the mean ratio (geometric).")
+    ratio_high: float | None = column("Upper end of that interval.")
+    verdict: str | None = column("better, worse, equal within X%, or undecided and why; empty for the first variant.")
 
 
 def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
@@ -83,11 +76,13 @@ def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
     s has n - 1 in its denominator). With few rounds t is wide: at a scatter of 2% a difference shows from some 5% on at 3
     rounds, 2.5% at 5, 1.4% at 10. One pair in twenty that is equal will still show a difference.
     """
+    from scipy.special import stdtrit  # Student's t; it takes a while to import, which a start can do without
+
     if len(ratios) < 2:
         return None
     logarithms = [math.log(ratio) for ratio in ratios]
     freedom, mean = len(ratios) - 1, float(np.mean(logarithms))
-    half_width = T_975[min(freedom, len(T_975)) - 1] * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))
+    half_width = float(stdtrit(freedom, 0.975)) * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))
     return math.exp(mean - half_width), math.exp(mean + half_width)
 
 
@@ -99,23 +94,18 @@ def decide(metric: str, ratios: Mapping[int, float], busy: Collection[int] = ())
     if not ratios:
         return None
     disturbed = sum(number in busy for number in ratios)
-    if disturbed and not metric.startswith(_UNTIMED):
+    if disturbed and METRIC[metric].timed:
         return f"undecided (busy machine in {disturbed} of {len(ratios)} rounds)"
     found = interval(list(ratios.values()))
     if found is None:
         return "undecided (one round)"
     low, high = found
     if low > 1 or high < 1:
-        return "better" if (low > 1) is more_is_better(metric) else "worse"
+        return "better" if (low > 1) is METRIC[metric].more_is_better else "worse"
     off = max(high, 1 / low) - 1
     if off > NARROW:
         return f"undecided (from {low:.2f} to {high:.2f})"
     return f"equal within {math.ceil(100 * off - 1e-9)}%" if off > 1e-9 else "equal"
-
-
-def more_is_better(metric: str) -> bool:
-    """Whether more of one of the headline metrics is better; of times and memory less is."""
-    return "throughput" in metric or metric == "request_goodput" or metric.startswith("rouge")
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
@@ -133,10 +123,12 @@ class TokenDifference:
     """One run's tokens against another's: requests in either, those whose prompts differ, those whose answers do, and the
     median position (from 0) of the first token that differs, None if none does."""
 
-    requests: int
-    other_prompts: int
-    differ: int
-    first_difference: float | None
+    requests: int = column("Requests that either run answered.", "requests")
+    other_prompts: int = column("Requests whose prompts differ.", "requests")
+    differ: int = column("Requests whose answers differ.", "requests")
+    first_difference: float | None = column(
+        "Median position of the first token that differs, from 0; empty if none does.", "tokens"
+    )
 
 
 def compare_tokens(made: Mapping[int, Made], reference: Mapping[int, Made]) -> TokenDifference:

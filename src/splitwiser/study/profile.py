@@ -6,51 +6,45 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-import yaml
 from tqdm import tqdm
 
 from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
 from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
 from splitwiser.errors import InputError
-from splitwiser.machine.describe import (
-    describe_machine,
-    describe_versions,
-    git_commit,
-    peak_memory_mb,
-    reset_peak_memory,
-)
+from splitwiser.files import CsvTable, Status, make_directory, write_rows
+from splitwiser.machine.describe import peak_memory_mb, reset_peak_memory
 from splitwiser.machine.load import MachineLoad, Stretch, look
-from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
+from splitwiser.machine.nvml import NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.options import option_fields, whole_numbers
 from splitwiser.placement.config import EngineConfig, ModelConfig
 from splitwiser.placement.prepare import load, make_pool, prepare
 from splitwiser.request import Request, SamplingParams
-from splitwiser.results.recorder import Status, make_directory, replace
+from splitwiser.results.record import Record
+from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column, names
 from splitwiser.results.terminal import columns
-from splitwiser.rows import add_row, start_rows
-from splitwiser.study.ceilings import CEILING_COLUMNS, Ceilings, ceilings_of, measure_ceilings
+from splitwiser.study.ceilings import Ceilings, ceilings_of, measure_ceilings
 from splitwiser.study.config import ProfileConfig
-from splitwiser.study.operations import Architecture, StepCost, count_architecture
-from splitwiser.study.roofline import RooflinePoint, draw_roofline
+from splitwiser.study.operations import Architecture, StepWork, count_architecture
 
-FIGURE_COLUMNS = (
-    "ms", "ms_least", "ms_greatest", "repeats", "tokens_per_s", "flops", "bytes", "arithmetic_intensity", "tflops", "gb_s",
-    "share_of_compute", "share_of_bandwidth", "share_of_roofline", "peak_memory_mb", *ACTIVITY_COLUMNS,
-)  # fmt: skip
-PREFILL_COLUMNS = ("threads", "prompts", "start_tokens", "prompt_tokens", *FIGURE_COLUMNS)
-DECODE_COLUMNS = ("threads", "batch", "context", "itl_ms", *FIGURE_COLUMNS)
-SUMMARY_COLUMNS = (
-    "phase", "step", "threads", "ms", "tokens_per_s", "tflops", "gb_s", "share_of_compute", "share_of_bandwidth", "limit",
-)  # fmt: skip
+SUMMARY = (
+    Column("phase", "prefill or decode."),
+    Column("step", "The step's size: prompts x tokens after those computed before, or requests x context."),
+    *(
+        each
+        for each in DECODE
+        if each.name in ("threads", "ms", "tokens_per_s", "tflops", "gb_s", "share_of_compute", "share_of_bandwidth")
+    ),
+    Column("limit", "What the roofline says holds the step: compute or memory."),
+)
+TABLES = {"summary.csv": SUMMARY}
 
 _LEAST_S = 0.2  # a point's measured steps last so long together
 _UNSTEADY = 1.5
@@ -77,7 +71,7 @@ class PrefillPoint:
         """Tokens that each request has in the pool after the step."""
         return [self.start_tokens + self.prompt_tokens] * self.prompts
 
-    def cost(self, architecture: Architecture) -> StepCost:
+    def cost(self, architecture: Architecture) -> StepWork:
         """Its operations and bytes."""
         return architecture.prefill([(self.start_tokens, self.prompt_tokens)] * self.prompts, rows=self.prompts)
 
@@ -110,7 +104,7 @@ class DecodePoint:
         """Tokens that each request has in the pool after the step."""
         return [self.context] * self.batch
 
-    def cost(self, architecture: Architecture) -> StepCost:
+    def cost(self, architecture: Architecture) -> StepWork:
         """Its operations and bytes."""
         return architecture.decode(self.lengths)
 
@@ -171,11 +165,10 @@ class Bench:
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
         status: Status = "failed"
-        start_rows(directory / "ceilings.csv", ("threads", *CEILING_COLUMNS))
-        start_rows(directory / "prefill.csv", PREFILL_COLUMNS)
-        start_rows(directory / "decode.csv", DECODE_COLUMNS)
-        record = self._record()
-        _write_record(directory, "running", record)
+        tables = {"ceilings": CEILINGS, "prefill": PREFILL, "decode": DECODE}
+        files = {name: CsvTable(directory / f"{name}.csv", names(table)) for name, table in tables.items()}
+        record = Record(directory / "profile.yaml", self._sections(), self.model.device)
+        record.write("running")
         stretch = Stretch()
         try:
             self._fill_pool()
@@ -185,11 +178,11 @@ class Bench:
                         probes = measure_ceilings(self.model.dtype, self.model.device)
                         ceilings[threads] = ceilings_of(probes)
                         for probe in probes:
-                            add_row(directory / "ceilings.csv", {"threads": threads, **probe.row()})
+                            files["ceilings"].write({"threads": threads, **probe.row()})
                         for point in (each for each in self.points if each.threads == threads):
                             bar.set_postfix_str(f"{point.phase} {point}")
                             row = self._measure(point, ceilings[threads], monitor)
-                            add_row(directory / f"{point.phase}.csv", row)
+                            files[point.phase].write(row)
                             measured.append((point, row))
                             bar.update()
             status = "finished"
@@ -201,11 +194,12 @@ class Bench:
             found = [*unsteady(measured), *filter(None, [load.record["note"]])]
             _print_notes(found)
             self.notes += found
-            _write_record(directory, status, record | {"load": load.record})
+            record.content["load"] = load.record
+            record.write(status)
             summary = summarise(measured, ceilings)
-            summary.to_csv(directory / "summary.csv", index=False)
+            write_rows(directory / "summary.csv", names(SUMMARY), summary.to_dict("records"))
             if measured:
-                draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], *self._picture(measured))
+                self._draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], measured)
             if monitor:
                 monitor.close()
             if status != "finished":
@@ -300,11 +294,9 @@ class Bench:
         row |= {"peak_memory_mb": peak_memory_mb(self.model.device), **activity}
         return row | ({"itl_ms": row["ms"]} if point.phase == "decode" else {})
 
-    def _record(self) -> dict[str, Any]:
+    def _sections(self) -> dict[str, Any]:
         model, pool = self.model, self.pool
         return {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": git_commit(),
             "configuration": {**asdict(self.config), "device": str(model.device)},
             "model": {
                 "name": model.name,
@@ -321,33 +313,36 @@ class Bench:
             "kernels": self.kernels,
             "notes": self.notes,
             "load_s": model.load_s,
-            "machine": describe_machine(model.device),
-            "versions": describe_versions(),
         }
 
-    def _picture(self, measured: Sequence[Measured]) -> tuple[list[RooflinePoint], str]:
-        """The points of the roofline, those of the most threads, and its title."""
+    def _draw_roofline(self, path: Path, ceilings: Ceilings, measured: Sequence[Measured]) -> None:
+        """Draw the points of the most threads under their ``ceilings``."""
+        from splitwiser.results.report.plots import (
+            save_roofline,  # matplotlib takes a while, which a start can do without
+        )
+
         threads = max(point.threads for point, _ in measured)
         shown = [(point, row) for point, row in measured if point.threads == threads and _is_drawn(point)]
         decode = [point for point, _ in shown if isinstance(point, DecodePoint)]
         most, shortest = max((p.batch for p in decode), default=0), min((p.context for p in decode), default=0)
         points = [
-            RooflinePoint(
-                point.phase,
-                f"{point.phase} {point.context}" if isinstance(point, DecodePoint) else point.phase,
+            {
+                "phase": point.phase,
+                "series": f"{point.phase} {point.context}" if isinstance(point, DecodePoint) else point.phase,
                 # contexts hardly differ where requests are few, so there only the shortest is labelled
-                ""
+                "label": ""
                 if isinstance(point, DecodePoint) and point.batch < most and point.context > shortest
                 else str(point),
-                row["arithmetic_intensity"],
-                row["tflops"] * 1e12,
-            )
+                "arithmetic_intensity": row["arithmetic_intensity"],
+                "tflops": row["tflops"],
+            }
             for point, row in shown
         ]
         dummy = ", dummy weights" if self.model.load_format == "dummy" else ""
         dtype = str(self.model.dtype).removeprefix("torch.")
         cores = f", {threads} threads" if self.model.device.type == "cpu" else ""
-        return points, f"{self.model.name} in {dtype}{dummy} on {self.model.device}{cores}"
+        title = f"{self.model.name} in {dtype}{dummy} on {self.model.device}{cores}"
+        save_roofline(path, pd.DataFrame(points), ceilings.flops_per_s / 1e12, ceilings.bytes_per_s / 1e9, title)
 
 
 def _print_notes(notes: Sequence[str]) -> None:
@@ -381,7 +376,7 @@ def summarise(measured: Sequence[Measured], ceilings: dict[int, Ceilings]) -> pd
         }
         for point, row in sorted(measured, key=lambda each: each[0].phase == "decode")
     ]
-    return pd.DataFrame(table, columns=list(SUMMARY_COLUMNS))
+    return pd.DataFrame(table, columns=list(names(SUMMARY)))
 
 
 def profile_summary(result: ProfileResult) -> str:
@@ -398,7 +393,7 @@ def profile_summary(result: ProfileResult) -> str:
     return f"{columns([heading, *rows])}\nresults  {result.directory}"
 
 
-def figures(cost: StepCost, tokens: int, times: Sequence[float], ceilings: Ceilings) -> dict[str, Any]:
+def figures(cost: StepWork, tokens: int, times: Sequence[float], ceilings: Ceilings) -> dict[str, Any]:
     """What follows from ``times`` (seconds) of a step of ``tokens`` tokens and ``cost``; rates are those of the median.
 
     Units: 10^12 operations and 10^9 bytes a second. A share of bandwidth above 1 means that weights or K and V came from a
@@ -432,8 +427,3 @@ def using_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write_record(directory: Path, status: Status, record: dict[str, Any]) -> None:
-    text = yaml.safe_dump({"status": status, **record}, sort_keys=False, allow_unicode=True)
-    replace(directory / "profile.yaml", text)

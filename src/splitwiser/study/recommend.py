@@ -12,22 +12,39 @@ import pandas as pd
 from splitwiser.config import RunConfig
 from splitwiser.options import option_fields, to_arguments
 from splitwiser.placement.layout import parse_layout
+from splitwiser.results.schema import METRIC, OBJECTIVES, Column, names, shown_in
 from splitwiser.results.terminal import columns
-from splitwiser.study.candidates import CANDIDATE_COLUMNS, Candidate
+from splitwiser.study.candidates import CANDIDATE, Candidate
 from splitwiser.study.config import AdviseConfig
 
-FIGURES = (
-    "output_throughput", "request_goodput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms",
-    "median_e2el_ms", "p99_e2el_ms",
-)  # fmt: skip
-OBJECTIVE_FIGURES = {  # figure of throughput.csv, whether more is better, its name in a sentence, its unit
-    "throughput": ("output_throughput", True, "throughput", "tokens/s"),
-    "goodput": ("request_goodput", True, "goodput", "requests/s"),
-    "ttft": ("p99_ttft_ms", False, "TTFT p99", "ms"),
-    "itl": ("p99_itl_ms", False, "ITL p99", "ms"),
-    "e2el": ("p99_e2el_ms", False, "E2E p99", "ms"),
-}
-_TRADED = ("output_throughput", "p99_ttft_ms", "p99_itl_ms")  # what the reasons show beside the objective
+PREDICTED = [metric for metric in shown_in("report") if metric.compute is not None]
+"""The report's headline figures, as far as they follow from the answers alone: those that a simulation has."""
+PREDICTIONS = (
+    *CANDIDATE,
+    *PREDICTED,
+    Column("not_possible", "Why this machine cannot run the candidate; empty if it can."),
+)
+CHECKS = (
+    *CANDIDATE,
+    Column("round", "Number of the round, from 0."),
+    Column("figure", "Column of throughput.csv."),
+    Column("predicted", "What was predicted.", "that of the figure"),
+    Column("measured", "What was measured.", "that of the figure"),
+    Column("error", "(predicted - measured) / measured."),
+    Column("run_id", "Name of the run's folder."),
+    METRIC["machine_busy"],
+)
+ADVICE = (
+    *PREDICTIONS,
+    *(
+        each
+        for metric in PREDICTED
+        for each in (
+            Column(f"measured_{metric.name}", f"Measured median: {metric.description}", metric.unit),
+            Column(f"error_{metric.name}", "(predicted - measured) / measured."),
+        )
+    ),
+)
 AIM = 0.2  # a prediction is good within this part of what was measured; nothing is recommended on one that is not
 # splitting must gain this much to be recommended: it takes more processes, and trades one latency for another
 WORTH = 0.05
@@ -66,7 +83,8 @@ def recommend(
     while what predictions rest on was measured: ``busy`` names that.
     """
     table = join_measured(predictions, checks)
-    figure, more_is_better, name, unit = OBJECTIVE_FIGURES[config.objective]
+    objective = OBJECTIVES[config.objective]
+    figure, name, unit = objective.name, objective.label, objective.unit
     basis, prefix = ("predicted", "") if checks.empty else ("measured", "measured_")
     ranked = _ranked(table, config.objective, f"{prefix}{figure}")
     split = next((each for each in ranked if each.splits), None)
@@ -83,18 +101,19 @@ def recommend(
         gained = ""
     else:
         ratio = value(split, figure) / value(whole, figure)
-        gain = ratio - 1 if more_is_better else 1 / ratio - 1
+        gain = ratio - 1 if objective.more_is_better else 1 / ratio - 1
         best = split if gain > WORTH else whole
         better = "better" if gain > 0 else "worse"
         kept = ", too little to be worth it" if 0 < gain <= WORTH else ""
-        others = [each for each in OBJECTIVE_FIGURES.values() if each[0] in _TRADED and each[0] != figure]
         changes = [
-            f"{label} {value(whole, key):,.1f} to {value(split, key):,.1f} {of}"
-            for key, _, label, of in others
-            if pd.notna(value(whole, key)) and pd.notna(value(split, key))  # answers of one token have no gap
+            f"{each.label} {value(whole, each.name):,.1f} to {value(split, each.name):,.1f} {each.unit}"
+            for each in shown_in("advise")
+            if each.objective and each is not objective
+            # answers of one token have no gap
+            if pd.notna(value(whole, each.name)) and pd.notna(value(split, each.name))
         ]
         found = (
-            f"{name[0].upper()}{name[1:]} is {value(split, figure):,.1f} {unit} with split phases and "
+            f"{objective.title} is {value(split, figure):,.1f} {unit} with split phases and "
             f"{value(whole, figure):,.1f} {unit} without ({basis})"
         )
         gained = f": splitting makes it {abs(gain):.0%} {better}{kept}"
@@ -139,7 +158,7 @@ def _busy_checks(checks: pd.DataFrame) -> list[str]:
     runs = checks[checks["machine_busy"].astype(str) == "True"].drop_duplicates("run_id")
     return [
         f"the check of {Candidate(str(mode), str(workers), int(budget))} in round {int(number) + 1}"
-        for mode, workers, budget, number in runs[[*CANDIDATE_COLUMNS, "round"]].itertuples(index=False)
+        for mode, workers, budget, number in runs[[*names(CANDIDATE), "round"]].itertuples(index=False)
     ]
 
 
@@ -152,10 +171,10 @@ def median_errors(checks: pd.DataFrame) -> dict[str, float]:
 def join_measured(predictions: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFrame:
     """``predictions`` with, for each figure, the median of what was measured and the prediction's error."""
     table = predictions.copy()
-    for name in FIGURES:
+    for name in names(PREDICTED):
         table[f"measured_{name}"] = float("nan")
         table[f"error_{name}"] = float("nan")
-    for key, rows in checks.groupby([*CANDIDATE_COLUMNS, "figure"]):
+    for key, rows in checks.groupby([*names(CANDIDATE), "figure"]):
         mode, workers, budget, name = map(str, key)
         place = rows_of(table, Candidate(mode, workers, int(budget)))
         measured = float(rows["measured"].median())
@@ -182,10 +201,9 @@ def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
 
 def advice_summary(advice: Advice) -> str:
     """The table that the terminal shows, the recommendation and its reasons."""
-    shown = ("output_throughput", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms")
     heading = ["mode", "workers", "prefill"]
-    for name in ("tokens/s", "TTFT p99 ms", "ITL p50 ms", "ITL p99 ms"):
-        heading += [name, "run", "error"]
+    for metric in shown_in("advise"):
+        heading += [metric.heading, "run", "error"]
     rows, missing = [heading], []
     for row in advice.table.to_dict("records"):
         workers = str(parse_layout(row["workers"])) if row["workers"] else ""
@@ -195,7 +213,7 @@ def advice_summary(advice: Advice) -> str:
             )
             continue
         cells = [row["mode"], workers, f"{row['prefill_tokens']:.0f}"]
-        for name in shown:
+        for name in names(shown_in("advise")):
             cells += [_cell(row[name]), _cell(row[f"measured_{name}"]), _cell(row[f"error_{name}"], "+.0%")]
         rows.append(cells)
     verdict = {True: "split the phases", False: "do not split the phases", None: "none"}[advice.split]
@@ -210,12 +228,12 @@ def _cell(value: float | None, form: str = ",.1f") -> str:
 
 def _ranked(table: pd.DataFrame, objective: str, column: str | None = None) -> list[Candidate]:
     """The candidates that have the figure, the best first; of equals, those listed first."""
-    figure, more_is_better, _, _ = OBJECTIVE_FIGURES[objective]
-    rows = table[table[column or figure].notna()]
-    rows = rows.sort_values(column or figure, ascending=not more_is_better, kind="stable")
+    metric = OBJECTIVES[objective]
+    by = column or metric.name
+    rows = table[table[by].notna()].sort_values(by, ascending=not metric.more_is_better, kind="stable")
     return [
         Candidate(str(mode), str(workers), int(budget))
-        for mode, workers, budget in rows[list(CANDIDATE_COLUMNS)].itertuples(index=False)
+        for mode, workers, budget in rows[list(names(CANDIDATE))].itertuples(index=False)
     ]
 
 

@@ -31,6 +31,7 @@ from splitwiser.placement.cores import plan_levels, take_threads
 from splitwiser.placement.layout import WorkerLayout
 from splitwiser.placement.shares import Part
 from splitwiser.request import FinishReason, Request, RequestOutput, SamplingParams
+from splitwiser.results.schema import column
 from splitwiser.study.step_times import StepCosts, nearest_costs
 
 _TOKEN = 0  # what every simulated step draws
@@ -42,11 +43,11 @@ class Conditions:
     """How steps in a placement differ from those of the profile: factors on their time, alone and beside another worker's
     step, and the seconds that a worker takes between two turns."""
 
-    prefill_alone: float = 1.0
-    decode_alone: float = 1.0
-    prefill_beside: float = 1.0
-    decode_beside: float = 1.0
-    gap_s: float = 0.0
+    prefill_alone: float = column("Factor on the time of a prefill step that runs alone.", default=1.0)
+    decode_alone: float = column("Factor on the time of a decode step that runs alone.", default=1.0)
+    prefill_beside: float = column("Factor on the time of a prefill step beside another worker's step.", default=1.0)
+    decode_beside: float = column("Factor on the time of a decode step beside another worker's step.", default=1.0)
+    gap_s: float = column("Time that a worker takes between two turns.", "s", default=0.0)
 
     def factor(self, phase: Phase, beside: bool) -> float:
         """On the time of a step of ``phase``."""

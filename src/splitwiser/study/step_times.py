@@ -16,7 +16,6 @@ long one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -37,11 +36,12 @@ class StepCosts:
     decode_lines: tuple[tuple[int, float, float], ...]
 
     def prefill(self, chunks: Sequence[Chunk]) -> float:
-        """Of a prefill step of ``chunks``."""
+        """Return the predicted seconds of a prefill step over ``chunks``."""
         return float(np.dot(self.prefill_coefficients, _prefill_features(chunks)))
 
     def decode(self, batch: int, context: float) -> float:
-        """Of a decode step of ``batch`` requests with ``context`` tokens in the pool together."""
+        """Return the predicted seconds of a decode step of ``batch`` requests that have ``context`` tokens in the pool
+        together."""
         mean = context / batch
         moments = [(size, fixed + slope * mean * size) for size, fixed, slope in self.decode_lines]
         if len(moments) == 1 or batch <= moments[0][0]:
@@ -82,25 +82,14 @@ def nearest_costs(costs: Mapping[int, StepCosts], threads: int) -> StepCosts:
 
 
 def fit_non_negative(features: Numbers, times: Numbers) -> Numbers:
-    """The non-negative coefficients that minimise the squared relative errors of ``features @ coefficients``.
+    """Return the non-negative coefficients that minimise the squared relative errors of ``features @ coefficients`` (rows,
+    features) against ``times`` (rows), by the algorithm of Lawson and Hanson (1974)."""
+    from scipy.optimize import nnls  # it takes a while to import, which a start can do without
 
-    Exact for the few features here: such a fit is the ordinary fit on the features that it uses, so every subset is tried.
-    A larger subset must be better, so features that the rows cannot tell apart are left out.
-    """
     weighted = features / times[:, None]
     scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
-    best, least = np.zeros(features.shape[1]), float(len(times))  # of no feature at all: every error is 1
-    for count in range(1, features.shape[1] + 1):
-        for subset in map(list, combinations(range(features.shape[1]), count)):
-            fitted, _, rank, _ = np.linalg.lstsq(weighted[:, subset] / scale[subset], np.ones(len(times)), rcond=1e-10)
-            if rank < count or (fitted < 0).any():
-                continue
-            coefficients = np.zeros(features.shape[1])
-            coefficients[subset] = fitted / scale[subset]
-            error = float(((weighted @ coefficients - 1) ** 2).sum())
-            if error < least - 1e-12:
-                best, least = coefficients, error
-    return best
+    coefficients, _ = nnls(weighted / scale, np.ones(len(times)))
+    return np.asarray(coefficients / scale, dtype=float)
 
 
 def _prefill_features(chunks: Sequence[Chunk]) -> list[float]:

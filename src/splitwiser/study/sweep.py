@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,37 @@ import pandas as pd
 from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, unknown
+from splitwiser.files import read_yaml, write_rows
 from splitwiser.options import typed_options
 from splitwiser.results.busy import busy_runs, describe_busy
+from splitwiser.results.schema import METRIC, Column, names, shown_in
 from splitwiser.results.terminal import columns
-from splitwiser.study.fresh_runs import NAME, OneProcess, RoundsBar, check_one_process, run_once, write_rows
+from splitwiser.study.capacity import check_load, measure_capacity, rate_at
+from splitwiser.study.fresh_runs import NAME, RUN_COLUMNS, Execute, OneProcess, RoundsBar, check_one_process, run_once
 from splitwiser.study.paired import headline_metrics
-from splitwiser.yaml_file import read_yaml
+from splitwiser.workload.config import WorkloadConfig
 
-SHOWN = ("output_throughput", "median_ttft_ms", "median_itl_ms", "median_e2el_ms")
-KEYS = ("name", "figure", "repeats", "base", "grid")
+ROW = (
+    Column("point", "Number of the setting in the sweep's file, from 1; empty if it is no longer there."),
+    Column("round", "Number of the round, from 1."),
+    Column("key", "Hash of the setting's whole configuration."),
+)
+COUNTS = (
+    Column("finished", "Rounds that finished.", "runs"),
+    Column("failed", "Rounds that failed.", "runs"),
+    Column("busy", "Finished rounds in which the machine was busy.", "runs"),
+)
+CAPACITIES = (
+    Column("question", "Hash of the model and the requests that the capacity holds for."),
+    METRIC["request_throughput"],
+)
+OPTIONS = Column("...", "The options that the grid varies, a column each.")
+TABLES = {
+    "points.csv": (*ROW, OPTIONS, *RUN_COLUMNS),
+    "capacity.csv": CAPACITIES,
+    "sweep_summary.csv": (ROW[0], OPTIONS, *COUNTS, *shown_in("compare")),
+}
+KEYS = ("name", "figure", "repeats", "load", "base", "grid", "variants")
 EXAMPLE = "{name: shares, repeats: 3, base: {model: opt-125m}, grid: {mode: [sequential, mp]}}"
 
 
@@ -44,23 +66,34 @@ class Point:
         try:
             return RunConfig(**typed_options(self.options, RunConfig))
         except InputError as error:
-            raise InputError(f"point {self.number}: {error}") from error
+            raise InputError(f"{self}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"point {self.number} ({', '.join(f'{name} {value}' for name, value in self.varied.items())})"
 
     @cached_property
     def key(self) -> str:
         """A hash of the whole configuration: the same point has the same key wherever it stands in the file."""
-        settings = {name: value for name, value in asdict(self.config).items() if name != "results"}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return _hash({name: value for name, value in asdict(self.config).items() if name != "results"})
+
+    @cached_property
+    def question(self) -> str:
+        """A hash of the model and the requests: what one capacity holds for, however the phases are placed."""
+        config = asdict(self.config)
+        asked = [each.name for each in fields(WorkloadConfig)]
+        return _hash({name: config[name] for name in ("model", "load_format", "dtype", "seed", *asked)})
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file. ``figure`` says which published figure it corresponds to, if any."""
+    """A sweep file. ``figure`` says which published figure it corresponds to, if any; requests arrive at the fraction
+    ``load`` of the rate at which they are answered when all arrive at once, or as the points say, if it is None."""
 
     name: str
     figure: str
     repeats: int
     points: Sequence[Point]
+    load: float | None = None
 
     @property
     def varied(self) -> list[str]:
@@ -68,9 +101,14 @@ class Sweep:
         return list(dict.fromkeys(name for point in self.points for name in point.varied))
 
 
+def _hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def read_sweep(path: Path) -> Sweep:
-    """Read ``{name, figure, repeats, base: {option: value}, grid: {option: value or list of values}}``; ``grid`` may also
-    be a list of such mappings. A point is one value of each list, over ``base``; the first list turns slowest.
+    """Read ``{name, figure, repeats, load, base: {option: value}, grid: {option: value or list of values}, variants: {name:
+    {option: value}}}``; ``grid`` may also be a list of such mappings, and one of ``grid`` and ``variants`` may be missing.
+    A point is one value of each list, over ``base``, then the options of one variant; the first list turns slowest.
 
     Raises :class:`InputError` naming the file and the key; what the options say is checked by :attr:`Point.config`.
     """
@@ -81,16 +119,34 @@ def read_sweep(path: Path) -> Sweep:
         if key not in KEYS:
             raise InputError(f"{path}: {unknown('key', key, KEYS)}")
     name, repeats, base = content.get("name"), content.get("repeats", 1), content.get("base") or {}
-    grids = content.get("grid")
+    grids, variants, load = content.get("grid"), content.get("variants") or {}, content.get("load")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InputError(
             f"{path}: 'name' must be letters, digits and any of . _ + -, since a folder is named so; not {name!r}"
         )
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise InputError(f"{path}: 'repeats' must be a whole number of 1 or more, not {repeats!r}")
+    if load is not None and (isinstance(load, bool) or not isinstance(load, (int, float))):
+        raise InputError(f"{path}: 'load' must be a fraction of the rate of answers, such as 0.6, not {load!r}")
     if not isinstance(base, dict):
         raise InputError(f"{path}: 'base' must map options to values, such as {{model: opt-125m}}")
-    grids = grids if isinstance(grids, list) else [grids]
+    if not isinstance(variants, dict) or not all(isinstance(own, dict) for own in variants.values()):
+        raise InputError(f"{path}: 'variants' must map names to options, such as {{apart: {{mode: mp}}}}")
+    settings = [{}] if grids is None and variants else _settings(path, grids)
+    points = [({**setting}, {**base, **setting}) for setting in settings]
+    if variants:
+        points = [
+            ({**varied, "variant": variant}, {**options, **own})
+            for varied, options in points
+            for variant, own in variants.items()
+        ]
+    numbered = [Point(number, *point) for number, point in enumerate(points, 1)]
+    return Sweep(name, str(content.get("figure") or "").strip(), repeats, numbered, load)
+
+
+def _settings(path: Path, grid: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # whatever a YAML file may hold
+    """Return the settings of ``grid``, one or a list of such. Raises :class:`InputError`."""
+    grids = grid if isinstance(grid, list) else [grid]
     if not grids or not all(isinstance(grid, dict) and grid for grid in grids):
         raise InputError(
             f"{path}: 'grid' must map options to lists of values, such as {{max_batch: [8, 64]}}, or list such maps"
@@ -98,9 +154,7 @@ def read_sweep(path: Path) -> Sweep:
     for option, values in (item for grid in grids for item in grid.items()):
         if values == []:
             raise InputError(f"{path}: 'grid' lists no value for '{option}'")
-    settings = [setting for grid in grids for setting in _product(grid)]
-    points = [Point(number, setting, {**base, **setting}) for number, setting in enumerate(settings, 1)]
-    return Sweep(name, str(content.get("figure") or "").strip(), repeats, points)
+    return [setting for grid in grids for setting in _product(grid)]
 
 
 def _product(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,7 +165,9 @@ def _product(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def list_points(grid: Sweep, results: Path) -> str:
     """The points as a table, with how many of their rounds have finished. Raises :class:`InputError` for a wrong one."""
-    rows = _read_rows(_folder(grid, results), grid.points)
+    folder = _folder(grid, results)
+    grid = _at_load(grid, _read_capacities(folder))
+    rows = _read_rows(folder, grid.points)
     shown = [
         (
             str(point.number),
@@ -134,22 +190,21 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: b
     """
     if one_process:
         check_one_process(point.config for point in grid.points)
-    _check_points(grid.points)
+    _check_points(grid)
     folder = _folder(grid, results)
     if fresh and folder.exists():
         folder.rename(folder.with_name(f"{folder.name}_until_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"))
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder), OneProcess() if one_process else contextlib.nullcontext() as execute:
         shutil.copyfile(file, folder / "sweep.yaml")
+        grid = _at_load(grid, _measure_capacities(grid, folder, execute))
         rows = _read_rows(folder, grid.points)
+        written = _columns(folder, grid)
         done = {(row["key"], int(row["round"])) for row in rows if row["status"] == "finished"}
         turns = [(number, point) for number in range(1, grid.repeats + 1) for point in grid.points]
         left = [(number, point) for number, point in turns if (point.key, number) not in done]
         try:
-            with (
-                RoundsBar(len(turns), len(turns) - len(left)) as bar,
-                OneProcess() if one_process else contextlib.nullcontext() as execute,
-            ):
+            with RoundsBar(len(turns), len(turns) - len(left)) as bar:
                 for number, point in left:
                     bar.begin(f"round {number}/{grid.repeats}, point {point.number}/{len(grid.points)}")
                     outcome = run_once(
@@ -159,7 +214,7 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: b
                     rows.append(
                         {"point": point.number, "round": number, "key": point.key, **point.varied, **outcome.row}
                     )
-                    write_rows(folder / "points.csv", rows)
+                    write_rows(folder / "points.csv", written, rows)
                     bar.end(outcome)
         finally:
             failed = _conclude(folder, grid)
@@ -168,9 +223,9 @@ def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: b
     return folder
 
 
-def _check_points(points: Sequence[Point]) -> None:
+def _check_points(grid: Sweep) -> None:
     numbers: dict[str, int] = {}
-    for point in points:
+    for point in grid.points:
         if "results" in point.options:
             raise InputError(f"point {point.number}: 'results' is the sweep's; give it on the command line")
         if numbers.setdefault(point.key, point.number) != point.number:
@@ -178,13 +233,51 @@ def _check_points(points: Sequence[Point]) -> None:
                 f"point {point.number} is the same as point {numbers[point.key]}; 'repeats' runs points again"
             )
         try:
+            if grid.load is not None:
+                check_load(grid.load, point.config)
             check(point.config)
         except InputError as error:
-            raise InputError(f"point {point.number} ({_described(point)}): {error}") from error
+            raise InputError(f"{point}: {error}") from error
 
 
-def _described(point: Point) -> str:
-    return ", ".join(f"{name} {value}" for name, value in point.varied.items())
+def _measure_capacities(grid: Sweep, folder: Path, execute: Execute | None) -> dict[str, float]:
+    """Return the capacity for each question of the sweep, by its key, measured where it has not been: ``capacity.csv``
+    keeps them, so that a sweep goes on with the rates that it began with. Empty where the sweep has no load."""
+    capacities = _read_capacities(folder)
+    missing: dict[str, Point] = {}
+    for point in grid.points:
+        if point.question not in capacities:
+            missing.setdefault(point.question, point)
+    if grid.load is None or not missing:
+        return capacities
+    with RoundsBar(len(missing)) as bar:
+        for question, point in missing.items():
+            options = typed_options(point.options, RunConfig)
+            capacities[question] = measure_capacity(str(point), options, folder, f"capacity_{question}", bar, execute)
+            rows = [{"question": key, "request_throughput": capacity} for key, capacity in capacities.items()]
+            write_rows(folder / "capacity.csv", names(CAPACITIES), rows)
+    return capacities
+
+
+def _read_capacities(folder: Path) -> dict[str, float]:
+    path = folder / "capacity.csv"
+    if not path.exists():
+        return {}
+    rows = pd.read_csv(path, dtype={"question": str})
+    return dict(zip(rows["question"], rows["request_throughput"], strict=True))
+
+
+def _at_load(grid: Sweep, capacities: Mapping[str, float]) -> Sweep:
+    """Return ``grid`` with the rate of arrivals among each point's options, where its capacity is known."""
+    if grid.load is None:
+        return grid
+    points = [
+        replace(point, options={**point.options, "request_rate": rate_at(grid.load, capacities[point.question])})
+        if point.question in capacities
+        else point
+        for point in grid.points
+    ]
+    return replace(grid, points=points)
 
 
 def _folder(grid: Sweep, results: Path) -> Path:
@@ -211,6 +304,13 @@ def _read_rows(folder: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} | {"point": numbers.get(row["key"], "")} for row in rows]
 
 
+def _columns(folder: Path, grid: Sweep) -> list[str]:
+    """The columns of ``points.csv``: those that an earlier command wrote, and those of ``grid``."""
+    path = folder / "points.csv"
+    earlier = list(pd.read_csv(path, nrows=0).columns) if path.exists() else []
+    return list(dict.fromkeys([*earlier, *names(ROW), *grid.varied, *names(RUN_COLUMNS)]))
+
+
 def _finished(rows: Sequence[Mapping[str, Any]], point: Point) -> int:
     return sum(row["key"] == point.key and row["status"] == "finished" for row in rows)
 
@@ -229,8 +329,9 @@ def _conclude(folder: Path, grid: Sweep) -> int:
         row |= {"finished": len(finished), "failed": len(own) - len(finished), "busy": len(busy_runs(finished))}
         table.append(row | {metric: finished[metric].median() for metric in metrics})
     summary = pd.DataFrame(table)
-    summary.to_csv(folder / "sweep_summary.csv", index=False)
-    shown = [name for name in summary.columns if name in SHOWN or name not in metrics]
+    write_rows(folder / "sweep_summary.csv", list(summary.columns), table)
+    brief = names(shown_in("sweep"))
+    shown = [name for name in summary.columns if name in brief or name not in metrics]
     print(columns([shown, *([_cell(value) for value in row] for row in summary[shown].itertuples(index=False))]))
     if busy := describe_busy(rows, "point"):
         print(f"busy: {busy}")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from splitwiser.errors import InputError, unknown
+from splitwiser.files import read_entries
 from splitwiser.formats import AtLeastOne, AtLeastZero, Text, Whole, must_be, parse_as
 from splitwiser.workload.reports import Report
-from splitwiser.yaml_file import read_entries
 
 Method = Literal["discrete", "prefix_tuning", "lora"]  # only the first is supported yet
 

@@ -6,8 +6,9 @@ from typing import Literal
 
 from splitwiser import constants
 from splitwiser.errors import InputError
-from splitwiser.options import check_counts, option
+from splitwiser.options import check_counts, option, typed_options
 from splitwiser.request import SamplingParams
+from splitwiser.workload.named import read_named_workload, workload_names
 from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
 from splitwiser.workload.synthetic import SPELLINGS, parse_lengths
 from splitwiser.workload.trace import parse_slice
@@ -35,7 +36,10 @@ class WorkloadConfig:
         DEFAULT_IMPRESSION_COLUMN, "column of --data that holds the reference summary, if any", "requests"
     )
     workload: str | None = option(
-        None, "JSON file of prompts, lengths and arrival times, instead of --data and --case_id", "requests"
+        None,
+        "JSON file of prompts, lengths and arrival times, or a name of configs/workloads, such as standard, instead of "
+        "--data and --case_id",
+        "requests",
     )
     trace: str | None = option(
         None,
@@ -87,6 +91,12 @@ class WorkloadConfig:
     ignore_eos: bool = option(False, "do not end a request at an end-of-sequence token", "sampling")
 
     def __post_init__(self) -> None:
+        is_named = self.workload in workload_names()
+        for other in ("trace", "prompt_tokens"):
+            if self.workload is not None and getattr(self, other) is not None and (other == "trace" or not is_named):
+                raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
+        if is_named:
+            self._take_over_workload()
         check_counts(self, "--limit", "--requests", "--max_prompt_tokens")
         self._check_requests()
         self._check_arrivals()
@@ -96,12 +106,19 @@ class WorkloadConfig:
             if getattr(self, name) is not None:
                 parse_lengths(f"--{name}", getattr(self, name))
 
+    def _take_over_workload(self) -> None:
+        """Take those options of the named workload that are not given themselves."""
+        try:
+            options = typed_options(read_named_workload(str(self.workload)), WorkloadConfig)
+        except InputError as error:
+            raise InputError(f"--workload {self.workload}: {error}") from error
+        for name, value in options.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     def _check_requests(self) -> None:
         if self.requests is not None and self.requests > MOST_REQUESTS:
             raise InputError(f"--requests must be {MOST_REQUESTS:,} or less, not {self.requests:,}")
-        for other in ("trace", "prompt_tokens"):
-            if self.workload is not None and getattr(self, other) is not None:
-                raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
         if self.trace is None and (self.trace_slice is not None or self.trace_speed != 1):
             raise InputError("--trace_slice and --trace_speed take a part of a trace; give its file with --trace")
         if not 0 < self.trace_speed < math.inf:
@@ -132,8 +149,8 @@ class WorkloadConfig:
 
     @property
     def source(self) -> Source:
-        """Where the requests come from."""
-        if self.workload is not None:
+        """Where the requests come from. A named workload's are synthetic."""
+        if self.workload is not None and self.prompt_tokens is None:
             return "workload"
         if self.trace is not None:
             return "trace"

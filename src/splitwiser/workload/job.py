@@ -13,6 +13,7 @@ from splitwiser.request import Prompt, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
 from splitwiser.workload.config import Source, WorkloadConfig
+from splitwiser.workload.named import workload_names
 from splitwiser.workload.prompt_file import load_workload
 from splitwiser.workload.reports import Report, load_reports, load_tok
 from splitwiser.workload.synthetic import parse_lengths, random_prompts
@@ -122,6 +123,8 @@ def _from_case(config: WorkloadConfig, seed: int) -> Job:
 
 def _from_workload(config: WorkloadConfig, _: int) -> Job:
     path = Path(str(config.workload))
+    if not path.exists():
+        raise InputError(f"--workload {path}: no such file, nor a workload of this name: {', '.join(workload_names())}")
     workload = load_workload(path)
     rows = zip(workload.prompts, workload.max_new_tokens, workload.arrival_s, strict=True)
     requests = [
@@ -145,7 +148,7 @@ def _from_nothing(config: WorkloadConfig, _: int) -> Job:
     count = constants.REQUESTS if config.requests is None else config.requests
     count = min(count, config.limit or count)
     new_tokens = constants.OUTPUT_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-    return Job("synthetic", [PlannedRequest(_NOTHING, None, 0, new_tokens, 0.0)] * count, exact=True)
+    return Job(config.workload or "synthetic", [PlannedRequest(_NOTHING, None, 0, new_tokens, 0.0)] * count, exact=True)
 
 
 _NOTHING = Report("")

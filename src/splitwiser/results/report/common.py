@@ -8,18 +8,6 @@ import pandas as pd
 from splitwiser.results.busy import describe_busy
 from splitwiser.results.report.page import Section, cell, pairs_table
 
-HEADLINES = {  # column of throughput.csv: its name on the page, its unit
-    "output_throughput": ("Output throughput", "tokens/s"),
-    "request_goodput": ("Goodput", "requests/s"),
-    "median_ttft_ms": ("TTFT p50", "ms"),
-    "p99_ttft_ms": ("TTFT p99", "ms"),
-    "median_itl_ms": ("ITL p50", "ms"),
-    "p99_itl_ms": ("ITL p99", "ms"),
-    "median_e2el_ms": ("E2E p50", "ms"),
-    "p99_e2el_ms": ("E2E p99", "ms"),
-    "peak_memory_mb": ("Peak memory", "MB"),
-    "rougeL": ("ROUGE-L", ""),
-}
 MOST_ROWS = 200  # of a table of requests
 MOST_LINES = 8  # in one plot
 

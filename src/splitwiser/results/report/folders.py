@@ -12,10 +12,9 @@ import yaml
 
 from splitwiser.errors import InputError
 from splitwiser.machine.stand_in import is_stand_in
+from splitwiser.results.schema import CEILINGS, DECODE, GENERATIONS, LATENCY, PREFILL, STEPS, Column
 
-STEP_NUMBERS = ("start_s", "end_s", "requests", "tokens")
 ROW_NUMBERS = ("point", "round", "repeat", "key")  # of a sweep's points.csv
-LATENCY_NUMBERS = ("output_tokens", "arrival_s", "prefill_start_s", "first_token_s", "finish_s", "ttft_ms")
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ def _read_run(path: Path, record: dict[str, Any]) -> Run:
         path,
         record,
         {} if throughput.empty else {str(name): value for name, value in throughput.iloc[0].items()},
-        _read_table(path / "steps.csv", required=("worker", "phase", *STEP_NUMBERS), numbers=STEP_NUMBERS),
-        _read_table(path / "latency.csv", required=("request_id", *LATENCY_NUMBERS), numbers=LATENCY_NUMBERS),
-        _read_table(path / "generations.csv", required=("request_id", "summary_gen")),
+        _read_columns(path / "steps.csv", STEPS),
+        _read_columns(path / "latency.csv", LATENCY),
+        _read_columns(path / "generations.csv", GENERATIONS),
     )
 
 
@@ -149,13 +148,12 @@ def _read_sweep(path: Path, record: dict[str, Any]) -> Sweep:
 
 
 def _read_profile(path: Path, record: dict[str, Any]) -> Profile:
-    rates = ("ms", "arithmetic_intensity", "tflops")
     return Profile(
         path,
         record,
-        _read_table(path / "prefill.csv", required=("prompt_tokens", *rates), numbers=("prompt_tokens", *rates)),
-        _read_table(path / "decode.csv", required=("batch", "context", *rates), numbers=("batch", "context", *rates)),
-        _read_table(path / "ceilings.csv", required=("kind", "rate", "unit"), numbers=("rate",)),
+        _read_columns(path / "prefill.csv", PREFILL),
+        _read_columns(path / "decode.csv", DECODE),
+        _read_columns(path / "ceilings.csv", CEILINGS),
     )
 
 
@@ -186,6 +184,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{path}: must map names to values, as the commands write it")
     return record
+
+
+def _read_columns(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
+    needed = [column for column in columns if column.needed]
+    numbers = [column.name for column in needed if column.unit]
+    return _read_table(path, required=[column.name for column in needed], numbers=numbers)
 
 
 def _read_table(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from splitwiser.results.report.activity import span
-from splitwiser.results.report.common import HEADLINES, busy_warnings, failed_warnings, record_section, status_warnings
+from splitwiser.results.report.common import busy_warnings, failed_warnings, record_section, status_warnings
 from splitwiser.results.report.folders import Comparison, Run
 from splitwiser.results.report.of_run import distributions, run_part, thinned
 from splitwiser.results.report.page import Part, Pictures, Section, Table, Text, cell, frame_table, picture
 from splitwiser.results.report.plots import Spread, draw_bars, draw_timeline, shown
+from splitwiser.results.schema import shown_in
 
 _MARKS = {"≈": "equal", "?": "undecided"}
 
@@ -46,7 +47,8 @@ def runs_part(runs: Sequence[Run], name: str) -> Part:
     first = variants[0]
     headings = ["", "unit", first.name, *itertools.chain(*((each.name, f"over {first.name}") for each in variants[1:]))]
     rows = []
-    for column, (label, unit) in HEADLINES.items():
+    for metric in shown_in("report"):
+        column, label, unit = metric.name, metric.title, metric.unit
         spreads = [variant.spread(column) for variant in variants]
         if any(spreads):
             base, *others = [spread.median if spread else None for spread in spreads]
@@ -156,7 +158,8 @@ def _mark(verdict: str) -> str:
 def _against(variants: Sequence[Variant], verdicts: Mapping[tuple[str, str], str]) -> list[Section]:
     bars = []
     used = set()
-    for column, (label, unit) in HEADLINES.items():
+    for metric in shown_in("report"):
+        column, label, unit = metric.name, metric.title, metric.unit
         spreads = {variant.name: spread for variant in variants if (spread := variant.spread(column)) is not None}
         if spreads:
             said = {name: verdicts.get((column, name), "") for name in spreads}

@@ -7,7 +7,7 @@ import numpy as np
 
 from splitwiser.machine.load import busy_note
 from splitwiser.results.report.activity import FloatArray, PhaseActivity, busy_seconds, inter_token_gaps, span
-from splitwiser.results.report.common import HEADLINES, MOST_ROWS, measure, record_section, status_warnings
+from splitwiser.results.report.common import MOST_ROWS, measure, record_section, status_warnings
 from splitwiser.results.report.folders import Run
 from splitwiser.results.report.page import (
     Block,
@@ -25,9 +25,8 @@ from splitwiser.results.report.page import (
     picture,
 )
 from splitwiser.results.report.plots import MOST_POINTS, draw_distributions, draw_progress, draw_timeline, shown
+from splitwiser.results.schema import LATENCIES, STATISTICS, shown_in
 
-LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E", "handoff": "Handoff"}
-STATISTICS = ("mean", "median", "std", "p90", "p99")
 ZOOMED_STEPS = 60  # so many steps, more or less, fill the timeline's close-up
 EXAMPLES = 3  # generations shown
 
@@ -91,9 +90,9 @@ def _run_warnings(run: Run) -> list[str]:
 def _headlines(run: Run) -> Figures:
     figures = run.figures
     tiles = [
-        (label, cell(figures[column]).text, unit, "")
-        for column, (label, unit) in HEADLINES.items()
-        if column in figures and cell(figures[column]).numeric
+        (metric.title, cell(figures[metric.name]).text, metric.unit, "")
+        for metric in shown_in("report")
+        if metric.name in figures and cell(figures[metric.name]).numeric
     ]
     if figures:
         asked = (
@@ -204,9 +203,9 @@ def _distribution(samples: Mapping[str, FloatArray], title: str, *, log: bool = 
 
 def _latency_table(run: Run, name: str) -> Table:
     rows = [
-        [cell(label), *(cell(run.figures.get(f"{statistic}_{metric}_ms")) for statistic in STATISTICS)]
-        for metric, label in LATENCIES.items()
-        if f"mean_{metric}_ms" in run.figures
+        [cell(latency.title), *(cell(run.figures.get(latency.column(statistic))) for statistic in STATISTICS)]
+        for latency in LATENCIES
+        if latency.column("mean") in run.figures
     ]
     caption = "In ms, from throughput.csv. ITL is over every gap of every request, the others are over requests."
     return Table(name, caption, ["", *STATISTICS], rows)

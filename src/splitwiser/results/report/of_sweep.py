@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from splitwiser.results.report.common import (
-    HEADLINES,
     MOST_LINES,
     MOST_ROWS,
     busy_warnings,
@@ -17,6 +16,7 @@ from splitwiser.results.report.common import (
 from splitwiser.results.report.folders import Sweep
 from splitwiser.results.report.page import Part, Picture, Pictures, Section, Text, frame_table, picture
 from splitwiser.results.report.plots import Spread, draw_bars, draw_lines
+from splitwiser.results.schema import shown_in
 
 
 def sweep_part(sweep: Sweep, name: str) -> Part:
@@ -67,7 +67,8 @@ def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
 
 def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[str]) -> list[Picture]:
     pictures = []
-    for column, (label, unit) in HEADLINES.items():
+    for metric in shown_in("report"):
+        column, label, unit = metric.name, metric.title, metric.unit
         if column not in points or points[column].isna().all():
             continue
         known = points.dropna(subset=[column])

@@ -1,11 +1,13 @@
-"""The report's pictures, each an SVG to stand inside a page: text stays text, and ink takes the page's colour."""
+"""The pictures of results. Those of the report are each an SVG to stand inside a page: text stays text, and ink takes the
+page's colour; a run's timeline and a profile's roofline are PNGs as well."""
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,8 +16,11 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from splitwiser.engine.messages import Phase
 from splitwiser.results.report.activity import FloatArray, durations, in_flight, rates, span
 from splitwiser.results.timeline import PHASE_COLOURS
 
@@ -28,6 +33,8 @@ BINS = 300  # of a run's time, where it is drawn in bins
 MOST_POINTS = 400  # of a distribution's curve
 
 _WIDE, _SMALL = 11.0, 4.2  # inches
+_CLOCK = "seconds from the run's start"
+_PHASE_MARKERS: dict[Phase, str] = {"prefill": "o", "decode": "s"}
 _INK, _FAINT = "#010203", "#010204"  # become the page's own colours
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[Any, Any] = {
@@ -75,39 +82,80 @@ class Spread:
 def draw_timeline(
     runs: Mapping[str, pd.DataFrame], window: tuple[float, float], *, titled: bool = False
 ) -> tuple[str, float | None]:
-    """The steps of each run within ``window`` (seconds), a lane a worker and phase, runs above one another on one time axis.
+    """Draw the steps of each run within ``window`` (seconds), a lane for each worker and phase, runs above one another on
+    one time axis.
 
     Returns the picture and, where steps are too many to draw each, the seconds of a bin: then a lane's height is the share
     of the bin in which it was at work. A step drawn by itself says on hover what it did.
     """
     visible = {name: steps[(steps.end_s > window[0]) & (steps.start_s < window[1])] for name, steps in runs.items()}
-    lanes = {name: _lanes(steps) for name, steps in visible.items()}
-    rows = [max(1, len(each)) for each in lanes.values()]
-    binned = sum(map(len, visible.values())) > MOST_BARS
-    edges = np.linspace(*window, BINS + 1)
+    rows = [_height(steps) for steps in visible.values()]
+    bin_s = _bin_s(visible.values(), window)
     tips: dict[str, list[str]] = {}
     with _figure(_WIDE, 0.75 + 0.42 * sum(rows) + 0.3 * len(runs), len(runs), rows) as (figure, panels):
         for number, (axes, (name, steps)) in enumerate(zip(panels, visible.items(), strict=True)):
-            for row, (worker, phase) in enumerate(lanes[name]):
-                own = steps[(steps.worker == worker) & (steps.phase == phase)]
-                colour = PHASE_COLOURS["decode" if phase == "decode" else "prefill"]
-                if binned:
-                    share = np.clip(rates(own, durations(own), edges), 0, 1)
-                    axes.stairs(row + 0.4 - 0.8 * share, edges, baseline=row + 0.4, fill=True, color=colour)
-                    continue
-                starts, ends = (own[column].clip(*window) for column in ("start_s", "end_s"))
-                spans = list(zip(starts, ends - starts, strict=True))
-                bars = axes.broken_barh(spans, (row - 0.38, 0.76), facecolors=colour, edgecolor="none")
-                bars.set_gid(f"steps-{number}-{row}")
-                tips[f"steps-{number}-{row}"] = [_tip(step) for step in own.to_dict("records")]
-            axes.set_yticks(range(len(lanes[name])), [f"{worker}\n{phase}" for worker, phase in lanes[name]])
-            axes.set_ylim(max(1, len(lanes[name])) - 0.5, -0.5)
-            axes.set_xlim(*window)
-            axes.grid(axis="y", visible=False)
+            tips |= _draw_lanes(axes, steps, window, bin_s, f"steps-{number}")
             if titled:
                 axes.set_title(name)
-        panels[-1].set_xlabel("seconds from the run's start")
-        return _svg(figure, tips), float(edges[1] - edges[0]) if binned else None
+        panels[-1].set_xlabel(_CLOCK)
+        return _svg(figure, tips), bin_s
+
+
+def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
+    """Write the timeline of a whole run as a PNG: the lanes, as :func:`draw_timeline` has them, and beneath how many
+    requests each decode step took."""
+    window = (0.0, float(steps.end_s.max()) if len(steps) else 1.0)
+    bin_s = _bin_s([steps], window)
+    rows = _height(steps)
+    with _figure(_WIDE, 2.6 + 0.45 * rows, 2, (rows, 1.6)) as (figure, (lanes, batches)):
+        _draw_lanes(lanes, steps, window, bin_s, "steps")
+        lanes.set_title(title)
+        decode = steps[steps.phase == "decode"]
+        for worker, own in decode.groupby("worker"):
+            batches.step(own.start_s, own.requests, where="post", label=worker, linewidth=1.2)
+        batches.set_ylabel("requests\nin a decode step")
+        batches.set_ylim(bottom=0)
+        batches.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if batches.get_lines():
+            batches.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, borderaxespad=0)
+        height = "" if bin_s is None else f"; a lane's height is the share of each {shown(bin_s * 1e3)} ms at work"
+        batches.set_xlabel(f"{_CLOCK}{height}")
+        _save(figure, path)
+
+
+def _height(steps: pd.DataFrame) -> int:
+    return max(1, len(_lanes(steps)))
+
+
+def _bin_s(runs: Iterable[pd.DataFrame], window: tuple[float, float]) -> float | None:
+    """The seconds of a bin of ``window``, if the steps of ``runs`` are too many to draw each."""
+    return (window[1] - window[0]) / BINS if sum(map(len, runs)) > MOST_BARS else None
+
+
+def _draw_lanes(
+    axes: Axes, steps: pd.DataFrame, window: tuple[float, float], bin_s: float | None, name: str
+) -> dict[str, list[str]]:
+    """Draw a lane for each worker and phase; returns what the bars say on hover, by the id of their group."""
+    tips = {}
+    lanes = _lanes(steps)
+    edges = np.linspace(*window, BINS + 1)
+    for row, (worker, phase) in enumerate(lanes):
+        own = steps[(steps.worker == worker) & (steps.phase == phase)]
+        colour = PHASE_COLOURS["decode" if phase == "decode" else "prefill"]
+        if bin_s is not None:
+            share = np.clip(rates(own, durations(own), edges), 0, 1)
+            axes.stairs(row + 0.4 - 0.8 * share, edges, baseline=row + 0.4, fill=True, color=colour)
+            continue
+        starts, ends = (own[column].clip(*window) for column in ("start_s", "end_s"))
+        spans = list(zip(starts, ends - starts, strict=True))
+        bars = axes.broken_barh(spans, (row - 0.38, 0.76), facecolors=colour, edgecolor="none")
+        bars.set_gid(f"{name}-{row}")
+        tips[f"{name}-{row}"] = [_tip(step) for step in own.to_dict("records")]
+    axes.set_yticks(range(len(lanes)), [f"{worker}\n{phase}" for worker, phase in lanes])
+    axes.set_ylim(_height(steps) - 0.5, -0.5)
+    axes.set_xlim(*window)
+    axes.grid(axis="y", visible=False)
+    return tips
 
 
 def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, float]:
@@ -131,13 +179,13 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
         requests.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         requests.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
         requests.set_xlim(0, edges[-1])
-        requests.set_xlabel("seconds from the run's start")
+        requests.set_xlabel(_CLOCK)
         figure.align_ylabels()
         return _svg(figure), float(edges[1] - edges[0])
 
 
 def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
-    """The share of each sample that is at most so long; medians and 99th percentiles are marked."""
+    """Draw the cumulative distribution of each sample; medians and 99th percentiles are marked."""
     with _figure(_SMALL, 3.2) as (figure, (axes,)):
         for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
             ordered = np.sort(values)
@@ -150,7 +198,7 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
             axes.plot(marked, [50, 99], linestyle="none", marker="o", markersize=4, color=colour)
         axes.set_title(title)
         axes.set_ylim(0, 102)
-        axes.set_ylabel("% at most so long")
+        axes.set_ylabel("cumulative share, %")
         axes.set_xlabel(unit)
         least, greatest = (
             float(extreme([extreme(values) for values in samples.values()])) for extreme in (np.min, np.max)
@@ -225,50 +273,87 @@ def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[fl
 
 
 def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> str:
-    """Measured steps (``phase, label, arithmetic_intensity, tflops``) under the measured ceilings of compute, in TFLOP/s,
-    and of memory, in GB/s."""
-    ridge = tera_flops * 1e3 / giga_bytes
+    """Draw measured steps (``phase, label, arithmetic_intensity, tflops``) under the measured ceilings of compute, in
+    TFLOP/s, and of memory, in GB/s. A mark says on hover which step it is."""
     with _figure(_WIDE, 5.4) as (figure, (axes,)):
-        left = min(points.arithmetic_intensity.min(), ridge) / 2
-        middle = (left * ridge) ** 0.5
-        right = max(points.arithmetic_intensity.max(), ridge) * 2
-        axes.plot([left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4)
-        axes.annotate(
-            f"compute {shown(tera_flops)} TFLOP/s",
-            (right, tera_flops),
-            xytext=(-4, 5),
-            textcoords="offset points",
-            ha="right",
-        )
-        axes.annotate(
-            f"memory {shown(giga_bytes)} GB/s",
-            (middle, middle * giga_bytes / 1e3),
-            xytext=(-8, 4),
-            textcoords="offset points",
-            ha="right",
-        )
+        _draw_ceilings(axes, points, tera_flops, giga_bytes)
         tips = {}
-        for phase, marker in (("prefill", "o"), ("decode", "s")):
+        for phase, marker in _PHASE_MARKERS.items():
             own = points[points.phase == phase]
             drawn = axes.scatter(
                 own.arithmetic_intensity, own.tflops, s=34, marker=marker, alpha=0.85, label=phase,
-                color=PHASE_COLOURS["decode" if phase == "decode" else "prefill"],
+                color=PHASE_COLOURS[phase],
             )  # fmt: skip
             drawn.set_gid(f"roofline-{phase}")
             tips[f"roofline-{phase}"] = [
                 f"{step['label']}: {shown(step['tflops'])} TFLOP/s at {shown(step['arithmetic_intensity'])} operations/byte"
                 for step in own.to_dict("records")
             ]
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(left, right)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-            axis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("operations a byte of memory traffic")
-        axes.set_ylabel("TFLOP/s")
         axes.legend(loc="lower right")
         return _svg(figure, tips)
+
+
+def save_roofline(path: Path, points: pd.DataFrame, tera_flops: float, giga_bytes: float, title: str) -> None:
+    """Write the roofline as a PNG, in which marks have their ``label`` beside them and those of one ``series`` are joined;
+    otherwise as :func:`draw_roofline`."""
+    with _figure(9.0, 5.4) as (figure, (axes,)):
+        _draw_ceilings(axes, points, tera_flops, giga_bytes)
+        axes.set_title(title)
+        for phase, marker in _PHASE_MARKERS.items():
+            of_phase = points[points.phase == phase]
+            for number, (_, own) in enumerate(of_phase.groupby("series", sort=False)):
+                axes.plot(
+                    own.arithmetic_intensity, own.tflops,
+                    color=PHASE_COLOURS[phase], marker=marker, markersize=5, linewidth=0.9, alpha=0.9,
+                )  # fmt: skip
+                # a phase's first series is labelled below, the others above, since they often lie on one line
+                place, side = ((-6, 5), "right") if number else ((6, -10), "left")
+                for label, *at in own[["label", "arithmetic_intensity", "tflops"]].itertuples(index=False):
+                    axes.annotate(
+                        label, (at[0], at[1]),
+                        xytext=place, textcoords="offset points", ha=side, fontsize=8, color=PHASE_COLOURS[phase],
+                        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                    )  # fmt: skip
+        series = {"prefill": "prefill, by prompt tokens", "decode": "decode, by requests x context"}
+        axes.legend(
+            handles=[
+                Line2D([], [], color=PHASE_COLOURS[phase], marker=marker, label=series[phase])
+                for phase, marker in _PHASE_MARKERS.items()
+            ],
+            loc="lower right",
+        )
+        _save(figure, path)
+
+
+def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> None:
+    """Draw the two ceilings on logarithmic axes that ``points`` fit."""
+    ridge = tera_flops * 1e3 / giga_bytes
+    left = min(points.arithmetic_intensity.min(), ridge) / 2
+    middle = (left * ridge) ** 0.5
+    right = max(points.arithmetic_intensity.max(), ridge) * 2
+    axes.plot([left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4)
+    axes.annotate(
+        f"compute {shown(tera_flops)} TFLOP/s",
+        (right, tera_flops),
+        xytext=(-4, 5),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.annotate(
+        f"memory {shown(giga_bytes)} GB/s",
+        (middle, middle * giga_bytes / 1e3),
+        xytext=(-8, 4),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("operations a byte of memory traffic, counted from the architecture")
+    axes.set_ylabel("TFLOP/s")
 
 
 def shown(value: float) -> str:
@@ -310,6 +395,10 @@ def _figure(
     with rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=height_ratios)[:, 0])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=130, facecolor="white")
 
 
 def _svg(figure: Figure, tips: Mapping[str, Sequence[str]] | None = None) -> str:

@@ -1,11 +1,11 @@
-"""YAML as users write it: no value becomes another."""
+"""Files as users write them: no value of a YAML becomes another."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from splitwiser.yaml_file import load_yaml, read_yaml
+from splitwiser.files import load_yaml, read_yaml
 from tests.support.assertions import assert_says, refusal
 
 

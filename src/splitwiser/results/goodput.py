@@ -1,0 +1,27 @@
+"""The targets of goodput, as a user gives them."""
+
+from splitwiser.errors import InputError, unknown
+from splitwiser.results.schema import TARGETS
+
+
+def parse_goodput(text: str) -> dict[str, float]:
+    """Read targets such as ``ttft:200,tpot:50,e2el:5000`` (milliseconds; any of the three; a comma or a space between).
+
+    Raises :class:`InputError`.
+    """
+    targets: dict[str, float] = {}
+    for part in text.replace(",", " ").split():
+        name, _, limit = part.partition(":")
+        if name not in TARGETS:
+            raise unknown("target of --goodput", name, TARGETS)
+        if name in targets:
+            raise InputError(f"--goodput '{text}': {name} is given twice")
+        try:
+            targets[name] = float(limit)
+        except ValueError:
+            targets[name] = -1.0
+        if not targets[name] >= 0:
+            raise InputError(f"--goodput '{text}': {name} must be 0 or more milliseconds, such as {name}:200")
+    if not targets:
+        raise InputError("--goodput: needs at least one target, such as ttft:200,tpot:50,e2el:5000")
+    return targets

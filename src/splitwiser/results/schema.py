@@ -1,0 +1,397 @@
+"""The one list of the figures of a run and of the columns of its files: what each means, its unit, and where it is shown.
+
+A new figure needs a function of :class:`~splitwiser.results.metrics.Served` and a row of :data:`METRICS`: from these follow
+``throughput.csv`` and the tables made of it, the terminal's, the report's pages, and what a comparison decides.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from typing import Any, Literal
+
+from splitwiser.request import RequestOutput
+from splitwiser.results import metrics
+from splitwiser.results.metrics import Samples, Served, statistic
+
+Place = Literal["run", "compare", "sweep", "advise", "report"]
+"""Where a figure is shown: a command's table in the terminal (and in the summaries that it writes), or the report."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a CSV. The report cannot do without those that are ``needed``; if they have a unit, they hold numbers."""
+
+    name: str
+    description: str
+    unit: str = ""
+    needed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Column):
+    """A figure of a run.
+
+    ``short_name`` names it in a sentence, if the words of its column do not, and ``statistic`` says which of several it is.
+    ``compute`` finds it from the run's answers; where it is None, whoever observes the run brings the figure. ``objective``
+    is what ``advise --objective`` calls it. A figure that is not ``timed`` is the same on a busy machine.
+    """
+
+    short_name: str = ""
+    statistic: str = ""
+    compute: Callable[[Served], float | None] | None = None
+    more_is_better: bool = False
+    shown: Sequence[Place] = ()
+    objective: str = ""
+    timed: bool = True
+
+    @property
+    def subject(self) -> str:
+        """What it is about, in a sentence."""
+        return self.short_name or self.name.replace("_", " ")
+
+    @property
+    def label(self) -> str:
+        """Its name in a sentence."""
+        return f"{self.subject} {self.statistic}".strip()
+
+    @property
+    def title(self) -> str:
+        """Its name at the start of a sentence or above a picture."""
+        return _capitalised(self.label)
+
+    @property
+    def heading(self) -> str:
+        """Its name above a narrow column: a rate's unit says what it is."""
+        return f"{self.label} {self.unit}" if self.statistic else self.unit
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A latency of requests, of which ``throughput.csv`` has every statistic. ``samples`` are what a request contributes,
+    ``shown`` says by statistic where it is shown; goodput may ask for those that are ``targets``."""
+
+    name: str
+    subject: str
+    description: str
+    samples: Samples
+    shown: Mapping[str, Sequence[Place]] = field(default_factory=dict)
+    is_objective: bool = False
+    is_target: bool = False
+
+    def column(self, statistic: str) -> str:
+        """Return the column of ``throughput.csv`` that has this ``statistic`` of :data:`STATISTICS`."""
+        return f"{statistic}_{self.name}_ms"
+
+    @property
+    def title(self) -> str:
+        """Its name at the start of a row."""
+        return _capitalised(self.subject)
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """A figure for each statistic."""
+        return [
+            Metric(
+                self.column(name),
+                f"{words} of {self.description}",
+                "ms",
+                short_name=self.subject,
+                statistic="p50" if name == "median" else name,
+                compute=partial(_statistic, name, self.samples),
+                shown=self.shown.get(name, ()),
+                objective=self.name if self.is_objective and name == "p99" else "",
+            )
+            for name, words in STATISTICS.items()
+        ]
+
+
+def _capitalised(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _statistic(name: str, samples: Samples, run: Served) -> float | None:
+    return statistic(name, run.pool(samples))
+
+
+STATISTICS = {
+    "mean": "Mean",
+    "median": "Median",
+    "std": "Standard deviation",
+    "p90": "90th percentile",
+    "p99": "99th percentile",
+}
+LATENCIES = (
+    Latency(
+        "ttft",
+        "TTFT",
+        "the time from a request's arrival to its first token, over requests.",
+        metrics.ttft,
+        {"median": ("run", "compare", "sweep", "report"), "p99": ("run", "compare", "advise", "report")},
+        is_objective=True,
+        is_target=True,
+    ),
+    Latency(
+        "tpot",
+        "TPOT",
+        "the mean time per token after a request's first, over requests of two tokens or more.",
+        metrics.tpot,
+        {"median": ("compare",)},
+        is_target=True,
+    ),
+    Latency(
+        "itl",
+        "ITL",
+        "the time between two tokens of a request, over every gap of every request.",
+        metrics.itl,
+        {"median": ("run", "compare", "sweep", "advise", "report"), "p99": ("run", "compare", "advise", "report")},
+        is_objective=True,
+    ),
+    Latency(
+        "e2el",
+        "E2E",
+        "the time from a request's arrival to its last token, over requests.",
+        metrics.e2el,
+        {"median": ("run", "compare", "sweep", "report"), "p99": ("run", "compare", "report")},
+        is_objective=True,
+        is_target=True,
+    ),
+    Latency(
+        "handoff",
+        "handoff",
+        "the time from a request's first token to the start of its first decode step, over requests of two tokens or more.",
+        metrics.handoff,
+    ),
+)
+TARGETS = tuple(latency.name for latency in LATENCIES if latency.is_target)
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+METRICS: tuple[Metric, ...] = (
+    Metric("duration", "Time from the run's start to its last token.", "s", compute=metrics.duration),
+    Metric("completed", "Requests that were answered.", "requests", compute=metrics.completed),
+    Metric("failed", "Requests that were not answered.", "requests", compute=metrics.failed),
+    Metric("total_input_tokens", "Tokens of all answered prompts.", "tokens", compute=metrics.total_input_tokens),
+    Metric("total_output_tokens", "Tokens of all answers.", "tokens", compute=metrics.total_output_tokens),
+    Metric(
+        "request_throughput",
+        "Answered requests per second of the duration.",
+        "requests/s",
+        compute=metrics.request_throughput,
+        more_is_better=True,
+    ),
+    Metric(
+        "request_goodput",
+        "Requests per second of the duration that meet every target of --goodput; empty without targets.",
+        "requests/s",
+        short_name="goodput",
+        compute=metrics.request_goodput,
+        more_is_better=True,
+        shown=("compare", "report"),
+        objective="goodput",
+    ),
+    Metric(
+        "output_throughput",
+        "Tokens of answers per second of the duration.",
+        "tokens/s",
+        compute=metrics.output_throughput,
+        more_is_better=True,
+        shown=("compare", "sweep", "advise", "report"),
+        objective="throughput",
+    ),
+    Metric(
+        "total_token_throughput",
+        "Tokens of prompts and answers per second of the duration.",
+        "tokens/s",
+        compute=metrics.total_token_throughput,
+        more_is_better=True,
+        shown=("compare",),
+    ),
+    *(metric for latency in LATENCIES for metric in latency.metrics),
+    *(
+        Metric(
+            name,
+            "Mean F-measure of this ROUGE score of the answers against the references; empty without references.",
+            short_name=name.replace("rouge", "ROUGE-"),
+            more_is_better=True,
+            shown=("compare", "report") if name == "rougeL" else ("compare",),
+            timed=False,
+        )
+        for name in ROUGE
+    ),
+    Metric(
+        "peak_memory_mb",
+        "Memory of the run: all that is in use on the GPU or, on a CPU, what its processes hold.",
+        "MB",
+        short_name="peak memory",
+        shown=("compare", "report"),
+        timed=False,
+    ),
+    Metric("load_s", "Time to load the model.", "s", short_name="time to load"),
+    Metric(
+        "ready_s", "Time until the engine could take requests.", "s", short_name="time to be ready", shown=("compare",)
+    ),
+    Metric("load_before", "Load average of the last minute before the run.", "processes"),
+    Metric("cores", "Processors that the run may use, or the part of them that a container's quota allows.", "cores"),
+    Metric("own_cores", "Processor time that the run used, per second.", "cores"),
+    Metric("others_cores", "Processor time that everything else used, per second.", "cores"),
+    Metric("cpu_pressure", "Share of the time in which some process waited for a processor."),
+    Metric("machine_busy", "Whether others took processor time that the run could have used."),
+)
+METRIC = {metric.name: metric for metric in METRICS}
+OBJECTIVES = {metric.objective: metric for metric in METRICS if metric.objective}
+
+LABELS = (
+    Column("run_id", "Name of the run's folder."),
+    Column("model", "Name of the model."),
+    Column("case_id", "Prompting recipe of configs/cases.yaml; empty for other requests."),
+    Column("mode", "How the phases were placed."),
+    Column("workers", "The workers and their roles."),
+    Column("device", "The device that the model was on."),
+    Column("dtype", "Number format of the model."),
+    Column("load_format", "auto for a checkpoint's weights, dummy for random ones."),
+    Column("request_rate", "Arrivals of --request_rate; empty without.", "requests/s"),
+    Column("burstiness", "Burstiness of --request_rate; empty without."),
+    Column("max_concurrency", "Requests at a time in a closed loop; empty without.", "requests"),
+)
+THROUGHPUT = (*LABELS, *METRICS)
+LATENCY = (
+    Column("request_id", "Number of the request.", needed=True),
+    Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
+    Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
+    Column("arrival_s", "Arrival, from the run's start.", "s", needed=True),
+    Column("prefill_start_s", "Start of the first prefill step, from the run's start.", "s", needed=True),
+    Column("first_token_s", "Time of the first token, from the run's start.", "s", needed=True),
+    Column("finish_s", "Time of the last token, from the run's start.", "s", needed=True),
+    Column("queue_ms", "Time from arrival to the first prefill step.", "ms"),
+    Column("ttft_ms", "Time from arrival to the first token.", "ms", needed=True),
+    Column("handoff_ms", "Time from the first token to the first decode step; empty for one token.", "ms"),
+    Column("tpot_ms", "Mean time per token after the first; empty for one token.", "ms"),
+    Column("itl_p50_ms", "Median time between two tokens; empty for one token.", "ms"),
+    Column("itl_p99_ms", "99th percentile of the time between two tokens; empty for one token.", "ms"),
+    Column("e2el_ms", "Time from arrival to the last token.", "ms"),
+    Column("finish_reason", "Why the answer ended: stop (an end-of-sequence token) or length."),
+    Column("prefill_worker", "Worker that ran the prompt."),
+    Column("decode_worker", "Worker that generated the tokens after the first."),
+)
+STEPS = (
+    Column("worker", "Name of the worker.", needed=True),
+    Column("role", "What the worker is for: prefill, decode or mixed."),
+    Column("phase", "prefill or decode.", needed=True),
+    Column("start_s", "Start of the step, from the run's start.", "s", needed=True),
+    Column("end_s", "End of the step, from the run's start.", "s", needed=True),
+    Column("requests", "Requests in the step.", "requests", needed=True),
+    Column("tokens", "Tokens whose keys and values the step computed.", "tokens", needed=True),
+)
+GENERATIONS = (
+    Column("request_id", "Number of the request.", needed=True),
+    Column("finding", "The text that was to be summarised."),
+    Column("summary_ref", "The reference, where there is one."),
+    Column("summary_gen", "The answer.", needed=True),
+)
+TOKENS = (
+    Column("request_id", "Number of the request."),
+    Column("prompt_token_ids", "Token ids of the prompt, with spaces between."),
+    Column("token_ids", "Token ids of the answer, with spaces between."),
+)
+_STEP_FIGURES = (
+    Column("ms", "Median time of the step.", "ms", needed=True),
+    Column("ms_least", "Least time of the step.", "ms"),
+    Column("ms_greatest", "Greatest time of the step.", "ms"),
+    Column("repeats", "How often the step was measured.", "steps"),
+    Column("tokens_per_s", "Tokens that the step computes, per second.", "tokens/s"),
+    Column("flops", "Floating-point operations of the step, counted from the architecture.", "operations"),
+    Column("bytes", "Bytes that the step moves to and from memory, counted from the architecture.", "bytes"),
+    Column("arithmetic_intensity", "Operations per byte.", "operations/byte", needed=True),
+    Column("tflops", "Operations per second, in 10^12.", "TFLOP/s", needed=True),
+    Column("gb_s", "Bytes per second, in 10^9.", "GB/s"),
+    Column("share_of_compute", "Operations per second over the greatest measured."),
+    Column("share_of_bandwidth", "Bytes per second over the greatest measured; above 1 where a cache helped."),
+    Column("share_of_roofline", "Operations per second over what the roofline allows at this intensity."),
+    Column("peak_memory_mb", "Greatest memory so far: on the GPU for this step, or held by the process on a CPU.", "MB"),
+    Column("gpu_util_percent", "Share of the time in which any kernel ran (NVML); empty without a GPU.", "%"),
+    Column("memory_util_percent", "Share of the time in which GPU memory was read or written (NVML).", "%"),
+    Column("sm_activity_percent", "Share of the multiprocessors that was busy (GPM; Hopper and newer).", "%"),
+    Column("dram_activity_percent", "Share of the memory's bandwidth that was used (GPM; Hopper and newer).", "%"),
+    Column("power_w", "Power of the GPU.", "W"),
+)  # fmt: skip
+_THREADS = Column("threads", "Threads of PyTorch.", "threads")
+PREFILL = (
+    _THREADS,
+    Column("prompts", "Prompts in the step.", "requests"),
+    Column("start_tokens", "Tokens of each prompt that earlier steps computed.", "tokens"),
+    Column("prompt_tokens", "Tokens of each prompt that this step computes.", "tokens", needed=True),
+    *_STEP_FIGURES,
+)
+DECODE = (
+    _THREADS,
+    Column("batch", "Requests in the step.", "requests", needed=True),
+    Column("context", "Tokens that each request has in the pool after the step.", "tokens", needed=True),
+    Column("itl_ms", "The step's median time, which is the time between two tokens.", "ms"),
+    *_STEP_FIGURES,
+)
+CEILINGS = (
+    _THREADS,
+    Column("kind", "compute or memory.", needed=True),
+    Column("what", "What was measured: a matrix product, a copy or a sum."),
+    Column("size", "Rows of the square matrices, or bytes of the buffer.", "rows or bytes"),
+    Column("ms", "Least time of a pass.", "ms"),
+    Column("amount", "What a pass computes or moves.", "operations or bytes"),
+    Column("rate", "The amount per second, in the unit of the next column.", "TFLOP/s or GB/s", needed=True),
+    Column("unit", "Unit of the rate.", needed=True),
+)
+TABLES: dict[str, Sequence[Column]] = {
+    "throughput.csv": THROUGHPUT,
+    "latency.csv": LATENCY,
+    "steps.csv": STEPS,
+    "generations.csv": GENERATIONS,
+    "tokens.csv": TOKENS,
+    "prefill.csv": PREFILL,
+    "decode.csv": DECODE,
+    "ceilings.csv": CEILINGS,
+}
+
+
+def throughput_figures(
+    outputs: Sequence[RequestOutput], failed: int, start_ns: int, targets: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Return what ``outputs`` say of :data:`METRICS`, with the names of ``vllm bench serve``; a figure of nothing is None.
+
+    ``failed`` counts the requests without an answer; ``start_ns`` is the run's start by ``time.perf_counter_ns``;
+    ``targets`` are those of goodput, in milliseconds.
+    """
+    run = Served(outputs, failed, start_ns, targets)
+    return {metric.name: metric.compute(run) for metric in METRICS if metric.compute is not None}
+
+
+def shown_in(place: Place) -> list[Metric]:
+    """Return the figures that are shown in ``place``, in the order of ``throughput.csv``."""
+    return [metric for metric in METRICS if place in metric.shown]
+
+
+def names(columns: Iterable[Column]) -> tuple[str, ...]:
+    """Return the names of ``columns``."""
+    return tuple(column.name for column in columns)
+
+
+def column(description: str, unit: str = "", *, default: object = None) -> Any:  # noqa: ANN401  # as dataclasses.field
+    """A field of a dataclass whose instances are rows of a CSV (:func:`columns_of`)."""
+    metadata = {"column": (description, unit)}
+    return field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
+
+
+def columns_of(row: type) -> tuple[Column, ...]:
+    """Return the columns of a dataclass whose fields are made by :func:`column`."""
+
+    def column_of(each: Field[Any]) -> Column:
+        description, unit = each.metadata["column"]
+        return Column(each.name, description, unit)
+
+    return tuple(column_of(each) for each in fields(row))
+
+
+def describe_columns(tables: Mapping[str, Sequence[Column]] = TABLES) -> str:
+    """Return a table in Markdown for each of ``tables``: the columns, their units and what they mean."""
+    parts = []
+    for file, columns in tables.items():
+        rows = [f"| `{each.name}` | {each.unit or '-'} | {each.description} |" for each in columns]
+        parts.append("\n".join([f"### {file}", "", "| column | unit | meaning |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"

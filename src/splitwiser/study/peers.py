@@ -1,0 +1,157 @@
+"""Other engines as variants of a comparison: each of their runs is ``scripts/peer.py`` in the engine's own environment."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitwiser import constants
+from splitwiser.config import RunConfig
+from splitwiser.errors import InputError, unknown
+from splitwiser.files import write_rows
+from splitwiser.llm import make_requests
+from splitwiser.machine.load import MachineLoad, Stretch
+from splitwiser.model.catalog import resolve_model
+from splitwiser.model.loading import load_model, plan_model
+from splitwiser.options import option_fields
+from splitwiser.results.schema import TOKENS, names
+from splitwiser.study.fresh_runs import Outcome, run_process
+from splitwiser.workload.config import WorkloadConfig
+from splitwiser.workload.job import Job
+from splitwiser.workload.prompt_file import load_workload
+
+ENGINES = ("vllm", "hf-continuous")  # of scripts/peer.py, which this process cannot import
+PROGRAM = constants.DIR_PROJECT / "scripts" / "peer.py"
+MODELS = "models"  # folder of a comparison that holds its checkpoint while it runs
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another engine, and the Python of its environment."""
+
+    engine: str
+    python: Path
+
+    def __str__(self) -> str:
+        return f"{self.engine}={self.python}"
+
+
+def read_peer(text: str) -> Peer:
+    """Read ``ENGINE=ENVIRONMENT``, the latter a folder with ``bin/python`` or a Python. Raises :class:`InputError`."""
+    engine, _, where = text.partition("=")
+    if engine not in ENGINES:
+        raise unknown("peer", engine, ENGINES)
+    python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
+    if not python.exists():
+        raise InputError(f"--peer {text}: no bin/python there; scripts/install_peer.sh makes an environment")
+    return Peer(engine, python.absolute())
+
+
+def check_peer(config: RunConfig, job: Job) -> None:
+    """Raises :class:`InputError` where no peer can answer ``job`` as ``config`` asks."""
+    if config.temperature != 0:
+        raise InputError("a peer chooses tokens greedily; leave temperature out")
+    if config.max_concurrency is None and any(job.arrival_s):
+        raise InputError(
+            "a peer takes requests that arrive at once or as others finish, not at times; give --request_rate inf or "
+            "--max_concurrency"
+        )
+    if not all(params.ignore_eos for params in job.sampling_params(config)):
+        raise InputError("a peer makes every request's number of tokens; give --ignore_eos or --output_tokens")
+
+
+def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any]:
+    """Write the requests of ``job``, as token ids, into ``folder``, and a checkpoint of the model where its weights are
+    random. Returns the options of a run that name both. Raises :class:`InputError` for a request that cannot be served."""
+    is_dummy = config.load_format == "dummy"
+    device = "cpu" if is_dummy else config.device_name
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        load_format=config.load_format,
+        seed=config.seed,
+        weights=is_dummy,
+    )
+    prompts, params = job.make_prompts(model, config.seed), job.sampling_params(config)
+    requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
+    workload = folder / f"{job.label}.json"
+    content = {
+        "max_new_tokens": [request.params.max_tokens for request in requests],
+        "prompts": [request.prompt_token_ids for request in requests],
+    }
+    workload.write_text(json.dumps(content), encoding="utf-8")
+    location = resolve_model(config.model).location
+    if is_dummy:
+        location = str(folder / MODELS / model.name)
+        model.module.save_pretrained(location)
+    return {
+        "model": location,
+        "load_format": "auto",
+        "workload": str(workload),
+        "max_concurrency": config.max_concurrency,
+        "ignore_eos": True,
+    }
+
+
+def without_requests(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``options`` of a run without those that say what its requests are and when they arrive."""
+    named = {name for name, each in option_fields(WorkloadConfig).items() if each.metadata["group"] != "sampling"}
+    return {name: value for name, value in options.items() if name not in named}
+
+
+def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Callable[[str], None]) -> Outcome:
+    """Run ``peer`` on the model and workload file that ``config`` names, in a process and with the environment of its own.
+    Its tokens come into ``folder/runs/<label>``, what it prints into ``folder/logs/<label>.log``; ``show`` is told how far
+    it is. The outcome has the columns of ``throughput.csv`` that a peer has figures for."""
+    directory, log = folder / "runs" / label, folder / "logs" / f"{label}.log"
+    directory.mkdir(parents=True)
+    answers = directory / "answers.json"
+    _, device, _, dtype = plan_model(
+        config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format
+    )
+    asked: dict[str, object] = {
+        "model": config.model,
+        "workload": config.workload,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_concurrency": config.max_concurrency,
+        "goodput": config.goodput,
+        "output": answers,
+    }
+    command = [
+        "env", f"PYTHONPATH={constants.DIR_PROJECT / 'src'}", *(["CUDA_VISIBLE_DEVICES="] if device.type == "cpu" else []),
+        str(peer.python), str(PROGRAM), peer.engine,
+        *(f"--{name}={value}" for name, value in asked.items() if value is not None),
+    ]  # fmt: skip
+    stretch = Stretch()
+    code = run_process(command, log, show)
+    load = MachineLoad(during=stretch.end())
+    if code or not answers.exists():
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        return Outcome("failed", f"exit code {code}: {said[-1].strip() if said else 'it said nothing'}", directory)
+    figures = json.loads(answers.read_text(encoding="utf-8"))
+    _write_tokens(directory / "tokens.csv", Path(str(config.workload)), figures.pop("token_ids"))
+    answers.unlink()
+    row = {
+        "run_id": label,
+        "model": resolve_model(config.model).name,
+        "mode": peer.engine,
+        "dtype": asked["dtype"],
+        "load_format": config.load_format,
+        "max_concurrency": config.max_concurrency,
+        **figures,
+        **load.columns,
+    }
+    return Outcome(
+        "finished", "", directory, {name: "" if value is None else str(value) for name, value in row.items()}
+    )
+
+
+def _write_tokens(path: Path, workload: Path, answers: list[list[int]]) -> None:
+    """Write the token ids of each request's prompt and answer as the ``tokens.csv`` of a run has them."""
+    rows = [
+        dict(zip(names(TOKENS), (number, " ".join(map(str, prompt)), " ".join(map(str, answer))), strict=True))
+        for number, (prompt, answer) in enumerate(zip(load_workload(workload).prompts, answers, strict=True))
+    ]
+    write_rows(path, names(TOKENS), rows)
