@@ -13,8 +13,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.models import POSITIONS, make_tiny
 
@@ -188,10 +187,10 @@ def forgetful(*given: Any, **_: Any) -> Tensor:
 def test_a_kernel_that_fails_or_computes_something_else_is_refused_with_the_reason(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
     layers = attach_engine(model)
-    tried = try_kernels(model, layers, PoolKernels(decode=broken, packed=forgetful), 16)
+    tried = try_kernels(model, layers, PoolKernels(decode=broken, varlen=forgetful), 16)
     assert tried == {
         "decode": "TritonLikeError: out of resource: shared memory",
-        "packed": "it gives other logits than PyTorch",
+        "varlen": "it gives other logits than PyTorch",
     }
 
 

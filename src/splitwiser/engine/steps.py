@@ -10,10 +10,10 @@ import torch
 from splitwiser.engine.cuda_graphs import DecodeGraphs
 from splitwiser.engine.sampling import choose
 from splitwiser.engine.stopping import finish_reason
-from splitwiser.model.attention import Segment, StepAttention
 from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
+from splitwiser.model.paged_attention import PagedAttention, Segment
 from splitwiser.request import FinishReason, Request, SamplingParams
 
 WARM_UP_TOKENS = 8192  # a budget may be far more than any step has
@@ -95,8 +95,8 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
         total += chunk.tokens
         if chunk.is_last:
             ends.append(total - 1)
-    step = StepAttention(pool, segments, model.device)
-    logits = forward(model.module, step, step, tokens, _positions(segments), ends or [total - 1])
+    step = PagedAttention(pool, segments, model.device)
+    logits = forward(model.module, step, tokens, _positions(segments), ends or [total - 1])
     if not ends:  # the middle of a long prompt: nothing is read back, so wait for the device explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the device: decode may be at work beside this
@@ -115,8 +115,8 @@ def decode_step(
     if graphs:
         logits = graphs.logits(segments, tokens)
     else:
-        step = StepAttention(pool, segments, model.device)
-        logits = forward(model.module, step, step, tokens, _positions(segments), range(len(sequences)))
+        step = PagedAttention(pool, segments, model.device)
+        logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
     return choose(logits, sequences).tolist()
 
 

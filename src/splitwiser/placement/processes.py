@@ -33,7 +33,8 @@ from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.machine.process import environment, keep_freed_memory, shorten_socket_paths, uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kv_pool import KVPool, LayerShape, block_nbytes
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import KVPool, block_nbytes
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.board import Board
 from splitwiser.placement.checks import refuse_mode_here
@@ -135,7 +136,7 @@ def _serve(setup: _Setup, transport: MailTransport) -> None:
         setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
-    pool.take_first(setup.own_blocks)
+    pool.prefault(setup.own_blocks)
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
         graphs, graphs_described = capture_graphs(model, pool, config.max_batch)

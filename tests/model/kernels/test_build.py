@@ -1,6 +1,8 @@
 """The C++ functions are built once, cached, and done without where they cannot be had."""
 
+import ctypes
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +36,20 @@ def test_is_built_once(cache: Path) -> None:
     made_ns = built.stat().st_mtime_ns
     assert load_native()[0] is not None
     assert built.stat().st_mtime_ns == made_ns
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
+def test_every_function_has_its_declared_types() -> None:
+    library, _ = load_native()
+    assert library is not None
+    sources = "".join(source.read_text() for source in native.SOURCES)
+    names = re.findall(r'^extern "C" \w+ (\w+)\(', sources, re.MULTILINE)
+    assert {"attention", "store", "rms_norm"} <= set(names)
+    functions = [function for name in names if (function := getattr(library, name, None))]
+    assert all(function.argtypes is not None for function in functions)
+    assert library.rms_norm.argtypes == [*[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2, *[ctypes.c_int64] * 3]
+    assert library.rms_norm.restype is None
 
 
 @needs_compiler
