@@ -305,14 +305,14 @@ def mps(say: Say) -> None:
     import torch
     import torch.multiprocessing
 
-    import splitwiser.placement.mps_daemon
     from splitwiser.machine.shared_memory import SharedMemory
+    from splitwiser.placement import mps_daemon, mps_gpu
 
-    if problem := splitwiser.placement.mps_daemon.find_problem("cuda:0"):
+    if problem := mps_gpu.find_problem("cuda:0"):
         say("not here", problem)
         return
     began = time.perf_counter()
-    with splitwiser.placement.mps_daemon.mps_daemon(False, False, 0) as daemon:
+    with mps_daemon.mps_daemon(False, False, 0) as daemon:
         say("daemon answers", time.perf_counter() - began, "s")
         memory = SharedMemory(1 << 20, torch.device("cuda", 0))
         memory.tensor.fill_(7)
@@ -321,7 +321,7 @@ def mps(say: Say) -> None:
         receivers, children = {}, []
         for percent in (100, 40):
             receivers[percent], send = context.Pipe(duplex=False)
-            environment = {**daemon.environment, splitwiser.placement.mps_daemon.PERCENTAGE: str(percent)}
+            environment = {**daemon.environment, mps_daemon.PERCENTAGE: str(percent)}
             children.append(context.Process(target=_as_mps_client, args=(memory, environment, send)))
             children[-1].start()
         for percent, receive in receivers.items():

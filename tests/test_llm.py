@@ -311,7 +311,7 @@ def test_a_checkpoints_own_end_of_sequence_can_be_ignored(
     assert ignoring.token_ids == free.token_ids
 
 
-def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str], Path]) -> None:
+def test_a_run_that_was_interrupted_cannot_mix_with_the_next(tiny: Callable[[str], Path]) -> None:
     class Interrupts(Observer):
         def on_step(self, record: StepRecord) -> None:
             raise KeyboardInterrupt
@@ -319,7 +319,7 @@ def test_a_run_that_was_broken_off_cannot_mix_with_the_next(tiny: Callable[[str]
     with LLM(tiny("opt")) as llm:
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[5]], SamplingParams(max_tokens=9), observer=Interrupts())
-        with pytest.raises(RunError, match=r"an earlier run was broken off.*make a new LLM"):
+        with pytest.raises(RunError, match=r"an earlier run was interrupted.*make a new LLM"):
             llm.generate([[5]], SamplingParams(max_tokens=9))
 
 

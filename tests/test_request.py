@@ -63,7 +63,7 @@ def test_parameters_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(("prompt", "new", "most"), [(1, 1, 1), (5, 1, 5), (5, 3, 7)])
 def test_request_keeps_all_but_its_last_token(prompt: int, new: int, most: int) -> None:
-    assert Request(0, tuple(range(prompt)), SamplingParams(max_tokens=new), seed=0).most_tokens == most
+    assert Request(0, tuple(range(prompt)), SamplingParams(max_tokens=new), seed=0).max_kv_tokens == most
 
 
 # arrives at 100 ms, prefill starts at 150 ms, decode at 215 ms, tokens at 200, 230, 240 and 300 ms

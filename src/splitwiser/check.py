@@ -1,4 +1,4 @@
-"""Checks a run as far as that can be done without loading its model, for commands that start many runs."""
+"""Checks of a run that need no loaded model, for commands that start many runs."""
 
 from splitwiser.config import RunConfig
 from splitwiser.model.loading import plan_model
@@ -7,8 +7,8 @@ from splitwiser.workload.job import Job, prepare_job
 
 
 def check(config: RunConfig) -> Job:
-    """Return what ``config`` asks for. Raises :class:`~splitwiser.errors.InputError` as :func:`splitwiser.run.run` would for
-    all that can be known before the model is loaded."""
+    """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
+    as errors can be found before the model is loaded."""
     refuse_mode_here(config.mode, config.device_name)
     plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
     job = prepare_job(config, config.seed)

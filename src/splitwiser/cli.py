@@ -12,7 +12,7 @@ from pathlib import Path
 
 from splitwiser.errors import InputError, SplitwiserError
 
-COMMANDS = {  # a module of splitwiser.commands: what `splitwiser --help` says of it
+COMMANDS = {  # modules of splitwiser.commands, with their descriptions in `splitwiser --help`
     "run": "run a model over reports or a workload and write latency and throughput",
     "compare": "run several modes or layouts on the same requests, in interleaved rounds",
     "sweep": "run a grid of options from a YAML file; goes on where it was stopped",
@@ -26,11 +26,13 @@ COMMANDS = {  # a module of splitwiser.commands: what `splitwiser --help` says o
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a fault, 2 for a wrong input, 130 after Ctrl-C, 143 after
+    """Run the command and return its exit code: 0, 1 for a failure, 2 for invalid input, 130 after Ctrl-C, 143 after
     SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # no exit code hangs on a letter that a terminal lacks
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a character that the terminal lacks must not change the exit code
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser(given).parse_args(given)
     signal.signal(signal.SIGTERM, _terminated)
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("splitwiser: terminated", 128 + signal.SIGTERM, options.debug)
     except KeyboardInterrupt:
         return _fail("splitwiser: interrupted", 128 + signal.SIGINT, options.debug)
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -53,31 +55,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_folder() -> None:
-    """Raises :class:`InputError` in a folder that has been deleted, where PyTorch ends a process as it is imported."""
+    """Raise :class:`InputError` in a folder that has been deleted, where importing PyTorch ends the process."""
     try:
         Path.cwd()
     except FileNotFoundError as error:
-        raise InputError("the current folder has been deleted; change to one that is there") from error
+        raise InputError("the current folder has been deleted; change to one that exists") from error
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM: ends a run as Ctrl-C does, so that nothing of it is left behind."""
+    """SIGTERM; ends a run as Ctrl-C does, so that it leaves nothing behind."""
 
 
 def _terminated(*_: object) -> None:
-    # once: a parent's death is signalled again for each of its threads, and must not break into the clean-up
+    # only once: a parent's death is signalled for each of its threads, and must not interrupt the clean-up
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise TerminatedError
 
 
 def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # our processes import nothing from the current folder, which is the user's
+    os.environ["PYTHONSAFEPATH"] = "1"  # our processes must import nothing from the current folder, which is the user's
     try:
         exit_code = main()
-    except KeyboardInterrupt:  # a further one, as the first was being told
+    except KeyboardInterrupt:  # another one, while the first was being reported
         exit_code = 128 + signal.SIGINT
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only Python's own end is left, which a further Ctrl-C would litter
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # only Python's own exit is left, where another Ctrl-C would print a traceback
     sys.exit(exit_code)
 
 
@@ -89,11 +93,11 @@ def _fail(line: str, exit_code: int, debug: bool) -> int:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows one spelling of each option, and no default where there is none."""
+    """Shows one spelling of each option, and no default for options without one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default in (None, False, "", [])
-        return action.help if says_nothing else super()._get_help_string(action)
+        has_no_default = action.default in (None, False, "", [])
+        return action.help if has_no_default else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         spellings = [each for each in action.option_strings if "-" not in each.lstrip("-").removeprefix("no-")]
@@ -101,7 +105,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser with the arguments of the command that ``arguments`` begin with: its module alone is imported."""
+    """Return the parser, with the arguments of the command in ``arguments``, whose module is the only one imported."""
     parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, help_text in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""The configuration of a run: a workload, an engine, and where results go. Each field is an option of ``splitwiser run``."""
+"""Configuration of a run: workload, engine and results folder. Each field is an option of ``splitwiser run``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from splitwiser.workload.config import WorkloadConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(WorkloadConfig, EngineConfig):
-    """What to run and how. Raises :class:`~splitwiser.errors.InputError` on values that make no sense together."""
+    """Workload, engine and results of a run. Raises :class:`~splitwiser.errors.InputError` for invalid combinations."""
 
     goodput: str | None = option(
         None, "targets in ms, such as ttft:200,tpot:50,e2el:5000: report the requests/s that meet all", "results"
@@ -29,6 +29,6 @@ class RunConfig(WorkloadConfig, EngineConfig):
 
 
 def check_results(directory: str) -> None:
-    """Raises :class:`InputError` where ``directory``, given as ``--results``, is a file."""
+    """Raise :class:`InputError` if ``directory``, given as ``--results``, is a file."""
     if Path(directory).exists() and not Path(directory).is_dir():
         raise InputError(f"--results {directory}: is a file; a directory is needed")

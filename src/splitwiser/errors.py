@@ -1,17 +1,17 @@
-"""The two kinds of failure a user sees, each one clear line: a wrong input (exit code 2) and a fault (exit code 1)."""
+"""Errors that users see, each as one clear line: invalid input (exit code 2) and failures (exit code 1)."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class SplitwiserError(Exception):
-    """Base of every error that is reported as one line, without a traceback."""
+    """Base class of errors that are reported as one line, without a traceback."""
 
     exit_code = 1
 
 
 class InputError(SplitwiserError):
-    """What the user gave is wrong: the message names the file or option, the fault and what would be right."""
+    """Invalid input of the user: the message names the file or option, what is wrong and what would be right."""
 
     exit_code = 2
 
@@ -21,15 +21,15 @@ class UnsupportedModelError(InputError):
 
 
 class RunError(SplitwiserError):
-    """Something failed during a run; what was finished before is kept."""
+    """A failure during a run; results finished before it are kept."""
 
 
 class WorkerLostError(RunError):
-    """A worker process, or the MPS daemon of all, died, failed or does not answer; the message names it and how."""
+    """A worker or the MPS daemon died, failed or does not answer; the message names it and the cause."""
 
 
 def unknown(kind: str, given: object, known: Iterable[object]) -> InputError:
-    """An :class:`InputError` for a name that does not exist, with the nearest valid ones (all, if few or none is near)."""
+    """Return an :class:`InputError` for an unknown name, with the most similar valid names (all, if few or none similar)."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near and len(names) > 8 else f"known: {', '.join(names)}"
@@ -37,5 +37,5 @@ def unknown(kind: str, given: object, known: Iterable[object]) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says, on one line."""
+    """Return the first line of ``error``'s message, or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
-"""Checks what a file holds against the annotations of a dataclass, by pydantic, and says in one line what is wrong.
+"""Validation of file contents against the annotations of a dataclass, by pydantic, with one-line error messages.
 
-A dataclass that is read from a file has fields of the types here, or of others with a :func:`must_be`.
+A dataclass that is read from a file has fields of the types here, or of other types with a :func:`must_be`.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 def must_be(what: str, *, itself: bool = False) -> WrapValidator:
-    """Return a mark for an annotation: whatever does not fit it "must be ``what``". With ``itself``, what is wrong inside of
-    a value is said of that instead."""
+    """Return a validator for an annotation, with the message "must be ``what``" for values that do not fit it. With
+    ``itself``, an error inside of a value keeps its own message."""
 
     def check(value: object, validate: ValidatorFunctionWrapHandler) -> object:
         try:
             return validate(value)
         except ValidationError as error:
-            if itself and any(fault["loc"] for fault in error.errors()):
+            if itself and any(each["loc"] for each in error.errors()):
                 raise
             raise PydanticCustomError("must_be", "must be {what}", {"what": what}) from error
 
@@ -40,7 +40,7 @@ AtLeastOne = Annotated[int, Strict(), Ge(1), must_be("a whole number of 1 or mor
 def parse_as(kind: type[T], content: Mapping[Any, Any], where: str, **more: object) -> T:
     """Return ``content``, with the fields ``more``, as an instance of the dataclass ``kind``.
 
-    Raises :class:`InputError` that begins with ``where`` and names the first field at fault.
+    Raises :class:`InputError` that begins with ``where`` and names the first invalid field.
     """
     known = [each.name for each in fields(kind) if each.name not in more] if is_dataclass(kind) else []
     for key in content:
@@ -49,14 +49,14 @@ def parse_as(kind: type[T], content: Mapping[Any, Any], where: str, **more: obje
     try:
         return TypeAdapter(kind).validate_python({**content, **more})
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        of_first_field = [each for each in faults if each["loc"][:1] == faults[0]["loc"][:1]]
+        errors = error.errors(include_url=False)
+        of_first_field = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
         raise InputError(f"{where}: {_describe(max(of_first_field, key=lambda each: len(each['loc'])))}") from error
 
 
-def _describe(fault: ErrorDetails) -> str:
-    name, *inner = fault["loc"] or ("content",)
-    if fault["type"] == "missing":
+def _describe(error: ErrorDetails) -> str:
+    name, *inner = error["loc"] or ("content",)
+    if error["type"] == "missing":
         return f"'{name}' is missing"
     place = f"'{name}'" + "".join(f", entry {each}" for each in inner if isinstance(each, int))
-    return f"{place} {fault['msg'].replace('Input should be', 'must be')}, not {fault['input']!r}"
+    return f"{place} {error['msg'].replace('Input should be', 'must be')}, not {error['input']!r}"

@@ -1,4 +1,4 @@
-"""The Python API: a model with an engine around it, in the spelling that vLLM's users know."""
+"""The Python API: a model with an engine, with the names of vLLM's API."""
 
 import operator
 import threading
@@ -20,7 +20,7 @@ from splitwiser.machine.device import release_memory
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
-from splitwiser.placement.prepare import Started
+from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
 from splitwiser.request import Prompt, Request, RequestOutput, SamplingParams
 from splitwiser.text import check_text
@@ -28,12 +28,12 @@ from splitwiser.workload.arrivals import check_arrival
 
 
 class LLM:
-    """A model ready to generate.
+    """A loaded model with an engine that generates text.
 
     Args:
         model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
-        config: the configuration that ``model`` and ``options`` change; :class:`EngineConfig`'s defaults if not given.
+        config: base configuration (default: :class:`EngineConfig`'s defaults); ``model`` and ``options`` override it.
         options: fields of :class:`~splitwiser.placement.config.EngineConfig`:
 
             mode: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
@@ -42,39 +42,39 @@ class LLM:
                 prefill and one decode worker.
             share: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their shares,
                 ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
-            itl_target_ms: what share ``auto`` keeps the time between two tokens under, in milliseconds.
-            lend: whether a worker without work lends its part of the device to the others, step by step.
-            decode_priority: whether a GPU takes decode's kernels before prefill's where both wait: by the streams'
-                priorities in mode ``green``, by the clients' in mode ``mps``.
-            mps: in mode ``mps``, ``private`` for a daemon of its own, ``existing`` for the one that is there.
-            exclusive: in mode ``mps``, whether the GPU is put into compute mode EXCLUSIVE_PROCESS; needs root.
-            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+            itl_target_ms: target of share ``auto`` for the time between two tokens, in milliseconds.
+            lend: whether an idle worker lends its share of the device to the others, step by step.
+            decode_priority: whether a GPU runs decode's kernels before prefill's when both wait: by the priority of streams
+                in mode ``green``, of clients in mode ``mps``.
+            mps: in mode ``mps``, ``private`` starts a daemon for this run, ``existing`` uses the one that is running.
+            exclusive: in mode ``mps``, whether to put the GPU into compute mode EXCLUSIVE_PROCESS; needs root.
+            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's type.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             gpu_id: the same as device ``cuda:N``.
-            load_format: ``auto`` reads weights, ``dummy`` draws random ones from the architecture alone.
+            load_format: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.
             kv_memory: the KV pool's size, such as ``512MiB``, or ``auto``.
-            max_batch: most requests in one decode step.
+            max_batch: maximum number of requests in one decode step.
             batch_size: rows of a padded batch in mode ``generate``.
-            prefill_tokens: most prompt tokens in one prefill step.
-            kernels: ``auto`` compiles what is faster so, where there is a compiler; ``plain`` uses PyTorch alone.
-            seed: of dummy weights, and of the draws of requests that have no seed of their own.
+            prefill_tokens: maximum number of prompt tokens in one prefill step.
+            kernels: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
+            seed: seed of dummy weights, and of sampling for requests without their own seed.
 
-    Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` on wrong arguments and
-    :class:`~splitwiser.errors.UnsupportedModelError` for a model that the engine cannot serve exactly.
+    Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` for invalid arguments,
+    and :class:`~splitwiser.errors.UnsupportedModelError` for a model that the engine cannot serve exactly.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         config: EngineConfig | None = None,
-        **options: Any,  # noqa: ANN401  # the fields of EngineConfig, each of its own type
+        **options: Any,  # noqa: ANN401  # the fields of EngineConfig, of various types
     ) -> None:
         given = options if model is None else {"model": model, **options}
         self.config = replace(config or EngineConfig(), **given)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         began = time.perf_counter()
-        with ExitStack() as undo:  # of whatever was done, should the rest fail
-            self.started: Started = module_of(find_mode(self.config.mode)).start(self.config, undo)
+        with ExitStack() as undo:  # if a later part fails, undoes the earlier ones
+            self.started: StartedEngine = module_of(find_mode(self.config.mode)).start(self.config, undo)
             undo.callback(self._engine.close)
             self._warm_up()
             self._undo: Callable[[], None] = undo.pop_all().close
@@ -90,9 +90,9 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give up workers, weights, pool and MPS daemon. The device's memory is free for another then, even while a variable
-        still names this one."""
-        with self._turn:  # another thread's run is not broken off
+        """Release workers, weights, KV pool and MPS daemon. The device's memory is then free for another model, even while
+        a variable still refers to this one."""
+        with self._lock:  # waits for another thread's run
             if self._closed:
                 return
             self._closed = True
@@ -105,17 +105,17 @@ class LLM:
 
     @property
     def model(self) -> LoadedModel:
-        """The model that is served."""
+        """The loaded model."""
         return self.started.model
 
     @property
     def workers(self) -> str:
-        """The layout of the workers in words."""
+        """Text description of the worker layout."""
         return str(self.config.layout or "1 generate")
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids of the workers that run outside this process, by name."""
+        """Process ids of workers that run outside this process, by name."""
         return self._engine.pids
 
     @property
@@ -130,7 +130,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         arrival_s: Sequence[float] | None = None,
     ) -> list[Request]:
-        """Tokenise ``prompts`` and check that each can be served; arguments as for :meth:`generate`."""
+        """Tokenise ``prompts`` and return their requests; arguments and errors are those of :meth:`generate`."""
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         arrivals = [0.0] * len(prompts) if arrival_s is None else arrival_s
@@ -146,14 +146,14 @@ class LLM:
         max_concurrency: int | None = None,
         observer: Observer | None = None,
     ) -> list[RequestOutput]:
-        """Generate for every prompt and return the outputs in their order.
+        """Generate an output for every prompt and return the outputs in the same order.
 
         Args:
             prompts: strings or sequences of token ids.
-            sampling_params: for all prompts, or one each.
-            arrival_s: when each prompt arrives, in seconds from the call; all at once if not given.
-            max_concurrency: if given, so many arrive at the call and each further one the moment one finishes.
-            observer: is told of steps and finished requests as they come.
+            sampling_params: one for all prompts, or one for each.
+            arrival_s: arrival time of each prompt, in seconds after the call; by default all arrive at once.
+            max_concurrency: if given, this many requests arrive at the call, and each further one when another finishes.
+            observer: receives each step and each finished request during the run.
 
         Raises :class:`~splitwiser.errors.InputError` before anything runs if a prompt could never be served.
         """
@@ -172,13 +172,13 @@ class LLM:
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
     ) -> list[RequestOutput]:
-        """Answer requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.engine.Engine.run`. Threads take
-        turns, so another's run is waiting time of the requests."""
-        with self._turn:
+        """Run requests made by :meth:`make_requests`; see :meth:`splitwiser.engine.engine.Engine.run`. Only one thread
+        runs at a time; waiting for another's run counts as waiting time of the requests."""
+        with self._lock:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
 
     def _warm_up(self) -> None:
-        """Run both phases once on every pair of workers, so that what happens only once stays out of measured runs."""
+        """Run both phases once on every pair of workers, so that one-time costs stay out of measured runs."""
         count = prod(Counter(spec.role for spec in self.config.specs).values())
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
         requests = [Request(number, (0, 0), params, seed=0) for number in range(count)]
@@ -193,9 +193,11 @@ def make_requests(
     seed: int,
     capacity_tokens: int | None = None,
 ) -> list[Request]:
-    """Tokenise ``prompts`` for ``model``, with parameters and arrival times one each; a request without a seed of its own
-    gets one that follows from ``seed`` and its number. Raises :class:`InputError` for one that could never be served, by the
-    model or, if given, by a KV pool of ``capacity_tokens`` tokens."""
+    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params`` and ``arrival_s`` each.
+
+    A request without its own seed gets one from ``seed`` and its number. Raises :class:`InputError` for a request that
+    could never be served by the model or, if given, by a KV pool of ``capacity_tokens`` tokens.
+    """
     for name, given in (("sampling_params", sampling_params), ("arrival_s", arrival_s)):
         if len(given) != len(prompts):
             raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")

@@ -1,6 +1,6 @@
-"""Fields of a configuration as options: of a parser, from text or YAML, and back to command-line arguments.
+"""Fields of a configuration as options: for a parser, from text or YAML, and back to command-line arguments.
 
-A configuration is a frozen dataclass whose fields are made by :func:`option`; a field made otherwise is no option.
+A configuration is a frozen dataclass whose options are fields made by :func:`option`; other fields are not options.
 """
 
 import argparse
@@ -15,18 +15,18 @@ GROUPS = ("advice", "steps", "requests", "arrivals", "model and placement", "sam
 
 
 def option(default: object, help_text: str, group: str = "model and placement") -> Any:  # noqa: ANN401  # as dataclasses.field
-    """A dataclass field that is also an option, listed under ``group`` of :data:`GROUPS`. What the option takes follows from
-    the field's annotation."""
+    """Return a dataclass field that is also an option, listed under ``group`` of :data:`GROUPS`. The type of the option's
+    values follows from the field's annotation."""
     return field(default=default, metadata={"help": help_text, "group": group})
 
 
 def option_fields(kind: type) -> dict[str, Field[Any]]:
-    """The fields of the dataclass ``kind`` that are options, by name."""
+    """Return the fields of the dataclass ``kind`` that are options, by name."""
     return {each.name: each for each in fields(kind) if each.metadata}
 
 
 def option_type(of: Field[Any]) -> type:
-    """The type of an option's values on the command line: bool, int, float or str, the first that the annotation names."""
+    """Return the type of an option's values on the command line: bool, int, float or str, as the annotation names first."""
     named = get_args(of.type) or (of.type,)
     return next((kind for kind in (bool, int, float) if kind in named), str)
 
@@ -41,29 +41,29 @@ class _Parser(argparse.ArgumentParser):
 def add_options(
     parser: argparse.ArgumentParser, kind: type, names: Collection[str] | None = None, *, defaults: bool = True
 ) -> None:
-    """Add an option for each field of ``kind`` (or for those in ``names``), in the field's group, spelt with underscores or
-    hyphens. Without ``defaults``, only options that are given are in the namespace."""
-    chosen = [each for each in option_fields(kind).values() if names is None or each.name in names]
-    used = {each.metadata["group"] for each in chosen}
+    """Add an option for each field of ``kind`` (or only those in ``names``), in the field's group, spelt with underscores or
+    hyphens. Without ``defaults``, the namespace has only options that are given."""
+    selected = [each for each in option_fields(kind).values() if names is None or each.name in names]
+    used = {each.metadata["group"] for each in selected}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
-    for each in chosen:
+    for each in selected:
         group = groups[each.metadata["group"]]
         flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
         default = each.default if defaults else argparse.SUPPRESS
-        help_text, taken = each.metadata["help"], option_type(each)
-        if taken is bool:
+        help_text, kind_of_value = each.metadata["help"], option_type(each)
+        if kind_of_value is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=help_text, default=default)
         else:
-            group.add_argument(*flags, type=taken, help=help_text, default=default, metavar=each.name.upper())
+            group.add_argument(*flags, type=kind_of_value, help=help_text, default=default, metavar=each.name.upper())
 
 
 def given_options(namespace: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """The options of ``kind`` that ``namespace`` holds."""
+    """Return the options of ``kind`` that are in ``namespace``."""
     return {name: value for name, value in vars(namespace).items() if name in option_fields(kind)}
 
 
 def parse_options(arguments: Sequence[str], kind: type) -> dict[str, Any]:
-    """The options of ``kind`` among ``arguments``, all of which must be such. Raises :class:`InputError`."""
+    """Return the options of ``kind`` in ``arguments``. Raises :class:`InputError` for any other argument."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     add_options(parser, kind, defaults=False)
     namespace, rest = parser.parse_known_args(arguments)
@@ -73,7 +73,7 @@ def parse_options(arguments: Sequence[str], kind: type) -> dict[str, Any]:
 
 
 def split_options(text: str, kind: type) -> dict[str, Any]:
-    """The options of ``kind`` in ``text``, quoted as for a shell. Raises :class:`InputError`."""
+    """Return the options of ``kind`` in ``text``, quoted as for a shell. Raises :class:`InputError`."""
     try:
         return parse_options(shlex.split(text), kind)
     except ValueError as error:
@@ -81,9 +81,9 @@ def split_options(text: str, kind: type) -> dict[str, Any]:
 
 
 def typed_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """``options`` (from YAML) with each value as its field of ``kind`` has it: what the command line makes of the same text.
+    """Return ``options`` (from YAML) with each value converted to the type of its field of ``kind``, as on a command line.
 
-    A value of None leaves its option out. Raises :class:`InputError`.
+    An option with the value None is left out. Raises :class:`InputError` for an unknown option or an invalid value.
     """
     known = option_fields(kind)
     for name, value in options.items():
@@ -98,7 +98,7 @@ def typed_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def to_arguments(options: Mapping[str, Any]) -> list[str]:
-    """``options`` as command-line arguments; those that are None are left out."""
+    """Return ``options`` as command-line arguments; those that are None are left out."""
     arguments = []
     for name, value in options.items():
         if isinstance(value, bool):
@@ -109,19 +109,22 @@ def to_arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    """The numbers of option ``name``, such as ``64,128``, ascending and each once. Raises :class:`InputError`."""
+    """Return the numbers in ``text``, such as ``64,128``, of option ``name``, sorted and without duplicates. Raises
+    :class:`InputError`."""
     numbers = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         if not part.isdecimal() or int(part) < 1:
-            raise InputError(f"--{name} '{text}': '{part}' is not a whole number of 1 or more; write such as 64,128")
+            raise InputError(
+                f"--{name} '{text}': '{part}' is not a whole number of 1 or more; write, for example, 64,128"
+            )
         numbers.add(int(part))
     return tuple(sorted(numbers))
 
 
 def check_counts(config: object, *names: str) -> None:
-    """Raises :class:`InputError` unless each of ``config``'s attributes ``names``, which may be spelt as options, is 1 or
-    more, or None."""
+    """Raise :class:`InputError` unless each of ``config``'s attributes ``names``, which may be spelt as options, is None, or
+    1 or more."""
     for name in names:
-        given = getattr(config, name.removeprefix("--"))
-        if given is not None and given < 1:
-            raise InputError(f"{name} must be 1 or more, not {given}")
+        value = getattr(config, name.removeprefix("--"))
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be 1 or more, not {value}")

@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers: sampling parameters, a request, its output and its times."""
+"""Input and output of the engine: sampling parameters, requests, their outputs and their times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ Prompt = str | Sequence[int]  # text, or token ids
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen and when it ends; the names are vLLM's.
+    """How the tokens of one request are sampled and when it ends; the names are vLLM's.
 
     ``temperature`` 0 is greedy (the default here, so that tokens equal ``model.generate``'s). Otherwise tokens are drawn
-    from the softmax of logits / ``temperature``, kept to the ``top_k`` likeliest (0 keeps all) and to the likeliest that
-    make up ``top_p`` of the probability. ``seed`` fixes the draws of this request whatever else runs beside it; without
-    one it follows from the run's seed and the request's number. A request ends after ``max_tokens`` tokens, at an
-    end-of-sequence token (unless ``ignore_eos``), or where its text comes to hold one of the ``stop`` strings, which is
-    cut off. Raises :class:`~splitwiser.errors.InputError` on values out of range.
+    from the softmax of logits / ``temperature``, limited to the ``top_k`` most likely tokens (0: no limit) and to the most
+    likely ones whose probabilities add up to ``top_p``. ``seed`` determines the tokens of this request, whatever other
+    requests run; by default it follows from the run's seed and the request's number. A request ends after ``max_tokens``
+    tokens, at an end-of-sequence token (unless ``ignore_eos``), or as soon as its text contains one of the ``stop``
+    strings, which is cut off. Raises :class:`~splitwiser.errors.InputError` for values out of range.
     """
 
     max_tokens: int = 16
@@ -46,7 +46,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt on its way through the engine. ``seed`` is resolved; ``arrival_s`` counts from the run's start."""
+    """One tokenised prompt with its parameters; ``arrival_s`` is in seconds after the start of the run."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -55,17 +55,17 @@ class Request:
     arrival_s: float = 0.0
 
     @property
-    def most_tokens(self) -> int:
-        """Positions whose K and V must be kept at most: the prompt and all new tokens but the last, which nothing
-        reads again."""
+    def max_kv_tokens(self) -> int:
+        """Largest number of tokens whose K and V are kept: the prompt and all new tokens except the last, whose K and V
+        are never read."""
         return len(self.prompt_token_ids) + self.params.max_tokens - 1
 
 
 @dataclass
 class RequestMetrics:
-    """When things happened to one request, in nanoseconds of ``time.perf_counter_ns``, and the figures derived from it.
+    """Times of the events of one request, in nanoseconds of ``time.perf_counter_ns``, and the latencies derived from them.
 
-    TTFT counts from the arrival, so waiting is in it. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it.
+    TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it.
     """
 
     arrival_ns: int
@@ -77,39 +77,39 @@ class RequestMetrics:
 
     @property
     def queue_ms(self) -> float:
-        """From arrival to the start of the first prefill step."""
+        """Time from the arrival to the start of the first prefill step."""
         return (self.prefill_start_ns - self.arrival_ns) / 1e6
 
     @property
     def handoff_ms(self) -> float | None:
-        """From the end of the prefill step to the start of the first decode step; None for a request of one token."""
+        """Time from the end of prefill to the start of the first decode step; None for a request of one token."""
         return None if self.decode_start_ns is None else (self.decode_start_ns - self.token_ns[0]) / 1e6
 
     @property
     def ttft_ms(self) -> float:
-        """From arrival to the first token."""
+        """Time from the arrival to the first token."""
         return (self.token_ns[0] - self.arrival_ns) / 1e6
 
     @property
     def e2el_ms(self) -> float:
-        """From arrival to the last token."""
+        """Time from the arrival to the last token."""
         return (self.token_ns[-1] - self.arrival_ns) / 1e6
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time per output token after the first; None for a request of one token."""
+        """Mean time per output token after the first; None for a request of one token."""
         return (self.e2el_ms - self.ttft_ms) / (len(self.token_ns) - 1) if len(self.token_ns) > 1 else None
 
     @property
     def itl_ms(self) -> list[float]:
-        """Each gap between two tokens."""
+        """Times between two successive tokens."""
         return [(later - earlier) / 1e6 for earlier, later in zip(self.token_ns, self.token_ns[1:], strict=False)]
 
 
 @dataclass
 class RequestOutput:
-    """What a request came to. ``text`` is empty where the model has no tokenizer, ``prompt`` None where the prompt was
-    given as token ids."""
+    """The finished result of one request. ``text`` is empty if the model has no tokenizer, ``prompt`` is None if the prompt
+    was given as token ids."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]

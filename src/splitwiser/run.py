@@ -1,4 +1,4 @@
-"""The main job: prompts from a case or a workload, through an engine, into a folder of results."""
+"""``splitwiser run``: runs a workload on an engine and writes a results folder."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from splitwiser.engine.messages import StepRecord
 from splitwiser.files import Status, make_run_directory
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import name_device, peak_memory_mb
-from splitwiser.machine.load import look
+from splitwiser.machine.load import measure_load
 from splitwiser.machine.process import uninterrupted
 from splitwiser.request import Request, RequestOutput
 from splitwiser.results.goodput import parse_goodput
@@ -28,7 +28,7 @@ NO_ROUGE = "no ROUGE against the references: rouge-score is not installed; pip i
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder and its row of ``throughput.csv``."""
+    """A finished run: its results folder and its row of ``throughput.csv``."""
 
     directory: Path
     figures: dict[str, Any]
@@ -37,11 +37,11 @@ class RunResult:
 def run(config: RunConfig) -> RunResult:
     """Run ``config`` and write its results folder; shows a progress bar.
 
-    Raises :class:`~splitwiser.errors.InputError` before a folder is made if the input is wrong. Whatever ends the run
-    later, what was finished is in the folder, and its ``run.yaml`` says how the run ended.
+    Raises :class:`~splitwiser.errors.InputError` before a folder is created if the input is invalid. However the run ends
+    later, its finished requests are in the folder, and ``run.yaml`` there says how it ended.
     """
     job = prepare_job(config, config.seed)
-    before = look()
+    before = measure_load()
     with LLM(config=config) as llm:
         reports = [each.report for each in job.requests]
         scored = llm.model.load_format == "auto" and any(report.impression for report in reports)
@@ -62,7 +62,7 @@ def run(config: RunConfig) -> RunResult:
         status: Status = "failed"
         error = None
         try:
-            with uninterrupted(after=1):  # a second Ctrl-C waits until it is written what was finished and how it ended
+            with uninterrupted(after=1):  # a second Ctrl-C waits until the results are written
                 try:
                     with _Progress(recorder, requests, config.mode) as progress:
                         llm.run(requests, progress, recorder.begin(), config.max_concurrency)
@@ -72,7 +72,7 @@ def run(config: RunConfig) -> RunResult:
                     error = f"{type(fault).__name__}: {fault}"
                     raise
                 finally:
-                    with uninterrupted():  # nor does the first end this
+                    with uninterrupted():  # even the first one waits for this
                         recorder.end(status, error)
         finally:
             figures = recorder.finish(status, _memory(llm), error)
@@ -84,22 +84,22 @@ def run(config: RunConfig) -> RunResult:
 def _memory(llm: LLM) -> dict[str, float | None]:
     try:
         peak = peak_memory_mb(llm.model.device, llm.pids.values())
-    except RuntimeError:  # a GPU that a fault of the run has left in no state to say
+    except RuntimeError:  # after an error of the run, the GPU may not answer
         peak = None
     return {"peak_memory_mb": peak, "load_s": llm.model.load_s, "ready_s": llm.ready_s}
 
 
 class _Progress(Observer):
-    """Passes on what it is told and shows a bar of how much of all tokens that may come has come."""
+    """Forwards steps and outputs to ``observer``, and shows a progress bar of the output tokens, out of their maximum."""
 
     def __init__(self, observer: Observer, requests: Sequence[Request], description: str) -> None:
         self._observer = observer
         self._finished = 0
         self._requests = len(requests)
-        self._most = {request.request_id: request.params.max_tokens for request in requests}
+        self._max_tokens = {request.request_id: request.params.max_tokens for request in requests}
         self._tokens = 0
         self._bar = tqdm(
-            total=sum(self._most.values()),
+            total=sum(self._max_tokens.values()),
             desc=description,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             mininterval=0.1 if sys.stderr.isatty() else 5,
@@ -121,8 +121,8 @@ class _Progress(Observer):
     def on_output(self, output: RequestOutput) -> None:
         self._observer.on_output(output)
         self._finished += 1
-        self._tokens += 1  # the one that prefill drew
-        self._show(self._most[output.request_id] - len(output.token_ids) + 1)
+        self._tokens += 1  # the first token, from prefill
+        self._show(self._max_tokens[output.request_id] - len(output.token_ids) + 1)
 
     def _show(self, tokens: int) -> None:
         self._bar.set_postfix_str(f"{self._finished}/{self._requests} requests, {self._tokens:,} tokens", refresh=False)

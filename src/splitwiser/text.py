@@ -1,4 +1,4 @@
-"""Text as it comes in from users: files of UTF-8, with or without a byte order mark, strings that can be written, sizes."""
+"""Text from users: UTF-8 files with or without a byte order mark, valid strings, and sizes in bytes."""
 
 from pathlib import Path
 
@@ -6,20 +6,20 @@ from splitwiser.errors import InputError
 
 
 def read_text(path: Path) -> str:
-    """The text of ``path``, which is UTF-8, without the byte order mark that some editors put first. Raises OSError and
+    """Return the text of the UTF-8 file ``path``, without the byte order mark that some editors write. Raises OSError and
     UnicodeDecodeError."""
     return path.read_text(encoding="utf-8-sig")
 
 
 def check_text(text: str, where: str) -> str:
-    """``text``, if it is whole characters. Raises :class:`InputError` that begins with ``where`` for half of a surrogate
-    pair, which JSON can hold (of text cut inside an emoji), and which neither a tokenizer nor a file takes."""
+    """Return ``text`` if it is valid Unicode. Raises :class:`InputError`, beginning with ``where``, for half of a surrogate
+    pair, which JSON may contain (from text cut inside an emoji) but tokenizers and files cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: character {error.start + 1} is half of a surrogate pair (U+{ord(text[error.start]):04X}), as of text "
-            "cut inside an emoji; take it out or put the whole character in"
+            f"{where}: character {error.start + 1} is half of a surrogate pair (U+{ord(text[error.start]):04X}), as in "
+            "text cut inside an emoji; remove it or insert the whole character"
         ) from error
     return text
 
@@ -28,7 +28,7 @@ _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10*
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``512MiB`` or ``4GiB``. Raises :class:`InputError`."""
+    """Return the bytes of a size such as ``512MiB`` or ``4GiB``. Raises :class:`InputError` for any other text."""
     folded = text.strip().lower()
     unit = next((unit for unit in _UNITS if folded.endswith(unit)), "")
     try:

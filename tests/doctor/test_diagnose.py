@@ -419,7 +419,7 @@ def test_a_quota_below_the_cores_is_pointed_out(tiny: Callable[[str], Path], mon
 def test_what_others_use_is_a_finding_and_no_obstacle(
     others: float | None, ok: bool | None, part: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_load, "look", lambda: Load(0.2, 8.5, 2.0, 0.0, others, 0.9))
+    monkeypatch.setattr(machine_load, "measure_load", lambda: Load(0.2, 8.5, 2.0, 0.0, others, 0.9))
     diagnosis = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     finding = found(diagnosis, "load")
     assert (finding.section, finding.ok) == ("processor", ok)
@@ -457,5 +457,5 @@ def test_a_check_that_breaks_is_a_finding(tiny: Callable[[str], Path], monkeypat
     monkeypatch.setattr(os, "statvfs", broken)
     said = diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu"))
     assert found(said, "dev_shm").ok is False
-    assert found(said, "dev_shm").text.startswith("cannot be told (FileNotFoundError: ")
+    assert found(said, "dev_shm").text.startswith("cannot be determined (FileNotFoundError: ")
     assert said.works

@@ -247,7 +247,7 @@ def test_a_folder_that_has_been_deleted_is_named(tmp_path: Path) -> None:
         ["sh", "-c", script, "sh", *COMMAND, "run", "--results", tmp_path / "out"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    line = "splitwiser: the current folder has been deleted; change to one that is there\n"
+    line = "splitwiser: the current folder has been deleted; change to one that exists\n"
     assert (done.returncode, done.stderr.splitlines(keepends=True)[-1]) == (2, line)
     assert "Traceback" not in done.stderr
 

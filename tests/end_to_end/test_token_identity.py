@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.placement import mps_daemon as mps
 from splitwiser.placement.modes import MODES
+from splitwiser.placement.mps_gpu import CONTROL
 from tests.support.tokens import LENGTHS, SERVED, prompts_of, references, room_for
 
-NO_MPS = pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
+NO_MPS = pytest.mark.skipif(shutil.which(CONTROL) is None, reason=f"{CONTROL} is not on PATH")
 ON_A_GPU = {"mps": [pytest.mark.gpu, NO_MPS], "green": [pytest.mark.gpu]}
 PLACED = [pytest.param(mode, marks=ON_A_GPU.get(mode, [])) for mode in MODES]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.engine.cuda_graphs import DecodeGraphs, _first_cause, _FixedStep, capture_graphs, ladder
-from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
+from splitwiser.engine.cuda_graphs import DecodeGraphs, _first_cause, _FixedStep, capture_graphs, graph_sizes
+from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import Mask
 from splitwiser.model.compatibility import attach_engine
@@ -28,7 +28,7 @@ BLOCK = 16
     ("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])]
 )
 def test_sizes_are_powers_of_two_up_to_the_largest_batch(max_batch: int, sizes: list[int]) -> None:
-    assert ladder(max_batch) == sizes
+    assert graph_sizes(max_batch) == sizes
 
 
 def loaded(directory: Path, device: str = "cpu") -> tuple[LoadedModel, KVPool]:
@@ -40,21 +40,21 @@ def loaded(directory: Path, device: str = "cpu") -> tuple[LoadedModel, KVPool]:
     return model, KVPool(layers, 64, BLOCK, model.dtype, model.device, kernels=kernels)
 
 
-def in_flight(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[InFlight]:
+def in_flight(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[SequenceState]:
     """The prompts with blocks of their own, given out from the pool's end so that no table is in order."""
     sequences, free = [], list(range(64))
     params = SamplingParams(max_tokens=new_tokens, temperature=0)
     for number, prompt in enumerate(prompts):
         count = -(-(len(prompt) + new_tokens) // BLOCK)
         blocks = [free.pop() for _ in range(count)][::-1]
-        sequences.append(InFlight(Request(number, tuple(prompt), params, 0), blocks))
+        sequences.append(SequenceState(Request(number, tuple(prompt), params, 0), blocks))
     return sequences
 
 
 def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> list[list[int]]:
     """Twelve tokens each, of a batch that changes: one request leaves half-way, and another takes its blocks."""
     sequences = in_flight(prompts_of(LENGTHS[:5]), 14)
-    last = InFlight(Request(9, (5, 6, 7), sequences[0].params, 0), list(sequences[2].blocks))
+    last = SequenceState(Request(9, (5, 6, 7), sequences[0].params, 0), list(sequences[2].blocks))
     for sequence in sequences:
         sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, len(sequence.request.prompt_token_ids))])
     running = list(sequences)
@@ -129,7 +129,7 @@ def test_a_broken_capture_is_told_by_what_broke_it() -> None:
 
 def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny("opt"))
-    assert capture_graphs(model, pool, 4) == (None, "none (they are a GPU's)")
+    assert capture_graphs(model, pool, 4) == (None, "none (CUDA graphs need a GPU)")
 
 
 @pytest.mark.gpu
@@ -197,7 +197,7 @@ def test_graphs_of_the_default_stream_are_captured_on_one_other(
     monkeypatch.setattr(DecodeGraphs, "_capture", noting)
     graphs, described = capture_graphs(model, pool, 8)
     assert graphs is not None, described
-    assert len(captured) == len(ladder(8))
+    assert len(captured) == len(graph_sizes(8))
     assert len(set(captured)) == 1  # a private pool's memory is used again on the stream that it was used on
     assert captured[0] != torch.cuda.default_stream().cuda_stream
 

@@ -6,7 +6,7 @@ import pytest
 
 from splitwiser.engine.decode import Decoder
 from splitwiser.engine.messages import Handoff
-from splitwiser.engine.steps import Chunk, InFlight
+from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.request import FinishReason, Request, SamplingParams
 from tests.support.records import MS
@@ -20,11 +20,11 @@ class Timed:
     def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
         raise AssertionError(f"a decoder prefills nothing, such as {chunks}")
 
-    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
         self.clock_ns += 10 * MS
         return [9] * len(sequences)
 
-    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+    def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         return "length" if sequence.drawn >= sequence.params.max_tokens else None
 
     def now_ns(self) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from splitwiser.engine.messages import PrefillTask, Progress, Submit
-from splitwiser.engine.policy import FIRST_COME, FirstCome, MostRoom, PendingPrompt, Policy
-from splitwiser.engine.steps import InFlight, ModelStepper
-from splitwiser.engine.worker import PARENT, Scheduling, build_worker
+from splitwiser.engine.policy import FIRST_COME, FirstCome, LeastLoadedRouter, PendingPrompt, Policy
+from splitwiser.engine.steps import ModelStepper, SequenceState
+from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import load_model
@@ -22,7 +22,7 @@ def pending(*lengths: int) -> list[PendingPrompt]:
     requests = [
         Request(number, (5,) * length, SamplingParams(max_tokens=2), 0) for number, length in enumerate(lengths)
     ]
-    return [PendingPrompt(PrefillTask(each, (), "decode-0"), InFlight(each, ())) for each in requests]
+    return [PendingPrompt(PrefillTask(each, (), "decode-0"), SequenceState(each, ())) for each in requests]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_a_prompt_has_left_counts() -> None:
 
 
 def test_a_request_goes_to_the_worker_with_the_most_room() -> None:
-    router = MostRoom({"decode-0": 10, "decode-1": 9}, block_tokens=4)
+    router = LeastLoadedRouter({"decode-0": 10, "decode-1": 9}, block_tokens=4)
     long = Request(0, (5,) * 17, SamplingParams(max_tokens=4), 0)
     assert router.choose(long) == "decode-0"  # 5 blocks
     assert router.choose(Request(1, (5,), SamplingParams(max_tokens=4), 0)) == "decode-1"
@@ -84,7 +84,7 @@ def test_workers_keep_to_any_order(
             wire.end(spec.name),
             ModelStepper(model, pool),
             range(blocks),
-            Scheduling(64, 8, BLOCK, policy),
+            SchedulerSettings(64, 8, BLOCK, policy),
         )
         for number, spec in enumerate(specs)
     ]

@@ -1,4 +1,4 @@
-"""Tokens chosen from logits, against a second implementation in numpy and against the probabilities themselves."""
+"""When a request ends, and tokens chosen from logits, against a second implementation in numpy and the probabilities."""
 
 import random
 from collections import Counter
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from splitwiser.engine import sampling
-from splitwiser.engine.sampling import choose, uniform
+from splitwiser.engine.sampling import final_text, finish_reason, sample_tokens, uniform
 from splitwiser.request import SamplingParams
 
 LOGITS = (1.5, -0.5, 3.0, 0.0, 2.25, -2.0, 0.75, 1.0)
 DRAWS = 10_000
+EOS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Due:
 def counts_of(params: SamplingParams, draws: int, logits: tuple[float, ...] = LOGITS) -> Counter[int]:
     """How often each token is drawn from ``logits``, with ``draws`` seeds."""
     batch = torch.tensor(logits).expand(draws, -1)
-    return Counter(choose(batch, [Due(params, seed) for seed in range(draws)]).tolist())
+    return Counter(sample_tokens(batch, [Due(params, seed) for seed in range(draws)]).tolist())
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
@@ -120,7 +121,7 @@ def test_neighbours_say_nothing_of_each_other(name: str) -> None:
 def test_greedy_takes_the_largest_logit(dtype: torch.dtype) -> None:
     logits = random_logits(20, 50).to(dtype)
     largest = [max(range(50), key=row.__getitem__) for row in logits.tolist()]
-    assert choose(logits, [Due(SamplingParams(temperature=0))] * 20).tolist() == largest
+    assert sample_tokens(logits, [Due(SamplingParams(temperature=0))] * 20).tolist() == largest
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
@@ -131,14 +132,14 @@ def test_greedy_does_not_depend_on_seed_or_cuts(top_k: int) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_are_int64_one_a_request(temperature: float) -> None:
-    tokens = choose(random_logits(3, 9), [Due(SamplingParams(temperature=temperature))] * 3)
+    tokens = sample_tokens(random_logits(3, 9), [Due(SamplingParams(temperature=temperature))] * 3)
     assert (tokens.dtype, tuple(tokens.shape)) == (torch.int64, (3,))
 
 
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(4, 9)
     before = logits.clone()
-    choose(logits, [Due(SamplingParams(temperature=0.5, top_k=2, top_p=0.4))] * 4)
+    sample_tokens(logits, [Due(SamplingParams(temperature=0.5, top_k=2, top_p=0.4))] * 4)
     assert torch.equal(logits, before)
 
 
@@ -159,21 +160,21 @@ MIXED = [
 @pytest.mark.parametrize("seed", range(5))
 def test_a_request_draws_alone_what_it_draws_in_a_batch(seed: int) -> None:
     logits = random_logits(len(MIXED), 40, seed)
-    alone = [choose(logits[row : row + 1], [request]).item() for row, request in enumerate(MIXED)]
-    assert choose(logits, MIXED).tolist() == alone
+    alone = [sample_tokens(logits[row : row + 1], [request]).item() for row, request in enumerate(MIXED)]
+    assert sample_tokens(logits, MIXED).tolist() == alone
 
 
 def test_the_order_of_a_batch_does_not_matter() -> None:
     logits = random_logits(len(MIXED), 40)
     order = random.Random(1).sample(range(len(MIXED)), len(MIXED))
-    shuffled = choose(logits[order], [MIXED[row] for row in order]).tolist()
-    tokens = choose(logits, MIXED).tolist()
+    shuffled = sample_tokens(logits[order], [MIXED[row] for row in order]).tolist()
+    tokens = sample_tokens(logits, MIXED).tolist()
     assert shuffled == [tokens[row] for row in order]
 
 
 def test_greedy_requests_beside_drawn_ones_stay_greedy() -> None:
     logits = random_logits(len(MIXED), 40)
-    tokens, largest = choose(logits, MIXED), logits.argmax(dim=-1)
+    tokens, largest = sample_tokens(logits, MIXED), logits.argmax(dim=-1)
     greedy = [row for row, request in enumerate(MIXED) if not request.params.temperature]
     assert tokens[greedy].tolist() == largest[greedy].tolist()
 
@@ -182,7 +183,7 @@ def test_greedy_requests_beside_drawn_ones_stay_greedy() -> None:
 def test_draws_differ_by(field: str) -> None:
     params = SamplingParams(temperature=5.0)
     requests = [Due(params, **{field: number}) for number in range(100)]
-    assert len(set(choose(torch.tensor(LOGITS).expand(100, -1), requests).tolist())) == len(LOGITS)
+    assert len(set(sample_tokens(torch.tensor(LOGITS).expand(100, -1), requests).tolist())) == len(LOGITS)
 
 
 CUTS = [
@@ -236,7 +237,7 @@ def test_each_draw_is_the_written_out_one(settings: dict[str, Any]) -> None:
         token_at(probabilities_of(row, params), uniform(request.seed, request.drawn))
         for row, request in zip(logits.tolist(), requests, strict=True)
     ]
-    assert choose(logits, requests).tolist() == expected
+    assert sample_tokens(logits, requests).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_the_least_and_the_largest_number_draw_a_kept_token(
 ) -> None:
     monkeypatch.setattr(sampling, "uniform", lambda *_: share)
     request = Due(SamplingParams(temperature=1.0, **settings))
-    assert choose(torch.tensor([[-9.0, 1.3, 0.4, 1.1, -9.0]]), [request]).item() == token
+    assert sample_tokens(torch.tensor([[-9.0, 1.3, 0.4, 1.1, -9.0]]), [request]).item() == token
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-60])
@@ -283,4 +284,72 @@ def test_a_huge_temperature_is_near_uniform() -> None:
 
 def test_half_precision_logits_draw_as_their_float32_values() -> None:
     logits = random_logits(len(MIXED), 40).to(torch.bfloat16)
-    assert choose(logits, MIXED).tolist() == choose(logits.float(), MIXED).tolist()
+    assert sample_tokens(logits, MIXED).tolist() == sample_tokens(logits.float(), MIXED).tolist()
+
+
+# -- when a request ends, and what text it leaves
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """Tokens from 97 on are letters."""
+    return "".join(chr(token) for token in token_ids)
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def no_text(_: Sequence[int]) -> str:
+    raise AssertionError("nothing asked for the text")
+
+
+@pytest.mark.parametrize(
+    ("settings", "token_ids", "reason"),
+    [
+        pytest.param({}, ids("abc"), None, id="goes on"),
+        pytest.param({"max_tokens": 4}, ids("abc"), None, id="one more to come"),
+        pytest.param({"max_tokens": 3}, ids("abc"), "length", id="at max_tokens"),
+        pytest.param({"max_tokens": 1}, ids("a"), "length", id="at one token"),
+        pytest.param({}, [*ids("ab"), 1], "stop", id="end of sequence"),
+        pytest.param({}, [*ids("ab"), 2], "stop", id="another end of sequence"),
+        pytest.param({}, [1], "stop", id="end of sequence as the first token"),
+        pytest.param({"max_tokens": 3}, [*ids("ab"), 2], "stop", id="end of sequence goes before length"),
+        pytest.param({"ignore_eos": True}, [*ids("ab"), 2], None, id="ignored end of sequence"),
+        pytest.param({"ignore_eos": True, "max_tokens": 3}, [*ids("ab"), 2], "length", id="ignored, and at max_tokens"),
+        pytest.param({}, [*ids("a"), 2, *ids("b")], None, id="only the last token ends"),
+        pytest.param({"stop": ("c",)}, ids("abc"), "stop", id="stop string"),
+        pytest.param({"stop": ("bc",)}, ids("abc"), "stop", id="stop string over two tokens"),
+        pytest.param({"stop": ("x", "bc")}, ids("abc"), "stop", id="one of two stop strings"),
+        pytest.param({"stop": ("cd",)}, ids("abc"), None, id="half a stop string"),
+        pytest.param({"stop": ("c",), "max_tokens": 3}, ids("abc"), "stop", id="stop string goes before length"),
+        pytest.param(
+            {"stop": ("c",), "ignore_eos": True}, ids("abc"), "stop", id="stop string without end of sequence"
+        ),
+    ],
+)
+def test_reason(settings: dict[str, Any], token_ids: list[int], reason: str | None) -> None:
+    assert finish_reason(SamplingParams(**settings), token_ids, EOS, decode) == reason
+
+
+def test_text_is_made_only_for_stop_strings() -> None:
+    assert finish_reason(SamplingParams(), ids("abc"), EOS, no_text) is None
+
+
+def test_a_model_without_an_end_of_sequence_goes_on() -> None:
+    assert finish_reason(SamplingParams(), [1, 2], (), no_text) is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ((), "abcabc"),
+        (("x",), "abcabc"),
+        (("c",), "ab"),
+        (("bc", "c"), "a"),
+        (("c", "bc"), "a"),
+        (("abc",), ""),
+        (("ca", "x"), "ab"),
+    ],
+)
+def test_text_is_cut_before_the_first_stop_string(stop: tuple[str, ...], text: str) -> None:
+    assert final_text(SamplingParams(stop=stop), ids("abcabc"), decode) == text

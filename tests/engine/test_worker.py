@@ -168,5 +168,5 @@ def test_a_request_of_one_token_takes_no_decode_step(bench: Bench) -> None:
 def test_a_worker_refuses_a_message_that_is_not_for_its_role(bench: Bench) -> None:
     worker = bench.worker("prefill-0", bench.prefiller("prefill-0"), None)
     bench.submit("prefill-0", [[1]], 1)
-    with pytest.raises(TypeError, match="prefill-0 \\(prefill\\) has no use for Submit"):
-        worker.turn()
+    with pytest.raises(TypeError, match="prefill-0 \\(prefill\\) cannot handle Submit"):
+        worker.step_once()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.machine.cgroup import cpu_quota, cpu_use, memory_room
+from splitwiser.machine.cgroup import cpu_quota, cpu_use, memory_headroom
 
 MIB = 1 << 20
 UNLIMITED_V1 = 9223372036854771712
@@ -40,12 +40,12 @@ def v1(limit: int, usage: int, inactive: int = 0) -> dict[str, object]:
 
 def test_room_is_the_limit_less_what_is_taken(root: Path) -> None:
     group(root / "app", **v2(512 * MIB, 200 * MIB))
-    assert memory_room(root, member(root, "0::/app")) == 312 * MIB
+    assert memory_headroom(root, member(root, "0::/app")) == 312 * MIB
 
 
 def test_files_that_can_be_dropped_leave_room(root: Path) -> None:
     group(root / "app", **v2(512 * MIB, 500 * MIB, inactive=100 * MIB))
-    assert memory_room(root, member(root, "0::/app")) == 112 * MIB
+    assert memory_headroom(root, member(root, "0::/app")) == 112 * MIB
 
 
 def test_the_tightest_group_on_the_way_up_counts(root: Path) -> None:
@@ -53,40 +53,40 @@ def test_the_tightest_group_on_the_way_up_counts(root: Path) -> None:
     group(root / "pod", **v2(300 * MIB, 250 * MIB))
     group(root / "pod" / "app", **v2(200 * MIB, 20 * MIB))
     group(root / "other", **v2(MIB, 0))
-    assert memory_room(root, member(root, "0::/pod/app")) == 50 * MIB
+    assert memory_headroom(root, member(root, "0::/pod/app")) == 50 * MIB
 
 
 def test_a_group_over_its_limit_leaves_nothing(root: Path) -> None:
     group(root / "app", **v2(MIB, 2 * MIB))
-    assert memory_room(root, member(root, "0::/app")) == 0
+    assert memory_headroom(root, member(root, "0::/app")) == 0
 
 
 def test_without_a_limit_there_is_none_to_meet(root: Path) -> None:
     group(root / "app", **v2("max", MIB))
-    assert memory_room(root, member(root, "0::/app")) is None
+    assert memory_headroom(root, member(root, "0::/app")) is None
     group(root / "memory", **v1(UNLIMITED_V1, MIB))
-    assert memory_room(root, member(root, "4:memory:/", "0::/")) is None
+    assert memory_headroom(root, member(root, "4:memory:/", "0::/")) is None
 
 
 def test_version_1_counts_the_files_of_groups_below(root: Path) -> None:
     group(root / "memory" / "job", **v1(100 * MIB, 80 * MIB, inactive=30 * MIB))
-    assert memory_room(root, member(root, "9:cpu,cpuacct:/", "4:memory:/job", "0::/")) == 50 * MIB
+    assert memory_headroom(root, member(root, "9:cpu,cpuacct:/", "4:memory:/job", "0::/")) == 50 * MIB
 
 
 def test_a_host_path_that_the_container_does_not_have_falls_back_on_its_root(root: Path) -> None:
     group(root / "memory", **v1(100 * MIB, 60 * MIB))
-    assert memory_room(root, member(root, "4:memory:/docker/0123abc")) == 40 * MIB
+    assert memory_headroom(root, member(root, "4:memory:/docker/0123abc")) == 40 * MIB
     group(root, **v2(80 * MIB, 60 * MIB))
-    assert memory_room(root, member(root, "0::/../../elsewhere")) == 20 * MIB
+    assert memory_headroom(root, member(root, "0::/../../elsewhere")) == 20 * MIB
 
 
 def test_version_2_beside_version_1_lies_in_its_own_folder(root: Path) -> None:
     group(root / "unified" / "app", **v2(100 * MIB, 60 * MIB))
-    assert memory_room(root, member(root, "3:cpu:/", "0::/app")) == 40 * MIB
+    assert memory_headroom(root, member(root, "3:cpu:/", "0::/app")) == 40 * MIB
 
 
 def test_no_control_groups_at_all(root: Path) -> None:
-    assert memory_room(root, root / "nowhere") is None
+    assert memory_headroom(root, root / "nowhere") is None
     assert cpu_quota(root, member(root, "0::/app")) is None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.machine.fair_share import LOOK_S, RISE_S, FairShare
+from splitwiser.machine.fair_share import READ_INTERVAL_S, RISE_S, FairShare
 
 MS = 1_000_000  # ns
 
@@ -64,9 +64,9 @@ def test_looks_only_now_and_then(machine: Machine) -> None:
     share = FairShare(tasks=machine.folder, clock=machine.clock)
     machine.pass_time(1, 100, 0)
     assert share.threads(2) == 2
-    machine.pass_time(LOOK_S / 2, 0, 100)
+    machine.pass_time(READ_INTERVAL_S / 2, 0, 100)
     assert share.threads(2) == 2
-    machine.pass_time(LOOK_S / 2, 0, 0)
+    machine.pass_time(READ_INTERVAL_S / 2, 0, 0)
     assert share.threads(2) == 1
 
 

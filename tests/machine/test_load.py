@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from splitwiser.machine.load import COLUMNS, Load, MachineLoad, Reading, busy_note, load_between, look
+from splitwiser.machine.load import COLUMNS, Load, MachineLoad, Reading, busy_note, load_between, measure_load
 from tests.support.assertions import assert_says
 
 TICKS_S = os.sysconf("SC_CLK_TCK")
@@ -248,6 +248,6 @@ def test_what_a_child_uses_is_own() -> None:
 
 
 def test_a_look_is_of_now() -> None:
-    load = look()
+    load = measure_load()
     assert load.cores <= len(os.sched_getaffinity(0))
     assert load.load_average is not None

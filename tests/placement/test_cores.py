@@ -9,10 +9,9 @@ import torch
 from splitwiser import LLM, SamplingParams
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.machine.fair_share import FairShare, OwnThreads
-from splitwiser.placement.board import Board
-from splitwiser.placement.cores import Threads, plan_cores, plan_levels, plan_threads
+from splitwiser.placement.cores import CpuShare, plan_cores, plan_levels, plan_threads
 from splitwiser.placement.layout import parse_layout
-from splitwiser.placement.shares import Part
+from splitwiser.placement.shares import Board, WorkerShare
 
 
 def workers(*shares: float) -> list[WorkerSpec]:
@@ -46,8 +45,8 @@ def board() -> Board:
     return Board.over(torch.zeros(Board.nbytes(3), dtype=torch.uint8))
 
 
-def lent(board: Board, lending: bool = True) -> list[Threads]:
-    return [Threads(Part(board, number, lending), [[2, 1, 1]], 4) for number in range(3)]
+def lent(board: Board, lending: bool = True) -> list[CpuShare]:
+    return [CpuShare(WorkerShare(board, number, lending), [[2, 1, 1]], 4) for number in range(3)]
 
 
 def test_idle_workers_lend_their_threads_and_get_them_back(board: Board) -> None:
@@ -60,7 +59,7 @@ def test_idle_workers_lend_their_threads_and_get_them_back(board: Board) -> None
         assert first.before_step() == 3
         assert third.before_step() == 1
         assert first.before_step() == 2
-        third.leave()
+        third.release()
         assert first.before_step() == 3
     finally:
         torch.set_num_threads(before)
@@ -96,7 +95,7 @@ def test_the_level_says_which_threads_hold(board: Board) -> None:
     try:
         for worker in (0, 1, 2):
             board.set_busy(worker, True)
-        first = Threads(Part(board, 0, True), [[2, 1, 1], [1, 2, 1]], 4)
+        first = CpuShare(WorkerShare(board, 0, True), [[2, 1, 1], [1, 2, 1]], 4)
         assert first.before_step() == 2
         board.level = 1
         assert first.before_step() == 1
@@ -107,7 +106,7 @@ def test_the_level_says_which_threads_hold(board: Board) -> None:
 def test_what_is_lent_makes_no_more_threads_than_cores(board: Board) -> None:
     before = torch.get_num_threads()
     try:
-        assert Threads(Part(board, 0, True), [[4, 4, 4]], 4).before_step() == 4
+        assert CpuShare(WorkerShare(board, 0, True), [[4, 4, 4]], 4).before_step() == 4
     finally:
         torch.set_num_threads(before)
 
@@ -131,12 +130,12 @@ def test_steps_in_the_callers_thread_use_what_it_has_processors_for(
     share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FairShare, "threads", lambda _, wanted: min(wanted, share))
-    lane = OwnThreads()
-    lane.before_step()
+    threads = OwnThreads()
+    threads.before_step()
     assert torch.get_num_threads() == share
-    lane.before_step()
+    threads.before_step()
     assert torch.get_num_threads() == share
-    lane.leave()
+    threads.release()
     assert torch.get_num_threads() == 2
 
 

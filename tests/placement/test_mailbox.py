@@ -4,14 +4,14 @@ import pytest
 
 from splitwiser.engine.messages import Failed, Progress
 from splitwiser.errors import WorkerLostError
-from splitwiser.placement.mailbox import Letterbox, Mailbox, MailPlacement, Pipe
+from splitwiser.placement.mailbox import Inbox, MailPlacement, Pipe, PipeInbox
 from splitwiser.placement.processes import _context
 
 ANSWER = Progress("decode-0", 1, 2, (), ((0, 7),), ((0, "length"),))
 
 
 def test_what_came_before_a_loss_is_told_first() -> None:
-    inbox = Letterbox()
+    inbox = Inbox()
     inbox.send(ANSWER)
     inbox.send(Failed("decode-0", "ValueError: no", "where"))
     placement = MailPlacement(inbox)
@@ -24,11 +24,11 @@ class Loses(MailPlacement):
     """Finds a worker lost, which reports ``last`` just before."""
 
     def __init__(self, *last: Progress | Failed) -> None:
-        self._box = Letterbox()
+        self._box = Inbox()
         self._last = last
         super().__init__(self._box)
 
-    def _find_lost(self) -> WorkerLostError | None:
+    def _find_lost_worker(self) -> WorkerLostError | None:
         for message in self._last:
             self._box.send(message)
         return WorkerLostError("worker decode-0 ended with exit code 1")
@@ -54,6 +54,6 @@ def test_what_lies_in_the_pipe_of_a_worker_that_has_ended_is_read_out() -> None:
     for _ in range(500):
         sends.send(ANSWER)
     sends.close()
-    mailbox = Mailbox({"decode-0": come}, on_closed=lambda _: None)
-    mailbox.read_out("decode-0", 30)
-    assert mailbox.take() == [ANSWER] * 500
+    mailbox = PipeInbox({"decode-0": come}, on_closed=lambda _: None)
+    mailbox.wait_until_closed("decode-0", 30)
+    assert mailbox.drain() == [ANSWER] * 500

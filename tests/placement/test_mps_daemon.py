@@ -2,7 +2,6 @@
 
 import getpass
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,20 +23,12 @@ from splitwiser.errors import RunError
 from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.model.loading import load_model
 from splitwiser.placement import mps_daemon as mps
-from splitwiser.placement import prepare
-from splitwiser.placement import processes as multiprocess
+from splitwiser.placement import mps_gpu, prepare
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.mps_daemon import (
-    Gpu,
-    find_problem,
-    gpu_index,
-    mps_daemon,
-    running_daemon,
-    thread_percentage,
-)
+from splitwiser.placement.mps_daemon import mps_daemon, running_daemon, thread_percentage
+from splitwiser.placement.mps_gpu import CONTROL, PIPES, Gpu, find_problem
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
-from tests.support.cuda_driver import put_cuda_driver
 from tests.support.mps_programs import put_mps_programs
 from tests.support.observers import Trigger
 from tests.support.processes import wait_for
@@ -48,11 +38,9 @@ from tests.support.tokens import LENGTHS, prompts_of
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes
 ON_A_CPU = f"""
-from splitwiser.placement import prepare
-from splitwiser.placement import mps_daemon as mps
-from splitwiser.placement import prepare
+from splitwiser.placement import mps_gpu, prepare
 from splitwiser.cli import entry_point
-mps.inspect_gpu = lambda index: mps.{GPU!r}
+mps_gpu.inspect_gpu = lambda index: mps_gpu.{GPU!r}
 load = prepare.load_model
 prepare.load_model = lambda *arguments, **settings: load(*arguments, **{{**settings, "device": "cpu"}})
 entry_point()
@@ -106,9 +94,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
     monkeypatch.setenv("PATH", str(made.bin), prepend=os.pathsep)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(made.runtime))
     monkeypatch.setattr(mps, "DEFAULT_PIPES", str(tmp_path / "default"))
-    monkeypatch.setattr(mps, "inspect_gpu", lambda _: GPU)
+    monkeypatch.setattr(mps_gpu, "inspect_gpu", lambda _: GPU)
     monkeypatch.setattr(mps, "FORCE_S", 0.5)
-    monkeypatch.delenv(mps.PIPES, raising=False)
+    monkeypatch.delenv(PIPES, raising=False)
 
     def on_cpu(*arguments: Any, **settings: Any) -> Any:
         return load_model(*arguments, **{**settings, "device": "cpu"})
@@ -150,23 +138,6 @@ def test_a_run_has_a_daemon_of_its_own_that_outlasts_its_clients(
     assert max(len(command["clients"]) for command in stand_in.commands) == 3
     stand_in.assert_quit_came_last()
     stand_in.assert_nothing_is_left()
-
-
-def test_a_worker_has_its_environment_before_it_does_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    receive, send = multiprocessing.Pipe(duplex=False)
-    monkeypatch.setattr(multiprocess, "_serve", lambda *_: send.send(dict(os.environ)))
-    monkeypatch.delenv(mps.PERCENTAGE, raising=False)
-    pipes = Path("/run/pipes")
-    daemon = mps.MpsDaemon("private", pipes, Path("/run/logs"), 1, 1, {mps.PIPES: str(pipes)})
-    spec = WorkerSpec("decode-0", "decode", 33.3)
-    setup = SimpleNamespace(
-        environment=daemon.worker_environment(spec, EngineConfig(mode="mps")), spec=spec, inbox={}, outbox={}
-    )
-    worker = multiprocessing.get_context("fork").Process(target=multiprocess._work, args=(setup,))
-    worker.start()
-    worker.join(30)
-    assert receive.poll(0)
-    assert receive.recv().items() >= {mps.PIPES: "/run/pipes", mps.PERCENTAGE: "33"}.items()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +191,7 @@ def test_a_daemon_that_dies_in_mid_run_is_noticed(stand_in: StandIn, tiny: Calla
     ("behaviour", "said"),
     [
         ("refuse", ["nvidia-cuda-mps-control -d ended with exit code 1", "start.log: Cannot start: no permission"]),
-        ("hang", ["nvidia-cuda-mps-control -d did not come back within 1 s"]),
+        ("hang", ["nvidia-cuda-mps-control -d did not return within 1 s"]),
         ("dead", ["nvidia-cuda-mps-control -d died as it started", "control.log: Failed to bind"]),
         (
             "mute",
@@ -367,7 +338,7 @@ def existing(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> int:
     pipes, logs = stand_in.runtime / "pipes", stand_in.runtime / "logs"
     pipes.mkdir()
     logs.mkdir()
-    monkeypatch.setenv(mps.PIPES, str(pipes))
+    monkeypatch.setenv(PIPES, str(pipes))
     monkeypatch.setenv(mps.LOGS, str(logs))
     subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
     wait_for((pipes / "control").exists, "pipe of the daemon")
@@ -431,10 +402,10 @@ def mode(stand_in: StandIn) -> Path:
 def test_exclusive_makes_the_parent_a_client_and_restores_the_mode(mode: Path, stand_in: StandIn) -> None:
     with mps_daemon(existing=False, exclusive=True, device_index=0) as daemon:
         assert mode.read_text() == "EXCLUSIVE_PROCESS\n"
-        assert os.environ[mps.PIPES] == str(daemon.pipe_directory)
+        assert os.environ[PIPES] == str(daemon.pipe_directory)
         assert mps.PERCENTAGE not in os.environ
     assert mode.read_text() == "DEFAULT\n"
-    assert mps.PIPES not in os.environ
+    assert PIPES not in os.environ
     stand_in.assert_nothing_is_left()
 
 
@@ -456,10 +427,9 @@ def test_exclusive_after_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_mode_that_a_killed_run_changed_goes_back(mode: Path, stand_in: StandIn) -> None:
     script = """
 import os, signal
-from splitwiser.placement import mps_daemon as mps
-from splitwiser.placement import prepare
-mps.inspect_gpu = lambda index: mps.%r
-with mps.mps_daemon(existing=False, exclusive=True, device_index=0):
+from splitwiser.placement import mps_daemon, mps_gpu
+mps_gpu.inspect_gpu = lambda index: mps_gpu.%r
+with mps_daemon.mps_daemon(existing=False, exclusive=True, device_index=0):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", script % GPU], timeout=120, check=False)
@@ -470,55 +440,6 @@ with mps.mps_daemon(existing=False, exclusive=True, device_index=0):
 
 
 # -- where mode mps cannot run
-
-
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA GPU")
-def test_without_a_gpu_the_mode_refuses_and_names_the_other(tiny: Callable[[str], Path]) -> None:
-    problem = find_problem("cuda:0")
-    assert problem is not None
-    assert problem.startswith("there is no NVIDIA GPU here")
-    assert refusal(LLM, tiny("opt"), mode="mps") == f"mode mps: {problem}; use mode mp"
-
-
-@pytest.fixture
-def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the CUDA driver, with three GPUs."""
-    put_cuda_driver(tmp_path)
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    monkeypatch.setattr(mps, "_machine_problem", lambda: None)
-    return tmp_path
-
-
-@pytest.mark.usefixtures("driver")
-def test_a_gpu_is_what_the_driver_says_it_is() -> None:
-    first, third = "GPU-0a0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0a", "MIG-0c0c0c0c-0c0c-0c0c-0c0c-0c0c0c0c0c0c"
-    assert mps.inspect_gpu(0) == Gpu((first,), "Tesla V100", (7, 0), "EXCLUSIVE_PROCESS")
-    found = mps.inspect_gpu(2)
-    assert isinstance(found, Gpu)
-    assert (found.uuids[0], found.uuids[2], found.compute_mode) == (first, third, "DEFAULT")
-
-
-@pytest.mark.usefixtures("driver")
-@pytest.mark.parametrize(
-    ("index", "problem"),
-    [
-        (0, None),
-        (1, "Tesla P100 has compute capability 6.0, and MPS shares need 7.0 (Volta)"),
-        (3, "there is no GPU 3: CUDA sees 3, numbered from 0"),
-    ],
-)
-def test_a_problem_is_named(index: int, problem: str | None) -> None:
-    assert find_problem(f"cuda:{index}") == problem
-
-
-def test_a_driver_that_fails_is_named(driver: Path) -> None:
-    (driver / "libcuda.so.1").write_text("not a library")
-    assert find_problem("cuda:0") == "CUDA cannot be used: the driver's libcuda.so.1 cannot be loaded"
-
-
-@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:2", 2)])
-def test_a_device_names_a_gpu(device: str, index: int) -> None:
-    assert gpu_index(device) == index
 
 
 @pytest.mark.parametrize(
@@ -535,18 +456,6 @@ def test_options_that_make_no_sense_are_refused(
     settings: dict[str, Any], said: list[str], tiny: Callable[[str], Path]
 ) -> None:
     assert_says(refusal(LLM, tiny("opt"), **settings), *said)
-
-
-@pytest.mark.slow
-def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
-    script = """
-import torch
-def used(*_): raise SystemExit("CUDA was asked")
-for name in ("is_available", "device_count", "init", "_lazy_init"):
-    setattr(torch.cuda, name, used)
-import splitwiser.placement.processes
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 # -- on a GPU
@@ -570,7 +479,7 @@ def test_memory_that_arrives_does_not_initialise_cuda() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(shutil.which(mps.CONTROL) is None, reason=f"{mps.CONTROL} is not on PATH")
+@pytest.mark.skipif(shutil.which(CONTROL) is None, reason=f"{CONTROL} is not on PATH")
 @pytest.mark.parametrize("workers", ["", "[{role: mixed, count: 3}]"])
 def test_tokens_on_a_gpu_are_those_of_mode_sequential(workers: str, tiny: Callable[[str], Path]) -> None:
     problem = find_problem("cuda:0")

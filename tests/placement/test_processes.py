@@ -18,7 +18,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Handoff
 from splitwiser.errors import InputError, RunError
-from splitwiser.placement.processes import MISSED_LOOKS, ProcessPlacement
+from splitwiser.placement.processes import MISSED_CHECKS, ProcessPlacement
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Seen, Trigger
@@ -117,7 +117,7 @@ def test_every_worker_takes_part(tiny: Callable[[str], Path]) -> None:
     [
         ([{"role": "prefill"}], "workers: no decode worker"),
         ([{"role": "prefill", "share": 60}, {"role": "decode", "share": 50}], "workers: the shares make 110%"),
-        ("[{role: decoder}]", "unknown worker role 'decoder'"),
+        ("[{role: decoder}]", "'role' must be one of prefill, decode, mixed, not 'decoder'"),
     ],
 )
 def test_a_layout_that_makes_no_sense_is_refused(
@@ -320,24 +320,24 @@ def test_a_worker_counts_as_lost_for_its_silence_only_once_it_is_ready(tiny: Cal
         placement = placement_of(llm)
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
 
-        def looks(count: int) -> list[str]:
+        def checks(count: int) -> list[str]:
             found = []
             for _ in range(count):
-                placement._next_look_s = 0.0
-                found.append(str(placement._find_lost() or ""))
+                placement._next_check_s = 0.0
+                found.append(str(placement._find_lost_worker() or ""))
             return found
 
-        placement._board.beats = lambda: [7, 7]  # type: ignore[method-assign]  # CUDA's start holds the interpreter's lock
+        placement._board.heartbeats = lambda: [7, 7]  # type: ignore[method-assign]  # CUDA's start holds the interpreter's lock
         placement._ready.clear()
-        assert looks(MISSED_LOOKS + 2) == [""] * (MISSED_LOOKS + 2)
+        assert checks(MISSED_CHECKS + 2) == [""] * (MISSED_CHECKS + 2)
         placement._ready.update(placement.pids)
-        assert "does not answer" in looks(MISSED_LOOKS)[-1]
+        assert "does not answer" in checks(MISSED_CHECKS)[-1]
 
 
 def test_an_exception_in_a_worker_is_reported_with_its_traceback(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), mode="mp") as llm:
         nobodys = Handoff(99, 1, 1, 2, "prefill-0")
-        trigger = Trigger("prefill", lambda: placement_of(llm)._outbox["decode-0"].send(nobodys))
+        trigger = Trigger("prefill", lambda: placement_of(llm)._send_ends["decode-0"].send(nobodys))
         with pytest.raises(RunError, match="worker decode-0 failed: KeyError: 99; not answered: requests 0") as caught:
             llm.generate([[5]], SamplingParams(max_tokens=250, ignore_eos=True), observer=trigger)
     assert "in receive" in "".join(caught.value.__notes__)

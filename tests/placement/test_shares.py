@@ -1,12 +1,11 @@
-"""The policy that divides a device between the phases."""
+"""The board that workers share, and the policy that divides a device between the phases."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from splitwiser.placement.board import Board
-from splitwiser.placement.shares import WINDOW, AutoLevel, Part
+from splitwiser.placement.shares import WINDOW, AutoLevel, Board, WorkerShare
 
 UNITS = (16, 32, 64, 96)
 
@@ -73,20 +72,33 @@ def board(busy: list[bool]) -> Board:
 
 @pytest.mark.parametrize(("lend", "lent"), [(True, [False, False, True]), (False, [False] * 3)])
 def test_workers_without_work_lend_their_part(lend: bool, lent: list[bool]) -> None:
-    assert Part(board([True, False, False]), 1, lend).take() == (0, lent)
+    assert WorkerShare(board([True, False, False]), 1, lend).claim() == (0, lent)
 
 
 def test_a_part_that_is_left_can_be_lent() -> None:
     words = board([True, True])
-    Part(words, 0, True).leave()
-    assert Part(words, 1, True).take() == (0, [True, False])
+    WorkerShare(words, 0, True).release()
+    assert WorkerShare(words, 1, True).claim() == (0, [True, False])
 
 
 @pytest.mark.parametrize(("prefill_works", "level"), [(True, 2), (False, 1)])
 def test_only_gaps_beside_prefill_count(prefill_works: bool, level: int) -> None:
     words = board([prefill_works, True])
     words.level = 1
-    decode = Part(words, 1, True, AutoLevel(UNITS, 1, 0.010), prefill=[0])
+    decode = WorkerShare(words, 1, True, AutoLevel(UNITS, 1, 0.010), prefill=[0])
     for _ in range(WINDOW):
         decode.observe(0.020)
     assert words.level == level
+
+
+def test_each_word_keeps_to_its_worker() -> None:
+    memory = torch.zeros(Board.nbytes(3), dtype=torch.uint8)
+    board, other = Board.over(memory), Board.over(memory)
+    board.add_heartbeat(1)
+    board.add_heartbeat(1)
+    board.add_heartbeat(2)
+    board.set_busy(0, True)
+    board.level = 4
+    assert other.heartbeats() == [0, 2, 1]
+    assert other.busy() == [True, False, False]
+    assert other.level == 4

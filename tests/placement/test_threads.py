@@ -1,4 +1,4 @@
-"""Two lanes in one process: tokens, faults and the end of them. The lanes of mode ``green`` need a GPU; these do not."""
+"""Two workers in threads of one process: tokens, faults and their end. Mode ``green`` needs a GPU; these do not."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError
 from splitwiser.model.loading import load_model
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.threads import start_lanes
+from splitwiser.placement.threads import start_threads
 from splitwiser.request import Request, SamplingParams
 from tests.support.tokens import LENGTHS, SERVED, prompts_of, references
 
@@ -22,7 +22,7 @@ CONFIG = EngineConfig(mode="green", max_batch=8, prefill_tokens=48, kv_memory="4
 
 
 class WholeDevice:
-    """A division in which each lane has everything; notes what it is told."""
+    """A division in which each worker has the whole device; notes what it is told."""
 
     def __init__(self, fault: str = "") -> None:
         self.units: list[dict[str, int]] = []
@@ -33,32 +33,32 @@ class WholeDevice:
     def streams(self, worker: str) -> list[torch.cuda.Stream]:
         return []
 
-    def lane(self, worker: str) -> "_Lane":
-        return _Lane(self, worker, self._fault == worker)
+    def share(self, worker: str) -> "_Share":
+        return _Share(self, worker, self._fault == worker)
 
     def observe(self, gap_s: float) -> None:
         self.gaps.append(gap_s)
 
 
-class _Lane:
+class _Share:
     def __init__(self, division: WholeDevice, name: str, faulty: bool) -> None:
         self._division = division
         self._name = name
         self._faulty = faulty
 
-    def turn(self) -> AbstractContextManager[object]:
+    def use(self) -> AbstractContextManager[object]:
         if self._faulty:
             raise ValueError("no such stream")
         return nullcontext()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         self._division.left.add(self._name)
 
 
 @contextmanager
-def lanes(directory: Path, division: WholeDevice) -> Iterator[SplitEngine]:
+def engine_over(directory: Path, division: WholeDevice) -> Iterator[SplitEngine]:
     model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
-    engine = start_lanes(model, CONFIG, division).engine
+    engine = start_threads(model, CONFIG, division).engine
     assert isinstance(engine, SplitEngine)
     try:
         yield engine
@@ -81,14 +81,14 @@ class Steps(Observer):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_tokens_are_those_of_generate(name: str, tiny: Callable[[str], Path]) -> None:
-    with lanes(tiny(name), WholeDevice()) as engine:
+    with engine_over(tiny(name), WholeDevice()) as engine:
         outputs = engine.run(requests(20), Observer(), time.perf_counter_ns())
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts_of(LENGTHS), 20)
 
 
-def test_each_lane_runs_its_phase_and_rests_without_work(tiny: Callable[[str], Path]) -> None:
+def test_each_worker_runs_its_phase_and_rests_without_work(tiny: Callable[[str], Path]) -> None:
     steps, division = Steps(), WholeDevice()
-    with lanes(tiny("opt"), division) as engine:
+    with engine_over(tiny("opt"), division) as engine:
         engine.run(requests(6), steps, time.perf_counter_ns())
     assert {(record.worker, record.phase) for record in steps.records} == {
         ("prefill-0", "prefill"),
@@ -101,9 +101,9 @@ def test_each_lane_runs_its_phase_and_rests_without_work(tiny: Callable[[str], P
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
-def test_a_fault_in_a_lane_ends_the_run_with_its_name(name: str, tiny: Callable[[str], Path]) -> None:
+def test_a_fault_in_a_worker_ends_the_run_with_its_name(name: str, tiny: Callable[[str], Path]) -> None:
     with (
-        lanes(tiny("opt"), WholeDevice(fault=name)) as engine,
+        engine_over(tiny("opt"), WholeDevice(fault=name)) as engine,
         pytest.raises(RunError, match=f"worker {name} failed: ValueError: no such stream; not answered: requests 0"),
     ):
         engine.run(requests(6), Observer(), time.perf_counter_ns())
@@ -111,6 +111,6 @@ def test_a_fault_in_a_lane_ends_the_run_with_its_name(name: str, tiny: Callable[
 
 def test_closing_ends_the_threads(tiny: Callable[[str], Path]) -> None:
     before = set(threading.enumerate())
-    with lanes(tiny("opt"), WholeDevice()):
+    with engine_over(tiny("opt"), WholeDevice()):
         assert {thread.name for thread in set(threading.enumerate()) - before} == {"prefill-0", "decode-0"}
     assert set(threading.enumerate()) == before

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from splitwiser.machine.load import Load, Stretch
+from splitwiser.machine.load import Load, LoadMeter
 from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, names
 from splitwiser.study.ceilings import CeilingProbe, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.study.config import ProfileConfig
@@ -179,7 +179,7 @@ QUIET = Load(9.0, 0.5, 2.0, 1.9, 0.05, 0.1)
 
 def profiled(tiny: Tiny, tmp_path: Path, during: Load, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
     """The folder of a profile on a machine that did ``during``, and its notes."""
-    monkeypatch.setattr(Stretch, "end", lambda _: during)
+    monkeypatch.setattr(LoadMeter, "end", lambda _: during)
     config = small(tiny("opt"), tmp_path, prompt_lengths="8", prompts="", starts="", batch_sizes="1", contexts="5")
     directory = profile(config).directory
     notes: list[str] = yaml.safe_load((directory / "profile.yaml").read_text())["notes"]

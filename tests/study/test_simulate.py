@@ -179,7 +179,7 @@ def test_every_token_comes_once_and_blocks_are_never_over_committed(layout: Work
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     for owner in {output.metrics.decode_worker for output in outputs}:
         held = [
-            (-(-each.most_tokens // 8), output.metrics.prefill_start_ns, output.metrics.token_ns[-1])
+            (-(-each.max_kv_tokens // 8), output.metrics.prefill_start_ns, output.metrics.token_ns[-1])
             for output, each in zip(outputs, requests, strict=True)
             if output.metrics.decode_worker == owner
         ]

@@ -39,5 +39,5 @@ class End:
 def run(*workers: Worker) -> None:
     idle = 0
     while idle <= len(workers):
-        ran = [worker.turn() for worker in workers]
+        ran = [worker.step_once() for worker in workers]
         idle = 0 if any(ran) else idle + 1

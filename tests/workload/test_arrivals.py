@@ -120,7 +120,7 @@ def test_open_loop_does_not_wait_for_answers() -> None:
 def test_open_loop_lets_nobody_arrive_sooner_for_an_answer() -> None:
     arrivals = Arrivals([request(0), request(1, arrival_s=3600.0)], 0, clock=lambda: 1_000)
     assert ids(arrivals) == [0]
-    arrivals.finished(900)
+    arrivals.record_finish(900)
     assert ids(arrivals) == []
     assert arrivals.next_ns == 3_600_000_000_000
 
@@ -130,12 +130,12 @@ def test_closed_loop_lets_the_next_arrive_the_moment_one_finishes() -> None:
     assert [(each.request_id, moment) for each, moment in arrivals.due()] == [(0, 100), (1, 100)]
     assert arrivals.next_ns is None
     assert arrivals.request_ids == [2, 3, 4]
-    arrivals.finished(900)
-    arrivals.finished(700)
+    arrivals.record_finish(900)
+    arrivals.record_finish(700)
     assert [(each.request_id, moment) for each, moment in arrivals.due()] == [(2, 700), (3, 900)]
-    arrivals.finished(1000)
+    arrivals.record_finish(1000)
     assert [(each.request_id, moment) for each, moment in arrivals.due()] == [(4, 1000)]
-    arrivals.finished(1100)
+    arrivals.record_finish(1100)
     assert arrivals.next_ns is None
 
 

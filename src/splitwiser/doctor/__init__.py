@@ -1,1 +1,1 @@
-"""What this machine has, and which modes work on it for a model."""
+"""``splitwiser doctor``: what this machine has, and which modes work on it for a model."""

@@ -1,4 +1,4 @@
-"""What the doctor is asked about."""
+"""Configuration of ``splitwiser doctor``."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,11 @@ from splitwiser.workload.synthetic import parse_lengths
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """A run's model, numbers, pool and device, whether to try the hub, and, by ``prompt_tokens``, whether the prompts are
-    random ones instead of text. Raises :class:`~splitwiser.errors.InputError`."""
+    """The options of a run that decide whether it works; and ``hub``: whether to contact the hub.
+
+    ``prompt_tokens`` is given if the prompts are random tokens instead of text. Raises
+    :class:`~splitwiser.errors.InputError` for invalid values.
+    """
 
     model: str = constants.MODEL
     dtype: str = constants.DTYPE

@@ -1,7 +1,7 @@
-"""``splitwiser doctor``: what this machine has, which modes will work on it for a model, and why each other one will not.
+"""``splitwiser doctor``: what this machine has, which modes work on it for a model, and why each other one does not.
 
-Every check answers with a finding; one that breaks becomes a finding with the reason. PyTorch and transformers are imported
-where a check needs them, so that the rest is still found where they are broken.
+Every check gives a finding; a check that fails gives one with the reason. PyTorch and transformers are imported only where
+a check needs them, so that all other checks still run where they are broken.
 """
 
 import sys
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from splitwiser.doctor import survey
 from splitwiser.doctor.config import DoctorConfig
-from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, ending_questions
+from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, stopping_probes
 from splitwiser.errors import InputError, first_line
 from splitwiser.model.catalog import resolve_model
 from splitwiser.placement.modes import MODES
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from splitwiser.doctor.needs import Needs
 
 SECTIONS = ("software", "gpu", "processor", "memory", "hub", "model")
-MODE_S = 60.0  # longest that a process may take to say whether a mode works
+MODE_S = 60.0  # longest that a probe may take to check a mode
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. ``ok`` is False for what is missing or stands in the way, None for what does not apply or was
-    not tried. ``figures`` are for machines: bytes, counts, names."""
+    """Result of one check. ``ok`` is False if something is missing or prevents a run, None if the check does not apply or
+    was not tried. ``figures`` are machine-readable: bytes, counts, names."""
 
     section: str
     name: str
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ModeFinding:
-    """Whether ``mode`` will work, and the reason if not (or what to know if it does)."""
+    """Whether ``mode`` works, with the reason if it does not, or a note if it does."""
 
     mode: str
     works: bool
@@ -49,7 +49,7 @@ class ModeFinding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, and what they mean for each mode."""
+    """All findings, and which modes work."""
 
     model: str
     device: str | None
@@ -62,7 +62,7 @@ class Diagnosis:
         return any(mode.works for mode in self.modes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``: ``works``, ``model``, ``device``, ``findings`` and ``modes``, each of the last two a list of the
+        """Return the content for ``--json``: ``works``, ``model``, ``device``, and ``findings`` and ``modes``, lists of the
         fields of :class:`Finding` and :class:`ModeFinding`."""
         return {"works": self.works, **asdict(self)}
 
@@ -76,77 +76,77 @@ class Diagnosis:
         return "\n".join([*lines, columns([("mode", "works", "why not / note"), *table])])
 
 
-@ending_questions()
+@stopping_probes()
 def diagnose(config: DoctorConfig) -> Diagnosis:
-    """Look at everything. Raises :class:`InputError` on a model, a type or a size that does not exist."""
+    """Run all checks. Raises :class:`InputError` for an unknown model, or an invalid type, device or size."""
     name = resolve_model(config.model).name
-    look = _Look()
-    look("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
-    pytorch = look("software", "pytorch", survey.find_pytorch).ok
+    check = _Checks()
+    check("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
+    pytorch = check("software", "pytorch", survey.find_pytorch).ok
     if pytorch:
         survey.ask_for_gpus_ahead()
-    transformers = look("software", "transformers", survey.find_transformers).ok
+    transformers = check("software", "transformers", survey.find_transformers).ok
     if pytorch:
-        _check_form(config)
-    gpus: list[dict[str, Any]] = look("gpu", "devices", survey.find_gpus).figures.get("devices", [])
-    place: str | None = look("gpu", "device", survey.find_device, config.device, len(gpus)).figures.get("device")
+        _check_syntax(config)
+    gpus: list[dict[str, Any]] = check("gpu", "devices", survey.find_gpus).figures.get("devices", [])
+    place: str | None = check("gpu", "device", survey.find_device, config.device, len(gpus)).figures.get("device")
     if pytorch and place:
         survey.ask_for_sharing_ahead(place)
-        for mode in _asked_apart(place):
+        for mode in _probed_modes(place):
             ask_ahead("mode", mode, place, deadline_s=MODE_S)
     gpu = gpus[int(place.removeprefix("cuda:"))] if place and place != "cpu" else None
-    memory = look("memory", "main_memory", survey.find_main_memory)
-    hub = look("hub", "hub", survey.find_hub, config.model, config.hub)
+    memory = check("memory", "main_memory", survey.find_main_memory)
+    hub = check("hub", "hub", survey.find_hub, config.model, config.hub)
     free: int | None = gpu["free_bytes"] if gpu else memory.figures.get("free_bytes")
     needs = None
     if pytorch and transformers and place and free is not None:
         needs = _find_needs(config, place, free, hub)
-    look("model", "model", needs.find_model if needs else _cannot_tell)
-    look("model", "weights_and_pool", needs.find_memory if needs else _cannot_tell)
-    look("memory", "shared_memory", survey.find_shared_memory)
-    look("memory", "dev_shm", survey.find_dev_shm, gpu is not None)
-    look("memory", "open_files", survey.find_open_files)
+    check("model", "model", needs.find_model if needs else _unknown)
+    check("model", "weights_and_pool", needs.find_memory if needs else _unknown)
+    check("memory", "shared_memory", survey.find_shared_memory)
+    check("memory", "dev_shm", survey.find_dev_shm, gpu is not None)
+    check("memory", "open_files", survey.find_open_files)
     refused = {mode: _find_mode_problem(mode, place) for mode in MODES} if pytorch and place else {}
-    look("gpu", "nvidia_smi", survey.find_nvidia_smi)
-    look("gpu", "cuda_ipc", survey.find_cuda_ipc, place if gpu else None)
-    look("gpu", "green_contexts", survey.find_green_contexts, gpu is not None, refused.get("green"))
-    look("gpu", "mps_binary", survey.find_mps_binary)
-    look("gpu", "mps_daemon", survey.find_mps_daemon)
-    look("processor", "processor", survey.find_processor)
-    look("processor", "cores", survey.find_cores)
-    look("processor", "load", survey.find_load)
-    look("processor", "compiler", survey.find_compiler)
-    look("processor", "kernel", survey.find_kernel, place)
-    look.close()
-    modes = [_judge(mode, look.findings, refused.get(mode), needs) for mode in MODES]
-    return Diagnosis(name, place, list(look.findings.values()), modes)
+    check("gpu", "nvidia_smi", survey.find_nvidia_smi)
+    check("gpu", "cuda_ipc", survey.find_cuda_ipc, place if gpu else None)
+    check("gpu", "green_contexts", survey.find_green_contexts, gpu is not None, refused.get("green"))
+    check("gpu", "mps_binary", survey.find_mps_binary)
+    check("gpu", "mps_daemon", survey.find_mps_daemon)
+    check("processor", "processor", survey.find_processor)
+    check("processor", "cores", survey.find_cores)
+    check("processor", "load", survey.find_load)
+    check("processor", "compiler", survey.find_compiler)
+    check("processor", "kernel", survey.find_kernel, place)
+    check.close()
+    modes = [_judge_mode(mode, check.findings, refused.get(mode), needs) for mode in MODES]
+    return Diagnosis(name, place, list(check.findings.values()), modes)
 
 
-class _Look:
-    """Makes checks, keeps their findings by name and shows on a terminal what is being looked at."""
+class _Checks:
+    """Runs checks, keeps their findings by name and shows the current check on a terminal."""
 
     def __init__(self) -> None:
         self.findings: dict[str, Finding] = {}
-        self._line = tqdm(total=0, bar_format="looking at {desc}", disable=None, leave=False)
+        self._line = tqdm(total=0, bar_format="checking {desc}", disable=None, leave=False)
 
-    def __call__(self, section: str, name: str, check: Callable[..., survey.Found], *given: object) -> Finding:
+    def __call__(self, section: str, name: str, find: Callable[..., survey.Found], *arguments: object) -> Finding:
         self._line.set_description_str(name)
         try:
-            found = check(*given)
+            found = find(*arguments)
         except (InputError, ProbeError) as error:
             found = False, str(error), {}
         except Exception as error:
-            found = False, f"cannot be told ({type(error).__name__}: {first_line(error)})", {}
+            found = False, f"cannot be determined ({type(error).__name__}: {first_line(error)})", {}
         self.findings[name] = Finding(section, name, *found)
         return self.findings[name]
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line from the terminal."""
         self._line.close()
 
 
-def _check_form(config: DoctorConfig) -> None:
-    """Raises :class:`InputError` on a device or size of a form that there is not; whether it is here is a finding."""
+def _check_syntax(config: DoctorConfig) -> None:
+    """Raise :class:`InputError` for an invalid device name or size; whether the device exists is a finding."""
     from splitwiser.machine.device import resolve_device
     from splitwiser.model.kv_pool import find_pool_problem
 
@@ -163,14 +163,14 @@ def _find_needs(config: DoctorConfig, place: str, free: int, hub: Finding) -> "N
     return find_needs(config, torch.device(place), free, unreachable)
 
 
-def _cannot_tell() -> survey.Found:
-    return None, "cannot be told without PyTorch, transformers and a device", {}
+def _unknown() -> survey.Found:
+    return None, "cannot be determined without PyTorch, transformers and a device", {}
 
 
 # the modes
 
 
-def _judge(mode: str, found: dict[str, Finding], refused: str | None, needs: "Needs | None") -> ModeFinding:
+def _judge_mode(mode: str, found: dict[str, Finding], refused: str | None, needs: "Needs | None") -> ModeFinding:
     problem = next((problem for problem in _problems(mode, found, refused, needs) if problem), None)
     if problem:
         return ModeFinding(mode, False, problem)
@@ -183,7 +183,7 @@ def _judge(mode: str, found: dict[str, Finding], refused: str | None, needs: "Ne
 
 
 def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: "Needs | None") -> Iterator[str | None]:
-    """What stands in the way of ``mode``, if anything, in the order in which a run would meet it."""
+    """Yield what prevents ``mode`` from working, in the order in which a run would encounter it; None for no problem."""
     for name in ("pytorch", "transformers"):
         if not found[name].ok:
             yield f"{name}: {found[name].text}"
@@ -202,14 +202,14 @@ def _problems(mode: str, found: dict[str, Finding], refused: str | None, needs: 
         yield needs.text
 
 
-def _asked_apart(place: str) -> tuple[str, ...]:
-    """The modes of which a process of its own is asked, since to look may start CUDA."""
+def _probed_modes(place: str) -> tuple[str, ...]:
+    """Return the modes that are checked in another process, since the check may initialise CUDA."""
     return () if place == "cpu" else tuple(mode.name for mode in MODES.values() if mode.needs_gpu)
 
 
 def _find_mode_problem(mode: str, place: str) -> str | None:
-    """As :func:`splitwiser.placement.checks.find_mode_problem`; where that may start CUDA, a process of its own is asked."""
-    if mode not in _asked_apart(place):
+    """Return the result of :func:`splitwiser.placement.checks.find_mode_problem`, from a probe if it may initialise CUDA."""
+    if mode not in _probed_modes(place):
         from splitwiser.placement.checks import find_mode_problem
 
         return find_mode_problem(mode, place)

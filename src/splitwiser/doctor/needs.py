@@ -1,4 +1,4 @@
-"""What a run of a model needs on this machine, told before a weight is made and without reaching for the hub."""
+"""What a run of a model needs on this machine, determined without creating weights and without contacting the hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +31,11 @@ DOWNLOAD = "not in the local cache, so a run downloads it first"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run of the model needs, as far as it is known here, and what stands in its way.
+    """Memory that a run of the model needs, as far as it is known, and what prevents the run.
 
-    ``weights``, ``pool`` (``about``: an estimate) and ``free`` are bytes. ``problem`` is in the way of every mode,
-    ``dispatch`` of all that the engine serves, ``memory_alone`` and ``memory_with_pool`` of those without and with a KV
-    pool, ``text`` of prompts that are text. ``where`` the model comes from.
+    ``weights``, ``pool`` (an estimate if ``about``) and ``free`` are bytes. ``problem`` prevents every mode, ``dispatch``
+    every mode of the project's own engine, ``memory_alone`` and ``memory_with_pool`` the modes without and with a KV pool,
+    ``text`` text prompts. ``where`` says where the model comes from.
     """
 
     weights: int | None = None
@@ -51,19 +51,19 @@ class Needs:
 
     @property
     def note(self) -> str:
-        """What to know before a run that works."""
+        """Note for a run that works."""
         return DOWNLOAD if self.where.endswith(DOWNLOAD) else ""
 
     def find_model(self) -> Found:
-        """The finding on the model itself."""
+        """Return the finding about the model itself."""
         problem = self.problem or self.dispatch or self.text
         return (None if self.note and not problem else problem is None), problem or self.where, {}
 
     def find_memory(self) -> Found:
-        """The finding on the memory that weights and pool take."""
+        """Return the finding about the memory of weights and KV pool."""
         figures = {"weights_bytes": self.weights, "pool_bytes": self.pool, "free_bytes": self.free}
         if self.weights is None:
-            return None, "cannot be told without the model's configuration", figures
+            return None, "cannot be determined without the model's configuration", figures
         text = f"weights {format_size(self.weights)}"
         if self.pool is not None:
             text += f", KV pool {'about ' if self.about else ''}{format_size(self.pool)}"
@@ -75,19 +75,20 @@ class Needs:
 
 
 def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachable: str | None) -> Needs:
-    """What a run of ``config``'s model needs on ``device`` with ``free`` bytes; ``unreachable``: why the hub is, if it is.
+    """Return what a run of ``config``'s model needs on ``device`` with ``free`` bytes.
 
-    Raises :class:`InputError` on a model, type or load format that does not exist.
+    ``unreachable`` is the reason if the hub cannot be reached. Raises :class:`InputError` for an unknown model, type or
+    load format.
     """
     entry = resolve_model(config.model)
     shape_is_known, problem, where = _find_files(entry, config, unreachable)
     where = f"{entry.name} at {entry.location}" + (f": {where}" if where else "")
-    if not shape_is_known and entry.kind == "decoder":  # another is refused before anything is read
+    if not shape_is_known and entry.kind == "decoder":  # other kinds are refused before anything is read
         return Needs(free=free, problem=problem, where=where)
     load_format = "dummy" if entry.config and not _is_here(entry, ["config.json"]) else config.load_format
     text = None
     try:
-        # the device has no say in a model's shape, and asking for it here would start CUDA in this process
+        # a model's shape does not depend on the device, which would initialise CUDA in this process
         _, _, figures, dtype = plan_model(config.model, dtype=config.dtype, device="cpu", load_format=load_format)
         if load_format == config.load_format == "auto":
             problem = problem or find_checkpoint_problem(entry, figures, device)
@@ -99,26 +100,26 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
         return Needs(free=free, problem=str(error), where=where)
     except InputError:
         raise
-    except Exception as error:  # whatever building a foreign architecture raises
+    except Exception as error:  # whatever building the model's architecture raises
         return Needs(free=free, problem=f"model {entry.name}: {type(error).__name__}: {first_line(error)}", where=where)
     return replace(needs, problem=problem, dispatch=dispatch, text=text, where=where)
 
 
 def _find_files(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> tuple[bool, str | None, str]:
-    """Whether the model's shape is known here, why it cannot be had, and where it comes from."""
+    """Return whether the model's shape is known here, why the model is not available, and where it comes from."""
     if config.load_format == "dummy" and (entry.config or _is_here(entry, ["config.json"])):
         return True, None, "random weights, nothing to download"
     if entry.path:
         return True, None, ""
     if _is_here(entry, WEIGHT_FILES):
         return True, None, "in the local cache"
-    # the catalogue's figures do not say of which type the checkpoint's numbers are
+    # the catalogue does not give the number type of the checkpoint
     shape_is_known = _is_here(entry, ["config.json"]) or (bool(entry.config) and config.dtype != "auto")
     return shape_is_known, not_available(entry, unreachable) if unreachable else None, DOWNLOAD
 
 
 def _find_text_problem(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> str | None:
-    """Why prompts of text, which a run has but for ``--prompt_tokens``, cannot be tokenised."""
+    """Return why text prompts cannot be tokenised; None if they can, or with ``--prompt_tokens``, which needs no text."""
     downloaded = entry.hub and not unreachable and not has_tokenizer_files(entry)
     if config.prompt_tokens is not None or downloaded:
         return None
@@ -126,7 +127,7 @@ def _find_text_problem(entry: CatalogEntry, config: DoctorConfig, unreachable: s
 
 
 def _is_here(entry: CatalogEntry, names: Sequence[str]) -> bool:
-    """Whether one of the files ``names`` of the model lies in its directory or in the hub's local cache."""
+    """Return whether one of the files ``names`` of the model is in its directory or in the hub's local cache."""
     return any(find_file(entry, name) for name in names)
 
 
@@ -147,7 +148,7 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
 
 
 def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
-    """What each layer keeps, as most configurations say it; only a forward, as a run makes it, knows."""
+    """Return the K and V shape of each layer as most configurations give it; only a forward, as in a run, is certain."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

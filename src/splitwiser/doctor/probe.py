@@ -1,4 +1,4 @@
-"""Questions that are asked in a process of their own, since the answer may hang or take the process down: CUDA and the hub.
+"""Probes: checks in a separate process, since they may hang or crash (CUDA, the hub).
 
 ``python -m splitwiser.doctor.probe NAME [ARGUMENT...]`` prints the answer as one line of JSON.
 """
@@ -18,16 +18,16 @@ from splitwiser.errors import first_line
 
 
 class ProbeError(Exception):
-    """A question got no answer; the message is the reason, on one line."""
+    """A probe gave no answer; the message is the reason, on one line."""
 
 
-_asked: dict[tuple[str, ...], "Future[Any]"] = {}
+_started: dict[tuple[str, ...], "Future[Any]"] = {}
 _running: set["subprocess.Popen[str]"] = set()
 
 
 def ask_ahead(name: str, *arguments: str, deadline_s: float) -> None:
-    """Begin to ask the probe ``name``, so that :func:`ask` with the same arguments waits only for what is left of it: each
-    takes seconds, most of them to import PyTorch."""
+    """Start the probe ``name`` early, so that :func:`ask` with the same arguments waits only for the rest: each probe takes
+    seconds, most of them for importing PyTorch."""
     answer: Future[Any] = Future()
 
     def wait_for_it() -> None:
@@ -37,13 +37,12 @@ def ask_ahead(name: str, *arguments: str, deadline_s: float) -> None:
             answer.set_exception(error)
 
     threading.Thread(target=wait_for_it, daemon=True).start()
-    _asked[name, *arguments] = answer
+    _started[name, *arguments] = answer
 
 
 @contextmanager
-def ending_questions() -> Iterator[None]:
-    """While this lasts, questions may be asked ahead; what is still being asked at its end is ended, with all that it has
-    started."""
+def stopping_probes() -> Iterator[None]:
+    """Kill the probes that are still running at the end of the block, with all processes that they have started."""
     try:
         yield
     finally:
@@ -52,10 +51,10 @@ def ending_questions() -> Iterator[None]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(name: str, *arguments: str, deadline_s: float) -> Any:  # noqa: ANN401  # each probe has an answer of its own
-    """The answer of the probe ``name``. Raises :class:`ProbeError` if there is none within ``deadline_s`` seconds."""
-    begun = _asked.pop((name, *arguments), None)
-    return _ask(name, *arguments, deadline_s=deadline_s) if begun is None else begun.result()
+def ask(name: str, *arguments: str, deadline_s: float) -> Any:  # noqa: ANN401  # each probe has its own type of answer
+    """Return the answer of the probe ``name``. Raises :class:`ProbeError` if it gives none within ``deadline_s`` seconds."""
+    started = _started.pop((name, *arguments), None)
+    return _ask(name, *arguments, deadline_s=deadline_s) if started is None else started.result()
 
 
 def _ask(name: str, *arguments: str, deadline_s: float) -> Any:  # noqa: ANN401
@@ -64,8 +63,8 @@ def _ask(name: str, *arguments: str, deadline_s: float) -> Any:  # noqa: ANN401
 
 
 def run_command(command: list[str], deadline_s: float, text: str = "") -> str:
-    """What ``command``, given ``text``, prints. Raises :class:`ProbeError` if it is not there, fails or takes too long;
-    then no process that it started is left."""
+    """Run ``command`` with ``text`` as its input and return its output. Raises :class:`ProbeError` if it is not found, fails
+    or takes longer than ``deadline_s`` seconds; then no process that it started is left."""
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
@@ -83,12 +82,12 @@ def run_command(command: list[str], deadline_s: float, text: str = "") -> str:
             process.communicate()
         _running.discard(process)
     if process.returncode:
-        raise ProbeError(_reason(errors or output, process.returncode))
+        raise ProbeError(_describe_failure(errors or output, process.returncode))
     return output
 
 
-def _reason(errors: str, exit_code: int) -> str:
-    """The error that a process ended with: of a traceback its last line, which may go on over lines that say less."""
+def _describe_failure(errors: str, exit_code: int) -> str:
+    """Return the error that a process ended with: the line of a traceback that names the exception."""
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
     lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {exit_code}"]
@@ -97,7 +96,7 @@ def _reason(errors: str, exit_code: int) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    """The GPUs that PyTorch finds, with what is free on each, or the reason why it finds none."""
+    """Return the GPUs that PyTorch finds, with the free memory of each, or the reason why it finds none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -123,8 +122,8 @@ def _devices() -> dict[str, Any]:
     return {"devices": devices, "problem": None}
 
 
-def _shares(device: str) -> None:
-    """Send memory on ``device`` to a second process as the workers of mode mp get it, and read what that one wrote there."""
+def _share_memory(device: str) -> None:
+    """Send memory on ``device`` to a second process, as to the workers of mode mp, and read what it wrote there."""
     import torch
     import torch.multiprocessing
 
@@ -135,12 +134,12 @@ def _shares(device: str) -> None:
     process.start()
     process.join()
     if process.exitcode:
-        sys.exit(1)  # what is wrong, it has said
+        sys.exit(1)  # the process has printed its error
     if memory.tensor.tolist() != [7] * 64:
-        raise RuntimeError("what one process writes does not reach the other")
+        raise RuntimeError("what one process writes is not seen by the other")
 
 
-def _write(memory: Any) -> None:  # noqa: ANN401  # its module brings in torch
+def _write(memory: Any) -> None:  # noqa: ANN401  # its module imports torch
     import torch
 
     memory.tensor.fill_(7)
@@ -149,14 +148,14 @@ def _write(memory: Any) -> None:  # noqa: ANN401  # its module brings in torch
 
 
 def _mode(mode: str, device: str) -> str | None:
-    """Why ``mode`` does not work on ``device``."""
+    """Return why ``mode`` does not work on ``device``, or None."""
     from splitwiser.placement.checks import find_mode_problem
 
     return find_mode_problem(mode, device)
 
 
 def _hub(repository: str) -> None:
-    """Ask the hub for ``repository``, or if it is empty for anything."""
+    """Request ``repository`` from the hub, or any model if it is empty."""
     from huggingface_hub import HfApi
 
     if repository:
@@ -165,7 +164,7 @@ def _hub(repository: str) -> None:
         next(iter(HfApi().list_models(limit=1)))
 
 
-PROBES: dict[str, Callable[..., Any]] = {"devices": _devices, "shares": _shares, "mode": _mode, "hub": _hub}
+PROBES: dict[str, Callable[..., Any]] = {"devices": _devices, "shares": _share_memory, "mode": _mode, "hub": _hub}
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

@@ -1,6 +1,6 @@
-"""What this machine has, one check a function; each returns whether it is in order, a text and figures.
+"""Checks of this machine, one per function; each returns whether it passed, a text and figures.
 
-A check raises whatever breaks it. PyTorch is imported where a check needs it, so that the others work where it is broken.
+A check may raise any exception. PyTorch is imported only where a check needs it, so that the others work where it is broken.
 """
 
 import os
@@ -18,18 +18,18 @@ from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
 from splitwiser.model.catalog import resolve_model
 
-DEVICES_S, SHARE_S, HUB_S, TOOL_S = 60.0, 90.0, 20.0, 10.0  # longest that each question may take
-FEW_FILES = 256  # a run opens some tens of files, and a pipe for every pair of processes
-IPC_COUNTERS = 10_000 * 8  # bytes of /dev/shm that PyTorch's CUDA IPC takes (torch/csrc/CudaIPCTypes.h)
-# what the decode kernel and PyTorch's products are fast with, as x86 and Arm processors name it
+DEVICES_S, SHARE_S, HUB_S, TOOL_S = 60.0, 90.0, 20.0, 10.0  # longest that each probe may take
+FEW_FILES = 256  # a run opens tens of files, and a pipe for every pair of processes
+IPC_COUNTERS = 10_000 * 8  # bytes of /dev/shm that PyTorch's CUDA IPC uses (torch/csrc/CudaIPCTypes.h)
+# instruction sets that speed up the decode kernel and PyTorch's matrix products, as x86 and Arm processors name them
 PROCESSOR_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 Found = tuple[bool | None, str, dict[str, Any]]
-"""``ok`` (False: missing or in the way; None: does not apply or was not tried), the text, and figures for machines."""
+"""``ok`` (False: missing, or prevents a run; None: does not apply or was not tried), a text, machine-readable figures."""
 
 
 def format_size(nbytes: int) -> str:
-    """``nbytes`` in MiB or GiB."""
+    """Return ``nbytes`` as text, in MiB or GiB."""
     return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"
 
 
@@ -37,7 +37,7 @@ def format_size(nbytes: int) -> str:
 
 
 def find_pytorch() -> Found:
-    """Whether PyTorch can be imported, and which."""
+    """Check whether PyTorch can be imported, and return its version."""
     try:
         import torch
     except Exception as error:
@@ -48,11 +48,11 @@ def find_pytorch() -> Found:
 
 
 def find_transformers() -> Found:
-    """Whether transformers and accelerate can be imported, and which."""
+    """Check whether transformers and accelerate can be imported, and return their versions."""
     try:
         import accelerate
         import transformers
-        from transformers import AutoModelForCausalLM  # noqa: F401  # what is imported lazily breaks only here
+        from transformers import AutoModelForCausalLM  # noqa: F401  # lazily imported parts fail only here
     except Exception as error:
         return False, f"cannot be imported ({type(error).__name__}: {first_line(error)})", {}
     versions = {"version": transformers.__version__, "accelerate": accelerate.__version__}
@@ -63,7 +63,7 @@ def find_transformers() -> Found:
 
 
 def ask_for_gpus_ahead() -> None:
-    """Begin to look for GPUs, if this PyTorch can have any."""
+    """Start the probe for GPUs, if this PyTorch supports any."""
     import torch
 
     if torch.version.cuda is not None:
@@ -71,13 +71,13 @@ def ask_for_gpus_ahead() -> None:
 
 
 def ask_for_sharing_ahead(place: str) -> None:
-    """Begin to try whether processes can share memory, on the CPU and on ``place``."""
+    """Start the probes for sharing memory between processes, on the CPU and on ``place``."""
     for device in {"cpu", place}:
         ask_ahead("shares", device, deadline_s=SHARE_S)
 
 
 def find_gpus() -> Found:
-    """The GPUs that PyTorch finds; ``devices`` as the probe of that name tells them."""
+    """Return the GPUs that PyTorch finds, from the probe ``devices``."""
     import torch
 
     if torch.version.cuda is None:
@@ -92,15 +92,15 @@ def find_gpus() -> Found:
 
 
 def find_device(device: str, gpus: int) -> Found:
-    """The device that ``device`` means where there are ``gpus`` GPUs."""
+    """Return the device that ``device`` refers to on a machine with ``gpus`` GPUs."""
     from splitwiser.machine.device import resolve_device
 
     place = str(resolve_device(device, gpus))
-    return True, f"{place} ({'as asked for' if device != 'auto' else 'chosen by auto'})", {"device": place}
+    return True, f"{place} ({'as requested' if device != 'auto' else 'chosen by auto'})", {"device": place}
 
 
 def find_nvidia_smi() -> Found:
-    """Driver, compute mode and MIG, as the driver's own tool tells them."""
+    """Return the driver version, compute mode and MIG mode of each GPU, from nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None, "not on PATH", {}
     names = ("index", "driver_version", "compute_mode", "mig.mode.current")
@@ -118,7 +118,7 @@ def find_nvidia_smi() -> Found:
 
 
 def find_cuda_ipc(place: str | None) -> Found:
-    """Whether two processes can share memory of the GPU ``place``, by doing it."""
+    """Check, by doing it, whether two processes can share memory of the GPU ``place``."""
     if place is None:
         return None, "no GPU to share memory on", {}
     ask("shares", place, deadline_s=SHARE_S)
@@ -126,27 +126,27 @@ def find_cuda_ipc(place: str | None) -> Found:
 
 
 def find_green_contexts(on_gpu: bool, problem: str | None) -> Found:
-    """Whether green contexts can be made; ``problem`` is why not."""
+    """Return whether green contexts can be created; ``problem`` is why not."""
     if not on_gpu:
         return None, "no GPU to divide", {}
-    return problem is None, problem or "can be made", {}
+    return problem is None, problem or "can be created", {}
 
 
 def find_mps_binary() -> Found:
-    """The program that starts an MPS daemon."""
-    from splitwiser.placement.mps_daemon import CONTROL
+    """Return the path of the program that starts an MPS daemon."""
+    from splitwiser.placement.mps_gpu import CONTROL
 
     path = shutil.which(CONTROL)
     return (True, path, {"path": path}) if path else (None, f"{CONTROL} is not on PATH", {"path": None})
 
 
 def find_mps_daemon() -> Found:
-    """The MPS daemon that a process of this environment would be a client of, and whose it is."""
+    """Return the MPS daemon that a process with this environment would be a client of, and its owner."""
     from splitwiser.placement.mps_daemon import running_daemon
 
     daemon = running_daemon()
     if daemon is None:
-        return None, "none runs", {}
+        return None, "none is running", {}
     figures = {"pid": daemon.pid, "user": daemon.user, "pipe_directory": str(daemon.pipe_directory)}
     return True, f"{daemon}", figures
 
@@ -155,7 +155,7 @@ def find_mps_daemon() -> Found:
 
 
 def find_processor() -> Found:
-    """The processor and those of its instructions that matter here."""
+    """Return the processor and which of :data:`PROCESSOR_FEATURES` it has."""
     import torch
 
     from splitwiser.machine.describe import describe_machine
@@ -166,13 +166,13 @@ def find_processor() -> Found:
     features = [feature for feature in PROCESSOR_FEATURES if feature in flags]
     return (
         True,
-        f"{name}: {', '.join(features) or 'no vector extension known here'}",
+        f"{name}: {', '.join(features) or 'no known vector extension'}",
         {"name": name, "features": features},
     )
 
 
 def find_cores() -> Found:
-    """Cores, what a container lets be used of them, and PyTorch's threads."""
+    """Return the number of cores, a container's quota of them, and the number of PyTorch's threads."""
     import torch
 
     cores, threads, quota = len(os.sched_getaffinity(0)), torch.get_num_threads(), cgroup.cpu_quota()
@@ -180,26 +180,26 @@ def find_cores() -> Found:
     text = f"{cores} that this process may use, {threads} PyTorch threads"
     if quota is not None and quota < cores:
         whole = max(1, int(quota))
-        text += f", but the container may take the time of {quota:g}: start runs under taskset -c with {whole} of them"
+        text += f", but the container may use the time of {quota:g}: start runs under taskset -c with {whole} of them"
         return False, text, figures
     return True, text, figures
 
 
 def find_load() -> Found:
-    """What others use of the cores right now."""
-    load = machine_load.look()
+    """Measure how much of the cores other processes use now."""
+    load = machine_load.measure_load()
     named = ("load_average", "others_cores", "cpu_pressure")
     figures = {name: load.record[name] for name in named}
     if load.others_cores is None:
-        return None, "the system does not say what others use", figures
+        return None, "the system does not report what others use", figures
     text = f"others use {load.others_cores:.1f} of {load.cores:g} cores now, load average {load.load_average}"
     if load.crowded:
-        return None, f"{text}: what is measured meanwhile is not this machine's own speed", figures
+        return None, f"{text}: measurements made meanwhile do not show this machine's own speed", figures
     return True, text, figures
 
 
 def find_compiler() -> Found:
-    """The compiler of the C++ functions."""
+    """Return the path and version of the C++ compiler."""
     path = shutil.which("g++")
     if path is None:
         return None, "no g++ on PATH", {"path": None}
@@ -208,7 +208,7 @@ def find_compiler() -> Found:
 
 
 def find_kernel(place: str | None) -> Found:
-    """Makes the kernel, as a run would, so that the answer is that of a run."""
+    """Build the kernels as a run does, so that the result is that of a run."""
     import torch
 
     from splitwiser.model.kernels import build as native
@@ -238,31 +238,31 @@ def find_kernel(place: str | None) -> Found:
 
 
 def _is_writable(path: Path) -> bool:
-    """Whether ``path`` can be written to, or made if it is not there."""
-    there = next(each for each in [path, *path.parents] if each.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    """Return whether the folder ``path`` can be written to, or created if it does not exist."""
+    existing = next(each for each in [path, *path.parents] if each.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 # memory
 
 
 def find_main_memory() -> Found:
-    """Main memory that can be had, within what a container allows."""
+    """Return the available main memory, and what a container's limit leaves."""
     from splitwiser.machine.memory import available_memory
 
     memory = psutil.virtual_memory()
-    room, free = cgroup.memory_room(), available_memory()
+    headroom, free = cgroup.memory_headroom(), available_memory()
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     text = f"{format_size(memory.available)} of {format_size(memory.total)} available"
-    if room is not None:
-        text += f"; the container's limit leaves {format_size(room)}"
+    if headroom is not None:
+        text += f"; the container's limit leaves {format_size(headroom)}"
     if address_space != resource.RLIM_INFINITY:
         text += f"; ulimit -v allows {format_size(address_space)} of addresses, PyTorch's own included"
-    return True, text, {"free_bytes": free, "total_bytes": memory.total, "container_room_bytes": room}
+    return True, text, {"free_bytes": free, "total_bytes": memory.total, "container_room_bytes": headroom}
 
 
 def find_shared_memory() -> Found:
-    """Whether two processes can share main memory as the workers of mode mp do, by doing it."""
+    """Check, by doing it, whether two processes can share main memory as the workers of mode mp do."""
     from splitwiser.placement.checks import find_memfd_problem
 
     if problem := find_memfd_problem():
@@ -272,7 +272,7 @@ def find_shared_memory() -> Found:
 
 
 def find_dev_shm(on_gpu: bool) -> Found:
-    """Room in ``/dev/shm``, which containers keep small, against what a run lays there."""
+    """Compare the free space in ``/dev/shm``, which containers keep small, with what a run needs there."""
     shm = os.statvfs("/dev/shm")
     size, free = shm.f_blocks * shm.f_frsize, shm.f_bavail * shm.f_frsize
     ok = not on_gpu or free >= IPC_COUNTERS
@@ -280,23 +280,23 @@ def find_dev_shm(on_gpu: bool) -> Found:
     if on_gpu:
         text += f"CUDA IPC needs {IPC_COUNTERS // 1000} kB of it, weights and pool none"
     else:
-        text += "a run needs none of it: weights and pool lie in anonymous files, which are main memory"
+        text += "a run needs none of it: weights and pool are in anonymous files in main memory"
     return ok, text, {"size_bytes": size, "free_bytes": free}
 
 
 def find_open_files() -> Found:
-    """How many files a process may open."""
+    """Return how many files a process may open."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY or limit >= FEW_FILES:
         return True, "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} allowed", {"limit": limit}
-    return False, f"{limit} allowed, which many workers use up: ulimit -n {FEW_FILES} or more", {"limit": limit}
+    return False, f"{limit} allowed, too few for many workers: ulimit -n {FEW_FILES} or more", {"limit": limit}
 
 
 # the hub
 
 
 def find_hub(model: str, wanted: bool) -> Found:
-    """Where the hub's cache is and, if ``wanted``, whether the hub has ``model``; ``problem`` says why it cannot be had."""
+    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves ``model``."""
     from huggingface_hub import constants as hub
 
     cache = f"cache {hub.HF_HUB_CACHE}"
@@ -314,4 +314,4 @@ def find_hub(model: str, wanted: bool) -> Found:
         ask("hub", name, deadline_s=HUB_S)
     except ProbeError as error:
         return False, f"{hub.ENDPOINT}: {error}; {setting}; {cache}", {**figures, "problem": str(error)}
-    return True, f"{name or 'the hub'} can be had from {hub.ENDPOINT}; {setting}; {cache}", figures
+    return True, f"{name or 'the hub'} is available from {hub.ENDPOINT}; {setting}; {cache}", figures

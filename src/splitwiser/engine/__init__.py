@@ -1,1 +1,1 @@
-"""Which requests share a step and when: queues, blocks, steps, sampling and the parent's loop."""
+"""Scheduling and running of steps: queues, KV blocks, prefill and decode steps, sampling and the parent's loop."""

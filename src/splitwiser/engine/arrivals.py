@@ -1,4 +1,4 @@
-"""When requests arrive: at times given beforehand (open loop), or as others finish (closed loop)."""
+"""Arrival of requests: at given times (open loop), or whenever another request finishes (closed loop)."""
 
 import heapq
 import time
@@ -9,11 +9,11 @@ from splitwiser.request import Request
 
 
 class Arrivals:
-    """The requests of a run that are still to come, and the moments (of ``clock``) at which they do.
+    """The requests of a run that have not arrived yet, and their arrival times by ``clock``, in nanoseconds.
 
-    Open loop: each request arrives at its ``arrival_s`` after ``start_ns``, however late the engine is. Closed loop
-    (``max_concurrency`` given): that many arrive at the start and each further one, in order, the moment at which one
-    finishes, as with so many users who each wait for their answer; ``arrival_s`` plays no part.
+    Open loop: each request arrives ``arrival_s`` seconds after ``start_ns``, however late the engine is. Closed loop
+    (``max_concurrency`` given): ``max_concurrency`` requests arrive at the start and each further one, in order, when
+    another finishes, like that many users who each wait for their answer; ``arrival_s`` is ignored.
     """
 
     def __init__(
@@ -26,27 +26,27 @@ class Arrivals:
         self._clock = clock
         self._closed = max_concurrency is not None
         self._waiting = deque(requests)
-        self._moments = [start_ns] * (max_concurrency or 0)  # a heap
+        self._times_ns = [start_ns] * (max_concurrency or 0)  # a heap
         if not self._closed:
             self._waiting = deque(sorted(requests, key=lambda request: request.arrival_s))
-            self._moments = [start_ns + int(request.arrival_s * 1e9) for request in self._waiting]
+            self._times_ns = [start_ns + int(request.arrival_s * 1e9) for request in self._waiting]
 
     @property
     def request_ids(self) -> list[int]:
-        """Of the requests that have not come."""
+        """Ids of the requests that have not arrived yet."""
         return [request.request_id for request in self._waiting]
 
     @property
     def next_ns(self) -> int | None:
-        """When the next request arrives; None if none is to come, or none before one finishes."""
-        return self._moments[0] if self._waiting and self._moments else None
+        """Arrival time of the next request; None if no request is left, or if the next one waits for another to finish."""
+        return self._times_ns[0] if self._waiting and self._times_ns else None
 
     def due(self) -> Iterator[tuple[Request, int]]:
-        """The requests that have arrived by now, each with its moment."""
+        """Yield each request that has arrived by now, with its arrival time in nanoseconds."""
         while self.next_ns is not None and self.next_ns <= self._clock():
-            yield self._waiting.popleft(), heapq.heappop(self._moments)
+            yield self._waiting.popleft(), heapq.heappop(self._times_ns)
 
-    def finished(self, moment_ns: int) -> None:
-        """A request finished at ``moment_ns``: in a closed loop the next one arrives then."""
+    def record_finish(self, finish_ns: int) -> None:
+        """Note that a request finished at ``finish_ns``: in a closed loop the next one arrives then."""
         if self._closed:
-            heapq.heappush(self._moments, moment_ns)
+            heapq.heappush(self._times_ns, finish_ns)

@@ -1,8 +1,7 @@
-"""Decode steps of fixed sizes: on a GPU captured once as CUDA graphs and replayed, so that a step is one launch instead of
-some hundred, which is what bounds small models there.
+"""Decode steps of fixed batch sizes, captured on a GPU as CUDA graphs and replayed.
 
-A graph runs on the multiprocessors of the stream that it was captured on, so each stream that decode may use has graphs
-of its own.
+A replayed step is one launch instead of a hundred or more, and launches are what limits small models on a GPU. A graph
+runs on the multiprocessors of the stream that it was captured on, so each stream that decode may use has its own graphs.
 """
 
 import gc
@@ -22,8 +21,10 @@ from splitwiser.model.paged_attention import Segment
 
 
 class _FixedStep(AttentionStep):
-    """A decode step of ``size`` requests whose inputs lie in buffers that stay where they are, so that a graph finds the
-    next step's there. Where there are fewer requests, the last is repeated: it writes the same K and V once more."""
+    """A decode step of ``size`` requests with inputs in fixed buffers, where a captured graph reads those of each step.
+
+    A smaller batch is padded by repeating its last request, which writes the same K and V again.
+    """
 
     def __init__(self, pool: KVPool, size: int, width: int, device: torch.device) -> None:
         self.size = size
@@ -36,12 +37,14 @@ class _FixedStep(AttentionStep):
         self.tokens, self.positions, self._slots, self._lengths = self._device.split(size)
         self._tables = torch.zeros(size, width, dtype=torch.int64, device=device)
         self._offsets = torch.arange(size + 1, device=device)
-        self._first = torch.zeros(size, dtype=torch.int64, device=device)  # where each token's view begins, if causal
+        self._first = torch.zeros(
+            size, dtype=torch.int64, device=device
+        )  # first position that each token attends to, if causal
         self._starts: dict[Mask, Tensor] = {}
-        self._lengths.fill_(1)  # of no request yet: one token in slot 0, where any request writes before it reads
+        self._lengths.fill_(1)  # before any request: one token in slot 0, which every request writes before it reads
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int]) -> None:
-        """Bring the next step's inputs into the buffers: one copy, and another where the batch has changed."""
+        """Copy the next step's inputs into the buffers: one copy, and a second for the block tables if the batch changed."""
         repeated = self.size - len(segments)
         size = self._pool.block_tokens
         staged_tokens, positions, slots, lengths = self._staged
@@ -61,7 +64,7 @@ class _FixedStep(AttentionStep):
             self._members = members
 
     def _load_tables(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Write the columns that are in use; what lies beyond is never read."""
+        """Write the block tables' columns that are in use; the rest is never read."""
         most = max(map(len, blocks))
         columns = torch.tensor([[*row, *[0] * (most - len(row))] for row in blocks])
         if self._tables.is_cuda:
@@ -69,7 +72,7 @@ class _FixedStep(AttentionStep):
         self._tables[:, :most] = columns
 
     def begin(self) -> None:
-        """Forget the masks of the last forward; each brings its own."""
+        """Forget the masks of the previous forward."""
         self._starts.clear()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -89,8 +92,8 @@ class _FixedStep(AttentionStep):
         ).unsqueeze(0)  # fmt: skip
 
     def _first_seen(self, mask: Mask) -> Tensor:
-        """The first position that each token sees, (size,). Layers share it: for a window it is some ten kernels over every
-        position that there can be."""
+        """Return the first position that each token attends to, int64 of shape (size,). Computed once for all layers: for a
+        sliding window it takes about ten kernels over all positions."""
         if mask.is_causal:
             return self._first
         if mask not in self._starts:
@@ -103,7 +106,7 @@ class _FixedStep(AttentionStep):
 
 
 def _check_reach(mask: Mask, positions: Tensor) -> None:
-    """Refuse a mask under which a token does not see all from some position on: ``starts`` could not stand for it."""
+    """Refuse a mask that is not "every position from some first one on", which a start position cannot express."""
     asked = positions[:: max(1, len(positions) // 64), None]
     seen = mask(asked, positions[None]) & (positions[None] <= asked)
     first = asked[:, 0] + 1 - seen.sum(dim=-1)
@@ -112,11 +115,11 @@ def _check_reach(mask: Mask, positions: Tensor) -> None:
 
 
 class DecodeGraphs:
-    """The logits of decode steps for up to ``max_batch`` requests, from steps of fixed sizes (the powers of 2, and
-    ``max_batch``): captured as graphs for each of ``streams``; without any, run as they are.
+    """Computes logits of decode steps for up to ``max_batch`` requests, with steps of fixed sizes (see :func:`graph_sizes`).
 
-    Raises :class:`~splitwiser.errors.UnsupportedModelError` for a mask that fixed steps cannot serve, and RuntimeError
-    where a forward cannot be captured.
+    Each step is captured as a CUDA graph for each of ``streams``; without streams, steps run without graphs. Raises
+    :class:`~splitwiser.errors.UnsupportedModelError` for a mask that fixed steps cannot serve, and RuntimeError if a
+    forward cannot be captured.
     """
 
     def __init__(
@@ -124,16 +127,16 @@ class DecodeGraphs:
     ) -> None:
         self._model = model
         width = pool.blocks if model.max_positions is None else min(pool.blocks, pool.blocks_for(model.max_positions))
-        self._steps = [_FixedStep(pool, size, width, model.device) for size in ladder(max_batch)]
+        self._steps = [_FixedStep(pool, size, width, model.device) for size in graph_sizes(max_batch)]
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if not streams:
             return
         self._memory = torch.cuda.graph_pool_handle()
-        # the default stream cannot be captured, but replays any graph: one stream for all of its graphs, since memory that a
-        # graph leaves is used again on the same stream only
+        # the default stream cannot be captured but can replay any graph; all of its graphs are captured on one other stream,
+        # since memory that a graph frees is reused only on the same stream
         aside = torch.cuda.Stream(model.device)
         default = torch.cuda.default_stream(model.device)
-        # the largest first, so that the smaller ones find room in its memory
+        # the largest first, so that the smaller ones reuse its memory
         work = [(stream, step) for stream in streams for step in reversed(self._steps)]
         for stream, step in tqdm(work, desc="CUDA graphs", unit="graph", disable=None, leave=False):
             captured = self._capture(aside if stream == default else stream, step)
@@ -141,7 +144,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def logits(self, segments: Sequence[Segment], tokens: Sequence[int]) -> Tensor:
-        """Logits after the last token of each request, shape (requests, vocabulary); they hold until the next call.
+        """Return the logits after each request's last token, shape (requests, vocabulary); the next call overwrites them.
 
         On a GPU the current stream must be one of ``streams``.
         """
@@ -157,7 +160,7 @@ class DecodeGraphs:
     def _capture(self, stream: "torch.cuda.Stream", step: _FixedStep) -> tuple["torch.cuda.CUDAGraph", Tensor]:
         torch.cuda.synchronize(self._model.device)
         with torch.cuda.stream(stream):
-            self._forward(step)  # compiles kernels and makes handles, which a capture must not
+            self._forward(step)  # compiles kernels and creates handles, which is not allowed during capture
             stream.synchronize()
         with _capturing(self._memory, stream) as graph:
             logits = self._forward(step)
@@ -171,18 +174,18 @@ class DecodeGraphs:
 
 @contextmanager
 def _capturing(memory: "torch.cuda._POOL_HANDLE", stream: "torch.cuda.Stream") -> Iterator["torch.cuda.CUDAGraph"]:
-    """Capture what this thread launches on ``stream`` into a graph in the pool ``memory``. Where that fails, the thread has
-    its own stream back and the device's allocator goes on as before, and RuntimeError says what broke the capture."""
+    """Capture what this thread launches on ``stream`` into a graph that uses the pool ``memory``. Raises RuntimeError with
+    the first cause if the capture fails; the thread's current stream and the device's allocator are then restored."""
     graph = torch.cuda.CUDAGraph()
     before = torch.cuda.current_stream(stream.device)
     collects = gc.isenabled()
-    gc.disable()  # a collection could unload a compiled kernel or free memory, which a capture must not
+    gc.disable()  # a collection could unload a kernel or free memory, which is not allowed during capture
     try:
         # thread_local: another thread's calls do not break the capture
         with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             yield graph
     except Exception as error:
-        # PyTorch leaves the capture's stream current, and its allocator capturing, where CUDA ends a capture with an error
+        # if CUDA ends a capture with an error, PyTorch leaves the stream current and its allocator in capture mode
         torch.cuda.set_stream(before)
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(stream.device_index, memory)
@@ -193,28 +196,28 @@ def _capturing(memory: "torch.cuda._POOL_HANDLE", stream: "torch.cuda.Stream") -
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What broke first: the end of a broken capture raises another error over it."""
+    """Return the first error of the chain: ending a failed capture raises another error on top of it."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
 
 
-def ladder(max_batch: int) -> list[int]:
-    """The sizes of steps that are made: the powers of 2 below ``max_batch``, and ``max_batch``."""
+def graph_sizes(max_batch: int) -> list[int]:
+    """Return the batch sizes that get a step: the powers of 2 below ``max_batch``, and ``max_batch``."""
     return [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch] + [max_batch]
 
 
 def capture_graphs(
     model: LoadedModel, pool: KVPool, max_batch: int, streams: Sequence["torch.cuda.Stream"] | None = None
 ) -> tuple[DecodeGraphs | None, str]:
-    """Graphs for decode on ``streams`` (None: on the current one), and a line for the run's record; None, and the reason,
-    where steps are launched piece by piece instead."""
+    """Return the decode graphs for ``streams`` (the current one if None or empty), or None if steps run without graphs;
+    and a description or the reason, for the run's record."""
     if model.device.type != "cuda":
-        return None, "none (they are a GPU's)"
+        return None, "none (CUDA graphs need a GPU)"
     if pool.kernels.decode is None:
         return None, "none (they need the compiled decode attention)"
     try:
         graphs = DecodeGraphs(model, pool, max_batch, streams or [torch.cuda.current_stream(model.device)])
-    except Exception as error:  # whatever a foreign forward or Triton raises means the same: no graphs
+    except Exception as error:  # whatever a model's forward or Triton raises, decode runs without graphs
         return None, f"none ({type(model.module).__name__} cannot be captured: {first_line(error)})"
-    return graphs, f"for {', '.join(map(str, ladder(max_batch)))} requests"
+    return graphs, f"for {', '.join(map(str, graph_sizes(max_batch)))} requests"

@@ -1,11 +1,11 @@
-"""The decode side of a worker: owns blocks, admits requests, batches steps, emits tokens and frees blocks."""
+"""The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy
-from splitwiser.engine.steps import InFlight, Stepper
+from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.request import FinishReason, Request
@@ -13,21 +13,20 @@ from splitwiser.request import FinishReason, Request
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """One turn: the report for the parent, and how many requests its step took (0: none ran)."""
+    """Result of :meth:`Decoder.step`: the report for the parent, and the batch size of its decode step (0: none ran)."""
 
     progress: Progress
     requests: int
 
 
 class Decoder:
-    """A request waits here until ``max_batch`` and its blocks allow, is with prefill until its handoff, then runs.
+    """Admits requests, at most ``max_batch`` at a time, and decodes them in one batch once they are prefilled.
 
-    All blocks that a request can come to need are reserved when it is admitted, so a running request never waits for
-    another, and admission cannot deadlock. ``policy`` says in which order requests are admitted.
+    All blocks that a request may ever need are reserved at admission, so a running request never waits for another, and
+    admission cannot deadlock. ``policy`` gives the order of admission. ``on_itl`` is called with each time between two
+    decode steps, in seconds.
 
-    ``on_itl`` is told of each gap between two tokens of its requests, in seconds.
-
-    State: waiting -> admitted (blocks reserved, with prefill) -> running -> finished (blocks freed).
+    States of a request: waiting -> admitted (blocks reserved, being prefilled) -> running -> finished (blocks freed).
     """
 
     def __init__(
@@ -47,8 +46,8 @@ class Decoder:
         self._max_batch = max_batch
         self._policy = policy
         self._waiting: dict[int, Request] = {}
-        self._admitted: dict[int, InFlight] = {}
-        self._running: dict[int, InFlight] = {}
+        self._admitted: dict[int, SequenceState] = {}
+        self._running: dict[int, SequenceState] = {}
         self._handoffs: list[Handoff] = []
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
@@ -58,33 +57,34 @@ class Decoder:
         self._waiting[request.request_id] = request
 
     def admit(self) -> list[PrefillTask]:
-        """Reserve blocks for as many waiting requests as there is room for, in the policy's order."""
+        """Reserve blocks for as many waiting requests as fit, in the policy's order; return their prefill tasks."""
         tasks: list[PrefillTask] = []
         if not self._waiting:
             return tasks
         for request in self._policy.admission_order(self._waiting.values()):
             if len(self._admitted) + len(self._running) >= self._max_batch:
                 break
-            blocks = self._allocator.allocate(-(-request.most_tokens // self._block_tokens))
+            blocks = self._allocator.allocate(-(-request.max_kv_tokens // self._block_tokens))
             if blocks is None:
                 break
-            self._admitted[request.request_id] = InFlight(request, blocks)
+            self._admitted[request.request_id] = SequenceState(request, blocks)
             tasks.append(PrefillTask(request, tuple(blocks), self.name))
         for task in tasks:
             del self._waiting[task.request.request_id]
         return tasks
 
     def receive(self, handoff: Handoff) -> None:
-        """Take a prefilled request over."""
+        """Start decoding a prefilled request."""
         sequence = self._admitted.pop(handoff.request_id)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
         self._handoffs.append(handoff)
 
     def step(self) -> DecodeResult | None:
-        """Run one step of every running request and report, or None if there is nothing to do."""
+        """Run one decode step over all running requests and return its result, or None if there is nothing to do. Raises
+        :class:`RunError` if blocks are leaked."""
         handoffs, self._handoffs = tuple(self._handoffs), []
-        finished = self._collect([handoff.request_id for handoff in handoffs])  # by the first token alone
+        finished = self._collect_finished([handoff.request_id for handoff in handoffs])  # with their first token
         batch = list(self._running.values())
         if not handoffs and not batch:
             return None
@@ -98,14 +98,15 @@ class Decoder:
         if self._last_end_ns is not None:
             self._on_itl((end_ns - self._last_end_ns) / 1e9)
         ids = [sequence.request.request_id for sequence in batch]
-        finished += self._collect(ids)
+        finished += self._collect_finished(ids)
         self._last_end_ns = end_ns if self._running else None
         progress = Progress(
             self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
         )
         return DecodeResult(progress, len(batch))
 
-    def _collect(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
+    def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
+        """Remove those of ``request_ids`` that have finished, and free their blocks."""
         finished = []
         for request_id in request_ids:
             sequence = self._running[request_id]
@@ -114,6 +115,6 @@ class Decoder:
                 finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(
-                f"{self.name}: {self._allocator.count - self._allocator.free_count} blocks in use with no request in them"
+                f"{self.name}: {self._allocator.count - self._allocator.free_count} blocks are in use, but no request is"
             )
         return finished

@@ -1,4 +1,4 @@
-"""The parent's side: feeds requests to the workers as they arrive, collects what they report, and takes part in no step."""
+"""The parent's loop: submits requests to the workers as they arrive and collects what they report; runs no step itself."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,30 +8,30 @@ from typing import Protocol
 
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.messages import Message, Progress, StepRecord
-from splitwiser.engine.stopping import final_text
+from splitwiser.engine.sampling import final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 
-_SETTLE_NS = 2_000_000  # how long the end of a run waits for step records that are still on their way
+_SETTLE_NS = 2_000_000  # how long a run waits at its end for step records that are still in transit
 
 
 class Observer:
-    """Is told of each step and each finished request while a run goes on; subclass it for what is wanted."""
+    """Callbacks for each step and each finished request of a run; subclass it and override what is needed."""
 
     def on_step(self, record: StepRecord) -> None:
-        """A worker ended a step."""
+        """Called when a worker has finished a step."""
 
     def on_output(self, output: RequestOutput) -> None:
-        """A request finished."""
+        """Called when a request has finished."""
 
 
 class Engine(Protocol):
-    """What runs requests, in every mode."""
+    """Interface of the engines of all modes."""
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Most tokens (prompt and new) that one request can have, or None without such a limit."""
+        """Largest number of tokens (prompt and new) that the KV pool holds for one request; None if there is no limit."""
         ...
 
     @property
@@ -42,18 +42,19 @@ class Engine(Protocol):
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
     ) -> list[RequestOutput]:
-        """Answer every request, each not before its arrival; outputs in the order of ``requests``. ``start_ns`` is the
-        moment of ``time.perf_counter_ns`` that arrivals count from; with ``max_concurrency`` requests arrive as others
-        finish (:class:`~splitwiser.engine.arrivals.Arrivals`)."""
+        """Run all requests, none before its arrival, and return their outputs in the order of ``requests``.
+
+        Arrival times count from ``start_ns``, a value of ``time.perf_counter_ns``; with ``max_concurrency``, requests
+        arrive as others finish (:class:`~splitwiser.engine.arrivals.Arrivals`). Raises :class:`RunError`."""
         ...
 
     def close(self) -> None:
-        """Give up workers and memory."""
+        """Stop the workers and release their memory."""
         ...
 
 
 class Placement(Protocol):
-    """Where the workers run."""
+    """Interface to the workers, wherever they run."""
 
     @property
     def pids(self) -> dict[str, int]:
@@ -61,13 +62,14 @@ class Placement(Protocol):
         ...
 
     def submit(self, request: Request) -> None:
-        """Give a request to a decode worker."""
+        """Send a request to a decode worker."""
         ...
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
-        """What the workers reported. Returns when there is something, or at ``until_ns`` (None: none is to come, or
-        none before one finishes). Raises :class:`RunError` if nothing can come any more, and
-        :class:`WorkerLostError` if a worker was lost."""
+        """Return what the workers reported: as soon as there is something, or nothing at ``until_ns``.
+
+        ``until_ns`` is None where no arrival is due: no request is left, or the next one waits for another to finish.
+        Raises :class:`RunError` if the workers can make no progress, :class:`WorkerLostError` if one was lost."""
         ...
 
     def close(self) -> None:
@@ -76,14 +78,14 @@ class Placement(Protocol):
 
 
 @dataclass
-class _Open:
+class _OpenRequest:
     request: Request
     metrics: RequestMetrics
     token_ids: list[int]
 
 
 class SplitEngine:
-    """Runs requests on the workers of a placement; the same for every mode but ``generate``."""
+    """Runs requests on the workers of a placement: the engine of every mode except ``generate``."""
 
     def __init__(
         self,
@@ -96,8 +98,8 @@ class SplitEngine:
         self._model = model
         self._placement = placement
         self._clock = clock
-        self._open: dict[int, _Open] = {}
-        self._broken_off = False
+        self._open: dict[int, _OpenRequest] = {}
+        self._interrupted = False
 
     @property
     def pids(self) -> dict[str, int]:
@@ -108,11 +110,11 @@ class SplitEngine:
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
     ) -> list[RequestOutput]:
         """See :meth:`Engine.run`."""
-        if self._broken_off:
-            raise RunError("an earlier run was broken off, and its requests are still under way; make a new LLM")
-        self._broken_off = True
+        if self._interrupted:
+            raise RunError("an earlier run was interrupted, and its requests are still in the workers; make a new LLM")
+        self._interrupted = True
         outputs = self._run(requests, observer, start_ns, Arrivals(requests, start_ns, max_concurrency, self._clock))
-        self._broken_off = False
+        self._interrupted = False
         return outputs
 
     def _run(
@@ -127,40 +129,40 @@ class SplitEngine:
                 messages = self._placement.poll(arrivals.next_ns)
             except WorkerLostError as lost:
                 unanswered = sorted({*self._open, *arrivals.request_ids})
-                raise _with_requests(lost, unanswered) from lost
+                raise _name_unanswered(lost, unanswered) from lost
             for message in messages:
-                for output in self._hear(message, observer, start_ns):
+                for output in self._handle(message, observer, start_ns):
                     outputs[output.request_id] = output
-                    arrivals.finished(output.metrics.token_ns[-1])
-        # the record of the last prefill step travels by another pipe than the report that ended the run
-        with suppress(WorkerLostError):  # all are answered; the next run is told
+                    arrivals.record_finish(output.metrics.token_ns[-1])
+        # the record of the last prefill step comes through another pipe than the report that ended the run
+        with suppress(WorkerLostError):  # all requests are answered; the next run raises it
             for message in self._placement.poll(self._clock() + _SETTLE_NS):
-                self._hear(message, observer, start_ns)
+                self._handle(message, observer, start_ns)
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self._placement.close()
 
-    def _hear(self, message: Message, observer: Observer, start_ns: int) -> list[RequestOutput]:
-        """Take a worker's message in; the outputs that it completes."""
+    def _handle(self, message: Message, observer: Observer, start_ns: int) -> list[RequestOutput]:
+        """Process a worker's message and return the outputs that it completes."""
         match message:
             case StepRecord():
-                if message.start_ns >= start_ns:  # else it belongs to the run before
+                if message.start_ns >= start_ns:  # else it belongs to the previous run
                     observer.on_step(message)
                 return []
             case Progress():
-                outputs = self._take(message)
+                outputs = self._record_progress(message)
                 for output in outputs:
                     observer.on_output(output)
                 return outputs
-        raise TypeError(f"the engine has no use for {message}")
+        raise TypeError(f"the engine cannot handle {message}")
 
     def _submit(self, request: Request, arrival_ns: int) -> None:
-        self._open[request.request_id] = _Open(request, RequestMetrics(arrival_ns), [])
+        self._open[request.request_id] = _OpenRequest(request, RequestMetrics(arrival_ns), [])
         self._placement.submit(request)
 
-    def _take(self, progress: Progress) -> list[RequestOutput]:
+    def _record_progress(self, progress: Progress) -> list[RequestOutput]:
         for handoff in progress.handoffs:
             opened = self._open[handoff.request_id]
             opened.token_ids.append(handoff.first_token)
@@ -180,8 +182,8 @@ class SplitEngine:
         return make_output(self._model, opened.request, opened.token_ids, reason, opened.metrics)
 
 
-def _with_requests(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError:
-    """``lost`` with the requests that it leaves without an answer."""
+def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError:
+    """Return ``lost`` as an error that also names the requests left unanswered."""
     named = ", ".join(map(str, unanswered[:20])) + (f" and {len(unanswered) - 20} more" if len(unanswered) > 20 else "")
     error = RunError(f"{lost}; not answered: requests {named}")
     for note in getattr(lost, "__notes__", []):
@@ -192,7 +194,7 @@ def _with_requests(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError
 def make_output(
     model: LoadedModel, request: Request, token_ids: list[int], reason: FinishReason, metrics: RequestMetrics
 ) -> RequestOutput:
-    """The output of a finished request, with its text."""
+    """Return the output of a finished request, with its text."""
     return RequestOutput(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
@@ -204,7 +206,7 @@ def make_output(
 
 
 def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None) -> None:
-    """Refuse a request that could never be served, with the figure it needs. Raises :class:`InputError`."""
+    """Raise :class:`InputError`, with the limit that is exceeded, for a request that could never be served."""
     where = f"request {request.request_id}"
     prompt, new = len(request.prompt_token_ids), request.params.max_tokens
     if not prompt:
@@ -217,8 +219,8 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
             f"{where}: {prompt} prompt tokens and {new} new ones need {prompt + new - 1} positions, and {model.name} has "
             f"{model.max_positions}; shorten the prompt or lower max_new_tokens"
         )
-    if capacity_tokens is not None and request.most_tokens > capacity_tokens:
+    if capacity_tokens is not None and request.max_kv_tokens > capacity_tokens:
         raise InputError(
-            f"{where}: {prompt} prompt tokens and {new} new ones need room for {request.most_tokens} tokens in the KV pool, "
-            f"which holds {capacity_tokens}; raise kv_memory or lower max_new_tokens"
+            f"{where}: {prompt} prompt tokens and {new} new ones need room for {request.max_kv_tokens} tokens in the KV "
+            f"pool, which holds {capacity_tokens}; raise kv_memory or lower max_new_tokens"
         )

@@ -1,5 +1,8 @@
-"""Mode ``generate``: transformers' own ``model.generate`` over padded static batches, the reference for tokens and the
-baseline for time. Each step is timed from within, so the mode writes the same files as the others."""
+"""Mode ``generate``: transformers' own ``model.generate`` over padded static batches.
+
+It is the reference for tokens and the baseline for time. Each step is timed from inside ``generate``, so the mode writes
+the same files as the others.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.engine import Observer, make_output
 from splitwiser.engine.messages import Phase, StepRecord
-from splitwiser.engine.sampling import choose
-from splitwiser.engine.steps import InFlight
-from splitwiser.engine.stopping import finish_reason
+from splitwiser.engine.sampling import finish_reason, sample_tokens
+from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
@@ -24,32 +26,32 @@ from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOut
 
 WORKER = "generate-0"
 
-_Arrived = tuple[Request, int]  # a request and the moment at which it came
+_ArrivedRequest = tuple[Request, int]  # a request and its arrival time in nanoseconds
 
 
 @dataclass(eq=False)
 class _Row:
-    """A request as a row of a padded batch; ``finish`` is set once it has finished."""
+    """One request as a row of a padded batch; ``finish`` is None until it has finished."""
 
-    sequence: InFlight
+    sequence: SequenceState
     metrics: RequestMetrics
     finish: FinishReason | None = None
 
 
-class _Draw(LogitsProcessor):
-    """Leaves of each row's logits only the token that :func:`choose` draws, so that the seeds mean in this mode what they
-    mean in the others (transformers draws a batch from one generator)."""
+class _SeededSampler(LogitsProcessor):
+    """Keeps of each row's logits only the token that :func:`sample_tokens` draws, so that seeds give the same tokens as in
+    the other modes (transformers draws a whole batch from one generator)."""
 
     def __init__(self, rows: Sequence[_Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        kept = choose(scores, [row.sequence for row in self._rows]).unsqueeze(-1)
+        kept = sample_tokens(scores, [row.sequence for row in self._rows]).unsqueeze(-1)
         return torch.full_like(scores, float("-inf")).scatter(-1, kept, 0.0)
 
 
-class _Follow(StoppingCriteria):
-    """Is called once a step with all tokens so far: stamps their time, reports the step and says which rows are done."""
+class _StepTracker(StoppingCriteria):
+    """Called once a step with all tokens so far: records their times, reports the step and returns which rows are done."""
 
     def __init__(self, model: LoadedModel, rows: Sequence[_Row], observer: Observer, threads: OwnThreads) -> None:
         self._model = model
@@ -62,7 +64,7 @@ class _Follow(StoppingCriteria):
             row.metrics.prefill_start_ns = self._last_ns
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        tokens = input_ids[:, -1].tolist()  # waits for the device
+        tokens = input_ids[:, -1].tolist()  # synchronises with the device
         now_ns = time.perf_counter_ns()
         phase: Phase = "decode" if any(row.sequence.token_ids for row in self._rows) else "prefill"
         record = StepRecord(WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens)
@@ -78,14 +80,16 @@ class _Follow(StoppingCriteria):
                 )
         self._observer.on_step(record)
         self._threads.before_step()
-        self._step_tokens = sum(row.finish is None for row in self._rows)  # rows that have ended go on, for nothing
+        self._step_tokens = sum(row.finish is None for row in self._rows)  # finished rows are still computed
         return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
 
 
 class GenerateEngine:
-    """Takes the requests that have arrived, up to ``batch_size``, pads them on the left and generates until all have ended;
-    then the next batch. Requests whose padded rows would together pass the model's last position, or, with ``one_length``,
-    whose prompts differ in length, are generated one part after another."""
+    """Generates batch after batch: up to ``batch_size`` requests that have arrived, padded on the left, until all are done.
+
+    A batch is split into parts that run one after another where its padded rows would exceed the model's last position
+    or, with ``one_length``, where its prompts differ in length.
+    """
 
     capacity_tokens: int | None = None
     pids: ClassVar[dict[str, int]] = {}
@@ -105,60 +109,61 @@ class GenerateEngine:
         try:
             while (next_ns := arrivals.next_ns) is not None:
                 time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
-                for part in self._parts(list(islice(arrivals.due(), self._batch_size))):
-                    with self._threads.turn():
+                for part in self._split(list(islice(arrivals.due(), self._batch_size))):
+                    with self._threads.use():
                         made = self._generate(part, observer)
                     for output in made:
                         outputs[output.request_id] = output
-                        arrivals.finished(output.metrics.token_ns[-1])
+                        arrivals.record_finish(output.metrics.token_ns[-1])
                         observer.on_output(output)
         finally:
-            self._threads.leave()
+            self._threads.release()
         return [outputs[request.request_id] for request in requests]
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.engine.Engine.close`; nothing runs outside this thread."""
 
-    def _parts(self, arrived: Sequence[_Arrived]) -> list[list[_Arrived]]:
-        parts: list[list[_Arrived]] = []
+    def _split(self, arrived: Sequence[_ArrivedRequest]) -> list[list[_ArrivedRequest]]:
+        """Split a batch into parts that can each be padded together."""
+        parts: list[list[_ArrivedRequest]] = []
         for each in arrived:
-            part = next((part for part in parts if self._go_together([*part, each])), None)
+            part = next((part for part in parts if self._fit_together([*part, each])), None)
             if part is None:
                 parts.append([each])
             else:
                 part.append(each)
         return parts
 
-    def _go_together(self, arrived: Sequence[_Arrived]) -> bool:
+    def _fit_together(self, arrived: Sequence[_ArrivedRequest]) -> bool:
         lengths = {len(request.prompt_token_ids) for request, _ in arrived}
         if self._one_length and len(lengths) > 1:
             return False
-        # a row that has ended goes on beside the others, and takes their positions
+        # a finished row runs on beside the others, and takes as many positions
         positions = max(lengths) + max(request.params.max_tokens for request, _ in arrived) - 1
         return self._model.max_positions is None or positions <= self._model.max_positions
 
-    def _generate(self, arrived: Sequence[_Arrived], observer: Observer) -> list[RequestOutput]:
+    def _generate(self, arrived: Sequence[_ArrivedRequest], observer: Observer) -> list[RequestOutput]:
         batch = [request for request, _ in arrived]
         rows = [
             _Row(
-                InFlight(request, blocks=()),
+                SequenceState(request, blocks=()),
                 RequestMetrics(arrival_ns, prefill_worker=WORKER, decode_worker=WORKER),
             )
             for request, arrival_ns in arrived
         ]
         ids, mask = pad_left([request.prompt_token_ids for request in batch], self._model.device)
-        # generate would end a row at end-of-sequence by itself; the rule of the other modes decides instead
+        # without an end-of-sequence token, generate leaves the end of a row to the rule that all modes share
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.params.max_tokens for request in batch), pad_token_id=0
         )
-        drawing = any(request.params.temperature > 0 for request in batch)
+        sampled = any(request.params.temperature > 0 for request in batch)
         generate = cast("Callable[..., Tensor]", self._model.module.generate)
         generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Draw(rows)] if drawing else []),
-            stopping_criteria=StoppingCriteriaList([_Follow(self._model, rows, observer, self._threads)]),
+            logits_processor=LogitsProcessorList([_SeededSampler(rows)] if sampled else []),
+            stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
         )
         return [
             make_output(self._model, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics)

@@ -1,8 +1,8 @@
-"""Everything that passes between the parent and the workers: small frozen dataclasses, never a tensor.
+"""Messages between the parent and the workers: small frozen dataclasses, never a tensor.
 
-A request's life in messages: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
-:class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once a step until it has finished. Each
-worker also sends the parent a :class:`StepRecord` a step.
+The messages of one request: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
+:class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once per decode step
+until it has finished. Each worker also sends the parent a :class:`StepRecord` per step.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One worker: its name, such as ``prefill-0``, its role and its share in percent."""
+    """One worker: its name, such as ``prefill-0``, its role, and its share of the device's compute in percent."""
 
     name: str
     role: Role
@@ -25,15 +25,17 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request for a decode worker to take up."""
+    """A new request for a decode worker."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` has reserved for it and owns:
-    prefill writes there until it sends the :class:`Handoff`, decode reads and writes there from then on."""
+    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it.
+
+    Prefill writes to the blocks until it sends the :class:`Handoff`; from then on decode reads and writes them.
+    """
 
     request: Request
     blocks: tuple[int, ...]
@@ -42,7 +44,7 @@ class PrefillTask:
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A prefilled request, given (back) to the decode worker that owns its blocks, with its first token."""
+    """A prefilled request with its first token, returned to the decode worker that owns its blocks."""
 
     request_id: int
     first_token: int
@@ -53,8 +55,8 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a decode worker's requests came to: those handed over since the last report, a token of each running one
-    (drawn by the step from ``start_ns`` to ``time_ns``), and those that finished."""
+    """Report of a decode worker: requests handed over since the last report, the next token of each running request by
+    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished."""
 
     worker: str
     start_ns: int
@@ -66,7 +68,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of one worker: a row of ``steps.csv``. ``tokens`` counts the tokens whose K and V it computed."""
+    """One step of one worker, a row of ``steps.csv``. ``tokens`` is the number of tokens whose K and V it computed."""
 
     worker: str
     role: Role
@@ -79,7 +81,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker process is up and waits for work; one that decodes says what it has of CUDA graphs."""
+    """A worker process is ready for work; ``graphs`` describes the CUDA graphs of one that decodes."""
 
     worker: str
     graphs: str
@@ -87,7 +89,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A worker process ends on an exception: its line, and the traceback for ``--debug``."""
+    """A worker ended with an exception: its message on one line, and the traceback for ``--debug``."""
 
     worker: str
     error: str
@@ -96,7 +98,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A worker process is to end after the step it is in."""
+    """Tells a worker to end after its current step."""
 
 
 Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop

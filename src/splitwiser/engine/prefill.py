@@ -1,15 +1,15 @@
-"""The prefill side of a worker: a queue of prompts, and the steps that its policy packs them into."""
+"""The prefill side of a worker: a queue of prompts, prefilled in steps that the policy packs."""
 
 from dataclasses import dataclass
 
 from splitwiser.engine.messages import Handoff, PrefillTask
 from splitwiser.engine.policy import FIRST_COME, PendingPrompt, Policy
-from splitwiser.engine.steps import Chunk, InFlight, Stepper
+from splitwiser.engine.steps import Chunk, SequenceState, Stepper
 
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """One step: its times, its size, and the requests whose prompt it finished, each with its task."""
+    """Result of one prefill step: its times, its size, and the task and handoff of each prompt that it finished."""
 
     start_ns: int
     end_ns: int
@@ -19,8 +19,8 @@ class PrefillResult:
 
 
 class Prefiller:
-    """Prefills the prompts that it is given, at most ``budget`` tokens a step, as ``policy`` packs them. Writes only into
-    the blocks that each task names."""
+    """Prefills queued prompts in steps of at most ``budget`` tokens, packed by ``policy``. Writes only to the blocks that
+    each task names."""
 
     def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
@@ -31,16 +31,16 @@ class Prefiller:
 
     def add(self, task: PrefillTask) -> None:
         """Queue a prompt."""
-        self._prompts.append(PendingPrompt(task, InFlight(task.request, task.blocks)))
+        self._prompts.append(PendingPrompt(task, SequenceState(task.request, task.blocks)))
 
     def step(self) -> PrefillResult | None:
-        """Run one step, or None if no prompt waits."""
+        """Run one prefill step and return its result, or None if no prompt waits."""
         if not self._prompts:
             return None
         packed = self._policy.pack(self._prompts, self._budget)
         chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]
         start_ns = self._stepper.now_ns()
-        firsts = iter(self._stepper.prefill(chunks))
+        first_tokens = iter(self._stepper.prefill(chunks))
         end_ns = self._stepper.now_ns()
         finished = []
         for prompt, tokens in packed:
@@ -48,7 +48,7 @@ class Prefiller:
             prompt.done += tokens
             if not prompt.left:
                 request_id = prompt.task.request.request_id
-                handoff = Handoff(request_id, next(firsts), prompt.start_ns, end_ns, self.name)
+                handoff = Handoff(request_id, next(first_tokens), prompt.start_ns, end_ns, self.name)
                 finished.append((prompt.task, handoff))
         self._prompts = [prompt for prompt in self._prompts if prompt.left]
         return PrefillResult(start_ns, end_ns, len(packed), sum(tokens for _, tokens in packed), finished)

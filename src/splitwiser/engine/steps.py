@@ -1,4 +1,4 @@
-"""The two functions that every engine mode runs, one prefill step and one decode step, and what workers run them by."""
+"""One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
 
 import time
 from collections.abc import Sequence
@@ -8,20 +8,19 @@ from typing import Protocol
 import torch
 
 from splitwiser.engine.cuda_graphs import DecodeGraphs
-from splitwiser.engine.sampling import choose
-from splitwiser.engine.stopping import finish_reason
+from splitwiser.engine.sampling import finish_reason, sample_tokens
 from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment
 from splitwiser.request import FinishReason, Request, SamplingParams
 
-WARM_UP_TOKENS = 8192  # a budget may be far more than any step has
+WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
 
 
 @dataclass(eq=False)
-class InFlight:
-    """A request in the pool: its blocks and the tokens drawn for it so far."""
+class SequenceState:
+    """State of a request in the KV pool: its blocks and its output tokens so far."""
 
     request: Request
     blocks: Sequence[int]
@@ -29,64 +28,64 @@ class InFlight:
 
     @property
     def params(self) -> SamplingParams:
-        """The request's sampling parameters."""
+        """Sampling parameters of the request."""
         return self.request.params
 
     @property
     def seed(self) -> int:
-        """The request's seed."""
+        """Seed of the request."""
         return self.request.seed
 
     @property
     def drawn(self) -> int:
-        """Tokens drawn so far."""
+        """Number of output tokens so far."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """``tokens`` tokens of a sequence's prompt, from position ``start`` on."""
+    """A part of a sequence's prompt: ``tokens`` tokens from position ``start`` on."""
 
-    sequence: InFlight
+    sequence: SequenceState
     start: int
     tokens: int
 
     @property
     def end(self) -> int:
-        """The position after the chunk's last."""
+        """Position after the chunk's last token."""
         return self.start + self.tokens
 
     @property
     def is_last(self) -> bool:
-        """Whether the prompt ends with this chunk, so that its first token is due."""
+        """Whether the prompt ends with this chunk, so that its step gives the first output token."""
         return self.end == len(self.sequence.request.prompt_token_ids)
 
 
 class Stepper(Protocol):
-    """Runs the steps that a worker schedules."""
+    """Interface of what runs the steps that a worker schedules."""
 
     def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Run a prefill step; returns the first token of each sequence whose prompt ends in it, in order."""
+        """Run a prefill step and return the first token of each sequence whose prompt ends in it, in order."""
         ...
 
-    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
-        """Run a decode step; returns the next token of each sequence."""
+    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+        """Run a decode step and return the next token of each sequence."""
         ...
 
-    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
-        """Why ``sequence`` has finished, or None while it has not."""
+    def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
+        """Return why ``sequence`` has finished, or None if it has not."""
         ...
 
     def now_ns(self) -> int:
-        """The clock that steps are timed by, in nanoseconds."""
+        """Return the time of the clock that steps are timed by, in nanoseconds."""
         ...
 
 
 @torch.inference_mode()
 def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
-    """Compute K and V of ``chunks``, packed in one row, into their blocks.
+    """Compute K and V of ``chunks``, packed in one row without padding, and write them to their blocks.
 
-    Returns the first token of each sequence whose prompt ends here, in order, when the device has finished.
+    Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order.
     """
     tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
     segments = [Segment(chunk.sequence.blocks, chunk.end, chunk.tokens) for chunk in chunks]
@@ -97,19 +96,21 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
             ends.append(total - 1)
     step = PagedAttention(pool, segments, model.device)
     logits = forward(model.module, step, tokens, _positions(segments), ends or [total - 1])
-    if not ends:  # the middle of a long prompt: nothing is read back, so wait for the device explicitly
+    if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
-            torch.cuda.current_stream(model.device).synchronize()  # not the device: decode may be at work beside this
+            torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
         return []
-    return choose(logits, [chunk.sequence for chunk in chunks if chunk.is_last]).tolist()
+    return sample_tokens(logits, [chunk.sequence for chunk in chunks if chunk.is_last]).tolist()
 
 
 @torch.inference_mode()
 def decode_step(
-    model: LoadedModel, pool: KVPool, sequences: Sequence[InFlight], graphs: DecodeGraphs | None = None
+    model: LoadedModel, pool: KVPool, sequences: Sequence[SequenceState], graphs: DecodeGraphs | None = None
 ) -> list[int]:
-    """Store K and V of each sequence's last token and return its next one, when the device has finished. With ``graphs``
-    the forward is replayed instead of launched layer by layer."""
+    """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
+
+    With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
+    """
     segments = [Segment(each.blocks, len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
     tokens = [each.token_ids[-1] for each in sequences]
     if graphs:
@@ -117,12 +118,12 @@ def decode_step(
     else:
         step = PagedAttention(pool, segments, model.device)
         logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
-    return choose(logits, sequences).tolist()
+    return sample_tokens(logits, sequences).tolist()
 
 
 @dataclass(frozen=True)
 class ModelStepper:
-    """The :class:`Stepper` of a model over its pool; ``graphs`` replay decode steps."""
+    """The :class:`Stepper` that runs a model over its KV pool; decode steps replay ``graphs`` if given."""
 
     model: LoadedModel
     pool: KVPool
@@ -132,11 +133,11 @@ class ModelStepper:
         """See :meth:`Stepper.prefill`."""
         return prefill_step(self.model, self.pool, chunks)
 
-    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
         """See :meth:`Stepper.decode`."""
         return decode_step(self.model, self.pool, sequences, self.graphs)
 
-    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+    def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`Stepper.finish_reason`."""
         return finish_reason(sequence.params, sequence.token_ids, self.model.eos_token_ids, self.model.decode)
 
@@ -146,14 +147,16 @@ class ModelStepper:
 
 
 def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequence["torch.cuda.Stream"] = ()) -> None:
-    """On a GPU, run a prefill step of ``budget`` tokens (:data:`WARM_UP_TOKENS` at most) on each of ``streams``, or on the
-    current one, before there are requests: the first step on a stream loads kernels, tries products out and takes a
-    workspace. Its K and V go into the pool's first blocks. On a CPU, do nothing."""
+    """On a GPU, run a prefill step of ``budget`` tokens (at most :data:`WARM_UP_TOKENS`) on each of ``streams``, or on the
+    current stream, before any request: the first step on a stream loads kernels, tunes matrix products and allocates a
+    workspace. Its K and V overwrite the pool's first blocks. On a CPU, do nothing."""
     if model.device.type != "cuda":
         return
     budget = min(budget, WARM_UP_TOKENS)
     length = min(budget, pool.blocks * pool.block_tokens, model.max_positions or budget)
-    prompt = InFlight(Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length)))
+    prompt = SequenceState(
+        Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length))
+    )
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))

@@ -1,4 +1,7 @@
-"""A worker: the prefill side, the decode side or both, between an inbox and an outbox. It does not know where it runs."""
+"""A worker: the prefill side, the decode side or both, with a transport for its messages.
+
+A worker does not know whether it runs inline, in a thread or in a process.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,41 +20,42 @@ PARENT = "parent"
 
 
 class Transport(Protocol):
-    """How a worker's messages travel; the only thing that differs between placements."""
+    """Interface by which a worker receives and sends messages; each placement has its own."""
 
     def receive(self) -> Sequence[Message]:
-        """What has come since the last call; does not wait."""
+        """Return the messages that have arrived since the last call, without waiting."""
         ...
 
     def send(self, to: str, message: Message) -> None:
-        """Send to a worker by name, or to :data:`PARENT`."""
+        """Send ``message`` to the worker named ``to``, or to :data:`PARENT`."""
         ...
 
 
-class Waits(Transport, Protocol):
-    """A transport that a worker in a thread or process of its own waits at."""
+class WaitableTransport(Transport, Protocol):
+    """A transport that can be waited on, for a worker in its own thread or process; ``stopped`` is set by a
+    :class:`~splitwiser.engine.messages.Stop` message."""
 
     stopped: bool
 
     def wait(self) -> None:
-        """Return when there is something to receive."""
+        """Wait until there is a message to receive."""
         ...
 
 
-class Lane(Protocol):
-    """The part of the device that a worker's steps run on."""
+class DeviceShare(Protocol):
+    """A worker's share of the device, which its steps run on."""
 
-    def turn(self) -> AbstractContextManager[object]:
-        """Have the worker's part, and what is lent to it, while this lasts."""
+    def use(self) -> AbstractContextManager[object]:
+        """Return a context manager in which steps run on this share, plus whatever idle workers lend."""
         ...
 
-    def leave(self) -> None:
-        """Have no work, and lend the part."""
+    def release(self) -> None:
+        """Mark the worker as idle, so that others may use its share."""
         ...
 
 
 class Worker:
-    """Steps when there is work. A ``mixed`` worker has both sides and alternates: one prefill step, one decode step."""
+    """Schedules and runs steps when there is work. A ``mixed`` worker alternates one prefill step and one decode step."""
 
     def __init__(
         self,
@@ -69,10 +73,10 @@ class Worker:
         self._decoder = decoder
         self._prefill_workers = cycle(prefill_workers or [name])
 
-    def turn(self) -> bool:
-        """Take in what has come and run what is due: at most one prefill and one decode step. Returns whether it ran."""
+    def step_once(self) -> bool:
+        """Handle new messages, then run at most one prefill and one decode step. Returns whether any step ran."""
         for message in self._transport.receive():
-            self._take(message)
+            self._handle(message)
         ran = False
         if self._decoder:
             for task in self._decoder.admit():
@@ -102,11 +106,11 @@ class Worker:
 
     def _send(self, to: str, message: Message) -> None:
         if to == self.name:
-            self._take(message)
+            self._handle(message)
         else:
             self._transport.send(to, message)
 
-    def _take(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
             case Submit(request) if self._decoder:
                 self._decoder.submit(request)
@@ -115,13 +119,13 @@ class Worker:
             case Handoff() if self._decoder:
                 self._decoder.receive(message)
             case _:
-                raise TypeError(f"{self.name} ({self.role}) has no use for {message}")
+                raise TypeError(f"{self.name} ({self.role}) cannot handle {message}")
 
 
 @dataclass(frozen=True)
-class Scheduling:
-    """What a worker schedules by: the most requests in a decode step, the most prompt tokens in a prefill step, the tokens
-    in a block, and the policy."""
+class SchedulerSettings:
+    """Limits of a worker's steps: requests per decode step, prompt tokens per prefill step and tokens per KV block; and
+    its scheduling policy."""
 
     max_batch: int
     prefill_tokens: int
@@ -135,17 +139,17 @@ def build_worker(
     transport: Transport,
     stepper: Stepper,
     own_blocks: range,
-    scheduling: Scheduling,
+    scheduling: SchedulerSettings,
     on_itl: Callable[[float], None] = lambda _: None,
 ) -> Worker:
-    """The worker ``specs[index]`` of a layout, with the sides that its role has.
+    """Return the worker ``specs[index]`` of a layout, with the sides that its role needs.
 
-    ``own_blocks`` are the blocks of the pool that it owns if it decodes; ``on_itl`` is told of each gap between two tokens,
-    in seconds.
+    ``own_blocks`` are the blocks of the pool that it owns if it decodes; ``on_itl`` is called with each time between two
+    decode steps, in seconds.
     """
     name, role = specs[index].name, specs[index].role
     prefillers = [spec.name for spec in specs if spec.role == "prefill"]
-    turned = index % len(prefillers) if prefillers else 0  # decode workers begin at different prefill workers
+    first = index % len(prefillers) if prefillers else 0  # decode workers start with different prefill workers
     prefiller = Prefiller(name, stepper, scheduling.prefill_tokens, scheduling.policy)
     allocator = BlockAllocator(own_blocks.start, len(own_blocks))
     decoder = Decoder(
@@ -156,15 +160,15 @@ def build_worker(
         transport,
         prefiller=None if role == "decode" else prefiller,
         decoder=None if role == "prefill" else decoder,
-        prefill_workers=prefillers[turned:] + prefillers[:turned],
+        prefill_workers=prefillers[first:] + prefillers[:first],
     )
 
 
-def serve(worker: Worker, transport: Waits, lane: Lane) -> None:
-    """Turn after turn of ``worker`` on ``lane``, until ``transport`` says to stop."""
+def run_worker(worker: Worker, transport: WaitableTransport, share: DeviceShare) -> None:
+    """Run steps of ``worker`` on ``share`` until ``transport`` is stopped; wait while there is no work."""
     while not transport.stopped:
-        with lane.turn():
-            ran = worker.turn()
+        with share.use():
+            ran = worker.step_once()
         if not ran and not transport.stopped:
-            lane.leave()
+            share.release()
             transport.wait()

@@ -1,6 +1,6 @@
-"""What a container or a service manager lets this process use: memory and processors of its control groups, v2 and v1.
+"""Limits of this process's control groups (v2 and v1), which containers and service managers set on memory and processors.
 
-Files and their meanings: kernel documentation, admin-guide/cgroup-v2 and admin-guide/cgroup-v1/memory.
+The files are described in the kernel documentation, admin-guide/cgroup-v2 and admin-guide/cgroup-v1/memory.
 """
 
 from collections.abc import Iterator
@@ -10,24 +10,25 @@ ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def memory_room(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
-    """Bytes that this process may still take before a limit of its group, or of one above it, is met; None without a limit.
+def memory_headroom(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """Return the bytes that this process may still allocate within the limits of its group and those above it; None
+    without a limit.
 
-    Cached files that can be dropped at once do not count as taken.
+    Cached files that can be dropped at once do not count as used.
     """
-    rooms = (_room(group) for group in _groups("memory", root, membership))
-    return min((room for room in rooms if room is not None), default=None)
+    headrooms = (_headroom(group) for group in _groups("memory", root, membership))
+    return min((each for each in headrooms if each is not None), default=None)
 
 
 def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
-    """How many processors' time the group of this process, or one above it, may take; None without a limit."""
+    """Return the smallest quota of this process's group and those above it, in processors; None without a limit."""
     quotas = (_quota(group) for group in _groups("cpu", root, membership))
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def cpu_use(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
-    """Seconds of processors that the group with the tightest quota has used so far; None without a quota, or where the
-    system does not say."""
+    """Return the processor seconds that the group with the smallest quota has used so far; None without a quota, or if the
+    system does not report it."""
     limited = [(quota, group) for group in _groups("cpu", root, membership) if (quota := _quota(group)) is not None]
     if not limited:
         return None
@@ -35,12 +36,14 @@ def cpu_use(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
     stat = dict(line.split() for line in _read(group / "cpu.stat").splitlines())
     if "usage_usec" in stat:
         return int(stat["usage_usec"]) / 1e6
-    nanoseconds = _read(group / "cpuacct.usage")  # version 1, whose two controllers are nearly always one folder
+    nanoseconds = _read(
+        group / "cpuacct.usage"
+    )  # version 1, whose controllers cpu and cpuacct nearly always share a folder
     return int(nanoseconds) / 1e9 if nanoseconds.isdecimal() else None
 
 
 def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Directories of the groups that ``controller`` limits this process by, from its own up."""
+    """Yield the directories of the groups in which ``controller`` limits this process, from its own upwards."""
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -49,12 +52,12 @@ def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
             base = root / controller
         else:
             continue
-        # a container may see the path that its host knows, but only its own group mounted: then none but the base is there
+        # a container may see the host's path, but have only its own group mounted: then only the base exists
         group = base / Path(*(part for part in path.split("/") if part not in ("", "..")))
         yield from (each for each in [group, *group.parents] if each.is_relative_to(base) and each.is_dir())
 
 
-def _room(group: Path) -> int | None:
+def _headroom(group: Path) -> int | None:
     for limit_file, usage_file, droppable in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -66,7 +69,7 @@ def _room(group: Path) -> int | None:
     return None
 
 
-_NO_LIMIT = 1 << 60  # v1 has no word for it and gives the greatest number of pages
+_NO_LIMIT = 1 << 60  # v1 reports no limit as the largest number of pages
 
 
 def _quota(group: Path) -> float | None:

@@ -1,7 +1,7 @@
-"""What the CUDA driver says of the GPUs, as JSON on stdout.
+"""Prints the properties of the GPUs that the CUDA driver sees, as JSON.
 
-Run as a program, so that the process that asks does not initialise CUDA: an MPS client must know its daemon by then. It
-uses the driver's library alone (CUDA Driver API) and needs no package.
+Run as a program, so that the calling process does not initialise CUDA: an MPS client must know its daemon by then. It
+uses only the driver's library (CUDA Driver API) and needs no package.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ _COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}  # CUco
 
 
 class CudaError(Exception):
-    """A call into the driver failed."""
+    """A call to the driver failed."""
 
 
 def probe() -> list[dict[str, object]]:
-    """``uuid``, ``name``, ``capability`` and ``compute_mode`` of each visible GPU, as CUDA numbers them. Raises
+    """Return ``uuid``, ``name``, ``capability`` and ``compute_mode`` of each visible GPU, in CUDA's order. Raises
     :class:`CudaError`."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -27,9 +27,9 @@ def probe() -> list[dict[str, object]]:
     def call(function: str, *arguments: object) -> None:
         code = getattr(cuda, function)(*arguments)
         if code:
-            said = ctypes.c_char_p()
-            cuda.cuGetErrorString(code, ctypes.byref(said))
-            raise CudaError(f"{function}: {(said.value or b'unknown error').decode()} ({code})")
+            text = ctypes.c_char_p()
+            cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise CudaError(f"{function}: {(text.value or b'unknown error').decode()} ({code})")
 
     def attribute(device: ctypes.c_int, which: int) -> int:
         value = ctypes.c_int()
@@ -44,7 +44,7 @@ def probe() -> list[dict[str, object]]:
         device, name, identity = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.create_string_buffer(16)
         call("cuDeviceGet", ctypes.byref(device), index)
         call("cuDeviceGetName", name, len(name), device)
-        call("cuDeviceGetUuid_v2", identity, device)  # v2: of the MIG instance, where there is one
+        call("cuDeviceGetUuid_v2", identity, device)  # v2: that of the MIG instance, if there is one
         described = name.value.decode(errors="replace")
         gpus.append(
             {

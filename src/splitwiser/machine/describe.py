@@ -1,4 +1,4 @@
-"""What a run ran on: machine, versions and commit, for its record."""
+"""Description of the machine, the package versions and the commit, for a run's record; and peak memory."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "data
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, system and, if ``device`` is one, the GPU."""
+    """Return processor, cores that this process may use, memory, system and, if ``device`` is a GPU, its properties."""
     described: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -38,16 +38,16 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def name_device(device: torch.device) -> str:
-    """``device`` as tables name it, such as ``cuda:0``; a stand-in for a GPU is named as one."""
+    """Return the name of ``device`` in tables, such as ``cuda:0``; a stand-in for a GPU is marked as one."""
     if device.type == "cuda" and is_stand_in(torch.cuda.get_device_properties(device).name):
         return f"{device} ({STAND_IN})"
     return str(device)
 
 
 def describe_versions() -> dict[str, str | None]:
-    """Versions of Python, CUDA and the packages that a result depends on; None where one is not installed."""
+    """Return the versions of Python, CUDA and the packages that results depend on; None for one that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    versions["torch"] = str(torch.__version__)  # with the build, such as +cpu
+    versions["torch"] = str(torch.__version__)  # includes the build, such as +cpu
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -57,10 +57,10 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The project's commit, with ``-dirty`` if tracked files differ from it; None outside a git checkout. Of a copy that is
-    not one, or one of another state, ``SPLITWISER_COMMIT`` of the environment tells it."""
-    if told := os.environ.get("SPLITWISER_COMMIT"):
-        return told
+    """Return the project's commit, with ``-dirty`` if tracked files differ from it; None outside a git checkout. The
+    environment variable ``SPLITWISER_COMMIT``, if set, is returned instead, for copies without git."""
+    if given := os.environ.get("SPLITWISER_COMMIT"):
+        return given
     command = ["git", "-C", str(constants.DIR_PROJECT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -70,33 +70,33 @@ def git_commit() -> str | None:
 
 
 def peak_memory_mb(device: torch.device, workers: Collection[int] = ()) -> float:
-    """The memory of a run so far, in MB (10^6 bytes).
+    """Return the peak memory of a run so far, in MB (10^6 bytes).
 
-    On a GPU all that is in use there now, contexts of processes included: what processes share counts once, and PyTorch
-    keeps what it once had, so it is the peak where nobody else uses the GPU. On a CPU the peak of this process's resident
-    set, or, with ``workers`` (process ids), what this process and they hold now, as their proportional set sizes: memory
-    that they share counts once, which the peaks of each cannot tell.
+    On a GPU: all memory in use there now, including the contexts of processes. Shared memory counts once, and since
+    PyTorch keeps what it has allocated, this is the peak if nobody else uses the GPU. On a CPU: the peak resident set of
+    this process or, with ``workers`` (process ids), the sum of the present proportional set sizes of this process and
+    them, in which shared memory counts once, as it would not in a sum of peaks.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e6
     if workers:
-        return sum(map(_shared_out_bytes, [os.getpid(), *workers])) / 1e6
-    # not ru_maxrss, which keeps what the process that started this one held
+        return sum(map(_proportional_bytes, [os.getpid(), *workers])) / 1e6
+    # not ru_maxrss, which includes the peak of the process that started this one
     return _peak_kib() * 1024 / 1e6
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory_mb` count from now on; where the system does not allow it, it goes on counting."""
+    """Make :func:`peak_memory_mb` count from now on, if the system allows it."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # PyTorch keeps what it once had; see peak_memory_mb
+        torch.cuda.empty_cache()  # PyTorch keeps what it has allocated; see peak_memory_mb
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set
 
 
-def _shared_out_bytes(pid: int) -> int:
-    """The proportional set size of process ``pid``; 0 if it has ended."""
+def _proportional_bytes(pid: int) -> int:
+    """Return the proportional set size of process ``pid``; 0 if it has ended."""
     try:
         nbytes: int = psutil.Process(pid).memory_full_info().pss
     except psutil.Error:
@@ -105,7 +105,7 @@ def _shared_out_bytes(pid: int) -> int:
 
 
 def _peak_kib() -> int:
-    """The peak of this process's resident set, which proc_pid_status(5) tells and psutil does not."""
+    """Return the peak resident set of this process in KiB, from proc_pid_status(5); psutil does not have it."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 

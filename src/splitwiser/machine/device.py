@@ -1,4 +1,4 @@
-"""Which device a run uses, and its memory between two models."""
+"""The device of a run, and releasing its memory between two models."""
 
 import gc
 import os
@@ -7,15 +7,15 @@ import torch
 
 from splitwiser.errors import InputError
 
-# Read as CUDA starts, which it does as soon as devices are counted. Of 8 queues, the default, several streams share one, and
-# decode's launches then wait behind prefill's (cuda.h, "Green Contexts"); mode green has up to 16 streams, and 32 queues are
-# the most that the driver makes.
+# Read when CUDA is initialised, which counting devices does. With the default of 8 queues, several streams share one, and
+# decode's launches wait behind prefill's (cuda.h, "Green Contexts"); mode green has up to 16 streams, and 32 queues are the
+# driver's maximum.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def resolve_device(device: str, gpus: int | None = None) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names where there are ``gpus`` GPUs (asked of PyTorch if not
-    given). Raises :class:`InputError` if it is not there."""
+    """Return the device ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` on a machine with ``gpus`` GPUs (by default those that
+    PyTorch finds). Raises :class:`InputError` for any other name, or if the device does not exist."""
     kind, _, number = device.partition(":")
     if device != "auto" and (
         kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number)
@@ -35,7 +35,7 @@ def resolve_device(device: str, gpus: int | None = None) -> torch.device:
 
 
 def release_memory() -> None:
-    """Give back what models that are gone held, before the next is loaded and its pool sized by what is free."""
+    """Release the memory of deleted models, before the next is loaded and its KV pool sized by what is free."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""Whether the machine was a measurement's own: what the processors did meanwhile, and for whom.
+"""Load of the machine during a measurement: how much processor time this process and others used.
 
-Files and their meanings: proc_stat(5), proc_pid_stat(5), and the kernel's accounting/psi.
+The files are described in proc_stat(5), proc_pid_stat(5) and the kernel documentation, accounting/psi.
 """
 
 import os
@@ -15,26 +15,26 @@ from typing import Any
 from splitwiser.machine import cgroup
 
 PROC = Path("/proc")
-SHARE = 0.1  # of the cores: others use much if they use more, and little is idle if it is less
-LEAST_S = 0.5  # /proc counts in hundredths of a second, so that less time than this tells little
-LOOK_S = 0.2  # a look at what others do with the cores, while this process does nothing
+SHARE = 0.1  # of the cores: others use much if they use more than this, and little is idle if less than this is
+LEAST_S = 0.5  # /proc counts in hundredths of a second, too coarse for shorter times
+IDLE_MEASURE_S = 0.2  # how long the load of others is measured, while this process does nothing
 COLUMNS = ("load_before", "cores", "own_cores", "others_cores", "cpu_pressure", "machine_busy")  # of throughput.csv
 
-_IDLE = slice(3, 5)  # of a processor's numbers in /proc/stat: idle and iowait
-_COUNTED = slice(0, 8)  # ... up to steal; the guests' time after it is in the user's
+_IDLE = slice(3, 5)  # columns of /proc/stat: idle and iowait
+_COUNTED = slice(0, 8)  # columns up to steal; the guests' time after it is included in the user's
 _TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the processors that this process may use did over ``seconds``, as means.
+    """Mean use over ``seconds`` of the processors that this process may use.
 
-    ``cores`` are those processors, or what a container's quota lets be used of them; ``own_cores`` the processor time of
-    this process and those that it started, a second; ``others_cores`` that of everyone else, the time that a hypervisor
-    gave to others included. Under a quota only what they left too little for it counts, or, of processes in the same
-    container, what they took of it. None where the system does not say. ``cpu_pressure`` is the share of the time in
-    which some process, own ones included, waited for a processor; None where the kernel does not count it.
-    ``load_average`` is the last minute's, as the stretch began.
+    ``cores`` is the number of those processors, or a container's quota if that is less. ``own_cores`` is the processor
+    time per second of this process and those that it started; ``others_cores`` that of everyone else, including time that
+    a hypervisor gave to others, or None if the system does not report it. Under a quota it counts only what others used
+    beyond the processors that the quota leaves free or, for processes in the same container, what they used of the quota.
+    ``cpu_pressure`` is the part of the time in which some process, own ones included, waited for a processor; None if the
+    kernel does not report it. ``load_average`` is that of the last minute at the start.
     """
 
     seconds: float
@@ -46,12 +46,12 @@ class Load:
 
     @property
     def crowded(self) -> bool:
-        """Whether others use so much that whoever wanted all cores would wait for them."""
+        """Whether others use so much that a process that wants all cores has to wait."""
         return self.others_cores is not None and self.others_cores > SHARE * self.cores
 
     @property
     def full(self) -> bool:
-        """Whether others used much, and they and this process left hardly anything idle."""
+        """Whether others used much, and hardly anything was idle."""
         return (
             self.crowded
             and self.others_cores is not None
@@ -60,21 +60,21 @@ class Load:
 
     @property
     def record(self) -> dict[str, float | None]:
-        """For the YAML records, rounded."""
+        """Rounded values for the YAML records."""
         return {name: None if value is None else round(value, 3) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class MachineLoad:
-    """What the machine did before some work and during it; None for what was not measured."""
+    """Load of the machine before some work and during it; None for what was not measured."""
 
     before: Load | None = None
     during: Load | None = None
 
     @property
     def busy(self) -> bool | None:
-        """Whether others took what the work could have used; None where that cannot be told. Of work too short to tell by
-        itself, what others did before has to say the same."""
+        """Whether others used processor time that the work could have used; None if unknown. For work that is too short to
+        measure by itself, the load before it has to show the same."""
         if self.during is None or self.during.others_cores is None:
             return None
         if self.during.seconds >= LEAST_S:
@@ -85,7 +85,7 @@ class MachineLoad:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The :data:`COLUMNS` of ``throughput.csv``."""
+        """Values of the :data:`COLUMNS` of ``throughput.csv``."""
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         if self.before is not None:
             row["load_before"] = self.before.record["load_average"]
@@ -96,7 +96,7 @@ class MachineLoad:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The section ``load`` of the YAML records."""
+        """Section ``load`` of the YAML records."""
         return {
             "before": self.before and self.before.record,
             "during": self.during and self.during.record,
@@ -106,38 +106,38 @@ class MachineLoad:
 
 
 def busy_note(figures: Mapping[str, Any]) -> str | None:
-    """One line about the busy machine of a run, from its row of ``throughput.csv``; None if it was not, or the row does not
-    tell."""
+    """Return a note that the machine was busy during a run, from its row of ``throughput.csv``; None if it was not, or if
+    that is unknown."""
     if str(figures.get("machine_busy")) != "True":
         return None
     others, cores = float(figures["others_cores"]), float(figures["cores"])
     return f"other processes used {others:.1f} of {cores:g} cores while this ran; figures are not this machine's own"
 
 
-def look() -> Load:
-    """What is going on now; takes :data:`LOOK_S`."""
-    stretch = Stretch()
-    time.sleep(LOOK_S)
-    return stretch.end()
+def measure_load() -> Load:
+    """Measure the present load; takes :data:`IDLE_MEASURE_S` seconds."""
+    meter = LoadMeter()
+    time.sleep(IDLE_MEASURE_S)
+    return meter.end()
 
 
-class Stretch:
-    """A stretch of work, from when it is made to each call of :meth:`end`."""
+class LoadMeter:
+    """Measures the load from its creation to each call of :meth:`end`."""
 
     def __init__(self) -> None:
         self._began = Reading.take()
 
     def end(self) -> Load:
-        """What the processors did so far."""
+        """Return the load so far."""
         return load_between(self._began, Reading.take())
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the system has counted up to a moment: seconds of processors, but for ``at_s``, the clock's.
+    """The system's counters at one time, in processor seconds, except ``at_s``, which is the clock's time in seconds.
 
-    ``idle_s`` and ``counted_s`` hold a figure for each processor that this process may use, or fewer where the system does
-    not show all of them. ``group_s`` is what the control group under the tightest quota has used.
+    ``idle_s`` and ``counted_s`` have a value for each processor that this process may use, or fewer if the system does not
+    show all of them. ``group_s`` is the use of the control group with the smallest quota.
     """
 
     at_s: float
@@ -160,7 +160,8 @@ class Reading:
         processors: set[int] | None = None,
         at_s: float | None = None,
     ) -> "Reading":
-        """Read it, for process ``pid`` and what it started (this one), on ``processors`` (those that it may use)."""
+        """Read the counters for process ``pid`` (default: this one) and those that it started, on ``processors`` (default:
+        those that it may use)."""
         used = os.sched_getaffinity(0) if processors is None else processors
         member = proc / "self" / "cgroup"
         counts = _processor_counts(proc / "stat", used)
@@ -179,7 +180,7 @@ class Reading:
 
 
 def load_between(began: Reading, ended: Reading) -> Load:
-    """What the processors did between two readings."""
+    """Return the load between two readings."""
     seconds = max(ended.at_s - began.at_s, 1e-9)
     cores = min(float(ended.processors), ended.quota or float("inf"))
     own = max(0.0, ended.own_s - began.own_s) / seconds
@@ -187,10 +188,10 @@ def load_between(began: Reading, ended: Reading) -> Load:
     if len(began.idle_s) == len(ended.idle_s) == ended.processors:
         counted = (sum(ended.counted_s) - sum(began.counted_s)) / seconds
         idle = (sum(ended.idle_s) - sum(began.idle_s)) / seconds
-        if counted > ended.processors / 2:  # a sandbox may show numbers that stand still
-            # by the clock, not by the other numbers: those are sampled, the idle time is measured
+        if counted > ended.processors / 2:  # a sandbox may show constant numbers
+            # from the clock, not from the other columns: those are sampled, the idle time is measured
             others = max(0.0, ended.processors - idle - own)
-            others = max(0.0, others - (ended.processors - cores))  # what a quota leaves to others anyhow
+            others = max(0.0, others - (ended.processors - cores))  # processors that the quota leaves to others anyway
     if began.group_s is not None and ended.group_s is not None:
         others = max(others or 0.0, (ended.group_s - began.group_s) / seconds - own)
     waited = None
@@ -206,11 +207,11 @@ def _processor_counts(path: Path, used: set[int]) -> list[list[int]]:
 
 
 def _tree_seconds(proc: Path, root: int) -> float:
-    """Processor time of process ``root``, of those below it that are alive, and of those that were and were waited for."""
+    """Return the processor time of process ``root``, its living descendants, and the ended ones that were waited for."""
     ticks: dict[int, int] = {}
     children: dict[int, list[int]] = defaultdict(list)
     for path in proc.glob("[0-9]*/stat"):
-        fields = _read(path).rpartition(")")[2].split()  # from field 3 on: a name may hold anything
+        fields = _read(path).rpartition(")")[2].split()  # from field 3 on: the name before it may contain anything
         if fields:
             pid = int(path.parent.name)
             children[int(fields[1])].append(pid)  # ppid
@@ -229,7 +230,7 @@ def _first_number(path: Path) -> float | None:
 
 
 def _waited_s(path: Path) -> float | None:
-    """The total of the line ``some avg10=0.00 avg60=0.00 avg300=0.00 total=12345`` (microseconds)."""
+    """Return, in seconds, the total of the line ``some avg10=0.00 avg60=0.00 avg300=0.00 total=12345`` (microseconds)."""
     for line in _read(path).splitlines():
         if line.startswith("some"):
             return int(line.rpartition("total=")[2]) / 1e6
@@ -237,6 +238,6 @@ def _waited_s(path: Path) -> float | None:
 
 
 def _read(path: Path) -> str:
-    with suppress(OSError):  # a process that has ended, or what this kernel does not have
+    with suppress(OSError):  # the process has ended, or this kernel has no such file
         return path.read_text(encoding="utf-8", errors="replace")
     return ""

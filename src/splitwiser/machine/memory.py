@@ -1,4 +1,4 @@
-"""How much memory can be had, on a GPU or within what a container lets this process have."""
+"""Memory that is available, on a GPU or in main memory within a container's limit."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from splitwiser.machine import cgroup
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can be had on ``device`` now."""
+    """Return the bytes that are available on ``device`` now."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def available_memory(root: Path = cgroup.ROOT, membership: Path = cgroup.MEMBERSHIP) -> int:
-    """Return the bytes of main memory that can be had without swapping, within what a container lets this process have."""
-    room = cgroup.memory_room(root, membership)
-    there: int = psutil.virtual_memory().available
-    return there if room is None else min(there, room)
+    """Return the bytes of main memory that are available without swapping, within a container's limit."""
+    headroom = cgroup.memory_headroom(root, membership)
+    available: int = psutil.virtual_memory().available
+    return available if headroom is None else min(available, headroom)

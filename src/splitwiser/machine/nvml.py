@@ -1,4 +1,4 @@
-"""What NVIDIA's management library sees of a GPU while steps run: utilisation, memory activity, SM activity and power."""
+"""Sampling of a GPU's utilisation, memory activity, SM activity and power through NVIDIA's management library (NVML)."""
 
 import importlib
 import threading
@@ -21,11 +21,11 @@ NO_ACTIVITY: dict[str, float | None] = dict.fromkeys(ACTIVITY_COLUMNS)
 
 
 class Monitor:
-    """Samples one GPU; ``nvml`` is the module ``pynvml``, initialised, ``handle`` its handle of the GPU.
+    """Samples one GPU; ``nvml`` is the initialised module ``pynvml``, ``handle`` its handle of the GPU.
 
-    ``gpu_util_percent`` and ``memory_util_percent`` are NVML's: the part of the time in which any kernel ran, and in which
-    memory was read or written. ``sm_activity_percent`` and ``dram_activity_percent`` are GPM's (Hopper and newer): the part
-    of the SMs that was busy, and of the memory's bandwidth that was used. ``power_w`` is in watts.
+    ``gpu_util_percent`` and ``memory_util_percent`` are from NVML: the part of the time in which any kernel ran, and in
+    which memory was read or written. ``sm_activity_percent`` and ``dram_activity_percent`` are from GPM (Hopper and newer):
+    the part of the SMs that was busy, and of the memory's bandwidth that was used. ``power_w`` is in watts.
     """
 
     def __init__(self, nvml: Any, handle: Any) -> None:  # noqa: ANN401  # a module without types
@@ -35,7 +35,7 @@ class Monitor:
 
     @contextmanager
     def watch(self) -> Iterator[dict[str, float | None]]:
-        """Sample in a thread while this lasts; the mapping that it yields holds the means by column afterwards."""
+        """Sample in a thread during the block; the mapping that it yields has the means by column afterwards."""
         means = dict(NO_ACTIVITY)
         samples: list[tuple[float, float, float]] = []
         ended = threading.Event()
@@ -54,7 +54,7 @@ class Monitor:
             means |= self._gpm_between(before, after)
 
     def close(self) -> None:
-        """Let go of the library."""
+        """Shut NVML down."""
         self._nvml.nvmlShutdown()
 
     def _sample(self, samples: list[tuple[float, float, float]], ended: threading.Event) -> None:
@@ -62,7 +62,7 @@ class Monitor:
             try:
                 rates = self._nvml.nvmlDeviceGetUtilizationRates(self._handle)
                 milliwatts = self._nvml.nvmlDeviceGetPowerUsage(self._handle)
-            except self._nvml.NVMLError:  # not told on this GPU
+            except self._nvml.NVMLError:  # not supported on this GPU
                 return
             samples.append((rates.gpu, rates.memory, milliwatts / 1e3))
 
@@ -112,7 +112,7 @@ class Monitor:
 
 
 def open_monitor(device: torch.device) -> tuple[Monitor | None, str]:
-    """A monitor of ``device``, or None and the reason why its columns stay empty."""
+    """Return a monitor of ``device`` and a description, or None and the reason why its columns stay empty."""
     if device.type != "cuda":
         return None, "no GPU: utilisation, SM and memory activity and power are not measured"
     try:
@@ -121,7 +121,7 @@ def open_monitor(device: torch.device) -> tuple[Monitor | None, str]:
         return None, "utilisation and power are not measured: pynvml is not installed (pip install nvidia-ml-py)"
     try:
         nvml.nvmlInit()
-        # by its identity: CUDA_VISIBLE_DEVICES renumbers the devices that PyTorch sees, not NVML's
+        # by UUID: CUDA_VISIBLE_DEVICES renumbers the devices for PyTorch, but not for NVML
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except nvml.NVMLError as error:
         return None, f"utilisation and power are not measured: NVML says '{error}'"

@@ -1,4 +1,4 @@
-"""Environment, signals and processes, as Linux gives them."""
+"""Environment variables, signals, processes and memory settings of Linux."""
 
 import ctypes
 import mmap
@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-_LONGEST_TMPDIR = 70  # what multiprocessing adds takes up to 37 bytes
+_LONGEST_TMPDIR = 70  # in bytes; multiprocessing appends up to 37
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """This process's environment with ``variables``, until the block ends."""
+    """Set environment ``variables`` of this process until the block ends."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -34,37 +34,39 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted(after: int = 0) -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block has ended; then the first that was held does what it does, unless an
-    exception is on its way already. The first ``after`` of them are not held, and from then on the block must have a
-    deadline. Outside the main thread, which alone is interrupted, nothing is held."""
+    """Defer Ctrl-C and SIGTERM until the block ends; then the first deferred one is delivered, unless the block raised.
+
+    The first ``after`` signals are delivered at once; after them the block must end within limited time. Does nothing
+    outside the main thread, the only one that is interrupted.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def take(number: int, frame: FrameType | None) -> None:
-        held = len(came) >= after  # told first: a second signal may come in the middle of this
-        came.append(number)
+    def receive(number: int, frame: FrameType | None) -> None:
+        deferred = len(received) >= after  # evaluated first: a second signal may interrupt this
+        received.append(number)
         handler = before[signal.Signals(number)]
-        if not held and callable(handler):
+        if not deferred and callable(handler):
             handler(number, frame)
 
     try:
         for number in before:
-            signal.signal(number, take)
+            signal.signal(number, receive)
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is take:  # a handler may have put another in its place
+            if signal.getsignal(number) is receive:  # a handler may have replaced it
                 signal.signal(number, handler or signal.SIG_DFL)
-    if came[after:]:
-        signal.raise_signal(came[after])
+    if received[after:]:
+        signal.raise_signal(received[after])
 
 
 def start_ticks(pid: int) -> int | None:
-    """When process ``pid`` started, in clock ticks since boot, which tells it from a later one of the same id; None if it
-    has ended."""
+    """Return the start time of process ``pid`` in clock ticks since boot, or None if it has ended. Together with ``pid``, it
+    identifies the process, since ids are reused."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -73,7 +75,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 def find_children_problem() -> str | None:
-    """Why this process cannot start worker processes; None if it can."""
+    """Return why this process cannot start worker processes, or None if it can."""
     if multiprocessing.current_process().daemon:
         return (
             "needs worker processes, which a daemonic process (such as a worker of multiprocessing.Pool) cannot start"
@@ -82,7 +84,7 @@ def find_children_problem() -> str | None:
 
 
 def has_home() -> bool:
-    """Whether this user has a home folder; a container's user id need not have an entry in passwd."""
+    """Return whether this user has a home folder; a container's user id may have no entry in passwd."""
     try:
         Path.home()
     except RuntimeError:
@@ -91,34 +93,34 @@ def has_home() -> bool:
 
 
 def home_folder(variable: str) -> Path:
-    """This user's home folder, to keep compiled functions in. Raises FileNotFoundError, which names the environment
-    ``variable`` that says where else, for a user without one."""
+    """Return this user's home folder, for a cache of compiled functions. Raises FileNotFoundError for a user without one,
+    naming the environment ``variable`` that chooses another folder."""
     if not has_home():
         raise FileNotFoundError(f"there is no home folder to keep it; set {variable}")
     return Path.home()
 
 
 def shorten_socket_paths() -> None:
-    """Have multiprocessing keep its sockets under /tmp where TMPDIR is too long for them: a socket's path has 107 bytes."""
+    """Make multiprocessing keep its sockets in /tmp if TMPDIR is too long: a socket's path has at most 107 bytes."""
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
-        kept, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        saved, tempfile.tempdir = tempfile.tempdir, "/tmp"
         try:
-            multiprocessing.util.get_temp_dir()  # made once a process, and inherited by its children
+            multiprocessing.util.get_temp_dir()  # created once per process, and inherited by its children
         finally:
-            tempfile.tempdir = kept
+            tempfile.tempdir = saved
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what this process frees for what it allocates next. Otherwise it gives the tens of megabytes
-    between two layers back to the system, which zeroes them anew: a tenth of a prefill step's time."""
+    """Make the C library keep freed memory for later allocations. Otherwise it returns the tens of megabytes that each layer
+    frees to the system, which zeroes them again: a tenth of a prefill step's time."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if set_option is not None:
         set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
-        set_option(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        set_option(_M_MMAP_THRESHOLD, 2**25)  # its maximum
 
 
 def use_huge_pages(memory: mmap.mmap) -> None:
-    """Ask for pages of 2 MiB where the system has them for such memory: the first use of a page costs microseconds, which a
-    prefill step would pay for every 4 KiB that it writes into a new pool."""
+    """Request pages of 2 MiB for ``memory``, if the system supports it: the first use of a page costs microseconds, which a
+    prefill step would pay for every 4 KiB that it writes to a new pool."""
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

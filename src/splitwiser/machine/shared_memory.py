@@ -1,4 +1,4 @@
-"""Memory that processes share: weights and pool exist once, however many workers map them."""
+"""Memory shared between processes, so that weights and KV pool exist once for all workers."""
 
 import ctypes
 import io
@@ -16,25 +16,25 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from splitwiser.machine.process import use_huge_pages
 
-_ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
+_ALIGNMENT = 64  # bytes; a cache line, and good for vector loads
 
-_COUNTER_HANDLE, _COUNTER_OFFSET = 11, 12  # among what torch's rebuild_cuda_tensor is given
+_COUNTER_HANDLE, _COUNTER_OFFSET = 11, 12  # positions in the arguments of torch's rebuild_cuda_tensor
 
-_Place = tuple[int, int]  # which memory, and the byte in it
+_Place = tuple[int, int]  # index of the memory, and byte offset in it
 
 
 class SharedMemory:
-    """Zeroed memory that is shared by sending this object to a process as it starts.
+    """Zeroed memory that is shared by passing this object to a process at its start.
 
-    On a CPU it is an anonymous file (memfd): no name that a killed run could leave behind, no ``/dev/shm`` whose size a
-    container limits, and pages cost nothing until they are used. On a GPU it is one CUDA allocation, sent as its CUDA-IPC
-    handle by torch.multiprocessing and opened when ``tensor`` is first asked for: until then the receiver has not
-    initialised CUDA, and can still set what CUDA reads then.
+    On a CPU it is an anonymous file (memfd): a killed run leaves no name behind, it does not use ``/dev/shm``, whose size
+    containers limit, and pages take no memory until they are used. On a GPU it is one CUDA allocation, whose CUDA-IPC
+    handle is sent by torch.multiprocessing and opened at the first use of ``tensor``: until then the receiver has not
+    initialised CUDA and can still set the environment that CUDA reads.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._fd: int | None = None
-        self._counters: list[tuple[bytes, int]] = []  # PyTorch's, one for each receiver, which it keeps the memory for
+        self._counters: list[tuple[bytes, int]] = []  # PyTorch's reference counters, one for each receiver
         if device.type == "cuda":
             tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         else:
@@ -45,39 +45,39 @@ class SharedMemory:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """All of the memory, as uint8."""
+        """The whole memory as uint8."""
         return self._open()
 
     def __reduce__(self) -> tuple[Callable[..., "SharedMemory"], tuple[object, ...]]:
         if self._fd is None:
             rebuild, arguments = reduce_tensor(self.tensor)
-            if self.tensor.is_cuda and self.tensor.numel():  # of nothing, nothing is counted
+            if self.tensor.is_cuda and self.tensor.numel():  # PyTorch counts no references to empty tensors
                 self._counters.append(arguments[_COUNTER_HANDLE : _COUNTER_OFFSET + 1])
             return _opened, (rebuild, arguments)
         return _received, (reduction.DupFd(self._fd), self.tensor.nbytes)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "SharedMemory":
-        """The memory that a contiguous CUDA ``tensor`` lies in."""
+        """Return the memory of a contiguous CUDA ``tensor``."""
         flat = tensor.view(-1).view(torch.uint8)
         return _opened(lambda: flat, ())
 
     def forget_receivers(self) -> None:
-        """Say for the receivers, which have ended, that they use the memory no more. A process that is ended does not say so
-        itself, and PyTorch would keep GPU memory that it has sent for ever (torch/csrc/CudaIPCTypes.cpp, "limbo")."""
+        """Release the references of the receivers, which have ended. A killed process does not release its own, and PyTorch
+        would keep GPU memory that it has sent for ever (torch/csrc/CudaIPCTypes.cpp, "limbo")."""
         for handle, offset in self._counters:
             torch.UntypedStorage._release_ipc_counter(handle, offset, device=self.tensor.device)
         self._counters.clear()
 
     def close(self) -> None:
-        """Give up the handle; the memory goes when the last tensor over it has gone, in every process."""
+        """Close the handle; the memory is freed when the last tensor over it is deleted in every process."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
 
 class _SentFd(Protocol):
-    """What ``multiprocessing.reduction.DupFd`` arrives as."""
+    """Interface of a received ``multiprocessing.reduction.DupFd``."""
 
     def detach(self) -> int: ...
 
@@ -106,11 +106,11 @@ def _received(fd: "_SentFd", nbytes: int) -> SharedMemory:
 
 
 class SharedModule:
-    """A module whose weights and buffers lie in memory that processes share.
+    """A module whose weights and buffers are in shared memory.
 
-    On a CPU making it moves the tensors of ``module`` into one :class:`SharedMemory`, one by one, so that a second copy
-    never exists as a whole; on a GPU they are shared where they lie. Sending it to a process and calling :meth:`open`
-    there gives the same module over the same memory.
+    On a CPU, creating it moves the tensors of ``module`` into one :class:`SharedMemory`, one by one, so that no complete
+    second copy ever exists; on a GPU they are shared where they are. Sent to another process, :meth:`open` gives the same
+    module over the same memory there.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -138,13 +138,13 @@ class SharedModule:
         self._skeleton = buffer.getvalue()
 
     def open(self) -> nn.Module:
-        """The module, over the shared memory."""
+        """Return the module over the shared memory."""
         module: nn.Module = _Unpickler(io.BytesIO(self._skeleton), self.memories).load()
         return module
 
 
 def _return_freed_memory() -> None:
-    """Have the C library give freed memory back to the system; it would keep the weights' old places for itself."""
+    """Make the C library return freed memory to the system; otherwise it keeps that of the moved weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not need it
     if trim is not None:
         trim(0)
@@ -155,7 +155,7 @@ def _view(memory: Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) ->
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a module with each shared tensor as its place."""
+    """Pickles a module with each shared tensor replaced by its place."""
 
     def __init__(self, file: io.BytesIO, places: dict[int, _Place]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -168,15 +168,15 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what :class:`_Pickler` wrote; a tensor that several modules hold (tied weights) is one object again."""
+    """Unpickles the output of :class:`_Pickler`; a tensor of several modules (tied weights) becomes one object again."""
 
     def __init__(self, file: io.BytesIO, memories: Sequence[SharedMemory]) -> None:
         super().__init__(file)
         self._memories = memories
         self._opened: dict[_Place, Tensor] = {}
 
-    def persistent_load(self, written: tuple[_Place, tuple[int, ...], torch.dtype, bool]) -> Tensor:
-        place, shape, dtype, is_parameter = written
+    def persistent_load(self, reference: tuple[_Place, tuple[int, ...], torch.dtype, bool]) -> Tensor:
+        place, shape, dtype, is_parameter = reference
         if place not in self._opened:
             number, offset = place
             tensor = _view(self._memories[number].tensor, offset, torch.Size(shape), dtype)

@@ -1,8 +1,8 @@
-"""The mark of a device that only tests have (``tests/support/stand_in``): no time or rate of it may pass for a GPU's."""
+"""Name of the emulated device of tests (``tests/support/stand_in``), so that its times never pass for a GPU's."""
 
 STAND_IN = "stand-in"
 
 
 def is_stand_in(name: object) -> bool:
-    """Whether a device of this name is a stand-in for a GPU."""
+    """Return whether a device of this name is a stand-in for a GPU."""
     return STAND_IN in str(name)

@@ -1,4 +1,4 @@
-"""Whether a mode works on this machine, in the words that refuse a run; ``splitwiser doctor`` says the same."""
+"""Checks whether a mode works on this machine, for runs and for ``splitwiser doctor``, with the same messages."""
 
 import os
 from importlib import import_module
@@ -14,7 +14,7 @@ from splitwiser.placement.modes import find_mode
 def find_mode_problem(mode: str, device: str) -> str | None:
     """Return why ``mode`` does not work on ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``) of this machine, or None.
 
-    Does not initialise CUDA for mode ``mps``. Raises :class:`~splitwiser.errors.InputError` on another form of device.
+    Does not initialise CUDA for mode ``mps``. Raises :class:`~splitwiser.errors.InputError` for any other device name.
     """
     chosen = find_mode(mode)
     if chosen.needs_gpu and device == "cpu":
@@ -26,21 +26,20 @@ def find_mode_problem(mode: str, device: str) -> str | None:
             return f"cannot share memory between processes: {problem}"
     if not chosen.checked_by:
         return None
-    # imported for this mode alone: what another one needs may be missing
+    # imported only for this mode: what other modes need may be missing
     found: str | None = import_module(f"splitwiser.placement.{chosen.checked_by}").find_problem(device)
     return found
 
 
 def refuse_mode_here(mode: str, device: str) -> None:
-    """Refuse a mode that this machine cannot run, with the reason and the mode to use instead. Raises
-    :class:`InputError`."""
+    """Raise :class:`InputError`, with the reason and a mode to use instead, if this machine cannot run ``mode``."""
     if problem := find_mode_problem(mode, device):
         raise InputError(f"mode {mode}: {problem}; use mode {'sequential' if mode == 'mp' else 'mp'}")
 
 
 def find_memfd_problem() -> str | None:
-    """Return why this process cannot make anonymous files, in which processes share memory, or None; a sandbox may forbid
-    the call."""
+    """Return why this process cannot create anonymous files, through which processes share memory, or None. A sandbox may
+    forbid the call."""
     try:
         SharedMemory(1, torch.device("cpu")).close()
     except OSError as error:

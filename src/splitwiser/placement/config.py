@@ -1,4 +1,4 @@
-"""The configuration of an engine: which model, on which device, with what numbers, and how its phases are placed."""
+"""Configuration of an engine: model, device, number format, KV pool, and the placement of the two phases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MPS_DAEMONS = ("private", "existing")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model runs on which device, in which numbers and with how large a KV pool. Raises :class:`InputError`."""
+    """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
     model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
     dtype: str = option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
@@ -47,17 +47,17 @@ class ModelConfig:
 
     @property
     def device_name(self) -> str:
-        """The device that ``device`` and ``gpu_id`` name together."""
+        """Device name that ``device`` and ``gpu_id`` give together."""
         return self.device if self.gpu_id is None else f"cuda:{self.gpu_id}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ModelConfig):
-    """All that an engine is set up with.
+    """Complete configuration of an engine.
 
-    ``workers`` may also be a list of mappings with ``role``, ``count`` and ``share``, as from Python. Raises
-    :class:`InputError` for what does not go together, whatever the machine; what this machine lacks is found out by
-    :func:`splitwiser.placement.checks.find_mode_problem`.
+    From Python, ``workers`` may also be a list of mappings with ``role``, ``count`` and ``share``. Raises
+    :class:`InputError` for values that are invalid on any machine; :func:`splitwiser.placement.checks.find_mode_problem`
+    checks this one.
     """
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
@@ -97,12 +97,12 @@ class EngineConfig(ModelConfig):
 
     @cached_property
     def layout(self) -> WorkerLayout | None:
-        """The workers, as laid out or as the mode has them by default; None in mode ``generate``, which has none."""
+        """Layout of the workers, as given or the mode's default; None in mode ``generate``, which has no workers."""
         return parse_layout(self.workers) if self.workers else find_mode(self.mode).layout
 
     @property
     def specs(self) -> tuple[WorkerSpec, ...]:
-        """Each worker of the layout; none in mode ``generate``."""
+        """Workers of the layout; empty in mode ``generate``."""
         return self.layout.workers if self.layout else ()
 
     def _check_mps(self) -> None:
@@ -115,7 +115,7 @@ class EngineConfig(ModelConfig):
 
 
 def _check_layout(mode: Mode, layout: WorkerLayout, share: str) -> None:
-    """Refuse workers that ``mode`` cannot have, or between which ``share`` auto cannot divide the device."""
+    """Raise :class:`InputError` for a layout that ``mode`` or ``share`` auto does not support."""
     if mode.one_of_each and sorted(spec.role for spec in layout.workers) != ["decode", "prefill"]:
         raise InputError(
             f"mode {mode.name} has one prefill and one decode worker, not {layout}; use mode mp for others"

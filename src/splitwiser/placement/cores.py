@@ -1,4 +1,4 @@
-"""A worker's part of a CPU: how many threads its steps use, no more than it has processors for."""
+"""A worker's share of a CPU: how many threads its steps use, at most as many as there is processor time for."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,17 +8,20 @@ import torch
 
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.machine.fair_share import FairShare
-from splitwiser.placement.shares import Part
+from splitwiser.placement.shares import WorkerShare
 
 
 def plan_threads(workers: Sequence[WorkerSpec], cores: int) -> list[int]:
-    """Threads of each worker: its share of ``cores``, rounded, but at least one."""
+    """Return the number of threads of each worker: its share of ``cores``, rounded, but at least one."""
     return [max(1, round(worker.share * cores / 100)) for worker in workers]
 
 
 def plan_levels(workers: Sequence[WorkerSpec], cores: int, share: str) -> list[list[int]]:
-    """Threads of each worker at each level: one level of shares, or of all ``cores`` for everyone, or for ``auto`` one for
-    each way to cut the cores between prefill and decode."""
+    """Return the number of threads of each worker, by level and worker.
+
+    ``share`` none has one level, with all ``cores`` for every worker; fixed has one, by the workers' shares; auto has a
+    level for each division of the cores between prefill and decode.
+    """
     if share == "none":
         return [[cores for _ in workers]]
     if share == "fixed":
@@ -32,8 +35,8 @@ def plan_levels(workers: Sequence[WorkerSpec], cores: int, share: str) -> list[l
 
 
 def plan_cores(workers: Sequence[WorkerSpec], cores: Sequence[int]) -> list[set[int]]:
-    """The cores of each worker where none are lent: as many as its threads, no core in two workers' hands while there are
-    enough; if there are not, every worker may use all."""
+    """Return the cores of each worker where none are lent: one per thread and disjoint, or all cores for every worker if
+    there are fewer cores than threads."""
     threads = plan_threads(workers, len(cores))
     if sum(threads) > len(cores):
         return [set(cores) for _ in workers]
@@ -41,39 +44,38 @@ def plan_cores(workers: Sequence[WorkerSpec], cores: Sequence[int]) -> list[set[
     return [set(cores[end - count : end]) for count, end in zip(threads, ends, strict=True)]
 
 
-def take_threads(part: Part, levels: Sequence[Sequence[int]], cores: int) -> int:
-    """Take up work; the threads of ``part``'s worker at the level that holds, and those lent to it at this moment."""
-    level, lent = part.take()
+def claim_threads(share: WorkerShare, levels: Sequence[Sequence[int]], cores: int) -> int:
+    """Mark the worker of ``share`` as busy; return its number of threads at the current level, with those lent to it."""
+    level, lent = share.claim()
     threads = levels[level]
-    own = threads[part.worker]
+    own = threads[share.worker]
     count = own + sum(others for others, is_lent in zip(threads, lent, strict=True) if is_lent)
     return min(count, max(cores, own))
 
 
-class Threads:
-    """A worker's :class:`~splitwiser.engine.worker.Lane` on a CPU. Sets before each step how many threads it uses: of the
-    worker's own and those that are lent to it at that moment as many as its
-    :class:`~splitwiser.machine.fair_share.FairShare` comes to."""
+class CpuShare:
+    """A worker's :class:`~splitwiser.engine.worker.DeviceShare` on a CPU: sets the number of PyTorch's threads before each
+    step, to the worker's own and those lent to it, limited by its :class:`~splitwiser.machine.fair_share.FairShare`."""
 
-    def __init__(self, part: Part, levels: Sequence[Sequence[int]], cores: int, on_cpu: bool = True) -> None:
-        self._part = part
+    def __init__(self, share: WorkerShare, levels: Sequence[Sequence[int]], cores: int, on_cpu: bool = True) -> None:
+        self._share = share
         self._levels = levels
         self._cores = cores
-        self._share = FairShare(on_cpu)
+        self._fair_share = FairShare(on_cpu)
         self._set = 0
 
-    def turn(self) -> AbstractContextManager[object]:
-        """See :meth:`splitwiser.engine.worker.Lane.turn`."""
+    def use(self) -> AbstractContextManager[object]:
+        """See :meth:`splitwiser.engine.worker.DeviceShare.use`."""
         self.before_step()
         return nullcontext()
 
-    def leave(self) -> None:
-        """See :meth:`splitwiser.engine.worker.Lane.leave`."""
-        self._part.leave()
+    def release(self) -> None:
+        """See :meth:`splitwiser.engine.worker.DeviceShare.release`."""
+        self._share.release()
 
     def before_step(self) -> int:
-        """Take up work; returns the number of threads set."""
-        count = self._share.threads(take_threads(self._part, self._levels, self._cores))
+        """Mark the worker as busy and set the number of threads; returns it."""
+        count = self._fair_share.threads(claim_threads(self._share, self._levels, self._cores))
         if count != self._set:
             torch.set_num_threads(count)
             self._set = count

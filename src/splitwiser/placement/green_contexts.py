@@ -1,9 +1,9 @@
-"""CUDA green contexts: the device's multiprocessors cut in two, and streams that run on one of the pieces.
+"""CUDA green contexts: the device's multiprocessors cut in two, and streams that run on one of the parts.
 
-Contexts are made through the CUDA driver's Python bindings, which PyTorch's CUDA builds bring along, and not through
-``torch.cuda.green_contexts``: that takes each context's multiprocessors from the front of the whole device, so two of its
-contexts overlap, and it does not tell how many were granted. Here the device is cut once a split (CUDA driver API, "Green
-Contexts"). Streams of green contexts go into PyTorch as external ones.
+Contexts are created through the CUDA driver's Python bindings, which PyTorch's CUDA builds install, and not through
+``torch.cuda.green_contexts``: that takes each context's multiprocessors from the start of the whole device, so two of its
+contexts overlap, and it does not report how many were granted. Here the device is cut once for each split (CUDA driver
+API, "Green Contexts"). PyTorch uses the streams of green contexts as external streams.
 """
 
 import importlib.util
@@ -16,12 +16,12 @@ import torch
 from splitwiser.errors import InputError, RunError, first_line
 from splitwiser.machine.device import resolve_device
 
-OLDEST_DRIVER = 12050  # CUDA 12.5, which has streams of green contexts
+OLDEST_DRIVER = 12050  # CUDA 12.5, the first with streams of green contexts
 
 
 def find_problem(name: str) -> str | None:
-    """Return why green contexts cannot be had on the device called ``name``, in a line; None if they can. Raises
-    :class:`InputError` for a name that is none."""
+    """Return why green contexts cannot be created on the device ``name``, on one line, or None if they can. Raises
+    :class:`InputError` for an invalid name."""
     device = resolve_device(name)
     if device.type != "cuda":
         return f"green contexts divide an NVIDIA GPU's multiprocessors, and the device is {device}"
@@ -43,13 +43,13 @@ def find_problem(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class GreenContext:
-    """A green context and the multiprocessors that it was granted."""
+    """A green context and the number of multiprocessors that it was granted."""
 
     handle: Any
     sms: int
 
     def stream(self, device: torch.device, priority: int) -> torch.cuda.ExternalStream:
-        """A stream whose kernels run here and nowhere else. It lives as long as the process, as PyTorch's own do."""
+        """Return a new stream whose kernels run only on this context. Like PyTorch's, it lives as long as the process."""
         from cuda.bindings import driver
 
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
@@ -59,8 +59,11 @@ class GreenContext:
 
 
 def cut_device(device: torch.device, prefill_sms: int) -> tuple[GreenContext, GreenContext]:
-    """Two green contexts that have the device between them, the first at about ``prefill_sms`` multiprocessors: the driver
-    rounds up to what the device can separate. Raises :class:`InputError` if that leaves nothing for the other."""
+    """Return two green contexts that divide the device, the first with about ``prefill_sms`` multiprocessors.
+
+    The driver rounds up to the groups that the device can separate. Raises :class:`InputError` if that leaves none for
+    the second, :class:`RunError` if the driver fails.
+    """
     from cuda.bindings import driver
 
     resource = _sm_resource(device)
@@ -80,7 +83,7 @@ def cut_device(device: torch.device, prefill_sms: int) -> tuple[GreenContext, Gr
 
 
 def count_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of ``device``."""
+    """Return the number of multiprocessors of ``device``."""
     return int(_sm_resource(device).sm.smCount)
 
 
@@ -98,7 +101,7 @@ def _device(device: torch.device) -> Any:
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a driver function returns. Raises :class:`RunError` with its name and the driver's."""
+    """Call a driver function and return its results. Raises :class:`RunError` with the function's and the error's name."""
     status, *results = function(*arguments)
     if int(status):
         raise RunError(f"CUDA driver: {function.__name__}: {status.name}")

@@ -1,4 +1,4 @@
-"""Mode ``sequential``: one mixed worker that steps in the parent's own thread."""
+"""Mode ``sequential``: one mixed worker that runs its steps in the parent's own thread."""
 
 import time
 from collections import deque
@@ -14,12 +14,12 @@ from splitwiser.engine.worker import Worker, build_worker
 from splitwiser.errors import RunError
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.prepare import Started, load, make_pool, prepare, scheduling_of
+from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare, scheduler_settings
 from splitwiser.request import Request
 
 
-class LocalTransport:
-    """Two queues in one thread."""
+class InlineTransport:
+    """The worker's :class:`~splitwiser.engine.worker.Transport`: two queues within one thread."""
 
     def __init__(self) -> None:
         self.inbox: deque[Message] = deque()
@@ -32,19 +32,19 @@ class LocalTransport:
         return messages
 
     def send(self, to: str, message: Message) -> None:
-        """See :meth:`splitwiser.engine.worker.Transport.send`; the one worker has nobody to send to but the parent."""
+        """See :meth:`splitwiser.engine.worker.Transport.send`; the only worker sends only to the parent."""
         self.outbox.append(message)
 
 
-class LocalPlacement:
-    """One worker, stepped whenever the engine asks what is new."""
+class InlinePlacement:
+    """One worker, which runs a step whenever the engine polls; see :class:`splitwiser.engine.engine.Placement`."""
 
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, worker: Worker, transport: LocalTransport, on_cpu: bool = True) -> None:
+    def __init__(self, worker: Worker, transport: InlineTransport, on_cpu: bool = True) -> None:
         self._worker = worker
         self._transport = transport
-        self._lane = OwnThreads(on_cpu)
+        self._threads = OwnThreads(on_cpu)
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
@@ -52,31 +52,31 @@ class LocalPlacement:
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""
-        with self._lane.turn():
-            ran = self._worker.turn()
+        with self._threads.use():
+            ran = self._worker.step_once()
         if not ran:
-            self._lane.leave()
+            self._threads.release()
             if until_ns is None:
-                raise RunError(f"{self._worker.name}: requests are open, but none can be taken up")
+                raise RunError(f"{self._worker.name}: requests are waiting, but none can be run")
             time.sleep(max(0, until_ns - time.perf_counter_ns()) / 1e9)
         messages, self._transport.outbox = self._transport.outbox, []
         return messages
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.close`; nothing runs outside this thread."""
-        self._lane.leave()
+        self._threads.release()
 
 
-def start(config: EngineConfig, _: ExitStack) -> Started:
+def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`: one worker over the whole device and the whole pool."""
     model = load(config)
     prepared = prepare(model, config)
     pool = make_pool(model, prepared)
     graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
     warm_up_prefill(model, pool, config.prefill_tokens)
-    transport = LocalTransport()
+    transport = InlineTransport()
     stepper = ModelStepper(model, pool, graphs)
-    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduling_of(config))
-    placement = LocalPlacement(worker, transport, model.device.type == "cpu")
+    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduler_settings(config))
+    placement = InlinePlacement(worker, transport, model.device.type == "cpu")
     engine = SplitEngine(model, placement, pool.blocks * pool.block_tokens)
-    return Started(model, engine, pool, {**prepared.described, "decode_graphs": graphs_described}, [])
+    return StartedEngine(model, engine, pool, {**prepared.described, "decode_graphs": graphs_described}, [])

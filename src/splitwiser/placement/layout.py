@@ -1,4 +1,4 @@
-"""Worker layouts: which roles, how many workers of each, and what share of the device's compute each gets."""
+"""Worker layouts: how many workers of each role, and their shares of the device's compute."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from splitwiser.text import read_text
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """``count`` workers of one role. ``share`` is the percentage of the device's compute that each of them may use; None
-    takes an equal part of what the groups that name one leave."""
+    """``count`` workers of one role. ``share`` is the percentage of the device's compute that each of them may use; with
+    None, the rest left by other groups is divided equally."""
 
     role: Annotated[Role, must_be(f"one of {', '.join(get_args(Role))}")]
     count: AtLeastOne = 1
@@ -28,7 +28,7 @@ class WorkerGroup:
 
 @dataclass(frozen=True)
 class WorkerLayout:
-    """All workers of a run. Raises :class:`InputError` on a combination that cannot serve a request."""
+    """All workers of a run. Raises :class:`InputError` for a combination that cannot serve a request."""
 
     groups: tuple[WorkerGroup, ...]
 
@@ -51,7 +51,7 @@ class WorkerLayout:
 
     @property
     def workers(self) -> tuple[WorkerSpec, ...]:
-        """Each worker by name, in the order of the groups."""
+        """Workers with their names and shares, in the order of the groups."""
         given = sum(group.count * (group.share or 0) for group in self.groups)
         unshared = sum(group.count for group in self.groups if group.share is None)
         return tuple(
@@ -74,9 +74,9 @@ ONE_OF_EACH = WorkerLayout((WorkerGroup("prefill"), WorkerGroup("decode")))
 
 
 def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
-    """A layout from a YAML file's path, YAML text such as ``[{role: mixed, count: 4}]``, or a list of mappings.
+    """Return the layout in a YAML file, in YAML text such as ``[{role: mixed, count: 4}]``, or in a list of mappings.
 
-    Raises :class:`InputError`.
+    Raises :class:`InputError` if it is not a valid layout.
     """
     where = "workers"
     groups: object = given

@@ -1,5 +1,8 @@
-"""How messages get about: a letterbox for each worker and the parent, which other threads post into, or a thread that
-empties the pipes from other processes."""
+"""Message transport between threads and processes.
+
+The parent and each worker have an inbox. Other threads put messages into it directly; messages of other processes come
+through pipes, which a thread of the receiver reads.
+"""
 
 import threading
 import time
@@ -12,17 +15,17 @@ from splitwiser.engine.messages import Failed, Message, Stop
 from splitwiser.engine.worker import PARENT
 from splitwiser.errors import WorkerLostError
 
-LOOK_S = 0.25  # how often the parent looks after its workers
+CHECK_S = 0.25  # how often the parent checks its workers
 
 if TYPE_CHECKING:
-    # messages travel pickled; only the processes of one run hold the ends
+    # messages are pickled; only processes of the same run hold the ends
     Pipe: TypeAlias = Connection[Message, Message]
 else:
-    Pipe = Connection  # not generic when it runs
+    Pipe = Connection  # not generic at run time
 
 
-class Letterbox:
-    """Messages for one receiver, in the order in which they came."""
+class Inbox:
+    """Queue of messages for one receiver, in order of arrival."""
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
@@ -34,26 +37,26 @@ class Letterbox:
             self._messages.append(message)
             self._came.notify()
 
-    def take(self) -> list[Message]:
-        """What has come since the last call, in order."""
+    def drain(self) -> list[Message]:
+        """Remove and return all messages, in order of arrival, without waiting."""
         with self._came:
             messages = list(self._messages)
             self._messages.clear()
         return messages
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return when there is something to take or to look after, or after ``timeout_s``."""
+        """Wait until there is a message or the inbox is notified, at most ``timeout_s`` seconds."""
         with self._came:
             if not self._messages:
                 self._came.wait(timeout_s)
 
 
-class Mailbox(Letterbox):
-    """A letterbox that collects what comes over ``connections`` (by the sender's name).
+class PipeInbox(Inbox):
+    """An inbox that collects the messages from ``connections``, which are by sender.
 
-    A thread reads, so that no sender ever waits for a receiver that is in the middle of a step: a pipe holds 64 KiB, and
-    two processes each waiting for the other's pipe to empty would wait for ever. ``on_closed`` is called in that thread
-    with the name of a sender whose end has closed, which happens at the latest when its process dies.
+    A thread reads them, so that no sender has to wait for a receiver that is in the middle of a step: a pipe holds
+    64 KiB, and two processes that wait for each other's pipe to drain would deadlock. ``on_closed`` is called in that
+    thread with the name of a sender whose end has closed, at the latest when its process dies.
     """
 
     def __init__(self, connections: Mapping[str, Pipe], on_closed: Callable[[str], None]) -> None:
@@ -62,8 +65,8 @@ class Mailbox(Letterbox):
         self._on_closed = on_closed
         threading.Thread(target=self._read, name="mailbox", daemon=True).start()
 
-    def read_out(self, sender: str, timeout_s: float) -> None:
-        """Return when all that ``sender``, which has ended, had sent is here, or after ``timeout_s``."""
+    def wait_until_closed(self, sender: str, timeout_s: float) -> None:
+        """Wait until everything that ``sender``, which has ended, had sent is received, at most ``timeout_s`` seconds."""
         with self._came:
             self._came.wait_for(lambda: sender not in self._names.values(), timeout_s)
 
@@ -82,8 +85,8 @@ class Mailbox(Letterbox):
                 self.send(message)
 
 
-class Sends(Protocol):
-    """Where a message can be put in: a letterbox, or a pipe to another process."""
+class Outbox(Protocol):
+    """Destination of messages: an inbox, or a pipe to another process."""
 
     def send(self, message: Message, /) -> None:
         """Put a message in."""
@@ -91,17 +94,17 @@ class Sends(Protocol):
 
 
 class MailTransport:
-    """A worker's transport (see :class:`splitwiser.engine.worker.Transport`): its letterbox, and those of the others by
+    """A worker's :class:`~splitwiser.engine.worker.WaitableTransport`: its own inbox, and the outboxes to the others by
     name."""
 
-    def __init__(self, inbox: Letterbox, outbox: Mapping[str, Sends]) -> None:
+    def __init__(self, inbox: Inbox, outboxes: Mapping[str, Outbox]) -> None:
         self._inbox = inbox
-        self._outbox = outbox
+        self._outboxes = outboxes
         self.stopped = False
 
     def receive(self) -> list[Message]:
-        """What has come; notes whether the worker is to stop."""
-        messages = self._inbox.take()
+        """See :meth:`splitwiser.engine.worker.Transport.receive`; sets ``stopped`` on a stop message."""
+        messages = self._inbox.drain()
         if any(isinstance(message, Stop) for message in messages):
             self.stopped = True
         return [message for message in messages if not isinstance(message, Stop)]
@@ -109,42 +112,42 @@ class MailTransport:
     def send(self, to: str, message: Message) -> None:
         """See :meth:`splitwiser.engine.worker.Transport.send`."""
         try:
-            self._outbox[to].send(message)
+            self._outboxes[to].send(message)
         except OSError:
             if to == PARENT:
                 raise
-            # the receiver has died; the parent learns so by itself and ends the run
+            # the receiver has died; the parent notices that itself and ends the run
 
     def wait(self) -> None:
-        """Return when there is something to receive."""
+        """See :meth:`splitwiser.engine.worker.WaitableTransport.wait`."""
         self._inbox.wait()
 
 
 class MailPlacement:
-    """The parent's side of workers that report to its letterbox; see :class:`splitwiser.engine.engine.Placement`."""
+    """The parent's side of workers that report to its inbox; see :class:`splitwiser.engine.engine.Placement`."""
 
-    def __init__(self, inbox: Letterbox) -> None:
+    def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
         self._lost: WorkerLostError | None = None
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
-        """See :meth:`splitwiser.engine.engine.Placement.poll`; a lost worker is noticed within a second.
+        """See :meth:`splitwiser.engine.engine.Placement.poll`; a lost worker is noticed within about a second.
 
-        What the workers reported before one was lost is returned first.
+        What the workers had reported before that is returned first.
         """
         while True:
             if self._lost:
                 raise self._lost
-            messages = self._inbox.take()
-            lost = self._find_lost()
+            messages = self._inbox.drain()
+            lost = self._find_lost_worker()
             if lost:
-                messages += self._inbox.take()  # what it still reported
+                messages += self._inbox.drain()  # its last reports
             for message in messages:
                 if isinstance(message, Failed):
                     lost = WorkerLostError(f"worker {message.worker} failed: {message.error}")
                     lost.add_note(message.traceback)
                 else:
-                    self._note(message)
+                    self._handle(message)
             self._lost = lost
             if messages:
                 return [message for message in messages if not isinstance(message, Failed)]
@@ -152,11 +155,11 @@ class MailPlacement:
             if left_s <= 0:
                 return []
             if not self._lost:
-                self._inbox.wait(min(left_s, LOOK_S))
+                self._inbox.wait(min(left_s, CHECK_S))
 
-    def _note(self, message: Message) -> None:
-        """Take in what the placement itself wants of a message."""
+    def _handle(self, message: Message) -> None:
+        """Process what concerns the placement itself in a message."""
 
-    def _find_lost(self) -> WorkerLostError | None:
-        """A worker that was lost, if there is one; all that it reported is in the letterbox then."""
+    def _find_lost_worker(self) -> WorkerLostError | None:
+        """Return the error for a worker that was lost, or None; all its reports are then in the inbox."""
         return None

@@ -1,4 +1,4 @@
-"""The table of modes: what each has and needs. A new mode is a row here and a module of this package that starts it."""
+"""The table of modes and their properties. A new mode is a row here and a module of this package that starts it."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout
 
 @dataclass(frozen=True)
 class Mode:
-    """How the two phases are placed.
+    """A placement of the two phases.
 
-    ``module`` is that of this package which starts the mode (:class:`splitwiser.placement.start.ModeModule`), and
-    ``checked_by`` that whose ``find_problem`` says why a device does not allow it, if any. ``layout`` is what its workers
-    are where the user lays none out; None where the engine is transformers' own, without workers. ``laid_out``: a user may
-    lay out its workers. ``one_of_each``: it has just one prefill and one decode worker. ``moves_shares``: it can move shares
-    while it runs. ``shares_memory``: its workers are processes that share memory.
+    ``module`` of this package starts the mode (:class:`splitwiser.placement.start.ModeModule`); ``find_problem`` of the
+    module ``checked_by``, if any, returns why a device does not support it. ``layout`` is its default worker layout, None
+    if it has no workers because the engine is transformers' own. ``laid_out``: users may choose the layout.
+    ``one_of_each``: it always has one prefill and one decode worker. ``moves_shares``: it can change shares during a run.
+    ``shares_memory``: its workers are processes that share memory.
     """
 
     name: str
@@ -34,7 +34,7 @@ MODES = {
         Mode("generate", "reference", None),
         Mode("sequential", "inline", ONE_MIXED),
         Mode("mp", "processes", ONE_OF_EACH, laid_out=True, moves_shares=True, shares_memory=True),
-        Mode("mps", "mps", ONE_OF_EACH, laid_out=True, shares_memory=True, needs_gpu=True, checked_by="mps_daemon"),
+        Mode("mps", "mps", ONE_OF_EACH, laid_out=True, shares_memory=True, needs_gpu=True, checked_by="mps_gpu"),
         Mode(
             "green",
             "green",
@@ -50,7 +50,7 @@ MODES = {
 
 
 def find_mode(name: str) -> Mode:
-    """Return the mode of that name. Raises :class:`~splitwiser.errors.InputError`."""
+    """Return the mode called ``name``. Raises :class:`~splitwiser.errors.InputError` if there is none."""
     if name not in MODES:
         raise unknown("mode", name, MODES)
     return MODES[name]

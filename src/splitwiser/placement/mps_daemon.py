@@ -1,24 +1,21 @@
-"""Mode ``mps``: the NVIDIA MPS daemon whose clients the workers are.
+"""Mode ``mps``: start, supervision and end of the NVIDIA MPS daemon that serves the workers.
 
-What this rests on, from NVIDIA's MPS documentation (docs.nvidia.com/deploy/mps) and the manual page
+The code relies on these facts from NVIDIA's MPS documentation (docs.nvidia.com/deploy/mps) and the manual page
 nvidia-cuda-mps-control(1):
 
 * A process looks for its daemon, in ``CUDA_MPS_PIPE_DIRECTORY``, when it initialises CUDA, and runs without MPS if it finds
-  none; so whether it is a client must be asked of the daemon. Its ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` is read then, too.
-* CUDA IPC works between clients and processes that are none. So the parent, which allocates weights and KV pool and
-  launches nothing after that, stays outside: a client lasts as long as its process, and the daemon could not quit in peace
-  before the parent's end. Only a GPU in compute mode EXCLUSIVE_PROCESS, which admits one process, the MPS server, makes
-  the parent a client.
-* A daemon that has ``CUDA_VISIBLE_DEVICES`` counts those devices anew for its clients. UUIDs mean the same to both.
+  none; so only the daemon can tell whether a process is a client. ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` is read then, too.
+* CUDA IPC works between clients and other processes. So the parent, which allocates weights and KV pool and launches
+  nothing after that, does not become a client: a client lasts as long as its process, and the daemon could not quit
+  cleanly before the parent ends. Only a GPU in compute mode EXCLUSIVE_PROCESS, which admits a single process, the MPS
+  server, makes the parent a client.
+* A daemon with ``CUDA_VISIBLE_DEVICES`` renumbers those devices for its clients. UUIDs are valid for both.
 * ``quit -t SECONDS`` lets clients finish, then ends the servers, and returns when the daemon has ended. A client that ends
-  with work under way can hang the server, so the workers are stopped first.
+  while its kernels run can hang the server, so the workers are stopped first.
 """
 
-import json
 import os
-import platform
 import pwd
-import re
 import shutil
 import signal
 import stat
@@ -35,12 +32,12 @@ from typing import Literal
 import torch
 
 from splitwiser.engine.messages import WorkerSpec
-from splitwiser.errors import InputError, RunError, first_line
-from splitwiser.machine.process import environment, find_children_problem, start_ticks, uninterrupted
+from splitwiser.errors import InputError, RunError
+from splitwiser.machine.process import environment, start_ticks, uninterrupted
+from splitwiser.placement import mps_gpu
 from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.mps_gpu import CONTROL, PIPES
 
-CONTROL = "nvidia-cuda-mps-control"
-PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
 PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 PRIORITY, NORMAL, BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", 0, 1
@@ -48,11 +45,10 @@ DEFAULT_PIPES, DEFAULT_LOGS = "/tmp/nvidia-mps", "/var/log/nvidia-mps"
 
 COMMAND_S = 5.0  # longest that a command to the daemon may take
 START_S = 10.0  # longest that the daemon may take to answer
-SETTLE_S = 0.5  # a daemon that detaches may not be seen for a moment
-REGISTER_S = 10.0  # longest that a worker that is up may be missing from the daemon's list
-QUIT_S = 5  # whole seconds that servers have to end in peace
+SETTLE_S = 0.5  # a daemon that detaches may be invisible for a moment
+REGISTER_S = 10.0  # longest that a ready worker may be missing from the daemon's list
+QUIT_S = 5  # whole seconds that servers have to end by themselves
 FORCE_S = 2.0  # from SIGTERM to SIGKILL
-SMI_S = 30.0  # nvidia-smi takes seconds where the driver is not loaded yet
 SOCKET_BYTES = 107  # longest path of a unix socket: sun_path of unix(7), less its final zero
 LOG_LINES = 3
 
@@ -63,7 +59,7 @@ class NoAnswerError(RunError):
 
 @dataclass(frozen=True)
 class RunningDaemon:
-    """A daemon that is there already. ``pid`` is None where it runs outside this container."""
+    """A daemon that is already running. ``pid`` is None if it runs outside this container."""
 
     pid: int | None
     user: str
@@ -75,28 +71,18 @@ class RunningDaemon:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """The GPU of a run: ``uuids`` are of the visible GPUs up to it, as CUDA numbers them, its own last."""
-
-    uuids: tuple[str, ...]
-    name: str
-    capability: tuple[int, int]
-    compute_mode: str
-
-
-@dataclass(frozen=True)
 class MpsDaemon:
-    """A daemon that answers. ``environment`` makes a process its client; ``started`` is of :func:`start_ticks`."""
+    """A running daemon. ``environment`` makes a process its client; ``started`` is its :func:`start_ticks`."""
 
     kind: Literal["private", "existing"]
     pipe_directory: Path
     log_directory: Path
-    pid: int | None  # None: it cannot be seen from here
+    pid: int | None  # None if it is not visible from here
     started: int | None
     environment: dict[str, str]
 
     def worker_environment(self, spec: WorkerSpec, config: EngineConfig) -> dict[str, str]:
-        """What makes the worker of ``spec`` a client with its share, or, with share none, with the whole device."""
+        """Return the environment that makes the worker of ``spec`` a client with its share of the device."""
         below = config.decode_priority and spec.role == "prefill"
         return {
             **self.environment,
@@ -105,12 +91,13 @@ class MpsDaemon:
         }
 
     def clients(self) -> set[int]:
-        """Process ids of the clients of all its servers. Raises :class:`RunError` if the daemon does not answer."""
+        """Return the process ids of the clients of all servers. Raises :class:`RunError` if the daemon does not answer."""
         servers = _numbers(_ask(self.pipe_directory, "get_server_list"))
         return {pid for server in servers for pid in _numbers(_ask(self.pipe_directory, f"get_client_list {server}"))}
 
     def wait_for_clients(self, pids: Mapping[str, int]) -> None:
-        """Return when all of ``pids`` (by worker) are clients. Raises :class:`RunError` that names those that are not."""
+        """Wait until all of ``pids`` (by worker) are clients. Raises :class:`RunError`, with the missing ones, after
+        :data:`REGISTER_S`."""
         deadline = time.monotonic() + REGISTER_S
         while True:
             if fault := self.find_fault():
@@ -121,77 +108,25 @@ class MpsDaemon:
                 return
             if time.monotonic() > deadline:
                 outside = self.kind == "existing" and self.pid is None
-                why = "; a daemon outside this container counts process ids of its own" if outside else ""
+                why = "; a daemon outside this container uses other process ids" if outside else ""
                 logs = log_tail(self.log_directory)
                 raise RunError(f"not on the MPS server: {', '.join(missing)}{why}; its logs end: {logs}")
             time.sleep(0.1)
 
     def find_fault(self) -> str | None:
-        """That the daemon has died, and what its logs say; None while it lives."""
+        """Return that the daemon has died, with the end of its logs, or None while it is alive."""
         if self.pid is None or start_ticks(self.pid) == self.started:
             return None
         return f"the MPS daemon (process {self.pid}) has died; its logs end: {log_tail(self.log_directory)}"
 
 
 def thread_percentage(spec: WorkerSpec, share: str) -> int:
-    """The MPS active-thread percentage that stands for a worker's share; all of it with ``share`` none."""
+    """Return the MPS active-thread percentage for a worker's share; 100 with ``share`` none."""
     return 100 if share == "none" else max(1, round(spec.share))
 
 
-def gpu_index(device: str) -> int:
-    """The GPU, as CUDA numbers them, that ``auto``, ``cuda`` or ``cuda:N`` names. Raises :class:`InputError` on others."""
-    named = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
-    if not named:
-        raise InputError(
-            f"mode mps: needs an NVIDIA GPU, and device is '{device}'; give cuda or cuda:N, or use mode mp"
-        )
-    return int(named[1] or 0)
-
-
-def find_problem(device: str) -> str | None:
-    """Return why mode ``mps`` cannot run on ``device`` of this machine, in one line; None if nothing speaks against it.
-    Does not initialise CUDA in this process. Raises :class:`InputError` for a device that is no GPU."""
-    found = inspect_gpu(gpu_index(device))
-    return found if isinstance(found, str) else None
-
-
-def inspect_gpu(device_index: int) -> Gpu | str:
-    """The GPU with what MPS depends on, or why mode ``mps`` cannot run on it."""
-    if problem := _machine_problem():
-        return problem
-    gpus = _probe()
-    if isinstance(gpus, str):
-        return f"CUDA cannot be used: {gpus}"
-    if device_index >= len(gpus):
-        return f"there is no GPU {device_index}: CUDA sees {len(gpus)}, numbered from 0"
-    gpu = gpus[device_index]
-    if gpu.capability < (7, 0):
-        return f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and MPS shares need 7.0 (Volta)"
-    if gpu.compute_mode == "PROHIBITED":
-        return f"{gpu.name} is in compute mode PROHIBITED (nvidia-smi -c DEFAULT, as root, changes it)"
-    return gpu
-
-
-def _machine_problem() -> str | None:
-    if problem := find_children_problem():
-        return problem
-    if sys.platform != "linux":
-        return f"NVIDIA MPS runs on Linux, and this is {platform.system()}"
-    if "microsoft" in platform.release().lower():
-        return "NVIDIA MPS runs on Linux itself, and this is Linux under Windows (WSL)"
-    if Path("/etc/nv_tegra_release").exists():
-        return "the workers share memory by CUDA IPC, which NVIDIA's MPS does not support on Tegra"
-    if not Path("/dev/nvidiactl").exists():
-        return "there is no NVIDIA GPU here (no /dev/nvidiactl)"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is built without CUDA"
-    if shutil.which(CONTROL) is None:
-        return f"{CONTROL} is not on PATH; it comes with the NVIDIA driver (on Ubuntu in nvidia-compute-utils)"
-    return None
-
-
 def running_daemon() -> RunningDaemon | None:
-    """The daemon that a process of this environment would become a client of; a private one of a run is never that."""
+    """Return the daemon that a process with this environment would be a client of, or None; never a run's private one."""
     pipes = Path(os.environ.get(PIPES) or DEFAULT_PIPES)
     try:
         owner = (pipes / "control").stat().st_uid
@@ -207,57 +142,57 @@ def running_daemon() -> RunningDaemon | None:
 
 @contextmanager
 def mps_daemon(existing: bool, exclusive: bool, device_index: int) -> Iterator[MpsDaemon]:
-    """The daemon that is there already if ``existing``, else one of this run alone, which ends with the block.
+    """Provide the daemon that is already running if ``existing``, else a private one that ends with the block.
 
     ``exclusive`` puts the GPU into compute mode EXCLUSIVE_PROCESS until the block ends. Raises :class:`InputError` if MPS
-    cannot run here, or a daemon is there without ``existing``, and :class:`RunError` if a daemon does not come up.
+    cannot run here, or if a daemon is already running without ``existing``, and :class:`RunError` if a daemon does not
+    start.
     """
-    gpu = inspect_gpu(device_index)
+    gpu = mps_gpu.inspect_gpu(device_index)
     if isinstance(gpu, str):
         raise InputError(f"mode mps: {gpu}; use mode mp")
     for directory in _left_behind():
         _remove(directory)
-    there = running_daemon()
+    running = running_daemon()
     if existing:
-        yield _existing(there)
+        yield _use_existing(running)
         return
-    if there:
-        raise InputError(f"an {there} is there already; use it with --mps existing, or have it stopped")
-    joins = exclusive or gpu.compute_mode == "EXCLUSIVE_PROCESS"
-    if joins and torch.cuda.is_initialized():
+    if running:
+        raise InputError(f"an {running} is already running; use it with --mps existing, or have it stopped")
+    parent_is_client = exclusive or gpu.compute_mode == "EXCLUSIVE_PROCESS"
+    if parent_is_client and torch.cuda.is_initialized():
         raise InputError(
-            "mode mps: this process has initialised CUDA already, too late to join a daemon, which a GPU in compute mode "
-            "EXCLUSIVE_PROCESS takes; start from a fresh process"
+            "mode mps: this process has initialised CUDA already, too late to become a client of a daemon, as a GPU in "
+            "compute mode EXCLUSIVE_PROCESS requires; start from a fresh process"
         )
     directory = _make_directory()
     try:
         if exclusive:
-            _make_exclusive(gpu.uuids[-1], directory)
+            mps_gpu.make_exclusive(gpu.uuids[-1], directory)
         daemon = _start(directory, gpu)
-        with environment(**daemon.environment) if joins else nullcontext():
+        with environment(**daemon.environment) if parent_is_client else nullcontext():
             yield daemon
     finally:
         _remove(directory)
 
 
-def _existing(there: RunningDaemon | None) -> MpsDaemon:
-    if there is None:
-        pipes = os.environ.get(PIPES) or DEFAULT_PIPES
-        raise InputError(f"--mps existing: no MPS daemon answers in {pipes}; start one there, or use --mps private")
-    _ask(there.pipe_directory, "get_server_list")
+def _use_existing(running: RunningDaemon | None) -> MpsDaemon:
+    if running is None:
+        where = os.environ.get(PIPES) or DEFAULT_PIPES
+        raise InputError(f"--mps existing: no MPS daemon answers in {where}; start one there, or use --mps private")
+    pipes = running.pipe_directory
+    _ask(pipes, "get_server_list")
     logs = Path(os.environ.get(LOGS) or DEFAULT_LOGS)
-    started = None if there.pid is None else start_ticks(there.pid)
-    return MpsDaemon(
-        "existing", there.pipe_directory, logs, there.pid, started, {PIPES: str(there.pipe_directory), LOGS: str(logs)}
-    )
+    started = None if running.pid is None else start_ticks(running.pid)
+    return MpsDaemon("existing", pipes, logs, running.pid, started, {PIPES: str(pipes), LOGS: str(logs)})
 
 
 # -- a private daemon: its directory, start and end
 
 
 def _runtime_directories() -> list[Path]:
-    """Where private directories may lie, the preferred first."""
-    parents = [Path(tempfile.gettempdir()), Path("/tmp")]  # the latter is short, whatever TMPDIR says
+    """Return the possible parents of private directories, the preferred one first."""
+    parents = [Path(tempfile.gettempdir()), Path("/tmp")]  # /tmp is short, whatever TMPDIR is
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     if given and os.access(given, os.W_OK) and Path(given).stat().st_uid == os.getuid():
         parents.insert(0, Path(given))
@@ -265,12 +200,12 @@ def _runtime_directories() -> list[Path]:
 
 
 def _owner(pid: int) -> str:
-    """A name for process ``pid`` that no other process has, later or in another container."""
+    """Return a name for process ``pid`` that no other process has, not even later or in another container."""
     return f"{Path('/proc/self/ns/pid').stat().st_ino}-{pid}-{start_ticks(pid)}"
 
 
 def _make_directory() -> Path:
-    """A new private directory, where its sockets' paths are short enough."""
+    """Create a private directory, in a place where the paths of its sockets are short enough."""
     prefix = f"{_owner(os.getpid())}-"
     socket_bytes = len(f"/{prefix}12345678/pipe/control_privileged")
     base = next(each for each in _runtime_directories() if len(os.fsencode(each)) + socket_bytes <= SOCKET_BYTES)
@@ -278,13 +213,13 @@ def _make_directory() -> Path:
     found = base.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise InputError(
-            f"{base} belongs to user {_user(found.st_uid)}; set XDG_RUNTIME_DIR or TMPDIR to a place of yours"
+            f"{base} belongs to user {_user(found.st_uid)}; set XDG_RUNTIME_DIR or TMPDIR to a directory of your own"
         )
     return Path(tempfile.mkdtemp(prefix=prefix, dir=base))
 
 
 def _left_behind() -> list[Path]:
-    """Private directories whose owner has died."""
+    """Return private directories whose owner has died."""
     namespace = _owner(os.getpid()).partition("-")[0]
     found = []
     for base in dict.fromkeys(_runtime_directories()):
@@ -295,24 +230,25 @@ def _left_behind() -> list[Path]:
     return found
 
 
-def _start(directory: Path, gpu: Gpu) -> MpsDaemon:
+def _start(directory: Path, gpu: mps_gpu.Gpu) -> MpsDaemon:
+    """Start a private daemon in ``directory`` and wait until it answers. Raises :class:`RunError`."""
     pipes, logs = directory / "pipe", directory / "log"
     pipes.mkdir()
     logs.mkdir()
     clients = {PIPES: str(pipes), LOGS: str(logs), "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuids)}
-    inherited = {name: value for name, value in os.environ.items() if name != PERCENTAGE}  # it would cap every client
+    inherited = {name: value for name, value in os.environ.items() if name != PERCENTAGE}  # it would limit every client
 
     def fault(what: str) -> RunError:
         return RunError(f"{CONTROL} -d {what}; its logs end: {log_tail(logs)}")
 
-    with (logs / "start.log").open("wb") as output:  # a pipe would stay open as long as the daemon
+    with (logs / "start.log").open("wb") as output:  # a pipe would stay open as long as the daemon runs
         try:
             done = subprocess.run(
                 [CONTROL, "-d"], env=inherited | clients, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 timeout=START_S, start_new_session=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise fault(f"did not come back within {START_S:g} s") from error
+            raise fault(f"did not return within {START_S:g} s") from error
         except OSError as error:
             raise fault(f"cannot be run ({error})") from error
     if done.returncode:
@@ -330,14 +266,16 @@ def _start(directory: Path, gpu: Gpu) -> MpsDaemon:
                 raise fault(f"did not answer within {START_S:g} s ({error})") from error
         time.sleep(0.05)
     running = _processes(pipes)
-    pid = min(running, key=running.__getitem__, default=None)  # the oldest: it started its servers
+    pid = min(running, key=running.__getitem__, default=None)  # the oldest, which started its servers
     return MpsDaemon("private", pipes, logs, pid, running[pid] if pid else None, clients)
 
 
 @uninterrupted()
 def _remove(directory: Path) -> None:
-    """End the daemon of ``directory``, put the compute mode back and remove the directory. Never raises: it runs on every
-    way out, and says on stderr what it could not do."""
+    """End the daemon of ``directory``, restore the compute mode and remove the directory.
+
+    Never raises, since it runs at every kind of exit; prints to stderr what could not be done.
+    """
     pipes = directory / "pipe"
     running = _processes(pipes)
     if running or (pipes / "control").exists():
@@ -359,7 +297,7 @@ def _remove(directory: Path) -> None:
             print(f"splitwiser: MPS processes {names} do not end; the next start tries again", file=sys.stderr)
             return
     try:
-        _restore_compute_mode(directory)
+        mps_gpu.restore_compute_mode(directory)
     except InputError as error:
         print(f"splitwiser: {error}", file=sys.stderr)
         return
@@ -367,7 +305,7 @@ def _remove(directory: Path) -> None:
 
 
 def _wait_until_gone(pipes: Path, timeout_s: float) -> dict[int, int]:
-    """The processes over ``pipes`` that are left when none is, or after ``timeout_s``."""
+    """Wait until no process of the daemon of ``pipes`` is left, at most ``timeout_s`` seconds; return those left."""
     deadline = time.monotonic() + timeout_s
     while (left := _processes(pipes)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -375,8 +313,11 @@ def _wait_until_gone(pipes: Path, timeout_s: float) -> dict[int, int]:
 
 
 def _processes(pipes: Path) -> dict[int, int]:
-    """Daemon, servers and front ends over ``pipes``: process ids with their start ticks. Each is known by its command and
-    its environment, or by the daemon's pid file, so that no process of somebody else's is ever taken for one."""
+    """Return the start ticks of daemon, servers and front ends of ``pipes``, by process id.
+
+    A process is recognised by its command and its environment, or by the daemon's pid file, so that no unrelated process
+    is ever taken for one of them.
+    """
     recorded = _recorded_pid(pipes)
     variable = f"{PIPES}={pipes}".encode()
     found = {}
@@ -388,7 +329,7 @@ def _processes(pipes: Path) -> dict[int, int]:
                 and variable in (entry / "environ").read_bytes().split(b"\0")
             ):
                 continue
-        except OSError:  # ended meanwhile, or of another user
+        except OSError:  # it has ended, or belongs to another user
             continue
         ticks = start_ticks(pid)
         if ticks is not None:
@@ -397,7 +338,7 @@ def _processes(pipes: Path) -> dict[int, int]:
 
 
 def _recorded_pid(pipes: Path) -> int | None:
-    """The process id in the daemon's pid file, if that is a daemon, which it is not after a kill or from a container."""
+    """Return the process id in the daemon's pid file, or None if no daemon has it: after a kill, or in another container."""
     try:
         pid = int((pipes / f"{CONTROL}.pid").read_text(encoding="ascii"))
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -407,7 +348,7 @@ def _recorded_pid(pipes: Path) -> int | None:
 
 
 def _ask(pipes: Path, command: str, timeout_s: float | None = None) -> str:
-    """The daemon's answer to ``command``. Raises :class:`NoAnswerError`."""
+    """Send ``command`` to the daemon and return its answer. Raises :class:`NoAnswerError`."""
     timeout_s = COMMAND_S if timeout_s is None else timeout_s
     try:
         done = subprocess.run(
@@ -419,8 +360,8 @@ def _ask(pipes: Path, command: str, timeout_s: float | None = None) -> str:
     except OSError as error:
         raise NoAnswerError(f"{CONTROL} cannot be run: {error}") from error
     if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
-        raise NoAnswerError(f"the MPS daemon refused '{command}': {said}")
+        reason = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
+        raise NoAnswerError(f"the MPS daemon refused '{command}': {reason}")
     return done.stdout
 
 
@@ -429,7 +370,7 @@ def _numbers(answer: str) -> list[int]:
 
 
 def log_tail(directory: Path) -> str:
-    """The last lines of the daemon's logs, on one line."""
+    """Return the last lines of the daemon's logs, joined to one line."""
     ends = []
     for name in ("start.log", "control.log", "server.log"):
         try:
@@ -440,69 +381,6 @@ def log_tail(directory: Path) -> str:
         if lines:
             ends.append(f"{name}: {' / '.join(lines[-LOG_LINES:])}")
     return "; ".join(ends) or "nothing was logged"
-
-
-# -- the GPU
-
-
-def _probe() -> list[Gpu] | str:
-    """The GPUs that CUDA sees, or why it sees none."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "machine" / "cuda_probe.py")]
-    try:  # without a daemon, even where one is there: it may count the devices anew, or be another user's
-        done = subprocess.run(
-            command, env={**os.environ, PIPES: os.devnull}, capture_output=True, text=True, timeout=SMI_S, check=True
-        )
-        answer = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return first_line(error)
-    if "error" in answer:
-        return str(answer["error"])
-    uuids = [gpu["uuid"] for gpu in answer["gpus"]]
-    return [
-        Gpu(tuple(uuids[: index + 1]), gpu["name"], tuple(gpu["capability"]), gpu["compute_mode"])
-        for index, gpu in enumerate(answer["gpus"])
-    ]
-
-
-def _make_exclusive(uuid: str, directory: Path) -> None:
-    found = _nvidia_smi("-i", uuid, "--query-gpu=compute_mode", "--format=csv,noheader").strip()
-    if found.upper() == "EXCLUSIVE_PROCESS":
-        return
-    note = directory / "compute_mode"  # written first: should this run be killed, the next start puts the mode back
-    note.write_text(f"{uuid} {found.upper()}", encoding="ascii")
-    try:
-        _nvidia_smi("-i", uuid, "-c", "EXCLUSIVE_PROCESS")
-    except InputError:
-        note.unlink()
-        raise
-
-
-def _restore_compute_mode(directory: Path) -> None:
-    note = directory / "compute_mode"
-    if note.exists():
-        uuid, mode = note.read_text(encoding="ascii").split()
-        _nvidia_smi("-i", uuid, "-c", mode)
-        note.unlink()
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SMI_S,
-            start_new_session=True,
-            check=False,
-        )
-        said = " ".join((done.stdout + done.stderr).split())
-        if not done.returncode:
-            return done.stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        said = first_line(error)
-    raise InputError(
-        f"--exclusive: 'nvidia-smi {' '.join(arguments)}' failed ({said}); changing the compute mode needs root"
-    )
 
 
 def _user(uid: int) -> str:

@@ -1,5 +1,4 @@
-"""What every mode needs before its workers: the model loaded and, over a KV pool, attached, its pool planned, kernels
-chosen."""
+"""Preparation that all modes share: load the model, attach the engine to it, choose kernels and plan the KV pool."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from splitwiser import constants
 from splitwiser.engine.engine import Engine
-from splitwiser.engine.worker import Scheduling
+from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.model.compatibility import attach_engine, try_kernels
 from splitwiser.model.fusing import describe_parts
@@ -20,16 +19,16 @@ from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.placement.config import EngineConfig, ModelConfig
 
-_COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # what a run's record calls it
+_COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # names in a run's record
 
 
 @dataclass(frozen=True)
-class Started:
-    """A model with a running engine, and what a run's record says of it: the pool, which kernels serve, by level of the
-    division of compute how many units (cores, multiprocessors) each worker has, and the MPS daemon of mode ``mps``."""
+class StartedEngine:
+    """A model with a running engine, and facts for the run's record: the KV pool, the kernels in use, the units (cores,
+    multiprocessors) of each worker by level of the division, and the MPS daemon of mode ``mps``."""
 
     model: LoadedModel
-    engine: Engine | None  # None: it was closed
+    engine: Engine | None  # None once closed
     pool: KVPool | None
     kernels: dict[str, str]
     division: list[dict[str, int]]
@@ -37,10 +36,12 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The layers' shapes, the pool's number of blocks, the kernels over it, those of them (fields of
-    :class:`~splitwiser.model.kernels.interface.PoolKernels`) that a trial refused, and all kernels in words by what they
-    compute, for a run's record."""
+class PreparedModel:
+    """Plan of a model's KV pool: shapes of the layers, number of blocks, and kernels over it.
+
+    ``refused_kernels`` are the kernels (fields of :class:`~splitwiser.model.kernels.interface.PoolKernels`) that failed a
+    trial; ``described`` names all kernels by what they compute, for the run's record.
+    """
 
     layers: list[LayerShape]
     blocks: int
@@ -50,7 +51,7 @@ class Prepared:
 
 
 def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
-    """Load ``config``'s model, onto ``device`` instead of its own if given. Raises as
+    """Load ``config``'s model onto ``device``, by default ``config``'s. Raises the errors of
     :func:`splitwiser.model.loading.load_model`."""
     return load_model(
         config.model,
@@ -62,14 +63,17 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
     )
 
 
-def scheduling_of(config: EngineConfig) -> Scheduling:
-    """Return what of ``config`` the workers schedule by."""
-    return Scheduling(config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS)
+def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
+    """Return the limits of ``config`` that workers schedule by."""
+    return SchedulerSettings(config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS)
 
 
-def prepare(model: LoadedModel, config: EngineConfig) -> Prepared:
-    """Attach the engine to ``model`` and plan. Raises as :func:`splitwiser.model.compatibility.attach_engine`,
-    :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels` do."""
+def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
+    """Attach the engine to ``model``, choose kernels and plan the KV pool.
+
+    Raises the errors of :func:`splitwiser.model.compatibility.attach_engine`,
+    :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
+    """
     unpacked = _why_not_packed(model, config.kernels)
     layers = attach_engine(model, pack=unpacked is None)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
@@ -92,20 +96,21 @@ def prepare(model: LoadedModel, config: EngineConfig) -> Prepared:
         "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
         **attention,
     }
-    return Prepared(layers, blocks, kernels, tuple(refused), described)
+    return PreparedModel(layers, blocks, kernels, tuple(refused), described)
 
 
-def make_pool(model: LoadedModel, prepared: Prepared, memory: Tensor | None = None) -> KVPool:
-    """Make the pool that was planned, in ``memory`` or in its own."""
+def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None = None) -> KVPool:
+    """Create the planned KV pool, in ``memory`` if given."""
     pool = KVPool(
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
-    if memory is None:  # the workers that share it take their own parts
+    if memory is None:  # workers that share it prefault their own blocks
         pool.prefault(range(prepared.blocks))
     return pool
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:
+    """Return why linear layers keep PyTorch's weights instead of packed ones, or None if they are packed."""
     if kernels == "plain":
         return "as asked for"
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Mode ``generate``: transformers' own ``generate``, which needs no worker and no KV pool of this project."""
+"""Mode ``generate``: transformers' own ``generate``, without workers and KV pool."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -6,16 +6,16 @@ from dataclasses import replace
 from splitwiser.engine.generate import GenerateEngine
 from splitwiser.model.compatibility import padding_changes_tokens
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.prepare import Started, load
+from splitwiser.placement.prepare import StartedEngine, load
 
 ONE_LENGTH = "prompts of one length at a time: padding may change this model's tokens"
 
 
-def start(config: EngineConfig, _: ExitStack) -> Started:
+def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
-    model = load(replace(config, kv_memory="auto"))  # there is no pool that would have to fit beside the weights
+    model = load(replace(config, kv_memory="auto"))  # no KV pool has to fit beside the weights
     one_length = padding_changes_tokens(model)
     if one_length:
         model.notes.append(ONE_LENGTH)
     kernels = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
-    return Started(model, GenerateEngine(model, config.batch_size, one_length), None, kernels, [])
+    return StartedEngine(model, GenerateEngine(model, config.batch_size, one_length), None, kernels, [])

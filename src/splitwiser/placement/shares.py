@@ -1,25 +1,73 @@
-"""How the workers divide a device's compute while they all have work, and who may use the rest while some have none.
+"""Division of a device's compute between workers: the split while all have work, and lending of idle workers' shares.
 
-One policy; what carries it out is threads on a CPU (:mod:`splitwiser.placement.cores`) and streams in green contexts on a
-GPU (:mod:`splitwiser.placement.green`). A *split* says how many units (cores, multiprocessors) each phase has; the splits
-are numbered by *level*, from the least for decode to the most.
+The policy is the same everywhere; it is carried out by threads on a CPU (:mod:`splitwiser.placement.cores`) and by streams
+in green contexts on a GPU (:mod:`splitwiser.placement.green`). A *split* gives the number of units (cores,
+multiprocessors) of each phase; splits are numbered by *level*, from the fewest units for decode to the most.
 """
 
 from collections import deque
 from collections.abc import Sequence
 
-from splitwiser.placement.board import Board
+import torch
+from torch import Tensor
 
-WINDOW = 4  # gaps between tokens that a change of level is judged by
-COMFORT = 0.9  # decode gives units away only if it then keeps this part of its target, as far as can be told
+WINDOW = 4  # gaps between tokens on which a change of level is decided
+COMFORT = 0.9  # decode gives units away only if its predicted gap is then at most this part of its target
+
+
+class Board:
+    """Status words in memory that all workers of a run share: for each worker whether it has work and a heartbeat count,
+    and the level of the current split.
+
+    Each word has one writer, so no lock is needed. ``words`` is int64 of shape (workers + 1, 2).
+    """
+
+    def __init__(self, words: Tensor) -> None:
+        self._words = words
+
+    @staticmethod
+    def nbytes(workers: int) -> int:
+        """Return the size in bytes of a board for ``workers`` workers."""
+        return (workers + 1) * 2 * 8
+
+    @classmethod
+    def over(cls, memory: Tensor) -> "Board":
+        """Return the board in ``memory``, uint8 of :meth:`nbytes` elements."""
+        return cls(memory.view(torch.int64).view(-1, 2))
+
+    @property
+    def level(self) -> int:
+        """Level of the current split."""
+        return int(self._words[-1, 0])
+
+    @level.setter
+    def level(self, level: int) -> None:
+        self._words[-1, 0] = level
+
+    def set_busy(self, worker: int, busy: bool) -> None:
+        """Set whether ``worker`` has work."""
+        self._words[worker, 0] = int(busy)
+
+    def busy(self) -> list[bool]:
+        """Return for each worker whether it has work."""
+        return [bool(word) for word in self._words[:-1, 0].tolist()]
+
+    def add_heartbeat(self, worker: int) -> None:
+        """Count a heartbeat of ``worker``."""
+        self._words[worker, 1] += 1
+
+    def heartbeats(self) -> list[int]:
+        """Return the heartbeat count of each worker."""
+        heartbeats: list[int] = self._words[:-1, 1].tolist()
+        return heartbeats
 
 
 class AutoLevel:
-    """Gives decode the units that it needs to keep its ITL target beside prefill, and prefill the rest.
+    """Gives decode the units that it needs to meet its ITL target beside prefill, and prefill the rest.
 
-    It goes by the gaps between tokens as this run measures them: after :data:`WINDOW` gaps at a level, decode goes up one
-    if more than half missed the target, and down one if their worst would still keep it with the units there, should
-    decode slow down in proportion to them, which is the most that it can.
+    It uses the gaps between tokens that this run measures: after :data:`WINDOW` gaps at a level, it goes up one level if
+    more than half of them missed the target, and down one level if the longest would still meet it there, assuming the
+    worst case that decode slows down in proportion to its units.
     """
 
     def __init__(self, decode_units: Sequence[int], level: int, itl_target_s: float) -> None:
@@ -29,7 +77,7 @@ class AutoLevel:
         self._gaps: deque[float] = deque(maxlen=WINDOW)
 
     def observe(self, gap_s: float) -> None:
-        """Take in a gap between two tokens that decode made while prefill was at work."""
+        """Record a gap between two decode steps, in seconds, measured while prefill was busy; may change the level."""
         self._gaps.append(gap_s)
         if len(self._gaps) < WINDOW:
             return
@@ -46,8 +94,8 @@ class AutoLevel:
         self._gaps.clear()
 
 
-class Part:
-    """One worker's part of the device, from step to step: what holds at the moment is read off the board."""
+class WorkerShare:
+    """One worker's view of the division: reads the split and lent shares from the board, and writes its own state."""
 
     def __init__(
         self, board: Board, worker: int, lend: bool, auto: AutoLevel | None = None, prefill: Sequence[int] = ()
@@ -58,18 +106,18 @@ class Part:
         self._auto = auto
         self._prefill = prefill
 
-    def take(self) -> tuple[int, list[bool]]:
-        """Take up work. Returns the level that holds and, by worker, whose part this worker may use beside its own."""
+    def claim(self) -> tuple[int, list[bool]]:
+        """Mark this worker as busy. Returns the level and, for each worker, whether its share is lent to this one."""
         self._board.set_busy(self.worker, True)
         busy = self._board.busy()
         return self._board.level, [self._lend and not has_work for has_work in busy]
 
-    def leave(self) -> None:
-        """Have no work, and lend this part."""
+    def release(self) -> None:
+        """Mark this worker as idle, and so lend its share."""
         self._board.set_busy(self.worker, False)
 
     def observe(self, gap_s: float) -> None:
-        """Hear of a gap between two tokens; only the one worker that has ``auto`` moves the level."""
+        """Record a gap between two decode steps, in seconds; only the one worker that has ``auto`` changes the level."""
         busy = self._board.busy()
         if self._auto is not None and any(busy[worker] for worker in self._prefill):
             self._auto.observe(gap_s)

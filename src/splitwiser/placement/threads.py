@@ -1,4 +1,4 @@
-"""Workers as lanes of one process: a thread each, with letterboxes between them."""
+"""Workers in threads of one process, one thread each, with an inbox for each."""
 
 import threading
 import traceback
@@ -11,24 +11,26 @@ from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Failed, Stop, Submit
 from splitwiser.engine.steps import ModelStepper, warm_up_prefill
-from splitwiser.engine.worker import PARENT, Lane, Worker, build_worker, serve
+from splitwiser.engine.worker import PARENT, DeviceShare, Worker, build_worker, run_worker
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.mailbox import Letterbox, MailPlacement, MailTransport
-from splitwiser.placement.prepare import Started, make_pool, prepare, scheduling_of
+from splitwiser.placement.mailbox import Inbox, MailPlacement, MailTransport
+from splitwiser.placement.prepare import StartedEngine, make_pool, prepare, scheduler_settings
 from splitwiser.request import Request
 
-STOP_S = 30.0  # longest that a lane may take to end: the step it is in
+STOP_S = 30.0  # longest that a worker may take to finish its current step
 
 
-class LanePlacement(MailPlacement):
-    """Threads and the letterboxes to them; see :class:`splitwiser.engine.engine.Placement`."""
+class ThreadPlacement(MailPlacement):
+    """Worker threads and their inboxes; see :class:`splitwiser.engine.engine.Placement`."""
 
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, workers: Sequence[tuple[Worker, MailTransport, Lane]], boxes: Mapping[str, Letterbox]) -> None:
-        super().__init__(boxes[PARENT])
-        self._boxes = boxes
+    def __init__(
+        self, workers: Sequence[tuple[Worker, MailTransport, DeviceShare]], inboxes: Mapping[str, Inbox]
+    ) -> None:
+        super().__init__(inboxes[PARENT])
+        self._inboxes = inboxes
         self._decode = next(worker.name for worker, _, _ in workers if worker.role != "prefill")
         self._threads = [threading.Thread(target=_run, args=each, name=each[0].name, daemon=True) for each in workers]
         for thread in self._threads:
@@ -36,64 +38,70 @@ class LanePlacement(MailPlacement):
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
-        self._boxes[self._decode].send(Submit(request))
+        self._inboxes[self._decode].send(Submit(request))
 
     def close(self) -> None:
-        """Ask every lane to stop after its step, and wait."""
+        """Ask every worker to stop after its current step, and wait for that."""
         for thread in self._threads:
-            self._boxes[thread.name].send(Stop())
+            self._inboxes[thread.name].send(Stop())
         for thread in self._threads:
             thread.join(STOP_S)
 
 
-def _run(worker: Worker, transport: MailTransport, lane: Lane) -> None:
+def _run(worker: Worker, transport: MailTransport, share: DeviceShare) -> None:
     try:
-        serve(worker, transport, lane)
+        run_worker(worker, transport, share)
     except BaseException as error:
         transport.send(PARENT, Failed(worker.name, f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
 class Division(Protocol):
-    """How the device is divided between the lanes."""
+    """Interface of a division of the device between workers; ``units`` are those of each worker, by level."""
 
     units: list[dict[str, int]]
 
     def streams(self, worker: str) -> "Sequence[torch.cuda.Stream]":
-        """The streams that steps of ``worker`` may run on; none on a CPU."""
+        """Return the streams that steps of ``worker`` may run on; none on a CPU."""
         ...
 
-    def lane(self, worker: str) -> Lane:
-        """The part of ``worker``."""
+    def share(self, worker: str) -> DeviceShare:
+        """Return the device share of ``worker``."""
         ...
 
     def observe(self, gap_s: float) -> None:
-        """Hear of a gap between two tokens of a request."""
+        """Record a gap between two decode steps, in seconds."""
         ...
 
 
-def start_lanes(model: LoadedModel, config: EngineConfig, division: Division) -> Started:
-    """Start an engine over one prefill and one decode lane on the parts that ``division`` gives them."""
+def start_threads(model: LoadedModel, config: EngineConfig, division: Division) -> StartedEngine:
+    """Start an engine over one prefill and one decode worker in threads, on the shares that ``division`` gives them."""
     specs = sorted(config.specs, key=lambda spec: spec.role != "prefill")
     prefill, decode = specs
     prepared = prepare(model, config)
     pool = make_pool(model, prepared)
     graphs, graphs_described = capture_graphs(model, pool, config.max_batch, division.streams(decode.name))
     warm_up_prefill(model, pool, config.prefill_tokens, division.streams(prefill.name))
-    boxes = {name: Letterbox() for name in (prefill.name, decode.name, PARENT)}
-    transports = {spec.name: MailTransport(boxes[spec.name], boxes) for spec in specs}
+    inboxes = {name: Inbox() for name in (prefill.name, decode.name, PARENT)}
+    transports = {spec.name: MailTransport(inboxes[spec.name], inboxes) for spec in specs}
     stepper = ModelStepper(model, pool, graphs)
     workers = [
         build_worker(
-            specs, number, transports[spec.name], stepper, range(pool.blocks), scheduling_of(config), division.observe
+            specs,
+            number,
+            transports[spec.name],
+            stepper,
+            range(pool.blocks),
+            scheduler_settings(config),
+            division.observe,
         )
         for number, spec in enumerate(specs)
     ]
     if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)  # the lanes' streams wait for nothing that was begun on another
-    placement = LanePlacement(
-        [(worker, transports[worker.name], division.lane(worker.name)) for worker in workers], boxes
+        torch.cuda.synchronize(model.device)  # the workers' streams do not wait for work on other streams
+    placement = ThreadPlacement(
+        [(worker, transports[worker.name], division.share(worker.name)) for worker in workers], inboxes
     )
-    return Started(
+    return StartedEngine(
         model,
         SplitEngine(model, placement, pool.blocks * pool.block_tokens),
         pool,

@@ -15,7 +15,7 @@ from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError, first_line
 from splitwiser.files import CsvTable, Status, append_row, whole, write_rows
-from splitwiser.machine.load import Load, MachineLoad, Stretch
+from splitwiser.machine.load import Load, LoadMeter, MachineLoad
 from splitwiser.request import RequestOutput
 from splitwiser.results.metrics import latency_row
 from splitwiser.results.record import Record
@@ -50,7 +50,7 @@ class RunRecorder(Observer):
         self._reports = reports
         self._targets = targets
         self._scored = scored
-        self._stretch: Stretch | None = None
+        self._stretch: LoadMeter | None = None
         self._load = MachineLoad(before)
         self._start_ns = 0
         self._steps: list[StepRecord] = []
@@ -67,7 +67,7 @@ class RunRecorder(Observer):
     def begin(self) -> int:
         """Start the run's clock: the moment of ``time.perf_counter_ns`` that its times count from."""
         self._flusher.start()
-        self._stretch = Stretch()
+        self._stretch = LoadMeter()
         self._start_ns = time.perf_counter_ns()
         return self._start_ns
 

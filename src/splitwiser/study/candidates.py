@@ -17,7 +17,7 @@ from splitwiser.files import CsvTable, write_rows
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import describe_machine
 from splitwiser.machine.device import release_memory, resolve_device
-from splitwiser.machine.load import MachineLoad, Stretch
+from splitwiser.machine.load import LoadMeter, MachineLoad
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.checks import find_mode_problem
@@ -118,7 +118,7 @@ class Measurements:
 def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileConfig:
     """The profile that predictions of ``requests`` need: prompts and batches of their sizes, threads of every share."""
     lengths = sorted(len(request.prompt_token_ids) for request in requests)
-    longest = max(request.most_tokens for request in requests)
+    longest = max(request.max_kv_tokens for request in requests)
     batch = min(config.max_batch, len(requests))
     threads = set()
     if resolve_device(config.device_name).type == "cpu":
@@ -178,7 +178,7 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
         for mode, workers in bar:
             bar.set_postfix_str(f"{mode} {workers}")
             row = {"mode": mode, "workers": workers}
-            stretch = Stretch()
+            stretch = LoadMeter()
             try:
                 recording, blocks = _run_sample(config, mode, workers, sample)
             except InputError as error:

@@ -11,7 +11,7 @@ from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, unknown
 from splitwiser.files import write_rows
 from splitwiser.llm import make_requests
-from splitwiser.machine.load import MachineLoad, Stretch
+from splitwiser.machine.load import LoadMeter, MachineLoad
 from splitwiser.model.catalog import resolve_model
 from splitwiser.model.loading import load_model, plan_model
 from splitwiser.options import option_fields
@@ -124,7 +124,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
         str(peer.python), str(PROGRAM), peer.engine,
         *(f"--{name}={value}" for name, value in asked.items() if value is not None),
     ]  # fmt: skip
-    stretch = Stretch()
+    stretch = LoadMeter()
     code = run_process(command, log, show)
     load = MachineLoad(during=stretch.end())
     if code or not answers.exists():

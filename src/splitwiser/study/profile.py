@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
-from splitwiser.engine.steps import Chunk, InFlight, decode_step, prefill_step
+from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
 from splitwiser.errors import InputError
 from splitwiser.files import CsvTable, Status, make_directory, write_rows
 from splitwiser.machine.describe import peak_memory_mb, reset_peak_memory
-from splitwiser.machine.load import MachineLoad, Stretch, look
+from splitwiser.machine.load import LoadMeter, MachineLoad, measure_load
 from splitwiser.machine.nvml import NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.options import option_fields, whole_numbers
@@ -75,7 +75,7 @@ class PrefillPoint:
         """Its operations and bytes."""
         return architecture.prefill([(self.start_tokens, self.prompt_tokens)] * self.prompts, rows=self.prompts)
 
-    def run(self, bench: "Bench", sequences: Sequence[InFlight]) -> None:
+    def run(self, bench: "Bench", sequences: Sequence[SequenceState]) -> None:
         """Run the step."""
         chunks = [Chunk(sequence, self.start_tokens, self.prompt_tokens) for sequence in sequences]
         prefill_step(bench.model, bench.pool, chunks)
@@ -108,7 +108,7 @@ class DecodePoint:
         """Its operations and bytes."""
         return architecture.decode(self.lengths)
 
-    def run(self, bench: "Bench", sequences: Sequence[InFlight]) -> None:
+    def run(self, bench: "Bench", sequences: Sequence[SequenceState]) -> None:
         """Run the step; it draws a token and forgets it, so that it can be run again."""
         decode_step(bench.model, bench.pool, sequences, bench.graphs)
 
@@ -161,7 +161,7 @@ class Bench:
         monitor, monitored = open_monitor(self.model.device)
         self.notes.append(monitored)
         _print_notes(self.notes)
-        load = MachineLoad(look())
+        load = MachineLoad(measure_load())
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
         status: Status = "failed"
@@ -169,7 +169,7 @@ class Bench:
         files = {name: CsvTable(directory / f"{name}.csv", names(table)) for name, table in tables.items()}
         record = Record(directory / "profile.yaml", self._sections(), self.model.device)
         record.write("running")
-        stretch = Stretch()
+        stretch = LoadMeter()
         try:
             self._fill_pool()
             with tqdm(total=len(self.points), desc="profile", unit="point") as bar:
@@ -264,7 +264,7 @@ class Bench:
         for tensor in [*self.pool.keys, *self.pool.values]:
             tensor[:used] = torch.randn_like(tensor[0])
 
-    def _sequences(self, point: Point) -> list[InFlight]:
+    def _sequences(self, point: Point) -> list[SequenceState]:
         allocator = BlockAllocator(0, self.pool.blocks)
         rng = random.Random(self.config.seed)
         sequences = []
@@ -274,7 +274,7 @@ class Bench:
             drawn = [rng.randrange(self.model.vocabulary)] if point.phase == "decode" else []
             prompt = tuple(rng.randrange(self.model.vocabulary) for _ in range(length - len(drawn)))
             request = Request(number, prompt, SamplingParams(temperature=0), seed=0)
-            sequences.append(InFlight(request, blocks, drawn))
+            sequences.append(SequenceState(request, blocks, drawn))
         return sequences
 
     def _measure(self, point: Point, ceilings: Ceilings, monitor: Monitor | None) -> dict[str, Any]:

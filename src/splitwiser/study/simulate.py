@@ -21,15 +21,14 @@ import torch
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
 from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
-from splitwiser.engine.policy import MostRoom
-from splitwiser.engine.steps import Chunk, InFlight
-from splitwiser.engine.worker import PARENT, Scheduling, build_worker, serve
+from splitwiser.engine.policy import LeastLoadedRouter
+from splitwiser.engine.steps import Chunk, SequenceState
+from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
 from splitwiser.model.loading import LoadedModel
-from splitwiser.placement.board import Board
-from splitwiser.placement.cores import plan_levels, take_threads
+from splitwiser.placement.cores import claim_threads, plan_levels
 from splitwiser.placement.layout import WorkerLayout
-from splitwiser.placement.shares import Part
+from splitwiser.placement.shares import Board, WorkerShare
 from splitwiser.request import FinishReason, Request, RequestOutput, SamplingParams
 from splitwiser.results.schema import column
 from splitwiser.study.step_times import StepCosts, nearest_costs
@@ -95,7 +94,7 @@ def simulate(
     # stop strings and end-of-sequence cannot be foreseen: a request ends at its length
     plain = [replace(each, params=SamplingParams(max_tokens=each.params.max_tokens)) for each in requests]
     owners = sum(spec.role != "prefill" for spec in schedule.layout.workers)
-    most = max(request.most_tokens for request in requests)
+    most = max(request.max_kv_tokens for request in requests)
     if -(-most // machine.block_tokens) > machine.blocks // owners:
         raise InputError(
             f"a request needs room for {most} tokens in the KV pool, of which each worker that decodes owns "
@@ -130,8 +129,8 @@ class _SimulatedPlacement:
         self._now_s = 0.0
         owners = [spec for spec in self.specs if spec.role != "prefill"]
         part = machine.blocks // len(owners)
-        self._router = MostRoom({spec.name: part for spec in owners}, machine.block_tokens)
-        self.lanes = {spec.name: _Lane(self, place, spec, part) for place, spec in enumerate(self.specs)}
+        self._router = LeastLoadedRouter({spec.name: part for spec in owners}, machine.block_tokens)
+        self.workers = {spec.name: _SimulatedWorker(self, place, spec, part) for place, spec in enumerate(self.specs)}
 
     def now_ns(self) -> int:
         """The simulated time."""
@@ -139,35 +138,35 @@ class _SimulatedPlacement:
 
     def submit(self, request: Request) -> None:
         """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`: to the worker with the most room."""
-        self.lanes[self._router.choose(request)].inbox.append(Submit(request))
+        self.workers[self._router.choose(request)].inbox.append(Submit(request))
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""
         until_s = None if until_ns is None else max(self._now_s, until_ns / 1e9)
         while not self.outbox:
-            called = [lane for lane in self.lanes.values() if lane.is_idle and lane.inbox]
+            called = [worker for worker in self.workers.values() if worker.is_idle and worker.inbox]
             if called:
                 called[0].go_on()
                 continue
-            busy = [lane for lane in self.lanes.values() if not lane.is_idle]
+            busy = [worker for worker in self.workers.values() if not worker.is_idle]
             if not busy:
                 if until_s is None:
                     raise RunError("simulation: requests are open, but none can be taken up")
                 self._now_s = until_s
                 return []
-            rates = {lane: self._rate(lane) for lane in busy}
-            passed_s = min(lane.left_s / rate for lane, rate in rates.items())
+            rates = {worker: self._rate(worker) for worker in busy}
+            passed_s = min(worker.left_s / rate for worker, rate in rates.items())
             cut = until_s is not None and self._now_s + passed_s > until_s
             if until_s is not None and cut:
                 passed_s = until_s - self._now_s
             self._now_s += passed_s
-            for lane, rate in rates.items():
-                lane.left_s = max(0.0, lane.left_s - passed_s * rate)
+            for worker, rate in rates.items():
+                worker.left_s = max(0.0, worker.left_s - passed_s * rate)
             if cut:
                 return []
-            for lane in busy:
-                if lane.left_s <= _NOTHING_S:
-                    lane.go_on()
+            for worker in busy:
+                if worker.left_s <= _NOTHING_S:
+                    worker.go_on()
         messages, self.outbox = self.outbox, []
         for message in messages:
             if isinstance(message, Progress):
@@ -177,21 +176,21 @@ class _SimulatedPlacement:
 
     def close(self) -> None:
         """End the workers' threads."""
-        for lane in self.lanes.values():
-            lane.end()
+        for worker in self.workers.values():
+            worker.end()
 
-    def _rate(self, lane: "_Lane") -> float:
-        """How fast ``lane``'s step goes on, against the profile's; 1 between two steps."""
-        if lane.phase is None:
+    def _rate(self, worker: "_SimulatedWorker") -> float:
+        """How fast ``worker``'s step goes on, against the profile's; 1 between two steps."""
+        if worker.phase is None:
             return 1.0
-        stepping = [each for each in self.lanes.values() if each.phase is not None and not each.is_idle]
-        rate = 1 / self._conditions.factor(lane.phase, beside=len(stepping) > 1)
+        stepping = [each for each in self.workers.values() if each.phase is not None and not each.is_idle]
+        rate = 1 / self._conditions.factor(worker.phase, beside=len(stepping) > 1)
         if self.machine.cores:
             rate *= min(1.0, self.machine.cores / sum(each.step_threads for each in stepping))
         return rate
 
 
-class _Lane:
+class _SimulatedWorker:
     """A worker in a thread of its own that goes on only from :meth:`go_on` until it has spent time or has nothing to do."""
 
     def __init__(self, world: _SimulatedPlacement, place: int, spec: WorkerSpec, part: int) -> None:
@@ -202,13 +201,15 @@ class _Lane:
         self.phase: Phase | None = None
         self.step_threads = 0
         self._world = world
-        self._part = Part(world.board, place, world.schedule.lend)
+        self._share = WorkerShare(world.board, place, world.schedule.lend)
         self._error: BaseException | None = None
         self._ended = False
         self._stepped = False
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
-        scheduling = Scheduling(world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens)
+        scheduling = SchedulerSettings(
+            world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens
+        )
         self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
         self._thread.start()
@@ -221,7 +222,7 @@ class _Lane:
 
     def send(self, to: str, message: Message) -> None:
         """See :meth:`splitwiser.engine.worker.Transport.send`; messages take no time."""
-        (self._world.outbox if to == PARENT else self._world.lanes[to].inbox).append(message)
+        (self._world.outbox if to == PARENT else self._world.workers[to].inbox).append(message)
 
     def step(self, phase: Phase, seconds: float) -> None:
         """Be in a step of ``phase`` that takes ``seconds`` where nothing runs beside it."""
@@ -244,30 +245,30 @@ class _Lane:
         self._thread.join()
 
     def wait(self) -> None:
-        """See :class:`splitwiser.engine.worker.Waits`."""
+        """See :class:`splitwiser.engine.worker.WaitableTransport`."""
         if not self.inbox:
             self.is_idle = True
             self._stop()
             self.is_idle = False
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """See :meth:`splitwiser.engine.worker.Lane.turn`."""
-        self.step_threads = take_threads(self._part, self._world.levels, self._world.machine.cores or 0)
+    def use(self) -> Iterator[None]:
+        """See :meth:`splitwiser.engine.worker.DeviceShare.use`."""
+        self.step_threads = claim_threads(self._share, self._world.levels, self._world.machine.cores or 0)
         self._stepped = False
         yield
         if self._stepped:
             self._spend(self._world.gap_s)  # the parent may act between two turns
 
-    def leave(self) -> None:
-        """See :meth:`splitwiser.engine.worker.Lane.leave`."""
-        self._part.leave()
+    def release(self) -> None:
+        """See :meth:`splitwiser.engine.worker.DeviceShare.release`."""
+        self._share.release()
 
     def _live(self) -> None:
         try:
             self._wait()
             self.is_idle = False
-            serve(self._worker, self, self)
+            run_worker(self._worker, self, self)
         except _EndedError:
             return
         except BaseException as error:
@@ -296,22 +297,22 @@ class _CostStepper:
     """The :class:`~splitwiser.engine.steps.Stepper` of a simulated worker: a step lasts as its costs say, and a request
     ends at its length."""
 
-    def __init__(self, lane: _Lane, world: _SimulatedPlacement) -> None:
-        self._lane = lane
+    def __init__(self, worker: _SimulatedWorker, world: _SimulatedPlacement) -> None:
+        self._worker = worker
         self._world = world
 
     def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
         """See :meth:`splitwiser.engine.steps.Stepper.prefill`."""
-        self._lane.step("prefill", self._costs().prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
+        self._worker.step("prefill", self._costs().prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
         return [_TOKEN for chunk in chunks if chunk.is_last]
 
-    def decode(self, sequences: Sequence[InFlight]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
         """See :meth:`splitwiser.engine.steps.Stepper.decode`."""
         context = sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
-        self._lane.step("decode", self._costs().decode(len(sequences), context))
+        self._worker.step("decode", self._costs().decode(len(sequences), context))
         return [_TOKEN] * len(sequences)
 
-    def finish_reason(self, sequence: InFlight) -> FinishReason | None:
+    def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`splitwiser.engine.steps.Stepper.finish_reason`."""
         return "length" if sequence.drawn >= self._world.lengths[sequence.request.request_id] else None
 
@@ -320,7 +321,7 @@ class _CostStepper:
         return self._world.now_ns()
 
     def _costs(self) -> StepCosts:
-        return nearest_costs(self._world.machine.costs, self._lane.step_threads)
+        return nearest_costs(self._world.machine.costs, self._worker.step_threads)
 
 
 def _no_model() -> LoadedModel:

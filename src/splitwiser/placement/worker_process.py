@@ -1,0 +1,140 @@
+"""The worker processes of modes ``mp`` and ``mps``: their setup and their main function.
+
+The fork server imports this module before the workers start, so importing it must not initialise CUDA.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from splitwiser import constants
+from splitwiser.engine.cuda_graphs import capture_graphs
+from splitwiser.engine.messages import Failed, Ready, WorkerSpec
+from splitwiser.engine.steps import ModelStepper, warm_up_prefill
+from splitwiser.engine.worker import PARENT, build_worker, run_worker
+from splitwiser.machine.process import keep_freed_memory
+from splitwiser.machine.shared_memory import SharedMemory, SharedModule
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.loading import LoadedModel
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.cores import CpuShare, plan_cores
+from splitwiser.placement.mailbox import MailTransport, Pipe, PipeInbox
+from splitwiser.placement.prepare import scheduler_settings
+from splitwiser.placement.shares import AutoLevel, Board, WorkerShare
+
+HEARTBEAT_S = 0.1  # how often a worker shows that it is alive
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """Everything that a worker process receives at its start."""
+
+    index: int
+    workers: tuple[WorkerSpec, ...]
+    model: LoadedModel
+    module: SharedModule
+    layers: list[LayerShape]
+    refused_kernels: tuple[str, ...]
+    pool: SharedMemory
+    blocks: int
+    own_blocks: range
+    board: SharedMemory
+    config: EngineConfig
+    cores: tuple[int, ...]
+    thread_levels: list[list[int]]
+    environment: dict[str, str]
+    receive_ends: dict[str, Pipe]
+    send_ends: dict[str, Pipe]
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """Name, role and share of this worker."""
+        return self.workers[self.index]
+
+
+def worker_main(setup: WorkerSetup) -> None:
+    """Main function of a worker process."""
+    os.environ.update(setup.environment)  # first, since CUDA reads it only once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
+    name = setup.spec.name
+    Path("/proc/self/comm").write_text(name, encoding="ascii")  # the name that ps and top show
+
+    def closed(sender: str) -> None:
+        if sender == PARENT:
+            os._exit(1)  # the parent has ended; stop at once, even in the middle of a step
+
+    transport = MailTransport(PipeInbox(setup.receive_ends, closed), setup.send_ends)
+    try:
+        _run(setup, transport)
+    except BaseException as error:
+        line = f"{type(error).__name__}: {error}"
+        transport.send(PARENT, Failed(name, line, traceback.format_exc()))
+        sys.exit(1)
+
+
+def _run(setup: WorkerSetup, transport: MailTransport) -> None:
+    """Set up the model over the shared memory, report that the worker is ready, and run it until it is stopped."""
+    board = Board.over(setup.board.tensor)
+    threading.Thread(target=_send_heartbeats, args=(board, setup.index), name="heartbeat", daemon=True).start()
+    config = setup.config
+    if config.share == "fixed" and not config.lend:
+        os.sched_setaffinity(
+            0, plan_cores(setup.workers, setup.cores)[setup.index]
+        )  # this thread and those that it starts
+    share = _make_share(setup, board)
+    cpu_share = CpuShare(share, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
+    if setup.model.device.type == "cuda":
+        torch.cuda.set_device(setup.model.device)
+    else:
+        keep_freed_memory()
+    module = setup.module.open()
+    assert isinstance(module, PreTrainedModel)
+    model = replace(setup.model, module=module)
+    kernels, _ = load_kernels(config.kernels, model.device, model.dtype, setup.layers)
+    kernels = replace(kernels, **dict.fromkeys(setup.refused_kernels))
+    pool = KVPool(
+        setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
+    )
+    spec = setup.spec
+    pool.prefault(setup.own_blocks)
+    graphs, graphs_described = None, ""
+    if spec.role != "prefill":
+        graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
+    if spec.role != "decode":
+        warm_up_prefill(model, pool, config.prefill_tokens)
+    stepper = ModelStepper(model, pool, graphs)
+    worker = build_worker(
+        setup.workers, setup.index, transport, stepper, setup.own_blocks, scheduler_settings(config), share.observe
+    )
+    cpu_share.before_step()
+    transport.send(PARENT, Ready(spec.name, graphs_described))
+    run_worker(worker, transport, cpu_share)
+
+
+def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:
+    """Return the worker's share of the device; with share auto, the first decode worker changes the level."""
+    config = setup.config
+    roles = [worker.role for worker in setup.workers]
+    auto = None
+    if config.share == "auto" and setup.index == roles.index("decode"):
+        units = [sum(threads for threads, role in zip(level, roles, strict=True) if role == "decode")
+                 for level in setup.thread_levels]  # fmt: skip
+        auto = AutoLevel(units, board.level, config.itl_target_ms / 1e3)
+    prefill = [number for number, role in enumerate(roles) if role == "prefill"]
+    return WorkerShare(board, setup.index, config.lend, auto, prefill)
+
+
+def _send_heartbeats(board: Board, index: int) -> None:
+    while True:
+        board.add_heartbeat(index)
+        time.sleep(HEARTBEAT_S)
