@@ -17,20 +17,17 @@ from tests.support.stand_in.build import StandIn, build, find_problem
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--setup", action="store_true", help="also build an environment in a clean clone (minutes)")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    reasons = {"setup": None if config.getoption("--setup") else "builds an environment; run with --setup",
-               "stand_in": find_problem(),
-               "gpu": None if torch.cuda.is_available() else "needs a CUDA device, and there is none"}  # fmt: skip
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {
+        "stand_in": find_problem(),
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device, and there is none",
+    }
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # the longest first, so that files which run side by side end together
-    items.sort(key=lambda item: item.get_closest_marker("setup") is None)
+    # the set-up, which takes minutes, begins first: no other test is then left waiting for it at the end
+    items.sort(key=lambda item: (item.path.stem != "test_setup", item.get_closest_marker("slow") is None))
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_runs_again_after_a_run(tiny: Callable[[str], Path]) -> None:
     assert first[0].token_ids == second[0].token_ids
 
 
+@pytest.mark.slow
 def test_dummy_weights_follow_the_seed() -> None:
     tokens = []
     for seed in (1, 1, 2):
@@ -349,6 +350,7 @@ def in_a_pool(directory: Path) -> str:
     return refusal(LLM, directory, mode="mp")
 
 
+@pytest.mark.slow
 def test_a_daemonic_process_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         line = pool.apply(in_a_pool, [tmp_path])  # where there is no model

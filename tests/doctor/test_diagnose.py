@@ -25,9 +25,9 @@ from splitwiser.model.catalog import EMBEDDED_MODEL, resolve_model
 from splitwiser.model.kernels.interface import AttentionKernel, PoolKernels
 from splitwiser.placement.modes import MODES
 from tests.support.assertions import refusal
+from tests.support.commands import COMMAND, invoke, splitwiser
 from tests.support.processes import wait_for
 
-COMMAND = [sys.executable, "-m", "splitwiser", "doctor"]
 NAMES = {
     "python", "pytorch", "transformers", "devices", "device", "nvidia_smi", "cuda_ipc", "green_contexts", "mps_binary",
     "mps_daemon", "processor", "cores", "load", "compiler", "kernel", "main_memory", "shared_memory", "dev_shm",
@@ -39,17 +39,6 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 
 Ask = Callable[..., Any]
-
-
-def call(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, **environment},
-    )
 
 
 def found(diagnosis: Diagnosis, name: str) -> Finding:
@@ -100,7 +89,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_this_machine_can_run_a_tiny_model(tiny: Callable[[str], Path]) -> None:
-    done = call("--model", tiny("llama"), "--device", "cpu")
+    done = invoke("doctor", "--model", tiny("llama"), "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
     table = done.stdout.split("mode        works")[1].splitlines()
     assert [line.split()[:2] for line in table[1:4]] == [["generate", "yes"], ["sequential", "yes"], ["mp", "yes"]]
@@ -108,7 +97,7 @@ def test_this_machine_can_run_a_tiny_model(tiny: Callable[[str], Path]) -> None:
 
 
 def test_json_is_whole_and_its_keys_are_stable(tiny: Callable[[str], Path]) -> None:
-    done = call("--model", tiny("llama"), "--device", "cpu", "--json")
+    done = invoke("doctor", "--model", tiny("llama"), "--device", "cpu", "--json")
     told = json.loads(done.stdout)
     assert list(told) == ["works", "model", "device", "findings", "modes"]
     assert (told["works"], told["model"], told["device"]) == (True, "tiny-llama", "cpu")
@@ -117,6 +106,7 @@ def test_json_is_whole_and_its_keys_are_stable(tiny: Callable[[str], Path]) -> N
     assert all(list(finding) == ["section", "name", "ok", "text", "figures"] for finding in told["findings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "blocked"),
     [
@@ -129,7 +119,7 @@ def test_a_broken_package_is_a_finding_and_the_rest_is_found_nonetheless(
 ) -> None:
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text('raise ImportError("libx.so: missing")')
-    done = call("--json", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    done = splitwiser("doctor", "--json", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert done.returncode == 1
     assert done.stderr == "splitwiser: no mode will work here; the reasons are above\n"
     told = json.loads(done.stdout)
@@ -147,12 +137,13 @@ def test_a_broken_package_is_a_finding_and_the_rest_is_found_nonetheless(
     ],
 )
 def test_a_wrong_input_gets_one_line_and_exit_code_2(arguments: list[str], line: str) -> None:
-    done = call(*arguments)
+    done = invoke("doctor", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"splitwiser: {line}")
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -164,7 +155,11 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     process = subprocess.Popen(
-        [*COMMAND, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        [*COMMAND, "doctor", "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     wait_for(lambda: bool(list(marks.iterdir())), "start of the probe")
     process.send_signal(signal.SIGINT)
@@ -200,11 +195,10 @@ def test_a_damaged_folder_gets_the_line_of_a_run(
     model = shutil.copytree(tiny("opt"), tmp_path / "m")
     for file in files:
         damage(model / file)
-    run = [sys.executable, "-m", "splitwiser", "run", "--model", str(model), "--results", str(tmp_path / "out")]
-    with subprocess.Popen([*run, "--limit", "1"], stderr=subprocess.PIPE, text=True) as running:
-        said = call("--model", model, "--device", "cpu", "--json")
-        refused = running.communicate(timeout=100)[1].splitlines()[-1]
-    assert (said.returncode, running.returncode) == (1, 2)
+    said = invoke("doctor", "--model", model, "--device", "cpu", "--json")
+    run = invoke("run", "--model", model, "--results", tmp_path / "out", "--limit", "1")
+    refused = run.stderr.splitlines()[-1]
+    assert (said.returncode, run.returncode) == (1, 2)
     assert said.stderr == "splitwiser: no mode will work here; the reasons are above\n"
     told = json.loads(said.stdout)
     (finding,) = (each for each in told["findings"] if each["name"] == "model")

@@ -15,10 +15,12 @@ def python(script: str) -> list[str]:
     return [sys.executable, "-c", script]
 
 
+@pytest.mark.slow
 def test_memory_reaches_a_second_process_and_back() -> None:
     assert ask("shares", "cpu", deadline_s=100) is None
 
 
+@pytest.mark.slow
 def test_an_answer_is_what_the_probe_returned() -> None:
     assert ask("mode", "green", "cpu", deadline_s=100) == "needs an NVIDIA GPU, and the device is cpu"
     assert ask("mode", "sequential", "cpu", deadline_s=100) is None
@@ -59,6 +61,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -
     assert not Path(f"/proc/{started.read_text()}").exists()
 
 
+@pytest.mark.slow
 def test_what_was_asked_ahead_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""The command as a user runs it: real processes, real files, real signals."""
+"""The command as a user runs it: real files, and real processes and signals where they make a difference."""
 
 import json
 import os
@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
 
+from splitwiser.engine import steps
+from splitwiser.engine.steps import Chunk
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.loading import LoadedModel
 from splitwiser.results.schema import GENERATIONS, LATENCY, STEPS, names
-from tests.support.commands import COMMAND, only_run, splitwiser, write_workload
+from tests.support.commands import COMMAND, invoke, only_run, splitwiser, write_workload
 
 FILES = {
     "latency.csv", "throughput.csv", "steps.csv", "generations.csv", "tokens.csv", "run.yaml", "timeline.png", "trace.json",
@@ -23,7 +28,7 @@ FILES = {
 
 @pytest.mark.parametrize("mode", ["sequential", "generate"])
 def test_the_main_job_writes_every_file(mode: str, tmp_path: Path) -> None:
-    done = splitwiser("run", "--mode", mode, "--limit", "6", "--results", tmp_path)
+    done = invoke("run", "--mode", mode, "--limit", "6", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     directory = only_run(tmp_path)
     assert directory.name.startswith(f"radiology-opt_case0_{mode}_")
@@ -57,10 +62,8 @@ def test_the_main_job_writes_every_file(mode: str, tmp_path: Path) -> None:
 def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
     made = []
     for mode in ("sequential", "generate"):
-        assert (
-            splitwiser("run", "--mode", mode, "--case_id", "1", "--limit", "5", "--results", tmp_path / mode).returncode
-            == 0
-        )
+        done = invoke("run", "--mode", mode, "--case_id", "1", "--limit", "5", "--results", tmp_path / mode)
+        assert done.returncode == 0, done.stderr
         table = pd.read_csv(only_run(tmp_path / mode) / "generations.csv").sort_values("request_id")
         made.append(table.summary_gen.tolist())
     assert made[0] == made[1]
@@ -68,7 +71,7 @@ def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
 
 def test_a_workload_of_token_ids_needs_no_tokenizer(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "short.json", [[5, 6], [7]], arrival_s=[0.0, 0.2])
-    done = splitwiser(
+    done = invoke(
         "run", "--model", tiny("llama"), "--workload", workload, "--ignore-eos", "--results", tmp_path / "out"
     )
     assert done.returncode == 0, done.stderr
@@ -83,7 +86,7 @@ def test_a_trace_is_replayed_with_goodput(mode: str, tmp_path: Path, tiny: Calla
     trace = tmp_path / "conv.csv"
     rows = ["2023-11-16 18:15:00.0,9,3", "2023-11-16 18:15:01.0,300,6", "2023-11-16 18:15:02.0,20,2"]
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
-    done = splitwiser(
+    done = invoke(
         "run", "--model", tiny("llama"), "--mode", mode, "--trace", trace, "--trace_slice", "0.5:", "--trace_speed", "10",
         "--max_prompt_tokens", "30", "--goodput", "ttft:60000,e2el:60000", "--results", tmp_path / "out",
     )  # fmt: skip
@@ -99,7 +102,7 @@ def test_a_trace_is_replayed_with_goodput(mode: str, tmp_path: Path, tiny: Calla
 
 
 def test_a_closed_loop_with_synthetic_lengths(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
-    done = splitwiser(
+    done = invoke(
         "run", "--model", tiny("llama"), "--prompt_tokens", "uniform:5:20", "--output_tokens", "4", "--requests", "7",
         "--max_concurrency", "2", "--results", tmp_path / "out",
     )  # fmt: skip
@@ -117,13 +120,12 @@ def test_a_closed_loop_with_synthetic_lengths(tmp_path: Path, tiny: Callable[[st
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_texts_are_scored_where_the_library_is_there(installed: bool, tmp_path: Path) -> None:
-    script = "" if installed else "import sys; sys.modules['rouge_score'] = None\n"
-    script += "import sys; from splitwiser import cli; sys.exit(cli.main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "run", "--limit", "3", "--results", str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+def test_texts_are_scored_where_the_library_is_there(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "rouge_score", None)
+    done = invoke("run", "--limit", "3", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     row = pd.read_csv(only_run(tmp_path) / "throughput.csv").iloc[0]
     assert ("ROUGE-L" in done.stdout) is installed
@@ -132,7 +134,7 @@ def test_texts_are_scored_where_the_library_is_there(installed: bool, tmp_path: 
 
 
 def test_options_are_shown_in_groups_in_one_spelling() -> None:
-    shown = splitwiser("run", "--help").stdout
+    shown = invoke("run", "--help").stdout
     for heading in ("requests:", "arrivals:", "model and placement:", "sampling:", "results:"):
         assert f"\n{heading}\n" in shown
     assert "--request_rate REQUEST_RATE" in shown
@@ -178,7 +180,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
 )  # fmt: skip
 def test_a_wrong_input_gets_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
     arguments, line = broken_data(tmp_path)[name]
-    done = splitwiser("run", *arguments, "--results", tmp_path / "out")
+    done = invoke("run", *arguments, "--results", tmp_path / "out")
     assert done.returncode == 2
     (shown,) = [each for each in done.stderr.splitlines() if each.startswith("splitwiser: ")]
     assert line in shown
@@ -189,9 +191,15 @@ def test_a_wrong_input_gets_one_line_and_exit_code_2(name: str, tmp_path: Path) 
 # what surrounds a run
 
 
+@pytest.mark.slow
 def test_a_terminal_of_ascii_takes_no_run_its_exit_code(tmp_path: Path) -> None:
     results = tmp_path / "größe ✓"
-    terminal = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    terminal: dict[str, Any] = {
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+    }
     done = splitwiser("run", "--limit", "1", "--max_new_tokens", "2", "--results", results, **terminal)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
@@ -211,6 +219,7 @@ def as_nobody() -> list[str]:
     return command
 
 
+@pytest.mark.slow
 def test_a_user_without_a_name_and_a_home_has_a_run(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [
@@ -245,26 +254,26 @@ def test_a_folder_that_has_been_deleted_is_named(tmp_path: Path) -> None:
 
 def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = splitwiser("run", "--limit", "1", "--results", tmp_path / "file" / "out")
+    done = invoke("run", "--limit", "1", "--results", tmp_path / "file" / "out")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"splitwiser: --results {tmp_path}/file/out: no folder can be made")
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
-    done = splitwiser("run", "--case_id", "3", "--results", tmp_path, "--debug")
+    done = invoke("run", "--case_id", "3", "--results", tmp_path, "--debug")
     assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 
 def test_an_unknown_option_is_refused() -> None:
-    done = splitwiser("run", "--case", "0")  # not taken for --case_id
+    done = invoke("run", "--case", "0")  # not taken for --case_id
     assert done.returncode == 2
     assert "unrecognized arguments: --case" in done.stderr
 
 
 @pytest.mark.parametrize(("command", "shown"), [("cases", "four in-context examples"), ("models", "facebook/opt-125m")])
 def test_lists(command: str, shown: str) -> None:
-    done = splitwiser(command)
+    done = invoke(command)
     assert done.returncode == 0
     assert shown in done.stdout
 
@@ -299,6 +308,7 @@ def start_long_run(tmp_path: Path, model: Path, *options: str) -> "subprocess.Po
     raise AssertionError("the first three requests did not reach the disk")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process = start_long_run(tmp_path, tiny("opt"))
     process.send_signal(signal.SIGINT)
@@ -312,6 +322,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Pa
     assert not (tmp_path / "out" / "runs.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "mode"), [(2, "sequential"), (3, "sequential"), (3, "generate"), (20, "mp")])
 def test_ctrl_c_again_and_again_leaves_whole_files(
     times: int, mode: str, tmp_path: Path, tiny: Callable[[str], Path]
@@ -334,6 +345,7 @@ def test_ctrl_c_again_and_again_leaves_whole_files(
         json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_terminated_twice_it_still_ends_in_order(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process = start_long_run(tmp_path, tiny("opt"))
     for _ in range(20):
@@ -344,6 +356,7 @@ def test_terminated_twice_it_still_ends_in_order(tmp_path: Path, tiny: Callable[
     assert yaml.safe_load((only_run(tmp_path / "out") / "run.yaml").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_what_was_finished(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process = start_long_run(tmp_path, tiny("opt"))
     os.kill(process.pid, signal.SIGKILL)
@@ -354,25 +367,18 @@ def test_a_killed_run_leaves_what_was_finished(tmp_path: Path, tiny: Callable[[s
 
 
 def test_a_fault_in_the_run_gets_exit_code_1_and_keeps_what_was_finished(
-    tmp_path: Path, tiny: Callable[[str], Path]
+    tmp_path: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload = write_workload(tmp_path / "two.json", [[5], [6]], 4, arrival_s=[0, 0.5])
-    script = (
-        "import sys\n"
-        "from splitwiser import cli\n"
-        "from splitwiser.engine import steps\n"
-        "real = steps.prefill_step\n"
-        "def failing(model, pool, chunks):\n"
-        "    if chunks[0].sequence.request.prompt_token_ids == (6,): raise RuntimeError('the device is gone')\n"
-        "    return real(model, pool, chunks)\n"
-        "steps.prefill_step = failing\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "run", "--model", tiny("opt"), "--workload", workload, "--ignore_eos",
-         "--results", tmp_path / "out"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    prefill_step = steps.prefill_step
+
+    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
+        if chunks[0].sequence.request.prompt_token_ids == (6,):
+            raise RuntimeError("the device is gone")
+        return prefill_step(model, pool, chunks)
+
+    monkeypatch.setattr(steps, "prefill_step", failing)
+    done = invoke("run", "--model", tiny("opt"), "--workload", workload, "--ignore_eos", "--results", tmp_path / "out")
     directory = only_run(tmp_path / "out")
     assert done.returncode == 1
     assert "splitwiser: RuntimeError: the device is gone" in done.stderr

@@ -538,6 +538,7 @@ def test_readme_has_the_tables_of_the_newest_check() -> None:
 # -- all of it
 
 
+@pytest.mark.slow
 def test_check_runs_end_to_end_on_a_cpu(tmp_path: Path) -> None:
     command = [str(PROJECT / "scripts" / "gpu_check.sh"), "doctor", "tokens", "--quick", "--seconds", "240"]
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}

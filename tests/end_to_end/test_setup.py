@@ -11,7 +11,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.setup
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_run_discrete_in_a_clean_clone(tmp_path: Path) -> None:
     clone, home = tmp_path / "clone", tmp_path / "home"

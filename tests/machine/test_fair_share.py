@@ -98,6 +98,7 @@ def test_a_kernel_that_does_not_tell_changes_nothing(tmp_path: Path) -> None:
     assert FairShare(tasks=tmp_path).threads(2) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not tell how long threads wait")
 def test_beside_processes_that_spin_threads_become_fewer() -> None:
     code = """

@@ -30,6 +30,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surroundings", ["a file named as a module", "a long TMPDIR"])
 def test_workers_start_wherever_the_user_is(surroundings: str, tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 100)
@@ -45,6 +46,7 @@ def test_workers_start_wherever_the_user_is(surroundings: str, tmp_path: Path) -
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
     for name in ("random", "json", "yaml"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong one')\n")

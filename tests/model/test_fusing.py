@@ -302,6 +302,7 @@ def test_fused_parts_travel(name: str, tiny: Callable[[str], Path]) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_processes_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     made = []

@@ -1,7 +1,5 @@
 """What of mode ``green`` can be told without a GPU: the plan of the cut, and the refusals."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from splitwiser import LLM
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.green import AUTO_PREFILL_PERCENT, GreenDivision, plan_prefill_sms
 from tests.support.assertions import assert_says, refusal
+from tests.support.commands import invoke
 
 FORTY = "[{role: prefill, share: 40}, {role: decode, share: 60}]"
 
@@ -39,8 +38,7 @@ def test_a_cpu_is_refused_with_the_reason_and_another_mode(tiny: Callable[[str],
 
 
 def test_the_command_refuses_with_exit_code_2() -> None:
-    command = [sys.executable, "-m", "splitwiser", "run", "--mode", "green", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = invoke("run", "--mode", "green", "--device", "cpu")
     assert done.returncode == 2
     assert_says(done.stderr, "mode green:", "use mode mp")
 

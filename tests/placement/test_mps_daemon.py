@@ -283,6 +283,7 @@ def running(stand_in: StandIn, tmp_path: Path, tiny: Callable[[str], Path]) -> I
     run.process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_runs_leave_no_daemon(number: int, exit_code: int, stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
@@ -301,6 +302,7 @@ def test_interrupted_runs_leave_no_daemon(number: int, exit_code: int, stand_in:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ctrl_c_again_and_again_leaves_no_daemon(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     os.kill(running.worker("decode-0"), signal.SIGSTOP)  # so that the drain takes its whole time
@@ -314,6 +316,7 @@ def test_ctrl_c_again_and_again_leaves_no_daemon(stand_in: StandIn, running: Run
     stand_in.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_during_start_leaves_no_daemon(stage: str, stand_in: StandIn, running: Running) -> None:
     running.wait_for_stage(stage)
@@ -323,6 +326,7 @@ def test_ctrl_c_during_start_leaves_no_daemon(stage: str, stand_in: StandIn, run
     stand_in.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_the_daemon(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     os.kill(running.worker("prefill-0"), signal.SIGKILL)
@@ -333,6 +337,7 @@ def test_a_killed_worker_ends_the_run_and_the_daemon(stand_in: StandIn, running:
     stand_in.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_leaves_goes_at_the_next_start(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     running.process.kill()
@@ -343,6 +348,7 @@ def test_what_a_killed_run_leaves_goes_at_the_next_start(stand_in: StandIn, runn
     stand_in.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_the_daemon_of_another_run_is_not_in_the_way(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     (other,) = stand_in.processes("nvidia-cuda-mps-control")
@@ -446,6 +452,7 @@ def test_exclusive_after_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_says(line, "has initialised CUDA already", "fresh process")
 
 
+@pytest.mark.slow
 def test_the_mode_that_a_killed_run_changed_goes_back(mode: Path, stand_in: StandIn) -> None:
     script = """
 import os, signal
@@ -530,6 +537,7 @@ def test_options_that_make_no_sense_are_refused(
     assert_says(refusal(LLM, tiny("opt"), **settings), *said)
 
 
+@pytest.mark.slow
 def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
     script = """
 import torch

@@ -549,7 +549,7 @@ def append_many(path: Path, process: int, barrier: Barrier) -> None:
 
 
 def test_processes_that_append_at_once_lose_no_row(tmp_path: Path) -> None:
-    path, context = tmp_path / "runs.csv", multiprocessing.get_context("spawn")
+    path, context = tmp_path / "runs.csv", multiprocessing.get_context("fork")
     barrier = context.Barrier(PROCESSES)
     others = [context.Process(target=append_many, args=(path, number, barrier)) for number in range(1, PROCESSES)]
     for process in others:

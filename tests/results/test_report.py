@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +28,7 @@ from splitwiser.results.report.activity import (
 from splitwiser.results.report.folders import Run, read_folder
 from splitwiser.results.report.plots import MOST_BARS, shown
 from tests.support.assertions import assert_says, refusal
+from tests.support.commands import invoke, only_run
 
 STEPS = pd.DataFrame(
     [
@@ -118,20 +118,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     results = tmp_path_factory.mktemp("results")
     made = {}
     for mode in ("sequential", "mp"):
-        command = [
-            sys.executable,
-            "-m",
-            "splitwiser",
-            "run",
-            "--mode",
-            mode,
-            "--limit",
-            "6",
-            "--results",
-            results / mode,
-        ]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        (made[mode],) = (path for path in (results / mode).iterdir() if path.is_dir())
+        assert invoke("run", "--mode", mode, "--limit", "6", "--results", results / mode).returncode == 0
+        made[mode] = only_run(results / mode)
     return made
 
 
@@ -492,6 +480,7 @@ def test_distributions_are_those_of_the_run(mode: str, show: Callable[..., Page]
         assert is_rounded(found[2], figures[f"p99_{metric}_ms"])
 
 
+@pytest.mark.slow
 def test_a_browser_shows_what_is_in_the_file(
     show: Callable[..., Page], show_in_browser: Callable[..., Page], run: Path
 ) -> None:
@@ -500,6 +489,7 @@ def test_a_browser_shows_what_is_in_the_file(
         assert getattr(in_browser, what) == getattr(in_file, what)
 
 
+@pytest.mark.slow
 def test_texts_of_a_model_are_shown_and_never_run(show_in_browser: Callable[..., Page], run: Path) -> None:
     hostile = "</dd><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & 5 < 6"
     table = read(run / "generations.csv").sort_values("request_id")
@@ -526,6 +516,7 @@ def test_ids_are_unique(runs: dict[str, Path], tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1366])
 def test_page_fits_its_width(width: int, browser: Callable[[Path], str], runs: dict[str, Path], tmp_path: Path) -> None:
     page = (
@@ -542,6 +533,7 @@ def test_page_fits_its_width(width: int, browser: Callable[[Path], str], runs: d
     assert 300 < int(found[1]) <= width
 
 
+@pytest.mark.slow
 def test_a_click_on_a_heading_sorts_by_value(show_in_browser: Callable[..., Page], run: Path) -> None:
     latency = read(run / "latency.csv")
     latency["prompt_tokens"] = lengths = sorted(latency.prompt_tokens * 10)  # some have a thousands separator, some not
@@ -780,8 +772,6 @@ def test_advice_page_shows_the_profile_in_the_same_folder(show: Callable[..., Pa
 
 
 def test_command_writes_the_page_into_the_first_folder(run: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "splitwiser", "report", run], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = invoke("report", run)
     assert (done.returncode, done.stdout.strip()) == (0, str(run / "report.html")), done.stderr
     assert (run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from splitwiser.study.recommend import (
     run_options,
 )
 from tests.support.assertions import assert_says, refusal
+from tests.support.commands import invoke, splitwiser
 
 Tiny = Callable[[str], Path]
 SPLIT = "[{role: prefill, share: 25}, {role: decode, share: 75}]"
@@ -398,15 +397,12 @@ def test_answers_of_one_token_have_no_gap_to_tell_of(beside: float, on_record: C
     assert "ITL" not in " ".join(advice.reasons)
 
 
+@pytest.mark.slow
 def test_advice_on_a_real_model(tiny: Tiny, tmp_path: Path) -> None:
     workload = write_workload(tmp_path / "work.json", prompts=8, new_tokens=6)
     common = ["--model", str(tiny("opt")), "--workload", str(workload), "--kv_memory", "4MiB", "--prefill_tokens", "128",
               "--results", str(tmp_path / "out")]  # fmt: skip
-    command = [sys.executable, "-m", "splitwiser", "advise", *common]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--checks", "2"], capture_output=True, text=True, timeout=250, check=False, env=environment
-    )
+    done = splitwiser("advise", *common, "--checks", "2", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     (directory,) = (tmp_path / "out").iterdir()
     placements_made = pd.read_csv(directory / "placements.csv", keep_default_na=False)
@@ -439,10 +435,7 @@ def test_advice_on_a_real_model(tiny: Tiny, tmp_path: Path) -> None:
     assert len(lengths) == 8
     assert lengths.between(1, 6).all()
 
-    again = subprocess.run(
-        [*command, "--profile", str(directory), "--checks", "0"],
-        capture_output=True, text=True, timeout=120, check=False, env=environment,
-    )  # fmt: skip
+    again = invoke("advise", *common, "--profile", directory, "--checks", "0")
     assert again.returncode == 0, again.stderr
     second = max((tmp_path / "out").iterdir(), key=lambda path: path.stat().st_mtime)
     pd.testing.assert_frame_equal(pd.read_csv(directory / "predictions.csv"), pd.read_csv(second / "predictions.csv"))

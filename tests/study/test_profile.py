@@ -99,6 +99,7 @@ def test_the_record_says_what_was_measured_and_on_what(directory: Path) -> None:
     assert any(note.startswith("no GPU") for note in record["notes"])
 
 
+@pytest.mark.slow
 def test_each_thread_count_is_profiled_against_its_own_ceilings(tiny: Tiny, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     config = small(
@@ -233,6 +234,7 @@ def test_a_profile_without_a_point_that_fits_is_refused(tiny: Tiny, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "splitwiser", "profile", "--model", str(tiny("opt")), "--results", str(tmp_path),

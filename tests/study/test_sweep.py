@@ -18,7 +18,7 @@ from splitwiser.study.fresh_runs import Outcome
 from splitwiser.study.sweep import Point, list_points, read_sweep, sweep
 from splitwiser.workload.job import prepare_job
 from tests.support.assertions import assert_says, refusal
-from tests.support.commands import COMMAND, splitwiser, write_workload
+from tests.support.commands import COMMAND, invoke, write_workload
 from tests.support.processes import processes_naming, wait_for
 
 SHIPPED = sorted((constants.DIR_CONFIGS / "sweeps").glob("*.yaml"))
@@ -142,7 +142,7 @@ def test_shipped_files_hold_points_that_can_be(path: Path) -> None:
 
 def test_the_list_shows_the_points_and_runs_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", repeats=3, grid={"mode": ["sequential", "mp"], "limit": [2]})
-    done = splitwiser("sweep", file, "--list", "--results", tmp_path / "out")
+    done = invoke("sweep", file, "--list", "--results", tmp_path / "out")
     assert done.returncode == 0
     assert [line.split() for line in done.stdout.splitlines()] == [
         ["point", "mode", "limit", "finished"],
@@ -234,7 +234,7 @@ def rows_of(tmp_path: Path) -> pd.DataFrame:
 
 
 def run_sweep(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return splitwiser("sweep", tmp_path / "s.yaml", "--results", tmp_path / "out", *options)
+    return invoke("sweep", tmp_path / "s.yaml", "--results", tmp_path / "out", *options)
 
 
 def state(folder: Path) -> dict[str, int]:
@@ -242,6 +242,7 @@ def state(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     short = write_workload(tmp_path / "short.json", [[5, 6], [7]])
     changing = write_workload(tmp_path / "changing.json", [[5], [6]], arrival_s=[0, 3600])
@@ -254,7 +255,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str
     )
     runs = tmp_path / "out" / "sweep_tried" / "runs"
     wait_for(lambda: len(list(runs.glob("*changing*/latency.csv"))) == 1, "second point")
-    assert_says(splitwiser("sweep", file, "--results", tmp_path / "out").stderr, "another sweep is at work here")
+    assert_says(invoke("sweep", file, "--results", tmp_path / "out").stderr, "another sweep is at work here")
     process.kill()
     process.communicate(timeout=60)
     wait_for(lambda: not processes_naming(tmp_path / "out"), "end of the run")
@@ -282,6 +283,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str
     assert tried == [f"round1_{rows['key'][2]}.log"]
 
 
+@pytest.mark.slow
 def test_rounds_go_over_the_whole_grid_and_are_summed_up(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "w.json", [[5, 6], [7]])
     write(

@@ -1,23 +1,43 @@
-"""The command in a process of its own, what it is given and what it leaves."""
+"""The command, what it is given and what it leaves."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
 
+from splitwiser import cli
+
 COMMAND = [sys.executable, "-m", "splitwiser"]
 
 
+def invoke(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, which has imported torch and transformers already."""
+    output, errors = io.StringIO(), io.StringIO()
+    terminated = signal.getsignal(signal.SIGTERM)
+    try:
+        with redirect_stdout(output), redirect_stderr(errors):
+            exit_code = cli.main([*map(str, arguments)])
+    except SystemExit as ended:  # argparse's
+        exit_code = int(ended.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+    return subprocess.CompletedProcess(arguments, exit_code, output.getvalue(), errors.getvalue())
+
+
 def splitwiser(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
         env={**os.environ, **environment},
     )

@@ -31,14 +31,17 @@ def reference_model(directory: Path) -> PreTrainedModel:
     return model
 
 
-def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+@cache
+def reference(directory: Path, prompt: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
     generate = cast("Callable[..., torch.Tensor]", reference_model(directory).generate)
-    made = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        tokens = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
-        made.append(tokens[0, len(prompt) :].tolist())
-    return made
+    ids = torch.tensor([prompt])
+    tokens = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
+    return tuple(tokens[0, len(prompt) :].tolist())
+
+
+def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """The tokens that ``model.generate`` makes of each prompt, computed once in a session."""
+    return [list(reference(directory, tuple(prompt), new_tokens)) for prompt in prompts]
 
 
 def room_for(directory: Path, tokens: int) -> str:

@@ -29,6 +29,7 @@ def fake_compiler(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_is_built_once(cache: Path) -> None:
     assert load_native()[0] is not None
     (built,) = cache.iterdir()
@@ -51,6 +52,7 @@ def test_every_function_has_its_declared_types() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_changed_source_is_built_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_native()
     copied = shutil.copytree(native.SOURCES[0].parent, tmp_path / "kernels")
@@ -62,6 +64,7 @@ def test_a_changed_source_is_built_anew(cache: Path, tmp_path: Path, monkeypatch
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_another_instruction_set_is_built_beside(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(native.MARCH, raising=False)
     load_native()

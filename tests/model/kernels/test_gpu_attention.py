@@ -62,6 +62,7 @@ def test_without_a_home_folder_it_is_said_how_to_name_another(monkeypatch: pytes
         gpu_kernel.cache_directory()
 
 
+@pytest.mark.slow
 def test_kernels_are_offered_without_importing_triton() -> None:
     code = (
         "import sys, torch; from splitwiser.model.kernels.gpu_attention import load_gpu_kernels; "
@@ -95,11 +96,13 @@ def interpreted() -> dict[str, float]:
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_attends_as_in_float64(name: str, interpreted: dict[str, float]) -> None:
     assert interpreted[name] <= BOUNDS[CASES[name].dtype]
 
 
+@pytest.mark.slow
 def test_interpreted_reads_a_pool_of_more_elements_than_32_bits_count(interpreted: dict[str, float]) -> None:
     assert interpreted["beyond 32 bits"] == 0
 
@@ -173,6 +176,7 @@ def usage(function: Any, launch: Launch, capability: int, folder: Path) -> tuple
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "key_dim", "value_dim", "dtype", "parts", "options"),

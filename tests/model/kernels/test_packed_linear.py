@@ -270,6 +270,7 @@ def test_packing_changes_no_figure_of_the_architecture(name: str, tiny: Callable
 
 
 @needs_packing
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_all_placements_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS, seed=8)
