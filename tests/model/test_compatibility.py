@@ -30,7 +30,7 @@ def load(directory: Path) -> LoadedModel:
         ("mamba", "MambaForCausalLM"),
         (
             "llama4_text",
-            "Llama4ForCausalLM: at later positions packed prompts do not give the logits that each gives alone",
+            "Llama4ForCausalLM: at later positions packed prompts do not give the same logits as each alone",
         ),
     ],
 )
@@ -68,7 +68,7 @@ def test_refuses_a_model_that_mixes_packed_requests(dtype: str, tiny: Callable[[
         return output + 0.5 * output.roll(1, dims=1)  # as a convolution over the row would
 
     layer.register_forward_hook(shift)
-    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the same logits"):
         attach_engine(model)
 
 
@@ -81,7 +81,7 @@ def test_refuses_a_model_that_is_wrong_in_one_kind_of_step(tokens: int, tiny: Ca
         return output.flip(-1) if output.shape[1] == tokens else output
 
     model.module.model.decoder.layers[1].register_forward_hook(spoil)
-    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the same logits"):
         attach_engine(model)
 
 
@@ -92,7 +92,7 @@ def test_refuses_parts_that_are_fused_wrongly(tiny: Callable[[str], Path], monke
     monkeypatch.setattr("splitwiser.model.compatibility.fuse_parts", fuse_wrongly)
     monkeypatch.setattr("splitwiser.model.compatibility.pack_linears", lambda _: None)
     model = load_model(tiny("llama"), dtype="bfloat16", device="cpu", load_format="auto")
-    with pytest.raises(UnsupportedModelError, match="with fused parts it gives other logits than its own"):
+    with pytest.raises(UnsupportedModelError, match="its logits change when its modules are fused"):
         attach_engine(model, pack=True)
 
 
@@ -190,7 +190,7 @@ def test_a_kernel_that_fails_or_computes_something_else_is_refused_with_the_reas
     tried = try_kernels(model, layers, PoolKernels(decode=broken, varlen=forgetful), 16)
     assert tried == {
         "decode": "TritonLikeError: out of resource: shared memory",
-        "varlen": "it gives other logits than PyTorch",
+        "varlen": "its logits differ from PyTorch's",
     }
 
 

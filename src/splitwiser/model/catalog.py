@@ -67,7 +67,7 @@ def resolve_model(model: str | Path) -> CatalogEntry:
             )
         return CatalogEntry(name=directory.resolve().name, path=str(directory.resolve()))
     if directory.is_file():
-        raise InputError(f"model {name}: is a file; give the directory that config.json and the weights lie in")
+        raise InputError(f"model {name}: is a file; give the directory of config.json and the weights")
     if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
         return CatalogEntry(name=name.split("/")[1], hub=name)
     raise unknown("model", name, catalog)

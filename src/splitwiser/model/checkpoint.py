@@ -82,7 +82,7 @@ def _find_settings_problem(entry: CatalogEntry) -> str | None:
     except OSError:  # transformers ignores a file that is not JSON
         return None
     except Exception as error:  # JSON of another form raises various errors
-        return f"model {entry.name}: {path}: no generation settings: {type(error).__name__}: {first_line(error)}"
+        return f"model {entry.name}: {path}: invalid generation settings: {type(error).__name__}: {first_line(error)}"
     return None
 
 
@@ -93,12 +93,12 @@ def _problems(entry: CatalogEntry, first: Path) -> Iterator[str | None]:
     try:
         names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        yield _pointer_problem(first) or f"{first}: no index of weights, which maps each weight to a file"
+        yield _pointer_problem(first) or f"{first}: not an index that maps each weight to a file"
         return
     for name in names:
         path = find_file(entry, str(name))
         if path is None and entry.path:
-            yield f"{first} names {name}, which is not there"
+            yield f"{first} names {name}, which is missing"
         elif path is not None:
             yield from filter(None, [_file_problem(path)])
 
@@ -111,16 +111,16 @@ def _file_problem(path: Path) -> str | None:
             with safe_open(path, framework="pt"):
                 return None
         except Exception as error:  # SafetensorError derives from Exception alone
-            return f"{path}: cannot be opened as safetensors, or is cut short: {first_line(error)}"
+            return f"{path}: cannot be opened as safetensors, or is truncated: {first_line(error)}"
     with path.open("rb") as file:
         start = file.read(2)
     if zipfile.is_zipfile(path) or start[:1] == b"\x80":  # PyTorch's format since 1.6, and the one before
         return None
-    return f"{path}: no checkpoint of PyTorch, or cut short"
+    return f"{path}: not a PyTorch checkpoint, or truncated"
 
 
 def _pointer_problem(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            return f"{path}: a pointer of Git LFS in place of the file; git lfs pull fetches it"
+            return f"{path}: a Git LFS pointer instead of the file; fetch it with git lfs pull"
     return None

@@ -63,17 +63,17 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
     bound = _BOUNDS[model.dtype]
     if not all(_agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
-            f"{name}: two packed prompts do not give the logits that each gives alone, so the engine would give wrong "
+            f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
     if not all(_agree(each, expected_far, _FAR_BOUNDS[model.dtype]) for each in served_far):
         raise UnsupportedModelError(
-            f"{name}: at later positions packed prompts do not give the logits that each gives alone, so the engine would "
+            f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
             "give wrong tokens; use --mode generate"
         )
     # fused modules round less often than the model's own, which adds up over the layers
     if not all(_agree(each, expected, 3 * bound) for each in fused):
-        raise UnsupportedModelError(f"{name}: with fused parts it gives other logits than its own; use --kernels plain")
+        raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
     return layers
 
 
@@ -97,7 +97,7 @@ def try_kernels(
                 refused[name] = f"{type(error).__name__}: {first_line(error)}"
             else:
                 if not all(map(_agree, logits, expected, [_BOUNDS[model.dtype]] * len(logits))):
-                    refused[name] = "it gives other logits than PyTorch"
+                    refused[name] = "its logits differ from PyTorch's"
     return refused
 
 

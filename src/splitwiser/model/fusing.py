@@ -50,7 +50,7 @@ def describe_parts(module: nn.Module) -> str:
     counts = Counter(names[type(part)] for part in parts if type(part) in names)
     counts["activation"] = sum(isinstance(part, PackedLinear) and part.activation != IDENTITY for part in parts)
     described = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-    return described or f"none ({find_compile_problem() or 'no part of the model is like one'})"
+    return described or f"none ({find_compile_problem() or 'no module of the model matches one'})"
 
 
 # -- candidates: what might replace a module, the likeliest first

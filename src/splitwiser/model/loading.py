@@ -218,7 +218,7 @@ def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.d
 def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
     """Return the error for whatever exception a library raises over a checkpoint's files."""
     return UnsupportedModelError(
-        f"model {entry.name}: cannot be made from {entry.location}: {type(error).__name__}: {first_line(error)}"
+        f"model {entry.name}: cannot be built from {entry.location}: {type(error).__name__}: {first_line(error)}"
     )
 
 
@@ -260,7 +260,7 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
 def not_available(entry: CatalogEntry, why: str) -> str:
     """Return the error message for a model of the hub that is not on this machine and cannot be downloaded."""
     return (
-        f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
+        f"model {entry.name}: {entry.hub} is neither in the local cache nor available from the hub; give a checkpoint "
         f"directory, or use --load_format dummy for timing with random weights ({why})"
     )
 
@@ -330,7 +330,7 @@ def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrained
         # without any tokenizer file, transformers makes one of special tokens only, which drops all text
         if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
             return tokenizer, ""
-        problem = problem or "its files hold no words"
+        problem = problem or "its files contain no vocabulary"
     found = f"'s tokenizer cannot be loaded: {problem}" if has_tokenizer_files(entry) else " has no tokenizer"
     return None, f"{entry.name}{found}; give its prompt as token ids"
 

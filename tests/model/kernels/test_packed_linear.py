@@ -190,7 +190,7 @@ def test_weights_of_zeros_decide_nothing_for_others(monkeypatch: pytest.MonkeyPa
     assert layer.struct is not None
 
 
-@pytest.mark.parametrize("problem", [None, "oneDNN lays weights out otherwise here"])
+@pytest.mark.parametrize("problem", [None, "oneDNN uses another weight layout here"])
 def test_a_run_says_what_computes_products_of_a_few_rows(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "find_small_batch_problem", lambda: problem)
     said = packed.describe()
@@ -202,7 +202,7 @@ def test_a_run_says_what_computes_products_of_a_few_rows(problem: str | None, mo
 def test_another_layout_of_onednns_is_the_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "max_small_rows", lambda: 6)
     monkeypatch.setattr(PackedLinear, "_find_struct", lambda _: None)  # as with plain weights
-    assert packed.find_small_batch_problem.__wrapped__() == "oneDNN lays weights out otherwise here"
+    assert packed.find_small_batch_problem.__wrapped__() == "oneDNN uses another weight layout here"
 
 
 @needs_packing

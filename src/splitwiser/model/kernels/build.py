@@ -37,7 +37,7 @@ def load_native() -> tuple[ctypes.CDLL | None, str]:
     except subprocess.TimeoutExpired:
         return None, f"plain PyTorch (g++ took more than {COMPILE_S} s)"
     except OSError as error:
-        return None, f"plain PyTorch (what g++ compiled cannot be used: {first_line(error)})"
+        return None, f"plain PyTorch (the compiled library cannot be used: {first_line(error)})"
     return library, f"compiled by {compiler}" + (f" for {march}" if (march := os.environ.get(MARCH)) else "")
 
 

@@ -192,7 +192,7 @@ def find_packing_problem() -> str | None:
     """Return why weights cannot be packed on this machine, in one line; None if they can, which is tried on a small
     layer."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN has no bfloat16 here"
+        return "oneDNN does not support bfloat16 here"
     try:
         linear = nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
         inputs = torch.linspace(-1, 1, 128, dtype=torch.bfloat16).view(2, 64)
@@ -200,7 +200,7 @@ def find_packing_problem() -> str | None:
             wrong = not torch.allclose(PackedLinear(linear)(inputs), linear(inputs), atol=0.02)
     except (RuntimeError, AttributeError, OSError) as error:
         return f"PyTorch {torch.__version__} cannot: {type(error).__name__}"
-    return "a packed layer computes something else" if wrong else None
+    return "a packed layer gives a different result" if wrong else None
 
 
 @cache
@@ -217,9 +217,9 @@ def find_small_batch_problem() -> str | None:
     if problem := find_packing_problem():
         return problem
     if max_small_rows() == 0:
-        return "this processor has no function for them"
+        return "this processor lacks the instructions for them"
     linear = nn.Linear(64, 128, dtype=torch.bfloat16).requires_grad_(False)
-    return None if PackedLinear(linear).struct else "oneDNN lays weights out otherwise here"
+    return None if PackedLinear(linear).struct else "oneDNN uses another weight layout here"
 
 
 def describe() -> str:
