@@ -391,9 +391,9 @@ def decode_attention(say: Say) -> None:
     """The Triton kernel: its error against float64, the time of its compilation, and bytes a second."""
     import torch
 
-    from splitwiser.model.kernels.gpu_attention import GpuKernel
+    from splitwiser.model.kernels.gpu_attention import GpuDecodeAttention
 
-    kernel, device = GpuKernel(), torch.device("cuda", 0)
+    kernel, device = GpuDecodeAttention(), torch.device("cuda", 0)
     for dtype, heads, kv_heads, size in (
         (torch.bfloat16, 32, 8, 64), (torch.float32, 8, 2, 64), (torch.float16, 12, 12, 64), (torch.bfloat16, 32, 32, 128),
     ):  # fmt: skip

@@ -165,7 +165,7 @@ def test_wrong_arguments_get_one_line(arguments: dict[str, object], line: str) -
 
 def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"neither in the local cache nor to be had from the hub.*--load_format dummy"):
+    with pytest.raises(InputError, match=r"neither in the local cache nor available from the hub.*--load_format dummy"):
         LLM("opt-125m")
 
 

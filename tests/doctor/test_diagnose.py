@@ -183,8 +183,8 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "damage", "line"),
     [
-        (["model.safetensors"], point, "model.safetensors: a pointer of Git LFS"),
-        (["model.safetensors"], cut, "model.safetensors: cannot be opened as safetensors, or is cut short"),
+        (["model.safetensors"], point, "model.safetensors: a Git LFS pointer"),
+        (["model.safetensors"], cut, "model.safetensors: cannot be opened as safetensors, or is truncated"),
         (["tokenizer.json"], cut, "m's tokenizer cannot be loaded: "),
         (TOKENIZER, Path.unlink, "m has no tokenizer; give its prompt as token ids"),
     ],
@@ -335,7 +335,7 @@ def test_a_model_that_cannot_be_had_says_what_would_be_right(
     answers["hub"] = ProbeError("no such host")
     said = diagnose(DoctorConfig(model="opt-125m", device="cpu", hub=not offline))
     assert not said.works
-    assert note(said, "mp").startswith("model opt-125m: facebook/opt-125m is neither in the local cache nor to be had")
+    assert note(said, "mp").startswith("model opt-125m: facebook/opt-125m is neither in the local cache nor available")
     assert note(said, "mp").endswith(f"({reason})")
     assert diagnose(DoctorConfig(model="opt-125m", device="cpu", load_format="dummy")).works
 

@@ -117,12 +117,12 @@ def test_half_precision_prefills_all_prompts_in_one_call(on_stand_in: StandIn, t
 import json, sys
 import torch
 from splitwiser import LLM, SamplingParams
-from splitwiser.model.kernels.packed_attention import PackedAttention
-calls, call = [], PackedAttention.__call__
+from splitwiser.model.kernels.varlen_attention import VarlenAttention
+calls, call = [], VarlenAttention.__call__
 def counted(*given, **named):
     calls.append(len(given[1]))
     return call(*given, **named)
-PackedAttention.__call__ = counted
+VarlenAttention.__call__ = counted
 with LLM(sys.argv[1], mode="sequential", device="cuda", dtype="bfloat16", max_batch=4) as llm:
     calls.clear()
     llm.generate([[5] * 20, [6] * 30, [7] * 40], SamplingParams(max_tokens=1))
@@ -392,11 +392,11 @@ print(json.dumps([made.tolist(), str(made.device), len(ids)]))
 def test_triton_launches_on_the_current_device(on_stand_in: StandIn) -> None:
     script = """
 import torch
-from splitwiser.model.kernels.gpu_attention import GpuKernel
+from splitwiser.model.kernels.gpu_attention import GpuDecodeAttention
 device = torch.device("cuda", 1)
 rows = torch.ones(1, dtype=torch.int64, device=device)
 query, keys = torch.ones(1, 2, 16, device=device), torch.ones(1, 16, 2, 16, device=device)
-GpuKernel()(query, keys, keys, torch.zeros(1, 1, dtype=torch.int64, device=device), rows * 0, rows, rows, 1.0)
+GpuDecodeAttention()(query, keys, keys, torch.zeros(1, 1, dtype=torch.int64, device=device), rows * 0, rows, rows, 1.0)
 """
     assert_says(failure(on_stand_in, script, devices=2), "illegal memory access", "cuda:0, not cuda:1")
 

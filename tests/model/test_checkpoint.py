@@ -41,14 +41,14 @@ def change_config(directory: Path, **changes: Any) -> None:
 
 def test_a_pointer_of_git_lfs_is_named(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(POINTER)
-    assert_says(refused(checkpoint), f"{checkpoint}/model.safetensors: a pointer of Git LFS", "git lfs pull")
+    assert_says(refused(checkpoint), f"{checkpoint}/model.safetensors: a Git LFS pointer", "git lfs pull")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
 def test_weights_that_are_cut_short_are_named(keep: int, checkpoint: Path) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert_says(refused(checkpoint), f"{path}: cannot be opened as safetensors, or is cut short")
+    assert_says(refused(checkpoint), f"{path}: cannot be opened as safetensors, or is truncated")
 
 
 @pytest.mark.parametrize("content", [b"", POINTER, b"PK\x03\x04 cut"])
@@ -105,7 +105,7 @@ def test_a_configuration_that_makes_no_model_is_refused(changes: dict[str, Any],
 @pytest.mark.parametrize("content", ["[1]", "5"])
 def test_generation_settings_of_another_form_are_named(content: str, checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").write_text(content)
-    assert_says(refused(checkpoint), f"{checkpoint}/generation_config.json: no generation settings")
+    assert_says(refused(checkpoint), f"{checkpoint}/generation_config.json: invalid generation settings")
 
 
 def test_a_folder_without_weights_is_named(checkpoint: Path) -> None:
@@ -117,5 +117,5 @@ def test_a_tokenizer_that_cannot_be_loaded_is_noted(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_bytes(POINTER)
     with LLM(checkpoint) as llm:
         (note,) = llm.model.notes
-        assert_says(note, "m's tokenizer cannot be loaded: ", f"{checkpoint}/tokenizer.json: a pointer of Git LFS")
+        assert_says(note, "m's tokenizer cannot be loaded: ", f"{checkpoint}/tokenizer.json: a Git LFS pointer")
         assert refusal(llm.generate, "text") == f"request 0: {note}"

@@ -13,8 +13,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.models import POSITIONS, make_tiny
 
@@ -31,7 +30,7 @@ def load(directory: Path) -> LoadedModel:
         ("mamba", "MambaForCausalLM"),
         (
             "llama4_text",
-            "Llama4ForCausalLM: at later positions packed prompts do not give the logits that each gives alone",
+            "Llama4ForCausalLM: at later positions packed prompts do not give the same logits as each alone",
         ),
     ],
 )
@@ -69,7 +68,7 @@ def test_refuses_a_model_that_mixes_packed_requests(dtype: str, tiny: Callable[[
         return output + 0.5 * output.roll(1, dims=1)  # as a convolution over the row would
 
     layer.register_forward_hook(shift)
-    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the same logits"):
         attach_engine(model)
 
 
@@ -82,7 +81,7 @@ def test_refuses_a_model_that_is_wrong_in_one_kind_of_step(tokens: int, tiny: Ca
         return output.flip(-1) if output.shape[1] == tokens else output
 
     model.module.model.decoder.layers[1].register_forward_hook(spoil)
-    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the logits"):
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the same logits"):
         attach_engine(model)
 
 
@@ -93,7 +92,7 @@ def test_refuses_parts_that_are_fused_wrongly(tiny: Callable[[str], Path], monke
     monkeypatch.setattr("splitwiser.model.compatibility.fuse_parts", fuse_wrongly)
     monkeypatch.setattr("splitwiser.model.compatibility.pack_linears", lambda _: None)
     model = load_model(tiny("llama"), dtype="bfloat16", device="cpu", load_format="auto")
-    with pytest.raises(UnsupportedModelError, match="with fused parts it gives other logits than its own"):
+    with pytest.raises(UnsupportedModelError, match="its logits change when its modules are fused"):
         attach_engine(model, pack=True)
 
 
@@ -188,10 +187,10 @@ def forgetful(*given: Any, **_: Any) -> Tensor:
 def test_a_kernel_that_fails_or_computes_something_else_is_refused_with_the_reason(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
     layers = attach_engine(model)
-    tried = try_kernels(model, layers, PoolKernels(decode=broken, packed=forgetful), 16)
+    tried = try_kernels(model, layers, PoolKernels(decode=broken, varlen=forgetful), 16)
     assert tried == {
         "decode": "TritonLikeError: out of resource: shared memory",
-        "packed": "it gives other logits than PyTorch",
+        "varlen": "its logits differ from PyTorch's",
     }
 
 

@@ -7,10 +7,10 @@ import torch
 
 from splitwiser.machine import memory as main_memory
 from splitwiser.model import kv_pool
+from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import (
     BlockAllocator,
     KVPool,
-    LayerShape,
     block_nbytes,
     plan_blocks,
 )
@@ -41,14 +41,14 @@ def test_pool_is_zeroed(dtype: torch.dtype) -> None:
     assert all(not tensor.any() for tensor in [*pool.keys, *pool.values])
 
 
-def test_the_first_blocks_are_written_to_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefaults_the_first_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     size = block_nbytes(LAYERS, BLOCK, torch.float32)
-    monkeypatch.setattr(kv_pool, "TAKEN_AT_ONCE", 2 * size + 1)
+    monkeypatch.setattr(kv_pool, "PREFAULT_BYTES", 2 * size + 1)
     memory = torch.full((6 * size,), 7, dtype=torch.uint8)
     pool = KVPool(LAYERS, 6, BLOCK, torch.float32, CPU, memory)
-    pool.take_first(range(1, 6))
-    for kept in [*pool.keys, *pool.values]:
-        assert [bool(block.any()) for block in kept] == [True, False, False, True, True, True]
+    pool.prefault(range(1, 6))
+    for tensor in [*pool.keys, *pool.values]:
+        assert [bool(block.any()) for block in tensor] == [True, False, False, True, True, True]
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -315,6 +315,7 @@ def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Call
     assert set(summary["rounds"]) == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_load_is_a_part_of_what_the_first_variant_answers_at_once(
     tmp_path: Path, tiny: Callable[[str], Path]
 ) -> None:

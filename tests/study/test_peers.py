@@ -24,15 +24,16 @@ from tests.support.models import make_tiny
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
-# the stand-ins are asked as scripts/peer.py is: the engine, then --name=value
+# the stand-ins are asked as scripts/peer.py is: the engine, then --name=value; what they were asked is their version
 ANSWERS = """
 import json, pathlib, sys
 asked = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[3:])
 work = json.loads(pathlib.Path(asked["workload"]).read_text())
 config = json.loads((pathlib.Path(asked["model"]) / "config.json").read_text())
 answers = {
-    "device": "cpu", "output_throughput": 100.0, "p99_itl_ms": None, "asked": json.dumps(asked),
-    "architecture": config["architectures"][0], "token_ids": [[7] * new for new in work["max_new_tokens"]],
+    "device": "cpu", "output_throughput": 100.0, "p99_itl_ms": None,
+    "version": json.dumps({**asked, "architecture": config["architectures"][0]}),
+    "token_ids": [[7] * new for new in work["max_new_tokens"]],
 }
 pathlib.Path(asked["output"]).write_text(json.dumps(answers))
 """
@@ -109,6 +110,7 @@ def run_compare(tmp_path: Path, *arguments: object) -> tuple[int, Path]:
     return code, only_run(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_peer_is_asked_what_the_variants_are(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     peers = [f"vllm={make_environment(tmp_path / 'env', ANSWERS)}"]
     workload = write_workload(tmp_path / "three.json", PROMPTS, 6)
@@ -121,7 +123,7 @@ def test_a_peer_is_asked_what_the_variants_are(tiny: Callable[[str], Path], tmp_
     assert rows["variant"].tolist() == ["sequential", "vllm", "vllm", "sequential"]
     assert rows["model"].unique().tolist() == ["tiny-opt"]
     assert rows["status"].unique().tolist() == ["finished"]
-    asked = json.loads(rows["asked"][1])
+    asked = json.loads(rows["version"][1])
     assert (asked["model"], asked["dtype"], asked["max_concurrency"], asked["goodput"]) == (
         str(tiny("opt")), "bfloat16", "2", "ttft:200",
     )  # fmt: skip
@@ -136,6 +138,7 @@ def test_a_peer_is_asked_what_the_variants_are(tiny: Callable[[str], Path], tmp_
     assert summary.at[("output_throughput", "vllm"), "median"] == 100
 
 
+@pytest.mark.slow
 def test_the_record_repeats_a_comparison_with_peers(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +156,7 @@ def test_the_record_repeats_a_comparison_with_peers(
     ]
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_named_and_the_others_go_on(
     tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +187,7 @@ def test_a_peer_that_writes_nothing_has_failed(tiny: Callable[[str], Path], tmp_
     assert pd.read_csv(folder / "comparison.csv")["error"][0] == "exit code 0: it said nothing"
 
 
+@pytest.mark.slow
 def test_modes_and_peers_load_one_checkpoint_of_random_weights(tmp_path: Path) -> None:
     model = make_tiny("opt", tmp_path / "wide", vocab_size=999)
     code, folder = run_compare(
@@ -193,8 +198,8 @@ def test_modes_and_peers_load_one_checkpoint_of_random_weights(tmp_path: Path) -
     assert code == 0
     rows = pd.read_csv(folder / "comparison.csv").set_index("variant")
     own, other = rows.loc["sequential"], rows.loc["vllm"]
-    assert other["architecture"] == "OPTForCausalLM"
-    asked = json.loads(str(other["asked"]))
+    asked = json.loads(str(other["version"]))
+    assert asked["architecture"] == "OPTForCausalLM"
     assert (asked["model"], asked["max_concurrency"]) == (str(folder / "models" / "wide"), "1")
     assert (own["model"], own["load_format"], own["max_concurrency"]) == ("wide", "auto", 1)
     assert own["total_output_tokens"] == 6

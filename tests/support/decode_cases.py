@@ -70,7 +70,7 @@ def largest_error(case: Case, device: torch.device) -> float:
         seen = torch.ones(1, 1, 1, length - start, dtype=torch.bool)
         expected.append(attend(query[row, :, None][None].double(), k, v, seen, options)[0, :, 0])
     with patch.object(gpu_kernel, "_parts", return_value=case.parts):
-        made = gpu_kernel.GpuKernel()(
+        made = gpu_kernel.GpuDecodeAttention()(
             query.to(device), keys.to(device), values.to(device), tables.to(device, case.table_dtype),
             torch.tensor(case.starts, device=device), torch.arange(requests + 1, device=device),
             torch.tensor(case.lengths, device=device), 0.3, case.softcap, None if sinks is None else sinks.to(device),
@@ -85,7 +85,7 @@ def error_beyond_32_bits(device: torch.device) -> float:
     pool[-1, 0] = 1.0
     one = torch.ones(1, dtype=torch.int64, device=device)
     with patch.object(gpu_kernel, "_parts", return_value=1):
-        made = gpu_kernel.GpuKernel()(
+        made = gpu_kernel.GpuDecodeAttention()(
             torch.ones(1, 1, size, dtype=HALF, device=device), pool, pool,
             torch.tensor([[blocks - 1]], dtype=INT32, device=device), one - 1, torch.arange(2, device=device), one, 0.3,
         )  # fmt: skip

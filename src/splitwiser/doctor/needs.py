@@ -13,12 +13,13 @@ from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem, find_file
 from splitwiser.model.compatibility import find_dispatch_problem
-from splitwiser.model.kv_pool import LayerShape, block_nbytes, find_memory_problem, plan_blocks
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
 from splitwiser.model.loading import (
     has_tokenizer_files,
     load_tokenizer,
     max_positions,
-    not_to_be_had,
+    not_available,
     plan_model,
     weights_nbytes,
     without_memory,
@@ -114,7 +115,7 @@ def _find_files(entry: CatalogEntry, config: DoctorConfig, unreachable: str | No
         return True, None, "in the local cache"
     # the catalogue does not give the number type of the checkpoint
     shape_is_known = _is_here(entry, ["config.json"]) or (bool(entry.config) and config.dtype != "auto")
-    return shape_is_known, not_to_be_had(entry, unreachable) if unreachable else None, DOWNLOAD
+    return shape_is_known, not_available(entry, unreachable) if unreachable else None, DOWNLOAD
 
 
 def _find_text_problem(entry: CatalogEntry, config: DoctorConfig, unreachable: str | None) -> str | None:

@@ -231,7 +231,7 @@ def find_kernel(place: str | None) -> Found:
         "openmp": torch.backends.openmp.is_available(),
     }
     if compiled:
-        text += "" if kernels.prefill or kernels.packed else f"; prefill: {described['prefill_attention']}"
+        text += "" if kernels.prefill or kernels.varlen else f"; prefill: {described['prefill_attention']}"
         text += f"; {kept}"
     text += "" if figures["openmp"] else "; PyTorch was built without OpenMP"
     return (None if place != "cpu" else compiled), text, figures

@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitwiser.errors import UnsupportedModelError, first_line
-from splitwiser.model.attention import AttentionOptions, Mask, Segment, StepCache
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
 from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
+from splitwiser.model.paged_attention import Segment
 
 
-class _FixedStep(StepCache):
+class _FixedStep(AttentionStep):
     """A decode step of ``size`` requests with inputs in fixed buffers, where a captured graph reads those of each step.
 
     A smaller batch is padded by repeating its last request, which writes the same K and V again.
@@ -75,13 +76,13 @@ class _FixedStep(StepCache):
         self._starts.clear()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`splitwiser.model.attention.StepAttention.update`."""
+        """See :meth:`splitwiser.model.attention.AttentionStep.update`."""
         self._layer = layer_idx
         self._pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         return key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
-        """See :meth:`splitwiser.model.attention.StepAttention.attend`."""
+        """See :meth:`splitwiser.model.attention.AttentionStep.attend`."""
         assert self._pool.kernels.decode is not None
         assert isinstance(mask, Mask)
         return self._pool.kernels.decode(
@@ -168,7 +169,7 @@ class DecodeGraphs:
     def _forward(self, step: _FixedStep) -> Tensor:
         step.begin()
         rows = torch.arange(step.size, device=self._model.device)
-        return forward(self._model.module, step, step, step.tokens, step.positions, rows)
+        return forward(self._model.module, step, step.tokens, step.positions, rows)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import torch
 
 from splitwiser.engine.cuda_graphs import DecodeGraphs
 from splitwiser.engine.sampling import finish_reason, sample_tokens
-from splitwiser.model.attention import Segment, StepAttention
 from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
+from splitwiser.model.paged_attention import PagedAttention, Segment
 from splitwiser.request import FinishReason, Request, SamplingParams
 
 WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
@@ -94,8 +94,8 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
         total += chunk.tokens
         if chunk.is_last:
             ends.append(total - 1)
-    step = StepAttention(pool, segments, model.device)
-    logits = forward(model.module, step, step, tokens, _positions(segments), ends or [total - 1])
+    step = PagedAttention(pool, segments, model.device)
+    logits = forward(model.module, step, tokens, _positions(segments), ends or [total - 1])
     if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
@@ -116,8 +116,8 @@ def decode_step(
     if graphs:
         logits = graphs.logits(segments, tokens)
     else:
-        step = StepAttention(pool, segments, model.device)
-        logits = forward(model.module, step, step, tokens, _positions(segments), range(len(sequences)))
+        step = PagedAttention(pool, segments, model.device)
+        logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
     return sample_tokens(logits, sequences).tolist()
 
 

@@ -1,1 +1,1 @@
-"""A transformers model whose forward runs exactly over the paged KV pool."""
+"""Models of transformers: loading them, and running their forward exactly over the paged KV pool."""

@@ -1,4 +1,4 @@
-"""The catalogue of models, ``configs/models.yaml``: from the name a user gives to where weights and figures come from."""
+"""The catalogue of models, ``configs/models.yaml``: finds a model's checkpoint or configuration by the name a user gives."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ EMBEDDED_MODEL = "radiology-opt"
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model by name: its checkpoint directory or hub id and, for a decoder, the figures to build it without either."""
+    """A model by name: its checkpoint directory or hub id and, for a decoder, the configuration to build it without
+    either."""
 
     name: Text
     path: Text = ""
@@ -25,7 +26,7 @@ class CatalogEntry:
 
     @property
     def location(self) -> str:
-        """What transformers is asked to load: a directory of this project or a hub id."""
+        """The directory or hub id that transformers loads the model from."""
         return str(constants.DIR_PROJECT / self.path) if self.path else self.hub
 
 
@@ -45,7 +46,7 @@ def _entry(name: str, content: dict[str, Any], where: str) -> CatalogEntry:
 
 
 def resolve_model(model: str | Path) -> CatalogEntry:
-    """The entry for a catalogue name, a checkpoint directory, or a hub id such as ``org/name``.
+    """Return the entry for a catalogue name, a checkpoint directory, or a hub id such as ``org/name``.
 
     Raises :class:`InputError` for anything else, such as a file, and for a directory without ``config.json``.
     """
@@ -57,7 +58,7 @@ def resolve_model(model: str | Path) -> CatalogEntry:
         raise unknown("model", name, catalog)
     try:
         directory = Path(name).expanduser()
-    except RuntimeError as error:  # there is no such user, or this one has no home folder
+    except RuntimeError as error:  # no such user, or a user without a home folder
         raise InputError(f"model {name}: {first_line(error)}") from error
     if directory.is_dir():
         if not (directory / "config.json").is_file():
@@ -66,7 +67,7 @@ def resolve_model(model: str | Path) -> CatalogEntry:
             )
         return CatalogEntry(name=directory.resolve().name, path=str(directory.resolve()))
     if directory.is_file():
-        raise InputError(f"model {name}: is a file; give the directory that config.json and the weights lie in")
+        raise InputError(f"model {name}: is a file; give the directory of config.json and the weights")
     if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
         return CatalogEntry(name=name.split("/")[1], hub=name)
     raise unknown("model", name, catalog)

@@ -1,4 +1,4 @@
-"""What can be told of a checkpoint's weights before they are loaded: each file is opened, none is read."""
+"""Checks of a checkpoint's files before they are loaded: each file is opened, but no weights are read."""
 
 import json
 import zipfile
@@ -22,7 +22,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def find_file(entry: CatalogEntry, name: str) -> Path | None:
-    """The file ``name`` of the model in its directory or in the hub's local cache; None if it is not there."""
+    """Return the path of the model's file ``name`` in its directory or in the hub's local cache; None if it is in
+    neither."""
     if entry.path:
         path = Path(entry.location) / name
         return path if path.is_file() else None
@@ -31,22 +32,23 @@ def find_file(entry: CatalogEntry, name: str) -> Path | None:
 
 
 def find_checkpoint_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
-    """Why the files that are on this machine make no model on ``device``, in one line that names the file; None if they do,
-    or if none are here."""
+    """Return why no model can be loaded onto ``device`` from the files on this machine, in one line that names the file;
+    None if one can, or if there are no files yet."""
     return (
         find_quantisation_problem(entry, config, device) or find_weights_problem(entry) or _find_settings_problem(entry)
     )
 
 
 def find_pointer(entry: CatalogEntry, names: Sequence[str]) -> str | None:
-    """The first of the files ``names`` that is a pointer of Git LFS, in one line; None if none is, or none is here."""
+    """Return one line about the first of the model's files ``names`` that is a Git LFS pointer; None if none of those on
+    this machine is."""
     paths = filter(None, (find_file(entry, name) for name in names))
     return next(filter(None, map(_pointer_problem, paths)), None)
 
 
 def find_weights_problem(entry: CatalogEntry) -> str | None:
-    """Why the weights that are on this machine cannot be read, in one line that names the file; None if they can, or if none
-    are here yet of a model of the hub."""
+    """Return why the weights on this machine cannot be read, in one line that names the file; None if they can, or if those
+    of a model of the hub are not downloaded yet."""
     first = next((path for name in WEIGHT_FILES if (path := find_file(entry, name))), None)
     if first is None:
         return f"model {entry.name}: no weights in {entry.location}" if entry.path else None
@@ -54,7 +56,8 @@ def find_weights_problem(entry: CatalogEntry) -> str | None:
 
 
 def find_quantisation_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
-    """Why weights quantised as ``config`` says cannot be loaded onto ``device``; None if they can or are not quantised."""
+    """Return why weights quantised as in ``config`` cannot be loaded onto ``device``, in one line; None if they can or are
+    not quantised."""
     given = getattr(config, "quantization_config", None)
     if given is None:
         return None
@@ -62,9 +65,7 @@ def find_quantisation_problem(entry: CatalogEntry, config: PreTrainedConfig, dev
         if not AutoHfQuantizer.supports_quant_method(given):
             raise ValueError("transformers does not know the method")
         get_hf_quantizer(config, None, {"": device}, weights_only=True, user_agent={})
-    except (
-        Exception
-    ) as error:  # a library that is not there, a method that nobody knows, a device that it does not serve
+    except Exception as error:  # a missing library, an unknown method, an unsupported device
         how = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
         return (
             f"model {entry.name}: its weights are quantised ({getattr(how, 'value', how) or 'method not named'}), which "
@@ -78,10 +79,10 @@ def _find_settings_problem(entry: CatalogEntry) -> str | None:
     try:
         if path:
             GenerationConfig.from_pretrained(path.parent)
-    except OSError:  # transformers goes on without a file that is no JSON
+    except OSError:  # transformers ignores a file that is not JSON
         return None
-    except Exception as error:  # whatever JSON of another form raises
-        return f"model {entry.name}: {path}: no generation settings: {type(error).__name__}: {first_line(error)}"
+    except Exception as error:  # JSON of another form raises various errors
+        return f"model {entry.name}: {path}: invalid generation settings: {type(error).__name__}: {first_line(error)}"
     return None
 
 
@@ -92,12 +93,12 @@ def _problems(entry: CatalogEntry, first: Path) -> Iterator[str | None]:
     try:
         names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        yield _pointer_problem(first) or f"{first}: no index of weights, which maps each weight to a file"
+        yield _pointer_problem(first) or f"{first}: not an index that maps each weight to a file"
         return
     for name in names:
         path = find_file(entry, str(name))
         if path is None and entry.path:
-            yield f"{first} names {name}, which is not there"
+            yield f"{first} names {name}, which is missing"
         elif path is not None:
             yield from filter(None, [_file_problem(path)])
 
@@ -109,17 +110,17 @@ def _file_problem(path: Path) -> str | None:
         try:
             with safe_open(path, framework="pt"):
                 return None
-        except Exception as error:  # SafetensorError has no base of its own among Python's
-            return f"{path}: cannot be opened as safetensors, or is cut short: {first_line(error)}"
+        except Exception as error:  # SafetensorError derives from Exception alone
+            return f"{path}: cannot be opened as safetensors, or is truncated: {first_line(error)}"
     with path.open("rb") as file:
         start = file.read(2)
-    if zipfile.is_zipfile(path) or start[:1] == b"\x80":  # since PyTorch 1.6, and before
+    if zipfile.is_zipfile(path) or start[:1] == b"\x80":  # PyTorch's format since 1.6, and the one before
         return None
-    return f"{path}: no checkpoint of PyTorch, or cut short"
+    return f"{path}: not a PyTorch checkpoint, or truncated"
 
 
 def _pointer_problem(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            return f"{path}: a pointer of Git LFS in place of the file; git lfs pull fetches it"
+            return f"{path}: a Git LFS pointer instead of the file; fetch it with git lfs pull"
     return None

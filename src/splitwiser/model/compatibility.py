@@ -1,4 +1,4 @@
-"""Attaches the engine to a model, or refuses it with the reason: what cannot be served exactly is never served wrongly."""
+"""Attaches the engine to a model, or refuses the model with the reason if the engine cannot serve it exactly."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,30 +10,31 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
-from splitwiser.model.attention import AttentionOptions, Mask, Segment, StepAttention, StepCache
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
 from splitwiser.model.forward import forward
-from splitwiser.model.fused import fuse_parts
-from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.fusing import fuse_parts
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
-from splitwiser.model.kv_pool import KVPool, LayerShape
+from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
+from splitwiser.model.paged_attention import PagedAttention, Segment
 
-# Of the largest logit: half precisions differ by rounding; a dropped term or a leak between requests differs by far more.
+# Relative to the largest logit: half precisions differ by rounding; a dropped term or a leak between requests by far more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-# a scale that grows with the position moves the logits of random weights little
+# tighter, since an error that grows with the position changes the logits of random weights only little
 _FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
-_FAR = 2**17  # how far is looked where a model has no last position
+_FAR = 2**17  # the last position that is tried if a model has no limit
 
 
 def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]:
-    """Make ``model`` attend through the KV pool, and return what each of its layers keeps there. With ``pack``, parts of it
-    are fused and its linear layers packed, which the check of the logits then covers.
+    """Make ``model`` attend through the KV pool, and return the shape of what each of its layers stores there. With
+    ``pack``, its modules are fused and its linear layers packed, and the check of the logits covers that.
 
-    Raises :class:`UnsupportedModelError` with the reason unless it is shown that the engine serves the model exactly:
-    the class must dispatch its attention through transformers' interface; in a forward each layer must store K and V
-    and then attend exactly once, with a causal mask; and prompts packed in one row must give the logits that the model's own
-    attention gives for each alone, at the first positions and up to the last that the model takes.
+    Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
+    must dispatch its attention through transformers' interface; in a forward each layer must store K and V and then attend
+    exactly once, with a causal mask; and prompts packed in one row must give the logits that the model's own attention gives
+    for each alone, at the first positions and up to the last that the model supports.
     """
     module = model.module
     name = type(module).__name__
@@ -55,77 +56,77 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
             fused = _served_logits(model, layers, prompts) if pack else served
     except UnsupportedModelError:
         raise
-    except Exception as error:  # whatever a foreign forward raises means the same: it cannot be served
+    except Exception as error:  # any error of the model's forward means that it cannot be served
         raise UnsupportedModelError(
             f"{name} cannot be served by the engine; use --mode generate ({type(error).__name__}: {first_line(error)})"
         ) from error
     bound = _BOUNDS[model.dtype]
     if not all(_agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
-            f"{name}: two packed prompts do not give the logits that each gives alone, so the engine would give wrong "
+            f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
     if not all(_agree(each, expected_far, _FAR_BOUNDS[model.dtype]) for each in served_far):
         raise UnsupportedModelError(
-            f"{name}: at later positions packed prompts do not give the logits that each gives alone, so the engine would "
+            f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
             "give wrong tokens; use --mode generate"
         )
-    if not all(
-        _agree(each, expected, 3 * bound) for each in fused
-    ):  # every part rounds less often than the model's own, which adds up
-        raise UnsupportedModelError(f"{name}: with fused parts it gives other logits than its own; use --kernels plain")
+    # fused modules round less often than the model's own, which adds up over the layers
+    if not all(_agree(each, expected, 3 * bound) for each in fused):
+        raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
     return layers
 
 
 def try_kernels(
     model: LoadedModel, layers: Sequence[LayerShape], kernels: PoolKernels, block_tokens: int
 ) -> dict[str, str]:
-    """Why the decode kernel or that for packed prompts cannot serve ``model``, which the engine is attached to: by the name
-    of the field of :class:`~splitwiser.model.kernels.interface.PoolKernels`, a line each. Tried on two prompts of over two
-    blocks."""
+    """Return why ``kernels.decode`` or ``kernels.varlen`` cannot serve ``model``, which the engine is attached to: one line
+    each, by the name of the field of :class:`~splitwiser.model.kernels.interface.PoolKernels`. Both are tried on two prompts
+    of over two blocks."""
     length = min(2 * block_tokens + 5, model.max_positions or sys.maxsize)
     prompts = [[(7 * number + 3) % model.vocabulary for number in range(start, start + length)] for start in (0, 11)]
     refused = {}
     with torch.inference_mode():
         expected = _served_logits(model, layers, prompts)
-        for name in ("decode", "packed"):
+        for name in ("decode", "varlen"):
             if (kernel := getattr(kernels, name)) is None:
                 continue
             try:
-                given = _served_logits(model, layers, prompts, PoolKernels(**{name: kernel}), block_tokens)
-            except Exception as error:  # Triton's errors have no base of their own among Python's
+                logits = _served_logits(model, layers, prompts, PoolKernels(**{name: kernel}), block_tokens)
+            except Exception as error:  # Triton's errors derive from Exception alone
                 refused[name] = f"{type(error).__name__}: {first_line(error)}"
             else:
-                if not all(map(_agree, given, expected, [_BOUNDS[model.dtype]] * len(given))):
-                    refused[name] = "it gives other logits than PyTorch"
+                if not all(map(_agree, logits, expected, [_BOUNDS[model.dtype]] * len(logits))):
+                    refused[name] = "its logits differ from PyTorch's"
     return refused
 
 
 @torch.inference_mode()
 def padding_changes_tokens(model: LoadedModel) -> bool:
-    """Whether prompts of several lengths in one batch, padded on the left as mode ``generate`` does, may give other tokens
-    than each alone: unless it is shown that two give the same logits, and that the model computes by the positions it is
-    given, however many tokens its cache counts."""
+    """Return whether prompts of different lengths in one batch, padded on the left as in mode ``generate``, may give other
+    tokens than each alone. False only if two prompts are shown to give the same logits, and the model to compute by the
+    positions it is given, however many tokens its cache counts."""
     lengths = [5, min(12, (model.max_positions or sys.maxsize) - 1)]
     prompts = [[(7 * number + 3) % model.vocabulary for number in range(length)] for length in lengths]
     start = _probe_starts(model, lengths[0])[-1]
-    # a batch's products round otherwise than a row's, which adds up over the layers in half precisions; a wrong position is
-    # as far off as another prompt
+    # products of a batch round differently than those of a row, which adds up over the layers in half precisions; a wrong
+    # position is as far off as another prompt
     bound = _FAR_BOUNDS[model.dtype] * (1 if model.dtype == torch.float32 else 3)
     try:
         alone = [_generated_logits(model, [prompt]) for prompt in prompts]
         together = _generated_logits(model, prompts)
         near, far = (_own_logits(model, prompts[0], 0, counted) for counted in (0, start))
-    except Exception:  # whatever a foreign forward raises: it is not shown
+    except Exception:  # any error of the model's forward: nothing is shown
         return True
     first, second = (_agree(together[step], [each[step][0] for each in alone], bound) for step in (0, 1))
-    # where rounding has made another first token, the second says nothing
+    # if rounding changed the first token, the second shows nothing
     same_token = [each[0][0].argmax() for each in alone] == list(together[0].argmax(dim=-1))
     return not (first and (second or not same_token) and _agree(near[None], [far], bound))
 
 
 def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """The logits of two steps of transformers' own generation for a padded batch of ``prompts``."""
+    """Return the logits of two steps of transformers' own generation for a padded batch of ``prompts``, each float32 of
+    shape (prompts, vocabulary)."""
     ids, mask = pad_left(prompts, model.device)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
@@ -142,7 +143,8 @@ def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> boo
 
 
 def find_dispatch_problem(module: PreTrainedModel) -> str | None:
-    """Why the engine cannot reach the attention of ``module``, which needs no weights for that; None if it can."""
+    """Return why the engine cannot replace the attention of ``module``, in one line; None if it can. ``module`` needs no
+    weights."""
     if module._can_set_attn_implementation():
         return None
     return (
@@ -151,8 +153,8 @@ def find_dispatch_problem(module: PreTrainedModel) -> str | None:
     )
 
 
-class _Probe(StepCache):
-    """Stands in for the pool in one forward and notes what each layer does."""
+class _LayerProbe(AttentionStep):
+    """Takes the place of the pool in one forward and records what each layer does."""
 
     def __init__(self) -> None:
         self.stored: dict[int, LayerShape] = {}
@@ -173,9 +175,9 @@ class _Probe(StepCache):
         return attention.attend(query, key, value, None, options).transpose(1, 2)
 
 
-class _Counting(StepCache):
-    """Keeps nothing, as if the ``start`` tokens that it counts were not seen: by the model's own attention, it stands for a
-    prompt at later positions."""
+class _CountingCache(StepCache):
+    """A cache that claims to hold ``start`` tokens but holds none: with it, the model's own attention computes a prompt at
+    later positions."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -193,28 +195,28 @@ class _Counting(StepCache):
         return key, value
 
 
-class _Placed(StepCache):
-    """Stands in for the pool with prompts at later positions, packed in one row: each sees its own tokens, of this step and
-    of those before, and nothing of what would come before its start."""
+class _PositionedPrompts(AttentionStep):
+    """Takes the place of the pool for prompts at later positions, packed in one row: each sees its own tokens of this and
+    earlier steps, and nothing before its start."""
 
     def __init__(self, device: torch.device) -> None:
         self._positions = torch.empty(0, dtype=torch.long, device=device)
         self._owners = self._positions
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._layer = -1
 
     def step(self, positions: Tensor, owners: Tensor) -> None:
-        """Begin a step of tokens at ``positions`` of the prompts ``owners``, (tokens,) each."""
+        """Begin a step: its tokens are at ``positions`` of the prompts ``owners``, (tokens,) each."""
         self._positions = torch.cat([self._positions, positions])
         self._owners = torch.cat([self._owners, owners])
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self._layer = layer_idx
-        if layer_idx in self._kept:
-            before = self._kept[layer_idx]
-            self._kept[layer_idx] = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        if layer_idx in self._stored:
+            before = self._stored[layer_idx]
+            self._stored[layer_idx] = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
         else:
-            self._kept[layer_idx] = key, value
+            self._stored[layer_idx] = key, value
         return key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
@@ -222,13 +224,13 @@ class _Placed(StepCache):
         new = slice(-query.shape[2], None)
         positions, owners = self._positions[new, None], self._owners[new, None]
         seen = (owners == self._owners) & (self._positions <= positions) & mask(positions, self._positions[None])
-        return attention.attend(query, *self._kept[self._layer], seen, options).transpose(1, 2)
+        return attention.attend(query, *self._stored[self._layer], seen, options).transpose(1, 2)
 
 
 def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
-    probe = _Probe()
+    probe = _LayerProbe()
     try:
-        forward(model.module, probe, probe, prompt, range(len(prompt)), [len(prompt) - 1])
+        forward(model.module, probe, prompt, range(len(prompt)), [len(prompt) - 1])
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{type(model.module).__name__}: {error}; use --mode generate") from error
     layers = model.module.config.get_text_config().num_hidden_layers
@@ -247,39 +249,39 @@ def _probe_prompts(model: LoadedModel) -> list[list[int]]:
 
 
 def _probe_starts(model: LoadedModel, tokens: int) -> list[int]:
-    """Where prompts of so many ``tokens`` are tried beside each other: at the first position, half-way and at the end."""
+    """Return the start positions at which prompts of ``tokens`` tokens are tried: the first, half-way and the last."""
     last = max(0, (model.max_positions or _FAR) - tokens)
     return [0, last // 2, last]
 
 
 def _own_logits(model: LoadedModel, prompt: list[int], start: int = 0, counted: int | None = None) -> Tensor:
-    """The logits after ``prompt`` at the positions from ``start`` on, by the model's own attention; with a cache that counts
-    ``counted`` tokens before it, or without one."""
+    """Return the logits after ``prompt`` at the positions from ``start`` on, by the model's own attention, float32 of shape
+    (vocabulary,); with a cache that claims to hold ``counted`` tokens, or without one."""
     ids = torch.tensor([prompt], device=model.device)
-    placed: dict[str, object] = {}
+    extra: dict[str, object] = {}
     if counted is not None:
         positions = torch.arange(start, start + len(prompt), device=model.device)[None]
-        placed = {"position_ids": positions, "past_key_values": _Counting(counted), "use_cache": True}
-    logits: Tensor = model.module(input_ids=ids, **placed).logits
+        extra = {"position_ids": positions, "past_key_values": _CountingCache(counted), "use_cache": True}
+    logits: Tensor = model.module(input_ids=ids, **extra).logits
     return logits[0, -1].float()
 
 
 def _far_logits(model: LoadedModel, prompt: list[int], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The logits after ``prompt`` at each of ``starts``, packed in one row: as one step gives them, and as a step of
-    the last tokens after one of all others does."""
+    """Return the logits after ``prompt`` at each of ``starts``, packed in one row: those of a single step, and those of a
+    step of the last tokens after one of all others, each float32 of shape (starts, vocabulary)."""
     places = torch.tensor(starts, device=model.device)[:, None] + torch.arange(len(prompt), device=model.device)
     owners = torch.arange(len(starts), device=model.device)[:, None].expand_as(places)
     tokens = torch.tensor(prompt, device=model.device).expand_as(places)
 
-    def step(cache: _Placed, chunk: slice) -> Tensor:
+    def step(cache: _PositionedPrompts, chunk: slice) -> Tensor:
         cache.step(places[:, chunk].flatten(), owners[:, chunk].flatten())
         each = tokens[:, chunk].shape[1]
         ends = [(number + 1) * each - 1 for number in range(len(starts))]
         rows = tokens[:, chunk].flatten(), places[:, chunk].flatten()
-        return forward(model.module, cache, cache, *rows, ends).float()
+        return forward(model.module, cache, *rows, ends).float()
 
-    whole = step(_Placed(model.device), slice(None))
-    split = _Placed(model.device)
+    whole = step(_PositionedPrompts(model.device), slice(None))
+    split = _PositionedPrompts(model.device)
     step(split, slice(None, -1))
     return whole, step(split, slice(-1, None))
 
@@ -288,12 +290,12 @@ def _served_logits(
     model: LoadedModel,
     layers: Sequence[LayerShape],
     prompts: Sequence[list[int]],
-    kernels: PoolKernels = PoolKernels(),  # noqa: B008  # of no state
+    kernels: PoolKernels = PoolKernels(),  # noqa: B008  # it is immutable
     block_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits after prompts of one length, packed in one row: as a prefill step gives them, as a step of their second
-    halves does, and as a decode step of their last tokens. Each prompt lies in one block, if not in those of
-    ``block_tokens``."""
+    """Return the logits after prompts of one length, packed in one row, from three steps: a prefill step, a step of their
+    second halves, and a decode step of their last tokens; each float32 of shape (prompts, vocabulary). Each prompt lies in
+    blocks of ``block_tokens`` tokens, by default in a single one."""
     length = len(prompts[0])
     size = block_tokens or length
     each = -(-length // size)
@@ -305,7 +307,7 @@ def _served_logits(
         tokens = [token for prompt in prompts for token in prompt[start:]]
         positions = [position for segment in segments for position in segment.positions]
         ends = [(number + 1) * (length - start) - 1 for number in range(len(prompts))]
-        attends = StepAttention(pool, segments, model.device)
-        return forward(model.module, attends, attends, tokens, positions, ends).float()
+        attention_step = PagedAttention(pool, segments, model.device)
+        return forward(model.module, attention_step, tokens, positions, ends).float()
 
     return step(0), step(length // 2), step(length - 1)

@@ -1,4 +1,4 @@
-"""One forward of a model over packed tokens: what both phases' steps, and their CUDA graphs, are made of."""
+"""One forward of a model over packed tokens, as prefill steps, decode steps and CUDA graphs run it."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from splitwiser.model import attention
-from splitwiser.model.attention import StepCache
+from splitwiser.model.attention import AttentionStep, serving
 
 
 def forward(
     module: PreTrainedModel,
-    cache: StepCache,
-    step: attention.Attends,
+    step: AttentionStep,
     token_ids: Sequence[int] | Tensor,
     positions: Sequence[int] | Tensor,
     rows: Sequence[int] | Tensor,
 ) -> Tensor:
-    """One forward of packed tokens; the logits of ``rows``, shape (rows, vocabulary), in the model's dtype.
+    """Run ``module`` over packed tokens, its attention through ``step``, and return the logits of ``rows``, shape
+    (rows, vocabulary), in the model's dtype.
 
     ``token_ids``, ``positions`` and ``rows`` are numbers, or int64 tensors on the model's device of one dimension.
     """
@@ -29,11 +28,11 @@ def forward(
     keeps = "logits_to_keep" in _parameters(type(module).forward)
     # Triton and cuBLAS launch on the current device, which need not be the model's
     on_device = torch.cuda.device(module.device) if module.device.type == "cuda" else nullcontext()
-    with on_device, attention.serving(step):
+    with on_device, serving(step):
         output = module(
             input_ids=torch.as_tensor(token_ids, device=module.device)[None],
             position_ids=torch.as_tensor(positions, device=module.device)[None],
-            past_key_values=cache,
+            past_key_values=step,
             use_cache=True,
             **({"logits_to_keep": kept} if keeps else {}),
         )

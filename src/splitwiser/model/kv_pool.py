@@ -1,8 +1,7 @@
-"""The KV pool: the preallocated cache of all requests in blocks, and the allocator that hands blocks out."""
+"""The paged KV pool: the preallocated KV cache of all requests in blocks, the allocator of its blocks, and its size."""
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,29 +9,18 @@ from torch import Tensor
 from splitwiser.errors import InputError
 from splitwiser.machine.memory import free_memory
 from splitwiser.machine.process import use_huge_pages
-from splitwiser.model.kernels.interface import PoolKernels
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.text import parse_bytes
 
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps for a token: ``kv_heads`` keys of ``key_dim`` and values of ``value_dim`` numbers."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
-TAKEN_AT_ONCE = 1 << 30  # bytes of a pool that are written to before the first request
+PREFAULT_BYTES = 1 << 30  # of a pool, before the first request
 
 
 class KVPool:
     """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
 
-    A *slot* is one token's place: block number x ``block_tokens`` + offset. ``memory`` (uint8, as many bytes as
-    :func:`block_nbytes` x ``blocks``) is where the pool lies, such as memory that processes share; without it the pool gets
-    its own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernels`` are
-    those that read and write it.
+    A *slot* holds one token: its number is block number x ``block_tokens`` + offset in the block. The pool lies in
+    ``memory`` (uint8, :func:`block_nbytes` x ``blocks`` bytes), such as memory that processes share, or in memory of its
+    own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernels`` read and write it.
     """
 
     def __init__(
@@ -43,7 +31,7 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         memory: Tensor | None = None,
-        kernels: PoolKernels = PoolKernels(),  # noqa: B008  # of no state
+        kernels: PoolKernels = PoolKernels(),  # noqa: B008  # it is immutable
     ) -> None:
         self.blocks = blocks
         self.kernels = kernels
@@ -59,19 +47,19 @@ class KVPool:
             self.keys.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.key_dim))
             self.values.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.value_dim))
 
-    def take_first(self, blocks: range) -> None:
-        """Write zeros to the first of ``blocks``, up to :data:`TAKEN_AT_ONCE` bytes. The system gives a page when it is
-        first written to, which takes microseconds; so this falls on no request, as long as they use no more. A GPU's
-        memory is there already."""
+    def prefault(self, blocks: range) -> None:
+        """Write zeros to the first of ``blocks``, up to :data:`PREFAULT_BYTES` bytes. The system maps a page when it is
+        first written to, which takes microseconds; requests that use no more blocks need not wait for it. Does nothing on
+        a GPU, whose memory is mapped already."""
         if self.keys[0].is_cuda:
             return
-        first = blocks[: TAKEN_AT_ONCE // (self.nbytes // self.blocks)]
-        for kept in [*self.keys, *self.values]:
-            kept[first.start : first.stop].zero_()
+        first = blocks[: PREFAULT_BYTES // (self.nbytes // self.blocks)]
+        for tensor in [*self.keys, *self.values]:
+            tensor[first.start : first.stop].zero_()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Size of all keys and values in bytes."""
         return sum(tensor.nbytes for tensor in [*self.keys, *self.values])
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -83,33 +71,34 @@ class KVPool:
             self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values in ``tables`` (block numbers, shape (requests, blocks)), each of shape
+        """Return copies of the keys and values in the blocks of ``tables`` (int64, shape (requests, blocks)), each of shape
         (requests, blocks x block_tokens, kv_heads, head size)."""
         return self.keys[layer][tables].flatten(1, 2), self.values[layer][tables].flatten(1, 2)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that ``tokens`` tokens take."""
+        """Return the number of blocks that ``tokens`` tokens need."""
         return -(-tokens // self.block_tokens)
 
 
 def zeroed_memory(nbytes: int, device: torch.device) -> Tensor:
-    """``nbytes`` zeros of type uint8."""
+    """Return ``nbytes`` zeros on ``device`` as a uint8 tensor."""
     if device.type == "cuda":
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    # the system's pages are zero, and cost nothing until they are used; torch would write the zeros
+    # the system's pages are zero and take no memory until they are used; torch would write the zeros
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     use_huge_pages(memory)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers."""
+    """Return the bytes of one block over all layers."""
     numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
     return numbers * block_tokens * dtype.itemsize
 
 
 class BlockAllocator:
-    """The free blocks of a range of the pool. It has one owner, a decode worker; nobody else allocates or frees."""
+    """Allocates the ``count`` blocks of the pool from number ``first`` on. It has one owner, a decode worker; no other
+    worker allocates or releases these blocks."""
 
     def __init__(self, first: int, count: int) -> None:
         self.count = count
@@ -118,11 +107,11 @@ class BlockAllocator:
 
     @property
     def free_count(self) -> int:
-        """Blocks not in use."""
+        """Number of free blocks."""
         return len(self._free)
 
     def allocate(self, count: int) -> list[int] | None:
-        """``count`` block numbers, or None if fewer are free."""
+        """Return the numbers of ``count`` blocks, now in use; None if fewer are free."""
         if count > len(self._free):
             return None
         blocks = [self._free.pop() for _ in range(count)]
@@ -130,17 +119,17 @@ class BlockAllocator:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Take ``blocks`` back. Raises ValueError if one is not in use."""
-        given: set[int] = set()
+        """Free ``blocks``. Raises ValueError if one is not in use."""
+        released: set[int] = set()
         for block in blocks:
-            if block not in self._used or block in given:
+            if block not in self._used or block in released:
                 raise ValueError(f"blocks [{block}] are not in use; a block is freed once")
-            given.add(block)
-        self._used -= given
+            released.add(block)
+        self._used -= released
         self._free.extend(reversed(blocks))
 
 
-_LONGEST_REQUEST = 8192  # tokens a request is taken to need at most, where the pool's size is chosen automatically
+_LONGEST_REQUEST = 8192  # tokens per request at most, assumed if the pool's size is chosen automatically
 
 
 def plan_blocks(
@@ -153,11 +142,12 @@ def plan_blocks(
     max_positions: int | None,
     available: int | None = None,
 ) -> int:
-    """How many blocks the pool gets.
+    """Return the number of blocks of the pool.
 
     ``kv_memory`` is a size such as ``512MiB``, or ``auto``: what ``max_batch`` requests of the model's longest length need,
-    but at most a quarter of a CPU's available memory or half of what a GPU has free after loading. ``available`` is these
-    bytes, asked of the device if not given. Raises :class:`InputError` if not even one block fits.
+    but at most a quarter of a CPU's available memory or half of a GPU's free memory after loading. ``available`` is that
+    memory in bytes, read from the device by default. Raises :class:`InputError` if ``kv_memory`` is not a size, less than
+    one block, or more than ``available``.
     """
     nbytes = block_nbytes(layers, block_tokens, dtype)
     if available is None:
@@ -180,8 +170,8 @@ def plan_blocks(
 def find_memory_problem(
     name: str, weights: int, dtype: torch.dtype, kv_memory: str, free: int, device: torch.device
 ) -> str | None:
-    """Why ``weights`` bytes of model ``name`` and a KV pool of the size ``kv_memory`` are more than the ``free`` bytes of
-    ``device``; None if they fit. With ``auto`` the pool takes what there is.
+    """Return why ``weights`` bytes of model ``name`` and a KV pool of size ``kv_memory`` do not fit in the ``free`` bytes of
+    ``device``, in one line; None if they fit. With ``auto`` the pool takes what is left.
 
     Raises :class:`InputError` if ``kv_memory`` is not a size.
     """
@@ -194,8 +184,8 @@ def find_memory_problem(
 
 
 def find_pool_problem(kv_memory: str, available: int, beside: str = "") -> str | None:
-    """Why a pool of the size ``kv_memory`` does not fit in ``available`` bytes (``beside`` says what else lies there), or
-    None; ``auto`` always fits. Raises :class:`InputError` if it is not a size."""
+    """Return why a pool of size ``kv_memory`` does not fit in ``available`` bytes, in one line that ends with ``beside``;
+    None if it fits, as ``auto`` always does. Raises :class:`InputError` if ``kv_memory`` is not a size."""
     if kv_memory == "auto" or parse_bytes(kv_memory) <= available:
         return None
     return f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available{beside}"

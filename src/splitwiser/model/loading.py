@@ -1,4 +1,4 @@
-"""Loads a model, unmodified from transformers: a checkpoint, or the architecture alone with random weights."""
+"""Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 LoadFormat = Literal["auto", "dummy"]
 
-# Generation settings of a checkpoint that change no token here: special tokens, how long, how it is computed and reported,
-# and what a request says itself. No mode applies any other, and the user is told.
+# Generation settings of a checkpoint that change no token here: special tokens, lengths, how it is computed and reported,
+# and what each request sets itself. No mode applies any other setting; a note tells the user.
 _CHANGES_NO_TOKEN = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "max_time",
     "do_sample", "temperature", "top_k", "top_p", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
@@ -47,8 +47,8 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 
 @dataclass
 class LoadedModel:
-    """A model on its device with what serving it takes. ``parameters`` counts its weights, tied ones once; ``tokenizer`` is
-    None where a checkpoint has none that can be loaded, and ``no_text`` says then why its prompts cannot be text."""
+    """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
+    once; ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
 
     name: str
     module: PreTrainedModel
@@ -65,20 +65,20 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids the model has embeddings for."""
+        """Number of token ids that the model has embeddings for."""
         weight = self.module.get_input_embeddings().weight
         return len(weight) if isinstance(weight, Tensor) else 0
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """Token ids that stand for no text: end-of-sequence, begin, padding and what the tokenizer counts among them."""
+        """Token ids that stand for no text: end and begin of sequence, padding and the tokenizer's special tokens."""
         config = self.module.config.get_text_config()
         named = (getattr(config, name, None) for name in ("bos_token_id", "pad_token_id"))
         of_tokenizer = self.tokenizer.all_special_ids if self.tokenizer else []
         return self.eos_token_ids.union(of_tokenizer, (each for each in named if isinstance(each, int)))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ``token_ids`` without special tokens; empty without a tokenizer."""
+        """Return the text of ``token_ids`` without special tokens; empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -88,7 +88,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
-    """The torch type that ``dtype`` names; ``auto`` is the checkpoint's own. Raises :class:`InputError`."""
+    """Return the torch dtype named ``dtype``; ``auto`` is the checkpoint's own. Raises :class:`InputError` for an unknown
+    name and :class:`UnsupportedModelError` if the checkpoint's own is not supported."""
     if dtype == "auto":
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if own not in DTYPES.values():
@@ -104,7 +105,8 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
 def plan_model(
     model: str | Path, *, dtype: str, device: str, load_format: str
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
-    """What :func:`load_model` would load, and where to; arguments as for it. Raises :class:`InputError`."""
+    """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
+    dtype. Raises :class:`InputError`."""
     if load_format not in ("auto", "dummy"):
         raise unknown("load_format", load_format, ["auto", "dummy"])
     entry = resolve_model(model)
@@ -129,11 +131,12 @@ def load_model(
 ) -> LoadedModel:
     """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
 
-    ``load_format`` ``auto`` reads its weights; ``dummy`` draws random ones with ``seed`` from the architecture alone, and
-    falls back on the embedded model's tokenizer where the model's own is not on this machine. The attention implementation
-    stays transformers' own; see :func:`splitwiser.model.compatibility.attach_engine`. Before any weight is made, they and a
-    KV pool of the size ``kv_memory`` are held against the memory there is. Without ``weights`` there is only what is known
-    of the model: its tokenizer, vocabulary and positions. Raises :class:`InputError`.
+    ``load_format`` ``auto`` reads its weights; ``dummy`` builds the architecture alone with random weights drawn with
+    ``seed``, and uses the embedded model's tokenizer if the model's own is not on this machine. The attention
+    implementation stays transformers' own; see :func:`splitwiser.model.compatibility.attach_engine`. The sizes of the
+    weights and of a KV pool of size ``kv_memory`` are compared with the free memory before any weight is allocated. If
+    not ``weights``, the module has no memory; only its tokenizer, vocabulary and positions are known. Raises
+    :class:`InputError`, and its subclass :class:`UnsupportedModelError` for a model that cannot be served.
     """
     began = time.perf_counter()
     entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
@@ -141,7 +144,7 @@ def load_model(
     problem = find_memory_problem(
         entry.name, weights_nbytes(module), module.dtype, kv_memory, free_memory(place), place
     )
-    if weights and problem:  # before the system kills the run for it
+    if weights and problem:  # before the system kills the process for it
         raise InputError(problem)
     if weights and load_format == "dummy":
         draw_weights(module, place, seed)
@@ -157,8 +160,8 @@ def load_model(
         tokenizer, no_text = load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
-    # a fresh one, so that mode generate applies nothing that the engine does not: no end-of-sequence token either, since
-    # transformers would end a row at it even where the request ignores it
+    # a new one, so that mode generate applies no setting that the engine does not: no end-of-sequence token either, since
+    # transformers would end a row at it even if the request ignores it
     module.generation_config = GenerationConfig(pad_token_id=0)
     return LoadedModel(
         name=entry.name,
@@ -183,7 +186,7 @@ def _encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
 def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
     """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``.
 
-    They are made straight on ``device`` (accelerate), so a second copy never exists.
+    They are made directly on ``device``, so there is never a second copy.
     """
     module.tie_weights()
     for name, parameter in list(module.named_parameters()):
@@ -198,29 +201,29 @@ def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> No
 
 
 def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture of ``config``, its weights on the meta device."""
+    """Return the architecture of ``config`` with its weights on the meta device. Raises :class:`UnsupportedModelError`."""
     try:
         with init_empty_weights(include_buffers=False):
             module: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=_own_attention(config)
             )
-    except ValueError as error:  # no causal model of this kind
+    except ValueError as error:  # transformers has no causal model of this kind
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
-    except Exception as error:  # whatever figures that do not go together raise
+    except Exception as error:  # inconsistent figures raise various errors
         raise _cannot_be_made(entry, error) from error
     module.tie_weights()
     return module
 
 
 def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
-    """What a library raises over a checkpoint's files has many types."""
+    """Return the error for whatever exception a library raises over a checkpoint's files."""
     return UnsupportedModelError(
-        f"model {entry.name}: cannot be made from {entry.location}: {type(error).__name__}: {first_line(error)}"
+        f"model {entry.name}: cannot be built from {entry.location}: {type(error).__name__}: {first_line(error)}"
     )
 
 
 def weights_nbytes(module: PreTrainedModel) -> int:
-    """Bytes of all weights, tied ones once."""
+    """Return the bytes of all weights, tied ones counted once."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
@@ -233,13 +236,14 @@ def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
 
 
 def _own_attention(config: PreTrainedConfig) -> str | None:
-    """The model's own attention where the engine does not serve it: transformers' choice, but for soft-capped scores,
-    which its fused function drops silently in 5.17."""
+    """Return the attention implementation that is used without the engine: None for transformers' choice, except for
+    soft-capped scores, which its fused function ignores in version 5.17."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
-    """``load(local_files_only)`` from this machine or, if it is not there, from the hub."""
+    """Return ``load(local_files_only)`` from this machine or, if it is not there, from the hub. Raises
+    :class:`InputError`."""
     try:
         return load(True)
     except OSError as error:
@@ -250,13 +254,13 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     try:
         return load(False)
     except (OSError, RuntimeError) as error:
-        raise InputError(not_to_be_had(entry, first_line(error))) from error
+        raise InputError(not_available(entry, first_line(error))) from error
 
 
-def not_to_be_had(entry: CatalogEntry, why: str) -> str:
-    """The line for a model of the hub that is not on this machine and cannot be downloaded."""
+def not_available(entry: CatalogEntry, why: str) -> str:
+    """Return the error message for a model of the hub that is not on this machine and cannot be downloaded."""
     return (
-        f"model {entry.name}: {entry.hub} is neither in the local cache nor to be had from the hub; give a checkpoint "
+        f"model {entry.name}: {entry.hub} is neither in the local cache nor available from the hub; give a checkpoint "
         f"directory, or use --load_format dummy for timing with random weights ({why})"
     )
 
@@ -290,7 +294,7 @@ def _read_checkpoint(
             local_files_only=local_files_only,
         )
         module: PreTrainedModel = made[0]
-        if missing := sorted(made[1]["missing_keys"]):  # transformers would draw them at random
+        if missing := sorted(made[1]["missing_keys"]):  # transformers would initialise them at random
             raise InputError(
                 f"model {entry.name}: {entry.location} lacks {len(missing)} of the model's weights, such as {missing[0]}"
             )
@@ -309,24 +313,24 @@ def _read_checkpoint(
 
 
 def has_tokenizer_files(entry: CatalogEntry) -> bool:
-    """Whether a file of the model's own tokenizer is on this machine."""
+    """Return whether a file of the model's own tokenizer is on this machine."""
     return any(find_file(entry, name) for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The tokenizer and no text, or None, where there is none or one that cannot be loaded, and a line that says so: prompts
-    are token ids then."""
+    """Return the tokenizer and an empty string, or None and a line that says why there is none that can be loaded: prompts
+    must then be token ids. If ``local_only``, nothing is downloaded."""
     problem = find_pointer(entry, TOKENIZER_FILES) or ""
     for local in (True,) if local_only or entry.path or problem else (True, False):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
-        except Exception as error:  # no file, a broken one, a library that is not there
+        except Exception as error:  # no file, a broken file, a missing library
             problem = problem or first_line(error)
             continue
-        # without any tokenizer file, transformers makes one of special tokens alone, which drops all text
+        # without any tokenizer file, transformers makes one of special tokens only, which drops all text
         if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
             return tokenizer, ""
-        problem = problem or "its files hold no words"
+        problem = problem or "its files contain no vocabulary"
     found = f"'s tokenizer cannot be loaded: {problem}" if has_tokenizer_files(entry) else " has no tokenizer"
     return None, f"{entry.name}{found}; give its prompt as token ids"
 
@@ -354,10 +358,10 @@ def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Positions the model takes, or None if it has no limit.
+    """Return the number of positions that the model supports, or None if it has no limit.
 
-    Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes past the original
-    length for every request in the pack, so such a model is served up to that length only.
+    Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes beyond the original
+    length for every request of the step, so such a model is served up to that length only.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)

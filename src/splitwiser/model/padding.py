@@ -1,4 +1,4 @@
-"""Padded batches, as mode ``generate`` uses them."""
+"""Left-padded batches of prompts for transformers' own generation."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids of ``prompts`` and which of them are real (1) or padding (0), int64 of shape (prompts, longest prompt)."""
+    """Return the token ids of ``prompts`` and their mask (1: token, 0: padding), each int64 of shape (prompts, longest
+    prompt) on ``device``."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -11,15 +11,15 @@ from splitwiser.engine.engine import Engine
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.model.compatibility import attach_engine, try_kernels
-from splitwiser.model.fused import describe_parts
+from splitwiser.model.fusing import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import KVPool, LayerShape, plan_blocks
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.placement.config import EngineConfig, ModelConfig
 
-_COMPUTED_BY = {"decode": "decode_attention", "packed": "prefill_attention"}  # names in a run's record
+_COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # names in a run's record
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
     if memory is None:  # workers that share it prefault their own blocks
-        pool.take_first(range(prepared.blocks))
+        pool.prefault(range(prepared.blocks))
     return pool
 
 
@@ -115,4 +115,4 @@ def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:
         return "as asked for"
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return "packing is for bfloat16 on a CPU"
-    return packed.find_problem()
+    return packed.find_packing_problem()

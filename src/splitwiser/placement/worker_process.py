@@ -23,7 +23,8 @@ from splitwiser.engine.worker import PARENT, build_worker, run_worker
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kv_pool import KVPool, LayerShape
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import CpuShare, plan_cores
@@ -105,7 +106,7 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
-    pool.take_first(setup.own_blocks)
+    pool.prefault(setup.own_blocks)
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
         graphs, graphs_described = capture_graphs(model, pool, config.max_batch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
-from splitwiser.model.attention import AttentionOptions, Mask, StepCache
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel
@@ -175,7 +175,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
     )
 
 
-class _Probe(StepCache):
+class _Probe(AttentionStep):
     """Notes what each layer's attention is asked for."""
 
     def __init__(self) -> None:
@@ -194,5 +194,5 @@ class _Probe(StepCache):
 @torch.inference_mode()
 def _probe_attention(model: LoadedModel) -> list[AttentionLayer]:
     probe = _Probe()
-    forward(model.module, probe, probe, [0], [0], [0])
+    forward(model.module, probe, [0], [0], [0])
     return probe.layers

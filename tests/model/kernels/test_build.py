@@ -1,6 +1,8 @@
 """The C++ functions are built once, cached, and done without where they cannot be had."""
 
+import ctypes
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +36,19 @@ def test_is_built_once(cache: Path) -> None:
     made_ns = built.stat().st_mtime_ns
     assert load_native()[0] is not None
     assert built.stat().st_mtime_ns == made_ns
+
+
+@needs_compiler
+def test_every_function_has_its_declared_types() -> None:
+    library, _ = load_native()
+    assert library is not None
+    sources = "".join(source.read_text() for source in native.SOURCES)
+    names = re.findall(r'^extern "C" \w+ (\w+)\(', sources, re.MULTILINE)
+    assert {"attention", "store", "rms_norm"} <= set(names)
+    functions = [function for name in names if (function := getattr(library, name, None))]
+    assert all(function.argtypes is not None for function in functions)
+    assert library.rms_norm.argtypes == [*[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2, *[ctypes.c_int64] * 3]
+    assert library.rms_norm.restype is None
 
 
 @needs_compiler
@@ -97,7 +112,7 @@ def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeyp
     fake_compiler(tmp_path, 'for last; do :; done; test "$1" = --version || echo junk > "$last"', monkeypatch)
     library, described = load_native()
     assert library is None
-    assert described.startswith("plain PyTorch (what g++ compiled cannot be used: ")
+    assert described.startswith("plain PyTorch (the compiled library cannot be used: ")
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,4 +135,4 @@ def test_the_cache_is_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp
 def test_without_a_home_folder_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     reason = "there is no home folder to keep it; set XDG_CACHE_HOME"
-    assert load_native() == (None, f"plain PyTorch (what g++ compiled cannot be used: {reason})")
+    assert load_native() == (None, f"plain PyTorch (the compiled library cannot be used: {reason})")

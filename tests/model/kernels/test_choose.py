@@ -7,8 +7,7 @@ import torch
 
 from splitwiser.errors import InputError
 from splitwiser.model.kernels.choose import load_kernels
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 
 CPU = torch.device("cpu")
 LAYERS = [LayerShape(2, 64, 64)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.cpu_attention import CpuAttention, CpuStore, load_cpu_kernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape
 
 LIBRARY, WHY_NOT = load_native()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=WHY_NOT)

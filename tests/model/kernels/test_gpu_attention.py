@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitwiser import constants
 from splitwiser.model.kernels import gpu_attention as gpu_kernel
-from splitwiser.model.kernels.gpu_attention import GpuKernel, load_gpu_kernels
+from splitwiser.model.kernels.gpu_attention import GpuDecodeAttention, load_gpu_kernels
 from splitwiser.model.kernels.interface import PoolKernels
 from tests.support.decode_cases import CASES, error_beyond_32_bits, largest_error
 
@@ -133,7 +133,7 @@ def launches_of(
     monkeypatch.setattr(gpu_kernel, "_parts", lambda *_: parts)
     rows = torch.zeros(2, dtype=torch.int64)
     keys, values = (torch.zeros(4, 16, kv_heads, size, dtype=dtype) for size in (key_dim, value_dim))
-    GpuKernel()(
+    GpuDecodeAttention()(
         torch.zeros(2, heads, key_dim, dtype=dtype), keys, values,
         torch.zeros(2, 16, dtype=torch.int32) if tables is None else tables, rows, rows, rows, 0.3,
         *((5.0, torch.zeros(heads, dtype=dtype)) if options else ()),

@@ -18,11 +18,15 @@ from splitwiser.model.loading import load_model
 from splitwiser.study.operations import count_architecture
 from tests.support.tokens import LENGTHS, SERVED, prompts_of
 
-needs_packing = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
-needs_panels = pytest.mark.skipif(
-    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
+needs_packing = pytest.mark.skipif(
+    packed.find_packing_problem() is not None, reason=f"cannot pack: {packed.find_packing_problem()}"
 )
-needs_few = pytest.mark.skipif(packed.most_few() == 0, reason="this processor has no products of bfloat16 pairs")
+needs_panels = pytest.mark.skipif(
+    packed.find_small_batch_problem() is not None, reason=f"products of a few rows: {packed.find_small_batch_problem()}"
+)
+needs_small_batches = pytest.mark.skipif(
+    packed.max_small_rows() == 0, reason="this processor has no products of bfloat16 pairs"
+)
 
 
 def linear(bias: bool = True, inputs: int = 48, outputs: int = 96) -> nn.Linear:
@@ -49,21 +53,21 @@ def test_computes_what_the_linear_layer_does(shape: tuple[int, ...], bias: bool)
 
 @needs_packing
 @needs_panels
-@pytest.mark.parametrize("activation", [("none", ""), packed.RELU])
+@pytest.mark.parametrize("activation", [packed.IDENTITY, packed.RELU])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [(64, 128), (48, 96), (40, 100), (576, 1), (2, 65)], ids=str)
 def test_products_of_a_few_rows_are_those_of_many(
     sizes: tuple[int, int], bias: bool, activation: tuple[str, str]
 ) -> None:
-    few = packed.most_few()
-    layer = PackedLinear(linear(bias, *sizes), activation)
-    assert layer.product is not None
+    few = packed.max_small_rows()
+    layer = PackedLinear(linear(bias, *sizes)).with_activation(activation)
+    assert layer.struct is not None
     many, residual = inputs(few + 1, sizes[0]), inputs(few + 1, sizes[1])
     with torch.inference_mode():
         expected = layer(many)
         for rows in range(1, few + 1):
             assert_same(layer(many[:rows]), expected[:rows])
-            if activation == ("none", ""):
+            if activation == packed.IDENTITY:
                 assert_same(layer.added_to(residual[:rows], many[:rows]), expected[:rows] + residual[:rows])
 
 
@@ -87,14 +91,16 @@ def test_products_of_a_few_rows_leave_onednns_as_they_are() -> None:
 
 @needs_packing
 @pytest.mark.parametrize("rows", [1, 100])
-def test_an_activation_may_be_set_anew(rows: int) -> None:
+def test_activations_over_one_weight(rows: int) -> None:
     layer = PackedLinear(linear())
+    functions = {packed.RELU: nn.ReLU(), ("gelu", "tanh"): nn.GELU(approximate="tanh"), packed.IDENTITY: nn.Identity()}
     with torch.inference_mode():
         plain = layer(inputs(rows, 48))
-        for layer.activation in (packed.RELU, ("gelu", "tanh"), ("none", "")):
-            made = layer(inputs(rows, 48))
-            functions = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh"), "none": nn.Identity()}
-            assert_same(made, functions[layer.activation[0]](plain))
+        for activation, function in functions.items():
+            other = layer.with_activation(activation)
+            assert other.packed.data_ptr() == layer.packed.data_ptr()
+            assert_same(other(inputs(rows, 48)), function(plain))
+        assert torch.equal(layer(inputs(rows, 48)), plain)
 
 
 def laid_out(weight: torch.Tensor, panel: int, filled: int) -> torch.Tensor:
@@ -126,7 +132,7 @@ def own_layout(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Linear, torch.Te
 
 
 @needs_packing
-@needs_few
+@needs_small_batches
 @pytest.mark.parametrize("filled", [40, 42, 64])
 @pytest.mark.parametrize("panel", packed.PANELS)
 def test_panels_of_other_widths_are_found_and_read(
@@ -134,9 +140,9 @@ def test_panels_of_other_widths_are_found_and_read(
 ) -> None:
     plain = linear(True, 40, 200)
     layer = own_layout(plain, laid_out(plain.weight, panel, filled))
-    assert layer.product is not None
-    assert (layer.product.panel, layer.product.filled) == (panel, filled)
-    few = packed.most_few()
+    assert layer.struct is not None
+    assert (layer.struct.panel, layer.struct.padded_inputs) == (panel, filled)
+    few = packed.max_small_rows()
     many, residual = inputs(few, 40), inputs(few, 200)
     with torch.inference_mode():
         for rows in range(1, few + 1):
@@ -146,20 +152,20 @@ def test_panels_of_other_widths_are_found_and_read(
 
 
 @needs_packing
-@needs_few
+@needs_small_batches
 def test_what_lies_otherwise_is_left_to_onednn(
     own_layout: Callable[[nn.Linear, torch.Tensor], PackedLinear],
 ) -> None:
     plain = linear()
     plain.bias.fill_(1000)  # beside which the products are as good as nothing
     layer = own_layout(plain, plain.weight.view(torch.uint8).view(-1))
-    assert layer.product is None
+    assert layer.struct is None
     with torch.inference_mode():
         assert_same(layer(inputs(1, 48)), plain(inputs(1, 48)))
 
 
 @needs_packing
-@needs_few
+@needs_small_batches
 def test_bytes_too_few_or_too_many_for_whole_panels_are_not_tried(
     own_layout: Callable[[nn.Linear, torch.Tensor], PackedLinear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,9 +173,9 @@ def test_bytes_too_few_or_too_many_for_whole_panels_are_not_tried(
         raise AssertionError("it would read what is not there")
 
     plain = linear(True, 48, 64)
-    monkeypatch.setattr(PackedLinear, "_multiply_few", fail)
+    monkeypatch.setattr(PackedLinear, "_multiply_small_batch", fail)
     for size in (64 * 46 * 2, 64 * 48 * 2 + 64):
-        assert own_layout(plain, torch.ones(size, dtype=torch.uint8)).product is None
+        assert own_layout(plain, torch.ones(size, dtype=torch.uint8)).struct is None
 
 
 @needs_packing
@@ -180,23 +186,23 @@ def test_weights_of_zeros_decide_nothing_for_others(monkeypatch: pytest.MonkeyPa
     layer = PackedLinear(plain)
     with torch.no_grad():
         plain.weight.zero_()
-    assert PackedLinear(plain).product is None
-    assert layer.product is not None
+    assert PackedLinear(plain).struct is None
+    assert layer.struct is not None
 
 
-@pytest.mark.parametrize("problem", [None, "oneDNN lays weights out otherwise here"])
+@pytest.mark.parametrize("problem", [None, "oneDNN uses another weight layout here"])
 def test_a_run_says_what_computes_products_of_a_few_rows(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "find_few_problem", lambda: problem)
+    monkeypatch.setattr(packed, "find_small_batch_problem", lambda: problem)
     said = packed.describe()
     assert said.startswith("oneDNN's, weights packed once; products of a few rows ")
-    assert said.endswith(f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {packed.most_few()})")
+    assert said.endswith(f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {packed.max_small_rows()})")
 
 
 @needs_packing
 def test_another_layout_of_onednns_is_the_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "most_few", lambda: 6)
-    monkeypatch.setattr(PackedLinear, "_find_product", lambda _: None)  # as with plain weights
-    assert packed.find_few_problem.__wrapped__() == "oneDNN lays weights out otherwise here"
+    monkeypatch.setattr(packed, "max_small_rows", lambda: 6)
+    monkeypatch.setattr(PackedLinear, "_find_struct", lambda _: None)  # as with plain weights
+    assert packed.find_small_batch_problem.__wrapped__() == "oneDNN uses another weight layout here"
 
 
 @needs_packing

@@ -69,9 +69,9 @@ def install() -> None:
 
 
 def install_decode_attention(gpu_kernel: ModuleType) -> None:
-    """Let the call of ``splitwiser.model.kernels.gpu_attention.GpuKernel``, which launches Triton's kernels, compute on the
-    CPU."""
-    gpu_kernel.GpuKernel.__call__ = _decode_attention
+    """Let the call of ``splitwiser.model.kernels.gpu_attention.GpuDecodeAttention``, which launches Triton's kernels,
+    compute on the CPU."""
+    gpu_kernel.GpuDecodeAttention.__call__ = _decode_attention
 
 
 def on_host(value: Any) -> Any:
@@ -323,7 +323,7 @@ def _decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """What :meth:`splitwiser.model.kernels.gpu_attention.GpuKernel.__call__` computes."""
+    """What :meth:`splitwiser.model.kernels.gpu_attention.GpuDecodeAttention.__call__` computes."""
     device = query.device
     if device.index != torch.cuda.current_device():
         raise RuntimeError(

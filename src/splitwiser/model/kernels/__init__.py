@@ -1,1 +1,1 @@
-"""What a forward is made of: attention, packed linear layers, and how compiled functions are built and chosen."""
+"""Kernels of a forward: attention over the KV pool, packed linear layers, and the building and choice of compiled ones."""

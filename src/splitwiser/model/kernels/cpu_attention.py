@@ -1,4 +1,4 @@
-"""The compiled attention for CPUs."""
+"""The compiled attention and store kernels for CPUs, csrc/attention.cpp."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,21 +7,16 @@ import torch
 from torch import Tensor
 
 from splitwiser.model.kernels.build import load_native
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CpuAttention:
-    """The function ``attention`` of ``csrc/attention.cpp``, called through ctypes; an
-    :class:`~splitwiser.model.kernels.interface.AttentionKernel`."""
+    """The function ``attention`` as an :class:`~splitwiser.model.kernels.interface.AttentionKernel`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = library.attention
-        pointers, sizes, factors = [ctypes.c_void_p] * 9, [ctypes.c_int64] * 8, [ctypes.c_float] * 2
-        self._function.argtypes = [ctypes.c_int64, *pointers, *sizes, *factors, ctypes.c_int64]
-        self._function.restype = None
 
     def __call__(
         self,
@@ -53,16 +48,14 @@ class CpuAttention:
 
 
 class CpuStore:
-    """The function ``store`` of ``csrc/attention.cpp``; a :class:`~splitwiser.model.kernels.interface.StoreKernel`."""
+    """The function ``store`` as a :class:`~splitwiser.model.kernels.interface.StoreKernel`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = library.store
-        self._function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6
-        self._function.restype = None
 
     def __call__(self, pool_keys: Tensor, pool_values: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """See :meth:`splitwiser.model.kv_pool.KVPool.write`."""
-        keys, values = _with_whole_tokens(keys), _with_whole_tokens(values)
+        keys, values = _with_contiguous_tokens(keys), _with_contiguous_tokens(values)
         size = keys.element_size()
         self._function(
             keys.data_ptr(), values.data_ptr(), slots.data_ptr(), pool_keys.data_ptr(), pool_values.data_ptr(), len(slots),
@@ -71,23 +64,24 @@ class CpuStore:
         )  # fmt: skip
 
 
-def _with_whole_tokens(stored: Tensor) -> Tensor:
-    """``stored`` (tokens, kv heads, head size), or a copy, with each token's numbers side by side."""
-    return stored if stored.stride()[1:] == (stored.shape[2], 1) else stored.contiguous()
+def _with_contiguous_tokens(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` (tokens, kv heads, head size) if each token's numbers are contiguous, else a copy."""
+    return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
 
 
 def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[PoolKernels, dict[str, str]]:
-    """See :func:`splitwiser.model.kernels.choose.load_kernels`."""
+    """Return the kernels of a CPU; see :func:`splitwiser.model.kernels.choose.load_kernels`."""
     library, described = load_native()
     fused = "torch.nn.functional.scaled_dot_product_attention"
     if library is None:
         return PoolKernels(), {"prefill_attention": fused, "decode_attention": described}
     attention, compiled = CpuAttention(library), f"attention.cpp, {described}"
-    library.attention_takes_several.argtypes = [ctypes.c_int64] * 3
-    takes_several = all(
-        library.attention_takes_several(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
+    supports_prefill = all(
+        library.attention_supports_prefill(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
     )
-    return PoolKernels(attention, attention if takes_several else None, CpuStore(library)), {
-        "prefill_attention": compiled if takes_several else f"{fused} (attention.cpp does it in bfloat16 on AVX-512)",
+    return PoolKernels(attention, attention if supports_prefill else None, CpuStore(library)), {
+        "prefill_attention": compiled
+        if supports_prefill
+        else f"{fused} (attention.cpp does it in bfloat16 on AVX-512)",
         "decode_attention": compiled,
     }

@@ -1,8 +1,8 @@
-"""Decode attention for GPUs: flash-decoding over the block pool in Triton, which PyTorch's CUDA builds bring along.
+"""Decode attention for GPUs: flash-decoding over the paged KV pool in Triton, which PyTorch's CUDA builds include.
 
-Each request's context is cut into parts that different multiprocessors read at the same time (Dao et al., "Flash-Decoding",
-2023); where there are several, a second, small kernel joins them. The heads that share a K/V head are taken together, so
-K and V are read once. Nothing depends on a length that only the device knows, so steps can be captured in CUDA graphs.
+Each request's context is divided into parts that different multiprocessors read at the same time (Dao et al.,
+"Flash-Decoding", 2023); a second, small kernel combines them if there are several. Heads that share a K/V head are computed
+together, so K and V are read once. No launch depends on values in the device's memory, so CUDA graphs can capture steps.
 """
 
 import functools
@@ -16,22 +16,21 @@ import torch
 from torch import Tensor
 
 from splitwiser.machine.process import home_folder
-from splitwiser.model.kernels import packed_attention
-from splitwiser.model.kernels.interface import PoolKernels
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kernels.varlen_attention import VarlenAttention, find_varlen_problem
 
-PARTS = 64  # most parts of one request's context
-PROGRAMS_PER_SM = 2  # parts are made while the device has fewer programs a multiprocessor
-LEAST_ROWS = 16  # heads a program: what a matrix product on tensor cores takes
-MOST_ROWS = 64
-MOST_ROWS_FLOAT32 = 32  # which is multiplied without tensor cores: that takes more registers
+MAX_PARTS = 64  # of one request's context
+PROGRAMS_PER_SM = 2  # contexts are divided until the device has this many programs per multiprocessor
+MIN_ROWS = 16  # heads per program: the minimum of a matrix product on tensor cores
+MAX_ROWS = 64
+MAX_ROWS_FLOAT32 = 32  # float32 is multiplied without tensor cores, which takes more registers
 TILE_BYTES = 16_384  # of K or V that a program reads at a time
 
-Constants = dict[str, Any]  # what a Triton function is compiled with, by name; its launch options among them
+Constants = dict[str, Any]  # a Triton function's compile-time constants and launch options, by name
 
 
-class GpuKernel:
-    """A :class:`~splitwiser.model.kernels.interface.AttentionKernel` for CUDA tensors."""
+class GpuDecodeAttention:
+    """An :class:`~splitwiser.model.kernels.interface.AttentionKernel` for CUDA tensors and one new token per request."""
 
     def __call__(
         self,
@@ -46,13 +45,13 @@ class GpuKernel:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`splitwiser.model.kernels.interface.AttentionKernel.__call__`; for one token a request only."""
+        """See :meth:`splitwiser.model.kernels.interface.AttentionKernel.__call__`."""
         attend_part, join_parts = _kernels()
         query = query.contiguous()
         requests, heads, key_dim = query.shape
         _, block_tokens, kv_heads, value_dim = values.shape
         group = heads // kv_heads
-        programs = kv_heads * -(-group // _rows(group, query.element_size()))  # of one part of one request
+        programs = kv_heads * -(-group // _rows(group, query.element_size()))  # per part of a request's context
         parts = _parts(requests * programs, query.device)
         attend, join = kernel_constants(
             heads, kv_heads, key_dim, value_dim, block_tokens, query.element_size(), parts,
@@ -77,9 +76,9 @@ def kernel_constants(
     heads: int, kv_heads: int, key_dim: int, value_dim: int, block_tokens: int, element_bytes: int, parts: int,
     capped: bool, has_sinks: bool,
 ) -> tuple[Constants, Constants]:  # fmt: skip
-    """What ``attend_part`` and ``join_parts`` are compiled with for tensors of these sizes.
+    """Return the constants of ``attend_part`` and ``join_parts`` for tensors of these sizes.
 
-    ``ROWS``, ``TILE`` and ``num_warps`` are such that up to head size 256 no registers are spilled.
+    ``ROWS``, ``TILE`` and ``num_warps`` are chosen such that no registers are spilled up to head size 256.
     """
     group = heads // kv_heads
     rows = _rows(group, element_bytes)
@@ -89,7 +88,7 @@ def kernel_constants(
     attend = {
         "HEADS": heads, "KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "KEY_DIM": key_dim, "KEY_PAD": key_pad,
         "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, "BLOCK_TOKENS": block_tokens, "PARTS": parts,
-        "TILE": 16 if in_float32 and rows > LEAST_ROWS else tile, "CAPPED": capped, "SINKS": has_sinks,
+        "TILE": 16 if in_float32 and rows > MIN_ROWS else tile, "CAPPED": capped, "SINKS": has_sinks,
         "num_warps": 8 if in_float32 or rows > 32 else 4, "num_stages": 3,
     }  # fmt: skip
     join = {
@@ -99,16 +98,16 @@ def kernel_constants(
 
 
 def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[PoolKernels, dict[str, str]]:
-    """See :func:`splitwiser.model.kernels.choose.load_kernels`."""
-    not_packed = packed_attention.find_problem(dtype, layers)
+    """Return the kernels of a GPU; see :func:`splitwiser.model.kernels.choose.load_kernels`."""
+    varlen_problem = find_varlen_problem(dtype, layers)
     has_triton = importlib.util.find_spec("triton") is not None
     kernels = PoolKernels(
-        decode=GpuKernel() if has_triton else None,
-        packed=None if not_packed else packed_attention.PackedAttention(),
+        decode=GpuDecodeAttention() if has_triton else None,
+        varlen=None if varlen_problem else VarlenAttention(),
     )
     return kernels, {
-        "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({not_packed})"
-        if not_packed
+        "prefill_attention": f"torch.nn.functional.scaled_dot_product_attention ({varlen_problem})"
+        if varlen_problem
         else "torch.nn.attention.varlen, one call a layer",
         "decode_attention": "triton_decode.py, compiled by Triton"
         if has_triton
@@ -117,26 +116,26 @@ def load_gpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
 
 
 def cache_directory() -> Path:
-    """Where Triton keeps what it has compiled. Raises FileNotFoundError for a user without a home folder."""
+    """Return Triton's folder of compiled kernels. Raises FileNotFoundError for a user without a home folder."""
     if given := os.environ.get("TRITON_CACHE_DIR"):
         return Path(given)
     return Path(os.environ.get("TRITON_HOME") or home_folder("TRITON_CACHE_DIR")) / ".triton" / "cache"
 
 
 def _rows(group: int, element_bytes: int) -> int:
-    """Heads that a program takes of the ``group`` that share a K/V head."""
-    return min(MOST_ROWS_FLOAT32 if element_bytes == 4 else MOST_ROWS, max(LEAST_ROWS, _power_of_2(group)))
+    """Return the number of heads per program, of the ``group`` heads that share a K/V head."""
+    return min(MAX_ROWS_FLOAT32 if element_bytes == 4 else MAX_ROWS, max(MIN_ROWS, _power_of_2(group)))
 
 
 def _power_of_2(number: int) -> int:
-    """The least power of 2 that is not below ``number``."""
+    """Return the smallest power of 2 that is at least ``number``."""
     return 1 << (number - 1).bit_length()
 
 
 def _parts(programs: int, device: torch.device) -> int:
-    """Parts of each request's context, a power of 2, so that ``programs``, those of one part, fill the device."""
+    """Return the number of parts per context, a power of 2, such that ``programs`` programs per part fill the device."""
     room = PROGRAMS_PER_SM * _multiprocessors(device) // programs
-    return min(PARTS, 1 << max(0, room.bit_length() - 1))
+    return min(MAX_PARTS, 1 << max(0, room.bit_length() - 1))
 
 
 @functools.cache
@@ -146,7 +145,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _kernels() -> tuple[Any, Any]:
-    """The two Triton functions; made on first use, since Triton is not there on a machine without a GPU."""
+    """Return the two Triton functions; imported on first use, since a machine without a GPU need not have Triton."""
     from splitwiser.model.kernels import triton_decode
 
     return triton_decode.attend_part, triton_decode.join_parts

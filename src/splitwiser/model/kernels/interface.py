@@ -1,9 +1,19 @@
-"""What reads and writes the KV pool, beside plain PyTorch."""
+"""The interfaces of the kernels that read and write the KV pool; PyTorch computes where there is none."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of what one layer of a model stores per token: ``kv_heads`` keys of ``key_dim`` numbers and as many values of
+    ``value_dim`` numbers."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 class AttentionKernel(Protocol):
@@ -24,10 +34,10 @@ class AttentionKernel(Protocol):
     ) -> Tensor:
         """Attend from ``query`` (tokens, heads, key size), each token from position ``starts`` (tokens,) up to its own.
 
-        ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size); ``tables`` (requests,
-        blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last; ``offsets`` (requests +
-        1,) where each request's new tokens begin in ``query``. These are int64; a GPU's kernel takes ``tables`` of
-        int32 too. Returns (tokens, heads, value size).
+        ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size). The block tables
+        ``tables`` (requests, blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last;
+        ``offsets`` (requests + 1,) where each request's new tokens begin in ``query``. These are int64; a GPU's kernel also
+        takes ``tables`` of int32. Returns (tokens, heads, value size).
         """
         ...
 
@@ -40,8 +50,8 @@ class StoreKernel(Protocol):
         ...
 
 
-class PackedKernel(Protocol):
-    """Attention of all prompts of a prefill step in one call, over K and V that are packed like the queries."""
+class VarlenKernel(Protocol):
+    """Attention of all prompts of a prefill step, of various lengths, in one call over contiguous K and V."""
 
     def __call__(
         self,
@@ -54,22 +64,22 @@ class PackedKernel(Protocol):
         scaling: float,
     ) -> Tensor:
         """Attend from ``query`` (tokens, heads, key size) over ``keys`` and ``values``, (tokens of all contexts, kv heads,
-        head size) each.
+        head size) each, one request after the other.
 
         ``offsets`` (int32, requests + 1 each) say where each request's new tokens begin in ``query``, and its whole context
-        in ``keys``; a request's new tokens are the last of its context. ``longest`` are the most new tokens and the longest
-        context of a request. Each token sees itself and what comes before, of which a ``window`` leaves the last so many
-        (itself included). Returns (tokens, heads, value size).
+        in ``keys``; a request's new tokens are the last of its context. ``longest`` holds the largest number of new tokens
+        and the longest context of a request. Each token sees itself and all earlier tokens, of these ``window`` tokens at
+        most (itself included) unless ``window`` is None. Returns (tokens, heads, value size).
         """
         ...
 
 
 @dataclass(frozen=True)
 class PoolKernels:
-    """The kernel of decode steps, that of other steps (over the pool, or over packed K and V), and that which stores; None:
-    PyTorch does it."""
+    """The attention kernels of decode steps and of prefill steps (``prefill`` over the pool, ``varlen`` over contiguous
+    K and V), and the kernel that stores; PyTorch computes where one is None."""
 
     decode: AttentionKernel | None = None
     prefill: AttentionKernel | None = None
     store: StoreKernel | None = None
-    packed: PackedKernel | None = None
+    varlen: VarlenKernel | None = None

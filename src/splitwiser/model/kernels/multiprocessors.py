@@ -1,4 +1,5 @@
-"""A Triton kernel that says where it runs: what shows whether a green context keeps kernels to its multiprocessors."""
+"""A Triton kernel that records which multiprocessors it runs on, to check that a green context confines kernels to its
+own."""
 
 import triton
 import triton.language as tl
@@ -7,5 +8,5 @@ from triton.language.extra.cuda import smid
 
 @triton.jit
 def note_multiprocessor(numbers):
-    """Write into ``numbers`` (int32, an element a program) which multiprocessor each program ran on."""
+    """Write into ``numbers`` (int32, one element per program) which multiprocessor each program runs on."""
     tl.store(numbers + tl.program_id(0), smid())

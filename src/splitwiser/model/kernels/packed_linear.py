@@ -1,13 +1,14 @@
-"""Linear layers of a bfloat16 model on a CPU, with their weights laid out once as oneDNN's matrix products want them.
+"""Linear layers of a bfloat16 model on a CPU, with their weights packed once into the layout of oneDNN's matrix products.
 
-PyTorch's own linear layer hands oneDNN the plain weights, which it lays out anew in every call, and writes the bias in a
-pass of its own. A packed weight is bytes in a layout of oneDNN's choosing, so it can lie in memory that processes share,
-like any other tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same.
+PyTorch's own linear layer passes oneDNN the plain weights, which it converts in every call, and adds the bias in a separate
+pass. A packed weight is bytes in a layout that oneDNN chooses, so it can lie in memory that processes share, like any other
+tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same purpose.
 
-Products of a few rows are bound by the reading of the weights, and by what a call costs. They are computed by a function of
-our own, which reads the packed bytes, where these are shown to lie as it expects them.
+Small batches (a few rows) are bound by reading the weights and by the overhead of a call. A compiled function of this
+project computes them from the packed bytes, if these are shown to lie in the layout that it reads.
 """
 
+import copy
 import ctypes
 from dataclasses import dataclass
 from functools import cache
@@ -19,45 +20,45 @@ from torch import Tensor, nn
 
 from splitwiser.model.kernels.build import load_native
 
-RELU = ("relu", "")
-PANELS = (64, 32, 48, 16)  # outputs of a panel: of AVX-512, of AMX, and what else oneDNN has kernels for
+IDENTITY, RELU = ("none", ""), ("relu", "")
+PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what else oneDNN has kernels for
 
 
-class Product(ctypes.Structure):
-    """A packed layer as csrc/layer.cpp takes it: addresses of its weight and bias (0: none), its sizes, and how the
-    weight lies: in panels of so many outputs, its inputs filled up to so many."""
+class LinearStruct(ctypes.Structure):
+    """A packed layer as csrc/layer.cpp's ``Linear``: addresses of its weight and bias (0: none), its sizes, the outputs per
+    panel of its weight, and its inputs with their padding."""
 
     _fields_: ClassVar = [
         ("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
-        ("panel", ctypes.c_int64), ("filled", ctypes.c_int64),
+        ("panel", ctypes.c_int64), ("padded_inputs", ctypes.c_int64),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A packed weight where it lies: as oneDNN's tensor, and with an activation for products of a few rows (None: these are
-    oneDNN's, too)."""
+    """A packed weight at the address where it lies: as oneDNN's tensor, and for small batches (None: oneDNN computes these
+    too)."""
 
     address: int
-    activation: tuple[str, str]
     weight: Tensor
-    product: Product | None
+    struct: LinearStruct | None
 
 
 class PackedLinear(nn.Module):
-    """Computes what ``linear``, which holds bfloat16 weights on a CPU, does, from a packed copy of its weight.
+    """A linear layer that computes the same as ``linear``, which holds bfloat16 weights on a CPU, from a packed copy of its
+    weight.
 
-    ``packed`` is that copy as bytes; ``weight`` has the shape and type of the weight and no numbers, since some models ask
-    for its type. ``activation`` is oneDNN's name of a function of the output, and which form of it ("" where it has one); it
-    may be set anew.
+    ``packed`` is that copy as bytes. ``weight`` has the shape and dtype of the weight but no numbers, since some models read
+    its dtype. ``activation`` is applied to the output: oneDNN's name of a function, and which form of it ("" if there is
+    only one).
     """
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear, activation: tuple[str, str] = ("none", "")) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation = IDENTITY
         self.in_features, self.out_features = linear.in_features, linear.out_features
         opaque = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self._layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(opaque).tolist())
@@ -65,98 +66,107 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self._opened: _Opened | None = None
 
+    def with_activation(self, activation: tuple[str, str]) -> "PackedLinear":
+        """Return a layer over the same packed weight with another ``activation``."""
+        layer = copy.copy(self)
+        layer._buffers = self._buffers.copy()
+        layer.activation = activation
+        return layer
+
     @property
     def weight(self) -> Tensor:
-        """A tensor of the weight's shape and type that says not-a-number everywhere."""
+        """A tensor of the weight's shape and dtype, filled with not-a-number."""
         return torch.full((), float("nan"), dtype=torch.bfloat16).expand(self.out_features, self.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Shape (..., in features) to (..., out features)."""
-        product = self._few(inputs)
-        return self._multiply_few(product, inputs) if product else self._multiply(inputs)
+        """Map (..., in features) to (..., out features)."""
+        struct = self._small_batch_struct(inputs)
+        return self._multiply_small_batch(struct, inputs) if struct else self._multiply(inputs)
 
     def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        """``residual``, shape (..., out features), plus the product, which has no activation; rounded once."""
-        if product := self._few(inputs):
-            return self._multiply_few(product, inputs, residual)
+        """Return ``residual``, shape (..., out features), plus the output without an activation, rounded once."""
+        if struct := self._small_batch_struct(inputs):
+            return self._multiply_small_batch(struct, inputs, residual)
         total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             inputs, residual, self._open().weight, self.bias, "add"
         )
         return total
 
     @property
-    def product(self) -> Product | None:
-        """The layer for products of a few rows, :func:`most_few` at most; None where oneDNN does these too."""
-        return self._open().product
+    def struct(self) -> LinearStruct | None:
+        """The layer for small batches, of :func:`max_small_rows` rows at most; None if oneDNN computes these too."""
+        return self._open().struct
 
     def _multiply(self, inputs: Tensor, bare: bool = False) -> Tensor:
-        """oneDNN's product; ``bare``: without bias and activation."""
-        bias, (name, form) = (None, ("none", "")) if bare else (self.bias, self.activation)
+        """Compute the output with oneDNN; if ``bare``, without bias and activation."""
+        bias, (name, form) = (None, IDENTITY) if bare else (self.bias, self.activation)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open().weight, bias, name, [], form)
         return output
 
-    def _few(self, inputs: Tensor) -> Product | None:
-        """The layer for a product of a few rows, if that is what ``inputs`` ask for."""
-        few = inputs.numel() <= most_few() * self.in_features and inputs.dtype == torch.bfloat16
-        return self._open().product if few else None
+    def _small_batch_struct(self, inputs: Tensor) -> LinearStruct | None:
+        """The layer for small batches if ``inputs`` are one, else None."""
+        is_small = inputs.numel() <= max_small_rows() * self.in_features and inputs.dtype == torch.bfloat16
+        return self._open().struct if is_small else None
 
-    def _multiply_few(self, product: Product, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _multiply_small_batch(self, struct: LinearStruct, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
         inputs = inputs.contiguous()
         residual = None if residual is None else residual.contiguous()
         output = inputs.new_empty(*inputs.shape[:-1], self.out_features)
-        functions = _few_functions()
+        functions = _small_batch_functions()
         assert functions is not None
-        functions.multiply_few(
-            ctypes.byref(product), inputs.data_ptr(), None if residual is None else residual.data_ptr(),
+        functions.multiply_small_batch(
+            ctypes.byref(struct), inputs.data_ptr(), None if residual is None else residual.data_ptr(),
             output.data_ptr(), inputs.numel() // self.in_features, torch.get_num_threads(),
         )  # fmt: skip
         return output
 
     def _open(self) -> _Opened:
-        """The packed weight over wherever ``packed`` lies now."""
+        """Return the packed weight, opened anew if ``packed`` has moved."""
         address = self.packed.data_ptr()
-        if self._opened is None or (self._opened.address, self._opened.activation) != (address, self.activation):
+        if self._opened is None or self._opened.address != address:
             weight = _open_at(address, (self.out_features, self.in_features), self._layout)
-            self._opened = _Opened(address, self.activation, weight, None)
-            if product := self._find_product():
-                self._opened = _Opened(address, self.activation, weight, product)
+            self._opened = _Opened(address, weight, None)
+            if struct := self._find_struct():
+                self._opened = _Opened(address, weight, struct)
         return self._opened
 
-    def _find_product(self) -> Product | None:
-        """The layer as the function for a few rows reads it: in the panels with which that one is shown to compute what
-        oneDNN does, tried out once for every layout. None if there are none."""
-        if most_few() == 0 or self.in_features % 2 or self.activation not in (("none", ""), RELU):
+    def _find_struct(self) -> LinearStruct | None:
+        """Return the layer with the panel width for which the function for small batches is shown to compute the same as
+        oneDNN, tried once per layout; None if there is no such width."""
+        if max_small_rows() == 0 or self.in_features % 2 or self.activation not in (IDENTITY, RELU):
             return None
         case = (self._layout, self.out_features, self.in_features)
         if case not in _PANELS:
             if not self.packed.any():  # zeros would show nothing
                 return None
-            _PANELS[case] = next(filter(self._lies_in, PANELS), None)
+            _PANELS[case] = next(filter(self._lies_in_panels, PANELS), None)
         panel = _PANELS[case]
-        return None if panel is None else self._in_panels(panel)
+        return None if panel is None else self._struct_of(panel)
 
-    def _in_panels(self, panel: int) -> Product | None:
-        """The layer as it lies if it lies in panels of ``panel`` outputs; None if those would not be as many bytes."""
-        filled, rest = divmod(self.packed.nbytes, 2 * panel * -(-self.out_features // panel))
-        if rest or filled % 2 or filled < self.in_features:
+    def _struct_of(self, panel: int) -> LinearStruct | None:
+        """Return the layer as if its weight lay in panels of ``panel`` outputs; None if its size rules that out."""
+        padded_inputs, rest = divmod(self.packed.nbytes, 2 * panel * -(-self.out_features // panel))
+        if rest or padded_inputs % 2 or padded_inputs < self.in_features:
             return None
         bias = None if self.bias is None else self.bias.data_ptr()
-        sizes = self.in_features, self.out_features, self.activation == RELU, panel, filled
-        return Product(self.packed.data_ptr(), bias, *sizes)
+        sizes = self.in_features, self.out_features, self.activation == RELU, panel, padded_inputs
+        return LinearStruct(self.packed.data_ptr(), bias, *sizes)
 
-    def _lies_in(self, panel: int) -> bool:
-        """Whether, read so, the weight gives oneDNN's product, without what might hide that it does not."""
-        product = self._in_panels(panel)
-        if product is None:
+    def _lies_in_panels(self, panel: int) -> bool:
+        """Whether the weight, read in panels of ``panel`` outputs, gives oneDNN's product. Compared without bias and
+        activation, which could hide a difference."""
+        struct = self._struct_of(panel)
+        if struct is None:
             return False
-        product.bias, product.relu = None, False
+        struct.bias, struct.relu = None, False
         inputs = torch.linspace(-9, 9, 2 * self.in_features).sin().bfloat16().view(2, self.in_features)
         with torch.inference_mode():
-            expected, made = self._multiply(inputs, bare=True).float(), self._multiply_few(product, inputs).float()
-        return torch.allclose(made, expected, rtol=1 / 64, atol=float(expected.square().mean().sqrt()) / 64)
+            expected = self._multiply(inputs, bare=True).float()
+            output = self._multiply_small_batch(struct, inputs).float()
+        return torch.allclose(output, expected, rtol=1 / 64, atol=float(expected.square().mean().sqrt()) / 64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # an address means nothing to another process
+        return {**self.__dict__, "_opened": None}  # an address is meaningless in another process
 
 
 _PANELS: dict[tuple[bytes, int, int], int | None] = {}
@@ -169,7 +179,7 @@ def is_packable(module: object) -> TypeGuard[nn.Linear]:
 
 def pack_linears(module: nn.Module) -> None:
     """Replace every linear layer in ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
-    that a second copy of the weights never exists as a whole. A weight that is also an embedding stays there as well."""
+    that there are never two copies of all weights. A weight that is also an embedding is kept there as well."""
     for name, child in list(module.named_children()):
         if is_packable(child):
             setattr(module, name, PackedLinear(child))
@@ -178,10 +188,11 @@ def pack_linears(module: nn.Module) -> None:
 
 
 @cache
-def find_problem() -> str | None:
-    """Why weights cannot be packed here, in a line; None if they can, which is tried out on a small layer."""
+def find_packing_problem() -> str | None:
+    """Return why weights cannot be packed on this machine, in one line; None if they can, which is tried on a small
+    layer."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN has no bfloat16 here"
+        return "oneDNN does not support bfloat16 here"
     try:
         linear = nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
         inputs = torch.linspace(-1, 1, 128, dtype=torch.bfloat16).view(2, 64)
@@ -189,47 +200,46 @@ def find_problem() -> str | None:
             wrong = not torch.allclose(PackedLinear(linear)(inputs), linear(inputs), atol=0.02)
     except (RuntimeError, AttributeError, OSError) as error:
         return f"PyTorch {torch.__version__} cannot: {type(error).__name__}"
-    return "a packed layer computes something else" if wrong else None
+    return "a packed layer gives a different result" if wrong else None
 
 
 @cache
-def most_few() -> int:
-    """The most rows of a product that counts as one of few; 0 where there is no function for them."""
-    functions = _few_functions()
-    return int(functions.most_few()) if functions else 0
+def max_small_rows() -> int:
+    """Return the largest number of rows in a small batch; 0 without a compiled function for small batches."""
+    functions = _small_batch_functions()
+    return int(functions.max_small_rows()) if functions else 0
 
 
 @cache
-def find_few_problem() -> str | None:
-    """Why products of a few rows are oneDNN's too, in a few words; None if the function for them reads what oneDNN packs,
-    which is tried out on a small layer. It does not where oneDNN leaves them plain, without products of bfloat16 pairs."""
-    if problem := find_problem():
+def find_small_batch_problem() -> str | None:
+    """Return why oneDNN computes small batches too, in a few words; None if the function for them reads oneDNN's layout,
+    which is tried on a small layer. It does not if oneDNN leaves weights plain, on processors without bfloat16 products."""
+    if problem := find_packing_problem():
         return problem
-    if most_few() == 0:
-        return "this processor has no function for them"
+    if max_small_rows() == 0:
+        return "this processor lacks the instructions for them"
     linear = nn.Linear(64, 128, dtype=torch.bfloat16).requires_grad_(False)
-    return None if PackedLinear(linear).product else "oneDNN lays weights out otherwise here"
+    return None if PackedLinear(linear).struct else "oneDNN uses another weight layout here"
 
 
 def describe() -> str:
-    """What computes packed layers, for a run's record."""
-    problem = find_few_problem()
-    few = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {most_few()})"
-    return f"oneDNN's, weights packed once; products of a few rows {few}"
+    """Return what computes packed layers, for a run's record."""
+    problem = find_small_batch_problem()
+    small = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()})"
+    return f"oneDNN's, weights packed once; products of a few rows {small}"
 
 
 @cache
-def _few_functions() -> ctypes.CDLL | None:
-    """The functions of csrc/layer.cpp, where this processor has what they need."""
+def _small_batch_functions() -> ctypes.CDLL | None:
+    """Return the functions of csrc/layer.cpp; None if they cannot be compiled or this processor lacks their
+    instructions."""
     library, _ = load_native()
-    if library is None or library.most_few() == 0:
+    if library is None or library.max_small_rows() == 0:
         return None
-    library.multiply_few.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
-    library.multiply_few.restype = None
     return library
 
 
-# -- what follows speaks to PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h)
+# -- calls of PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h)
 
 
 @cache
@@ -238,7 +248,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _bytes_of(opaque: Tensor) -> Tensor:
-    """A copy of the bytes of oneDNN's ``opaque``, as uint8."""
+    """Return a copy of the bytes of oneDNN's tensor ``opaque``, as uint8."""
     copied = torch.empty(torch.ops.mkldnn._nbytes(opaque), dtype=torch.uint8)
     handle = ctypes.c_void_p(_pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(opaque)))
     address = ctypes.c_void_p()
@@ -252,7 +262,7 @@ def _bytes_of(opaque: Tensor) -> Tensor:
 
 
 def _open_at(address: int, shape: tuple[int, int], layout: bytes) -> Tensor:
-    """The tensor of ``shape`` that lies packed at ``address``, which it does not own."""
+    """Return the tensor of ``shape`` that lies packed at ``address``; it does not own the memory."""
     library = _library()
     sizes, strides = (ctypes.c_int64 * 2)(*shape), (ctypes.c_int64 * 2)(shape[1], 1)
     handle = ctypes.c_void_p()
@@ -278,7 +288,7 @@ def _pointer(capsule: object) -> int:
     return int(get(capsule, None))
 
 
-def _capsule(handle: ctypes.c_void_p) -> Any:  # noqa: ANN401  # PyTorch's types say void pointer, and it wants a capsule
+def _capsule(handle: ctypes.c_void_p) -> Any:  # noqa: ANN401  # PyTorch's types say void pointer, but it needs a capsule
     make = ctypes.pythonapi.PyCapsule_New
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     return make(handle, None, None)

@@ -1,10 +1,10 @@
-"""The two Triton functions behind :mod:`splitwiser.model.kernels.gpu_attention`; importable only where Triton is."""
+"""The two Triton functions of :mod:`splitwiser.model.kernels.gpu_attention`; importing this module needs Triton."""
 
 import triton
 import triton.language as tl
 
 
-# what may change from step to step is not specialised on: no step waits for a compiler
+# no specialisation on arguments that change from step to step, so that no step waits for a compiler
 @triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["tables", "starts", "lengths"])
 def attend_part(
     query, keys, values, tables, width, starts, lengths, sinks, output, largest, sums, scaling, softcap,
@@ -12,10 +12,10 @@ def attend_part(
     KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One part of one request's context, for up to ROWS of the GROUP heads that share a K/V head.
+    """Attend over one part of one request's context, for up to ROWS of the GROUP heads that share a K/V head.
 
-    Of one part it writes the result to ``output`` (requests, heads, VALUE_DIM). Of several it writes the weighted sum of V,
-    not yet divided, to ``output`` (requests, heads, PARTS, VALUE_DIM), and the largest score and the sum of weights to
+    With one part it writes the result to ``output`` (requests, heads, VALUE_DIM). With several it writes the weighted sum of
+    V, not yet divided, to ``output`` (requests, heads, PARTS, VALUE_DIM), and the largest score and the sum of weights to
     ``largest`` and ``sums`` (requests, heads, PARTS), all float32. A row of ``tables`` has ``width`` blocks.
     """
     request = tl.program_id(0)
@@ -40,14 +40,14 @@ def attend_part(
     )
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if SINKS:  # a sink is a score without a value; the first part takes it
+    if SINKS:  # a sink is a score without a value; the first part counts it
         top = tl.load(sinks + heads, mask=in_group & (part == 0), other=float("-inf")).to(tl.float32)
         total = (top > float("-inf")).to(tl.float32)
     weighted = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for begin in range(first, last, TILE):
         positions = begin + tl.arange(0, TILE)
         seen = positions < last
-        # a pool may have more elements than 32 bits count
+        # a pool may have more elements than 32 bits can index
         blocks = tl.load(tables + request * width + positions // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
         slots = (blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS) * KV_HEADS + kv_head
         k = tl.load(
@@ -88,8 +88,8 @@ def join_parts(
     partial, largest, sums, output,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one request: its parts, whose number is a power of 2, brought to the same scale, added and divided.
-    A part without a position has a largest score of minus infinity and so no weight."""
+    """Combine the parts, a power of 2 of them, of one head of one request: rescale them to the largest score of all, add
+    and divide. A part without positions has a largest score of minus infinity and so no weight."""
     request = tl.program_id(0)
     head = tl.program_id(1)
     parts = (request * HEADS + head) * PARTS + tl.arange(0, PARTS)

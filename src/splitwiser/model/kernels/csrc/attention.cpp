@@ -1,13 +1,13 @@
-// Attention over the block pool on a CPU, and the writing of keys and values into it.
+// Attention over the paged KV pool on a CPU, and the writing of keys and values into the pool.
 //
-// A request's new tokens are its last ones; each sees its request's tokens from a first position on up to itself. Requests
-// with one new token (decode) are bound by the reading of keys and values: work is cut into (request, range of kv heads),
-// and each piece streams once over its tokens' keys and once over their values. Requests with several (prefill) are bound by
-// arithmetic: work is cut into (request, kv head, range of new tokens), each piece lays its keys and values out for products
-// of bfloat16 pairs and goes over them in tiles with a running softmax (Dao, FlashAttention-2, arXiv 2307.08691).
+// A request's new tokens are its last ones; each sees its request's tokens from a first position up to its own. Requests with
+// one new token (decode) are bound by reading keys and values: work is divided into (request, range of kv heads), and each
+// piece reads its tokens' keys once and their values once. Requests with several new tokens (prefill) are bound by arithmetic:
+// work is divided into (request, kv head, range of new tokens); each piece packs its keys and values for bfloat16 dot products
+// and processes them in tiles with an online softmax (Dao, FlashAttention-2, arXiv 2307.08691).
 //
-// Pieces are shared out to OpenMP threads: those of PyTorch's own OpenMP library, so torch.set_num_threads holds here too.
-// Sums and the softmax are in float32 whatever the pool's type.
+// Pieces are divided among the OpenMP threads of PyTorch's own OpenMP library, so torch.set_num_threads applies here too. Sums
+// and the softmax are in float32 for every dtype of the pool.
 
 #include <algorithm>
 #include <cmath>
@@ -19,10 +19,10 @@
 #include "functions.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define PRODUCTS_OF_PAIRS 1
+#define HAS_BF16_DOT 1
 #include <immintrin.h>
 #else
-#define PRODUCTS_OF_PAIRS 0
+#define HAS_BF16_DOT 0
 #endif
 
 namespace {
@@ -31,7 +31,7 @@ inline void from_float(float x, float& out) { out = x; }
 inline void from_float(float x, _Float16& out) { out = static_cast<_Float16>(x); }
 inline void from_float(float x, bfloat16& out) { out = to_bfloat16(x); }
 
-// What one call works on; see attention() below.
+// The arguments of one call, described at attention() below.
 template <typename T>
 struct Call {
     const T *query, *keys, *values;
@@ -39,7 +39,7 @@ struct Call {
     const float* sinks;
     T* output;
     int64_t query_stride, requests, heads, kv_heads, key_dim, value_dim, block_tokens, table_width;
-    float scaling, softcap;  // softcap 0: none
+    float scaling, softcap;  // softcap 0: no soft-cap
 
     int64_t group() const { return heads / kv_heads; }
     int64_t slot(int64_t request, int64_t position) const {
@@ -50,7 +50,7 @@ struct Call {
     const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
 };
 
-// Memory of a thread that grows as needed; what was in it before is of no account.
+// A buffer that grows as needed, aligned to 64 bytes; its old content is not kept.
 template <typename T>
 class Scratch {
   public:
@@ -64,7 +64,7 @@ class Scratch {
     std::vector<char> bytes_;
 };
 
-// ---- one new token: heads [first, last) of a request
+// ---- decode, one new token: kv heads [first, last) of a request
 
 template <typename T>
 void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count, float* scores) {
@@ -102,7 +102,7 @@ void sum_values(const Call<T>& c, int64_t request, int64_t first, int64_t last, 
     }
 }
 
-#if PRODUCTS_OF_PAIRS
+#if HAS_BF16_DOT
 
 constexpr int64_t LANES = 16;
 constexpr float LOG2_E = 1.44269504f;
@@ -110,8 +110,8 @@ constexpr float LOG2_E = 1.44269504f;
 inline __mmask32 first_pairs(int64_t numbers) { return numbers >= 32 ? ~__mmask32{0} : (__mmask32{1} << numbers) - 1; }
 inline __mmask16 first_lanes(int64_t numbers) { return numbers >= 16 ? ~__mmask16{0} : (__mmask16{1} << numbers) - 1; }
 
-// The sums of the lanes of each of 16 vectors, in their order.
-inline __m512 sums_of_lanes(const __m512 (&a)[LANES]) {
+// Returns the sum of the lanes of each of 16 vectors, in their order.
+inline __m512 reduce_lanes(const __m512 (&a)[LANES]) {
     __m512 fours[4];
     for (int i = 0; i < 4; ++i) {
         const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
@@ -125,7 +125,7 @@ inline __m512 sums_of_lanes(const __m512 (&a)[LANES]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
 }
 
-// 2 to the power of x, to float32's own precision: Taylor's series over [-1/2, 1/2], and the exponent.
+// Returns 2^x to float32's precision: a Taylor series of the fraction in [-1/2, 1/2], scaled by the exponent.
 inline __m512 power_of_2(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_sub_ps(x, whole);
@@ -136,12 +136,12 @@ inline __m512 power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-// Every score becomes e to the power of (score - most); returns their total.
-inline float exponentiate(float* scores, int64_t count, float most) {
+// Replaces every score by e^(score - highest); returns their total.
+inline float exponentiate(float* scores, int64_t count, float highest) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t at = 0; at < count; at += LANES) {
         const __mmask16 part = first_lanes(count - at);
-        const __m512 score = _mm512_sub_ps(_mm512_maskz_loadu_ps(part, scores + at), _mm512_set1_ps(most));
+        const __m512 score = _mm512_sub_ps(_mm512_maskz_loadu_ps(part, scores + at), _mm512_set1_ps(highest));
         const __m512 power = power_of_2(_mm512_mul_ps(score, _mm512_set1_ps(LOG2_E)));
         total = _mm512_mask_add_ps(total, part, total, power);
         _mm512_mask_storeu_ps(scores + at, part, power);
@@ -149,17 +149,17 @@ inline float exponentiate(float* scores, int64_t count, float most) {
     return _mm512_reduce_add_ps(total);
 }
 
-inline __m512 widened(const bfloat16* from, __mmask16 mask) {
+inline __m512 load_as_float(const bfloat16* from, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
-// The slots of 16 tokens from `token` on; past the last one they repeat it.
+// Writes the slots of 16 tokens from `token` on; past the last token, its slot is repeated.
 inline void slots_from(const Call<bfloat16>& c, int64_t request, int64_t begin, int64_t token, int64_t count, int64_t* slots) {
     for (int64_t i = 0; i < LANES; ++i) slots[i] = c.slot(request, begin + std::min(token + i, count - 1));
 }
 
-// As above, 16 tokens at once. The next 16 are fetched meanwhile: they may lie in another block, where the processor's own
-// prefetching does not look.
+// As above, for 16 tokens at a time. The next 16 are prefetched meanwhile: they may lie in another block, which the processor's
+// own prefetcher cannot foresee.
 template <>
 void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
                   float* scores) {
@@ -184,13 +184,13 @@ void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64
                         sums[i] = _mm512_dpbf16_ps(
                             sums[i], q, (__m512bh)_mm512_maskz_loadu_epi16(part, c.key(slots[i], head) + at));
                 }
-                _mm512_mask_storeu_ps(scores + row * count + token, mask, sums_of_lanes(sums));
+                _mm512_mask_storeu_ps(scores + row * count + token, mask, reduce_lanes(sums));
             }
         }
     }
 }
 
-// The sums of ROWS rows of one head over 16 tokens (or fewer), 64 numbers of the head from `at` on.
+// Adds the weighted values of up to 16 tokens to the sums of ROWS rows of one head, for 64 numbers of the head from `at` on.
 template <int ROWS>
 inline void sum_part(const Call<bfloat16>& c, const int64_t* slots, int64_t tokens, int64_t head, int64_t at,
                      const float* weights, int64_t count, float* sums) {
@@ -203,7 +203,7 @@ inline void sum_part(const Call<bfloat16>& c, const int64_t* slots, int64_t toke
     for (int64_t i = 0; i < tokens; ++i) {
         const bfloat16* value = c.value(slots[i], head) + at;
         for (int j = 0; j < 4; ++j) {
-            const __m512 v = widened(value + j * LANES, part[j]);
+            const __m512 v = load_as_float(value + j * LANES, part[j]);
             for (int r = 0; r < ROWS; ++r)
                 sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * count + i]), v, sum[r][j]);
         }
@@ -243,16 +243,16 @@ void sum_values(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t
 
 #else
 
-inline float exponentiate(float* scores, int64_t count, float most) {
+inline float exponentiate(float* scores, int64_t count, float highest) {
     float total = 0.0f;
-    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp(scores[i] - most);
+    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp(scores[i] - highest);
     return total;
 }
 
 #endif
 
 template <typename T>
-void attend_one(const Call<T>& c, int64_t request, int64_t first, int64_t last) {
+void attend_decode_piece(const Call<T>& c, int64_t request, int64_t first, int64_t last) {
     thread_local Scratch<float> scores_memory, sums_memory;
     const int64_t begin = c.starts[c.offsets[request]], count = c.lengths[request] - begin;
     const int64_t rows = (last - first) * c.group();
@@ -266,10 +266,10 @@ void attend_one(const Call<T>& c, int64_t request, int64_t first, int64_t last) 
         if (c.softcap != 0.0f)
             for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
         const float* sink = c.sink(first * c.group() + row);
-        float most = sink ? *sink : score[0];
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < count; ++i) most = std::max(most, score[i]);
-        const float total = exponentiate(score, count, most) + (sink ? std::exp(*sink - most) : 0.0f);
+        float highest = sink ? *sink : score[0];
+#pragma omp simd reduction(max : highest)
+        for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
+        const float total = exponentiate(score, count, highest) + (sink ? std::exp(*sink - highest) : 0.0f);
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) score[i] /= total;
     }
@@ -279,16 +279,16 @@ void attend_one(const Call<T>& c, int64_t request, int64_t first, int64_t last) 
     for (int64_t i = 0; i < rows * c.value_dim; ++i) from_float(sums[i], out[i]);
 }
 
-// ---- several new tokens: [from, to) of a request's, one kv head
+// ---- prefill: new tokens [from, to) of a request, one kv head
 
-#if PRODUCTS_OF_PAIRS
+#if HAS_BF16_DOT
 
 constexpr int64_t ROWS = 6;      // queries at a time: with 64 keys or values, their sums fill 24 of 32 registers
 constexpr int64_t PANEL = 64;    // keys whose scores are computed at a time
-constexpr int64_t TILE = 256;    // keys between two looks at the running maximum
-constexpr float UNSEEN = -1e30f;  // not infinite: the difference of two is a number
+constexpr int64_t TILE = 256;    // keys per step of the online softmax
+constexpr float MASKED_SCORE = -1e30f;  // finite, so that the difference of two is a number
 
-// 16 rows of 16 numbers of 32 bits, turned over the diagonal.
+// Transposes a matrix of 16 x 16 numbers of 32 bits.
 inline void transpose(__m512i (&a)[LANES]) {
     __m512i b[LANES];
     for (int i = 0; i < 16; i += 2) {
@@ -313,7 +313,8 @@ inline void transpose(__m512i (&a)[LANES]) {
     std::copy(b, b + LANES, a);
 }
 
-// Keys [begin, begin + count) of a head by panels of 64: pair j of all 64 keys, then pair j + 1. Zeros fill the last panel.
+// Packs keys [begin, begin + count) of a head into panels of 64: pair j of all 64 keys, then pair j + 1. Zeros pad the last
+// panel.
 void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
     const int64_t pairs = c.key_dim / 2;
     for (int64_t token = 0; token < count || token % PANEL; token += LANES) {
@@ -330,7 +331,7 @@ void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t b
     }
 }
 
-// Values of the same tokens, those of each two tokens side by side. Zeros fill up to a whole panel.
+// Packs the values of the same tokens, interleaving those of each two tokens. Zeros pad to a whole panel.
 void pack_values(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
     for (int64_t token = 0; token < count || token % PANEL; token += 2) {
         const bfloat16* even = token < count ? c.value(c.slot(request, begin + token), head) : nullptr;
@@ -350,7 +351,7 @@ inline __m512bh pair_of(const bfloat16* from) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-// Scores of ROWS queries and a panel of keys: TILE apart.
+// Computes the scores of ROWS queries over a panel of keys; those of consecutive queries are TILE apart.
 inline void score_panel(const bfloat16* const* queries, const uint32_t* panel, int64_t pairs, float* scores) {
     __m512 sum[ROWS][4];
     for (auto& row : sum)
@@ -367,7 +368,7 @@ inline void score_panel(const bfloat16* const* queries, const uint32_t* panel, i
         for (int j = 0; j < 4; ++j) _mm512_store_ps(scores + r * TILE + j * LANES, sum[r][j]);
 }
 
-// Adds `tokens` (even) weighted values to the sums of ROWS queries: 16 * PARTS numbers of the head from where they point.
+// Adds the weighted values of `tokens` (even) tokens to the sums of ROWS queries, for 16 * PARTS numbers of the head.
 template <int PARTS>
 inline void add_values(const bfloat16* weights, const uint32_t* values, int64_t tokens, int64_t value_dim, float* sums) {
     __m512 sum[ROWS][PARTS];
@@ -385,26 +386,26 @@ inline void add_values(const bfloat16* weights, const uint32_t* values, int64_t 
         for (int j = 0; j < PARTS; ++j) _mm512_store_ps(sums + r * value_dim + j * LANES, sum[r][j]);
 }
 
-// One query's softmax over a tile: its scores become weights, its running maximum (times log2 e) and total go on. Returns
-// what its sums so far must be multiplied by.
-inline float weigh(const Call<bfloat16>& c, float* scores, int64_t keys, int64_t low, int64_t high, bfloat16* weights,
-                   float& most, float& total) {
+// One step of a query's online softmax: turns the scores of a tile into weights and updates the maximum (times log2 e) and the
+// total. Returns the factor by which the query's sums so far must be multiplied.
+inline float update_softmax(const Call<bfloat16>& c, float* scores, int64_t keys, int64_t low, int64_t high,
+                            bfloat16* weights, float& highest, float& total) {
     float factor = c.scaling * LOG2_E;
     if (c.softcap != 0.0f) {
         for (int64_t i = 0; i < keys; ++i) scores[i] = c.softcap * std::tanh(scores[i] * c.scaling / c.softcap);
         factor = LOG2_E;
     }
-    __m512 greatest = _mm512_set1_ps(most);
+    __m512 maxima = _mm512_set1_ps(highest);
     for (int64_t at = 0; at < keys; at += LANES) {
         __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(factor));
         if (at < low || at + LANES > high) {
             const __mmask16 seen = first_lanes(std::max<int64_t>(0, high - at)) & ~first_lanes(std::max<int64_t>(0, low - at));
-            score = _mm512_mask_blend_ps(seen, _mm512_set1_ps(UNSEEN), score);
+            score = _mm512_mask_blend_ps(seen, _mm512_set1_ps(MASKED_SCORE), score);
         }
         _mm512_store_ps(scores + at, score);
-        greatest = _mm512_max_ps(greatest, score);
+        maxima = _mm512_max_ps(maxima, score);
     }
-    const float now = _mm512_reduce_max_ps(greatest);
+    const float now = _mm512_reduce_max_ps(maxima);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t at = 0; at < keys; at += 2 * LANES) {
         const __m512 a = power_of_2(_mm512_sub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(now)));
@@ -412,20 +413,21 @@ inline float weigh(const Call<bfloat16>& c, float* scores, int64_t keys, int64_t
         sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
         _mm512_store_si512(weights + at, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
-    const float rescale = std::exp2(most - now);
+    const float rescale = std::exp2(highest - now);
     total = total * rescale + _mm512_reduce_add_ps(sum);
-    most = now;
+    highest = now;
     return rescale;
 }
 
-// Queries [row, row + ROWS) of a piece: rows go by token, then by head of the group; past the last one they repeat it.
+// Attends from queries [row, row + ROWS) of a piece, ordered by token and then by head of the group; past the last query, it is
+// repeated.
 void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t row, int64_t last_row, int64_t begin,
                  const uint32_t* keys, const uint32_t* values, float* scores, bfloat16* weights, float* sums) {
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
     const bfloat16* queries[ROWS];
     bfloat16* outputs[ROWS];
     int64_t low[ROWS], high[ROWS];
-    float most[ROWS], total[ROWS];
+    float highest[ROWS], total[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) {
         const int64_t at = std::min(row + r, last_row), token = at / c.group(), own = head * c.group() + at % c.group();
         queries[r] = c.query + (first_token + token) * c.query_stride + own * c.key_dim;
@@ -433,7 +435,7 @@ void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
         low[r] = c.starts[first_token + token] - begin;
         high[r] = c.lengths[request] - tokens + token + 1 - begin;
         const float* sink = c.sink(own);
-        most[r] = sink ? *sink * LOG2_E : UNSEEN;
+        highest[r] = sink ? *sink * LOG2_E : MASKED_SCORE;
         total[r] = sink ? 1.0f : 0.0f;
     }
     std::fill(sums, sums + ROWS * c.value_dim, 0.0f);
@@ -444,7 +446,8 @@ void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
             score_panel(queries, keys + (tile + at) * (c.key_dim / 2), c.key_dim / 2, scores + at);
         for (int64_t r = 0; r < ROWS; ++r) {
             const float rescale =
-                weigh(c, scores + r * TILE, count, low[r] - tile, high[r] - tile, weights + r * TILE, most[r], total[r]);
+                update_softmax(c, scores + r * TILE, count, low[r] - tile, high[r] - tile, weights + r * TILE,
+                               highest[r], total[r]);
             if (rescale != 1.0f)
                 for (int64_t i = 0; i < c.value_dim; ++i) sums[r * c.value_dim + i] *= rescale;
         }
@@ -462,7 +465,7 @@ void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
         for (int64_t i = 0; i < c.value_dim; ++i) from_float(sums[r * c.value_dim + i] / total[r], outputs[r][i]);
 }
 
-void attend_several(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t from, int64_t to) {
+void attend_prefill_piece(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t from, int64_t to) {
     thread_local Scratch<uint32_t> keys_memory, values_memory;
     thread_local Scratch<float> scores_memory, sums_memory;
     thread_local Scratch<bfloat16> weights_memory;
@@ -485,30 +488,30 @@ void attend_several(const Call<bfloat16>& c, int64_t request, int64_t head, int6
 // ---- all requests
 
 template <typename T>
-void attend_each(const Call<T>& c, int64_t threads) {
-    // whole requests stream best; with too few of them to share out evenly, their heads are divided
+void attend_decode(const Call<T>& c, int64_t threads) {
+    // whole requests are read fastest; with too few of them to balance the threads, their heads are divided
     const int64_t wanted = c.requests >= 4 * threads ? 1 : threads;
-    const int64_t heads_a_piece = (c.kv_heads + wanted - 1) / wanted;
-    const int64_t pieces = (c.kv_heads + heads_a_piece - 1) / heads_a_piece;
+    const int64_t heads_per_piece = (c.kv_heads + wanted - 1) / wanted;
+    const int64_t pieces = (c.kv_heads + heads_per_piece - 1) / heads_per_piece;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t piece = 0; piece < c.requests * pieces; ++piece) {
-        const int64_t first = piece % pieces * heads_a_piece;
-        attend_one(c, piece / pieces, first, std::min(first + heads_a_piece, c.kv_heads));
+        const int64_t first = piece % pieces * heads_per_piece;
+        attend_decode_piece(c, piece / pieces, first, std::min(first + heads_per_piece, c.kv_heads));
     }
 }
 
-#if PRODUCTS_OF_PAIRS
+#if HAS_BF16_DOT
 
-void attend_packed(const Call<bfloat16>& c, int64_t threads) {
+void attend_prefill(const Call<bfloat16>& c, int64_t threads) {
     struct Piece {
         int64_t request, head, from, to, keys;
     };
-    // every piece lays out the keys that it sees, so pieces are as large as leaves enough of them to share out
-    const int64_t a_share = c.offsets[c.requests] * c.kv_heads / (8 * threads);
-    const int64_t most = threads == 1 ? INT64_MAX : std::clamp<int64_t>(a_share, 64, 512);
+    // every piece packs all keys that it sees, so pieces are as large as possible while balancing the threads
+    const int64_t tokens_per_piece = c.offsets[c.requests] * c.kv_heads / (8 * threads);
+    const int64_t max_tokens = threads == 1 ? INT64_MAX : std::clamp<int64_t>(tokens_per_piece, 64, 512);
     std::vector<Piece> pieces;
     for (int64_t request = 0; request < c.requests; ++request) {
-        const int64_t tokens = c.offsets[request + 1] - c.offsets[request], parts = 1 + (tokens - 1) / most;
+        const int64_t tokens = c.offsets[request + 1] - c.offsets[request], parts = 1 + (tokens - 1) / max_tokens;
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t from = tokens * part / parts, to = tokens * (part + 1) / parts;
             for (int64_t head = 0; head < c.kv_heads; ++head)
@@ -519,22 +522,23 @@ void attend_packed(const Call<bfloat16>& c, int64_t threads) {
     std::stable_sort(pieces.begin(), pieces.end(), [&](const Piece& a, const Piece& b) { return work(a) > work(b); });
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (size_t i = 0; i < pieces.size(); ++i)
-        attend_several(c, pieces[i].request, pieces[i].head, pieces[i].from, pieces[i].to);
+        attend_prefill_piece(c, pieces[i].request, pieces[i].head, pieces[i].from, pieces[i].to);
 }
 
 #endif
 
 }  // namespace
 
-// Whether attention() takes requests with several new tokens. dtype: 0 float32, 1 bfloat16, 2 float16.
-extern "C" int attention_takes_several(int64_t dtype, int64_t key_dim, int64_t value_dim) {
-    return PRODUCTS_OF_PAIRS && dtype == 1 && key_dim % 2 == 0 && value_dim % 16 == 0;
+// Returns whether attention() supports requests with several new tokens. dtype: 0 float32, 1 bfloat16, 2 float16.
+extern "C" int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim) {
+    return HAS_BF16_DOT && dtype == 1 && key_dim % 2 == 0 && value_dim % 16 == 0;
 }
 
-// query (tokens, heads, key_dim) has its tokens query_stride numbers apart; output (tokens, heads, value_dim) is
-// contiguous; keys and values are one layer of the pool. The tokens offsets[i] to offsets[i + 1] - 1 are the last of request
-// i's lengths[i], which lie in the blocks of its row of tables (requests, table_width); each sees from its own starts on.
-// sinks (heads) may be null. Unless attention_takes_several() says so, each request has one token.
+// Attention of each request's new tokens over the pool. The tokens of query (tokens, heads, key_dim) are query_stride numbers
+// apart; output (tokens, heads, value_dim) is contiguous; keys and values are one layer of the pool. Tokens offsets[i] to
+// offsets[i + 1] - 1 are the last of request i's lengths[i] tokens, which lie in the blocks of its row of tables (requests,
+// table_width); each token sees positions from starts[token] up to its own. sinks (heads) may be null. Each request has one
+// new token unless attention_supports_prefill().
 extern "C" void attention(int64_t dtype, const void* query, const void* keys, const void* values, const int64_t* tables,
                           const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks,
                           void* output, int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads,
@@ -546,15 +550,15 @@ extern "C" void attention(int64_t dtype, const void* query, const void* keys, co
                        tables, starts, offsets, lengths, sinks, static_cast<T*>(output), query_stride, requests, heads,
                        kv_heads, key_dim, value_dim, block_tokens, table_width, scaling, softcap};
     };
-#if PRODUCTS_OF_PAIRS
-    if (dtype == 1 && offsets[requests] > requests) return attend_packed(call(bfloat16{}), threads);
+#if HAS_BF16_DOT
+    if (dtype == 1 && offsets[requests] > requests) return attend_prefill(call(bfloat16{}), threads);
 #endif
-    if (dtype == 0) attend_each(call(float{}), threads);
-    if (dtype == 1) attend_each(call(bfloat16{}), threads);
-    if (dtype == 2) attend_each(call(_Float16{}), threads);
+    if (dtype == 0) attend_decode(call(float{}), threads);
+    if (dtype == 1) attend_decode(call(bfloat16{}), threads);
+    if (dtype == 2) attend_decode(call(_Float16{}), threads);
 }
 
-// Copies each token's keys (key_bytes, key_stride bytes from one token to the next) and values into its slot of a layer.
+// Copies each token's keys (key_bytes bytes, at a distance of key_stride bytes) and values into its slot of a layer.
 extern "C" void store(const char* keys, const char* values, const int64_t* slots, char* pool_keys, char* pool_values,
                       int64_t tokens, int64_t key_stride, int64_t value_stride, int64_t key_bytes, int64_t value_bytes,
                       int64_t threads) {

@@ -1,4 +1,4 @@
-// bfloat16 as it lies in memory, and its numbers.
+// The bfloat16 type, and conversions of it and of other types to and from float.
 
 #pragma once
 

@@ -1,11 +1,19 @@
-// The functions that layer.cpp calls of the other files, where they are described.
+// Every function that Python calls, described where it is defined. build.py reads the types of the arguments from here.
 
 #pragma once
 
 #include <cstdint>
 
+struct Linear;
+struct Layer;
+struct Step;
+
 extern "C" {
 
+int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim);
+int max_small_rows();
+void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
+void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y);
 void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
               int64_t threads);
 void gate(const void* x, void* y, float linear, float cubic, int64_t rows, int64_t width, int64_t threads);

@@ -1,6 +1,6 @@
-// What lies between a transformer's matrix products, in one pass each over bfloat16 on a CPU; all sums are in float32.
+// The operations between a transformer's matrix products, in one pass each over bfloat16 on a CPU; all sums are in float32.
 //
-// Rows are shared out to OpenMP threads, those of PyTorch's own OpenMP library, where there is work enough for them.
+// Rows are divided among the OpenMP threads of PyTorch's own OpenMP library if there is enough work for them.
 
 #include <algorithm>
 #include <cmath>
@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int64_t WORTH_THREADS = 1 << 16;  // numbers; waking the threads takes as long as some ten thousand of them
+constexpr int64_t WORTH_THREADS = 1 << 16;  // numbers; waking the threads takes as long as computing some ten thousand
 
-// The factor that brings x to a mean square of 1, as far as epsilon lets it.
+// Returns 1 / sqrt(mean of squares + epsilon).
 inline float inverse_root(const bfloat16* x, int64_t width, float epsilon) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -28,12 +28,12 @@ inline void normalise(const bfloat16* x, const bfloat16* weight, float offset, f
     for (int64_t i = 0; i < width; ++i) y[i] = to_bfloat16(to_float(x[i]) * factor * (to_float(weight[i]) + offset));
 }
 
-// e to the power of x within a few units in the last place (a polynomial of Cephes), in a form that vectorises.
+// Returns e^x within a few units in the last place (a polynomial of the Cephes library), in a form that vectorises.
 inline float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
-    const float shift = 12582912.0f;  // adding and taking it away rounds to a whole number
-    const float whole = (x * 1.44269504f + shift) - shift;
-    const float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    const float shift = 12582912.0f;  // adding and subtracting it rounds to an integer
+    const float integer = (x * 1.44269504f + shift) - shift;
+    const float rest = x - integer * 0.693359375f + integer * 2.12194440e-4f;
     float sum = 1.9875691500e-4f;
     sum = sum * rest + 1.3981999507e-3f;
     sum = sum * rest + 8.3334519073e-3f;
@@ -41,7 +41,7 @@ inline float exponential(float x) {
     sum = sum * rest + 1.6666665459e-1f;
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * rest * rest + rest + 1.0f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(integer) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return sum * power;
@@ -87,8 +87,8 @@ extern "C" void rms_norm(const void* x, const void* weight, void* y, float offse
         normalise(from + row * width, factors, offset, epsilon, width, to + row * width);
 }
 
-// y = f(gate) * up with f(x) = x / (1 + exp(-(linear * x + cubic * x^3))): SiLU is (1, 0), GELU's form with tanh
-// (1.5958, 0.0714). A row of x holds its gate and then its up, each of width; y is (rows, width).
+// y = f(gate) * up with f(x) = x / (1 + exp(-(linear * x + cubic * x^3))): (linear, cubic) is (1, 0) for SiLU and
+// (1.5958, 0.0714) for GELU's approximation with tanh. A row of x holds gate and then up, each of width; y is (rows, width).
 extern "C" void gate(const void* x, void* y, float linear, float cubic, int64_t rows, int64_t width, int64_t threads) {
     const auto* from = static_cast<const bfloat16*>(x);
     auto* to = static_cast<bfloat16*>(y);
@@ -105,10 +105,10 @@ extern "C" void gate(const void* x, void* y, float linear, float cubic, int64_t 
     }
 }
 
-// Turns the first `rotary` numbers of each query and key head by the row's angles, in place; with weights, each head is
-// first normalised as by rms_norm. A row of joint holds `heads` query heads, then kv_heads key heads, then what stays as
-// it is. cosines and sines are (rows, angles), in float32 or bfloat16; angles is rotary, or half of it where both halves
-// of a head turn by the same ones.
+// Applies rotary position embeddings (Su et al., RoFormer, arXiv 2104.09864) in place: rotates the first `rotary` numbers of
+// each query and key head by the row's angles; with weights, each head is first normalised as by rms_norm. A row of joint
+// holds `heads` query heads, then kv_heads key heads, then the values, which are not changed. cosines and sines are (rows,
+// angles), in float32 or bfloat16; angles is rotary, or half of it if both halves of a head are rotated by the same angles.
 extern "C" void rotate_heads(void* joint, const void* cosines, const void* sines, int64_t angles_in_float32,
                              const void* query_weight, const void* key_weight, float offset, float epsilon, int64_t rows,
                              int64_t width, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotary,

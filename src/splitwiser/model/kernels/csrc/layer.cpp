@@ -1,9 +1,9 @@
-// A whole decoder layer for a few rows, in one call: where so little is computed, what the calls themselves cost counts, and
-// nothing else does but the reading of the weights.
+// A whole decoder layer for a small batch (a few rows) in one call: so little is computed that the time is that of reading the
+// weights and of the calls themselves.
 //
-// Weights are read as oneDNN lays them out for products of bfloat16 pairs: panels of so many outputs (64 for AVX-512, 32 for
-// AMX); in a panel, for each pair of inputs, the pair's weights for all its outputs; outputs are filled up to whole panels, and
-// inputs as far as oneDNN likes. Python shows that a weight lies so before it comes here.
+// Weights are read in oneDNN's layout for bfloat16 dot products: panels of outputs (64 for AVX-512, 32 for AMX); in a panel,
+// for each pair of inputs, the pair's weights for all outputs of the panel. Outputs are padded to whole panels, and inputs as
+// far as oneDNN chooses. Python shows that a weight has this layout before it passes it here.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,26 +15,26 @@
 #include "functions.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define PRODUCTS_OF_PAIRS 1
+#define HAS_BF16_DOT 1
 #include <immintrin.h>
 #else
-#define PRODUCTS_OF_PAIRS 0
+#define HAS_BF16_DOT 0
 #endif
-#if PRODUCTS_OF_PAIRS && defined(__AMX_BF16__) && defined(__AMX_TILE__)
-#define PRODUCTS_OF_TILES 1
+#if HAS_BF16_DOT && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define HAS_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
-#define PRODUCTS_OF_TILES 0
+#define HAS_AMX 0
 #endif
 
 extern "C" {
 
-// A linear layer, as packed_linear.py's Product; bias may be null. panel: the outputs of one, a multiple of 16; filled: the inputs with
-// what they are filled up with, an even number.
-struct Product {
+// A linear layer, packed_linear.py's LinearStruct; bias may be null. panel: outputs per panel, a multiple of 16;
+// padded_inputs: inputs with their padding, an even number.
+struct Linear {
     const void *packed, *bias;
-    int64_t inputs, outputs, relu, panel, filled;
+    int64_t inputs, outputs, relu, panel, padded_inputs;
 };
 
 struct Norm {
@@ -42,15 +42,15 @@ struct Norm {
     float offset, epsilon;
 };
 
-// What a layer is, as fused.py's _Layer.
+// A decoder layer, fused.py's _LayerStruct.
 struct Layer {
-    Product qkv, o, gate_up, down;
-    Norm input, post, query, key;  // query and key without weights where heads are not normalised
+    Linear qkv, o, gate_up, down;
+    Norm input, post, query, key;  // query and key have no weights if heads are not normalised
     float linear, cubic, scaling, softcap;
-    int64_t heads, kv_heads, head_dim, halved;  // halved: a cosine turns two numbers of a head
+    int64_t heads, kv_heads, head_dim, half_angles;  // half_angles: both halves of a head are rotated by the same angles
 };
 
-// What a step is to a layer, as fused.py's _Step; one token a request.
+// A decode step at one layer, fused.py's _StepStruct; one token per request.
 struct Step {
     const void *cosines, *sines;
     void *keys, *values;
@@ -62,30 +62,31 @@ struct Step {
 
 namespace {
 
-#if PRODUCTS_OF_PAIRS
+#if HAS_BF16_DOT
 
-// The most rows: with pairs six, whose sums fill the registers; a tile's.
-constexpr int64_t FEW_IN_PAIRS = 6, FEW_IN_TILES = 16, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
+// Largest numbers of rows: with AVX-512 six, whose sums fill the registers; with AMX those of a tile.
+constexpr int64_t MAX_ROWS_DOT = 6, MAX_ROWS_AMX = 16, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
 
-// A block of outputs: each part's weights of the first pair, and how far it is from one pair's to the next.
-struct Block {
+// A block of outputs: where each part's weights of the first pair lie, and the distance from one pair's to the next.
+struct OutputBlock {
     const uint32_t* parts[PARTS];
     int64_t step;
 };
 
-// The block of outputs from first on, from whatever panels it lies in. What would lie behind the last panel is read from its end.
-Block block_of(const Product& p, int64_t first) {
-    Block block;
+// Returns the block of outputs from `first` on, in whichever panels it lies. Parts past the last panel read its end instead.
+OutputBlock block_of(const Linear& p, int64_t first) {
+    OutputBlock block;
     block.step = p.panel;
     for (int64_t j = 0; j < PARTS; ++j) {
         const int64_t output = std::min(first + j * LANES, (p.outputs - 1) / LANES * LANES);
-        block.parts[j] = static_cast<const uint32_t*>(p.packed) + output / p.panel * p.filled / 2 * p.panel + output % p.panel;
+        const int64_t panel_start = output / p.panel * p.padded_inputs / 2 * p.panel;
+        block.parts[j] = static_cast<const uint32_t*>(p.packed) + panel_start + output % p.panel;
     }
     return block;
 }
 
 template <int ROWS>
-void multiply_block(const bfloat16* x, int64_t stride, const Block& block, int64_t pairs, float (*sums)[BLOCK]) {
+void multiply_block(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t pairs, float (*sums)[BLOCK]) {
     __m512 sum[ROWS][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_ps();
@@ -103,8 +104,8 @@ void multiply_block(const bfloat16* x, int64_t stride, const Block& block, int64
         for (int j = 0; j < PARTS; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
 }
 
-void multiply_block_in_pairs(const bfloat16* x, int64_t stride, const Block& block, int64_t rows, int64_t pairs,
-                             float (*sums)[BLOCK]) {
+void multiply_block_dot(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t rows, int64_t pairs,
+                        float (*sums)[BLOCK]) {
     switch (rows) {
         case 1: return multiply_block<1>(x, stride, block, pairs, sums);
         case 2: return multiply_block<2>(x, stride, block, pairs, sums);
@@ -115,26 +116,26 @@ void multiply_block_in_pairs(const bfloat16* x, int64_t stride, const Block& blo
     }
 }
 
-#if PRODUCTS_OF_TILES
+#if HAS_AMX
 
 constexpr int64_t TILE_PAIRS = 16;
 
-// Whether the system lets this process use tiles, which it has to ask for.
-bool may_use_tiles() {
-    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, and which part of the processor's state
+// Whether the system lets this process use AMX tiles, which a process must request.
+bool may_use_amx() {
+    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, and the number of the tiles' processor state
     static const bool may = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
     return may;
 }
 
-// While it lives, this thread's tiles are shaped for a product: 0 to 3 for the sums of a block's parts, 4 and 5 for the inputs
-// and the weights of 16 pairs, 6 and 7 for those of the pairs that are left.
+// Configures this thread's tiles for a product while the object lives: 0 to 3 for the sums of a block's parts, 4 and 5 for the
+// inputs and the weights of 16 pairs, 6 and 7 for those of the remaining pairs.
 class Tiles {
   public:
     Tiles(int64_t rows, int64_t pairs) {
         for (int sums = 0; sums < PARTS; ++sums) shape(sums, rows, LANES);
         if (pairs >= TILE_PAIRS) shape(4, rows, TILE_PAIRS), shape(5, TILE_PAIRS, LANES);
         if (const int64_t left = pairs % TILE_PAIRS) shape(6, rows, left), shape(7, left, LANES);
-        asm volatile("" : : "r"(&shapes_) : "memory");  // the load reads all of it, which GCC 12 does not know
+        asm volatile("" : : "r"(&shapes_) : "memory");  // GCC 12 does not know that the load reads all of it
         _tile_loadconfig(&shapes_);
     }
     ~Tiles() { _tile_release(); }
@@ -144,16 +145,16 @@ class Tiles {
   private:
     void shape(int tile, int64_t rows, int64_t columns) {
         shapes_.rows[tile] = static_cast<uint8_t>(rows);
-        shapes_.row_bytes[tile] = static_cast<uint16_t>(columns * 4);  // a column is a sum, or a pair of bfloat16
+        shapes_.row_bytes[tile] = static_cast<uint16_t>(columns * 4);  // a column is a float32 sum or a pair of bfloat16
     }
     struct {
         uint8_t palette = 1, first_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
-    } shapes_;  // as the processor reads it
+    } shapes_;  // in the processor's format
 };
 
-// Adds up a block's products of as many pairs as the tiles named hold; tiles have to be named by literals.
+// Adds the products of as many pairs as the given tiles hold to a block's sums; tile numbers must be literals.
 #define ADD_PRODUCTS(INPUTS, WEIGHTS)                          \
     do {                                                       \
         const int64_t at = pair * block.step;                  \
@@ -168,7 +169,7 @@ class Tiles {
         _tile_dpbf16ps(3, INPUTS, WEIGHTS);                    \
     } while (false)
 
-void multiply_block_in_tiles(const bfloat16* x, int64_t stride, const Block& block, int64_t pairs, float (*sums)[BLOCK]) {
+void multiply_block_amx(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t pairs, float (*sums)[BLOCK]) {
     const int64_t x_bytes = stride * sizeof *x, step_bytes = block.step * sizeof *block.parts[0];
     int64_t pair = 0;
     _tile_zero(0);
@@ -185,27 +186,27 @@ void multiply_block_in_tiles(const bfloat16* x, int64_t stride, const Block& blo
 
 #endif
 
-// y = x W^T + bias + residual, or max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual may be
-// null, or y.
-void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
+// y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual
+// may be null or y.
+void multiply(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
     const int64_t pairs = p.inputs / 2;
     const auto* bias = static_cast<const bfloat16*>(p.bias);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#if PRODUCTS_OF_TILES
+#if HAS_AMX
         std::optional<Tiles> tiles;
-        if (may_use_tiles()) tiles.emplace(rows, pairs);
+        if (may_use_amx()) tiles.emplace(rows, pairs);
 #endif
 #pragma omp for schedule(static) nowait
         for (int64_t first = 0; first < p.outputs; first += BLOCK) {
-            float sums[FEW_IN_TILES][BLOCK];
-            const Block block = block_of(p, first);
-#if PRODUCTS_OF_TILES
+            float sums[MAX_ROWS_AMX][BLOCK];
+            const OutputBlock block = block_of(p, first);
+#if HAS_AMX
             if (tiles)
-                multiply_block_in_tiles(x, p.inputs, block, pairs, sums);
+                multiply_block_amx(x, p.inputs, block, pairs, sums);
             else
 #endif
-                multiply_block_in_pairs(x, p.inputs, block, rows, pairs, sums);
+                multiply_block_dot(x, p.inputs, block, rows, pairs, sums);
             const int64_t count = std::min(BLOCK, p.outputs - first);
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = 0; i < count; ++i) {
@@ -224,28 +225,28 @@ void multiply(const Product& p, const bfloat16* x, const bfloat16* residual, bfl
 
 }  // namespace
 
-// The most rows that the functions below take; 0 where this processor has no products of bfloat16 pairs.
-extern "C" int most_few() {
-#if PRODUCTS_OF_TILES
-    if (may_use_tiles()) return FEW_IN_TILES;
+// Returns the largest number of rows that the functions below support; 0 if this processor has no bfloat16 dot products.
+extern "C" int max_small_rows() {
+#if HAS_AMX
+    if (may_use_amx()) return MAX_ROWS_AMX;
 #endif
-#if PRODUCTS_OF_PAIRS
-    return FEW_IN_PAIRS;
+#if HAS_BF16_DOT
+    return MAX_ROWS_DOT;
 #else
     return 0;
 #endif
 }
 
-#if PRODUCTS_OF_PAIRS
+#if HAS_BF16_DOT
 
-extern "C" void multiply_few(const Product* product, const void* x, const void* residual, void* y, int64_t rows,
-                             int64_t threads) {
-    multiply(*product, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y),
+extern "C" void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
+                                     int64_t threads) {
+    multiply(*linear, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y),
              rows, threads);
 }
 
-// x and y are (rows, width).
-extern "C" void layer_of_few(const Layer* layer, const Step* step, const void* x, void* y) {
+// y = layer(x) for a decode step of a small batch; x and y are (rows, width).
+extern "C" void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y) {
     const Layer& l = *layer;
     const Step& s = *step;
     const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, inner = l.down.inputs;
@@ -260,7 +261,7 @@ extern "C" void layer_of_few(const Layer* layer, const Step* step, const void* x
     rms_norm(from, l.input.weight, normed, l.input.offset, l.input.epsilon, s.rows, width, 1);
     multiply(l.qkv, normed, nullptr, joint, s.rows, s.threads);
     rotate_heads(joint, s.cosines, s.sines, s.angles_in_float32, l.query.weight, l.key.weight, l.query.offset,
-                 l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.halved ? 2 * s.angles : s.angles,
+                 l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.half_angles ? 2 * s.angles : s.angles,
                  s.angles, 1);
     const char* keys = reinterpret_cast<const char*>(joint + own_width);
     store(keys, keys + kv_width * size, s.slots, static_cast<char*>(s.keys), static_cast<char*>(s.values), s.rows,

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitwiser.model.kv_pool import LayerShape
+from splitwiser.model.kernels.interface import LayerShape
 
-LARGEST_HEAD = 256
+MAX_HEAD_DIM = 256
 
 
-class PackedAttention:
-    """``torch.nn.attention.varlen.varlen_attn``; a :class:`~splitwiser.model.kernels.interface.PackedKernel`."""
+class VarlenAttention:
+    """``torch.nn.attention.varlen.varlen_attn`` as a :class:`~splitwiser.model.kernels.interface.VarlenKernel`."""
 
     def __call__(
         self,
@@ -26,7 +26,7 @@ class PackedAttention:
         window: int | None,
         scaling: float,
     ) -> Tensor:
-        """See :meth:`splitwiser.model.kernels.interface.PackedKernel.__call__`."""
+        """See :meth:`splitwiser.model.kernels.interface.VarlenKernel.__call__`."""
         varlen_attn, grouped = _function()
         left = -1 if window is None else window - 1
         output: Tensor = varlen_attn(
@@ -35,19 +35,22 @@ class PackedAttention:
         return output
 
 
-def find_problem(dtype: torch.dtype, layers: Sequence[LayerShape]) -> str | None:
-    """Why :class:`PackedAttention` cannot serve ``layers`` in ``dtype``, in a few words; None if it can on a GPU that has
-    FlashAttention, which a trial shows."""
+def find_varlen_problem(dtype: torch.dtype, layers: Sequence[LayerShape]) -> str | None:
+    """Return why :class:`VarlenAttention` cannot serve ``layers`` in ``dtype``, in a few words; None if it can on a GPU that
+    has FlashAttention, which a trial shows."""
     if dtype not in (torch.float16, torch.bfloat16):
         return "one call for all prompts takes half precisions only"
-    if any(layer.key_dim != layer.value_dim or layer.key_dim % 8 or layer.key_dim > LARGEST_HEAD for layer in layers):
-        return f"one call for all prompts takes heads of a multiple of 8 up to {LARGEST_HEAD}, keys like values"
+    if any(layer.key_dim != layer.value_dim or layer.key_dim % 8 or layer.key_dim > MAX_HEAD_DIM for layer in layers):
+        return (
+            f"one call for all prompts takes heads of a multiple of 8 up to {MAX_HEAD_DIM}, keys and values of one size"
+        )
     return None
 
 
 @cache
 def _function() -> tuple[Callable[..., Any], dict[str, bool]]:
-    """The function, and what has it take fewer K/V heads than heads: an argument from PyTorch 2.12 on, before by itself."""
+    """Return the function, and the argument that lets it take fewer K/V heads than heads: needed from PyTorch 2.12 on, not
+    known to earlier versions, which always allow it."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

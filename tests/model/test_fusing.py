@@ -1,4 +1,4 @@
-"""Fused parts compute what the parts they replace do, and parts that are not like them stay."""
+"""Fused modules compute the same as those that they replace, and other modules stay."""
 
 import pickle
 import weakref
@@ -16,15 +16,20 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from splitwiser import LLM, SamplingParams
 from splitwiser.model import attention, fused
 from splitwiser.model.compatibility import _served_logits, attach_engine
-from splitwiser.model.fused import FusedLayer, FusedMLP, FusedNorm, describe_parts, fuse_parts
+from splitwiser.model.fused import FusedLayer, FusedMLP, FusedNorm
+from splitwiser.model.fusing import describe_parts, fuse_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.models import TINY, make_tiny
 from tests.support.tokens import LENGTHS, prompts_of
 
-pytestmark = pytest.mark.skipif(packed.find_problem() is not None, reason=f"cannot pack: {packed.find_problem()}")
-needs_compiler = pytest.mark.skipif(fused.find_problem() is not None, reason=f"not compiled: {fused.find_problem()}")
+pytestmark = pytest.mark.skipif(
+    packed.find_packing_problem() is not None, reason=f"cannot pack: {packed.find_packing_problem()}"
+)
+needs_compiler = pytest.mark.skipif(
+    fused.find_compile_problem() is not None, reason=f"not compiled: {fused.find_compile_problem()}"
+)
 
 PARTS = {
     "llama": "decoder_layer 3, rms_norm 7, attention 3, gated_mlp 3",
@@ -37,7 +42,7 @@ PARTS = {
 
 
 class _Body(PreTrainedModel):
-    """A causal model of one part, which its token is sent through."""
+    """A causal model that consists of an embedding and one module."""
 
     config_class = PreTrainedConfig
 
@@ -51,7 +56,7 @@ class _Body(PreTrainedModel):
 
 @torch.inference_mode()
 def fuse(part: nn.Module, width: int = 96, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """What takes the place of ``part``, all of whose numbers are drawn first, in a model of it alone."""
+    """Return what replaces ``part``, given random weights, in a model of it alone."""
     torch.manual_seed(0)
     for parameter in part.parameters():
         parameter.normal_(0, 0.3)
@@ -110,7 +115,7 @@ def test_a_part_in_float32_stays() -> None:
     assert fuse(own, dtype=torch.float32) is own
 
 
-# -- gated multi-layer perceptrons
+# -- gated MLPs
 
 
 class _MLP(nn.Module):
@@ -145,7 +150,7 @@ def test_a_gate_of_another_kind_stays(activation: Callable[[torch.Tensor], torch
     assert fuse(own) is own
 
 
-# -- activations of a first product
+# -- activations after a first linear layer
 
 
 class _Feed(nn.Module):
@@ -166,13 +171,15 @@ def test_an_activation_becomes_part_of_the_product(activation: nn.Module) -> Non
         made = fuse(own)
         assert isinstance(own.activation_fn, nn.Identity)
         computed = made(inputs(1, 9, 96))
-        own.fc1.activation = ("none", "")  # type: ignore[assignment]
+        first = own.get_submodule("fc1")
+        assert isinstance(first, PackedLinear)
+        setattr(own, "fc1", first.with_activation(packed.IDENTITY))  # noqa: B010  # it is declared as a plain layer
         own.activation_fn = activation
         assert_same(computed, own(inputs(1, 9, 96)))
 
 
 class _Choosy(_Feed):
-    """Refuses some of the numbers that parts are tried with."""
+    """Raises an error for some of the inputs of the trial."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if bool((x.abs() > 100).any()):
@@ -200,7 +207,7 @@ def test_a_model_of_fused_parts_gives_its_logits(name: str, tiny: Callable[[str]
 
 @needs_compiler
 @pytest.mark.skipif(
-    packed.find_few_problem() is not None, reason=f"products of a few rows: {packed.find_few_problem()}"
+    packed.find_small_batch_problem() is not None, reason=f"products of a few rows: {packed.find_small_batch_problem()}"
 )
 @pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
 def test_a_layer_of_a_few_rows_is_one_call(
@@ -209,18 +216,18 @@ def test_a_layer_of_a_few_rows_is_one_call(
     model = load(tiny, name)
     layers = attach_engine(model, pack=True)
     called: list[object] = []
-    once = FusedLayer._call_once
+    once = FusedLayer._run_at_once
 
     def note(layer: FusedLayer, *given: Any) -> torch.Tensor:
         called.append(layer)
         return once(layer, *given)
 
-    monkeypatch.setattr(FusedLayer, "_call_once", note)
+    monkeypatch.setattr(FusedLayer, "_run_at_once", note)
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
     with torch.inference_mode():
         *_, made = _served_logits(model, layers, prompts)
         assert len(called) == len(layers)
-        monkeypatch.setattr(fused, "most_few", lambda: 0)
+        monkeypatch.setattr(fused, "max_small_rows", lambda: 0)
         *_, expected = _served_logits(model, layers, prompts)
     assert len(called) == len(layers)
     assert_same(made, expected)

@@ -1,0 +1,286 @@
+"""Replaces modules of a bfloat16 model on a CPU by fused ones that are shown to compute the same.
+
+A module is recognised by its structure. A candidate takes its place only if, called with the same random numbers, both
+store, ask of the attention and return the same up to rounding; otherwise the model's own module stays. The arguments of each
+module are recorded in one forward of the whole model, and only their numbers are replaced by random ones.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
+from splitwiser.model.forward import forward
+from splitwiser.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, find_compile_problem
+from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable
+
+# gates x / (1 + exp(-(linear * x + cubic * x^3))): SiLU, GELU's form with tanh, and the quick form of GELU
+_GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
+# activations that oneDNN applies to a product: its name for one, and which form of it
+_ACTIVATIONS = (RELU, ("gelu", "none"), ("gelu", "tanh"), ("swish", ""))
+# of the rows that modules are compared on: far apart, so that an epsilon or a limit makes a difference
+_SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
+# relative to the norm of a row: a few roundings to bfloat16, each at most 1/256 of a number
+_TOLERANCE = 1 / 64
+
+
+def fuse_parts(module: nn.Module) -> None:
+    """Replace the modules within ``module`` that a fused one is shown to compute the same as, one after another, so that
+    there are never two copies of all weights.
+
+    ``module`` is a causal model whose attention implementation is :data:`splitwiser.model.attention.NAME`, with its linear
+    layers not packed yet.
+    """
+    calls = _record_calls(module)
+    if find_compile_problem() is None:
+        for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
+            _replace_children(module, candidates, calls)
+    _fuse_activations(module, calls)
+
+
+def describe_parts(module: nn.Module) -> str:
+    """Return the kinds of fused modules within ``module`` and the number of each, for a run's record."""
+    names = {FusedNorm: "rms_norm", FusedMLP: "gated_mlp", FusedAttention: "attention", FusedLayer: "decoder_layer"}
+    parts = list(module.modules())
+    counts = Counter(names[type(part)] for part in parts if type(part) in names)
+    counts["activation"] = sum(isinstance(part, PackedLinear) and part.activation != IDENTITY for part in parts)
+    described = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    return described or f"none ({find_compile_problem() or 'no module of the model matches one'})"
+
+
+# -- candidates: what might replace a module, the likeliest first
+
+
+class _Call(NamedTuple):
+    """The arguments of a module in a forward of the whole model."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """The module's main input."""
+        hidden: Tensor = self.positional[0] if self.positional else self.named["hidden_states"]
+        return hidden
+
+
+_Calls = WeakKeyDictionary[nn.Module, _Call]  # weak, so that a replaced module is freed at once
+_Candidates = Callable[[nn.Module, _Call], Iterator[nn.Module]]
+
+
+def _norm_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
+    weight, epsilon = getattr(own, "weight", None), getattr(own, "variance_epsilon", getattr(own, "eps", None))
+    if not (isinstance(weight, nn.Parameter) and isinstance(epsilon, float) and len(list(own.parameters())) == 1):
+        return
+    hidden = call.hidden_states
+    if (
+        weight.dtype == hidden.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.shape == hidden.shape[-1:]
+    ):
+        for offset in (0.0, 1.0):
+            yield FusedNorm(weight, epsilon, offset)
+
+
+def _mlp_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
+    linears = _packable_children(own, "gate_proj", "up_proj", "down_proj")
+    if linears and _can_concatenate(linears[:2]):
+        gate_up_proj, down_proj = PackedLinear(_concatenate(linears[:2])), PackedLinear(linears[2])
+        for factors in _GATES:
+            yield FusedMLP(gate_up_proj, down_proj, factors)
+
+
+def _attention_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
+    linears = _packable_children(own, "q_proj", "k_proj", "v_proj", "o_proj")
+    head_dim, layer_idx = getattr(own, "head_dim", None), getattr(own, "layer_idx", None)
+    if not (linears and _can_concatenate(linears[:3]) and isinstance(head_dim, int) and isinstance(layer_idx, int)):
+        return
+    norms = [part for name in ("q_norm", "k_norm") if isinstance(part := getattr(own, name, None), FusedNorm)]
+    kinds = {(norm.offset, norm.epsilon, len(norm.weight)) for norm in norms}
+    if norms and (len(norms) != 2 or len(kinds) != 1 or len(norms[0].weight) != head_dim):
+        return
+    cosines, sines = call.named["position_embeddings"]
+    if cosines.dtype != sines.dtype or cosines.dtype not in (torch.bfloat16, torch.float32):
+        return
+    if not cosines.shape[:-1] == sines.shape[:-1] == call.hidden_states.shape[:-1]:
+        return
+    options = _run(own, call).options
+    if options is not None:
+        qkv_proj, o_proj = PackedLinear(_concatenate(linears[:3])), PackedLinear(linears[3])
+        for half_angles in (False, True):
+            if cosines.shape[-1] * (1 + half_angles) <= head_dim:
+                yield FusedAttention(own, qkv_proj, o_proj, options, norms, half_angles)
+
+
+def _layer_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
+    parts = {
+        "input_layernorm": FusedNorm, "self_attn": FusedAttention,
+        "post_attention_layernorm": FusedNorm, "mlp": FusedMLP,
+    }  # fmt: skip
+    if {name: type(child) for name, child in own.named_children()} == parts:
+        yield FusedLayer(own)
+
+
+def _activation_candidates(pair: nn.Module, _: _Call) -> Iterator[nn.Module]:
+    linear = PackedLinear(pair.get_submodule("0"))  # type: ignore[arg-type]
+    for activation in _ACTIVATIONS:
+        yield linear.with_activation(activation)
+
+
+def _packable_children(own: nn.Module, *names: str) -> list[nn.Linear]:
+    """Return the children of these names if all are linear layers that can be packed; else an empty list."""
+    found = [part for name in names if is_packable(part := getattr(own, name, None))]
+    return found if len(found) == len(names) else []
+
+
+def _can_concatenate(linears: Sequence[nn.Linear]) -> bool:
+    return len({(each.in_features, each.bias is None) for each in linears}) == 1
+
+
+def _concatenate(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """Return one layer whose outputs are those of ``linears``, one after another."""
+    inputs, outputs = linears[0].in_features, sum(each.out_features for each in linears)
+    joined = nn.Linear(inputs, outputs, device="meta")
+    joined.weight = nn.Parameter(torch.cat([each.weight.data for each in linears]), requires_grad=False)
+    biases = [each.bias.data for each in linears if each.bias is not None]
+    joined.register_parameter("bias", nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None)
+    return joined
+
+
+# -- replacement
+
+
+def _replace_children(module: nn.Module, candidates: _Candidates, calls: _Calls) -> None:
+    for name, own in list(module.named_children()):
+        _replace_children(own, candidates, calls)
+        if own in calls and (fused := _find_equivalent(own, candidates, calls[own])):
+            setattr(module, name, fused)
+
+
+def _fuse_activations(module: nn.Module, calls: _Calls) -> None:
+    for child in list(module.children()):
+        _fuse_activations(child, calls)
+    if module in calls:
+        _fuse_activation(module, calls)
+
+
+def _fuse_activation(own: nn.Module, calls: _Calls) -> None:
+    """Let ``fc1`` of ``own`` compute ``activation_fn`` too, if the two and ``own`` as a whole then compute the same."""
+    first, activation = getattr(own, "fc1", None), getattr(own, "activation_fn", None)
+    if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
+        return
+    fused = _find_equivalent(nn.Sequential(first, activation), _activation_candidates, calls[first])
+    if fused is None:
+        return
+
+    def with_fused_activation(*_: object) -> Iterator[nn.Module]:
+        layer = copy.copy(own)
+        layer._modules = {**own._modules, "fc1": fused, "activation_fn": nn.Identity()}
+        yield layer
+
+    if _find_equivalent(own, with_fused_activation, calls[own]):  # nothing is computed between the two
+        own.fc1, own.activation_fn = fused, nn.Identity()
+
+
+def _find_equivalent(own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
+    """Return the first candidate that computes the same as ``own``, with the attributes of ``own`` that a model might read;
+    None if no candidate does."""
+    try:
+        expected = None
+        for candidate in candidates(own, call):
+            expected = expected or _run(own, call)
+            if expected.agrees(_run(candidate, call)):
+                for name, value in vars(own).items():
+                    if not name.startswith("_") and not hasattr(candidate, name):
+                        setattr(candidate, name, value)
+                return candidate.train(own.training)
+    except Exception:  # whatever a foreign module raises means the same: it is not like ours
+        return None
+    return None
+
+
+# -- comparison
+
+
+class _Recorder(AttentionStep):
+    """Takes the place of the step while a module runs, and records what the module stores, asks for and returns."""
+
+    def __init__(self) -> None:
+        self.numbers: list[Tensor] = []
+        self.others: list[object] = []
+        self.options: AttentionOptions | None = None
+        self._random = torch.Generator().manual_seed(1)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        self.numbers += [key, value]
+        self.others.append(layer_idx)
+        return key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """Return random numbers, which do not hide what the module does with them."""
+        self.numbers.append(query)
+        self.others += [id(mask), options.scaling, options.softcap, id(options.sinks)]
+        self.options = options
+        shape = 1, query.shape[2], query.shape[1], value.shape[3]
+        return torch.randn(shape, generator=self._random).to(query.dtype)
+
+    def agrees(self, other: "_Recorder") -> bool:
+        """Whether ``other`` recorded the same, up to a few roundings of a row's numbers."""
+        if self.others != other.others or len(self.numbers) != len(other.numbers):
+            return False
+        return all(map(_agree, self.numbers, other.numbers))
+
+
+def _agree(expected: Tensor, given: Tensor) -> bool:
+    if expected.shape != given.shape or expected.dtype != given.dtype:
+        return False
+    bounds = _TOLERANCE * expected.float().norm(dim=-1)
+    return bool(((expected.float() - given.float()).norm(dim=-1) <= bounds).all())
+
+
+def _record_calls(module: nn.Module) -> _Calls:
+    """Return the arguments of each module within ``module`` in a forward of a few tokens."""
+    calls = _Calls()
+
+    def record(part: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls[part] = _Call(positional, named)
+
+    hooks = [part.register_forward_pre_hook(record, with_kwargs=True) for part in module.modules()]
+    tokens = len(_SCALES)
+    try:
+        forward(module, _Recorder(), [0] * tokens, range(tokens), [0])  # type: ignore[arg-type]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _run(part: nn.Module, call: _Call) -> _Recorder:
+    """Call ``part`` as in ``call`` but with random numbers, the same ones each time, and return what it did."""
+    recorder, random = _Recorder(), torch.Generator().manual_seed(0)
+    positional = [_randomised(value, recorder, random) for value in call.positional]
+    named = {name: _randomised(value, recorder, random) for name, value in call.named.items()}
+    with serving(recorder):
+        output = part(*positional, **named)
+    recorder.numbers.append(output[0] if isinstance(output, tuple) else output)
+    recorder.others.append(type(output))
+    return recorder
+
+
+def _randomised(value: object, recorder: _Recorder, random: torch.Generator) -> object:
+    """Return ``value`` with random numbers: rows of all scales, cosines and sines, and positions far apart."""
+    if isinstance(value, StepCache):
+        return recorder
+    if isinstance(value, tuple):  # of cosines and sines
+        return tuple(torch.randn(each.shape, generator=random).sin().to(each.dtype) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        return torch.randint(1 << 20, value.shape, generator=random)
+    scales = torch.tensor(_SCALES).repeat(value.numel())[: value.numel() // value.shape[-1]]
+    return (torch.randn(value.shape, generator=random) * scales.view(*value.shape[:-1], 1)).to(value.dtype)

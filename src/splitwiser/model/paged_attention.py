@@ -1,0 +1,276 @@
+"""Attention of one step over the paged KV pool, by the pool's kernels or by PyTorch."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, attend
+from splitwiser.model.kv_pool import KVPool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``."""
+
+    blocks: Sequence[int]
+    context: int
+    tokens: int
+
+    @property
+    def positions(self) -> range:
+        """The absolute positions of the new tokens."""
+        return range(self.context - self.tokens, self.context)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Requests of a decode step that are read from the pool together: their rows in the step, block tables and lengths."""
+
+    rows: Tensor
+    tables: Tensor
+    lengths: Tensor
+
+
+class KernelInputs(NamedTuple):
+    """The inputs of the store and attention kernels at one layer of a decode step, as
+    :class:`~splitwiser.model.kernels.interface.StoreKernel` and
+    :class:`~splitwiser.model.kernels.interface.AttentionKernel` describe them: the layer of the pool, and which of its slots
+    belong to which request."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    tables: Tensor
+    starts: Tensor
+    offsets: Tensor
+    lengths: Tensor
+
+
+class PagedAttention(AttentionStep):
+    """The attention of one step: where its tokens lie in the pool and which requests they belong to.
+
+    The pool's kernels attend where it has them. Otherwise PyTorch attends: in a decode step (one token per request) to
+    groups of requests of similar length, so that there is little padding, and in any other step to each request separately.
+    Tensors that layers share are made once per step.
+    """
+
+    def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device) -> None:
+        self.pool = pool
+        self.segments = segments
+        self.device = device
+        size = pool.block_tokens
+        slots = [
+            segment.blocks[position // size] * size + position % size
+            for segment in segments
+            for position in segment.positions
+        ]
+        self._slots = torch.tensor(slots, device=device)
+        self._layer = -1
+        self._masks: dict[tuple[Mask, int], Tensor] = {}
+        self._starts: dict[Mask, Tensor | None] = {}
+        self._windows: dict[Mask, int | None] = {}
+        self._tables: dict[int, Tensor] = {}
+        self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.update`; writes into the pool's layer."""
+        self._layer = layer_idx
+        self.pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`. Raises :class:`UnsupportedModelError` if ``mask`` is
+        not a :class:`~splitwiser.model.attention.Mask`."""
+        if not isinstance(mask, Mask):
+            raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
+        kernel = self.pool.kernels.decode if self._decoding else self.pool.kernels.prefill
+        if kernel and (starts := self._first_seen(mask)) is not None:
+            return kernel(
+                query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
+                starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
+            ).unsqueeze(0)  # fmt: skip
+        if not self._decoding and (output := self._attend_varlen(query, key, value, mask, options)) is not None:
+            return output.unsqueeze(0)
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        if self._decoding:
+            self._attend_groups(query, mask, options, output)
+        else:
+            self._attend_segments(query, key, value, mask, options, output)
+        return output.unsqueeze(0)
+
+    def kernel_inputs(self, layer: int, mask: object) -> KernelInputs | None:
+        """Return the kernels' inputs at ``layer`` of a decode step, for a function that computes a whole layer; None in
+        another step, or if the first visible position does not describe ``mask``."""
+        if not self._decoding or not isinstance(mask, Mask) or (starts := self._first_seen(mask)) is None:
+            return None
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        return KernelInputs(keys, values, self._slots, self._batch.tables, starts, self._offsets, self._batch.lengths)
+
+    def _attend_varlen(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions
+    ) -> Tensor | None:
+        """Attend from all segments in one call; None without a kernel for it, or if it does not support ``mask`` or
+        ``options``."""
+        kernel = self.pool.kernels.varlen
+        if kernel is None or options.softcap is not None or options.sinks is not None:
+            return None
+        window = None if mask.is_causal else self._window(mask)
+        if window is None and not mask.is_causal:
+            return None
+        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if self._context_slots is not None:  # earlier steps computed part of the contexts
+            keys, values = (
+                stored[self._layer].flatten(0, 1).index_select(0, self._context_slots)
+                for stored in (self.pool.keys, self.pool.values)
+            )
+        return kernel(
+            query[0].transpose(0, 1), keys, values, self._varlen_offsets, self._longest, window, options.scaling
+        )
+
+    def _attend_segments(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions, output: Tensor
+    ) -> None:
+        start = 0
+        for number, segment in enumerate(self.segments):
+            rows = slice(start, start + segment.tokens)
+            start += segment.tokens
+            if segment.tokens == segment.context:  # a whole prompt: its K and V are all in this step
+                keys, values = key[:, :, rows], value[:, :, rows]
+            else:
+                keys, values = (
+                    read[:, : segment.context].transpose(1, 2)
+                    for read in self.pool.read(self._layer, self._segment_table(number, segment))
+                )
+            seen = self._segment_mask(number, segment, mask)
+            output[rows] = attend(query[:, :, rows], keys, values, seen, options)[0].transpose(0, 1)
+
+    def _attend_groups(self, query: Tensor, mask: Mask, options: AttentionOptions, output: Tensor) -> None:
+        for number, group in enumerate(self._groups):
+            keys, values = (read.transpose(1, 2) for read in self.pool.read(self._layer, group.tables))
+            queries = query[0].transpose(0, 1)[group.rows].unsqueeze(2)
+            seen = self._group_mask(number, group, keys.shape[2], mask)
+            output[group.rows] = attend(queries, keys, values, seen, options).squeeze(2)
+
+    def _segment_table(self, number: int, segment: Segment) -> Tensor:
+        """Return the block table of a request's context, (1, blocks)."""
+        if number not in self._tables:
+            blocks = segment.blocks[: self.pool.blocks_for(segment.context)]
+            self._tables[number] = torch.tensor([blocks], device=self.device)
+        return self._tables[number]
+
+    def _segment_mask(self, number: int, segment: Segment, mask: Mask) -> Tensor | None:
+        """Return what a request's new tokens see: boolean (tokens, context), or None for a causal mask over a whole
+        prompt."""
+        if mask.is_causal and segment.tokens == segment.context:
+            return None
+        key = (mask, number)
+        if key not in self._masks:
+            positions = torch.arange(segment.context, device=self.device)
+            self._masks[key] = mask(positions[-segment.tokens :, None], positions[None])
+        return self._masks[key]
+
+    def _group_mask(self, number: int, group: _Group, padded: int, mask: Mask) -> Tensor:
+        """Return what a group's tokens see: boolean (requests, 1, 1, padded length)."""
+        key = (mask, number)
+        if key not in self._masks:
+            positions = torch.arange(padded, device=self.device)[None]
+            seen = mask(group.lengths[:, None] - 1, positions) & (positions < group.lengths[:, None])
+            self._masks[key] = seen[:, None, None]
+        return self._masks[key]
+
+    def _first_seen(self, mask: Mask) -> Tensor | None:
+        """Return the first position that each token sees, (tokens,), if it sees all positions from there up to its own, as
+        with a causal mask, a window or chunks; None for any other mask."""
+        if mask not in self._starts:
+            own = self._own_positions
+            if mask.is_causal:
+                self._starts[mask] = torch.zeros_like(own)
+            else:
+                positions = torch.arange(int(own.max()) + 1, device=self.device)[None]
+                seen = mask(own[:, None], positions) & (positions <= own[:, None])
+                starts = own + 1 - seen.sum(dim=-1)
+                self._starts[mask] = starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
+        return self._starts[mask]
+
+    def _window(self, mask: Mask) -> int | None:
+        """Return how many tokens each token sees, itself included, if ``mask`` is a sliding window; None for any other
+        mask."""
+        if mask not in self._windows:
+            self._windows[mask] = None
+            if (starts := self._first_seen(mask)) is not None:
+                seen = self._own_positions + 1 - starts
+                most = seen.max()
+                if bool((seen == torch.minimum(self._own_positions + 1, most)).all()):
+                    self._windows[mask] = int(most)
+        return self._windows[mask]
+
+    @cached_property
+    def _own_positions(self) -> Tensor:
+        """The absolute position of each of the step's tokens, (tokens,)."""
+        return torch.tensor([at for segment in self.segments for at in segment.positions], device=self.device)
+
+    @cached_property
+    def _context_slots(self) -> Tensor | None:
+        """The slots of all requests' contexts, one request after the other, (context tokens,); None if each prompt is whole
+        in this step, so that its K and V need not be read from the pool."""
+        if all(segment.tokens == segment.context for segment in self.segments):
+            return None
+        size = self.pool.block_tokens
+        slots = [
+            (torch.tensor(segment.blocks)[:, None] * size + torch.arange(size)).flatten()[: segment.context]
+            for segment in self.segments
+        ]
+        return torch.cat(slots).to(self.device)
+
+    @cached_property
+    def _longest(self) -> tuple[int, int]:
+        """The largest number of new tokens and the longest context of a request."""
+        return max(each.tokens for each in self.segments), max(each.context for each in self.segments)
+
+    @cached_property
+    def _varlen_offsets(self) -> tuple[Tensor, Tensor]:
+        """Where each request's new tokens and its context begin among all, (requests + 1,) and int32 each."""
+        tokens, contexts = (
+            torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=self.device)
+            for counts in ([each.tokens for each in self.segments], [each.context for each in self.segments])
+        )
+        return tokens, contexts
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        """Where each request's tokens begin in the step, (requests + 1,)."""
+        return torch.tensor([0, *itertools.accumulate(segment.tokens for segment in self.segments)], device=self.device)
+
+    @cached_property
+    def _batch(self) -> _Group:
+        """All requests, in their order."""
+        longest = max(self.pool.blocks_for(segment.context) for segment in self.segments)
+        return self._group(list(range(len(self.segments))), longest)
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        """The requests of a decode step, grouped by similar length."""
+        needs = [self.pool.blocks_for(segment.context) for segment in self.segments]
+        groups: list[list[int]] = []
+        for row in sorted(range(len(needs)), key=needs.__getitem__):
+            # at most a quarter of a group's reads is padding, or two blocks per request
+            if groups and needs[row] <= max(needs[groups[-1][0]] * 1.25, needs[groups[-1][0]] + 2):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return [self._group(rows, needs[rows[-1]]) for rows in groups]
+
+    def _group(self, rows: list[int], width: int) -> _Group:
+        """Return the requests of ``rows`` with block tables of ``width`` blocks."""
+        tables = [[*self.segments[row].blocks[:width], *[0] * (width - len(self.segments[row].blocks))] for row in rows]
+        return _Group(
+            torch.tensor(rows, device=self.device),
+            torch.tensor(tables, device=self.device),
+            torch.tensor([self.segments[row].context for row in rows], device=self.device),
+        )

@@ -1,0 +1,197 @@
+"""Attention written out token by token in float64 against what the engine computes over the pool."""
+
+import math
+import shutil
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from splitwiser.model.attention import AttentionOptions, Mask
+from splitwiser.model.kernels.choose import load_kernels
+from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.paged_attention import PagedAttention, Segment
+
+HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
+
+
+def written_out(
+    query: Tensor, keys: Tensor, values: Tensor, context: int, mask: Mask, options: AttentionOptions
+) -> Tensor:
+    """Attention of the last ``len(query)`` of ``context`` tokens; all of shape (tokens, heads, dim)."""
+    output = torch.zeros(len(query), HEADS, values.shape[2], dtype=torch.float64)
+    for row in range(len(query)):
+        position = context - len(query) + row
+        seen = [key for key in range(context) if bool(mask(torch.tensor(position), torch.tensor(key)))]
+        for head in range(HEADS):
+            kv_head = head // (HEADS // KV_HEADS)
+            scores = [float(query[row, head].double() @ keys[key, kv_head].double()) * options.scaling for key in seen]
+            if options.softcap is not None:
+                scores = [options.softcap * math.tanh(score / options.softcap) for score in scores]
+            sink = [] if options.sinks is None else [float(options.sinks[head])]
+            weights = torch.tensor(scores + sink, dtype=torch.float64).softmax(0)
+            for weight, key in zip(weights, seen, strict=False):
+                output[row, head] += weight * values[key, kv_head].double()
+    return output
+
+
+OPTIONS = {
+    "plain": AttentionOptions(0.35),
+    "softcap": AttentionOptions(0.35, softcap=0.8),
+    "sinks": AttentionOptions(0.35, sinks=torch.linspace(-1, 2, HEADS)),
+}
+
+
+def every_other(_: int, __: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """A causal mask with holes, which no range of positions describes."""
+    return (keys <= queries) & ((queries - keys) % 2 == 0)
+
+
+MASKS = {
+    "causal": Mask(causal_mask_function),
+    "window": Mask(sliding_window_causal_mask_function(3)),
+    "holes": Mask(every_other),
+}
+
+
+KERNELS = {
+    "compiled": pytest.param(
+        "auto", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+    ),
+    "plain": pytest.param("plain"),
+    "varlen": pytest.param("varlen"),
+}
+
+
+def attend_by_request(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """What :class:`splitwiser.model.kernels.interface.VarlenKernel` asks for, a request at a time."""
+    output = query.new_empty(len(query), HEADS, values.shape[2])
+    spans = list(zip(*(pairwise(each.tolist()) for each in offsets), strict=True))
+    assert longest == (max(end - begin for (begin, end), _ in spans), max(end - begin for _, (begin, end) in spans))
+    for (begin, end), (first, last) in spans:
+        near = sliding_window_causal_mask_function(window or last - first)
+        rows = query[begin:end]
+        made = written_out(
+            rows, keys[first:last], values[first:last], last - first, Mask(near), AttentionOptions(scaling)
+        )
+        output[begin:end] = made.to(query.dtype)
+    return output
+
+
+def pool_of(value_dim: int, blocks: int, dtype: torch.dtype, kernels: str) -> KVPool:
+    cpu = torch.device("cpu")
+    layers = [LayerShape(KV_HEADS, KEY_DIM, value_dim)]
+    if kernels == "varlen":
+        return KVPool(layers, blocks, BLOCK, dtype, cpu, kernels=PoolKernels(varlen=attend_by_request))
+    return KVPool(layers, blocks, BLOCK, dtype, cpu, kernels=load_kernels(kernels, cpu, dtype, layers)[0])
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([(7, 7), (1, 1), (12, 12)], id="whole prompts"),
+        pytest.param([(9, 4), (13, 1), (5, 5)], id="the rest of a prompt"),
+        pytest.param([(9, 1), (2, 1), (30, 1), (4, 1), (5, 1), (8, 1)], id="decode"),
+    ],
+)
+def test_attends_as_written_out(parts: list[tuple[int, int]], mask: str, option: str, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(len(parts))
+    pool = pool_of(VALUE_DIM, 40, torch.float32, kernels)
+    free = torch.randperm(40, generator=generator).tolist()
+    segments, expected, queries, new_keys, new_values = [], [], [], [], []
+    for context, tokens in parts:
+        blocks = [free.pop() for _ in range(pool.blocks_for(context) + 1)]
+        keys = torch.randn(context, KV_HEADS, KEY_DIM, generator=generator)
+        values = torch.randn(context, KV_HEADS, VALUE_DIM, generator=generator)
+        query = torch.randn(tokens, HEADS, KEY_DIM, generator=generator)
+        slots = torch.tensor(
+            [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(context - tokens)], dtype=torch.long
+        )
+        pool.write(0, slots, keys[: context - tokens], values[: context - tokens])
+        segments.append(Segment(blocks, context, tokens))
+        queries.append(query)
+        new_keys.append(keys[context - tokens :])
+        new_values.append(values[context - tokens :])
+        expected.append(written_out(query, keys, values, context, MASKS[mask], OPTIONS[option]))
+
+    step = PagedAttention(pool, segments, torch.device("cpu"))
+    query, key, value = (torch.cat(each).transpose(0, 1)[None] for each in (queries, new_keys, new_values))
+    key, value = step.update(key, value, layer_idx=0)
+    output = step.attend(query, key, value, MASKS[mask], OPTIONS[option])
+
+    assert output.shape == (1, sum(tokens for _, tokens in parts), HEADS, VALUE_DIM)
+    torch.testing.assert_close(output[0].double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_decode_is_close_to_float32(dtype: torch.dtype, kernels: str) -> None:
+    outputs = []
+    for kind in (torch.float32, dtype):
+        generator = torch.Generator().manual_seed(3)
+        pool = pool_of(KEY_DIM, 8, kind, kernels)
+        kept = torch.randn(32, KV_HEADS, KEY_DIM, generator=generator).to(kind)
+        pool.write(0, torch.arange(32), kept, kept)
+        step = PagedAttention(pool, [Segment(range(8), 31, 1), Segment([5, 2], 7, 1)], torch.device("cpu"))
+        query = torch.randn(1, HEADS, 2, KEY_DIM, generator=generator).to(kind)
+        new = torch.randn(1, KV_HEADS, 2, KEY_DIM, generator=generator).to(kind)
+        step.update(new, new, 0)
+        outputs.append(step.attend(query, new, new, MASKS["causal"], OPTIONS["plain"]).float())
+    torch.testing.assert_close(outputs[1], outputs[0], atol=0.03, rtol=0.03)
+
+
+class Called:
+    """A variable-length kernel that records its calls."""
+
+    def __init__(self) -> None:
+        self.windows: list[int | None] = []
+
+    def __call__(self, *given: Any, **_: Any) -> Tensor:
+        query, _keys, values, _offsets, _longest, window, _scaling = given
+        self.windows.append(window)
+        return torch.zeros(*query.shape[:2], values.shape[2])
+
+
+def chunks_of_four(_: int, __: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """As Llama 4's chunked layers see: from the own chunk's first position on."""
+    return (keys <= queries) & (keys // 4 == queries // 4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "option", "windows"),
+    [
+        (MASKS["causal"], "plain", [None]),
+        (MASKS["window"], "plain", [3]),
+        (MASKS["holes"], "plain", []),
+        (Mask(chunks_of_four), "plain", []),
+        (MASKS["causal"], "softcap", []),
+        (MASKS["causal"], "sinks", []),
+    ],
+    ids=["causal", "window", "holes", "chunks", "softcap", "sinks"],
+)
+def test_all_prompts_go_to_one_call_that_knows_what_is_asked(
+    mask: Mask, option: str, windows: list[int | None]
+) -> None:
+    cpu, called = torch.device("cpu"), Called()
+    layers = [LayerShape(KV_HEADS, KEY_DIM, KEY_DIM)]
+    pool = KVPool(layers, 12, BLOCK, torch.float32, cpu, kernels=PoolKernels(varlen=called))
+    step = PagedAttention(pool, [Segment(range(4), 14, 14), Segment(range(4, 8), 9, 5)], cpu)
+    query, new = torch.randn(1, HEADS, 19, KEY_DIM), torch.randn(1, KV_HEADS, 19, KEY_DIM)
+    step.update(new, new, 0)
+    step.attend(query, new, new, mask, OPTIONS[option])
+    assert called.windows == windows
