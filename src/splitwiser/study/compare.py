@@ -20,7 +20,7 @@ from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.record import Record, read_place
+from splitwiser.results.record import Record, read_environment
 from splitwiser.results.schema import TOKENS, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.capacity import check_load, measure_capacity, rate_at
@@ -250,7 +250,7 @@ def _where_it_ran(outcome: Outcome) -> dict[str, Any]:
     """As a finished run found it: this process stays away from the device."""
     if outcome.status != "finished" or outcome.directory is None:
         return {}
-    return read_place(outcome.directory / "run.yaml")
+    return read_environment(outcome.directory / "run.yaml")
 
 
 def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> list[str]:
