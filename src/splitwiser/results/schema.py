@@ -67,7 +67,7 @@ class Metric(Column):
 
 @dataclass(frozen=True)
 class Latency:
-    """A latency of requests, for which ``throughput.csv`` has one column per statistic. ``samples`` returns the values of one
+    """A latency of requests; ``throughput.csv`` has one column per statistic. ``samples`` returns the values of one
     request, ``shown`` says where each statistic is shown, ``is_target`` whether ``--goodput`` may limit it."""
 
     name: str
