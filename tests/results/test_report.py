@@ -223,7 +223,7 @@ def profile(tmp_path: Path) -> Path:
     ("spoil", "said"),
     [
         (lambda run: shutil.rmtree(run), ["run: no such folder"]),
-        (lambda run: (run / "run.yaml").unlink(), ["run: none of run.yaml, compare.yaml", "is in it"]),
+        (lambda run: (run / "run.yaml").unlink(), ["run: not a folder of results: it contains none of run.yaml, compare.yaml"]),
         (lambda run: (run / "run.yaml").write_text("a: ["), ["run.yaml: cannot be read as YAML"]),
         (lambda run: (run / "run.yaml").write_text("text"), ["run.yaml: must map names to values"]),
         (lambda run: (run / "steps.csv").unlink(), ["steps.csv: no such file"]),
@@ -245,7 +245,7 @@ def test_refuses_a_folder_it_cannot_understand(spoil: Callable[[Path], object], 
 
 
 def test_names_a_run_inside_a_folder_that_is_none(run: Path) -> None:
-    assert_says(refusal(write_report, [run.parent]), f"did you mean one in it, such as {run}?")
+    assert_says(refusal(write_report, [run.parent]), f"did you mean a folder in it, such as {run}?")
 
 
 def test_refuses_an_output_that_cannot_be_written(run: Path) -> None:
@@ -254,14 +254,14 @@ def test_refuses_an_output_that_cannot_be_written(run: Path) -> None:
 
 def test_refuses_a_stand_in_beside_another_device(run: Path, runs: dict[str, Path]) -> None:
     say_stand_in(run)
-    assert_says(refusal(write_report, [run, runs["sequential"]]), "of a stand-in for a GPU", "apart")
+    assert_says(refusal(write_report, [run, runs["sequential"]]), "used a stand-in for a GPU", "separately")
 
 
 def test_refuses_a_comparison_of_a_stand_in_with_another_device(comparison: Path) -> None:
     rows = pd.read_csv(comparison / "comparison.csv")
     rows.loc[rows.variant == "mp", "device"] = "cuda:0 (stand-in)"
     rows.to_csv(comparison / "comparison.csv", index=False)
-    assert_says(refusal(write_report, [comparison]), "some of these runs are of a stand-in for a GPU")
+    assert_says(refusal(write_report, [comparison]), "some of these runs used a stand-in for a GPU")
 
 
 @pytest.mark.parametrize("cut", [1, 7])
@@ -686,7 +686,7 @@ def test_sweep_page_shows_the_csvs_figures(show: Callable[..., Page], tmp_path: 
     sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], max_batch=[4, 8, 16])
     page = show(sweep)
     assert_shows(page.frame("part1-points"), read(sweep / "points.csv"))
-    assert "6 settings, 12 of 12 runs finished" in page.text
+    assert "6 settings of mode, max_batch; 12 of 12 runs finished" in page.text
     assert [each for each in page.alternatives if each.startswith("Output")] == [
         "Output throughput in tokens/s by max_batch, mode"
     ]
