@@ -223,7 +223,7 @@ def profile(tmp_path: Path) -> Path:
     ("spoil", "said"),
     [
         (lambda run: shutil.rmtree(run), ["run: no such folder"]),
-        (lambda run: (run / "run.yaml").unlink(), ["run: not a folder of results: it contains none of run.yaml, compare.yaml"]),
+        (lambda run: (run / "run.yaml").unlink(), ["run: not a folder of results: it contains none of run.yaml"]),
         (lambda run: (run / "run.yaml").write_text("a: ["), ["run.yaml: cannot be read as YAML"]),
         (lambda run: (run / "run.yaml").write_text("text"), ["run.yaml: must map names to values"]),
         (lambda run: (run / "steps.csv").unlink(), ["steps.csv: no such file"]),

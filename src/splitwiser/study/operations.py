@@ -70,7 +70,7 @@ class ExpertWeights:
     active: int
 
     def touched(self, tokens: int) -> float:
-        """Return the expected number of weights that ``tokens`` tokens use at least once, for a uniform choice of experts."""
+        """Return the expected number of weights that ``tokens`` tokens use at least once (uniform choice)."""
         return self.numbers * (1 - (1 - self.active / self.experts) ** tokens)
 
 

@@ -74,9 +74,9 @@ def round_ratios(values: pd.Series, first: pd.Series) -> dict[int, float]:
 def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95% confidence interval of the ratio that underlies those of the rounds; None for fewer than two.
 
-    The two runs of a round share its drift. The interval is the logarithms' mean +- t(n - 1) * s / sqrt(n) (a paired t-test on logarithms;
-    s has n - 1 in its denominator). With few rounds t is wide: with 2% noise, differences from about 5% on show at 3
-    rounds, 2.5% at 5, 1.4% at 10. One in twenty pairs that are equal will still show a difference.
+    The two runs of a round share its drift. The interval is the logarithms' mean +- t(n - 1) * s / sqrt(n) (a paired t-test
+    on logarithms; s has n - 1 in its denominator). With few rounds t is wide: with 2% noise, differences from about 5% on
+    show at 3 rounds, 2.5% at 5, 1.4% at 10. One in twenty pairs that are equal will still show a difference.
     """
     from scipy.special import stdtrit  # Student's t; slow to import, so not at start-up
 

@@ -4,8 +4,8 @@
 
     a + b sum(n) + c chunks + d pairs(whole prompts) + e pairs(later chunks)
 
-where ``pairs`` counts the positions attended to, ``n s + n (n + 1) / 2`` per chunk: ``a`` is the fixed cost of a step, ``b`` that
-of a token's matrix products, ``c`` and ``d`` of a prompt's attention, and ``e`` of attention that reads the pool.
+where ``pairs`` counts the positions attended to, ``n s + n (n + 1) / 2`` per chunk: ``a`` is the fixed cost of a step, ``b``
+that of a token's matrix products, ``c`` and ``d`` of a prompt's attention, and ``e`` of attention that reads the pool.
 
 **Decode.** For each batch size in the profile, a straight line in the total context; between two batch sizes, linear in
 the batch at the same mean context; beyond the largest, extrapolated from the last two.
