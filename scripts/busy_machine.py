@@ -1,11 +1,11 @@
-"""What a busy machine does to each mode: throughput alone, and beside processes that do nothing but spin.
+"""Measures the throughput of each mode on an idle machine, and beside processes that only spin.
 
     python scripts/busy_machine.py --before ../older_checkout
 
 Every mode of every model is loaded once for each side, this checkout and, with --before, another one; then the sides answer
-the same requests turn by turn, so that a drift of the machine falls on both. First nothing else runs, then --spinning
-processes do. Writes busy_machine.csv (a row a turn, as it ends) into --out and prints two tables in Markdown: medians, and
-the median, least and greatest ratio of a round. The fair share of N cores beside K spinning processes is N / (N + K) of the
+the same requests in turn, so that a drift of the machine affects both. First nothing else runs, then --spinning processes
+do. Writes busy_machine.csv (one row per turn) into --out and prints two tables in Markdown: medians, and the median,
+minimum and maximum ratio over rounds. The fair share of N cores beside K spinning processes is N / (N + K) of the
 throughput alone.
 """
 
@@ -33,7 +33,7 @@ READY = "ready"
 
 
 def serve(model: str, mode: str) -> None:
-    """Load, and answer the requests once for each line that comes; prints the tokens per second of each time."""
+    """Load the model, and answer the requests once per line of stdin; prints the tokens per second of each time."""
     from splitwiser import LLM, SamplingParams
 
     dtype, requests, new_tokens = MODELS[model]
@@ -52,7 +52,7 @@ def serve(model: str, mode: str) -> None:
 
 
 class Side:
-    """A checkout's server of one model and mode."""
+    """A server process that runs one model and mode from one checkout."""
 
     def __init__(self, name: str, checkout: Path, model: str, mode: str) -> None:
         self.name = name
@@ -64,14 +64,14 @@ class Side:
             raise SystemExit(f"busy_machine: {name} cannot load {model} in mode {mode}")
 
     def measure(self) -> float:
-        """Tokens per second of one turn."""
+        """Return the tokens per second of one turn."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return float(self._read())
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
     def _read(self) -> str:
@@ -81,7 +81,7 @@ class Side:
 
 @contextmanager
 def spinning(count: int) -> Iterator[None]:
-    """Beside ``count`` processes that spin. They stay in this session, or the kernel would share out by session."""
+    """Run ``count`` spinning processes during the block. They stay in this session, since Linux shares cores by session."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         time.sleep(1.0 if count else 0.0)
@@ -94,7 +94,7 @@ def spinning(count: int) -> Iterator[None]:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
-    """All turns, as rows of busy_machine.csv."""
+    """Measure all turns; returns the rows of busy_machine.csv."""
     from splitwiser.files import write_rows
 
     sides = {"now": PROJECT, **({"before": options.before.resolve()} if options.before else {})}
@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def tables(rows: Sequence[dict[str, object]], cores: int) -> str:
-    """The two tables, in Markdown."""
+    """Return the two tables in Markdown."""
     values: dict[tuple[object, ...], list[float]] = {}
     for row in rows:
         key = row["spinning"], row["model"], row["mode"], row["side"]
@@ -148,13 +148,13 @@ def _ratios(now: Sequence[float], before: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """The script."""
+    """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models", type=lambda text: text.split(","), default=list(MODELS), help="some of " + ", ".join(MODELS)
     )
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["generate", "sequential", "mp"])
-    parser.add_argument("--rounds", type=int, default=15, help="rounds with nothing beside")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds on the idle machine")
     parser.add_argument("--busy_rounds", type=int, default=2, help="rounds beside spinning processes")
     parser.add_argument("--spinning", type=int, default=8, help="spinning processes")
     parser.add_argument("--before", type=Path, help="another checkout of this project, measured beside this one")
@@ -164,7 +164,7 @@ def main() -> None:
     if options.serve:
         serve(*options.serve)
         return
-    from splitwiser.machine.describe import git_commit  # not above: another checkout's side runs this script too
+    from splitwiser.machine.describe import git_commit  # not at the top: the other checkout runs this script too
 
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")

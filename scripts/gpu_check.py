@@ -1,9 +1,9 @@
-"""Checks what needs a GPU, and measures every mode there, in stages that each end in time.
+"""Tests and measures everything that needs a GPU, in stages with time limits.
 
-A machine with a GPU may be had for minutes, without a network, and give little back. So stages are run by name, in any
-selection and order; each has a limit of seconds; one that fails or is cut does not stop the next. After each stage, and
-while a long one runs, everything found so far is packed into ONE file, results.tar.gz, which a later call goes on from: it
-skips the stages that have passed, the runs of a comparison that have finished and the probes that have ended well.
+A machine with a GPU may be available only for minutes, without a network, and return few files. So stages are run by name,
+in any selection and order; each has a limit in seconds; one that fails or is cut does not stop the next. After each stage,
+and while a long one runs, all results so far are packed into ONE file, results.tar.gz, from which a later call continues:
+it skips the stages that have passed, the finished runs of a comparison and the probes that have succeeded.
 """
 
 import argparse
@@ -36,42 +36,42 @@ from splitwiser.machine.describe import git_commit
 from splitwiser.placement.modes import MODES
 
 SUMMARY, LEFT_OUT = "summary.txt", "left_out.txt"
-# what does not go into the archive: of no use there, or, a checkpoint, made anew from a seed
+# not in the archive: of no use there, or (checkpoints) regenerated from a seed
 UNPACKED = {LEFT_OUT, "trace.json", "generations.csv", "models"}
 ARCHIVE_BYTES = 16 << 20  # largest archive
-PACK_S = 20.0  # how often a stage that runs is packed
-STOP_S = 8.0  # part of a stage's limit that it has, after SIGINT, to write what it has
+PACK_S = 20.0  # seconds between two packings of a running stage
+STOP_S = 8.0  # seconds of a stage's limit that it has after SIGINT to write its results
 LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
-MARK = "SPLITWISER_GPU_CHECK"  # an environment variable by which a stage's processes are known
+MARK = "SPLITWISER_GPU_CHECK"  # environment variable that identifies the processes of a stage
 PASSED, CUT = "passed", "cut"
 
 SWEEPS = PROJECT / "configs" / "sweeps"
-MODELS: dict[str, dict[str, Any]] = {  # what a stage's name says: the model and its requests
+MODELS: dict[str, dict[str, Any]] = {  # model and requests by the part of a stage's name
     "125m": {"model": "opt-125m", "requests": 128, "prompt_tokens": "uniform:128:1024", "output_tokens": "128"},
     "1b": {"model": "llama-3.2-1b", "requests": 128, "prompt_tokens": "uniform:256:2048", "output_tokens": "128"},
     "7b": {"model": "llama2-7b-chat", "requests": 64, "prompt_tokens": "uniform:256:2048", "output_tokens": "128"},
 }
-ARRIVING = 2  # times as many requests where they arrive over time: most of that time is then spent under the full load
+ARRIVING = 2  # factor on the requests where they arrive over time, so that most of that time is under full load
 LOADS = (60, 80)  # percent of what BASE answers when all requests arrive at once
 QUICK: dict[str, Any] = {"model": "radiology-opt", "requests": 4, "prompt_tokens": "16", "output_tokens": "4"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What stages are made from: the folder of their results, and whether they are to be tiny."""
+    """The context of the stages: the folder of their results, and whether their loads are tiny (``quick``)."""
 
     work: Path
     quick: bool = False
 
     def folder(self, stage: str) -> Path:
-        """The folder of ``stage``, made if need be."""
+        """Return the folder of ``stage``; creates it if it does not exist."""
         folder = self.work / stage
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def modes(self) -> list[str]:
-        """The modes that the doctor says will work; all if it has said nothing."""
+        """The modes that work according to the doctor; all modes if it has not run."""
         found = read_json(self.work / "doctor" / "doctor.json").get("modes")
         return [mode["mode"] for mode in found if mode["works"]] if found else list(MODES)
 
@@ -84,7 +84,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Stage:
-    """Its limit in seconds, what it finds out, and its commands; each is asked for when the one before has ended."""
+    """Its limit in seconds, a description, and its commands; each command is generated after the previous one has ended."""
 
     limit_s: int
     about: str
@@ -92,17 +92,17 @@ class Stage:
 
 
 def splitwiser(*arguments: str) -> list[str]:
-    """A command of this project."""
+    """Return a command of this project."""
     return [sys.executable, "-m", "splitwiser", *arguments]
 
 
 def together(check: Check) -> list[str]:
-    """The option by which a comparison's runs share a process, where there is a GPU: imports take longer than most runs."""
+    """Return the option that runs a comparison in one process, on a GPU: imports take longer than most runs."""
     return ["--one_process"] if check.has_gpu else []
 
 
 def script(name: str, *arguments: str) -> list[str]:
-    """A program that lies beside this one."""
+    """Return the command of a script in this folder."""
     return [sys.executable, "-u", str(PROJECT / "scripts" / name), *arguments]
 
 
@@ -110,24 +110,24 @@ def script(name: str, *arguments: str) -> list[str]:
 
 
 def probe(check: Check) -> Iterator[list[str]]:
-    """What the modes rest on."""
+    """Probe the features that the modes need."""
     yield script("gpu_probe.py", "--out", str(check.folder("probe") / "probe.csv"))
 
 
 def doctor(check: Check) -> Iterator[list[str]]:
-    """Which modes work."""
+    """Find the modes that work."""
     path = check.folder("doctor") / "doctor.json"
     yield ["sh", "-c", 'exec "$@" >"$0"', str(path), *splitwiser("doctor", "--json")]
 
 
 def needs_modes(check: Check) -> Iterator[list[str]]:
-    """The doctor, if it has not said yet which modes work."""
+    """Run the doctor if it has not run yet."""
     if not (check.work / "doctor" / "doctor.json").exists():
         yield from doctor(check)
 
 
 def tokens(check: Check) -> Iterator[list[str]]:
-    """Every mode's tokens in float32."""
+    """Compare every mode's float32 tokens."""
     yield from needs_modes(check)
     modes = ["generate", *(mode for mode in ("mp", "green", "mps", "sequential") if mode in check.modes)]
     limit = 40
@@ -140,7 +140,7 @@ def tokens(check: Check) -> Iterator[list[str]]:
 
 
 def tests(check: Check) -> Iterator[list[str]]:
-    """The tests that need a GPU: side by side, since they mostly import and compile, but for those that need it alone."""
+    """Run the tests that need a GPU: in parallel, since they mostly import and compile, except those that need it alone."""
     folder = PROJECT / "tests"
     asked = folder / "engine" / "test_cuda_graphs.py" if check.quick else folder
     for name, own in (("shared", ["-m", "gpu and not alone", "-n", "6"]), ("alone", ["-m", "gpu and alone"])):
@@ -153,26 +153,26 @@ def tests(check: Check) -> Iterator[list[str]]:
 
 
 def compare(model: str, load: int | None, check: Check) -> Iterator[list[str]]:
-    """The variants that work here on one model, all requests at once or arriving at ``load`` percent of capacity. A sweep,
-    since that goes on where it was stopped."""
+    """Compare the variants that work here on one model, with all requests at once or arrivals at ``load`` percent of
+    capacity. A sweep, since it can be resumed."""
     yield from needs_modes(check)
     requests: Mapping[str, Any] = QUICK if check.quick else MODELS[model]
     if load is None:
         yield sweep(check, f"compare-{model}", "gpu", requests)
         return
     requests = {**requests, "requests": requests["requests"] * ARRIVING}
-    # without generate, whose batches wait for a whole one: not what arrivals are about
+    # without generate, which waits for a full batch and so does not suit arrivals over time
     yield sweep(check, f"compare-{model}-{load}", "gpu", requests, load=load / 100, without="generate")
 
 
 def sweep(
     check: Check, stage: str, file: str, base: Mapping[str, Any], load: float | None = None, without: str = ""
 ) -> list[str]:
-    """The command of the sweep ``file`` of this project in the folder of ``stage``: with the options of ``base``, and of its
-    points those whose modes work here, but for the mode ``without``."""
+    """Return the command of this project's sweep ``file`` in the folder of ``stage``, with the options of ``base`` and only
+    the points whose modes work here, except the mode ``without``."""
     modes = [mode for mode in check.modes if mode != without]
     content = yaml.safe_load((SWEEPS / f"{file}.yaml").read_text(encoding="utf-8"))
-    # options that name files are relative to the project, so that a run is the same one in another checkout
+    # file options are relative to the project, so that runs are recognised in another checkout
     content |= {"name": stage, "load": load, "base": {**content["base"], "data": "models/data", **base}}
     content |= {"repeats": 1} if check.quick else {}
     if "variants" in content:
@@ -192,7 +192,7 @@ def _listed(value: str | list[str]) -> list[str]:
 
 
 def interference(check: Check) -> Iterator[list[str]]:
-    """What the prefill of a long prompt does to a request that is being decoded."""
+    """Measure how the prefill of a long prompt delays a request in decode."""
     yield from needs_modes(check)
     sizes = ["--model", "radiology-opt", "--long", "100", "--new_tokens", "20", "--after", "0.01"]
     if not check.quick:
@@ -203,13 +203,13 @@ def interference(check: Check) -> Iterator[list[str]]:
 
 
 def paper(check: Check) -> Iterator[list[str]]:
-    """The paper's own experiment, as far as the modes work here."""
+    """Run the paper's experiment with the modes that work here."""
     yield from needs_modes(check)
     yield sweep(check, "paper", "paper_processes_mps", {**QUICK, "dtype": "float32"} if check.quick else {})
 
 
 def peers(check: Check) -> Iterator[list[str]]:
-    """Other engines that this Python has: transformers' generate (a mode) and its continuous batching."""
+    """Compare with transformers' generate (a mode) and its continuous batching."""
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
     for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)) if not check.quick else (("opt-125m", 1),):
@@ -234,7 +234,9 @@ def peers(check: Check) -> Iterator[list[str]]:
 
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 STAGES = {
-    "probe": Stage(80, "what the modes rest on: CUDA's start, shared memory, green contexts, priorities, MPS", probe),
+    "probe": Stage(
+        80, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS", probe
+    ),
     "doctor": Stage(42, "which modes work here", doctor),
     "tokens": Stage(52, "every working mode's float32 tokens against those of generate", tokens),
     "tests": Stage(LONG_S, "the tests marked gpu", tests),
@@ -248,7 +250,7 @@ STAGES = {
         for load in (None, *LOADS)
         for model in MODELS
     },
-    "interference": Stage(150, "what a long prompt's prefill does to a request that is being decoded", interference),
+    "interference": Stage(150, "how a long prompt's prefill delays a request in decode", interference),
     "paper": Stage(LONG_S, "the paper's experiment (configs/sweeps/paper_processes_mps.yaml)", paper),
     "peers": Stage(LONG_S, "transformers' generate and continuous batching against this engine", peers),
 }
@@ -258,8 +260,8 @@ STAGES = {
 
 
 def run_stage(stage: Stage, check: Check, log: Path, seconds: float, tick: Callable[[], None]) -> str:
-    """Run the stage's commands, one after another, for at most ``seconds``; what they print goes to ``log``. Calls ``tick``
-    now and then. Returns how the stage ended; never raises but when this process is interrupted."""
+    """Run the stage's commands, one after another, for at most ``seconds``; their output goes to ``log``. Calls ``tick``
+    regularly. Returns how the stage ended; raises only when this process is interrupted."""
     deadline = time.monotonic() + seconds
     failed: list[str] = []
     try:
@@ -276,8 +278,8 @@ def run_stage(stage: Stage, check: Check, log: Path, seconds: float, tick: Calla
 
 
 def run_command(command: Sequence[str], log: Path, deadline: float, tick: Callable[[], None]) -> str:
-    """Run ``command`` until ``deadline`` (of time.monotonic) at the latest: SIGINT comes :data:`STOP_S` before it, so that
-    pytest and sweeps write what they have, and SIGKILL to all that is left of it at its end. Returns how it ended."""
+    """Run ``command`` until ``deadline`` (of time.monotonic) at the latest: it gets SIGINT :data:`STOP_S` earlier, so that
+    pytest and sweeps write their results, and SIGKILL for all its remaining processes in the end. Returns how it ended."""
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     with log.open("ab") as output:
         output.write(f"$ {shlex.join(command)}\n".encode())
@@ -297,11 +299,11 @@ def run_command(command: Sequence[str], log: Path, deadline: float, tick: Callab
             try:
                 process.wait(min(PACK_S, max(0.05, deadline - time.monotonic() - (0 if stopped else STOP_S))))
             except subprocess.TimeoutExpired:
-                with suppress(OSError):  # a folder that has just been moved is packed the next time
+                with suppress(OSError):  # a folder that was just moved is packed next time
                     tick()
     finally:
         kill_marked(mark)
-        with suppress(subprocess.TimeoutExpired):  # one that hangs inside the driver cannot be ended
+        with suppress(subprocess.TimeoutExpired):  # a process that hangs inside the driver cannot be killed
             process.wait(STOP_S)
     if stopped:
         return CUT
@@ -309,19 +311,19 @@ def run_command(command: Sequence[str], log: Path, deadline: float, tick: Callab
 
 
 def kill_marked(mark: str) -> None:
-    """Kill all processes of a stage, whatever session they have gone to: nothing of it may live into the next one."""
+    """Kill all processes of a stage, in whatever session they are, so that none survives into the next stage."""
     wanted = f"{MARK}={mark}".encode()
-    for _ in range(2):  # a process may have been starting another
+    for _ in range(2):  # a process may have started another meanwhile
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if wanted in path.read_bytes().split(b"\0"):
                     os.kill(int(path.parent.name), signal.SIGKILL)
-            except OSError:  # it has ended, or belongs to someone else
+            except OSError:  # it has ended, or belongs to another user
                 continue
 
 
 class Record:
-    """``check.json``: the GPU, and each stage that was run: how it ended, when, with which commit, and its seconds."""
+    """``check.json``: the GPU, and each stage that was run: its outcome, start, commit and seconds."""
 
     def __init__(self, work: Path) -> None:
         self._path = work / RECORD
@@ -330,28 +332,28 @@ class Record:
         self.stages: dict[str, dict[str, Any]] = content.get("stages", {})
 
     def set_gpu(self, name: str) -> None:
-        """Say which GPU this is. Raises :class:`InputError` if what there is was measured on another."""
+        """Set the name of the GPU. Raises :class:`InputError` if earlier stages were measured on another one."""
         if self.gpu not in (None, name):
-            raise InputError(f"what there is was measured on {self.gpu}, and this is {name}; start anew without it")
+            raise InputError(f"earlier stages were measured on {self.gpu}, and this is {name}; start over without them")
         self.gpu = name
 
     def passed(self, name: str) -> bool:
-        """Whether stage ``name`` has passed."""
+        """Return whether stage ``name`` has passed."""
         return self.stages.get(name, {}).get("ended") == PASSED
 
     def commits(self, name: str) -> list[str]:
-        """The commits that stage ``name`` was run with so far: a later call keeps what an earlier one has found."""
+        """Return the commits of stage ``name`` so far: a later call keeps the results of earlier ones."""
         return gpu_results.commits_of(self.stages[name]) if name in self.stages else []
 
     def add(self, name: str, **what: object) -> None:
-        """Take in a stage that has ended, or one that runs."""
+        """Record a stage that has ended or is running."""
         self.stages[name] = what
         content = {"gpu": self.gpu, "stages": self.stages}
         self._path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def find_gpu() -> str:
-    """The name of the first GPU; cpu if there is none. CUDA starts in a process of its own."""
+    """Return the name of the first GPU, or cpu if there is none. CUDA starts in a separate process."""
     command = [sys.executable, cuda_probe.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     gpus = json.loads(done.stdout).get("gpus")
@@ -361,8 +363,8 @@ def find_gpu() -> str:
 def run_stages(
     stages: Mapping[str, Stage], check: Check, results: Path, *, seconds: float | None = None, again: bool = False
 ) -> list[str]:
-    """Run ``stages`` that have not passed yet (all with ``again``, anew), pack after each, and return the names of those
-    that did not pass."""
+    """Run the ``stages`` that have not passed yet (with ``again``, all from the start), pack after each, and return the
+    names of those that did not pass."""
     record = Record(check.work)
     record.set_gpu(find_gpu())
     pack_here = partial(pack, check.work, results)
@@ -390,7 +392,7 @@ def run_stages(
 
 
 def size(path: Path) -> int:
-    """A file's size in bytes; 0 if it has just been removed."""
+    """Return a file's size in bytes; 0 if it was just removed."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -398,7 +400,7 @@ def size(path: Path) -> int:
 
 
 def read(path: Path) -> bytes:
-    """A file's content; nothing if it has just been removed."""
+    """Return a file's content; empty if it was just removed."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -406,8 +408,8 @@ def read(path: Path) -> bytes:
 
 
 def pack(work: Path, results: Path) -> None:
-    """Put all files of ``work`` into the archive in ``results``, which is replaced as a whole. The smallest come first, so
-    that what has no room, which :data:`LEFT_OUT` then names, is the few largest."""
+    """Put all files of ``work`` into the archive in ``results``, which is replaced atomically. The smallest come first, so
+    that only the few largest may have no room; :data:`LEFT_OUT` lists these."""
     left_out = []
     buffer = io.BytesIO()
     with tarfile.open(mode="w:gz", fileobj=buffer, compresslevel=6) as archive:
@@ -421,7 +423,9 @@ def pack(work: Path, results: Path) -> None:
             name = str(path.relative_to(work))
             if not path.is_file() or UNPACKED.intersection(path.relative_to(work).parts):
                 continue
-            if buffer.tell() + size(path) > ARCHIVE_BYTES - (1 << 18):  # which leaves room for what is not written yet
+            if buffer.tell() + size(path) > ARCHIVE_BYTES - (
+                1 << 18
+            ):  # the difference is for data that is not written yet
                 left_out.append(name)
             else:
                 add(name, read(path))
@@ -437,7 +441,7 @@ def pack(work: Path, results: Path) -> None:
 
 
 def summarise(check: Check, names: Sequence[str]) -> list[str]:
-    """At most :data:`LINES` lines: how all stages ended, what those of ``names`` found, and why something failed."""
+    """Return at most :data:`LINES` lines: the outcomes of all stages, the results of ``names``, and causes of failures."""
     record = Record(check.work)
     lines = [f"machine: {gpu_results.machine_line(check.work)}"]
     lines += [
@@ -456,13 +460,13 @@ def summarise(check: Check, names: Sequence[str]) -> list[str]:
 
 
 def found_lines(folder: Path) -> list[str]:
-    """What a stage found, as lines."""
+    """Return the results of a stage as lines."""
     table = gpu_results.table_of(folder)
     return gpu_results.text_table(table) if len(table) else []
 
 
 def failure_lines(folder: Path, what: Mapping[str, Any]) -> list[str]:
-    """Why a stage did not pass: the ends of its log, if it was not just cut, and of the logs of its runs that failed."""
+    """Return why a stage did not pass: the ends of its log, unless it was cut, and of the logs of its failed runs."""
     ended = what.get("ended", PASSED)
     if ended == PASSED:
         return []
@@ -473,7 +477,7 @@ def failure_lines(folder: Path, what: Mapping[str, Any]) -> list[str]:
 
 
 def tail(path: Path, count: int) -> list[str]:
-    """The last lines of a file that say something; of a progress bar, its last state."""
+    """Return the last non-empty lines of a file; of a progress bar, its last state."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return [line for line in text.splitlines() if line.strip() and "%|" not in line][-count:]
 
@@ -482,30 +486,32 @@ def tail(path: Path, count: int) -> list[str]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options, checked. Raises :class:`InputError`."""
+    """Parse and check the options. Raises :class:`InputError`."""
     width = max(map(len, STAGES))
     table = "\n".join(f"  {name:{width}}  {stage.limit_s:3} s  {stage.about}" for name, stage in STAGES.items())
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"stages and their limits:\n{table}",
     )  # fmt: skip
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="what to run, in this order")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages to run, in this order")
     parser.add_argument("--seconds", type=float, help="limit of each stage, instead of its own")
-    parser.add_argument("--again", action="store_true", help="run stages anew that have passed or were begun")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny loads, which a CPU can run too: a trial of the check"
+        "--again", action="store_true", help="run stages from the start, even if they have passed or begun"
     )
+    parser.add_argument("--quick", action="store_true", help="tiny loads that a CPU can run too, to try out the check")
     parser.add_argument(
         "--results", type=Path, default=Path(os.environ.get("OUT") or PROJECT / "results" / "gpu_check"),
         help=f"folder that gets {ARCHIVE} and {SUMMARY} (default: $OUT, or results/gpu_check)",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help=f"go on from this {ARCHIVE}; without it, from one in --results"
+        "--resume", type=Path, metavar="FILE", help=f"continue from this {ARCHIVE} (default: from one in --results)"
     )
-    parser.add_argument("--work", type=Path, help="folder of the working files, kept (default: a temporary one)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the working files, which is kept (default: a temporary one)"
+    )
     parser.add_argument(
         "--import", dest="imported", type=Path, metavar="FILE",
-        help=f"keep what the README needs of this {ARCHIVE} in results/reference, and write its tables",
+        help=f"copy what the README needs from this {ARCHIVE} into results/reference, and write its tables",
     )  # fmt: skip
     parser.add_argument("--as", dest="name", help="name of that folder (default: gpu-<card>-<date>)")
     parser.add_argument("--tables", action="store_true", help="write the README's tables from the newest such folder")
@@ -521,7 +527,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_tables() -> None:
-    """Write the README's tables from the newest check that is kept."""
+    """Write the README's tables from the newest reference check."""
     abouts = {name: stage.about for name, stage in STAGES.items()}
     parts = gpu_results.sections(gpu_results.newest_reference(), abouts)
     gpu_results.write_sections(PROJECT / "README.md", parts)
@@ -529,7 +535,7 @@ def write_tables() -> None:
 
 @contextmanager
 def work_folder(options: argparse.Namespace) -> Iterator[Path]:
-    """The folder of the working files, with what an earlier call has left."""
+    """Yield the folder of the working files, with the results of an earlier call."""
     with tempfile.TemporaryDirectory(prefix="splitwiser-check-") as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -540,7 +546,7 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Run the stages asked for; 1 if one did not pass."""
+    """Run the given stages; returns 1 if one did not pass."""
     with work_folder(options) as work:
         context = Check(work, options.quick)
         stages = {name: STAGES[name] for name in options.stages}
@@ -555,8 +561,8 @@ def check(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code is 0, 1 if a stage did not pass, 2 for a wrong input, 130 after Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was found is then packed, as after Ctrl-C
+    """Run the command; returns 0, 1 if a stage did not pass, 2 for a wrong input, 130 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the results are then packed, as after Ctrl-C
     try:
         options = parse(arguments)
         if options.imported:

@@ -1,11 +1,11 @@
-"""What the modes rest on, tried one by one on a GPU: what CUDA's start, memory of other processes, green contexts, stream
-priorities, small kernels and MPS do on this machine.
+"""Probes the GPU features that the modes need: CUDA's start, memory of other processes, green contexts, stream priorities,
+small kernels and MPS.
 
     PYTHONPATH=src python scripts/gpu_probe.py [NAME...] [--out probe.csv]
 
-Each probe is a process of its own with a deadline, so that one that hangs or crashes costs no other; the most telling come
-first. Prints a line a finding as it is known, and appends it to --out as a row: probe, name, value, unit. Probes that have
-ended well according to that file are not run again.
+Each probe runs in its own process with a deadline, so that one that hangs or crashes does not affect the others; the most
+informative come first. Each finding is printed at once and appended to --out as a row: probe, name, value, unit. Probes
+that have succeeded according to that file are not run again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from splitwiser.machine.shared_memory import SharedMemory
 
-DEADLINE_S = 40.0  # of a probe, and of a process that it waits for
+DEADLINE_S = 40.0  # for a probe, and for a process that it waits for
 COLUMNS = ("probe", "name", "value", "unit")
 ENDED = "ended"  # the name of a probe's last row; its value is OK or what went wrong
 OK = "ok"
@@ -47,7 +47,7 @@ PROBES: dict[str, Callable[[Say], None]] = {}
 
 
 def probe(function: Callable[[Say], None]) -> Callable[[Say], None]:
-    """Make ``function`` one of :data:`PROBES`, under its own name."""
+    """Register ``function`` in :data:`PROBES` under its name."""
     PROBES[function.__name__] = function
     return function
 
@@ -56,8 +56,8 @@ def probe(function: Callable[[Say], None]) -> Callable[[Say], None]:
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds that ``run`` takes, and the longest time in it during which no other thread of this process could run: a
-    library call that keeps the interpreter's lock stops the heartbeats of a worker."""
+    """Return the seconds that ``run`` takes, and the longest time within it during which no other thread of this process
+    could run: a library call that holds the interpreter lock stops the heartbeats of a worker."""
     gaps, ended = [0.0], threading.Event()
 
     def beat() -> None:
@@ -72,14 +72,14 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     began = time.perf_counter()
     run()
     seconds = time.perf_counter() - began
-    time.sleep(0.02)  # one more beat, which sees a gap at the end
+    time.sleep(0.02)  # one more beat, to detect a gap at the end
     ended.set()
     thread.join()
     return seconds, max(gaps)
 
 
 def say_timed(say: Say, name: str, took: tuple[float, float]) -> None:
-    """Say both figures of :func:`timed`."""
+    """Report both values of :func:`timed`."""
     say(name, took[0], "s")
     say(f"{name}, lock held", took[1], "s")
 
@@ -94,7 +94,7 @@ def start_context() -> None:
 
 
 def gpu_us(run: Callable[[], object], times: int = 20) -> float:
-    """Microseconds that the GPU takes for ``run``, called ``times`` times in a row after once."""
+    """Return the GPU microseconds of ``run``, as a mean over ``times`` calls after a warm-up."""
     import torch
 
     run()
@@ -109,7 +109,7 @@ def gpu_us(run: Callable[[], object], times: int = 20) -> float:
 
 
 def captured(run: Callable[[], object], stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
-    """A CUDA graph of ``run``, captured on ``stream``."""
+    """Return a CUDA graph of ``run``, captured on ``stream``."""
     import torch
 
     graph = torch.cuda.CUDAGraph()
@@ -119,7 +119,7 @@ def captured(run: Callable[[], object], stream: "torch.cuda.Stream") -> "torch.c
 
 
 def answer(receive: Connection) -> Any:  # noqa: ANN401  # whatever the other process sends
-    """What another process sends. Raises TimeoutError."""
+    """Return what another process sends. Raises TimeoutError."""
     if not receive.poll(DEADLINE_S / 2):
         raise TimeoutError("another process did not answer in time")
     return receive.recv()
@@ -130,7 +130,7 @@ def answer(receive: Connection) -> Any:  # noqa: ANN401  # whatever the other pr
 
 @probe
 def machine(say: Say) -> None:
-    """Versions, tools and limits."""
+    """Report versions, tools and limits."""
     for name in PACKAGES:
         try:
             say(name, importlib.metadata.version(name))
@@ -157,7 +157,7 @@ def machine(say: Say) -> None:
 
 @probe
 def start(say: Say) -> None:
-    """How long CUDA takes to start, alone and in four processes at once: what a worker's missing heartbeats must allow."""
+    """Time CUDA's start, alone and in four processes at once: the time limit of a worker's heartbeats must allow for it."""
     began = time.perf_counter()
     import torch
 
@@ -174,7 +174,7 @@ def start(say: Say) -> None:
 
 @probe
 def green(say: Say) -> None:
-    """At several splits of the multiprocessors: whether green contexts keep plain and captured kernels to their own."""
+    """Check at several splits that green contexts confine plain and captured kernels to their own multiprocessors."""
     import torch
 
     from splitwiser.model.kernels.multiprocessors import note_multiprocessor
@@ -218,8 +218,8 @@ def green(say: Say) -> None:
 
 @probe
 def beside(say: Say) -> None:
-    """A graph of small products (decode) beside large ones (prefill): undivided, decode first, in green contexts; each with
-    8 and with 32 hardware queues."""
+    """Time a graph of small products (decode) beside large ones (prefill): undivided, decode first, in green contexts; each
+    with 8 and with 32 hardware queues."""
     for queues in (8, 32):
         environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": str(queues)}
         command = [sys.executable, __file__, "--beside"]
@@ -233,7 +233,7 @@ def beside(say: Say) -> None:
 
 
 def measure_beside() -> list[tuple[str, float, str]]:
-    """Name, value and unit of each finding of :func:`beside` with this process's queues."""
+    """Return name, value and unit of each finding of :func:`beside` with the hardware queues of this process."""
     import torch
 
     from splitwiser.placement.green_contexts import count_multiprocessors, cut_device
@@ -301,7 +301,7 @@ def measure_beside() -> list[tuple[str, float, str]]:
 
 @probe
 def mps(say: Say) -> None:
-    """A private daemon: its start, its clients with all and with 40% of the GPU, and memory of a process outside."""
+    """Test a private MPS daemon: its start, clients with all and with 40% of the GPU, and memory shared from outside."""
     import torch
     import torch.multiprocessing
 
@@ -343,12 +343,12 @@ def _as_mps_client(memory: "SharedMemory", environment: dict[str, str], send: Co
     took = timed(start_context)
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     send.send((took, multiprocessors, bool((memory.tensor == 7).all())))
-    time.sleep(DEADLINE_S)  # stays a client until it is ended
+    time.sleep(DEADLINE_S)  # stays a client until it is killed
 
 
 @probe
 def shared_memory(say: Say) -> None:
-    """Device memory of another process (CUDA IPC): small, 1 GiB, and as large as a pool."""
+    """Open device memory of another process (CUDA IPC): small, 1 GiB, and as large as a KV pool."""
     import torch
     import torch.multiprocessing
 
@@ -388,7 +388,7 @@ def _open_memories(memories: "Sequence[SharedMemory]", send: Connection) -> None
 
 @probe
 def decode_attention(say: Say) -> None:
-    """The Triton kernel: its error against float64, the time of its compilation, and bytes a second."""
+    """Measure the Triton decode kernel: its error against float64, its compilation time, and bytes per second."""
     import torch
 
     from splitwiser.model.kernels.gpu_attention import GpuDecodeAttention
@@ -439,7 +439,7 @@ def decode_attention(say: Say) -> None:
 
 @probe
 def kernels(say: Say) -> None:
-    """What a small kernel costs, in a graph and launched, and the bandwidth of copies."""
+    """Time a small kernel, in a graph and launched, and measure the bandwidth of copies."""
     import torch
 
     start_context()
@@ -467,7 +467,7 @@ def kernels(say: Say) -> None:
 
 @probe
 def prefill_attention(say: Say) -> None:
-    """What PyTorch's attention takes for a prompt of a new length, with cuDNN (which plans for each) and without."""
+    """Time PyTorch's attention for a prompt of a new length, with cuDNN (which plans for each length) and without."""
     import torch
 
     from splitwiser.errors import first_line
@@ -514,14 +514,14 @@ def run_probe(name: str, out: Path | None) -> None:
 
 
 def append(out: Path | None, row: Sequence[str]) -> None:
-    """Add a row to ``out``, if that is given."""
+    """Append a row to ``out``, if given."""
     if out is not None:
         with out.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerow(row)
 
 
 def keep_finished(out: Path | None) -> set[str]:
-    """The probes that ended well according to ``out``, which is left with their rows alone."""
+    """Return the probes that succeeded according to ``out``, and remove the rows of all others from it."""
     if out is None:
         return set()
     rows: list[list[str]] = []
@@ -535,7 +535,7 @@ def keep_finished(out: Path | None) -> set[str]:
 
 
 def run_apart(name: str, out: Path | None) -> str:
-    """Run a probe in a process of its own; returns how it ended."""
+    """Run a probe in its own process; returns how it ended."""
     command = [sys.executable, __file__, "--one", name, *(["--out", str(out)] if out else [])]
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -544,7 +544,7 @@ def run_apart(name: str, out: Path | None) -> str:
         fault = f"failed: no end within {DEADLINE_S:.0f} s"
     else:
         if code >= 0:
-            return OK if code == 0 else "failed"  # and it has said why
+            return OK if code == 0 else "failed"  # the probe has reported why
         fault = f"failed: killed by {signal.Signals(-code).name}"
     finally:
         if process.poll() is None:
@@ -555,17 +555,19 @@ def run_apart(name: str, out: Path | None) -> str:
 
 
 def main() -> int:
-    """Run the probes asked for; the exit code is 1 if one failed, 130 after Ctrl-C."""
+    """Run the given probes; returns the exit code: 1 if one failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROBES)}; all if none is given")
-    parser.add_argument("--out", type=Path, help="CSV that gets a row a finding")
-    for option in ("--one", "--start", "--beside"):  # what this program starts itself with
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"probes to run, of {', '.join(PROBES)} (default: all)"
+    )
+    parser.add_argument("--out", type=Path, help="CSV file for the findings, one row each")
+    for option in ("--one", "--start", "--beside"):  # used by this program to start itself
         parser.add_argument(option, nargs="?", const=True, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         run_probe(options.one, options.out)
     elif options.start:
-        import torch  # noqa: F401  # its import is not what is timed
+        import torch  # noqa: F401  # not part of the measured time
 
         print(json.dumps(timed(start_context)))
     elif options.beside:
@@ -576,7 +578,7 @@ def main() -> int:
 
 
 def run_all(parser: argparse.ArgumentParser, names: Sequence[str], out: Path | None) -> int:
-    """Run the probes ``names`` (all if there is none) that have not ended well before, each apart."""
+    """Run the probes ``names`` (default: all) that have not succeeded before, each in its own process."""
     for name in names:
         if name not in PROBES:
             parser.error(f"unknown probe '{name}'; known: {', '.join(PROBES)}")

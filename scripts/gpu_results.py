@@ -1,6 +1,6 @@
-"""What a GPU check has found, read from its folder of stages: as tables, and kept in results/reference for the README.
+"""Reads the results of a GPU check from the folders of its stages, as tables, and keeps them in results/reference.
 
-The folder holds ``check.json`` (how each stage ended, with the machine and the commit) and a folder a stage.
+The folder holds ``check.json`` (how each stage ended, with the machine and the commit) and one folder per stage.
 """
 
 import json
@@ -22,8 +22,8 @@ from splitwiser.study.paired import round_ratios
 PROJECT = Path(__file__).resolve().parents[1]
 REFERENCE = PROJECT / "results" / "reference"
 ARCHIVE, RECORD = "results.tar.gz", "check.json"
-PLAN = "plan.json"  # has the names of a sweep's points in checks that were made before sweeps had variants
-FIGURES = {  # column of throughput.csv: heading, and how many of its unit make one of the heading's
+PLAN = "plan.json"  # names of a sweep's points in checks from before sweeps had variants
+FIGURES = {  # column of throughput.csv: heading, and the divisor from its unit to the heading's
     "output_throughput": ("tokens/s", 1.0),
     "median_ttft_ms": ("TTFT p50 ms", 1.0),
     "p99_ttft_ms": ("TTFT p99 ms", 1.0),
@@ -31,7 +31,7 @@ FIGURES = {  # column of throughput.csv: heading, and how many of its unit make 
     "p99_itl_ms": ("ITL p99 ms", 1.0),
     "peak_memory_mb": ("memory GB", 1000.0),
 }
-TOLD = {  # findings that the tables show, by probe
+TOLD = {  # patterns of the findings that the tables show, by probe
     "start": r"context.*",
     "green": r"all splits made",
     "beside": r"32 queues, .*(alone|beside prefill|beside decode)",
@@ -47,15 +47,15 @@ KEPT = (
     "*/compare_*/*.csv", "*/*/compare_*/*.csv",
 )  # fmt: skip
 KEPT_BYTES = 1 << 20  # largest file that is kept
-SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # the first that there is has its timelines kept
+SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # timelines of the first that exists are kept
 PICTURE = "modes.png"
-BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a part of the README that is written here
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a generated part of the README
 BASE = "sequential"  # the variant that others' throughput is divided by, round by round
 SPEED_UP = "speed-up"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file or it was cut off."""
+    """Return the object in a JSON file; empty if the file is missing or was cut off."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -64,21 +64,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """A CSV; empty if there is none."""
+    """Return a CSV file as a table; empty if it is missing."""
     return pd.read_csv(path) if path.exists() and path.stat().st_size else pd.DataFrame()
 
 
 def points_path(folder: Path) -> Path:
-    """Where the sweep of a stage writes its rows."""
+    """Return the path of the rows of a stage's sweep."""
     return next(iter(sorted(folder.glob("sweep_*/points.csv"))), folder / "points.csv")
 
 
 def runs_of(folder: Path) -> pd.DataFrame:
-    """The runs of a stage that is a sweep, with the name of each one's variant as a column."""
+    """Return the runs of a stage that is a sweep, with the names of their variants as a column."""
     rows = read_rows(points_path(folder))
     if rows.empty:
         return rows
-    numbered = rows[rows["point"].notna()].copy()  # a point that is no longer in the grid has no number
+    numbered = rows[rows["point"].notna()].copy()  # a point that was removed from the grid has no number
     if "variant" not in numbered:
         names = read_json(folder / PLAN).get("variants")
         numbered["variant"] = [
@@ -88,7 +88,7 @@ def runs_of(folder: Path) -> pd.DataFrame:
 
 
 def describe(row: "pd.Series[Any]") -> str:
-    """A run by its mode and workers."""
+    """Describe a run by its mode and workers."""
     if row["mode"] not in ("mp", "mps", "green"):
         return str(row["mode"])
     workers = str(row["workers"])
@@ -96,8 +96,8 @@ def describe(row: "pd.Series[Any]") -> str:
 
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a variant of ``runs``: the rounds that it finished, the medians of :data:`FIGURES` over them, and its throughput
-    over that of :data:`BASE`, the median of the rounds that both finished."""
+    """Return one row per variant of ``runs``: its finished rounds, their medians of :data:`FIGURES`, and its throughput over
+    that of :data:`BASE`, as the median over the rounds that both finished."""
     if runs.empty:
         return runs
     finished = runs[runs["status"] == "finished"]
@@ -117,12 +117,12 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def text_table(table: pd.DataFrame) -> list[str]:
-    """``table`` as lines of text."""
+    """Return ``table`` as lines of text."""
     return table.to_string(index=False, float_format=number, na_rep="-").splitlines()
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Format ``value`` with three digits, or all digits before the point."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -132,7 +132,7 @@ def number(value: float) -> str:
 
 
 def table_of(folder: Path) -> pd.DataFrame:
-    """What a stage found, by the files that its folder has; empty if there is nothing yet."""
+    """Return the results of a stage from the files in its folder; empty if there are none yet."""
     compared = sorted(folder.glob("compare_*/comparison_tokens.csv"))
     if (folder / "probe.csv").exists():
         return probe_table(folder / "probe.csv")
@@ -141,7 +141,7 @@ def table_of(folder: Path) -> pd.DataFrame:
         return modes.replace({"works": {True: "yes", False: "no"}})
     if compared:
         tokens = read_rows(compared[-1])[["variant", "requests", "differ", "other_prompts"]]
-        return tokens if len(tokens) > 1 else pd.DataFrame()  # of one variant alone nothing is compared
+        return tokens if len(tokens) > 1 else pd.DataFrame()  # a single variant is compared with nothing
     if points_path(folder).exists():
         return comparison(runs_of(folder))
     if reports := sorted(folder.glob("*.xml")):
@@ -153,8 +153,8 @@ def table_of(folder: Path) -> pd.DataFrame:
 
 
 def probe_table(path: Path) -> pd.DataFrame:
-    """A row for each finding that :data:`TOLD` names, and one for how the division of multiprocessors held; of a probe that
-    failed, how it ended."""
+    """Return a row for each finding in :data:`TOLD`, and one for the division of the multiprocessors; for a failed probe,
+    its error."""
     rows = read_rows(path).fillna("").astype(str).rename(columns={"name": "finding"})
     told: list[tuple[str, ...]] = [
         (probe, finding, f"{value} {unit}".strip())
@@ -174,19 +174,19 @@ def probe_table(path: Path) -> pd.DataFrame:
 
 
 def test_counts(path: Path) -> pd.DataFrame:
-    """The row of what a JUnit report of pytest counts."""
+    """Return the counts of a JUnit report of pytest as one row."""
     suite = next(ElementTree.parse(path).iter("testsuite")).attrib
     return pd.DataFrame([{"tests of": path.stem} | {name: suite[name] for name in TEST_COUNTS}])
 
 
 def medians(path: Path) -> pd.DataFrame:
-    """The medians of a file of interference, by mode; another file as it is."""
+    """Return the medians by mode of an interference file; any other file unchanged."""
     rows = read_rows(path)
     return rows.groupby("mode", sort=False).median().reset_index() if "worst over alone" in rows else rows
 
 
 def failed_logs(folder: Path) -> list[Path]:
-    """The logs of a stage's runs that failed."""
+    """Return the logs of a stage's failed runs."""
     logs = []
     comparisons = [*folder.glob("compare_*/comparison.csv"), *folder.glob("*/compare_*/comparison.csv")]
     for table in [*folder.glob("sweep_*/points.csv"), *comparisons]:
@@ -200,7 +200,7 @@ def failed_logs(folder: Path) -> list[Path]:
 
 
 def machine_line(work: Path) -> str:
-    """The GPU, and the versions that the probes found there, in a line."""
+    """Return one line with the GPU and the versions that the probes found."""
     rows = read_rows(work / "probe" / "probe.csv")
     known = {} if rows.empty else dict(zip(rows["name"], rows["value"], strict=True))
     gpu = read_json(work / RECORD).get("gpu")
@@ -212,8 +212,8 @@ def machine_line(work: Path) -> str:
 
 
 def import_archive(archive: Path, name: str | None) -> Path:
-    """Unpack what the documentation needs of ``archive`` into a folder of :data:`REFERENCE`, in place of one of the same
-    name; ``gpu-<card>-<date>`` if no name is given. Raises :class:`InputError` if it is no such archive."""
+    """Unpack what the documentation needs from ``archive`` into the folder ``name`` (default ``gpu-<card>-<date>``) of
+    :data:`REFERENCE`, which is replaced. Raises :class:`InputError` if it is not such an archive."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         unpack(archive, work)
@@ -240,13 +240,13 @@ def import_archive(archive: Path, name: str | None) -> Path:
 
 
 def without_folders(text: str) -> str:
-    """``text`` with absolute paths shortened to their last part: those of another machine say nothing here."""
+    """Return ``text`` with absolute paths shortened to their last part, since those of another machine are meaningless."""
     return re.sub(r"(?<![\w.:/])/(?!dev/|proc/|sys/)(?:[\w.+-]+/)+", "", text)
 
 
 def kept_files(work: Path) -> list[Path]:
-    """The tables and records of all stages, the logs of what failed, and of each variant its first run's record; of one
-    comparison also the pictures of these."""
+    """Return the tables and records of all stages, the logs of failures, and the record of each variant's first run; for
+    one comparison also the timelines of these."""
     kept = [path for pattern in KEPT for path in work.glob(pattern)]
     kept += [log for folder in work.iterdir() if folder.is_dir() for log in failed_logs(folder)]
     shown = next((name for name in SHOWN if points_path(work / name).exists()), None)
@@ -260,7 +260,7 @@ def kept_files(work: Path) -> list[Path]:
 
 
 def unpack(archive: Path, work: Path) -> None:
-    """Put the files of ``archive`` into ``work``. Raises :class:`InputError` if it is none."""
+    """Unpack ``archive`` into ``work``. Raises :class:`InputError` if it is not such an archive."""
     try:
         with tarfile.open(archive, "r:gz") as packed:
             packed.extractall(work, filter="data")
@@ -269,7 +269,7 @@ def unpack(archive: Path, work: Path) -> None:
 
 
 def draw(folder: Path) -> None:
-    """Draw throughput and ITL of every comparison in ``folder`` as bars into :data:`PICTURE`; nothing if there is none."""
+    """Draw throughput and ITL of every comparison in ``folder`` as bars into :data:`PICTURE`; does nothing without one."""
     tables = {path.name: comparison(runs_of(path)) for path in sorted(folder.glob("compare-*"))}
     tables = {name: table for name, table in tables.items() if len(table)}
     if not tables:
@@ -291,7 +291,7 @@ def draw(folder: Path) -> None:
 
 
 def newest_reference() -> Path | None:
-    """The folder of the newest check that is kept; None if there is none."""
+    """Return the folder of the newest reference check; None if there is none."""
     return max(
         REFERENCE.glob("gpu-*"),
         key=lambda folder: max(what["started"] for what in read_json(folder / RECORD)["stages"].values()),
@@ -300,25 +300,25 @@ def newest_reference() -> Path | None:
 
 
 def commits_of(what: Mapping[str, Any]) -> list[str]:
-    """The commits that a stage of the record was run with."""
+    """Return the commits that a stage of the record was run with."""
     return str(what["commit"]).split(", ")
 
 
 def short_commits(stages: Iterable[Mapping[str, Any]]) -> str:
-    """All commits of ``stages``, shortened."""
+    """Return all commits of ``stages``, shortened."""
     return " and ".join(dict.fromkeys(commit[:12] for what in stages for commit in commits_of(what)))
 
 
 def sections(folder: Path | None, abouts: Mapping[str, str]) -> dict[str, str]:
-    """The parts of the README on a GPU, in Markdown, by the name that their marks have, from a kept check; ``abouts`` says
-    what each stage finds out."""
+    """Return the README's generated parts about a GPU in Markdown, by the names of their marks, from a reference check;
+    ``abouts`` describes each stage."""
     if folder is None:
         return dict.fromkeys(("gpu-best", "gpu"), "Not yet measured on a GPU.")
     return {"gpu-best": best(folder, abouts), "gpu": tables(folder, abouts)}
 
 
 def best(folder: Path, abouts: Mapping[str, str]) -> str:
-    """The placements that were best in each comparison, and the picture of all."""
+    """Return the best placements of each comparison, and the picture of all."""
     place = f"results/reference/{folder.name}"
     lines = []
     for path in sorted(folder.glob("compare-*")):
@@ -343,7 +343,7 @@ def _figure(column: str) -> Callable[[Mapping[Hashable, Any]], float]:
 
 
 def tables(folder: Path, abouts: Mapping[str, str]) -> str:
-    """What every stage found, with its command."""
+    """Return the results of every stage with its command."""
     place = f"results/reference/{folder.name}"
     stages = {name: what for name, what in read_json(folder / RECORD)["stages"].items() if len(table_of(folder / name))}
     dates = sorted({what["started"][:10] for what in stages.values()})
@@ -362,21 +362,21 @@ def tables(folder: Path, abouts: Mapping[str, str]) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """``table`` in Markdown."""
+    """Return ``table`` in Markdown."""
     rows = [[str(name) for name in table.columns], ["---"] * len(table.columns)]
     rows += [[cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def cell(value: object) -> str:
-    """A table's value as text that cannot end its cell."""
+    """Return a value as text that cannot end its table cell."""
     if isinstance(value, float):
         return "-" if pd.isna(value) else number(value)
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def write_sections(readme: Path, parts: Mapping[str, str]) -> None:
-    """Put each of ``parts`` between its marks in ``readme``. Raises :class:`InputError` if it has none."""
+    """Write each of ``parts`` between its marks in ``readme``. Raises :class:`InputError` if marks are missing."""
     content = readme.read_text(encoding="utf-8")
     for name, text in parts.items():
         first, last = BEGIN.format(name), END.format(name)

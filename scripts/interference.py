@@ -1,9 +1,9 @@
-"""What the prefill of a long prompt does to a request that is being decoded: its worst ITL against its ITL alone.
+"""Measures how the prefill of a long prompt delays a request in decode: its worst ITL against its ITL alone.
 
     python scripts/interference.py --modes sequential,mp --repeats 3
 
-One request generates tokens all the while; after --after seconds a long prompt arrives. Prefill takes it in one step (no
-chunks), so what protects the running request is the placement alone. Prints and writes a row a mode and round.
+One request generates tokens throughout; after --after seconds a long prompt arrives. It is prefilled in one step (no
+chunks), so only the placement protects the running request. Writes a row per mode and round and prints medians.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from splitwiser import LLM, SamplingParams
 
 
 def measure(mode: str, options: argparse.Namespace) -> dict[str, object]:
-    """One run: the running request's median ITL before the long prompt arrives, its worst while that is prefilled."""
+    """Run once; returns the running request's median ITL before the long prompt arrives and its worst ITL during prefill."""
     running = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True)
     with LLM(options.model, mode=mode, load_format="dummy", dtype=options.dtype, prefill_tokens=1 << 20) as llm:
         first, long = llm.generate(

@@ -1,11 +1,11 @@
-"""Another engine over a workload file, with the figures of ``throughput.csv``: what ``splitwiser compare --peer`` runs.
+"""Runs another engine on a workload file and writes the metrics of ``throughput.csv``, for ``splitwiser compare --peer``.
 
     PYTHONPATH=src ENV/bin/python scripts/peer.py vllm --model DIR --workload FILE --output FILE.json
 
-ENV is the peer's own environment, made by scripts/install_peer.sh; of this project it takes what needs numpy alone. Greedy,
-every request with exactly its number of new tokens, no prefix caching. Loading and a few short requests to warm up come
-before the measured time, and are ``ready_s`` (imports excluded, as in a run of splitwiser). Variables of the environment
-that are set already (VLLM_CPU_...) stay as they are.
+ENV is the peer's own environment, made by scripts/install_peer.sh; from this project it imports only modules that need no
+more than numpy. Sampling is greedy, every request generates exactly its number of new tokens, and prefix caching is off.
+Loading and a short warm-up come before the measured time and make up ``ready_s`` (without imports, as in a run of
+splitwiser). Environment variables that are already set (VLLM_CPU_...) are kept.
 """
 
 import argparse
@@ -24,32 +24,32 @@ from splitwiser.results.goodput import parse_goodput
 from splitwiser.results.schema import throughput_figures
 
 WARM_UP = (4, 8)  # requests and new tokens
-PATIENCE_S = 1.0  # between two looks at whether the engine still runs
+PATIENCE_S = 1.0  # between two checks that the engine still runs
 
-Answer = tuple[int, list[int], list[int]]  # number, token ids, when each was there (perf_counter_ns)
+Answer = tuple[int, list[int], list[int]]  # request number, token ids, time of each token (perf_counter_ns)
 
 
 class Engine(Protocol):
-    """A peer that is ready. ``began_s`` is when it began to start, on the clock of perf_counter; ``version`` its own."""
+    """A started peer. ``began_s`` is the start of its loading by ``time.perf_counter``; ``version`` is its version."""
 
     began_s: float
     version: str
 
     def add(self, number: int, prompt: Sequence[int], new_tokens: int) -> None:
-        """Let a request in."""
+        """Add a request."""
 
     def collect(self) -> Iterator[Answer]:
-        """Wait a moment or a step; the answers that were completed."""
+        """Wait for a step or a short time; yields the completed answers."""
 
     def close(self) -> None:
-        """End what runs beside the caller."""
+        """End the engine's threads and processes."""
 
 
 class Vllm:
     """vLLM's engine, compiled, driven step by step.
 
-    It runs in this process, which uses every core. vLLM's default is a process for the engine and one for its worker, keeps
-    a core for the former, and so computes on one of two cores; given both, the two processes get in each other's way.
+    It runs in this process and uses every core. By default, vLLM has one process for the engine and one for its worker and
+    reserves a core for the former, so that only one of two cores computes; with both cores, the two processes compete.
     """
 
     def __init__(self, model: str, dtype: str, longest: int, concurrency: int) -> None:
@@ -71,14 +71,14 @@ class Vllm:
         self._answers: dict[int, Answer] = {}
 
     def add(self, number: int, prompt: Sequence[int], new_tokens: int) -> None:
-        """Let a request in."""
+        """Add a request."""
         self._answers[number] = (number, [], [])
         params = self._params.clone()
         params.max_tokens = new_tokens
         self._engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
 
     def collect(self) -> Iterator[Answer]:
-        """The answers that a step completed."""
+        """Run a step; yields the answers that it completed."""
         outputs = self._engine.step()
         now = time.perf_counter_ns()
         for output in outputs:
@@ -90,7 +90,7 @@ class Vllm:
                 yield self._answers.pop(number)
 
     def close(self) -> None:
-        """Nothing runs beside."""
+        """Do nothing: the engine has no other process."""
 
 
 class HfContinuous:
@@ -117,13 +117,13 @@ class HfContinuous:
         self._manager.start()
 
     def add(self, number: int, prompt: Sequence[int], new_tokens: int) -> None:
-        """Let a request in."""
+        """Add a request."""
         self._manager.add_request(
             list(prompt), request_id=str(number), max_new_tokens=new_tokens, record_timestamps=True
         )
 
     def collect(self) -> Iterator[Answer]:
-        """The next answer; raises RuntimeError if the engine has stopped."""
+        """Yield the next answer; raises RuntimeError if the engine has stopped."""
         result = self._manager.get_result(timeout=PATIENCE_S)
         if result is None:
             if not self._manager.is_running():
@@ -167,8 +167,8 @@ def serve(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Start the peer, answer the workload and return its figures, named as in ``throughput.csv``, and ``token_ids``: each
-    request's answer."""
+    """Start the peer, run the workload and return its metrics, named as in ``throughput.csv``, and ``token_ids``, the
+    answer of each request."""
     work = json.loads(options.workload.read_text(encoding="utf-8"))
     prompts, new_tokens = work["prompts"], work["max_new_tokens"]
     concurrency = options.max_concurrency or len(prompts)
@@ -206,9 +206,13 @@ def main() -> None:
         help="a workload file as compare writes it: token ids and a number of new tokens for each prompt",
     )
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--max_concurrency", type=int, help="closed loop of so many requests; all at once if not given")
+    parser.add_argument(
+        "--max_concurrency", type=int, help="closed loop with this many requests at a time; all at once if not given"
+    )
     parser.add_argument("--goodput", help="targets in ms, as for splitwiser run")
-    parser.add_argument("--output", type=Path, required=True, help="gets figures and token ids as one JSON object")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file for the metrics and token ids, as one JSON object"
+    )
     options = parser.parse_args()
     try:
         figures = measure(options)

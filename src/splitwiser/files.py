@@ -1,4 +1,4 @@
-"""The files that commands read and write: YAML, CSVs that are never found half-written, and folders of results."""
+"""Reads and writes the files of the commands: YAML, CSV files that are replaced atomically, and result folders."""
 
 import contextlib
 import csv
@@ -20,8 +20,8 @@ Status = Literal["running", "finished", "failed", "interrupted"]  # of a command
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes for a number only what reads as one in decimal, and for a date nothing: by YAML 1.1, 10:40 is 640 (to base 60)
-    and 010 is 8."""
+    """A YAML loader that reads only decimal numbers as numbers, and nothing as a date: by YAML 1.1, 10:40 would be 640
+    (base 60) and 010 would be 8."""
 
 
 _NUMBERS = {
@@ -37,12 +37,13 @@ for _kind, _form in _NUMBERS.items():
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401  # as yaml.safe_load
-    """What ``text`` holds. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)  # which is a safe one
+    """Return the content of the YAML document ``text``. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # a subclass of SafeLoader
 
 
 def read_yaml(path: Path, hint: str = "") -> object:
-    """The content of ``path``. Raises :class:`InputError` naming it; ``hint`` says where a missing file should lie."""
+    """Return the content of the YAML file at ``path``. Raises :class:`InputError` naming it; ``hint`` is added to the error
+    for a missing file."""
     try:
         return load_yaml(read_text(path))
     except FileNotFoundError as error:
@@ -54,20 +55,21 @@ def read_yaml(path: Path, hint: str = "") -> object:
 
 
 def read_entries(path: Path, example: str) -> dict[Any, dict[str, Any]]:
-    """The entries of ``path`` by name. Raises :class:`InputError` naming the file; ``example`` shows what one looks like."""
-    entries = read_yaml(path, "; DIR_PROJECT in constants.py says where configs/ lies")
+    """Return the entries of the YAML file at ``path`` by name. Raises :class:`InputError` naming the file; ``example`` is an
+    entry for the message."""
+    entries = read_yaml(path, "; DIR_PROJECT in constants.py says where configs/ is")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"{path}: must map names to entries, such as '{example}'")
     return entries
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace the file at ``path`` by ``content``, in its order."""
+    """Replace the file at ``path`` with ``content`` as YAML, keys in their order."""
     replace(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
 class CsvTable:
-    """A CSV that grows: rows are kept until :meth:`flush`, which another thread may call, appends them."""
+    """A growing CSV file: :meth:`add` keeps rows until :meth:`flush`, which another thread may call, appends them."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self._path = path
@@ -78,22 +80,22 @@ class CsvTable:
         self._nbytes = len(header)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep ``row`` for the next flush; a column that it lacks stays empty. Raises ValueError for a key that is no
+        """Keep ``row`` for the next flush; a missing column stays empty. Raises ValueError for a key that is not a
         column."""
         _check_columns(self._path, row, self._columns)
         self._rows.append(row)
 
     def flush(self) -> None:
-        """Append the rows that were added since the last flush. If that fails, they are kept for the next."""
+        """Append the rows added since the last flush. If that fails, they are kept for the next flush."""
         rows = [self._rows.popleft() for _ in range(len(self._rows))]
         if not rows:
             return
         try:
             text = "".join(_line(row.get(name) for name in self._columns) for row in rows)
             with self._path.open("r+b") as file:
-                file.truncate(self._nbytes)  # what an attempt that failed has left
+                file.truncate(self._nbytes)  # remove the rest of a failed attempt
                 file.seek(self._nbytes)
-                file.write(text.encode(errors="backslashreplace"))  # half of a surrogate pair is spelt out
+                file.write(text.encode(errors="backslashreplace"))  # escapes lone surrogates
                 file.flush()
                 self._nbytes = file.tell()
         except BaseException:
@@ -107,7 +109,7 @@ class CsvTable:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[Any, Any]]) -> None:
-    """Replace the CSV at ``path``; a column that a row lacks stays empty. Raises ValueError for a key that is no column."""
+    """Replace the CSV file at ``path``; missing columns stay empty. Raises ValueError for a key that is not a column."""
     lines = [_line(columns)]
     for row in rows:
         _check_columns(path, row, columns)
@@ -116,8 +118,8 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[Any, A
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add ``row`` to the CSV at ``path``; columns that only one side has stay empty in the other. Several runs may do so at
-    once: a lock file keeps them apart, and the CSV is replaced as a whole."""
+    """Append ``row`` to the CSV file at ``path``; columns that only the file or only the row has stay empty in the other.
+    Safe for concurrent processes: a lock file serialises them, and the file is replaced atomically."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows: list[Mapping[str, Any]] = []
@@ -143,8 +145,8 @@ def _line(values: Iterable[object]) -> str:
 
 
 def _cell(value: object) -> str:
-    """``value`` as a CSV has it: nothing for None and NaN, and what would part cells or lines in quotes. (Python's writer
-    leaves a bare carriage return as it is, at which readers end the row.)"""
+    """Return ``value`` as a CSV cell: empty for None and NaN, quoted if it contains a separator. (Python's csv writer does
+    not quote a bare carriage return, at which readers end the row.)"""
     text = "" if value is None or value != value else str(value)
     if not any(mark in text for mark in ',"\r\n'):
         return text
@@ -153,32 +155,32 @@ def _cell(value: object) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader, or a run killed half-way, finds the old content or the new."""
-    with whole(path) as partial:
+    """Write ``text`` to ``path`` atomically: readers see the old content or the new, even if the process is killed."""
+    with replaced_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write what becomes the file ``path`` once the block has ended well. An OSError names ``path``."""
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces ``path`` atomically when the block succeeds. An OSError names ``path``."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield partial
         partial.replace(path)
-    except OSError as error:  # of a full disk no file is named
+    except OSError as error:  # the error of a full disk names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def make_run_directory(results: Path, model: str, case: str, mode: str) -> Path:
-    """Make a folder ``<model>_case<id>_<mode>_<UTC time>`` under ``results``; see :func:`make_directory`."""
+    """Create the folder ``<model>_<case>_<mode>_<UTC time>`` under ``results``; see :func:`make_directory`."""
     return make_directory(results, f"{model}_{case}_{mode}")
 
 
 def make_directory(results: Path, kind: str) -> Path:
-    """Make a folder ``<kind>_<UTC time>`` under ``results``; a number is added if two commands start in the same second.
-    Raises :class:`InputError` where none can be made."""
+    """Create the folder ``<kind>_<UTC time>`` under ``results``; a number is added if two commands start in the same second.
+    Raises :class:`InputError` if it cannot be created."""
     name = f"{kind}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -189,6 +191,6 @@ def make_directory(results: Path, kind: str) -> Path:
                 return directory
     except OSError as error:
         raise InputError(
-            f"--results {results}: no folder can be made there: {error.strerror}; give one that can be written"
+            f"--results {results}: cannot create a folder there: {error.strerror}; give a writable directory"
         ) from error
     raise FileExistsError(f"{results / name} and 999 numbered ones exist")

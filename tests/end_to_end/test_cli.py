@@ -256,7 +256,9 @@ def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = invoke("run", "--limit", "1", "--results", tmp_path / "file" / "out")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"splitwiser: --results {tmp_path}/file/out: no folder can be made")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"splitwiser: --results {tmp_path}/file/out: cannot create a folder there"
+    )
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_missing_path_is_no_hub_id(name: str) -> None:
 def test_missing_file_says_where_the_directory_is_set(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     message = refusal(load_catalog, path)
-    assert message == f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies"
+    assert message == f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ is"
 
 
 @pytest.mark.parametrize("text", ["opt: {hub: [", "a: b: c"])

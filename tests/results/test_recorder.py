@@ -21,7 +21,7 @@ from splitwiser.errors import RunError
 from splitwiser.files import CsvTable, Status, append_row, make_run_directory, replace, write_rows
 from splitwiser.machine.load import Load, MachineLoad
 from splitwiser.results import recorder as results
-from splitwiser.results.record import PLACE, Record, read_place
+from splitwiser.results.record import ENVIRONMENT, Record, read_environment
 from splitwiser.results.recorder import RunRecorder
 from splitwiser.results.report import plots
 from splitwiser.workload.reports import Report
@@ -444,7 +444,7 @@ def test_a_run_whose_rows_cannot_be_written_has_failed(tmp_path: Path, monkeypat
     recorder, start_ns = start(tmp_path)
     feed(recorder, start_ns)
     monkeypatch.setattr(CsvTable, "flush", fail_to_flush)
-    with pytest.raises(RunError, match=r"^rows could not be written: ValueError: no row; what could be is in "):
+    with pytest.raises(RunError, match=r"^rows could not be written: ValueError: no row; all other results are in "):
         recorder.finish("finished", MEMORY)
     assert status_of(tmp_path) == "failed"
     assert (tmp_path / "run" / "throughput.csv").exists()
@@ -571,7 +571,7 @@ def test_a_record_says_where_it_was_made(tmp_path: Path) -> None:
     record.write("finished")
     content = yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8"))
     assert list(content) == ["status", "started", "commit", "configuration", "machine", "versions", "load"]
-    assert read_place(tmp_path / "run.yaml") == {name: content[name] for name in PLACE}
+    assert read_environment(tmp_path / "run.yaml") == {name: content[name] for name in ENVIRONMENT}
 
 
 # the writer of tables

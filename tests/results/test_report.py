@@ -223,7 +223,7 @@ def profile(tmp_path: Path) -> Path:
     ("spoil", "said"),
     [
         (lambda run: shutil.rmtree(run), ["run: no such folder"]),
-        (lambda run: (run / "run.yaml").unlink(), ["run: none of run.yaml, compare.yaml", "is in it"]),
+        (lambda run: (run / "run.yaml").unlink(), ["run: not a folder of results: it contains none of run.yaml"]),
         (lambda run: (run / "run.yaml").write_text("a: ["), ["run.yaml: cannot be read as YAML"]),
         (lambda run: (run / "run.yaml").write_text("text"), ["run.yaml: must map names to values"]),
         (lambda run: (run / "steps.csv").unlink(), ["steps.csv: no such file"]),
@@ -245,7 +245,7 @@ def test_refuses_a_folder_it_cannot_understand(spoil: Callable[[Path], object], 
 
 
 def test_names_a_run_inside_a_folder_that_is_none(run: Path) -> None:
-    assert_says(refusal(write_report, [run.parent]), f"did you mean one in it, such as {run}?")
+    assert_says(refusal(write_report, [run.parent]), f"did you mean a folder in it, such as {run}?")
 
 
 def test_refuses_an_output_that_cannot_be_written(run: Path) -> None:
@@ -254,14 +254,14 @@ def test_refuses_an_output_that_cannot_be_written(run: Path) -> None:
 
 def test_refuses_a_stand_in_beside_another_device(run: Path, runs: dict[str, Path]) -> None:
     say_stand_in(run)
-    assert_says(refusal(write_report, [run, runs["sequential"]]), "of a stand-in for a GPU", "apart")
+    assert_says(refusal(write_report, [run, runs["sequential"]]), "used a stand-in for a GPU", "separately")
 
 
 def test_refuses_a_comparison_of_a_stand_in_with_another_device(comparison: Path) -> None:
     rows = pd.read_csv(comparison / "comparison.csv")
     rows.loc[rows.variant == "mp", "device"] = "cuda:0 (stand-in)"
     rows.to_csv(comparison / "comparison.csv", index=False)
-    assert_says(refusal(write_report, [comparison]), "some of these runs are of a stand-in for a GPU")
+    assert_says(refusal(write_report, [comparison]), "some of these runs used a stand-in for a GPU")
 
 
 @pytest.mark.parametrize("cut", [1, 7])
@@ -426,8 +426,8 @@ def test_run_page_shows_how_busy_workers_were(show: Callable[..., Page], run: Pa
         assert is_rounded(workers.at[worker, "busy_s"], busy)
         assert is_rounded(workers.at[worker, "busy_percent"], busy / whole * 100)
         assert is_rounded(workers.at[worker, "tokens"], own.tokens.sum())
-    times = page.frame("part1-overlap").set_index("at work")
-    assert is_rounded(times.at["both at once", "seconds"], PhaseActivity(steps).overlap().both_s)
+    times = page.frame("part1-overlap").set_index("active")
+    assert is_rounded(times.at["both", "seconds"], PhaseActivity(steps).overlap().both_s)
 
 
 def test_run_page_shows_how_long_each_phase_was_at_work(show: Callable[..., Page], worked: Path) -> None:
@@ -435,10 +435,10 @@ def test_run_page_shows_how_long_each_phase_was_at_work(show: Callable[..., Page
     assert page.tables["part1-overlap"][1:] == [
         ["prefill", "4", "66.67"],
         ["decode", "3", "50"],
-        ["both at once", "1.50", "25"],
+        ["both", "1.50", "25"],
         ["neither", "0.5", "8.33"],
     ]
-    assert "Both phases at once 25.0 % of the run" in page.text
+    assert "Both phases active 25.0 % of the run" in page.text
 
 
 def test_run_page_shows_every_gap_between_tokens(show: Callable[..., Page], worked: Path) -> None:
@@ -555,7 +555,7 @@ def test_a_killed_run_is_shown_with_its_status(show: Callable[..., Page], run: P
     for name in ("latency.csv", "generations.csv"):
         read(run / name).head(2).to_csv(run / name, index=False)
     page = show(run)
-    assert "run.yaml says 'running': it is still going or was killed." in page.text
+    assert "run.yaml says 'running': it is still running or was killed." in page.text
     assert "2 requests had finished" in page.text
     assert len(page.frame("part1-requests")) == 2
 
@@ -587,7 +587,7 @@ def test_a_large_run_makes_a_small_page_that_says_so(run: Path) -> None:
     many.to_csv(run / "steps.csv", index=False)
     page = write_report([run]).read_text(encoding="utf-8")
     assert len(page) < 1_000_000
-    assert f"The whole run: {len(many):,} steps. Too many steps to draw each" in page
+    assert f"The whole run: {len(many):,} steps. Too many steps to draw each one" in page
 
 
 def test_runs_given_together_are_compared(show: Callable[..., Page], runs: dict[str, Path]) -> None:
@@ -604,7 +604,7 @@ def test_runs_given_together_are_compared(show: Callable[..., Page], runs: dict[
         assert is_rounded(table.at[label, "sequential"], first)
         assert is_rounded(table.at[label, "mp"], second)
         assert is_rounded(table.at[label, "over sequential"], second / first)
-    assert "Timelines of sequential, mp on one time axis" in page.alternatives
+    assert "Timelines of sequential, mp on a common time axis" in page.alternatives
     assert {"part1-requests", "part2-requests"} <= page.tables.keys()
     assert "differ in" not in page.text
 
@@ -628,7 +628,7 @@ def test_comparison_bars_say_what_the_rounds_decide(show: Callable[..., Page], c
     marked = {each.partition(" in ")[0]: each for each in page.alternatives}
     assert marked["Output throughput"].endswith(", equal within 2%")
     assert marked["TTFT p50"].endswith(", better")
-    assert "≈: equal, against the first." in page.text
+    assert "≈: equal, compared with the first." in page.text
     assert "?: undecided" not in page.text
 
 
@@ -641,7 +641,7 @@ def test_comparison_page_names_the_runs_on_a_busy_machine(show: Callable[..., Pa
     page = show(comparison)
     assert "The machine was busy in 1 of 4 runs: variant mp in round 1; other processes used up to 1.6" in page.text
     assert "mp ?" in page.labels
-    assert "?: undecided, against the first." in page.text
+    assert "?: undecided, compared with the first." in page.text
 
 
 def test_a_comparison_before_there_were_verdicts_is_shown(show: Callable[..., Page], comparison: Path) -> None:
@@ -686,7 +686,7 @@ def test_sweep_page_shows_the_csvs_figures(show: Callable[..., Page], tmp_path: 
     sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], max_batch=[4, 8, 16])
     page = show(sweep)
     assert_shows(page.frame("part1-points"), read(sweep / "points.csv"))
-    assert "6 settings, 12 of 12 runs finished" in page.text
+    assert "6 settings of mode, max_batch; 12 of 12 runs finished" in page.text
     assert [each for each in page.alternatives if each.startswith("Output")] == [
         "Output throughput in tokens/s by max_batch, mode"
     ]
@@ -753,7 +753,7 @@ def test_advice_page_says_why_nothing_is_recommended(show: Callable[..., Page], 
     (folder / "predictions.csv").write_text("mode,output_throughput\nmp,5\n")
     text = show(folder).text
     assert "Nothing is recommended. Why it was busy" in text
-    assert "Run it by" not in text
+    assert "Run it with" not in text
 
 
 def test_profile_page_shows_what_was_noticed(show: Callable[..., Page], profile: Path) -> None:
@@ -767,7 +767,7 @@ def test_advice_page_shows_the_profile_in_the_same_folder(show: Callable[..., Pa
     (profile / "predictions.csv").write_text("mode,output_throughput\n")
     page = show(profile)
     assert "advice.yaml says 'failed' (no memory)" in page.text
-    assert "The profile it rests on opt-125m in bfloat16" in page.text
+    assert "The underlying profile opt-125m in bfloat16" in page.text
     assert_shows(page.frame("part1-profile-prefill"), read(profile / "prefill.csv"))
 
 

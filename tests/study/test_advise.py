@@ -363,13 +363,13 @@ def refused(tiny: Tiny, tmp_path: Path, profile: Path, **options: Any) -> str:
 
 def test_a_profile_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     profile = recorded(tmp_path / "profile", "another", beside=1)
-    assert_says(refused(tiny, tmp_path, profile), "is of another in float32, not of tiny-opt in float32")
+    assert_says(refused(tiny, tmp_path, profile), "was measured on another in float32, not on tiny-opt in float32")
 
 
 def test_a_profile_without_placements_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     profile = recorded(tmp_path / "profile", "tiny-opt", beside=1)
     (profile / "placements.csv").unlink()
-    assert_says(refused(tiny, tmp_path, profile), "no placements.csv in it", "an advise has made")
+    assert_says(refused(tiny, tmp_path, profile), "no placements.csv in it", "the folder of an earlier advise")
 
 
 def test_a_request_that_is_too_long_is_refused(tiny: Tiny, tmp_path: Path) -> None:

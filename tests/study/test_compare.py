@@ -81,8 +81,8 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
     ("options", "load", "parts"),
     [
         ({}, 0.0, ["load must be above 0", "not 0"]),
-        ({"request_rate": 2.0}, 0.6, ["variant first: a load says when requests arrive", "leave request_rate out"]),
-        ({"max_concurrency": 1}, 0.6, ["variant first: a load says when requests arrive", "leave max_concurrency out"]),
+        ({"request_rate": 2.0}, 0.6, ["variant first: a load sets when requests arrive", "leave request_rate out"]),
+        ({"max_concurrency": 1}, 0.6, ["variant first: a load sets when requests arrive", "leave max_concurrency out"]),
     ],
 )
 def test_a_load_is_refused_where_requests_have_times_of_their_own(
@@ -259,7 +259,7 @@ def test_another_token_that_was_sampled_is_only_said(compared: Compared, tmp_pat
 @pytest.mark.slow
 def test_another_prompt_is_a_fault_however_it_was_drawn(compared: Compared, tmp_path: Path) -> None:
     faults, _ = concluded(compared, tmp_path, column="prompt_token_ids", temperature=1.0)
-    assert faults == ["padded was asked 1 other prompts than sequential"]
+    assert faults == ["padded was given 1 other prompts than sequential"]
 
 
 @pytest.mark.slow

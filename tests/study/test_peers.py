@@ -85,7 +85,7 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
     [
         ({"temperature": 0.5}, {}, ["variant vllm: a peer chooses tokens greedily"]),
         ({"request_rate": 2.0}, {}, ["variant vllm: a peer takes requests that arrive at once", "--max_concurrency"]),
-        ({"ignore_eos": False}, {}, ["variant vllm: a peer makes every request's number", "--ignore_eos"]),
+        ({"ignore_eos": False}, {}, ["variant vllm: a peer generates a fixed number", "--ignore_eos"]),
         ({}, {"load": 0.5}, ["--peer", "--load"]),
         ({}, {"one_process": True}, ["--peer", "--one_process"]),
     ],
@@ -184,7 +184,7 @@ def test_a_peer_that_writes_nothing_has_failed(tiny: Callable[[str], Path], tmp_
         "--workload", workload, "--ignore_eos",
     )  # fmt: skip
     assert code == 1
-    assert pd.read_csv(folder / "comparison.csv")["error"][0] == "exit code 0: it said nothing"
+    assert pd.read_csv(folder / "comparison.csv")["error"][0] == "exit code 0: no output"
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_a_wrong_point_is_refused_before_anything_runs(grid: dict[str, Any], par
     ("base", "load", "parts"),
     [
         ({}, 0, ["point 1 (mode mp): load must be above 0"]),
-        ({"request_rate": 3}, 0.6, ["point 1 (mode mp): a load says when requests arrive", "request_rate"]),
+        ({"request_rate": 3}, 0.6, ["point 1 (mode mp): a load sets when requests arrive", "request_rate"]),
     ],
 )
 def test_a_wrong_load_is_refused_before_anything_runs(
@@ -255,7 +255,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str
     )
     runs = tmp_path / "out" / "sweep_tried" / "runs"
     wait_for(lambda: len(list(runs.glob("*changing*/latency.csv"))) == 1, "second point")
-    assert_says(invoke("sweep", file, "--results", tmp_path / "out").stderr, "another sweep is at work here")
+    assert_says(invoke("sweep", file, "--results", tmp_path / "out").stderr, "another sweep is running here")
     process.kill()
     process.communicate(timeout=60)
     wait_for(lambda: not processes_naming(tmp_path / "out"), "end of the run")

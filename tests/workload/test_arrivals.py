@@ -86,7 +86,7 @@ def test_the_seed_fixes_the_times() -> None:
 @pytest.mark.parametrize("burstiness", [1e-300, 5e-324])
 def test_burstiness_that_cannot_be_drawn_from_is_refused(burstiness: float) -> None:
     message = refusal(gamma_arrivals, 3, 1.0, burstiness, np.random.default_rng(0))
-    assert_says(message, f"--burstiness {burstiness:g}", "give a larger figure")
+    assert_says(message, f"--burstiness {burstiness:g}", "give a larger value")
 
 
 # who is due

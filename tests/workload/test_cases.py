@@ -145,7 +145,7 @@ def test_unknown_case_lists_the_known() -> None:
 def test_missing_file_says_where_the_directory_is_set(tmp_path: Path) -> None:
     path = tmp_path / "cases.yaml"
     message = refusal(load_cases, path)
-    assert message == f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ lies"
+    assert message == f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ is"
 
 
 @pytest.mark.parametrize("text", ["0: {description: [", "a: b: c", "0: {description: x}\n\tbad"])

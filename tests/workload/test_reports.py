@@ -112,7 +112,7 @@ def test_directory_without_a_set_says_what_a_set_needs(tmp_path: Path) -> None:
 
 def test_differing_line_counts_are_given(tmp_path: Path) -> None:
     message = refusal(load_tok, write_tok(tmp_path, "a\nb\nc\n", "x\ny\n"), "test")
-    assert_says(message, "test.findings.tok has 3 lines", "test.impression.tok has 2", "one report a line")
+    assert_says(message, "test.findings.tok has 3 lines", "test.impression.tok has 2", "one report per line")
 
 
 def test_empty_finding_is_named_by_its_line(tmp_path: Path) -> None:

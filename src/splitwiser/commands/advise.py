@@ -5,7 +5,7 @@ import argparse
 from splitwiser.options import add_options, given_options
 from splitwiser.study.config import AdviseConfig
 
-DESCRIPTION = "Profiles both phases briefly, predicts every placement, runs the best few. Takes the options of run."
+DESCRIPTION = "Profiles both phases briefly, predicts every placement, runs the best few. Accepts the options of run."
 USAGE = "[options]"
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Advise and print the table, the recommendation and its reasons."""
+    """Advise, and print the table, the recommendation and its reasons."""
     config = AdviseConfig(**given_options(options, AdviseConfig))
     from splitwiser.study.advise import advise
     from splitwiser.study.recommend import advice_summary

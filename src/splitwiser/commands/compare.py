@@ -5,15 +5,15 @@ import argparse
 from splitwiser.config import RunConfig
 from splitwiser.options import add_options, given_options
 
-DESCRIPTION = "Every run is a fresh process, if not --one_process; a round runs each variant once."
+DESCRIPTION = "Every run is a fresh process, unless --one_process is given; a round runs each variant once."
 USAGE = "--modes MODE,MODE... [options of splitwiser run, for all variants]"
-ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imports take their time once"
+ONE_PROCESS = "on a GPU: all runs in one process, one after another, so that imports happen only once"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what names the variants, and the options of a run."""
+    """Add the options that define the variants, and those of a run."""
     parser.add_argument(
-        "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the base"
+        "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the baseline"
     )
     parser.add_argument(
         "--variant", action="append", default=[], metavar="'NAME: OPTIONS'",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "requests arrive at once, which is measured first",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--minutes", type=float, help="begin no round after so long, but the first")
+    parser.add_argument("--minutes", type=float, help="start no further round after this many minutes")
     parser.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
     add_options(parser, RunConfig, defaults=False)
 

@@ -16,14 +16,14 @@ _ASKED = [field.name for field in fields(DoctorConfig)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add those options of a run that the doctor asks about, and its own."""
+    """Add the options of a run that the doctor checks, and its own."""
     add_options(parser, RunConfig, _ASKED)
-    parser.add_argument("--hub", action="store_true", help="also try whether the hub can be reached, and has the model")
+    parser.add_argument("--hub", action="store_true", help="also check that the hub can be reached and has the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what was found. Raises :class:`RunError` where no mode will work."""
+    """Print the diagnosis. Raises :class:`RunError` if no mode will work."""
     diagnosis = diagnose(DoctorConfig(**{name: getattr(options, name) for name in _ASKED}))
     print(json.dumps(diagnosis.as_dict(), indent=2) if options.json else diagnosis)
     if not diagnosis.works:

@@ -15,6 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page and print where it is."""
-    from splitwiser.results.report import write_report  # brings in matplotlib and pandas
+    from splitwiser.results.report import write_report  # imports matplotlib and pandas
 
     print(write_report(options.folders, options.output))

@@ -11,11 +11,11 @@ USAGE = "FILE [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the grid's file and how it is run."""
+    """Add the file of the grid and the options of its execution."""
     parser.add_argument("file", type=Path, metavar="FILE", help="the grid, such as those in configs/sweeps/")
     parser.add_argument("--list", action="store_true", help="print the points and run nothing")
     parser.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
-    parser.add_argument("--fresh", action="store_true", help="start anew; the old results are kept under another name")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old results are kept under another name")
     parser.add_argument(
         "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
     )

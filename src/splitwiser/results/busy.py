@@ -1,15 +1,15 @@
-"""Which runs the machine was busy in, from their rows of ``throughput.csv``."""
+"""Finds the runs during which the machine was busy, from their rows of ``throughput.csv``."""
 
 import pandas as pd
 
 
 def busy_runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Those of ``rows`` (of ``throughput.csv``, with what was run) that ran while the machine was busy."""
+    """Return those of ``rows``, which have the columns of ``throughput.csv``, that ran while the machine was busy."""
     return rows[rows["machine_busy"].astype(str) == "True"] if "machine_busy" in rows else rows.head(0)
 
 
 def describe_busy(rows: pd.DataFrame, by: str) -> str | None:
-    """A line that names the busy ones of ``rows`` by their column ``by`` and their round; None if there are none."""
+    """Return a line that names the busy runs among ``rows`` by column ``by`` and round; None if there are none."""
     found = busy_runs(rows)
     if found.empty:
         return None

@@ -1,11 +1,11 @@
-"""The targets of goodput, as a user gives them."""
+"""Parses the latency targets of ``--goodput``."""
 
 from splitwiser.errors import InputError, unknown
 from splitwiser.results.schema import TARGETS
 
 
 def parse_goodput(text: str) -> dict[str, float]:
-    """Read targets such as ``ttft:200,tpot:50,e2el:5000`` (milliseconds; any of the three; a comma or a space between).
+    """Read targets such as ``ttft:200,tpot:50,e2el:5000`` (milliseconds), separated by commas or spaces.
 
     Raises :class:`InputError`.
     """

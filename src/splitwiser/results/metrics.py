@@ -1,4 +1,4 @@
-"""How the figures of a run are computed; :mod:`splitwiser.results.schema` names them."""
+"""Computes the metrics of a run; :mod:`splitwiser.results.schema` declares their names and units."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ Samples = Callable[[RequestMetrics], Sequence[float]]
 
 @dataclass(frozen=True)
 class Served:
-    """What the figures of a run are computed from: the answers, how many requests have none, the run's start (of
-    ``time.perf_counter_ns``), and the targets of goodput in milliseconds, if there are any."""
+    """The results of a run that its metrics are computed from: the outputs, the number of unanswered requests, the run's
+    start by ``time.perf_counter_ns``, and the goodput targets in milliseconds, if any."""
 
     outputs: Sequence[RequestOutput]
     unanswered: int
@@ -24,19 +24,19 @@ class Served:
     _pooled: dict[Samples, list[float]] = field(default_factory=dict, repr=False)
 
     def pool(self, samples: Samples) -> list[float]:
-        """Return the ``samples`` of all answers, which are found once only."""
+        """Return the ``samples`` of all outputs; they are computed once and then kept."""
         if samples not in self._pooled:
             self._pooled[samples] = [each for output in self.outputs for each in samples(output.metrics)]
         return self._pooled[samples]
 
     def rate(self, amount: float) -> float | None:
-        """Return ``amount`` a second of the run; None for a run that took no time."""
+        """Return ``amount`` per second of the run; None for a run of no duration."""
         seconds = duration(self)
         return amount / seconds if seconds else None
 
 
 def duration(run: Served) -> float:
-    """Return the seconds from the run's start to the last token; 0 without answers."""
+    """Return the seconds from the run's start to the last token; 0 if no request was answered."""
     return (max((output.metrics.token_ns[-1] for output in run.outputs), default=run.start_ns) - run.start_ns) / 1e9
 
 
@@ -51,12 +51,12 @@ def failed(run: Served) -> int:
 
 
 def total_input_tokens(run: Served) -> int:
-    """Return the tokens of all answered prompts."""
+    """Return the number of prompt tokens of all answered requests."""
     return sum(len(output.prompt_token_ids) for output in run.outputs)
 
 
 def total_output_tokens(run: Served) -> int:
-    """Return the tokens of all answers."""
+    """Return the number of generated tokens of all requests."""
     return sum(len(output.token_ids) for output in run.outputs)
 
 
@@ -71,37 +71,37 @@ def request_goodput(run: Served) -> float | None:
 
 
 def output_throughput(run: Served) -> float | None:
-    """Return the tokens of answers per second."""
+    """Return the generated tokens per second."""
     return run.rate(total_output_tokens(run))
 
 
 def total_token_throughput(run: Served) -> float | None:
-    """Return the tokens of prompts and answers per second."""
+    """Return the prompt and generated tokens per second."""
     return run.rate(total_input_tokens(run) + total_output_tokens(run))
 
 
 def ttft(metrics: RequestMetrics) -> list[float]:
-    """Return the time to the first token, as a list of one."""
+    """Return the time to first token (TTFT) in ms, as a list of one."""
     return [metrics.ttft_ms]
 
 
 def tpot(metrics: RequestMetrics) -> list[float]:
-    """Return the mean time per token after the first; nothing for an answer of one token."""
+    """Return the mean time per token after the first (TPOT) in ms, as a list of one; empty for a single token."""
     return [] if metrics.tpot_ms is None else [metrics.tpot_ms]
 
 
 def itl(metrics: RequestMetrics) -> Sequence[float]:
-    """Return every time between two tokens."""
+    """Return every time between two consecutive tokens (ITL), in ms."""
     return metrics.itl_ms
 
 
 def e2el(metrics: RequestMetrics) -> list[float]:
-    """Return the time from arrival to the last token, as a list of one."""
+    """Return the time from arrival to the last token in ms, as a list of one."""
     return [metrics.e2el_ms]
 
 
 def handoff(metrics: RequestMetrics) -> list[float]:
-    """Return the time from the first token to decode; nothing for an answer of one token."""
+    """Return the time from the first token to the first decode step in ms, as a list of one; empty for a single token."""
     return [] if metrics.handoff_ms is None else [metrics.handoff_ms]
 
 
@@ -122,15 +122,15 @@ def statistic(name: str, values: Sequence[float]) -> float | None:
 
 
 def meets(metrics: RequestMetrics, targets: Mapping[str, float]) -> bool:
-    """Return whether a request is within all ``targets`` (milliseconds by ``ttft``, ``tpot``, ``e2el``), a figure equal to
-    its target included. A request of one token has a TPOT of 0 here, as in ``calculate_metrics`` of vLLM's
+    """Return whether a request meets all ``targets`` (milliseconds by ``ttft``, ``tpot``, ``e2el``); a latency equal to its
+    target meets it. A request of one token has a TPOT of 0 here, as in ``calculate_metrics`` of vLLM's
     benchmarks/serve.py."""
     return all((getattr(metrics, f"{name}_ms") or 0.0) <= limit for name, limit in targets.items())
 
 
 def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
-    """Return one request's row of ``latency.csv``; times in ``_s`` count from ``start_ns``. Figures between tokens are None
-    for a single token."""
+    """Return one request's row of ``latency.csv``; columns in ``_s`` are seconds since ``start_ns``. Values that need
+    two tokens are None for a single token."""
     metrics = output.metrics
 
     def seconds(moment_ns: int) -> float:

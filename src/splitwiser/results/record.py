@@ -11,14 +11,14 @@ import yaml
 from splitwiser.files import Status, write_yaml
 from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
 
-PLACE = ("commit", "machine", "versions")
+ENVIRONMENT = ("commit", "machine", "versions")
 
 
 class Record:
-    """What a command's YAML file says, which is written anew as more is known.
+    """The YAML record of a command, rewritten as more becomes known.
 
-    ``sections`` are the command's own; those of :data:`PLACE` are about ``device``, or left out where the command stays away
-    from it. Whoever knows more adds it to ``content``.
+    ``sections`` are the command's own. Those of :data:`ENVIRONMENT` describe ``device`` and are left out without one: for
+    commands that do not use a device themselves. Callers add to ``content`` and call :meth:`write`.
     """
 
     def __init__(self, path: Path, sections: Mapping[str, Any], device: torch.device | None = None) -> None:
@@ -31,11 +31,11 @@ class Record:
             self.content |= {"machine": describe_machine(device), "versions": describe_versions()}
 
     def write(self, status: Status) -> None:
-        """Replace the file by ``status`` and the content."""
+        """Replace the file with ``status`` and ``content``."""
         write_yaml(self._path, {"status": status, **self.content})
 
 
-def read_place(path: Path) -> dict[str, Any]:
-    """Return the sections of :data:`PLACE` from a run's record."""
+def read_environment(path: Path) -> dict[str, Any]:
+    """Return the sections of :data:`ENVIRONMENT` from a run's record."""
     record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {name: record[name] for name in PLACE}
+    return {name: record[name] for name in ENVIRONMENT}

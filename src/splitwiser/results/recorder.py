@@ -1,4 +1,4 @@
-"""Writes a run's files as its results come, so that a killed run leaves what it had finished."""
+"""Writes a run's files while it runs, so that a killed run keeps the results of its finished requests."""
 
 import contextlib
 import sys
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError, first_line
-from splitwiser.files import CsvTable, Status, append_row, whole, write_rows
+from splitwiser.files import CsvTable, Status, append_row, replaced_atomically, write_rows
 from splitwiser.machine.load import Load, LoadMeter, MachineLoad
 from splitwiser.request import RequestOutput
 from splitwiser.results.metrics import latency_row
@@ -24,13 +24,13 @@ from splitwiser.results.schema import GENERATIONS, LATENCY, STEPS, THROUGHPUT, T
 from splitwiser.results.timeline import step_row, write_trace
 from splitwiser.workload.reports import Report
 
-FLUSH_S = 0.5  # rows reach the disk at most this much later than they came
+FLUSH_S = 0.5  # seconds between two writes to disk
 
 
 class RunRecorder(Observer):
-    """Records one run in ``directory``. ``record`` is that of ``run.yaml``; ``labels`` are the columns of
-    ``throughput.csv`` before its figures. ``targets`` are those of goodput; ``scored`` says whether a finished run's texts
-    are compared with the references; ``before`` is what the machine did before the run."""
+    """Records one run in ``directory``. ``record`` is the one of ``run.yaml``; ``labels`` are the columns of
+    ``throughput.csv`` before its metrics. ``targets`` are the goodput targets; ``scored`` says whether the texts of a
+    finished run are scored against the references; ``before`` is the load of the machine before the run."""
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class RunRecorder(Observer):
         self._tokens = CsvTable(directory / "tokens.csv", names(TOKENS))
         self._unwritten: str | None = None  # why the last rows are not on disk
         self._ended = threading.Event()
-        # a thread, since what has finished must reach the disk while the engine waits for an arrival or runs a long step
+        # a thread, so that rows are written while the engine waits for an arrival or runs a long step
         self._flusher = threading.Thread(target=self._flush_regularly, name="flush results", daemon=True)
         self._write_record("running")
 
     def begin(self) -> int:
-        """Start the run's clock: the moment of ``time.perf_counter_ns`` that its times count from."""
+        """Start the run's clock; returns the start by ``time.perf_counter_ns``."""
         self._flusher.start()
         self._stretch = LoadMeter()
         self._start_ns = time.perf_counter_ns()
@@ -98,8 +98,8 @@ class RunRecorder(Observer):
         )
 
     def end(self, status: Status, error: str | None = None) -> None:
-        """Write the tables' last rows and the outcome, which takes a moment only. A run whose rows cannot be written has
-        failed."""
+        """Write the last rows of the tables and the outcome, which takes little time. A run whose rows cannot be written
+        counts as failed."""
         if self._stretch is not None and self._load.during is None:
             self._load = MachineLoad(self._load.before, self._stretch.end())
         self._ended.set()
@@ -116,8 +116,8 @@ class RunRecorder(Observer):
         self._write_record(status)
 
     def finish(self, status: Status, memory: Mapping[str, float | None], error: str | None = None) -> dict[str, Any]:
-        """:meth:`end` the run, then write the figures and the timeline. A run that was not finished does not enter
-        ``runs.csv``. Returns the row of ``throughput.csv``; raises :class:`RunError` if rows of a run that finished could
+        """:meth:`end` the run, then write the metrics and the timeline. Only finished runs are added to ``runs.csv``.
+        Returns the row of ``throughput.csv``; raises :class:`RunError` if rows of a run that finished could
         not be written."""
         self.end(status, error)
         figures: dict[str, Any] = dict.fromkeys(names(THROUGHPUT)) | {
@@ -128,27 +128,27 @@ class RunRecorder(Observer):
         }
         self._write_figures(figures)
         if status == "finished" and self._unwritten is None:
-            if self._scored:  # may take a while: what is there has been written
+            if self._scored:  # may take a while, so the other metrics have been written before
                 try:
                     figures |= self._rouge()
-                except Exception as fault:  # figures of quality are no reason to call a run failed
+                except Exception as fault:  # a run without quality scores has not failed
                     tqdm.write(f"note: no ROUGE: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
                 self._write_figures(figures)
             append_row(self.directory.parent / "runs.csv", figures)
         try:
-            with whole(self.directory / "trace.json") as path:
+            with replaced_atomically(self.directory / "trace.json") as path:
                 write_trace(path, self._steps, self._start_ns)
-            with whole(self.directory / "timeline.png") as path:
+            with replaced_atomically(self.directory / "timeline.png") as path:
                 self._draw_timeline(path)
-        except Exception as fault:  # a picture is no reason to call a run failed
+        except Exception as fault:  # a run without a timeline has not failed
             tqdm.write(f"note: no timeline: {type(fault).__name__}: {first_line(fault)}", file=sys.stderr)
         if status == "finished" and self._unwritten is not None:
-            raise RunError(f"{self._unwritten}; what could be is in {self.directory}")
+            raise RunError(f"{self._unwritten}; all other results are in {self.directory}")
         return figures
 
     def _draw_timeline(self, path: Path) -> None:
         from splitwiser.results.report.plots import (
-            save_timeline,  # matplotlib takes a while, which a start can do without
+            save_timeline,  # matplotlib is slow to import, so not at start-up
         )
 
         rows = [step_row(step, self._start_ns) for step in self._steps]
@@ -173,10 +173,10 @@ class RunRecorder(Observer):
 
     def _flush_regularly(self) -> None:
         while not self._ended.wait(FLUSH_S):
-            with contextlib.suppress(Exception):  # the rows are kept: the next flush writes them, or the last one fails
+            with contextlib.suppress(Exception):  # the rows are kept; the next flush tries again, and end() reports
                 self._flush()
 
     def _flush(self) -> None:
-        with contextlib.ExitStack() as each:  # so that no table's fault is another's
+        with contextlib.ExitStack() as each:  # so that an error in one table does not stop the others
             for table in (self._tokens, self._generations, self._step_table, self._latency):
                 each.callback(table.flush)

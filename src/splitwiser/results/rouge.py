@@ -1,4 +1,4 @@
-"""Text quality beside speed: ROUGE of what was generated against the references."""
+"""Text quality: ROUGE scores of the generated texts against the references."""
 
 import importlib.util
 import re
@@ -12,7 +12,7 @@ from splitwiser.results.schema import ROUGE
 
 
 def can_score() -> bool:
-    """Whether the library that :func:`rouge` needs is installed."""
+    """Return whether the library that :func:`rouge` needs is installed."""
     return importlib.util.find_spec("rouge_score") is not None
 
 
@@ -25,18 +25,18 @@ _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+")
 
 
 class Words:
-    """Words of every script, lower-cased. Of ASCII text they are what rouge-score's own tokenizer finds, which knows no
-    other letters."""
+    """A tokenizer that finds lower-cased words of every script. For ASCII text it matches rouge-score's own tokenizer,
+    which supports no other letters."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of ``text``."""
+        """Return the words of ``text``."""
         return _WORD.findall(text.lower())
 
 
 def rouge(references: Sequence[str], texts: Sequence[str]) -> dict[str, float | None]:
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) of ``texts`` against ``references``, as rouge-score
-    counts them, without stemming, over :class:`Words`; shows a progress bar if it takes more than a moment. References
-    without a word are left out; None if none has one."""
+    """Return the mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) of ``texts`` against ``references``, computed
+    by rouge-score without stemming over the words of :class:`Words`; shows a progress bar if it takes over a second.
+    References without words are left out; the scores are None if no reference has words."""
     # nltk, which rouge-score imports, refuses to be imported by a user without a home folder
     with environment(**({} if has_home() else {"HOME": tempfile.gettempdir()})):
         from rouge_score import rouge_scorer  # only runs with references need it

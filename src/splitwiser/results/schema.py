@@ -1,7 +1,7 @@
-"""The one list of the figures of a run and of the columns of its files: what each means, its unit, and where it is shown.
+"""The metrics of a run and the columns of its files: what each means, its unit, and where it is shown.
 
-A new figure needs a function of :class:`~splitwiser.results.metrics.Served` and a row of :data:`METRICS`: from these follow
-``throughput.csv`` and the tables made of it, the terminal's, the report's pages, and what a comparison decides.
+A new metric needs a function of :class:`~splitwiser.results.metrics.Served` and an entry in :data:`METRICS`:
+``throughput.csv``, the tables made from it, the terminal, the report and the verdicts of a comparison all follow from these.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +14,12 @@ from splitwiser.results import metrics
 from splitwiser.results.metrics import Samples, Served, statistic
 
 Place = Literal["run", "compare", "sweep", "advise", "report"]
-"""Where a figure is shown: a command's table in the terminal (and in the summaries that it writes), or the report."""
+"""Where a metric is shown: a command's table in the terminal (and the summaries that it writes), or the report."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a CSV. The report cannot do without those that are ``needed``; if they have a unit, they hold numbers."""
+    """A column of a CSV file. The report requires those that are ``needed``; a needed column with a unit holds numbers."""
 
     name: str
     description: str
@@ -29,11 +29,11 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(Column):
-    """A figure of a run.
+    """A metric of a run.
 
-    ``short_name`` names it in a sentence, if the words of its column do not, and ``statistic`` says which of several it is.
-    ``compute`` finds it from the run's answers; where it is None, whoever observes the run brings the figure. ``objective``
-    is what ``advise --objective`` calls it. A figure that is not ``timed`` is the same on a busy machine.
+    ``short_name`` names it in a sentence if the column's name does not, and ``statistic`` says which statistic it is.
+    ``compute`` computes it from the run's outputs; None means that the recorder of the run supplies the value. ``objective``
+    is its name in ``advise --objective``. A metric that is not ``timed`` does not depend on the load of the machine.
     """
 
     short_name: str = ""
@@ -46,29 +46,29 @@ class Metric(Column):
 
     @property
     def subject(self) -> str:
-        """What it is about, in a sentence."""
+        """What it measures, as it stands in a sentence."""
         return self.short_name or self.name.replace("_", " ")
 
     @property
     def label(self) -> str:
-        """Its name in a sentence."""
+        """Its name as it stands in a sentence."""
         return f"{self.subject} {self.statistic}".strip()
 
     @property
     def title(self) -> str:
-        """Its name at the start of a sentence or above a picture."""
+        """Its name at the start of a sentence or above a plot."""
         return _capitalised(self.label)
 
     @property
     def heading(self) -> str:
-        """Its name above a narrow column: a rate's unit says what it is."""
+        """Its name above a narrow column; for a rate the unit alone is enough."""
         return f"{self.label} {self.unit}" if self.statistic else self.unit
 
 
 @dataclass(frozen=True)
 class Latency:
-    """A latency of requests, of which ``throughput.csv`` has every statistic. ``samples`` are what a request contributes,
-    ``shown`` says by statistic where it is shown; goodput may ask for those that are ``targets``."""
+    """A latency of requests; ``throughput.csv`` has one column per statistic. ``samples`` returns the values of one
+    request, ``shown`` says where each statistic is shown, ``is_target`` whether ``--goodput`` may limit it."""
 
     name: str
     subject: str
@@ -79,17 +79,17 @@ class Latency:
     is_target: bool = False
 
     def column(self, statistic: str) -> str:
-        """Return the column of ``throughput.csv`` that has this ``statistic`` of :data:`STATISTICS`."""
+        """Return the name of the column of ``throughput.csv`` for ``statistic``, a key of :data:`STATISTICS`."""
         return f"{statistic}_{self.name}_ms"
 
     @property
     def title(self) -> str:
-        """Its name at the start of a row."""
+        """Its name as a row heading."""
         return _capitalised(self.subject)
 
     @property
     def metrics(self) -> list[Metric]:
-        """A figure for each statistic."""
+        """One metric for each statistic."""
         return [
             Metric(
                 self.column(name),
@@ -169,8 +169,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("duration", "Time from the run's start to its last token.", "s", compute=metrics.duration),
     Metric("completed", "Requests that were answered.", "requests", compute=metrics.completed),
     Metric("failed", "Requests that were not answered.", "requests", compute=metrics.failed),
-    Metric("total_input_tokens", "Tokens of all answered prompts.", "tokens", compute=metrics.total_input_tokens),
-    Metric("total_output_tokens", "Tokens of all answers.", "tokens", compute=metrics.total_output_tokens),
+    Metric(
+        "total_input_tokens", "Prompt tokens of all answered requests.", "tokens", compute=metrics.total_input_tokens
+    ),
+    Metric("total_output_tokens", "Generated tokens of all requests.", "tokens", compute=metrics.total_output_tokens),
     Metric(
         "request_throughput",
         "Answered requests per second of the duration.",
@@ -190,7 +192,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "output_throughput",
-        "Tokens of answers per second of the duration.",
+        "Generated tokens per second of the duration.",
         "tokens/s",
         compute=metrics.output_throughput,
         more_is_better=True,
@@ -199,7 +201,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "total_token_throughput",
-        "Tokens of prompts and answers per second of the duration.",
+        "Prompt and generated tokens per second of the duration.",
         "tokens/s",
         compute=metrics.total_token_throughput,
         more_is_better=True,
@@ -219,7 +221,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "peak_memory_mb",
-        "Memory of the run: all that is in use on the GPU or, on a CPU, what its processes hold.",
+        "Peak memory: everything in use on the GPU or, on a CPU, the resident memory of the run's processes.",
         "MB",
         short_name="peak memory",
         shown=("compare", "report"),
@@ -227,14 +229,18 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("load_s", "Time to load the model.", "s", short_name="time to load"),
     Metric(
-        "ready_s", "Time until the engine could take requests.", "s", short_name="time to be ready", shown=("compare",)
+        "ready_s",
+        "Time until the engine could accept requests.",
+        "s",
+        short_name="time to be ready",
+        shown=("compare",),
     ),
     Metric("load_before", "Load average of the last minute before the run.", "processes"),
-    Metric("cores", "Processors that the run may use, or the part of them that a container's quota allows.", "cores"),
+    Metric("cores", "Processors that the run may use; a container's quota counts as a fraction of them.", "cores"),
     Metric("own_cores", "Processor time that the run used, per second.", "cores"),
-    Metric("others_cores", "Processor time that everything else used, per second.", "cores"),
-    Metric("cpu_pressure", "Share of the time in which some process waited for a processor."),
-    Metric("machine_busy", "Whether others took processor time that the run could have used."),
+    Metric("others_cores", "Processor time that all other processes used, per second.", "cores"),
+    Metric("cpu_pressure", "Share of the time in which at least one process waited for a processor."),
+    Metric("machine_busy", "Whether other processes used processor time that the run could have used."),
 )
 METRIC = {metric.name: metric for metric in METRICS}
 OBJECTIVES = {metric.objective: metric for metric in METRICS if metric.objective}
@@ -243,21 +249,21 @@ LABELS = (
     Column("run_id", "Name of the run's folder."),
     Column("model", "Name of the model."),
     Column("case_id", "Prompting recipe of configs/cases.yaml; empty for other requests."),
-    Column("mode", "How the phases were placed."),
+    Column("mode", "Placement of the two phases."),
     Column("workers", "The workers and their roles."),
     Column("device", "The device that the model was on."),
     Column("dtype", "Number format of the model."),
     Column("load_format", "auto for a checkpoint's weights, dummy for random ones."),
-    Column("request_rate", "Arrivals of --request_rate; empty without.", "requests/s"),
+    Column("request_rate", "Arrival rate of --request_rate; empty without.", "requests/s"),
     Column("burstiness", "Burstiness of --request_rate; empty without."),
-    Column("max_concurrency", "Requests at a time in a closed loop; empty without.", "requests"),
+    Column("max_concurrency", "Concurrent requests of a closed loop; empty without.", "requests"),
 )
 THROUGHPUT = (*LABELS, *METRICS)
 LATENCY = (
     Column("request_id", "Number of the request.", needed=True),
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
-    Column("arrival_s", "Arrival, from the run's start.", "s", needed=True),
+    Column("arrival_s", "Time of arrival, from the run's start.", "s", needed=True),
     Column("prefill_start_s", "Start of the first prefill step, from the run's start.", "s", needed=True),
     Column("first_token_s", "Time of the first token, from the run's start.", "s", needed=True),
     Column("finish_s", "Time of the last token, from the run's start.", "s", needed=True),
@@ -274,7 +280,7 @@ LATENCY = (
 )
 STEPS = (
     Column("worker", "Name of the worker.", needed=True),
-    Column("role", "What the worker is for: prefill, decode or mixed."),
+    Column("role", "Role of the worker: prefill, decode or mixed."),
     Column("phase", "prefill or decode.", needed=True),
     Column("start_s", "Start of the step, from the run's start.", "s", needed=True),
     Column("end_s", "End of the step, from the run's start.", "s", needed=True),
@@ -283,48 +289,48 @@ STEPS = (
 )
 GENERATIONS = (
     Column("request_id", "Number of the request.", needed=True),
-    Column("finding", "The text that was to be summarised."),
+    Column("finding", "The text to summarise."),
     Column("summary_ref", "The reference, where there is one."),
-    Column("summary_gen", "The answer.", needed=True),
+    Column("summary_gen", "The generated text.", needed=True),
 )
 TOKENS = (
     Column("request_id", "Number of the request."),
-    Column("prompt_token_ids", "Token ids of the prompt, with spaces between."),
-    Column("token_ids", "Token ids of the answer, with spaces between."),
+    Column("prompt_token_ids", "Token ids of the prompt, separated by spaces."),
+    Column("token_ids", "Token ids of the answer, separated by spaces."),
 )
 _STEP_FIGURES = (
     Column("ms", "Median time of the step.", "ms", needed=True),
-    Column("ms_least", "Least time of the step.", "ms"),
-    Column("ms_greatest", "Greatest time of the step.", "ms"),
-    Column("repeats", "How often the step was measured.", "steps"),
+    Column("ms_least", "Shortest time of the step.", "ms"),
+    Column("ms_greatest", "Longest time of the step.", "ms"),
+    Column("repeats", "Number of measured steps.", "steps"),
     Column("tokens_per_s", "Tokens that the step computes, per second.", "tokens/s"),
     Column("flops", "Floating-point operations of the step, counted from the architecture.", "operations"),
     Column("bytes", "Bytes that the step moves to and from memory, counted from the architecture.", "bytes"),
     Column("arithmetic_intensity", "Operations per byte.", "operations/byte", needed=True),
     Column("tflops", "Operations per second, in 10^12.", "TFLOP/s", needed=True),
     Column("gb_s", "Bytes per second, in 10^9.", "GB/s"),
-    Column("share_of_compute", "Operations per second over the greatest measured."),
-    Column("share_of_bandwidth", "Bytes per second over the greatest measured; above 1 where a cache helped."),
+    Column("share_of_compute", "Operations per second over the highest measured rate."),
+    Column("share_of_bandwidth", "Bytes per second over the highest measured rate; above 1 where a cache helped."),
     Column("share_of_roofline", "Operations per second over what the roofline allows at this intensity."),
-    Column("peak_memory_mb", "Greatest memory so far: on the GPU for this step, or held by the process on a CPU.", "MB"),
+    Column("peak_memory_mb", "Peak memory: of this step on a GPU, of the process so far on a CPU.", "MB"),
     Column("gpu_util_percent", "Share of the time in which any kernel ran (NVML); empty without a GPU.", "%"),
     Column("memory_util_percent", "Share of the time in which GPU memory was read or written (NVML).", "%"),
-    Column("sm_activity_percent", "Share of the multiprocessors that was busy (GPM; Hopper and newer).", "%"),
+    Column("sm_activity_percent", "Share of the multiprocessors that were busy (GPM; Hopper and newer).", "%"),
     Column("dram_activity_percent", "Share of the memory's bandwidth that was used (GPM; Hopper and newer).", "%"),
     Column("power_w", "Power of the GPU.", "W"),
 )  # fmt: skip
-_THREADS = Column("threads", "Threads of PyTorch.", "threads")
+_THREADS = Column("threads", "Number of PyTorch threads.", "threads")
 PREFILL = (
     _THREADS,
     Column("prompts", "Prompts in the step.", "requests"),
-    Column("start_tokens", "Tokens of each prompt that earlier steps computed.", "tokens"),
-    Column("prompt_tokens", "Tokens of each prompt that this step computes.", "tokens", needed=True),
+    Column("start_tokens", "Tokens of each prompt computed by earlier steps.", "tokens"),
+    Column("prompt_tokens", "Tokens of each prompt computed by this step.", "tokens", needed=True),
     *_STEP_FIGURES,
 )
 DECODE = (
     _THREADS,
     Column("batch", "Requests in the step.", "requests", needed=True),
-    Column("context", "Tokens that each request has in the pool after the step.", "tokens", needed=True),
+    Column("context", "Tokens of each request in the KV pool after the step.", "tokens", needed=True),
     Column("itl_ms", "The step's median time, which is the time between two tokens.", "ms"),
     *_STEP_FIGURES,
 )
@@ -333,8 +339,8 @@ CEILINGS = (
     Column("kind", "compute or memory.", needed=True),
     Column("what", "What was measured: a matrix product, a copy or a sum."),
     Column("size", "Rows of the square matrices, or bytes of the buffer.", "rows or bytes"),
-    Column("ms", "Least time of a pass.", "ms"),
-    Column("amount", "What a pass computes or moves.", "operations or bytes"),
+    Column("ms", "Shortest time of a pass.", "ms"),
+    Column("amount", "Operations or bytes of a pass.", "operations or bytes"),
     Column("rate", "The amount per second, in the unit of the next column.", "TFLOP/s or GB/s", needed=True),
     Column("unit", "Unit of the rate.", needed=True),
 )
@@ -353,17 +359,17 @@ TABLES: dict[str, Sequence[Column]] = {
 def throughput_figures(
     outputs: Sequence[RequestOutput], failed: int, start_ns: int, targets: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Return what ``outputs`` say of :data:`METRICS`, with the names of ``vllm bench serve``; a figure of nothing is None.
+    """Return those of :data:`METRICS` that follow from ``outputs``, named as in ``vllm bench serve``; None without samples.
 
-    ``failed`` counts the requests without an answer; ``start_ns`` is the run's start by ``time.perf_counter_ns``;
-    ``targets`` are those of goodput, in milliseconds.
+    ``failed`` is the number of unanswered requests; ``start_ns`` is the run's start by ``time.perf_counter_ns``;
+    ``targets`` are the goodput targets in milliseconds.
     """
     run = Served(outputs, failed, start_ns, targets)
     return {metric.name: metric.compute(run) for metric in METRICS if metric.compute is not None}
 
 
 def shown_in(place: Place) -> list[Metric]:
-    """Return the figures that are shown in ``place``, in the order of ``throughput.csv``."""
+    """Return the metrics that are shown in ``place``, in the order of ``throughput.csv``."""
     return [metric for metric in METRICS if place in metric.shown]
 
 
@@ -373,13 +379,13 @@ def names(columns: Iterable[Column]) -> tuple[str, ...]:
 
 
 def column(description: str, unit: str = "", *, default: object = None) -> Any:  # noqa: ANN401  # as dataclasses.field
-    """A field of a dataclass whose instances are rows of a CSV (:func:`columns_of`)."""
+    """Return a field for a dataclass whose instances are rows of a CSV file (:func:`columns_of`)."""
     metadata = {"column": (description, unit)}
     return field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
 
 
 def columns_of(row: type) -> tuple[Column, ...]:
-    """Return the columns of a dataclass whose fields are made by :func:`column`."""
+    """Return the CSV columns of a dataclass whose fields were made by :func:`column`."""
 
     def column_of(each: Field[Any]) -> Column:
         description, unit = each.metadata["column"]

@@ -1,4 +1,4 @@
-"""The short tables that the terminal shows."""
+"""Formats the tables that the commands print."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from splitwiser.results.schema import METRIC, ROUGE, shown_in
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` as aligned columns."""
+    """Return ``rows`` as text with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def run_summary(figures: dict[str, Any], directory: Path) -> str:
-    """The figures of a finished run, and where its files lie."""
+    """Return the summary of a finished run: its main metrics and its folder."""
 
     def number(key: str, unit: str) -> str:
         value = figures[key]

@@ -1,4 +1,4 @@
-"""The timeline of a run: which worker was in which phase when, as rows of ``steps.csv`` and as a trace for Perfetto."""
+"""Writes the timeline of a run, the steps of each worker and phase, as rows of ``steps.csv`` and as a Perfetto trace."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ PHASE_COLOURS: dict[Phase, str] = {"prefill": "#d1495b", "decode": "#2e86ab"}
 
 
 def step_row(step: StepRecord, start_ns: int) -> dict[str, Any]:
-    """Return the row of ``steps.csv``, whose times count from ``start_ns``."""
+    """Return the row of ``steps.csv`` for ``step``; times are seconds since ``start_ns``."""
     return {
         "worker": step.worker,
         "role": step.role,
@@ -24,7 +24,7 @@ def step_row(step: StepRecord, start_ns: int) -> dict[str, Any]:
 
 
 def lanes(steps: Sequence[StepRecord]) -> list[tuple[str, Phase]]:
-    """The (worker, phase) pairs that ran steps, in the order in which the timeline stacks them."""
+    """Return the (worker, phase) pairs that ran steps, in the order of the timeline from top to bottom."""
     return sorted({(step.worker, step.phase) for step in steps}, key=lambda lane: (lane[1] == "decode", lane[0]))
 
 

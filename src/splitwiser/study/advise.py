@@ -1,12 +1,12 @@
-"""Advises how to place the phases for a workload: measures a little, predicts every placement, runs the best, recommends.
+"""Recommends a placement of the phases for a workload in four stages.
 
-1. A short profile of both phases at the sizes of the workload and, on a CPU, with the cores of each share.
-2. A few of the workload's requests in each placement, to learn what running side by side does to a step
-   (:mod:`splitwiser.study.calibrate`) and, where requests end by themselves, how long answers are.
-3. Every placement and prefill budget is predicted (:mod:`splitwiser.study.simulate`, over
-:mod:`splitwiser.study.step_times`).
-4. The best predictions, the best with split phases and the best without among them, are run and held against what was
-   predicted; what was measured decides, unless the predictions missed it or the machine was busy.
+1. Profile both phases briefly at the sizes of the workload and, on a CPU, with the thread counts of each share.
+2. Run a few of the workload's requests in each placement, to measure how concurrent phases slow each other down
+   (:mod:`splitwiser.study.calibrate`) and how long answers are that end by themselves.
+3. Predict every placement and prefill budget (:mod:`splitwiser.study.simulate`, with step times from
+   :mod:`splitwiser.study.step_times`).
+4. Run the best predictions, including the best with split phases and the best without, and compare them with what was
+   predicted. The measurements decide, unless predictions were too far off or the machine was busy.
 """
 
 import random
@@ -85,7 +85,7 @@ def advise(config: AdviseConfig) -> Advice:
     try:
         if bench is not None:
             bench.measure(directory)
-            bench = None  # its model goes before the next comes
+            bench = None  # frees its model before the next one is loaded
             measure_placements(config, requests, directory)
             measurements = read_measurements(directory, shell)
         assert measurements is not None
@@ -101,7 +101,7 @@ def advise(config: AdviseConfig) -> Advice:
     finally:
         record.write(status)
         if status != "finished":
-            print(f"{status}; what was found so far is in {directory}", file=sys.stderr)
+            print(f"{status}; the results so far are in {directory}", file=sys.stderr)
     return advice
 
 
@@ -116,7 +116,8 @@ def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
 def predict(
     config: AdviseConfig, requests: Sequence[Request], measurements: Measurements, directory: Path
 ) -> pd.DataFrame:
-    """Simulate every placement with every prefill budget; the rows of ``predictions.csv``."""
+    """Simulate every placement with every prefill budget; returns the rows of ``predictions.csv``. Raises
+    :class:`InputError` if no placement can run the workload or the objective has no value."""
     table = CsvTable(directory / "predictions.csv", names(PREDICTIONS))
     targets = None if config.goodput is None else parse_goodput(config.goodput)
     rng = random.Random(config.seed)
@@ -126,7 +127,7 @@ def predict(
         if measurements.output_tokens and not request.params.ignore_eos
     }
     tokens = sum(len(request.prompt_token_ids) for request in requests)
-    # the one asked for comes first, so that it wins where others are no better
+    # the configured budget comes first, so that it wins ties
     budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(measurements.placements) * len(budgets), desc="predictions", unit="run") as bar:
@@ -151,7 +152,7 @@ def predict(
         raise InputError(str(rows[0]["not_possible"]))
     objective = OBJECTIVES[config.objective].name
     if all(row.get(objective) is None for row in rows):
-        raise InputError(f"--objective {config.objective}: answers of one token have no such figure; choose another")
+        raise InputError(f"--objective {config.objective}: answers of one token have no such metric; choose another")
     for each in measurements.impossible:
         rows.append({"mode": each.mode, "workers": each.workers, "not_possible": each.reason})
         table.write(rows[-1])
@@ -159,7 +160,8 @@ def predict(
 
 
 def check(config: AdviseConfig, predictions: pd.DataFrame, directory: Path) -> pd.DataFrame:
-    """Run the chosen candidates in fresh processes, in interleaved rounds; the rows of ``checks.csv``."""
+    """Run the chosen candidates in fresh processes, in interleaved rounds; returns the rows of ``checks.csv``. Raises
+    :class:`RunError` if every run failed."""
     chosen = choose_checks(config, predictions)
     table = CsvTable(directory / "checks.csv", names(CHECKS))
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
-"""What a placement does to steps: the same steps as in a profile, timed again in a short real run of the placement.
+"""Measures how a placement changes the times of steps, from a short real run of the placement.
 
-Side by side, two phases share caches, memory bandwidth and, on a GPU, the multiprocessors; by how much that slows each is
-not known from the phases alone. So a few requests of the workload are run, and every step's time is held against what the
-profile predicts for a step of its size.
+Concurrent phases share caches, memory bandwidth and, on a GPU, the multiprocessors; a profile of each phase alone does not
+show how much this slows them down. So a few requests of the workload are run, and the time of every step is compared with
+the profile's prediction for a step of its size.
 """
 
 from collections import defaultdict
@@ -19,11 +19,11 @@ from splitwiser.request import RequestOutput
 from splitwiser.study.simulate import Conditions
 from splitwiser.study.step_times import Chunk, StepCosts, nearest_costs
 
-_ALONE, _BESIDE = 0.1, 0.9  # a step counts as alone, or as beside another, up to and from such an overlap
+_ALONE, _BESIDE = 0.1, 0.9  # up to the first overlap a step counts as alone, from the second as concurrent
 
 
 class Recording(Observer):
-    """Keeps the steps and outputs of a run."""
+    """An observer that keeps the steps and outputs of a run."""
 
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
@@ -40,7 +40,7 @@ class Recording(Observer):
 
 @dataclass(frozen=True)
 class SizedStep:
-    """A step that ran, and what was in it: chunks of a prefill step, (requests, total context) of a decode step."""
+    """A step that ran and its size: the chunks of a prefill step, or the batch and total context of a decode step."""
 
     record: StepRecord
     chunks: tuple[Chunk, ...] = ()
@@ -49,19 +49,19 @@ class SizedStep:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Its duration in seconds."""
         return (self.record.end_ns - self.record.start_ns) / 1e9
 
     def predicted(self, costs: StepCosts) -> float:
-        """How long ``costs`` say."""
+        """Return its duration in seconds as predicted by ``costs``."""
         return costs.prefill(self.chunks) if self.chunks else costs.decode(self.batch, self.context)
 
 
 def size_steps(recording: Recording) -> list[SizedStep]:
-    """What was in each step of a run whose requests all arrived at its start.
+    """Return the steps with their sizes, of a run whose requests all arrived at its start.
 
-    A prefill worker takes its prompts in order, so its steps cut the row of them; a decode step made each token that is
-    stamped with the step's end.
+    A prefill worker processes its prompts in order, so its steps divide their concatenation; a decode step generated each
+    token whose time is the end of the step.
     """
     decoded: dict[tuple[str, int], list[int]] = defaultdict(list)  # worker and end of the step: contexts
     prompts: dict[str, list[RequestOutput]] = defaultdict(list)
@@ -82,7 +82,7 @@ def size_steps(recording: Recording) -> list[SizedStep]:
 
 
 class _Row:
-    """Prompts of these lengths one after another, of which steps take their tokens."""
+    """A queue of prompts of these lengths, from which steps take tokens."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = lengths
@@ -108,10 +108,10 @@ def conditions_of(
     cores: int | None,
     lend: bool,
 ) -> Conditions:
-    """The factors that explain ``steps``: measured over predicted seconds of the steps alone, and of those beside another.
+    """Return the factors that explain ``steps``: measured over predicted seconds, of steps alone and of concurrent steps.
 
-    ``cores`` is None on a GPU. Where no step of a phase was beside another, the factor of those alone stands in, and the
-    other way round.
+    ``cores`` is None on a GPU. If a phase has no concurrent steps, the factor of its steps alone is used for them too, and
+    vice versa.
     """
     threads = dict(zip((spec.name for spec in layout.workers), plan_threads(layout.workers, cores or 1), strict=True))
     seconds: dict[tuple[Phase, bool], list[tuple[float, float]]] = defaultdict(list)
@@ -135,7 +135,7 @@ def conditions_of(
 
 
 def _overlap(record: StepRecord, others: Sequence[StepRecord]) -> float:
-    """The part of a step's time in which another worker was in a step too (one other worker at a time)."""
+    """Return the largest fraction of a step's time during which one other worker was also in a step."""
     by_worker: dict[str, int] = defaultdict(int)
     for other in others:
         if other.worker != record.worker:
@@ -145,7 +145,7 @@ def _overlap(record: StepRecord, others: Sequence[StepRecord]) -> float:
 
 
 def _gap(steps: Sequence[SizedStep]) -> float:
-    """The median time in seconds between two steps of a worker; the median leaves out the few long waits for work."""
+    """Return the median seconds between two steps of a worker; the median ignores the few long waits for work."""
     gaps = []
     for worker in {step.record.worker for step in steps}:
         records = sorted(

@@ -1,4 +1,4 @@
-"""Ways to place the phases, and what is measured of each: the basis of predictions."""
+"""The candidate placements of the phases, and the measurements of each that predictions are based on."""
 
 import dataclasses
 import time
@@ -32,21 +32,21 @@ from splitwiser.study.config import AdviseConfig, ProfileConfig
 from splitwiser.study.simulate import Conditions
 from splitwiser.study.step_times import StepCosts, fit_costs
 
-BUDGETS = (256, 512, 1024)  # prefill tokens a step that are predicted beside the one asked for
+BUDGETS = (256, 512, 1024)  # prefill tokens per step that are predicted besides the configured number
 
-_SHARES = (25, 50, 75)  # of prefill; decode gets the rest
-_SAMPLE = 16  # requests of a calibrating run
-_SAMPLE_TOKENS = 64  # most new tokens of each, where all that is learnt from more is the same again
+_SHARES = (25, 50, 75)  # percent for prefill; decode gets the rest
+_SAMPLE = 16  # requests of a calibration run
+_SAMPLE_TOKENS = 64  # most new tokens of each; more would add no information
 _GPU_MODES = [mode.name for mode in MODES.values() if mode.needs_gpu]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the workload."""
+    """A mode, workers and prefill budget to run the workload with."""
 
-    mode: str = column("How the phases are placed.")
+    mode: str = column("Placement of the two phases.")
     workers: str = column("Layout of the workers, as --workers takes it; empty for the mode's own.")
-    prefill_tokens: int = column("Most prompt tokens in one prefill step.", "tokens")
+    prefill_tokens: int = column("Maximum prompt tokens in one prefill step.", "tokens")
 
     @property
     def layout(self) -> WorkerLayout:
@@ -73,7 +73,7 @@ PLACEMENTS = (
     *(each for each in CANDIDATE if each.name != "prefill_tokens"),
     Column("blocks", "Blocks of the KV pool.", "blocks"),
     *columns_of(Conditions),
-    Column("steps", "Steps that the factors rest on.", "steps"),
+    Column("steps", "Steps that the factors were computed from.", "steps"),
     Column("not_possible", "Why this machine cannot run the placement; empty if it can."),
     METRIC["machine_busy"],
 )
@@ -82,7 +82,7 @@ OUTPUT_TOKENS = (Column("output_tokens", "Tokens of an answer that ended by itse
 
 @dataclass(frozen=True)
 class MeasuredPlacement:
-    """A placement that was measured: the conditions there, and the blocks of the KV pool."""
+    """A measured placement: its conditions, and the blocks of its KV pool."""
 
     mode: str
     workers: str
@@ -101,10 +101,10 @@ class ImpossiblePlacement:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What predictions rest on, as :func:`measure_placements` writes it and :func:`read_measurements` reads it.
+    """The measurements behind predictions, written by :func:`measure_placements` and read by :func:`read_measurements`.
 
-    ``costs`` are by thread count; ``cores`` those of the CPU, None on a GPU; ``output_tokens`` the lengths of a sample of
-    answers that ended by themselves; ``busy`` names what was measured while others used the machine.
+    ``costs`` are by thread count; ``cores`` is the number of CPU cores, None on a GPU; ``output_tokens`` are the lengths of
+    a sample of answers that ended by themselves; ``busy`` names what was measured while the machine was busy.
     """
 
     costs: Mapping[int, StepCosts]
@@ -116,7 +116,7 @@ class Measurements:
 
 
 def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileConfig:
-    """The profile that predictions of ``requests`` need: prompts and batches of their sizes, threads of every share."""
+    """Return the profile that predictions of ``requests`` need: their prompt and batch sizes, all thread counts."""
     lengths = sorted(len(request.prompt_token_ids) for request in requests)
     longest = max(request.max_kv_tokens for request in requests)
     batch = min(config.max_batch, len(requests))
@@ -143,10 +143,10 @@ def short_profile(config: AdviseConfig, requests: Sequence[Request]) -> ProfileC
 
 
 def placements(device: str, cores: int) -> list[tuple[str, str]]:
-    """The (mode, workers) to predict on ``device`` (cpu or cuda), as options of a run.
+    """Return the (mode, workers) to predict on ``device`` (cpu or cuda), as options of a run.
 
-    On a CPU, shares that come to the same threads are one, and those that take more threads than there are ``cores`` are
-    left out; on a GPU, mode ``mp`` has no shares.
+    On a CPU, shares with equal thread counts are listed once, and those that need more threads than ``cores`` are left out;
+    on a GPU, mode ``mp`` has no shares.
     """
     found = [("sequential", ""), ("mp", "")]
     shared = [(f"[{{role: prefill, share: {share}}}, {{role: decode, share: {100 - share}}}]") for share in _SHARES]
@@ -174,7 +174,7 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
         if problem:
             table.write({"mode": mode, "workers": "", "not_possible": problem})
             listed = [each for each in listed if each[0] != mode]
-    with tqdm(listed, desc="side by side", unit="placement") as bar:
+    with tqdm(listed, desc="calibration", unit="placement") as bar:
         for mode, workers in bar:
             bar.set_postfix_str(f"{mode} {workers}")
             row = {"mode": mode, "workers": workers}
@@ -200,10 +200,10 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
 
 
 def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[Request]) -> tuple[Recording, int]:
-    """Run ``sample``, all at once; with the blocks of the pool."""
+    """Run ``sample`` with all arrivals at once; returns its recording and the number of blocks of the KV pool."""
     release_memory()
     total = sum(len(request.prompt_token_ids) for request in sample)
-    # several prefill steps, so that most of them run beside decode steps
+    # several prefill steps, so that most of them overlap decode steps
     prefill_tokens = min(config.prefill_tokens, max(64, total // 8))
     engine = EngineConfig(**{name: getattr(config, name) for name in option_fields(EngineConfig)})
     with LLM(config=engine, mode=mode, workers=workers, prefill_tokens=prefill_tokens) as llm:
@@ -223,17 +223,19 @@ def _sample_params(params: SamplingParams) -> SamplingParams:
 def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:
     """Return what :func:`measure_placements` and the profile before it wrote into ``directory``, for the model ``shell``.
 
-    Raises :class:`InputError` for a folder that lacks something or is of another model.
+    Raises :class:`InputError` for an incomplete folder or one of another model.
     """
     where = f"--profile {directory}"
     for name in ("prefill.csv", "decode.csv", "placements.csv"):
         if not (directory / name).is_file():
-            raise InputError(f"{where}: no {name} in it; give the folder that an advise has made")
+            raise InputError(f"{where}: no {name} in it; give the folder of an earlier advise")
     record = yaml.safe_load((directory / "profile.yaml").read_text(encoding="utf-8"))
     model = record["model"]
     dtype = str(shell.dtype).removeprefix("torch.")
     if (model["name"], model["dtype"]) != (shell.name, dtype):
-        raise InputError(f"{where}: is of {model['name']} in {model['dtype']}, not of {shell.name} in {dtype}")
+        raise InputError(
+            f"{where}: was measured on {model['name']} in {model['dtype']}, not on {shell.name} in {dtype}"
+        )
     rows = pd.read_csv(directory / "placements.csv", keep_default_na=False)
     measured: list[MeasuredPlacement] = []
     impossible: list[ImpossiblePlacement] = []
@@ -249,7 +251,7 @@ def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:
             busy.append(f"the sample in mode {' with '.join(filter(None, (mode, workers)))}")
     if not measured:
         raise InputError(f"{where}: its placements.csv has no placement; give the folder of an advise that finished")
-    lengths = directory / "output_tokens.csv"  # of no row where every answer has a set length
+    lengths = directory / "output_tokens.csv"  # empty if every answer has a fixed length
     return Measurements(
         costs=fit_costs(pd.read_csv(directory / "prefill.csv"), pd.read_csv(directory / "decode.csv")),
         cores=record["machine"]["cores"] if record["configuration"]["device"] == "cpu" else None,

@@ -1,4 +1,4 @@
-"""The rate at which requests are answered that all arrive at once, and arrivals at a fraction of it."""
+"""Measures capacity, the rate of answers when all requests arrive at once, and sets arrivals to a fraction of it."""
 
 import math
 from collections.abc import Mapping
@@ -14,20 +14,21 @@ from splitwiser.study.fresh_runs import Execute, RoundsBar, run_once
 
 
 def check_load(load: float, config: RunConfig) -> None:
-    """Raises :class:`InputError` unless requests of ``config`` can arrive at the fraction ``load`` of their capacity."""
+    """Raise :class:`InputError` unless requests of ``config`` can arrive at the fraction ``load`` of their capacity."""
     if not 0 < load < math.inf:
         raise InputError(f"load must be above 0, such as 0.6, not {load:g}")
     for name in ("request_rate", "max_concurrency"):
         if getattr(config, name) is not None:
-            raise InputError(f"a load says when requests arrive; leave {name} out")
-    replace(config, request_rate=math.inf)  # which its workload may refuse
+            raise InputError(f"a load sets when requests arrive; leave {name} out")
+    replace(config, request_rate=math.inf)  # raises if the workload does not allow a rate
 
 
 def measure_capacity(
     name: str, options: Mapping[str, Any], folder: Path, label: str, bar: RoundsBar, execute: Execute | None
 ) -> float:
-    """Return how many requests a second a run with ``options`` answers where all arrive at once. ``name`` says whose they
-    are; the rest is as for :func:`~splitwiser.study.fresh_runs.run_once`. Raises :class:`RunError` if the run fails."""
+    """Return the requests per second that a run with ``options`` answers when all arrive at once. ``name`` is the variant's
+    name; the other arguments are as for :func:`~splitwiser.study.fresh_runs.run_once`. Raises :class:`RunError` if the run
+    fails."""
     bar.begin(f"capacity of {name}")
     outcome = run_once({**options, "request_rate": math.inf}, folder, label, bar.show, execute)
     bar.end(outcome)
@@ -39,5 +40,5 @@ def measure_capacity(
 
 
 def rate_at(load: float, capacity: float) -> float:
-    """Return the requests a second that are the fraction ``load`` of ``capacity``, in four digits."""
+    """Return the fraction ``load`` of ``capacity`` in requests per second, rounded to four digits."""
     return float(f"{load * capacity:.4g}")

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured on the spot: the rate of a matrix product and of a pass over memory."""
+"""Measures the ceilings of this machine: the rates of a matrix product and of a pass over memory."""
 
 import time
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from torch.nn.functional import linear
 
 from splitwiser.machine.memory import available_memory
 
-_PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger exceed the caches; the fastest counts
+_PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger ones exceed the caches; the fastest counts
 _PASS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
 class CeilingProbe:
-    """One measurement: the least time of a pass and what it moved or computed (bytes, or operations)."""
+    """One measurement: the shortest time of a pass and its amount of work (bytes or operations)."""
 
     kind: str
     what: str
@@ -26,7 +26,7 @@ class CeilingProbe:
     amount: float
 
     def row(self) -> dict[str, object]:
-        """Its row of ``ceilings.csv``: rates in TFLOP/s or GB/s (10^12, 10^9)."""
+        """Return its row of ``ceilings.csv``; rates in TFLOP/s or GB/s (10^12, 10^9)."""
         unit, scale = ("TFLOP/s", 1e12) if self.kind == "compute" else ("GB/s", 1e9)
         return {
             "kind": self.kind,
@@ -41,23 +41,24 @@ class CeilingProbe:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Operations a second and bytes a second: the best of the probes of each kind."""
+    """Operations per second and bytes per second: the best of the probes of each kind."""
 
     flops_per_s: float
     bytes_per_s: float
 
     @property
     def ridge(self) -> float:
-        """Operations a byte above which arithmetic, not memory, is the limit."""
+        """Operations per byte above which compute, not memory, is the limit."""
         return self.flops_per_s / self.bytes_per_s
 
     def attainable(self, intensity: float) -> float:
-        """Operations a second that the roofline allows at ``intensity`` operations a byte (Williams et al. 2009)."""
+        """Return the operations per second that the roofline allows at ``intensity`` operations per byte (Williams et al.
+        2009)."""
         return min(self.flops_per_s, intensity * self.bytes_per_s)
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingProbe]:
-    """Probes in ``dtype`` with PyTorch's present thread count.
+    """Return probes in ``dtype`` on ``device`` with PyTorch's current thread count.
 
     Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations. Memory: a copy, counted as bytes read plus
     bytes written, and a sum over float32, counted as bytes read (a CPU may fetch what a copy overwrites, which is not
@@ -81,7 +82,7 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingPr
 
 
 def ceilings_of(probes: list[CeilingProbe]) -> Ceilings:
-    """The best rate of each kind."""
+    """Return the best rate of each kind."""
 
     def best(kind: str) -> float:
         return max(probe.amount / probe.seconds for probe in probes if probe.kind == kind)
@@ -91,7 +92,7 @@ def ceilings_of(probes: list[CeilingProbe]) -> Ceilings:
 
 @torch.inference_mode()
 def _least_time(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds of ``run``, the least of several after one that does not count; on a GPU from events around it."""
+    """Return the shortest time of ``run`` in seconds after a warm-up; on a GPU measured by events."""
     times: list[float] = []
     for _ in range(_REPEATS + 1):
         if device.type == "cuda":

@@ -20,7 +20,7 @@ from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.record import Record, read_place
+from splitwiser.results.record import Record, read_environment
 from splitwiser.results.schema import TOKENS, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.capacity import check_load, measure_capacity, rate_at
@@ -38,12 +38,12 @@ from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_t
 from splitwiser.study.peers import MODELS, Peer, check_peer, read_peer, run_peer, share_with_peers, without_requests
 from splitwiser.workload.job import Job
 
-ASKED = ("model", "load_format", "seed")  # with the requests and how tokens are drawn, what all variants must share
+ASKED = ("model", "load_format", "seed")  # besides the requests and sampling, what all variants must share
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A run to compare: its name and its options, or what they ask of another engine."""
+    """A run to compare: its name and options, and the peer if another engine runs it."""
 
     name: str
     options: Mapping[str, Any]
@@ -51,15 +51,15 @@ class Variant:
 
     @property
     def config(self) -> RunConfig:
-        """Its whole configuration. Raises :class:`InputError`."""
+        """Its full configuration. Raises :class:`InputError`."""
         return RunConfig(**self.options)
 
     def over(self, options: Mapping[str, Any]) -> "Variant":
-        """Return this variant with ``options`` over its own."""
+        """Return this variant with ``options`` overriding its own."""
         return Variant(self.name, {**self.options, **options}, self.peer)
 
     def run(self, folder: Path, label: str, show: Callable[[str], None], execute: Execute | None) -> Outcome:
-        """Run it once; arguments as for :func:`~splitwiser.study.fresh_runs.run_once`."""
+        """Run it once; the arguments are as for :func:`~splitwiser.study.fresh_runs.run_once`."""
         if self.peer is not None:
             return run_peer(self.peer, self.config, folder, label, show)
         return run_once(self.options, folder, label, show, execute)
@@ -67,7 +67,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class TokenCheck(TokenDifference):
-    """A row of ``comparison_tokens.csv``: a run's tokens, and whether they must be the same (float32, greedy)."""
+    """A row of ``comparison_tokens.csv``: how a run's tokens differ, and whether they must be equal (float32, greedy)."""
 
     round: int = column("Number of the round, from 1.")
     variant: str = column("Name of the variant.")
@@ -122,15 +122,15 @@ def compare(
     load: float | None = None,
     one_process: bool = False,
 ) -> Path:
-    """Run every variant ``rounds`` times, print the table and return the comparison's folder. With ``minutes``, no round
-    but the first begins after so long; with ``one_process``, all runs are in one process
+    """Run every variant ``rounds`` times, print the table and return the comparison's folder. After ``minutes`` no further
+    round starts; with ``one_process``, all runs are in one process
     (:class:`~splitwiser.study.fresh_runs.OneProcess`). With ``load``, requests arrive as a Poisson process at that fraction
     of the rate at which the first variant answers them when all arrive at once, which is measured first.
 
-    The order turns by one variant a round, so that over as many rounds as there are variants each runs once in every
-    place. A run that fails leaves the others going. Raises :class:`InputError` before anything has run if a variant is
-    wrong or asks for other requests than the first; :class:`RunError`, after all is written, if a run failed or tokens
-    differ that must not.
+    The order rotates by one variant per round, so that over as many rounds as variants each runs once in every position.
+    A failed run does not stop the others. Raises :class:`InputError` before anything has run if a variant is
+    wrong or has other requests than the first; :class:`RunError`, after everything is written, if a run failed or tokens
+    differ that must be equal.
     """
     if rounds < 1:
         raise InputError(f"--repeats must be 1 or more, not {rounds}")
@@ -176,7 +176,7 @@ def compare(
         status = "interrupted"
         raise
     finally:
-        shutil.rmtree(folder / MODELS, ignore_errors=True)  # large, and made anew from the seed
+        shutil.rmtree(folder / MODELS, ignore_errors=True)  # large, and can be regenerated from the seed
         record.write(status)
         faults = conclude(folder, variants, rows)
     if faults:
@@ -202,8 +202,8 @@ def _check_same_question(variants: Sequence[Variant], load: float | None) -> Job
         for name, value in asks.items():
             if value != asked[name]:
                 raise InputError(
-                    f"variant {variant.name} differs from {variants[0].name} in its {name}; a comparison is of one model on "
-                    "the same requests (splitwiser sweep runs others)"
+                    f"variant {variant.name} differs from {variants[0].name} in its {name}; all variants must use one model "
+                    "and the same requests (splitwiser sweep varies them)"
                 )
     requests = asked["requests"]
     assert isinstance(requests, Job)
@@ -234,7 +234,7 @@ def _sections(variants: Sequence[Variant], rounds: int, load: float | None, one_
             command += ["--variant", f"{variant.name}: {shlex.join(own)}"]
         else:
             command += ["--peer", str(variant.peer)]
-            of_peers = own  # the same for all peers, and, as far as they have none of their own, for variants
+            of_peers = own  # the same for all peers; variants have their own
     command += of_peers
     return {
         "command": shlex.join(command),
@@ -247,19 +247,19 @@ def _sections(variants: Sequence[Variant], rounds: int, load: float | None, one_
 
 
 def _where_it_ran(outcome: Outcome) -> dict[str, Any]:
-    """As a finished run found it: this process stays away from the device."""
+    """Return the environment that a finished run recorded: this process does not use the device."""
     if outcome.status != "finished" or outcome.directory is None:
         return {}
-    return read_place(outcome.directory / "run.yaml")
+    return read_environment(outcome.directory / "run.yaml")
 
 
 def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write and print what ``rows`` say; returns the faults."""
+    """Write and print the summary of ``rows``; returns the faults."""
     failed = sum(row["status"] == "failed" for row in rows)
     faults = [f"{failed} of {len(rows)} runs failed"] if failed else []
     if failed < len(rows):
         if len({is_stand_in(row["device"]) for row in rows if row["status"] == "finished"}) > 1:
-            print("figures: withheld, since some runs are of a stand-in for a GPU, whose times say nothing")
+            print("figures: withheld, since some runs used a stand-in for a GPU, whose times mean nothing")
         else:
             written = pd.read_csv(folder / "comparison.csv")
             summary = summarise(written, [variant.name for variant in variants])
@@ -278,7 +278,7 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
 
 
 def _check_tokens(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> Iterator[TokenCheck]:
-    """Each finished run's tokens against those of the first variant's first finished run; none if there is none."""
+    """Compare each finished run's tokens with those of the first variant's first finished run, if there is one."""
     first = variants[0]
     peers = [variant.name for variant in variants if variant.peer is not None]
     finished = [row for row in rows if row["status"] == "finished"]
@@ -306,7 +306,7 @@ def _read_tokens(folder: Path, row: Mapping[str, Any]) -> dict[int, Made]:
 
 
 def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str, bool]]:
-    """What the comparison of tokens says, and whether it is a fault; a variant by its worst run."""
+    """Yield lines about the comparison of tokens, and whether each is a fault; a variant is described by its worst run."""
     if not checks:
         yield f"not compared, since no run of {first} finished", False
     elif len(checks) > 1 and not any(each.differ or each.other_prompts for each in checks):
@@ -314,13 +314,13 @@ def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str
     by_differences = sorted(checks, key=lambda each: (each.other_prompts, each.differ))
     for variant, worst in {each.variant: each for each in by_differences}.items():
         if worst.other_prompts:
-            yield f"{variant} was asked {worst.other_prompts} other prompts than {first}", True
+            yield f"{variant} was given {worst.other_prompts} other prompts than {first}", True
         if worst.differ:
             where = "" if worst.first_difference is None else f", first at token {worst.first_difference:.0f} (median)"
             why = (
                 ""
                 if worst.must_match
-                else "; rounding may do so below float32 or in another engine, and so may sampling"
+                else "; rounding may cause this below float32 or in another engine, and so may sampling"
             )
             line = f"{variant} differs from {first} in {worst.differ} of {worst.requests} requests{where}{why}"
             yield line, worst.must_match
@@ -335,10 +335,10 @@ def _table(summary: Sequence[SummaryRow], first: str) -> str:
             lines.append(("" if number else metric, row.variant, values, ratios, row.verdict or ""))
     rounds = max(row.rounds for row in summary)
     note = (
-        f"better, worse: the 95% interval of the ratio, paired over {rounds} rounds, leaves out 1; equal: it is narrow "
-        "about 1; undecided: neither, and more rounds narrow it"
+        f"better, worse: the 95% interval of the ratio, paired over {rounds} rounds, excludes 1; equal: it is narrow "
+        "around 1; undecided: neither, and more rounds narrow it"
         if rounds > 1
-        else "one round says nothing about noise; --repeats 3 or more does"
+        else "one round does not show noise; use --repeats 3 or more"
     )
     return f"{columns(lines)}\n{note}"
 

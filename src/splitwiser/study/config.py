@@ -13,15 +13,17 @@ from splitwiser.results.schema import OBJECTIVES
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig(ModelConfig):
-    """What to profile. Raises :class:`~splitwiser.errors.InputError` for a list that is none."""
+    """What to profile. Raises :class:`~splitwiser.errors.InputError` for an invalid list."""
 
-    prompt_lengths: str = option("64,128,256,512,1024,2048", "prefill: tokens of a prompt, a step each", "steps")
-    prompts: str = option("4", "prefill: also so many prompts of each length a step, within --prefill_tokens", "steps")
-    starts: str = option("512", "prefill: also each length as a chunk behind so many tokens of its prompt", "steps")
+    prompt_lengths: str = option("64,128,256,512,1024,2048", "prefill: tokens of a prompt, one step each", "steps")
+    prompts: str = option(
+        "4", "prefill: also this many prompts of each length per step, within --prefill_tokens", "steps"
+    )
+    starts: str = option("512", "prefill: also each length as a chunk after this many tokens of its prompt", "steps")
     batch_sizes: str = option("1,4,16,64", "decode: requests in a step", "steps")
-    contexts: str = option("128,512,2048", "decode: tokens that each request has in the pool", "steps")
+    contexts: str = option("128,512,2048", "decode: tokens of each request in the KV pool", "steps")
     threads: str = option("", "on a CPU: thread counts to profile with; empty: PyTorch's own", "steps")
-    repeats: int = option(5, "least number of measured steps a point; all together last 0.2 s at least", "steps")
+    repeats: int = option(5, "minimum measured steps per point; together they last at least 0.2 s", "steps")
     results: str = option(str(constants.DIR_RESULTS), "directory that gets a folder for this run", "results")
 
     def __post_init__(self) -> None:
@@ -37,18 +39,18 @@ class ProfileConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdviseConfig(RunConfig):
-    """What to advise on: the options of a run, but for those that the advice is about, and these."""
+    """What to advise on: the options of a run, except those that the advice determines, and these."""
 
-    mode: str = constants.MODE  # no option, as those up to batch_size
+    mode: str = constants.MODE  # this and the next, up to batch_size, are not options
     workers: str = constants.WORKERS
     share: str = constants.SHARE
     itl_target_ms: float = constants.ITL_TARGET_MS
     batch_size: int = constants.BATCH_SIZE
-    objective: str = option("throughput", f"what is to be best: {', '.join(OBJECTIVES)}", "advice")
+    objective: str = option("throughput", f"metric to optimise: {', '.join(OBJECTIVES)}", "advice")
     profile: str | None = option(
-        None, "folder of an earlier advise: predict from what it measured, measure nothing anew", "advice"
+        None, "folder of an earlier advise: predict from its measurements instead of new ones", "advice"
     )
-    checks: int = option(3, "how many of the predicted placements to run, the best first; 0: none", "advice")
+    checks: int = option(3, "number of predicted placements to run, the best first; 0: none", "advice")
     repeats: int = option(1, "how often to run each of them, in interleaved rounds", "advice")
 
     def __post_init__(self) -> None:
@@ -61,6 +63,4 @@ class AdviseConfig(RunConfig):
         if self.checks < 0:
             raise InputError(f"--checks must be 0 or more, not {self.checks}")
         if self.profile is not None and not (Path(self.profile) / "profile.yaml").is_file():
-            raise InputError(
-                f"--profile {self.profile}: no profile.yaml in it; give the folder that an advise has made"
-            )
+            raise InputError(f"--profile {self.profile}: no profile.yaml in it; give the folder of an earlier advise")

@@ -1,5 +1,4 @@
-"""Runs ``splitwiser run`` again and again, each time in a fresh process or all in one, for the commands that need many
-runs."""
+"""Executes many runs of ``splitwiser run``, each in a fresh process or all in one, for the commands that need them."""
 
 import ctypes
 import json
@@ -25,23 +24,23 @@ from splitwiser.machine.load import busy_note
 from splitwiser.options import to_arguments
 from splitwiser.results.schema import THROUGHPUT, Column
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # what files may be named by
-LOOK_S = 0.5  # how often the progress of the run under way is read
-STOP_S = 30.0  # longest that an interrupted run may take to write what it has and to end its workers
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # a valid name of a file
+LOOK_S = 0.5  # seconds between two reads of the current run's progress
+STOP_S = 30.0  # most seconds that an interrupted run may take to write its results and end its workers
 
 RUN_COLUMNS = (
     Column("status", "finished or failed."),
-    Column("error", "What a failed run said; empty for a finished one."),
+    Column("error", "Error message of a failed run; empty for a finished one."),
     *THROUGHPUT,
 )
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
-_libc = ctypes.CDLL(None)  # opened here: between fork and exec only the call itself is safe
+_libc = ctypes.CDLL(None)  # loaded here: between fork and exec only the call itself is safe
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, its folder (None if it made none) and, of a finished one, its row of ``throughput.csv`` as text."""
+    """How a run ended, its folder (None if it has none) and, if it finished, its row of ``throughput.csv`` as text."""
 
     status: Literal["finished", "failed"]
     error: str = ""
@@ -50,21 +49,21 @@ class Outcome:
 
     @property
     def row(self) -> dict[str, str]:
-        """How it ended, then its figures: the values of :data:`RUN_COLUMNS`."""
+        """Its status, error and metrics: the values of :data:`RUN_COLUMNS`."""
         return {"status": self.status, "error": self.error, **self.figures}
 
 
 Execute = Callable[[Sequence[str], Path, Callable[[str], None]], int]
-"""Runs a ``splitwiser`` command, given its arguments, its log and what is told how far it is; its exit code."""
+"""Runs a ``splitwiser`` command, given its arguments, log file and a callback for its progress; returns the exit code."""
 
 
 def run_once(
     options: Mapping[str, Any], folder: Path, label: str, show: Callable[[str], None], execute: Execute | None = None
 ) -> Outcome:
-    """``splitwiser run`` with ``options``, in a process of its own if not by ``execute``; its folder comes under
-    ``folder/runs``, what it prints in ``folder/logs/<label>.log``. ``show`` is told how far it is.
+    """Run ``splitwiser run`` with ``options`` by ``execute``, or in its own process; its folder is created in
+    ``folder/runs``, its output goes to ``folder/logs/<label>.log``. ``show`` is called with its progress.
 
-    If this is interrupted, the run is ended first; if this process is killed, the run gets SIGTERM and ends by itself.
+    If this is interrupted, the run is ended first; if this process is killed, the run gets SIGTERM and ends itself.
     """
     runs, log = folder / "runs", folder / "logs" / f"{label}.log"
     runs.mkdir(parents=True, exist_ok=True)
@@ -80,7 +79,7 @@ def run_once(
 
 
 def check_one_process(configs: Iterable[RunConfig]) -> None:
-    """Refuse runs on a CPU, whose peak memory would be that of all runs before. Raises :class:`InputError`."""
+    """Refuse runs on a CPU, whose peak memory would include that of all earlier runs. Raises :class:`InputError`."""
     if any(resolve_device(config.device_name).type == "cpu" for config in configs):
         raise InputError("--one_process is for runs on a GPU: on a CPU the peak memory of a run is that of its process")
 
@@ -90,8 +89,8 @@ def _in_own_process(arguments: Sequence[str], log: Path, show: Callable[[str], N
 
 
 class OneProcess:
-    """Executes runs one after another in one process beside this one, so that imports take their time once; for a GPU, where
-    a run may take less than they do. After a run that failed the next has a new process."""
+    """Executes runs one after another in one child process, so that imports happen only once: on a GPU, a run may be
+    shorter than they are. After a failed run the next one gets a new process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,7 +116,7 @@ class OneProcess:
         assert process.stdout is not None
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        with suppress(BrokenPipeError):  # it has ended; its answer, which is none, says so
+        with suppress(BrokenPipeError):  # the process has ended; the missing answer below says so
             process.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}).encode() + b"\n")
             process.stdin.flush()
         try:
@@ -148,8 +147,8 @@ class OneProcess:
 
 
 def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
-    """Run ``command`` in a session of its own, with all that it prints in ``log``; its exit code, negative for a signal.
-    Ends as :func:`run_once` says."""
+    """Run ``command`` in its own session with its output in ``log``; returns its exit code, negative for a signal. It is
+    ended as described in :func:`run_once`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -157,7 +156,7 @@ def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which decides what it means
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the run
             preexec_fn=_end_with(os.getpid()),
         )
         try:
@@ -170,14 +169,14 @@ def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) 
 
 
 class RoundsBar:
-    """A progress bar over runs; on a terminal it also says how far the run under way is."""
+    """A progress bar over runs; on a terminal it also shows the progress of the current run."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         self._what = ""
         self._bar = tqdm(
             total=total,
             initial=done,
-            smoothing=0,  # the average over all runs: they differ in length, so the last few say little about the others
+            smoothing=0,  # average over all runs, since they differ in length
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs, {elapsed}<{remaining}",
         )
 
@@ -188,17 +187,17 @@ class RoundsBar:
         self._bar.close()
 
     def begin(self, what: str) -> None:
-        """Name the run that starts now."""
+        """Show the name of the run that starts now."""
         self._what = what
         self._bar.set_description_str(what)
 
     def show(self, progress: str) -> None:
-        """Say how far it is."""
+        """Show the progress of the current run."""
         if sys.stderr.isatty():
             self._bar.set_description_str(f"{self._what}, {progress}" if progress else self._what)
 
     def end(self, outcome: Outcome) -> None:
-        """Count it; one that failed, or ran while the machine was busy, is named above the bar."""
+        """Count the run; one that failed, or ran while the machine was busy, is named above the bar."""
         if outcome.status == "failed":
             tqdm.write(f"{self._what}: failed: {outcome.error}", file=sys.stderr)
         if note := busy_note(outcome.figures):
@@ -209,7 +208,7 @@ class RoundsBar:
 def _end_with(parent: int) -> Callable[[], None]:
     def ask_for_a_signal() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
     return ask_for_a_signal
@@ -224,7 +223,7 @@ def _ended(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the run to end, so that it writes what it has; force it and its workers after a while or at a second Ctrl-C."""
+    """Ask the run to end, so that it writes its results; kill it and its workers after a while or at a second Ctrl-C."""
     process.terminate()
     try:
         process.wait(STOP_S)
@@ -241,7 +240,7 @@ def _progress(log: Path) -> str:
 
 
 def _error(exit_code: int, log: Path) -> str:
-    """The run's own line of what went wrong, or how it ended."""
+    """Return the run's own error message, or how it ended."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line.removeprefix("splitwiser: ") for line in lines if line.startswith("splitwiser: ")]
     if said:

@@ -1,4 +1,4 @@
-"""What a step costs on paper: operations and bytes, counted from the loaded module and from what its layers attend to."""
+"""Counts the operations and bytes of a step from the loaded module and the attention masks of its layers."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from splitwiser.model.forward import forward
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel
 
-# what configurations call the number of experts that a token is sent to
+# names of the number of experts per token in configurations
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-_ROWS = 512  # positions of a prompt whose masks are asked for at once
+_ROWS = 512  # positions of a prompt whose masks are computed at once
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepWork:
 
     @property
     def intensity(self) -> float:
-        """Operations a byte."""
+        """Operations per byte."""
         return self.flops / self.nbytes
 
 
@@ -44,11 +44,11 @@ class AttentionLayer:
     mask: Mask
 
     def seen_by(self, position: int) -> int:
-        """Positions that the token at ``position`` attends to, itself among them."""
+        """Return the number of positions that the token at ``position`` attends to, including itself."""
         return position + 1 if self.mask.is_causal else _seen(self.mask, position, position + 1)
 
     def pairs(self, start: int, tokens: int) -> int:
-        """Positions attended to, summed over the ``tokens`` tokens from position ``start`` on."""
+        """Return the positions attended to, summed over ``tokens`` tokens from position ``start`` on."""
         if self.mask.is_causal:
             return tokens * start + tokens * (tokens + 1) // 2
         return _seen(self.mask, start, start + tokens)
@@ -63,24 +63,24 @@ def _seen(mask: Mask, start: int, end: int) -> int:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Weights of ``experts`` experts together, of which each token uses ``active``."""
+    """All weights (``numbers``) of ``experts`` experts, of which each token uses ``active``."""
 
     numbers: int
     experts: int
     active: int
 
     def touched(self, tokens: int) -> float:
-        """Weights that ``tokens`` tokens need at least once, expected for an even choice of experts."""
+        """Return the expected number of weights that ``tokens`` tokens use at least once (uniform choice)."""
         return self.numbers * (1 - (1 - self.active / self.experts) ** tokens)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Counts of one model.
+    """Weight counts and attention layers of a model.
 
-    ``weights`` are those of the matrix products that every token passes through, ``head`` those of the output layer, which
-    only the kept rows pass through; looking up an embedding is no product. ``itemsize`` is a number's bytes.
-    ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``notes`` say what was assumed.
+    ``weights`` counts the weights of the matrix products of every token, ``head`` those of the output layer, which only the
+    kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes per weight.
+    ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``notes`` state assumptions.
     """
 
     weights: int
@@ -92,9 +92,9 @@ class Architecture:
     notes: tuple[str, ...] = field(default=())
 
     def prefill(self, chunks: Sequence[tuple[int, int]], rows: int) -> StepWork:
-        """A prefill step of ``chunks``, each (first position, tokens), that keeps the logits of ``rows`` tokens.
+        """Return the work of a prefill step of ``chunks``, each (first position, tokens), with logits for ``rows`` tokens.
 
-        Bytes: each weight once, K and V of the new tokens written once, and those attended to read once a chunk.
+        Bytes: each weight once, K and V of the new tokens written once, and those attended to read once per chunk.
         Activations are not counted.
         """
         tokens = sum(count for _, count in chunks)
@@ -103,13 +103,13 @@ class Architecture:
         nbytes = products.nbytes
         for layer in self.layers:
             flops += sum(_attention_flops(layer, layer.pairs(start, count)) for start, count in chunks)
-            # the first new token sees furthest back; from there on all are read
+            # the first new token attends furthest back; all positions from there on are read
             read = sum(layer.seen_by(start) - 1 + count for start, count in chunks)
             nbytes += (read + tokens) * _kv_numbers(layer) * self.itemsize
         return StepWork(flops, nbytes)
 
     def decode(self, contexts: Sequence[int]) -> StepWork:
-        """A decode step of one token for each request, of which ``contexts`` tokens lie in the pool after it.
+        """Return the work of a decode step of one token per request, with ``contexts`` tokens in the KV pool after it.
 
         Bytes: each weight once, K and V of every token attended to read once, those of the new tokens written once.
         """
@@ -123,7 +123,7 @@ class Architecture:
         return StepWork(flops, nbytes)
 
     def _products(self, tokens: int, rows: int) -> StepWork:
-        """The matrix products of ``tokens`` tokens: 2 operations a weight and token."""
+        """Return the work of the matrix products of ``tokens`` tokens: 2 operations per weight and token."""
         active = sum(each.numbers * each.active / each.experts for each in self.experts)
         touched = sum(each.touched(tokens) for each in self.experts)
         return StepWork(
@@ -133,7 +133,7 @@ class Architecture:
 
 
 def _attention_flops(layer: AttentionLayer, pairs: int) -> int:
-    """Scores and their weighted sum of values: 4 x head size an attended position and head where K and V are alike."""
+    """Return the operations of scores and weighted values: 4 x head size per position and head if K and V are alike."""
     return 2 * pairs * layer.heads * (layer.key_dim + layer.value_dim)
 
 
@@ -157,7 +157,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.ndim < 2 or name.endswith("bias"):
                 continue
-            if parameter.ndim == 3:  # all experts of a layer, one after another
+            if parameter.ndim == 3:  # all experts of a layer, stacked
                 experts.append(ExpertWeights(parameter.numel(), len(parameter), active or len(parameter)))
             else:
                 weights += parameter.numel()
@@ -176,7 +176,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
 
 
 class _Probe(AttentionStep):
-    """Notes what each layer's attention is asked for."""
+    """Records the attention of each layer."""
 
     def __init__(self) -> None:
         self.layers: list[AttentionLayer] = []

@@ -1,4 +1,4 @@
-"""The arithmetic of a comparison: medians, ratios round by round, what they decide, and where tokens differ."""
+"""The statistics of a comparison: medians, ratios by round, their verdicts, and differences of tokens."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -10,37 +10,39 @@ import pandas as pd
 from splitwiser.results.busy import busy_runs
 from splitwiser.results.schema import METRIC, column, shown_in
 
-NARROW = 0.03  # two are called equal if the interval of their ratio goes no further from 1
+NARROW = 0.03  # two variants are equal if the interval of their ratio is within this of 1
 
 
 def headline_metrics(columns: Sequence[str]) -> list[str]:
-    """Return the figures that are compared, as far as ``columns`` have them."""
+    """Return the names of the compared metrics that are among ``columns``."""
     return [metric.name for metric in shown_in("compare") if metric.name in columns]
 
 
 @dataclass(frozen=True)
 class SummaryRow:
     """A metric of a variant over its finished rounds, its ratio to the first variant's in the same round, the ratio's 95%
-    interval (:func:`interval`), and what follows (:func:`decide`)."""
+    interval (:func:`interval`), and the verdict (:func:`decide`)."""
 
     metric: str = column("Column of throughput.csv.")
     variant: str = column("Name of the variant.")
-    rounds: int = column("Rounds that finished with this figure.", "rounds")
+    rounds: int = column("Finished rounds that have this metric.", "rounds")
     median: float | None = column("Median over the finished rounds.", "that of the metric")
-    least: float | None = column("Least over the finished rounds.", "that of the metric")
-    greatest: float | None = column("Greatest over the finished rounds.", "that of the metric")
+    least: float | None = column("Minimum over the finished rounds.", "that of the metric")
+    greatest: float | None = column("Maximum over the finished rounds.", "that of the metric")
     ratio_median: float | None = column("Median of the ratios to the first variant in the same round.")
-    ratio_least: float | None = column("Least of these ratios.")
-    ratio_greatest: float | None = column("Greatest of these ratios.")
+    ratio_least: float | None = column("Minimum of these ratios.")
+    ratio_greatest: float | None = column("Maximum of these ratios.")
     ratio_low: float | None = column("Lower end of the 95% interval of the mean ratio (geometric).")
     ratio_high: float | None = column("Upper end of that interval.")
-    verdict: str | None = column("better, worse, equal within X%, or undecided and why; empty for the first variant.")
+    verdict: str | None = column(
+        "better, worse, equal within X%, or undecided with the reason; empty for the first variant."
+    )
 
 
 def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
-    """A row a headline metric and variant; ratios are to the first of ``variants``, which has none itself.
+    """Return one row per headline metric and variant; ratios are to the first of ``variants``, which has none itself.
 
-    ``rows`` are those of ``comparison.csv``: columns ``round``, ``variant``, ``status`` and figures.
+    ``rows`` are those of ``comparison.csv``: columns ``round``, ``variant``, ``status`` and metrics.
     """
     finished = rows[rows["status"] == "finished"]
     runs = {name: finished[finished["variant"] == name] for name in variants}
@@ -61,7 +63,7 @@ def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
 
 
 def round_ratios(values: pd.Series, first: pd.Series) -> dict[int, float]:
-    """``values`` over ``first`` in each round (their index) that both have; a round where one is 0 has no ratio."""
+    """Return ``values`` over ``first`` for each round (their index) that both have; rounds with a 0 have no ratio."""
     return {
         int(number): float(values[number] / first[number])
         for number in values.index
@@ -70,13 +72,13 @@ def round_ratios(values: pd.Series, first: pd.Series) -> dict[int, float]:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
-    """The 95% confidence interval of the ratio that those of the rounds scatter about; None of fewer than two.
+    """Return the 95% confidence interval of the ratio that underlies those of the rounds; None for fewer than two.
 
-    The ratios of a round share its drift. Their logarithms' mean +- t(n - 1) * s / sqrt(n) (a paired t-test on logarithms;
-    s has n - 1 in its denominator). With few rounds t is wide: at a scatter of 2% a difference shows from some 5% on at 3
-    rounds, 2.5% at 5, 1.4% at 10. One pair in twenty that is equal will still show a difference.
+    The two runs of a round share its drift. The interval is the logarithms' mean +- t(n - 1) * s / sqrt(n) (a paired t-test
+    on logarithms; s has n - 1 in its denominator). With few rounds t is wide: with 2% noise, differences from about 5% on
+    show at 3 rounds, 2.5% at 5, 1.4% at 10. One in twenty pairs that are equal will still show a difference.
     """
-    from scipy.special import stdtrit  # Student's t; it takes a while to import, which a start can do without
+    from scipy.special import stdtrit  # Student's t; slow to import, so not at start-up
 
     if len(ratios) < 2:
         return None
@@ -87,10 +89,10 @@ def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
 
 
 def decide(metric: str, ratios: Mapping[int, float], busy: Collection[int] = ()) -> str | None:
-    """What ``ratios`` of ``metric`` by round say: ``better`` or ``worse`` than what they are ratios to, if their
-    :func:`interval` leaves out 1; ``equal within X%``, if it is narrow about 1; else ``undecided``, with the reason. So it
-    is whatever the ratios are, where the machine was ``busy`` in some of the rounds, unless it does not change the metric.
-    None without ratios."""
+    """Return the verdict on ``ratios`` of ``metric`` by round: ``better`` or ``worse`` than the baseline if their
+    :func:`interval` excludes 1; ``equal within X%`` if it is narrow around 1; else ``undecided`` with the reason. It is also
+    undecided if the machine was ``busy`` in some of the rounds, unless the load does not affect the metric. None without
+    ratios."""
     if not ratios:
         return None
     disturbed = sum(number in busy for number in ratios)
@@ -109,7 +111,7 @@ def decide(metric: str, ratios: Mapping[int, float], busy: Collection[int] = ())
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Median, least and greatest."""
+    """Return the median, minimum and maximum."""
     if not values:
         return None, None, None
     return float(np.median(values)), float(min(values)), float(max(values))
@@ -120,19 +122,19 @@ Made = tuple[str, str]  # the token ids of a request's prompt and of its answer,
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """One run's tokens against another's: requests in either, those whose prompts differ, those whose answers do, and the
-    median position (from 0) of the first token that differs, None if none does."""
+    """How the tokens of two runs differ: requests in either, those whose prompts differ, those whose answers differ, and the
+    median position (from 0) of the first different token, None if all are equal."""
 
     requests: int = column("Requests that either run answered.", "requests")
     other_prompts: int = column("Requests whose prompts differ.", "requests")
     differ: int = column("Requests whose answers differ.", "requests")
     first_difference: float | None = column(
-        "Median position of the first token that differs, from 0; empty if none does.", "tokens"
+        "Median position of the first different token, from 0; empty if all are equal.", "tokens"
     )
 
 
 def compare_tokens(made: Mapping[int, Made], reference: Mapping[int, Made]) -> TokenDifference:
-    """Compare by request; one that only one side answered counts as differing, at no position."""
+    """Return the differences by request; a request that only one run answered counts as different, without a position."""
     requests = made.keys() | reference.keys()
     both = made.keys() & reference.keys()
     differing = [number for number in both if made[number][1] != reference[number][1]]
@@ -146,6 +148,6 @@ def compare_tokens(made: Mapping[int, Made], reference: Mapping[int, Made]) -> T
 
 
 def _first_difference(made: Sequence[str], reference: Sequence[str]) -> int:
-    """Where two different sequences part; at the shorter one's end if it begins the other."""
+    """Return the first position at which two different sequences differ; the shorter length if one is a prefix."""
     pairs = zip(made, reference, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(made), len(reference)))

@@ -1,4 +1,4 @@
-"""Other engines as variants of a comparison: each of their runs is ``scripts/peer.py`` in the engine's own environment."""
+"""Runs other engines as variants of a comparison, by ``scripts/peer.py`` in the engine's own environment."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,12 +23,12 @@ from splitwiser.workload.prompt_file import load_workload
 
 ENGINES = ("vllm", "hf-continuous")  # of scripts/peer.py, which this process cannot import
 PROGRAM = constants.DIR_PROJECT / "scripts" / "peer.py"
-MODELS = "models"  # folder of a comparison that holds its checkpoint while it runs
+MODELS = "models"  # a comparison's folder for the checkpoint, while it runs
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another engine, and the Python of its environment."""
+    """Another engine, and the Python executable of its environment."""
 
     engine: str
     python: Path
@@ -38,32 +38,32 @@ class Peer:
 
 
 def read_peer(text: str) -> Peer:
-    """Read ``ENGINE=ENVIRONMENT``, the latter a folder with ``bin/python`` or a Python. Raises :class:`InputError`."""
+    """Read ``ENGINE=ENVIRONMENT``, a folder with ``bin/python`` or a Python executable. Raises :class:`InputError`."""
     engine, _, where = text.partition("=")
     if engine not in ENGINES:
         raise unknown("peer", engine, ENGINES)
     python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
     if not python.exists():
-        raise InputError(f"--peer {text}: no bin/python there; scripts/install_peer.sh makes an environment")
+        raise InputError(f"--peer {text}: no bin/python there; scripts/install_peer.sh creates an environment")
     return Peer(engine, python.absolute())
 
 
 def check_peer(config: RunConfig, job: Job) -> None:
-    """Raises :class:`InputError` where no peer can answer ``job`` as ``config`` asks."""
+    """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     if config.temperature != 0:
         raise InputError("a peer chooses tokens greedily; leave temperature out")
     if config.max_concurrency is None and any(job.arrival_s):
         raise InputError(
-            "a peer takes requests that arrive at once or as others finish, not at times; give --request_rate inf or "
+            "a peer takes requests that arrive at once or as others finish, not at given times; give --request_rate inf or "
             "--max_concurrency"
         )
     if not all(params.ignore_eos for params in job.sampling_params(config)):
-        raise InputError("a peer makes every request's number of tokens; give --ignore_eos or --output_tokens")
+        raise InputError("a peer generates a fixed number of tokens per request; give --ignore_eos or --output_tokens")
 
 
 def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any]:
     """Write the requests of ``job``, as token ids, into ``folder``, and a checkpoint of the model where its weights are
-    random. Returns the options of a run that name both. Raises :class:`InputError` for a request that cannot be served."""
+    random. Returns the run options that refer to both. Raises :class:`InputError` for a request that cannot be served."""
     is_dummy = config.load_format == "dummy"
     device = "cpu" if is_dummy else config.device_name
     model = load_model(
@@ -96,15 +96,15 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
 
 
 def without_requests(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` of a run without those that say what its requests are and when they arrive."""
+    """Return run ``options`` without those that define its requests and their arrivals."""
     named = {name for name, each in option_fields(WorkloadConfig).items() if each.metadata["group"] != "sampling"}
     return {name: value for name, value in options.items() if name not in named}
 
 
 def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Callable[[str], None]) -> Outcome:
-    """Run ``peer`` on the model and workload file that ``config`` names, in a process and with the environment of its own.
-    Its tokens come into ``folder/runs/<label>``, what it prints into ``folder/logs/<label>.log``; ``show`` is told how far
-    it is. The outcome has the columns of ``throughput.csv`` that a peer has figures for."""
+    """Run ``peer`` on the model and workload file that ``config`` names, in a process with its own environment. Its
+    tokens go to ``folder/runs/<label>``, its output to ``folder/logs/<label>.log``; ``show`` is called with its progress.
+    The outcome has the columns of ``throughput.csv`` that a peer has values for."""
     directory, log = folder / "runs" / label, folder / "logs" / f"{label}.log"
     directory.mkdir(parents=True)
     answers = directory / "answers.json"
@@ -129,7 +129,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     load = MachineLoad(during=stretch.end())
     if code or not answers.exists():
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return Outcome("failed", f"exit code {code}: {said[-1].strip() if said else 'it said nothing'}", directory)
+        return Outcome("failed", f"exit code {code}: {said[-1].strip() if said else 'no output'}", directory)
     figures = json.loads(answers.read_text(encoding="utf-8"))
     _write_tokens(directory / "tokens.csv", Path(str(config.workload)), figures.pop("token_ids"))
     answers.unlink()
@@ -149,7 +149,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
 
 
 def _write_tokens(path: Path, workload: Path, answers: list[list[int]]) -> None:
-    """Write the token ids of each request's prompt and answer as the ``tokens.csv`` of a run has them."""
+    """Write the token ids of each request's prompt and answer in the format of a run's ``tokens.csv``."""
     rows = [
         dict(zip(names(TOKENS), (number, " ".join(map(str, prompt)), " ".join(map(str, answer))), strict=True))
         for number, (prompt, answer) in enumerate(zip(load_workload(workload).prompts, answers, strict=True))

@@ -1,4 +1,4 @@
-"""Characterises the two phases of a model on this machine: steps of known size, run and timed one by one."""
+"""Profiles the two phases of a model on this machine: runs and times steps of known sizes one by one."""
 
 import random
 import sys
@@ -42,18 +42,18 @@ SUMMARY = (
         for each in DECODE
         if each.name in ("threads", "ms", "tokens_per_s", "tflops", "gb_s", "share_of_compute", "share_of_bandwidth")
     ),
-    Column("limit", "What the roofline says holds the step: compute or memory."),
+    Column("limit", "What limits the step according to the roofline: compute or memory."),
 )
 TABLES = {"summary.csv": SUMMARY}
 
-_LEAST_S = 0.2  # a point's measured steps last so long together
+_LEAST_S = 0.2  # minimum seconds of a point's measured steps together
 _UNSTEADY = 1.5
-_LEAST_SAMPLED_S = 1.0  # and so long where NVML samples them: its counters are means over up to a second
+_LEAST_SAMPLED_S = 1.0  # with NVML, whose counters are means over up to a second
 
 
 @dataclass(frozen=True)
 class PrefillPoint:
-    """A step of ``prompts`` prompts, of each ``prompt_tokens`` tokens behind ``start_tokens`` that came in earlier steps."""
+    """A step over ``prompt_tokens`` tokens of each of ``prompts`` prompts, after ``start_tokens`` of earlier steps."""
 
     phase: ClassVar[Phase] = "prefill"
     threads: int
@@ -87,7 +87,7 @@ class PrefillPoint:
 
 @dataclass(frozen=True)
 class DecodePoint:
-    """A step of one token for each of ``batch`` requests that have ``context`` tokens in the pool after it."""
+    """A step of one token for each of ``batch`` requests, with ``context`` tokens of each in the KV pool after it."""
 
     phase: ClassVar[Phase] = "decode"
     threads: int
@@ -109,7 +109,7 @@ class DecodePoint:
         return architecture.decode(self.lengths)
 
     def run(self, bench: "Bench", sequences: Sequence[SequenceState]) -> None:
-        """Run the step; it draws a token and forgets it, so that it can be run again."""
+        """Run the step; its tokens are discarded, so that it can be repeated."""
         decode_step(bench.model, bench.pool, sequences, bench.graphs)
 
     def __str__(self) -> str:
@@ -117,12 +117,12 @@ class DecodePoint:
 
 
 Point = PrefillPoint | DecodePoint
-Measured = tuple[Point, dict[str, Any]]  # with its row
+Measured = tuple[Point, dict[str, Any]]  # a point and its row
 
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """A finished profile: its folder, the rows of ``summary.csv`` and what the machine did meanwhile."""
+    """A finished profile: its folder, the rows of ``summary.csv`` and the load of the machine meanwhile."""
 
     directory: Path
     summary: pd.DataFrame
@@ -132,15 +132,15 @@ class ProfileResult:
 def profile(config: ProfileConfig) -> ProfileResult:
     """Profile into a new folder ``profile_<model>_<UTC time>``; shows a progress bar.
 
-    Raises :class:`InputError` before the folder is made if the input is wrong. Whatever ends it later, the folder has what
-    was measured.
+    Raises :class:`InputError` before the folder is made if the input is wrong. If it ends early, the folder has the
+    measurements so far.
     """
     bench = Bench(config)
     return bench.measure(make_directory(Path(config.results), f"profile_{bench.model.name}"))
 
 
 class Bench:
-    """A model over a KV pool, as mode ``sequential`` has it, and the points of ``config`` that it can take."""
+    """A model with a KV pool, as in mode ``sequential``, and the points of ``config`` that it can run."""
 
     def __init__(self, config: ProfileConfig) -> None:
         self.config = config
@@ -157,7 +157,7 @@ class Bench:
         self.points = self._points()
 
     def measure(self, directory: Path) -> ProfileResult:
-        """Measure every point and write ``directory``'s files, row by row."""
+        """Measure every point and write the files of ``directory`` row by row."""
         monitor, monitored = open_monitor(self.model.device)
         self.notes.append(monitored)
         _print_notes(self.notes)
@@ -203,7 +203,7 @@ class Bench:
             if monitor:
                 monitor.close()
             if status != "finished":
-                print(f"{status}; what was measured is in {directory}", file=sys.stderr)
+                print(f"{status}; the measurements so far are in {directory}", file=sys.stderr)
         return ProfileResult(directory, summary, load)
 
     def _thread_counts(self) -> tuple[int, ...]:
@@ -213,7 +213,8 @@ class Bench:
         return given or (torch.get_num_threads(),)
 
     def _points(self) -> list[Point]:
-        """The points asked for, but for those that neither the model's positions nor the pool allow, which are noted."""
+        """Return the configured points that fit the model's positions and the pool; the others are noted. Raises
+        :class:`InputError` if a phase has none."""
         config = self.config
         lengths = whole_numbers("prompt_lengths", config.prompt_lengths)
         sizes = [(1, 0, length) for length in lengths]
@@ -249,7 +250,7 @@ class Bench:
 
     def _fits(self, point: Point) -> bool:
         longest = max(point.lengths)
-        if isinstance(point, DecodePoint) and longest < 2:  # the token of a decode step follows a prompt
+        if isinstance(point, DecodePoint) and longest < 2:  # a decode step needs at least one earlier token
             return False
         positions = self.model.max_positions
         return (positions is None or longest <= positions) and self._blocks(point) <= self.pool.blocks
@@ -258,8 +259,8 @@ class Bench:
         return sum(self.pool.blocks_for(length) for length in point.lengths)
 
     def _fill_pool(self) -> None:
-        """Give every block that is read later numbers of its own: pages that were never written are all one page of zeros
-        to the system, which the caches hold."""
+        """Fill every block that is read later with random numbers: the system maps all unwritten pages to one page of zeros,
+        which would stay in the caches."""
         used = max(map(self._blocks, self.points))
         for tensor in [*self.pool.keys, *self.pool.values]:
             tensor[:used] = torch.randn_like(tensor[0])
@@ -278,7 +279,7 @@ class Bench:
         return sequences
 
     def _measure(self, point: Point, ceilings: Ceilings, monitor: Monitor | None) -> dict[str, Any]:
-        """The row of one point: its steps' median time after one that does not count, and the figures that follow."""
+        """Return the row of one point: the median time of its steps after a warm-up, and the figures derived from it."""
         sequences = self._sequences(point)
         reset_peak_memory(self.model.device)
         point.run(self, sequences)
@@ -316,9 +317,9 @@ class Bench:
         }
 
     def _draw_roofline(self, path: Path, ceilings: Ceilings, measured: Sequence[Measured]) -> None:
-        """Draw the points of the most threads under their ``ceilings``."""
+        """Draw the points with the highest thread count under their ``ceilings``."""
         from splitwiser.results.report.plots import (
-            save_roofline,  # matplotlib takes a while, which a start can do without
+            save_roofline,  # matplotlib is slow to import, so not at start-up
         )
 
         threads = max(point.threads for point, _ in measured)
@@ -329,7 +330,7 @@ class Bench:
             {
                 "phase": point.phase,
                 "series": f"{point.phase} {point.context}" if isinstance(point, DecodePoint) else point.phase,
-                # contexts hardly differ where requests are few, so there only the shortest is labelled
+                # with few requests contexts hardly differ, so only the shortest is labelled
                 "label": ""
                 if isinstance(point, DecodePoint) and point.batch < most and point.context > shortest
                 else str(point),
@@ -355,7 +356,7 @@ def _is_drawn(point: Point) -> bool:
 
 
 def unsteady(measured: Sequence[Measured]) -> list[str]:
-    """A note that names the points whose slowest step took over 1.5 times the median, if there are any."""
+    """Return a note that names the points whose slowest step took over 1.5 times the median, if any."""
     named = [f"{point.phase} {point}" for point, row in measured if row["ms_greatest"] > _UNSTEADY * row["ms"]]
     if not named:
         return []
@@ -366,7 +367,7 @@ def unsteady(measured: Sequence[Measured]) -> list[str]:
 
 
 def summarise(measured: Sequence[Measured], ceilings: dict[int, Ceilings]) -> pd.DataFrame:
-    """A row a point, prefill first; ``limit`` is what the roofline says holds it: compute or memory."""
+    """Return one row per point, prefill first; ``limit`` is its limit on the roofline, compute or memory."""
     table = [
         {
             "phase": point.phase,
@@ -380,7 +381,7 @@ def summarise(measured: Sequence[Measured], ceilings: dict[int, Ceilings]) -> pd
 
 
 def profile_summary(result: ProfileResult) -> str:
-    """The table that the terminal shows, and where the files lie."""
+    """Return the table for the terminal, and the folder of the files."""
     heading = ("phase", "tokens", "threads", "ms", "tokens/s", "TFLOP/s", "GB/s", "of compute", "of bandwidth", "limit")
     rows = [
         (
@@ -394,10 +395,10 @@ def profile_summary(result: ProfileResult) -> str:
 
 
 def figures(cost: StepWork, tokens: int, times: Sequence[float], ceilings: Ceilings) -> dict[str, Any]:
-    """What follows from ``times`` (seconds) of a step of ``tokens`` tokens and ``cost``; rates are those of the median.
+    """Return the figures of a step of ``tokens`` tokens and ``cost`` from its ``times`` (seconds); rates use the median.
 
-    Units: 10^12 operations and 10^9 bytes a second. A share of bandwidth above 1 means that weights or K and V came from a
-    cache. The roofline is the lesser of what compute and memory allow at the step's arithmetic intensity.
+    Units: 10^12 operations and 10^9 bytes per second. A share of bandwidth above 1 means that weights or K and V came from a
+    cache. The roofline is the smaller of the rates that compute and memory allow at the step's arithmetic intensity.
     """
     seconds = median(times)
     flops_per_s, bytes_per_s = cost.flops / seconds, cost.nbytes / seconds
@@ -420,7 +421,7 @@ def figures(cost: StepWork, tokens: int, times: Sequence[float], ceilings: Ceili
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use ``count`` threads for a while."""
+    """Let PyTorch use ``count`` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

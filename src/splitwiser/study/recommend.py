@@ -1,4 +1,4 @@
-"""What to recommend, from what was predicted and measured, and how it is said."""
+"""Chooses the recommendation from predictions and measurements, and explains it."""
 
 import shlex
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from splitwiser.study.candidates import CANDIDATE, Candidate
 from splitwiser.study.config import AdviseConfig
 
 PREDICTED = [metric for metric in shown_in("report") if metric.compute is not None]
-"""The report's headline figures, as far as they follow from the answers alone: those that a simulation has."""
+"""The report's headline metrics that follow from the outputs alone, so that a simulation has them."""
 PREDICTIONS = (
     *CANDIDATE,
     *PREDICTED,
@@ -45,15 +45,15 @@ ADVICE = (
         )
     ),
 )
-AIM = 0.2  # a prediction is good within this part of what was measured; nothing is recommended on one that is not
-# splitting must gain this much to be recommended: it takes more processes, and trades one latency for another
+AIM = 0.2  # largest relative error of a prediction; beyond it nothing is recommended
+# least gain for which splitting is recommended: it needs more processes and trades one latency for another
 WORTH = 0.05
 
 
 @dataclass
 class Advice:
-    """What is recommended and why; ``table`` has a row a candidate with what was predicted and measured. Where nothing can
-    be recommended, ``best``, ``split`` and ``command`` are None and ``reasons`` say why not and what to do."""
+    """The recommendation and its reasons; ``table`` has a row per candidate with predictions and measurements. If nothing
+    can be recommended, ``best``, ``split`` and ``command`` are None and ``reasons`` say why and what to do."""
 
     directory: Path
     table: pd.DataFrame
@@ -65,7 +65,7 @@ class Advice:
 
 
 def choose_checks(config: AdviseConfig, predictions: pd.DataFrame) -> list[Candidate]:
-    """What to run: the best with split phases and the best without, so that the two can be held against each other, then
+    """Return the candidates to run: the best with split phases and the best without, so that the two can be compared, then
     the next best."""
     ranked = _ranked(predictions, config.objective)
     first = [next((each for each in ranked if each.splits is splits), None) for splits in (True, False)]
@@ -76,11 +76,11 @@ def choose_checks(config: AdviseConfig, predictions: pd.DataFrame) -> list[Candi
 def recommend(
     config: AdviseConfig, predictions: pd.DataFrame, checks: pd.DataFrame, directory: Path, busy: Sequence[str] = ()
 ) -> Advice:
-    """The best candidate by what was measured, or by prediction where nothing was run, and why.
+    """Return the best candidate by measurement, or by prediction if nothing was run, with the reasons.
 
-    Split phases are recommended only where they gain more than :data:`WORTH`. Nothing is, where predictions of the
-    objective's figure missed what was measured by more than :data:`AIM`, or where the machine was busy during a check or
-    while what predictions rest on was measured: ``busy`` names that.
+    Split phases are recommended only if they gain more than :data:`WORTH`. Nothing is recommended if predictions of the
+    objective were off by more than :data:`AIM`, or if the machine was busy during a check or during the measurements that
+    predictions are based on, which ``busy`` names.
     """
     table = join_measured(predictions, checks)
     objective = OBJECTIVES[config.objective]
@@ -109,7 +109,7 @@ def recommend(
             f"{each.label} {value(whole, each.name):,.1f} to {value(split, each.name):,.1f} {each.unit}"
             for each in shown_in("advise")
             if each.objective and each is not objective
-            # answers of one token have no gap
+            # answers of one token have no ITL
             if pd.notna(value(whole, each.name)) and pd.notna(value(split, each.name))
         ]
         found = (
@@ -126,7 +126,7 @@ def recommend(
     during = [*busy, *_busy_checks(checks)]
     if during:
         doubts.append(
-            f"The machine was busy during {', '.join(during)}: what was measured then is not its own. Run this again while "
+            f"The machine was busy during {', '.join(during)}: the measurements are disturbed. Run this again while "
             f"nothing else runs{' (without --profile)' if config.profile is not None and busy else ''}."
         )
     if doubts:
@@ -138,8 +138,8 @@ def recommend(
 def _accuracy(
     table: pd.DataFrame, figure: str, name: str, checks: pd.DataFrame, compared: Sequence[Candidate]
 ) -> tuple[str, bool]:
-    """How well the checks' ``figure`` was predicted, and whether that is within :data:`AIM`: over all runs, and for each
-    candidate that the advice is about."""
+    """Describe how well ``figure`` was predicted for the checks, and return whether that is within :data:`AIM`, over all
+    runs and for each of the ``compared`` candidates."""
     off = median_errors(checks)[figure]
     said = f"Predictions of {name} were off by {off:.0%} (median of {checks['run_id'].nunique()} runs)"
     own = {each: abs(float(table.loc[rows_of(table, each), f"error_{figure}"].iloc[0])) for each in compared}
@@ -163,13 +163,13 @@ def _busy_checks(checks: pd.DataFrame) -> list[str]:
 
 
 def median_errors(checks: pd.DataFrame) -> dict[str, float]:
-    """The median over all runs of each figure's relative error, without its sign."""
+    """Return the median absolute relative error of each figure over all runs."""
     known = checks.dropna(subset="error")
     return {str(figure): float(median(map(abs, rows["error"]))) for figure, rows in known.groupby("figure")}
 
 
 def join_measured(predictions: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFrame:
-    """``predictions`` with, for each figure, the median of what was measured and the prediction's error."""
+    """Return ``predictions`` with the measured median and the prediction's error of each figure added."""
     table = predictions.copy()
     for name in names(PREDICTED):
         table[f"measured_{name}"] = float("nan")
@@ -184,14 +184,14 @@ def join_measured(predictions: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFra
 
 
 def relative_error(predicted: float | None, measured: float | None) -> float | None:
-    """(predicted - measured) / measured; None where there is nothing to compare."""
+    """Return (predicted - measured) / measured; None if either is missing."""
     if not measured or predicted is None or pd.isna(predicted) or pd.isna(measured):
         return None
     return (predicted - measured) / measured
 
 
 def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
-    """The options of ``splitwiser run`` that run ``candidate`` over ``config``'s workload, but for those at their
+    """Return the options of ``splitwiser run`` for ``candidate`` on the workload of ``config``, without those at their
     defaults."""
     changed = candidate.row
     options = option_fields(RunConfig)
@@ -200,7 +200,7 @@ def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
 
 
 def advice_summary(advice: Advice) -> str:
-    """The table that the terminal shows, the recommendation and its reasons."""
+    """Return the table for the terminal, the recommendation and its reasons."""
     heading = ["mode", "workers", "prefill"]
     for metric in shown_in("advise"):
         heading += [metric.heading, "run", "error"]
@@ -227,7 +227,7 @@ def _cell(value: float | None, form: str = ",.1f") -> str:
 
 
 def _ranked(table: pd.DataFrame, objective: str, column: str | None = None) -> list[Candidate]:
-    """The candidates that have the figure, the best first; of equals, those listed first."""
+    """Return the candidates that have the figure, best first; ties keep the order of the table."""
     metric = OBJECTIVES[objective]
     by = column or metric.name
     rows = table[table[by].notna()].sort_values(by, ascending=not metric.more_is_better, kind="stable")
@@ -238,7 +238,7 @@ def _ranked(table: pd.DataFrame, objective: str, column: str | None = None) -> l
 
 
 def rows_of(table: pd.DataFrame, candidate: Candidate) -> "pd.Series[bool]":
-    """Which rows of ``table`` are ``candidate``'s."""
+    """Return a mask of the rows of ``table`` that belong to ``candidate``."""
     return (
         (table["mode"] == candidate.mode)
         & (table["workers"] == candidate.workers)

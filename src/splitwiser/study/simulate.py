@@ -1,12 +1,12 @@
-"""Predicts a run: the engine's own parent loop, workers and schedulers, over steps that take their predicted time.
+"""Simulates a run with the engine's own parent loop, workers and schedulers, and predicted step times.
 
-Only two things are not the engine's own. A step does not run, it lasts as :class:`~splitwiser.study.step_times.StepCosts`
-says; and the clock is moved from one event to the next. Every worker lives in a thread, of which one at a time is let go
-on, so a run is the same each time. While several workers are in a step, each goes on at the rate that :class:`Conditions`
-give it, and slower still if they use more threads than there are cores; so how long a step lasts depends on what runs
-beside it.
+Only two things differ from a real run: a step does not run but lasts as :class:`~splitwiser.study.step_times.StepCosts`
+predicts, and the clock jumps from one event to the next. Every worker runs in its own thread, only one of them at a time,
+so the simulation is deterministic. While several workers are in a step, each advances at the rate given by
+:class:`Conditions`, and more slowly if they use more threads than there are cores; the duration of a step therefore
+depends on what runs concurrently.
 
-Not in it: the time that messages travel, and what else the machine does.
+The transfer time of messages and other load on the machine are not modelled.
 """
 
 import threading
@@ -33,23 +33,25 @@ from splitwiser.request import FinishReason, Request, RequestOutput, SamplingPar
 from splitwiser.results.schema import column
 from splitwiser.study.step_times import StepCosts, nearest_costs
 
-_TOKEN = 0  # what every simulated step draws
-_NOTHING_S = 1e-12  # less work than this is none
+_TOKEN = 0  # the token that every simulated step draws
+_NOTHING_S = 1e-12  # seconds of remaining work below which a step has ended
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How steps in a placement differ from those of the profile: factors on their time, alone and beside another worker's
-    step, and the seconds that a worker takes between two turns."""
+    """How steps in a placement differ from those of the profile: factors on their time, alone and concurrent with another
+    worker's step, and the seconds between two iterations of a worker."""
 
     prefill_alone: float = column("Factor on the time of a prefill step that runs alone.", default=1.0)
     decode_alone: float = column("Factor on the time of a decode step that runs alone.", default=1.0)
-    prefill_beside: float = column("Factor on the time of a prefill step beside another worker's step.", default=1.0)
-    decode_beside: float = column("Factor on the time of a decode step beside another worker's step.", default=1.0)
-    gap_s: float = column("Time that a worker takes between two turns.", "s", default=0.0)
+    prefill_beside: float = column(
+        "Factor on the time of a prefill step concurrent with another worker's.", default=1.0
+    )
+    decode_beside: float = column("Factor on the time of a decode step concurrent with another worker's.", default=1.0)
+    gap_s: float = column("Time between two iterations of a worker.", "s", default=0.0)
 
     def factor(self, phase: Phase, beside: bool) -> float:
-        """On the time of a step of ``phase``."""
+        """Return the factor on the time of a step of ``phase``."""
         if phase == "prefill":
             return self.prefill_beside if beside else self.prefill_alone
         return self.decode_beside if beside else self.decode_alone
@@ -57,7 +59,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a simulated run has: step costs by thread count, cores (None where threads do not divide the device, as on a
+    """A simulated machine: step costs by thread count, cores (None where threads do not divide the device, as on a
     GPU), and blocks of the KV pool."""
 
     costs: Mapping[int, StepCosts]
@@ -68,7 +70,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a simulated run is set up: its workers (one ``mixed`` worker is mode ``sequential``) and the engine's options."""
+    """The set-up of a simulated run: its workers (one ``mixed`` worker is mode ``sequential``) and the engine's options."""
 
     layout: WorkerLayout
     prefill_tokens: int
@@ -85,13 +87,13 @@ def simulate(
     observer: Observer | None = None,
     max_concurrency: int | None = None,
 ) -> list[RequestOutput]:
-    """The predicted outputs of ``requests``, whose times count from 0 nanoseconds; their tokens mean nothing.
+    """Return the predicted outputs of ``requests``, with times in nanoseconds from 0 and meaningless tokens.
 
-    Requests arrive as in :meth:`splitwiser.engine.engine.Engine.run`. ``output_tokens`` says by request id how many tokens
-    each makes before it ends by itself; without it, as many as it may. Raises :class:`InputError` for one that never fits.
+    Requests arrive as in :meth:`splitwiser.engine.engine.Engine.run`. ``output_tokens`` gives the number of tokens after
+    which a request ends by itself, by request id (default: its maximum). Raises :class:`InputError` for one that never fits.
     """
     lengths = {request.request_id: request.params.max_tokens for request in requests} | dict(output_tokens or {})
-    # stop strings and end-of-sequence cannot be foreseen: a request ends at its length
+    # stop strings and end-of-sequence cannot be predicted: a request ends at its length
     plain = [replace(each, params=SamplingParams(max_tokens=each.params.max_tokens)) for each in requests]
     owners = sum(spec.role != "prefill" for spec in schedule.layout.workers)
     most = max(request.max_kv_tokens for request in requests)
@@ -109,8 +111,8 @@ def simulate(
 
 
 class _SimulatedPlacement:
-    """Workers that live in simulated time; see :class:`splitwiser.engine.engine.Placement`. Each decode or mixed worker
-    owns an equal part of the blocks, as in mode ``mp``."""
+    """Workers that run in simulated time; see :class:`splitwiser.engine.engine.Placement`. Each decode or mixed worker
+    owns an equal number of blocks, as in mode ``mp``."""
 
     pids: ClassVar[dict[str, int]] = {}
 
@@ -151,7 +153,7 @@ class _SimulatedPlacement:
             busy = [worker for worker in self.workers.values() if not worker.is_idle]
             if not busy:
                 if until_s is None:
-                    raise RunError("simulation: requests are open, but none can be taken up")
+                    raise RunError("simulation: requests are unfinished, but no worker can proceed")
                 self._now_s = until_s
                 return []
             rates = {worker: self._rate(worker) for worker in busy}
@@ -180,7 +182,7 @@ class _SimulatedPlacement:
             worker.end()
 
     def _rate(self, worker: "_SimulatedWorker") -> float:
-        """How fast ``worker``'s step goes on, against the profile's; 1 between two steps."""
+        """Return the speed of ``worker``'s step relative to the profile; 1 between two steps."""
         if worker.phase is None:
             return 1.0
         stepping = [each for each in self.workers.values() if each.phase is not None and not each.is_idle]
@@ -191,7 +193,7 @@ class _SimulatedPlacement:
 
 
 class _SimulatedWorker:
-    """A worker in a thread of its own that goes on only from :meth:`go_on` until it has spent time or has nothing to do."""
+    """A worker in its own thread, which runs only from :meth:`go_on` until it spends time or has nothing to do."""
 
     def __init__(self, world: _SimulatedPlacement, place: int, spec: WorkerSpec, part: int) -> None:
         self.inbox: deque[Message] = deque()
@@ -225,21 +227,21 @@ class _SimulatedWorker:
         (self._world.outbox if to == PARENT else self._world.workers[to].inbox).append(message)
 
     def step(self, phase: Phase, seconds: float) -> None:
-        """Be in a step of ``phase`` that takes ``seconds`` where nothing runs beside it."""
+        """Spend the time of a step of ``phase`` that takes ``seconds`` if nothing runs concurrently."""
         self._stepped = True
         self.phase = phase
         self._spend(seconds)
         self.phase = None
 
     def go_on(self) -> None:
-        """Let the worker go on; returns when it has stopped again. Raises what it raises."""
+        """Resume the worker; returns when it has paused again. Raises the worker's exception."""
         self._may_go.release()
         self._has_stopped.acquire()
         if self._error:
             raise self._error
 
     def end(self) -> None:
-        """End the thread, wherever it is."""
+        """End the thread."""
         self._ended = True
         self._may_go.release()
         self._thread.join()
@@ -258,7 +260,7 @@ class _SimulatedWorker:
         self._stepped = False
         yield
         if self._stepped:
-            self._spend(self._world.gap_s)  # the parent may act between two turns
+            self._spend(self._world.gap_s)  # the parent may act between two iterations
 
     def release(self) -> None:
         """See :meth:`splitwiser.engine.worker.DeviceShare.release`."""
@@ -294,8 +296,8 @@ class _EndedError(BaseException):
 
 
 class _CostStepper:
-    """The :class:`~splitwiser.engine.steps.Stepper` of a simulated worker: a step lasts as its costs say, and a request
-    ends at its length."""
+    """The :class:`~splitwiser.engine.steps.Stepper` of a simulated worker: a step lasts its predicted time, and a
+    request ends at its length."""
 
     def __init__(self, worker: _SimulatedWorker, world: _SimulatedPlacement) -> None:
         self._worker = worker
@@ -325,7 +327,7 @@ class _CostStepper:
 
 
 def _no_model() -> LoadedModel:
-    """As much of a model as the engine asks for: a tokenizer that is none."""
+    """Return a placeholder for the model, of which the engine only uses that it has no tokenizer."""
     return LoadedModel(
         name="simulated",
         module=None,  # type: ignore[arg-type]  # no step runs

@@ -1,16 +1,16 @@
-"""How long a step takes, as a function of what is in it: fitted to the rows of a profile.
+"""Predicts the duration of a step from its size, by functions fitted to the rows of a profile.
 
-**Prefill.** A step of chunks, each of ``n`` tokens behind ``s`` that came before, takes
+**Prefill.** A step of chunks, each of ``n`` tokens after ``s`` earlier ones, takes
 
     a + b sum(n) + c chunks + d pairs(whole prompts) + e pairs(later chunks)
 
-where ``pairs`` counts the positions attended to, ``n s + n (n + 1) / 2`` a chunk: ``a`` is the step's own cost, ``b`` that
-of a token's matrix products, ``c`` and ``d`` of a prompt's attention, and ``e`` of attention that reads the pool.
+where ``pairs`` counts the positions attended to, ``n s + n (n + 1) / 2`` per chunk: ``a`` is the fixed cost of a step, ``b``
+that of a token's matrix products, ``c`` and ``d`` of a prompt's attention, and ``e`` of attention that reads the pool.
 
 **Decode.** For each batch size in the profile, a straight line in the total context; between two batch sizes, linear in
-the batch at the same mean context; beyond the largest, on as between the last two.
+the batch at the same mean context; beyond the largest, extrapolated from the last two.
 
-Coefficients are not negative and minimise the squares of the *relative* errors, so that a short step counts as much as a
+Coefficients are not negative and minimise the sum of squared *relative* errors, so that a short step counts as much as a
 long one.
 """
 
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from splitwiser.errors import InputError
 
-Chunk = tuple[int, int]  # the tokens that came before it, and its own
+Chunk = tuple[int, int]  # its earlier tokens, and its own
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class StepCosts:
     """Predicted seconds of a step. ``prefill_coefficients`` are a to e above; ``decode_lines`` are (batch, seconds without
-    context, seconds a token of context), ascending."""
+    context, seconds per token of context), ascending."""
 
     prefill_coefficients: tuple[float, ...]
     decode_lines: tuple[tuple[int, float, float], ...]
@@ -52,9 +52,9 @@ class StepCosts:
 
 
 def fit_costs(prefill: pd.DataFrame, decode: pd.DataFrame) -> dict[int, StepCosts]:
-    """Costs by thread count, from the rows of a profile's ``prefill.csv`` and ``decode.csv``.
+    """Return the costs by thread count, from the rows of a profile's ``prefill.csv`` and ``decode.csv``.
 
-    Raises :class:`InputError` where a thread count has rows of one phase only.
+    Raises :class:`InputError` if a thread count has rows of one phase only.
     """
     costs = {}
     for threads in sorted({*prefill["threads"], *decode["threads"]}):
@@ -77,14 +77,14 @@ def fit_costs(prefill: pd.DataFrame, decode: pd.DataFrame) -> dict[int, StepCost
 
 
 def nearest_costs(costs: Mapping[int, StepCosts], threads: int) -> StepCosts:
-    """The costs for ``threads`` threads, or for the nearest number that was profiled."""
+    """Return the costs for ``threads`` threads, or for the nearest profiled number."""
     return costs[min(costs, key=lambda count: (abs(count - threads), count))]
 
 
 def fit_non_negative(features: Numbers, times: Numbers) -> Numbers:
     """Return the non-negative coefficients that minimise the squared relative errors of ``features @ coefficients`` (rows,
     features) against ``times`` (rows), by the algorithm of Lawson and Hanson (1974)."""
-    from scipy.optimize import nnls  # it takes a while to import, which a start can do without
+    from scipy.optimize import nnls  # slow to import, so not at start-up
 
     weighted = features / times[:, None]
     scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)

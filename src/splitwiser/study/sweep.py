@@ -42,7 +42,7 @@ CAPACITIES = (
     Column("question", "Hash of the model and the requests that the capacity holds for."),
     METRIC["request_throughput"],
 )
-OPTIONS = Column("...", "The options that the grid varies, a column each.")
+OPTIONS = Column("...", "The options that the grid varies, one column each.")
 TABLES = {
     "points.csv": (*ROW, OPTIONS, *RUN_COLUMNS),
     "capacity.csv": CAPACITIES,
@@ -54,7 +54,7 @@ EXAMPLE = "{name: shares, repeats: 3, base: {model: opt-125m}, grid: {mode: [seq
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the grid: its number from 1, what the grid says of it, and all its options."""
+    """One setting of the grid: its number from 1, the options that vary, and all its options."""
 
     number: int
     varied: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Point:
 
     @property
     def config(self) -> RunConfig:
-        """Its whole configuration. Raises :class:`InputError` naming the point."""
+        """Its full configuration. Raises :class:`InputError` naming the point."""
         try:
             return RunConfig(**typed_options(self.options, RunConfig))
         except InputError as error:
@@ -73,12 +73,12 @@ class Point:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the whole configuration: the same point has the same key wherever it stands in the file."""
+        """A hash of the full configuration, which does not depend on the point's place in the file."""
         return _hash({name: value for name, value in asdict(self.config).items() if name != "results"})
 
     @cached_property
     def question(self) -> str:
-        """A hash of the model and the requests: what one capacity holds for, however the phases are placed."""
+        """A hash of the model and the requests; points with the same one share a capacity, whatever their placement."""
         config = asdict(self.config)
         asked = [each.name for each in fields(WorkloadConfig)]
         return _hash({name: config[name] for name in ("model", "load_format", "dtype", "seed", *asked)})
@@ -86,8 +86,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file. ``figure`` says which published figure it corresponds to, if any; requests arrive at the fraction
-    ``load`` of the rate at which they are answered when all arrive at once, or as the points say, if it is None."""
+    """A sweep file. ``figure`` names the published figure that it corresponds to, if any; requests arrive at the fraction
+    ``load`` of the rate of answers when all arrive at once, or, if it is None, as the points say."""
 
     name: str
     figure: str
@@ -97,7 +97,7 @@ class Sweep:
 
     @property
     def varied(self) -> list[str]:
-        """The options that the grid names."""
+        """Names of the options that the grid varies."""
         return list(dict.fromkeys(name for point in self.points for name in point.varied))
 
 
@@ -108,9 +108,10 @@ def _hash(settings: Mapping[str, Any]) -> str:
 def read_sweep(path: Path) -> Sweep:
     """Read ``{name, figure, repeats, load, base: {option: value}, grid: {option: value or list of values}, variants: {name:
     {option: value}}}``; ``grid`` may also be a list of such mappings, and one of ``grid`` and ``variants`` may be missing.
-    A point is one value of each list, over ``base``, then the options of one variant; the first list turns slowest.
+    A point is ``base``, overridden by one value of each list, then by the options of one variant; the first list varies
+    slowest.
 
-    Raises :class:`InputError` naming the file and the key; what the options say is checked by :attr:`Point.config`.
+    Raises :class:`InputError` naming the file and the key; the values of options are checked by :attr:`Point.config`.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -164,7 +165,7 @@ def _product(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def list_points(grid: Sweep, results: Path) -> str:
-    """The points as a table, with how many of their rounds have finished. Raises :class:`InputError` for a wrong one."""
+    """Return a table of the points with the number of finished rounds. Raises :class:`InputError` for an invalid point."""
     folder = _folder(grid, results)
     grid = _at_load(grid, _read_capacities(folder))
     rows = _read_rows(folder, grid.points)
@@ -180,13 +181,13 @@ def list_points(grid: Sweep, results: Path) -> str:
 
 
 def sweep(grid: Sweep, file: Path, results: Path, *, fresh: bool, one_process: bool = False) -> Path:
-    """Run what of ``grid`` has not finished yet, print the table of points and return the sweep's folder.
+    """Run the unfinished runs of ``grid``, print the table of points and return the sweep's folder.
 
-    Rounds go over the whole grid, so that a drift of the machine falls on all points. ``points.csv`` gets a row a run as it
-    ends; a run counts as finished by its whole configuration, so a changed ``file`` runs what it adds. Files that options
-    name are taken to be unchanged. With ``one_process``, all runs are in one process
+    A round covers the whole grid, so that a drift of the machine affects all points. ``points.csv`` gets a row when a run
+    ends; finished runs are recognised by their full configuration, so a changed ``file`` runs only what it adds. Files that
+    options refer to are assumed to be unchanged. With ``one_process``, all runs are in one process
     (:class:`~splitwiser.study.fresh_runs.OneProcess`). Raises :class:`InputError` before anything has run if a point is
-    wrong; :class:`RunError`, after all others have run, if some failed.
+    invalid; :class:`RunError`, after all others have run, if some failed.
     """
     if one_process:
         check_one_process(point.config for point in grid.points)
@@ -241,8 +242,8 @@ def _check_points(grid: Sweep) -> None:
 
 
 def _measure_capacities(grid: Sweep, folder: Path, execute: Execute | None) -> dict[str, float]:
-    """Return the capacity for each question of the sweep, by its key, measured where it has not been: ``capacity.csv``
-    keeps them, so that a sweep goes on with the rates that it began with. Empty where the sweep has no load."""
+    """Return the capacity for each :attr:`Point.question`, and measure those that are missing. ``capacity.csv`` keeps them,
+    so that a resumed sweep uses the same rates. Empty if the sweep has no load."""
     capacities = _read_capacities(folder)
     missing: dict[str, Point] = {}
     for point in grid.points:
@@ -268,7 +269,7 @@ def _read_capacities(folder: Path) -> dict[str, float]:
 
 
 def _at_load(grid: Sweep, capacities: Mapping[str, float]) -> Sweep:
-    """Return ``grid`` with the rate of arrivals among each point's options, where its capacity is known."""
+    """Return ``grid`` with the arrival rate added to the options of each point whose capacity is known."""
     if grid.load is None:
         return grid
     points = [
@@ -290,12 +291,12 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{folder}: another sweep is at work here; wait for it, or give --results") from error
+            raise InputError(f"{folder}: another sweep is running here; wait for it, or give --results") from error
         yield
 
 
 def _read_rows(folder: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The rows of ``points.csv``, numbered as ``points`` now are; a point that is no longer there has no number."""
+    """Return the rows of ``points.csv`` with the current numbers of ``points``; a point that was removed has no number."""
     path = folder / "points.csv"
     if not path.exists():
         return []
@@ -305,7 +306,7 @@ def _read_rows(folder: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _columns(folder: Path, grid: Sweep) -> list[str]:
-    """The columns of ``points.csv``: those that an earlier command wrote, and those of ``grid``."""
+    """Return the columns of ``points.csv``: those that an earlier command wrote, and those of ``grid``."""
     path = folder / "points.csv"
     earlier = list(pd.read_csv(path, nrows=0).columns) if path.exists() else []
     return list(dict.fromkeys([*earlier, *names(ROW), *grid.varied, *names(RUN_COLUMNS)]))

@@ -1,1 +1,1 @@
-"""Where requests come from: reports, prompt files, traces, drawn lengths and arrival times."""
+"""Sources of requests: reports, prompt files, traces, random lengths and arrival times."""

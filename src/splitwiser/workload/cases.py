@@ -16,8 +16,8 @@ Method = Literal["discrete", "prefix_tuning", "lora"]  # only the first is suppo
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe. A prompt is ``start_prefix``, the in-context examples and the question, which stands the finding
-    between ``insert_prefix`` and ``prompt``, lower-cased and with white space folded, as in RadAdapt."""
+    """One recipe. A prompt is ``start_prefix``, the in-context examples and the question: the finding between
+    ``insert_prefix`` and ``prompt``, lower-cased and with white space collapsed, as in RadAdapt."""
 
     case_id: Whole
     description: Text
@@ -29,23 +29,23 @@ class Case:
     max_new_tokens: AtLeastOne = 200
 
     def question(self, finding: str) -> str:
-        """The finding as the model is asked about it."""
+        """Return the question about ``finding``."""
         return " ".join(f"{self.insert_prefix} {finding} {self.prompt}".lower().split())
 
     def example(self, report: Report) -> str:
-        """A report as an in-context example: the question and its answer."""
+        """Return ``report`` as an in-context example: the question and its answer."""
         return f"{self.question(report.finding)} {' '.join(report.impression.lower().split())}"
 
     def prompt_text(self, finding: str, examples: Sequence[Report] = ()) -> str:
-        """The whole prompt for ``finding``; ``examples`` come first, a blank line between them."""
+        """Return the prompt for ``finding``; ``examples`` come first, separated by blank lines."""
         question = self.question(finding)
         if examples:
             question = "\n\n".join(map(self.example, examples)) + "\n" + question
         return f"{self.start_prefix}\n{question}" if self.start_prefix else question
 
     def prompts(self, reports: Sequence[Report], training: Sequence[Report], seed: int) -> list[str]:
-        """One prompt a report, in their order; the in-context examples are drawn from ``training``, for each report
-        afresh, without repeats and without the report itself, by a generator seeded with ``seed``."""
+        """Return one prompt per report, in order. The in-context examples of each are drawn from ``training`` without
+        repeats and without the report itself, by a generator seeded with ``seed``. Raises :class:`InputError`."""
         rng = random.Random(seed)
         prompts = []
         for report in reports:
@@ -67,7 +67,7 @@ def load_cases(path: Path) -> dict[int, Case]:
 
 
 def get_case(path: Path, case_id: int) -> Case:
-    """The case to run. Raises :class:`InputError` for an unknown number or a method that is not supported yet."""
+    """Return the case to run. Raises :class:`InputError` for an unknown number or a method that is not supported yet."""
     cases = load_cases(path)
     if case_id not in cases:
         raise unknown("case", case_id, cases)

@@ -15,7 +15,7 @@ from splitwiser.workload.trace import parse_slice
 
 Source = Literal["case", "workload", "trace", "synthetic"]
 
-MOST_REQUESTS = 10_000_000  # of synthetic ones, which all lie in memory at once
+MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +48,28 @@ class WorkloadConfig:
         "requests",
     )
     trace_slice: str | None = option(
-        None, "START:END, in seconds from the trace's first request: only what arrived then", "requests"
+        None, "START:END, in seconds from the trace's first request: only requests that arrived then", "requests"
     )
     trace_speed: float = option(1.0, "replay the trace this many times as fast", "requests")
     prompt_tokens: str | None = option(
         None,
-        f"random prompts of such lengths, instead of --data and --case_id, or of the trace's lengths: {SPELLINGS}",
+        f"random prompts of these lengths, instead of --data and --case_id, or of the trace's lengths: {SPELLINGS}",
         "requests",
     )
     output_tokens: str | None = option(
         None,
-        "every request makes just so many tokens, past end-of-sequence ones; spelt as --prompt_tokens "
+        "every request generates exactly this many tokens, past end-of-sequence ones; format as --prompt_tokens "
         f"(default with that: {constants.OUTPUT_TOKENS})",
         "requests",
     )
     requests: int | None = option(
-        None, f"how many requests --prompt_tokens makes (default: {constants.REQUESTS})", "requests"
+        None, f"number of requests that --prompt_tokens makes (default: {constants.REQUESTS})", "requests"
     )
     limit: int | None = option(None, "only the first N requests", "requests")
     max_prompt_tokens: int | None = option(None, "cut longer prompts of --trace or --prompt_tokens to this", "requests")
     max_new_tokens: int | None = option(
         None,
-        "most new tokens a request, instead of the case's or workload's; cuts the trace's and --output_tokens",
+        "most new tokens per request, instead of the case's or workload's; cuts the trace's and --output_tokens",
         "requests",
     )
     request_rate: float | None = option(
@@ -81,7 +81,7 @@ class WorkloadConfig:
         1.0, "of --request_rate: 1 is Poisson, less is burstier, more is steadier, inf is even", "arrivals"
     )
     max_concurrency: int | None = option(
-        None, "closed loop: N requests at a time, the next arrives the moment one finishes", "arrivals"
+        None, "closed loop: N requests at a time, the next arrives when one finishes", "arrivals"
     )
     temperature: float = option(constants.TEMPERATURE, "0 is greedy; above, tokens are drawn at random", "sampling")
     top_k: int = option(constants.TOP_K, "draw among the K likeliest tokens; 0: all", "sampling")
@@ -94,7 +94,7 @@ class WorkloadConfig:
         is_named = self.workload in workload_names()
         for other in ("trace", "prompt_tokens"):
             if self.workload is not None and getattr(self, other) is not None and (other == "trace" or not is_named):
-                raise InputError(f"--workload and --{other} both say what the prompts are; give one of them")
+                raise InputError(f"--workload and --{other} both set the prompts; give one of them")
         if is_named:
             self._take_over_workload()
         check_counts(self, "--limit", "--requests", "--max_prompt_tokens")
@@ -107,7 +107,7 @@ class WorkloadConfig:
                 parse_lengths(f"--{name}", getattr(self, name))
 
     def _take_over_workload(self) -> None:
-        """Take those options of the named workload that are not given themselves."""
+        """Set the options of the named workload that were not given explicitly."""
         try:
             options = typed_options(read_named_workload(str(self.workload)), WorkloadConfig)
         except InputError as error:
@@ -120,7 +120,7 @@ class WorkloadConfig:
         if self.requests is not None and self.requests > MOST_REQUESTS:
             raise InputError(f"--requests must be {MOST_REQUESTS:,} or less, not {self.requests:,}")
         if self.trace is None and (self.trace_slice is not None or self.trace_speed != 1):
-            raise InputError("--trace_slice and --trace_speed take a part of a trace; give its file with --trace")
+            raise InputError("--trace_slice and --trace_speed apply to a trace; give its file with --trace")
         if not 0 < self.trace_speed < math.inf:
             raise InputError(f"--trace_speed must be above 0, not {self.trace_speed:g}")
         if self.requests is not None and self.source != "synthetic":
@@ -136,20 +136,20 @@ class WorkloadConfig:
         if not self.burstiness > 0:
             raise InputError(f"--burstiness must be above 0, not {self.burstiness:g}")
         if self.burstiness != 1 and self.request_rate is None:
-            raise InputError("--burstiness is of arrivals at a rate; give --request_rate")
+            raise InputError("--burstiness applies to arrivals at a rate; give --request_rate")
         check_counts(self, "--max_concurrency")
         if self.max_concurrency is not None and self.request_rate is not None:
             raise InputError(
-                "--max_concurrency lets requests in as others finish, --request_rate at times; give one of them"
+                "--max_concurrency admits requests as others finish, --request_rate at given times; give one of them"
             )
         if self.trace_speed != 1 and (self.max_concurrency is not None or self.request_rate is not None):
             raise InputError(
-                "--trace_speed is of the trace's own times, which --request_rate or --max_concurrency replaces"
+                "--trace_speed applies to the trace's own times, which --request_rate or --max_concurrency replaces"
             )
 
     @property
     def source(self) -> Source:
-        """Where the requests come from. A named workload's are synthetic."""
+        """Source of the requests; a named workload is synthetic."""
         if self.workload is not None and self.prompt_tokens is None:
             return "workload"
         if self.trace is not None:
@@ -158,7 +158,7 @@ class WorkloadConfig:
 
     def sampling_params(self, max_new_tokens: int, exact: bool = False) -> SamplingParams:
         """Return the sampling parameters of a request whose case, workload or trace says ``max_new_tokens``. If ``exact``,
-        it makes just as many, past end-of-sequence tokens and whatever ``--max_new_tokens`` says."""
+        it generates exactly that many, past end-of-sequence tokens and regardless of ``--max_new_tokens``."""
         return SamplingParams(
             max_tokens=max_new_tokens if exact or self.max_new_tokens is None else self.max_new_tokens,
             temperature=self.temperature,

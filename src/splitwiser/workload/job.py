@@ -1,4 +1,4 @@
-"""What a run asks for: prompts from a case, a workload file, a trace or thin air, with their lengths and arrival times."""
+"""Plans the requests of a run: prompts of a case, workload file or trace, or random ones, with lengths and arrival times."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from splitwiser.workload.trace import load_trace, parse_slice
 
 
 class ModelFacts(Protocol):
-    """What of a model random prompts depend on."""
+    """The properties of a model that random prompts depend on."""
 
     name: str
     max_positions: int | None
@@ -33,14 +33,14 @@ class ModelFacts(Protocol):
 
     @property
     def special_token_ids(self) -> Collection[int]:
-        """Token ids that stand for no text."""
+        """Token ids that do not represent text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request before there is a model. ``prompt`` is None where it is to be drawn: ``prompt_tokens`` random token ids.
-    ``new_tokens`` are the most that it makes, or, in an exact job, just as many."""
+    """A request before the model is loaded. ``prompt`` is None if it is ``prompt_tokens`` random token ids, drawn later.
+    ``new_tokens`` is the most tokens that it generates or, in an exact job, their exact number."""
 
     report: Report
     prompt: Prompt | None
@@ -51,8 +51,8 @@ class PlannedRequest:
 
 @dataclass(frozen=True)
 class Job:
-    """The requests of a run. ``label`` names them in folders. ``exact`` says that every request makes just its
-    ``new_tokens``, whatever end-of-sequence tokens come."""
+    """The requests of a run. ``label`` names them in folders. ``exact`` says that every request generates exactly
+    its ``new_tokens``, past end-of-sequence tokens."""
 
     label: str
     requests: Sequence[PlannedRequest]
@@ -143,8 +143,8 @@ def _from_trace(config: WorkloadConfig, _: int) -> Job:
     return Job(path.stem, requests[: config.limit], exact=True)
 
 
-def _from_nothing(config: WorkloadConfig, _: int) -> Job:
-    """Requests whose prompt lengths are drawn later, and the answers' lengths unless those are not given."""
+def _from_lengths(config: WorkloadConfig, _: int) -> Job:
+    """Return requests whose prompt lengths are drawn later, and the answers' lengths too if they are given."""
     count = constants.REQUESTS if config.requests is None else config.requests
     count = min(count, config.limit or count)
     new_tokens = constants.OUTPUT_TOKENS if config.max_new_tokens is None else config.max_new_tokens
@@ -156,7 +156,7 @@ _SOURCES: dict[Source, Callable[[WorkloadConfig, int], Job]] = {
     "case": _from_case,
     "workload": _from_workload,
     "trace": _from_trace,
-    "synthetic": _from_nothing,
+    "synthetic": _from_lengths,
 }
 
 
@@ -167,7 +167,7 @@ def _changed(job: Job, name: str, values: Sequence[float]) -> Job:
 
 
 def _cut(job: Job, name: str, most: int | None, what: str) -> Job:
-    """Return ``job`` with the lengths ``name`` no greater than ``most``, and a note of how many were."""
+    """Return ``job`` with the lengths ``name`` cut to ``most``, and a note of how many were longer."""
     lengths = [getattr(each, name) for each in job.requests]
     over = sum(length > most for length in lengths) if most is not None else 0
     if most is None or not over:
@@ -177,5 +177,5 @@ def _cut(job: Job, name: str, most: int | None, what: str) -> Job:
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
-    """Random numbers for one purpose: more or other draws for one change nothing in another."""
+    """Return a random generator for one purpose, so that the draws for one purpose do not affect another."""
     return np.random.default_rng([seed & (2**64 - 1), *purpose.encode()])

@@ -8,7 +8,7 @@ from splitwiser.errors import InputError, unknown
 from splitwiser.files import read_yaml
 
 OPTIONS = ("requests", "prompt_tokens", "output_tokens", "max_prompt_tokens", "request_rate", "max_concurrency")
-"""What a named workload may say: options that are None where nobody gives them, so that a given one is told apart."""
+"""Options that a named workload may set: those that are None unless given, so that given ones can be recognised."""
 EXAMPLE = "{requests: 64, prompt_tokens: 512, output_tokens: 64}"
 
 
@@ -18,7 +18,7 @@ def workload_names() -> list[str]:
 
 
 def read_named_workload(name: str) -> dict[str, Any]:
-    """Return the options, as YAML has them, of the workload ``name``. Raises :class:`InputError` naming its file."""
+    """Return the options, as read from YAML, of the workload ``name``. Raises :class:`InputError` naming its file."""
     path = _folder() / f"{name}.yaml"
     content = read_yaml(path)
     if not isinstance(content, dict) or "prompt_tokens" not in content:

@@ -34,7 +34,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class _Content:
-    """A workload file as it is written."""
+    """The format of a workload file."""
 
     prompts: Annotated[list[_Prompt], MinLen(1), must_be("a list with at least one prompt", itself=True)]
     max_new_tokens: AtLeastOne | list[AtLeastOne]

@@ -34,7 +34,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells of longer rows for labels
+    if not isinstance(table.index, pd.RangeIndex):  # pandas uses the first cells of longer rows as labels
         raise ValueError("its rows have more cells than its header; quote a text that holds commas")
     return table
 
@@ -62,7 +62,7 @@ def load_reports(
 ) -> list[Report]:
     """Read reports from ``source``, in its order.
 
-    ``source`` is a directory with ``{split}.findings.tok`` and ``{split}.impression.tok`` (one report a line, the
+    ``source`` is a directory with ``{split}.findings.tok`` and ``{split}.impression.tok`` (one report per line, the
     RadAdapt format), a ``.jsonl``, ``.csv`` or ``.parquet`` file with the two named columns (the reference may be
     missing), or the name of a ``datasets`` set on the hub or saved on disk. Raises :class:`InputError`.
     """
@@ -92,7 +92,7 @@ def load_tok(directory: Path, split: str) -> list[Report]:
     findings, impressions = map(_tok_lines, paths)
     if len(findings) != len(impressions):
         raise InputError(
-            f"{paths[0]} has {len(findings)} lines but {paths[1].name} has {len(impressions)}; one report a line in both"
+            f"{paths[0]} has {len(findings)} lines but {paths[1].name} has {len(impressions)}; both need one report per line"
         )
     for number, finding in enumerate(findings, start=1):
         if not finding.strip():

@@ -1,4 +1,4 @@
-"""Synthetic requests: lengths drawn from a distribution, and prompts of random token ids."""
+"""Draws synthetic requests: lengths from a distribution, and prompts of random token ids."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 from splitwiser.errors import InputError
 
 SPELLINGS = "a number, uniform:LOW:HIGH, normal:MEAN:STD or lognormal:MEAN:STD"
-LONGEST = 10**9  # tokens; beyond every model's positions, so what is drawn above might as well be this
+LONGEST = 10**9  # tokens; beyond the positions of any model, so longer draws are cut to this
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """A distribution of token counts; ``first`` and ``second`` are its low and high (both in), or mean and standard
+    """A distribution of token counts; ``first`` and ``second`` are its low and high (both included), or mean and standard
     deviation of the lengths themselves (not of their logarithms)."""
 
     kind: str
@@ -22,7 +22,7 @@ class Lengths:
     second: float
 
     def draw(self, count: int, rng: np.random.Generator) -> list[int]:
-        """``count`` lengths, rounded, at least 1 each."""
+        """Return ``count`` lengths, rounded, each at least 1."""
         values: np.ndarray
         match self.kind:
             case "uniform":
@@ -63,6 +63,6 @@ def parse_lengths(option: str, text: str) -> Lengths:
 def random_prompts(
     lengths: Sequence[int], vocabulary: int, avoided: Collection[int], rng: np.random.Generator
 ) -> list[tuple[int, ...]]:
-    """A prompt of each length: token ids drawn uniformly from 0 to ``vocabulary`` - 1 without the ``avoided``."""
+    """Return a prompt of each length: token ids drawn uniformly from 0 to ``vocabulary`` - 1 except the ``avoided``."""
     ids = np.setdiff1d(np.arange(vocabulary), np.fromiter(avoided, dtype=np.int64, count=len(avoided)))
     return [tuple(ids[rng.integers(len(ids), size=length)].tolist()) for length in lengths]

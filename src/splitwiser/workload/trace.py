@@ -36,8 +36,8 @@ def parse_slice(text: str) -> tuple[float, float]:
 
 
 def load_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: float = 1.0) -> RequestTrace:
-    """The requests of ``path`` that arrived from ``start_s`` to before ``end_s`` after its first one, ``speed`` times as
-    fast. Raises :class:`InputError` naming the file, the row and the column."""
+    """Return the requests in ``path`` that arrived from ``start_s`` to before ``end_s`` after the first one, ``speed`` times
+    as fast. Raises :class:`InputError` naming the file, the row and the column."""
     try:
         table = TABLE_READERS[".csv"](path)
     except FileNotFoundError as error:
@@ -55,7 +55,7 @@ def load_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: f
     moments = pd.to_datetime(table["TIMESTAMP"], format="ISO8601", utc=True, errors="coerce")
     bare = table["TIMESTAMP"].str.fullmatch(
         r"\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?\s*"
-    )  # seconds, a year, a day: who knows
+    )  # a plain number is ambiguous: seconds, a year or a day
     _refuse_first(path, table["TIMESTAMP"], moments.isna() | bare, "a time such as 2023-11-16 18:15:46.6805900")
     prompt_tokens, output_tokens = (_token_counts(path, table[column]) for column in COLUMNS[1:])
     seconds = (moments - moments.min()).dt.total_seconds()

@@ -1,4 +1,4 @@
-"""``splitwiser report``: what folders of results hold, as one page that opens without a network."""
+"""``splitwiser report``: writes one self-contained HTML page about folders of results."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,22 +23,22 @@ from splitwiser.results.report.of_run import run_part
 from splitwiser.results.report.of_sweep import sweep_part
 from splitwiser.results.report.page import Part, render
 
-STAND_IN_WARNING = "Made on a stand-in for a GPU: no time, rate or memory on this page is a GPU's."
+STAND_IN_WARNING = "Made on a stand-in for a GPU: the times, rates and memory on this page are not those of a GPU."
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write one page about ``folders`` to ``output``, or to ``report.html`` in the first of them; returns where it is.
+    """Write one page about ``folders`` to ``output``, or to ``report.html`` in the first of them; returns its path.
 
-    Runs given together are also set against each other. Raises :class:`InputError` if a folder cannot be understood, or if
-    some of the runs are of a stand-in for a GPU and others are not.
+    Several runs are also compared with each other. Raises :class:`InputError` if a folder cannot be read, or if some
+    runs used a stand-in for a GPU and others did not.
     """
     path = output or folders[0] / "report.html"
     read = [read_folder(folder) for folder in folders]
     stand_ins = {each for folder in read for each in are_stand_ins(folder)}
     if len(stand_ins) > 1:
         raise InputError(
-            f"{', '.join(map(str, folders))}: some of these runs are of a stand-in for a GPU, whose times say nothing; give "
-            "them apart from the others"
+            f"{', '.join(map(str, folders))}: some of these runs used a stand-in for a GPU, whose times mean nothing; "
+            "report them separately"
         )
     runs = [each for each in read if isinstance(each, Run)]
     parts = [runs_part(runs, "against")] if len(runs) > 1 else []

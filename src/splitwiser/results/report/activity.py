@@ -1,4 +1,4 @@
-"""What a run's steps come to: who was at work when, what ran beside what, how fast tokens came, and the gaps between them.
+"""Computes the activity of a run from its steps: busy times, overlap of the phases, token rates and inter-token gaps.
 
 ``steps`` and ``latency`` are the tables of a run's ``steps.csv`` and ``latency.csv``; times are in seconds of the run.
 """
@@ -14,7 +14,7 @@ SAME_MOMENT_S = 5e-10  # times are written to the nanosecond
 
 
 def accumulated(steps: pd.DataFrame, amounts: FloatArray, moments: FloatArray) -> FloatArray:
-    """How much of ``amounts`` (one a step, spread evenly over its time) had come by each of ``moments``."""
+    """Return the sum of ``amounts`` (one per step, spread evenly over its duration) up to each of ``moments``."""
     if steps.empty:
         return np.zeros(len(moments))
     starts, ends = _times(steps)
@@ -28,25 +28,25 @@ def accumulated(steps: pd.DataFrame, amounts: FloatArray, moments: FloatArray) -
 
 
 def rates(steps: pd.DataFrame, amounts: FloatArray, edges: FloatArray) -> FloatArray:
-    """``amounts`` a second within each bin of ``edges``; of the steps' durations, that is how many ran at once."""
+    """Return ``amounts`` per second within each bin of ``edges``; for durations, the number of concurrent steps."""
     return np.asarray(np.diff(accumulated(steps, amounts, edges)) / np.diff(edges), dtype=float)
 
 
 def durations(steps: pd.DataFrame) -> FloatArray:
-    """Seconds that each step took."""
+    """Return the duration of each step in seconds."""
     starts, ends = _times(steps)
     return ends - starts
 
 
 def span(steps: pd.DataFrame, latency: pd.DataFrame) -> float:
-    """Seconds from the run's start to its last step's end or last token; 0 of a run that has neither."""
+    """Return the seconds from the run's start to the end of its last step or its last token; 0 if it has neither."""
     moments = [float(column.max()) for column in (steps.end_s, latency.finish_s) if len(column)]
     return max(moments, default=0.0)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Seconds in which at least one prefill step ran, a decode step, both at once, and either."""
+    """Seconds during which a prefill step ran, a decode step ran, both ran, and either ran."""
 
     prefill_s: float
     decode_s: float
@@ -55,7 +55,7 @@ class Overlap:
 
 
 class PhaseActivity:
-    """Which phases ran when: cut at every start and end of a step, each piece of time knows its phases."""
+    """The phases that ran at each time of a run, as intervals between consecutive starts and ends of steps."""
 
     def __init__(self, steps: pd.DataFrame) -> None:
         starts, ends = _times(steps)
@@ -70,15 +70,15 @@ class PhaseActivity:
         self._prefill, self._decode = running["prefill"], running["decode"]
 
     def overlap(self) -> Overlap:
-        """The whole run's."""
+        """Return the overlap of the phases over the whole run."""
         pieces = np.diff(self._edges)
         prefill, decode = self._prefill, self._decode
         chosen = (prefill, decode, prefill & decode, prefill | decode)
         return Overlap(*(float(pieces[each].sum()) for each in chosen))
 
     def busiest_window(self, length: float) -> tuple[float, float]:
-        """The ``length`` seconds with the most overlap of the phases, or, where they never overlap, with the most of both
-        by turns (the least of the two times is greatest). Windows begin where anything begins or ends."""
+        """Return (start, end) of the ``length`` seconds with the most overlap of the phases or, if they never overlap, the
+        window that maximises the shorter of the two phases' times. Windows start at a start or end of a step."""
         if len(self._edges) < 2:
             return 0.0, length
         chosen = (self._prefill, self._decode, self._prefill & self._decode)
@@ -94,7 +94,7 @@ class PhaseActivity:
 
 
 def busy_seconds(steps: pd.DataFrame) -> pd.DataFrame:
-    """A row a worker and phase: ``worker, phase, steps, busy_s, mean_step_ms, requests_per_step, tokens``."""
+    """Return one row per worker and phase: ``worker, phase, steps, busy_s, mean_step_ms, requests_per_step, tokens``."""
     rows = steps.assign(seconds=durations(steps)).groupby(["worker", "phase"], sort=True)
     table = rows.agg(
         steps=("seconds", "size"),
@@ -107,7 +107,7 @@ def busy_seconds(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_flight(latency: pd.DataFrame, moments: FloatArray) -> dict[str, npt.NDArray[np.int64]]:
-    """How many requests at each moment wait for prefill, are between its start and the first token, and generate."""
+    """Return the numbers of requests that are waiting, in prefill (up to the first token) and generating at ``moments``."""
     passed = {
         column: np.searchsorted(np.sort(latency[column].to_numpy(dtype=float)), moments, side="right")
         for column in ("arrival_s", "prefill_start_s", "first_token_s", "finish_s")
@@ -120,11 +120,11 @@ def in_flight(latency: pd.DataFrame, moments: FloatArray) -> dict[str, npt.NDArr
 
 
 def inter_token_gaps(steps: pd.DataFrame, latency: pd.DataFrame) -> FloatArray | None:
-    """Every gap between two tokens of one request, in ms; None where the files do not tell.
+    """Return every gap between two consecutive tokens of a request, in ms; None if the files do not determine them.
 
-    A request takes part in each step of its decode worker from its handoff to its end, and a token's time is the end of
-    its step. So the steps tell the gaps, if they are as many as the request has tokens after its first: that is checked
-    for every request, and one that fails it (rows lost in a killed run, say) makes the whole answer None.
+    A request is in every step of its decode worker from its handoff to its end, and the time of a token is the end of its
+    step. The gaps therefore follow from the steps if each request has as many steps as tokens after its first. If this
+    check fails for one request (for example because a killed run lost rows), the result is None.
     """
     if "handoff_ms" not in latency or "decode_worker" not in latency:
         return None

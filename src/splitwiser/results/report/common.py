@@ -1,4 +1,4 @@
-"""What the parts of the report share."""
+"""Helpers that the parts of the report share."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ MOST_LINES = 8  # in one plot
 
 
 def measure(figures: Mapping[str, Any], column: str, unit: str) -> str:
-    """A figure with its unit, or a dash."""
+    """Return a value with its unit, or a dash."""
     text = cell(figures.get(column)).text
     return f"{text} {unit}".strip() if cell(figures.get(column)).numeric else text
 
 
 def setting(names: Sequence[str], values: object) -> str:
-    """Such as ``mode mp, max_batch 8``; the names are left out where one alone is text."""
+    """Return text such as ``mode mp, max_batch 8``; a single text value is returned without its name."""
     listed = list(values) if isinstance(values, tuple) else [values]
     if len(names) == 1 and isinstance(listed[0], str):
         return listed[0]
@@ -27,17 +27,17 @@ def setting(names: Sequence[str], values: object) -> str:
 
 
 def status_warnings(record: Mapping[str, Any], file: str) -> list[str]:
-    """A line if ``record`` says that what it describes has not come to its end."""
+    """Return a warning if ``record`` says that its command has not finished."""
     status = record.get("status", "finished")
     if status == "finished":
         return []
     error = f" ({record['error']})" if record.get("error") else ""
-    meaning = "it is still going or was killed" if status == "running" else "it did not come to its end"
-    return [f"{file} says '{status}'{error}: {meaning}. The page shows what had reached the files."]
+    meaning = "it is still running or was killed" if status == "running" else "it did not finish"
+    return [f"{file} says '{status}'{error}: {meaning}. The page shows what the files contain so far."]
 
 
 def failed_warnings(rows: pd.DataFrame) -> list[str]:
-    """A line if some of the runs in ``rows`` did not finish, with their errors."""
+    """Return a warning with the errors if some of the runs in ``rows`` did not finish."""
     failed = rows[rows.status != "finished"]
     if failed.empty:
         return []
@@ -48,22 +48,22 @@ def failed_warnings(rows: pd.DataFrame) -> list[str]:
 
 
 def busy_warnings(rows: pd.DataFrame, by: str) -> list[str]:
-    """A line if the machine was busy in some of the runs in ``rows``, which it names by their column ``by``."""
+    """Return a warning if the machine was busy during some of the runs in ``rows``, named by column ``by``."""
     said = describe_busy(rows, by)
-    return [f"{said[0].upper()}{said[1:]}: these figures are not the machine's own."] if said else []
+    return [f"{said[0].upper()}{said[1:]}: the figures of these runs are disturbed."] if said else []
 
 
 def record_section(record: Mapping[str, Any], name: str, file: str) -> Section:
-    """The whole record, as the last section of a part."""
+    """Return the section that shows the whole record, the last one of a part."""
     return Section(
         "Configuration, machine and versions",
-        [pairs_table(name, f"{file}, whole.", dict(flat(record)))],
+        [pairs_table(name, f"All of {file}.", dict(flat(record)))],
         closed=True,
     )
 
 
 def flat(value: object, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by dotted names."""
+    """Yield the leaves of nested mappings by dotted names."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from flat(inner, f"{name}.{key}" if name else str(key))

@@ -1,5 +1,5 @@
-"""Reads the folders that the commands write, told apart by the record each holds: a run, a comparison, a sweep, a profile
-or an advice."""
+"""Reads the folders that the commands write. The name of the record in a folder says what it is: a run, a comparison, a
+sweep, a profile or an advice."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ ROW_NUMBERS = ("point", "round", "repeat", "key")  # of a sweep's points.csv
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder: its record, its row of ``throughput.csv`` (empty if it never came to write one) and its tables."""
+    """A run's folder: its record, its row of ``throughput.csv`` (empty if it was not written) and its tables."""
 
     path: Path
     record: dict[str, Any]
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison's folder: a row a run, the summary, and the folders of the runs that finished, by run id."""
+    """A comparison's folder: one row per run, the summary, and the folders of the finished runs by run id."""
 
     path: Path
     record: dict[str, Any]
@@ -50,7 +50,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder: a row a point and repeat."""
+    """A sweep's folder: one row per point and round."""
 
     path: Path
     record: dict[str, Any]
@@ -58,14 +58,14 @@ class Sweep:
 
     @property
     def options(self) -> list[str]:
-        """The options that the grid varies: what stands before ``status``, but for what numbers the rows."""
+        """Names of the options that the grid varies: the columns before ``status`` except the row numbers."""
         columns = list(self.points.columns)
         return [name for name in columns[: columns.index("status")] if name not in ROW_NUMBERS]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile's folder: a row a prefill step, a decode step, and a measured ceiling."""
+    """A profile's folder: tables with one row per prefill step, decode step and measured ceiling."""
 
     path: Path
     record: dict[str, Any]
@@ -76,7 +76,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Advice:
-    """An advice's folder: what it recommends, predicts and has checked, and the profile it rests on, if that is there."""
+    """An advice's folder: the recommendation, predictions and checks, and the underlying profile if it is in the folder."""
 
     path: Path
     record: dict[str, Any]
@@ -89,7 +89,7 @@ Folder = Run | Comparison | Sweep | Profile | Advice
 
 
 def read_folder(path: Path) -> Folder:
-    """What ``path`` holds. Raises :class:`InputError` naming the file if it is none of these or cannot be understood."""
+    """Read the folder at ``path``. Raises :class:`InputError` if it is not a folder of results or cannot be read."""
     if not path.is_dir():
         raise InputError(
             f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give one that a command wrote"
@@ -98,12 +98,12 @@ def read_folder(path: Path) -> Folder:
         if (path / name).is_file():
             return read(path, _read_record(path / name))
     inside = sorted(marker.parent.name for name in _READERS for marker in path.glob(f"*/{name}"))
-    hint = f"; did you mean one in it, such as {path / inside[-1]}?" if inside else ""
-    raise InputError(f"{path}: none of {', '.join(_READERS)} is in it, so it is no folder of results{hint}")
+    hint = f"; did you mean a folder in it, such as {path / inside[-1]}?" if inside else ""
+    raise InputError(f"{path}: not a folder of results: it contains none of {', '.join(_READERS)}{hint}")
 
 
 def are_stand_ins(folder: Folder) -> set[bool]:
-    """Whether what ``folder`` tells of ran on a stand-in for a GPU: both, if only some of it did."""
+    """Return whether the runs of ``folder`` used a stand-in for a GPU: {True}, {False}, or both if only some did."""
     match folder:
         case Comparison(rows=table) | Sweep(points=table):
             finished = table[table.status == "finished"]
@@ -171,7 +171,7 @@ _READERS: dict[str, Callable[[Path, dict[str, Any]], Folder]] = {
     "run.yaml": _read_run,
     "compare.yaml": _read_comparison,
     "sweep.yaml": _read_sweep,
-    "advice.yaml": _read_advice,  # before the profile's, which an advice's folder may hold as well
+    "advice.yaml": _read_advice,  # before the profile, which an advice's folder may contain too
     "profile.yaml": _read_profile,
 }
 
@@ -195,15 +195,15 @@ def _read_columns(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
 def _read_table(
     path: Path, *, required: Sequence[str], numbers: Sequence[str] = (), optional: bool = False
 ) -> pd.DataFrame:
-    """The CSV at ``path``; a last row that a kill cut short is left out. If it may be missing (``optional``), it is empty
-    then. Raises :class:`InputError`."""
+    """Return the CSV file at ``path`` without a last row that was cut off by a kill; an empty table if an ``optional`` file
+    is missing. Raises :class:`InputError`."""
     if optional and not path.exists():
         return pd.DataFrame(columns=list(required))
     try:
         text = _whole_rows(path.read_bytes().decode("utf-8"))
         table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; the folder is not whole") from error
+        raise InputError(f"{path}: no such file; the folder is incomplete") from error
     except (OSError, UnicodeDecodeError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise InputError(f"{path}: cannot be read as CSV: {' '.join(str(error).split())}") from error
     for name in required:
@@ -218,7 +218,7 @@ def _read_table(
 
 
 def _whole_rows(text: str) -> str:
-    """``text`` up to the end of its last whole row: one that ends its line, with every quote closed."""
+    """Return ``text`` up to the end of its last complete row: one with a line end and all quotes closed."""
     while text and (not text.endswith("\n") or text.count('"') % 2):
         text = text[: text.rfind("\n", 0, len(text) - 1) + 1]
     return text

@@ -1,4 +1,4 @@
-"""What the report says of runs against each other: those given together, or a comparison's variants."""
+"""The part of the report that compares runs: several runs given together, or the variants of a comparison."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,20 @@ _MARKS = {"≈": "equal", "?": "undecided"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A name with its runs' folders, as far as they are there, and their rows of ``throughput.csv``."""
+    """A named variant: the folders of its runs, as far as they exist, and their rows of ``throughput.csv``."""
 
     name: str
     runs: Sequence[Run]
     rows: pd.DataFrame
 
     def spread(self, column: str) -> Spread | None:
-        """Of a column's figures; None if there are none."""
+        """Return the spread of a column's values; None if there are none."""
         values = [float(value) for value in self.rows[column].dropna()] if column in self.rows else []
         return Spread.of(values) if values else None
 
     @property
     def typical(self) -> Run | None:
-        """The run whose throughput is nearest to the median."""
+        """The run whose throughput is closest to the median."""
         middle = self.spread("output_throughput")
         with_figures = [run for run in self.runs if cell(run.figures.get("output_throughput")).numeric]
         if middle is None or not with_figures:
@@ -41,7 +41,7 @@ class Variant:
 
 
 def runs_part(runs: Sequence[Run], name: str) -> Part:
-    """Runs given together: their figures, ratios to the first, and pictures of all."""
+    """Return the part that compares ``runs``: their metrics, the ratios to the first run, and plots of all."""
     labels = _labels(runs)
     variants = [Variant(label, [run], pd.DataFrame([run.figures])) for label, run in zip(labels, runs, strict=True)]
     first = variants[0]
@@ -60,10 +60,10 @@ def runs_part(runs: Sequence[Run], name: str) -> Part:
     verdict = f"{_what(runs)}: {_throughputs(variants)}."
     warnings = _different_questions(runs)
     caution = Text(
-        "One run each, at different times: the table says nothing about noise. splitwiser compare interleaves rounds."
+        "One run each, at different times: the table does not show noise. splitwiser compare interleaves rounds."
     )
     sections = [Section("Summary", [table, caution]), *_against(variants, {})]
-    title = f"{', '.join(labels)} against each other" if len(runs) <= 4 else f"{len(runs)} runs against each other"
+    title = f"Comparison of {', '.join(labels)}" if len(runs) <= 4 else f"Comparison of {len(runs)} runs"
     return Part(name, title, verdict, sections, warnings)
 
 
@@ -74,7 +74,7 @@ def _throughputs(variants: Sequence[Variant]) -> str:
 
 
 def _what(runs: Sequence[Run]) -> str:
-    """What all of them ran, as far as it is the same."""
+    """Return the model, dtype and device that all runs share."""
     said = []
     for name, word in (("model", ""), ("dtype", "in "), ("device", "on ")):
         values = {str(run.figures.get(name)) for run in runs}
@@ -83,7 +83,7 @@ def _what(runs: Sequence[Run]) -> str:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The shortest names that tell the runs apart: modes, models and modes, or the folders'."""
+    """Return the shortest distinct names for the runs: their modes, models and modes, or folder names."""
     candidates = (
         [run.mode for run in runs],
         [f"{run.figures.get('model')} {run.mode}" for run in runs],
@@ -103,7 +103,7 @@ def _different_questions(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison_part(comparison: Comparison, name: str) -> list[Part]:
-    """The comparison, then of each variant its typical run."""
+    """Return the part about the comparison, then one part for each variant's typical run."""
     rows = comparison.rows
     finished = rows[rows.status == "finished"]
     variants = []
@@ -143,7 +143,7 @@ def comparison_part(comparison: Comparison, name: str) -> list[Part]:
 
 
 def _verdicts(summary: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """What the summary says of a metric of a variant against the first's, where it says anything."""
+    """Return the summary's verdict for each (metric, variant) that has one."""
     if not {"metric", "variant", "verdict"} <= set(summary.columns):
         return {}
     said = summary.dropna(subset=["verdict"]).astype(str)
@@ -151,7 +151,7 @@ def _verdicts(summary: pd.DataFrame) -> dict[tuple[str, str], str]:
 
 
 def _mark(verdict: str) -> str:
-    """What stands behind a variant's name where it is neither better nor worse."""
+    """Return the mark after a variant's name if it is neither better nor worse."""
     return next((f" {mark}" for mark, word in _MARKS.items() if verdict.startswith(word)), "")
 
 
@@ -170,9 +170,9 @@ def _against(variants: Sequence[Variant], verdicts: Mapping[tuple[str, str], str
             )
             bars.append(picture(draw_bars(label, unit, marked), f"{label} in {unit}: {words}", wide=False))
     many = max((len(variant.rows) for variant in variants), default=0) > 1
-    note = "Bars are medians over rounds, the lines on them go from the least to the greatest. " if many else ""
-    note += "".join(f"{mark}: {word}, against the first. " for mark, word in _MARKS.items() if mark in used)
-    sections = [Section("Against each other", [Pictures(bars), *([Text(note.strip())] if note else [])])]
+    note = "Bars are medians over rounds; the lines on them span the minimum to the maximum. " if many else ""
+    note += "".join(f"{mark}: {word}, compared with the first. " for mark, word in _MARKS.items() if mark in used)
+    sections = [Section("Comparison", [Pictures(bars), *([Text(note.strip())] if note else [])])]
     with_runs = {variant.name: variant.runs for variant in variants if variant.runs}
     if with_runs:
         sections.append(Section("Distributions", distributions(with_runs)))
@@ -180,8 +180,8 @@ def _against(variants: Sequence[Variant], verdicts: Mapping[tuple[str, str], str
     if typical:
         window = (0.0, max(span(run.steps, run.latency) for run in typical.values()))
         svg, bin_s = draw_timeline({name: run.steps for name, run in typical.items()}, window, titled=True)
-        chosen = "Of each, the run whose throughput is nearest to the median. " if many else ""
-        words = f"Timelines of {', '.join(typical)} on one time axis"
+        chosen = "For each, the run whose throughput is closest to the median. " if many else ""
+        words = f"Timelines of {', '.join(typical)} on a common time axis"
         sections.insert(1, Section("Timelines", [picture(svg, words, chosen + thinned(bin_s))]))
     return sections
 

@@ -1,4 +1,4 @@
-"""What the report says of a profile."""
+"""The part of the report about a profile."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from splitwiser.results.report.plots import Spread, draw_lines, draw_roofline, s
 
 
 def profile_part(profile: Profile, name: str, title: str) -> Part:
-    """The roofline, times by prompt length, batch and context, and the tables."""
+    """Return the part about a profile: the roofline, times by prompt length, batch and context, and the tables."""
     sections = []
     prefill, decode, ceilings = profile.prefill, profile.decode, profile.ceilings
     best = _ceilings(ceilings)
@@ -44,7 +44,7 @@ def profile_part(profile: Profile, name: str, title: str) -> Part:
 
 
 def _ceilings(ceilings: pd.DataFrame) -> tuple[float, float] | None:
-    """The best measured rates: compute in TFLOP/s, memory in GB/s; with the most threads, if several counts were tried."""
+    """Return the best measured rates, compute in TFLOP/s and memory in GB/s, with the highest thread count."""
     most = _of_most_threads(ceilings)
     rates = {kind: most[most.kind == kind].rate.max() for kind in ("compute", "memory")}
     return None if any(rate != rate for rate in rates.values()) else (float(rates["compute"]), float(rates["memory"]))
@@ -67,17 +67,17 @@ def _roofline(prefill: pd.DataFrame, decode: pd.DataFrame, compute: float, memor
         f"Roofline: {len(points)} steps under {shown(compute)} TFLOP/s of compute and {shown(memory)} GB/s of memory"
     )
     caption = (
-        "Each mark is a step; pointing at it says which. The line is the most that this machine reached, measured in the "
+        "Each mark is a step; hover over it to see which. The line is the highest rate that this machine reached in the "
         "same profile. A step above the slope has its operands in a cache."
     )
     return picture(draw_roofline(pd.DataFrame(points), compute, memory), words, caption)
 
 
 def _profile_lines(frame: pd.DataFrame, along: str, by: Sequence[str]) -> list[Picture]:
-    """Time and tokens a second along ``along``, a line a setting of ``by`` and of the threads, where these vary."""
+    """Return plots of time and tokens per second over ``along``, one line per setting of ``by`` and threads."""
     varied = [name for name in (*by, "threads") if name in frame and frame[name].nunique() > 1]
     pictures = []
-    for column, label, unit in (("ms", "Time of a step", "ms"), ("tokens_per_s", "Tokens a second", "tokens/s")):
+    for column, label, unit in (("ms", "Time of a step", "ms"), ("tokens_per_s", "Tokens per second", "tokens/s")):
         if column not in frame:
             continue
         groups = list(frame.groupby(varied, sort=True)) if varied else [((), frame)]
@@ -86,6 +86,6 @@ def _profile_lines(frame: pd.DataFrame, along: str, by: Sequence[str]) -> list[P
             for values, of in groups[:MOST_LINES]
         }
         left = len(groups) - len(lines)
-        title = f"{label} by {along}" + (f" ({left} settings more in the table)" if left else "")
+        title = f"{label} by {along}" + (f" ({left} more settings in the table)" if left else "")
         pictures.append(picture(draw_lines(title, along, unit, lines), f"{label} in {unit} by {along}", wide=False))
     return pictures

@@ -1,4 +1,4 @@
-"""What the report says of a run."""
+"""The part of the report about a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,12 +27,12 @@ from splitwiser.results.report.page import (
 from splitwiser.results.report.plots import MOST_POINTS, draw_distributions, draw_progress, draw_timeline, shown
 from splitwiser.results.schema import LATENCIES, STATISTICS, shown_in
 
-ZOOMED_STEPS = 60  # so many steps, more or less, fill the timeline's close-up
+ZOOMED_STEPS = 60  # about how many steps the close-up of the timeline shows
 EXAMPLES = 3  # generations shown
 
 
 def run_part(run: Run, name: str, title: str, *, closed: bool = False) -> Part:
-    """Everything that a run's files say."""
+    """Return the part about ``run`` with everything from its files."""
     sections = [Section("", [_headlines(run)])]
     if len(run.steps):
         sections.append(Section("Timeline", _timeline(run)))
@@ -79,7 +79,7 @@ def _run_warnings(run: Run) -> list[str]:
     warnings = status_warnings(run.record, "run.yaml")
     failed = run.figures.get("failed", 0)
     if failed > 0:
-        warnings.append(f"{cell(failed).text} requests were not answered; run.yaml names them.")
+        warnings.append(f"{cell(failed).text} requests were not answered; run.yaml lists them.")
     if note := busy_note(run.figures):
         warnings.append(f"The machine was busy: {note}.")
     model = run.record.get("model")
@@ -102,7 +102,7 @@ def _headlines(run: Run) -> Figures:
     if len(run.steps):
         overlap = PhaseActivity(run.steps).overlap()
         both = overlap.both_s / (span(run.steps, run.latency) or 1) * 100
-        tiles.append(("Both phases at once", f"{both:.1f}", "%", "of the run"))
+        tiles.append(("Both phases active", f"{both:.1f}", "%", "of the run"))
     return Figures(tiles)
 
 
@@ -116,7 +116,7 @@ def _timeline(run: Run) -> list[Block]:
         start, end = PhaseActivity(steps).busiest_window(length)
         svg, bin_s = draw_timeline({run.mode: steps}, (start, end))
         caption = (
-            f"A close-up: the {shown(length * 1e3)} ms with the most overlap, or, without any, the most of both phases."
+            f"A close-up of the {shown(length * 1e3)} ms with the most overlap or, without any, most of both phases."
         )
         words = f"Timeline of the steps from {start:.3f} to {end:.3f} s"
         blocks.append(picture(svg, words, f"{caption} {thinned(bin_s)}"))
@@ -124,20 +124,20 @@ def _timeline(run: Run) -> list[Block]:
 
 
 def thinned(bin_s: float | None) -> str:
-    """How to read a timeline; ``bin_s`` is that of :func:`draw_timeline`."""
+    """Return how to read a timeline; ``bin_s`` is the one that :func:`draw_timeline` returned."""
     if bin_s is None:
-        return "Each bar is a step; pointing at it says what it did. Red is prefill, blue is decode."
+        return "Each bar is a step; hover over it for details. Red is prefill, blue is decode."
     return (
-        f"Too many steps to draw each: a lane's height is the share of each {shown(bin_s * 1e3)} ms in which it was at "
-        "work. Red is prefill, blue is decode."
+        f"Too many steps to draw each one: the height of a lane is the share of each {shown(bin_s * 1e3)} ms in which it "
+        "was active. Red is prefill, blue is decode."
     )
 
 
 def _timeline_words(run: Run) -> str:
     overlap = PhaseActivity(run.steps).overlap()
     return (
-        f"Timeline of mode {run.mode}: prefill at work for {shown(overlap.prefill_s)} s, decode for "
-        f"{shown(overlap.decode_s)} s, both at once for {shown(overlap.both_s)} s"
+        f"Timeline of mode {run.mode}: prefill active for {shown(overlap.prefill_s)} s, decode for "
+        f"{shown(overlap.decode_s)} s, both for {shown(overlap.both_s)} s"
     )
 
 
@@ -145,15 +145,15 @@ def _progress(run: Run) -> Picture:
     svg, bin_s = draw_progress(run.steps, run.latency)
     caption = (
         f"Means over {shown(bin_s * 1e3)} ms; a step's tokens are spread evenly over its time. A request's first token "
-        "comes from prefill and is not in decode's rate. Requests are counted at the start of each bin."
+        "comes from prefill and does not count for decode. Requests are counted at the start of each bin."
     )
     if run.record.get("status") != "finished":
-        caption += " Requests are those that had finished; latency.csv has no others."
-    return picture(svg, "Tokens a second of decode and of prefill, and requests in flight, over the run", caption)
+        caption += " Only finished requests are shown; latency.csv has no others."
+    return picture(svg, "Tokens per second of decode and of prefill, and requests in flight, over the run", caption)
 
 
 def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
-    """Of TTFT, ITL and E2E; a curve a name, over all requests of its runs."""
+    """Return plots of the distributions of TTFT, ITL and E2E, with one curve per name over all requests of its runs."""
     pooled = {name: [run for run in runs if len(run.latency)] for name, runs in samples.items()}
     pooled = {name: runs for name, runs in pooled.items() if runs}
     pictures = []
@@ -167,20 +167,16 @@ def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
     if len(known) == len(gaps):
         pictures.insert(1, _distribution(known, "ITL, every gap", log=True))
         said = (
-            "ITL is every gap between two tokens of a request. It follows from steps.csv: a request has a token from each "
-            "of its decode worker's steps from handoff to end. That their count is right is checked for every request."
+            "ITL is every gap between two tokens of a request. It follows from steps.csv: a request gets a token in each "
+            "step of its decode worker from handoff to end. The number of these steps was checked for every request."
         )
     else:
         for column, title in (("itl_p50_ms", "median"), ("itl_p99_ms", "99th percentile")):
             values = {name: _pool(runs, column) for name, runs in pooled.items()}
             if all(map(len, values.values())):
                 pictures.append(_distribution(values, f"each request's {title} ITL", log=True))
-        said = (
-            "steps.csv does not tell every gap between tokens, so ITL is shown by its percentiles within each request."
-        )
-    read = (
-        f"Dots mark the median and the 99th percentile; a curve has at most {MOST_POINTS} points, even over the ranks."
-    )
+        said = "steps.csv does not determine every gap, so ITL is shown by its percentiles within each request."
+    read = f"Dots mark the median and the 99th percentile; a curve has at most {MOST_POINTS} points, evenly spaced by rank."
     return [Pictures(pictures), Text(f"{read} {said}")]
 
 
@@ -207,7 +203,7 @@ def _latency_table(run: Run, name: str) -> Table:
         for latency in LATENCIES
         if latency.column("mean") in run.figures
     ]
-    caption = "In ms, from throughput.csv. ITL is over every gap of every request, the others are over requests."
+    caption = "In ms, from throughput.csv. ITL is over all gaps of all requests, the others are over requests."
     return Table(name, caption, ["", *STATISTICS], rows)
 
 
@@ -219,13 +215,13 @@ def _workers(run: Run, name: str) -> list[Block]:
     times = {
         "prefill": overlap.prefill_s,
         "decode": overlap.decode_s,
-        "both at once": overlap.both_s,
+        "both": overlap.both_s,
         "neither": whole - overlap.either_s,
     }
     rows = [[cell(phase), cell(seconds), cell(seconds / whole * 100)] for phase, seconds in times.items()]
     return [
         frame_table(f"{name}-workers", f"From steps.csv; percent of {shown(whole)} s.", busy),
-        Table(f"{name}-overlap", "How long the phases were at work.", ("at work", "seconds", "percent"), rows),
+        Table(f"{name}-overlap", "Time during which the phases were active.", ("active", "seconds", "percent"), rows),
     ]
 
 

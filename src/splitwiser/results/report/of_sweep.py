@@ -1,4 +1,4 @@
-"""What the report says of a sweep."""
+"""The part of the report about a sweep."""
 
 from collections.abc import Sequence
 
@@ -20,12 +20,12 @@ from splitwiser.results.schema import shown_in
 
 
 def sweep_part(sweep: Sweep, name: str) -> Part:
-    """The headline figures over the options, and every point."""
+    """Return the part about a sweep: its headline metrics over the options, and all points."""
     points = sweep.points
     finished = points[points.status == "finished"]
     settings = finished[sweep.options].drop_duplicates()
     varied = ", ".join(sweep.options)
-    verdict = f"{varied} varied: {len(settings):,} settings, {len(finished):,} of {len(points):,} runs finished."
+    verdict = f"{len(settings):,} settings of {varied}; {len(finished):,} of {len(points):,} runs finished."
     sections = _sweep_plots(
         finished, [option for option in sweep.options if finished[option].nunique(dropna=False) > 1]
     )
@@ -39,9 +39,9 @@ def sweep_part(sweep: Sweep, name: str) -> Part:
 
 
 def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
-    """The headline figures over the options: along the numeric option with the most values, a line for each setting of the
-    others. If those are more than fit one plot, the one with the most values that fit makes the lines, and each setting
-    of the rest is a section."""
+    """Return sections with the headline metrics over the numeric option with the most values, with one line per setting of
+    the others. If these are too many lines for one plot, the option with the most values that fit makes the lines, and
+    each setting of the rest is a section."""
     numeric = [name for name in options if pd.api.types.is_numeric_dtype(points[name]) and points[name].dtype != bool]
     along = max(numeric, key=lambda name: points[name].nunique(), default=None)
     others = [name for name in options if name != along]
@@ -53,10 +53,10 @@ def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
     groups = points.groupby(by_section, sort=False, dropna=False) if by_section else [((), points)]
     return [
         Section(
-            setting(by_section, values) or "Figures over the options",
+            setting(by_section, values) or "Metrics over the options",
             [
                 Pictures(_sweep_pictures(of, along, by_lines)),
-                Text("Medians over repeats; strokes go from least to greatest."),
+                Text("Medians over rounds; vertical lines span the minimum to the maximum."),
             ],
             closed=number > 0,
         )

@@ -1,4 +1,4 @@
-"""What a page of the report is made of, and how it becomes one HTML file that needs nothing else."""
+"""The elements of a report page, and their rendering as one self-contained HTML file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows, and what it sorts by: the value unrounded."""
+    """A table cell: the text shown, and the unrounded value that the table sorts by."""
 
     text: str
     value: str
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings. ``name`` is the id that the page gives it; ``long`` text is wrapped, not set in one line."""
+    """A table. ``name`` is its id on the page; text in a ``long`` table is wrapped."""
 
     kind: ClassVar[str] = "table"
     name: str
@@ -37,13 +37,13 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold figures."""
+        """Whether each column holds numbers."""
         return [any(row[place].numeric for row in self.rows) for place in range(len(self.headings))]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element, what it shows in words (for those who do not see it), and a line below it."""
+    """An SVG element with its alternative text for screen readers and a caption."""
 
     kind: ClassVar[str] = "picture"
     svg: Markup
@@ -54,7 +54,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Small pictures side by side, as many as the page's width takes."""
+    """Small pictures side by side, as many as fit the width of the page."""
 
     kind: ClassVar[str] = "pictures"
     pictures: Sequence[Picture]
@@ -62,7 +62,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Figures:
-    """The headline figures: name, value, unit, and what more there is to say."""
+    """Headline metrics: name, value, unit and a remark."""
 
     kind: ClassVar[str] = "figures"
     figures: Sequence[tuple[str, str, str, str]]
@@ -78,7 +78,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Example:
-    """Texts that belong together, each under a name: a finding, its reference, what was generated."""
+    """Related texts, each under a name: a finding, its reference, the generated text."""
 
     kind: ClassVar[str] = "example"
     title: str
@@ -90,7 +90,7 @@ Block = Table | Picture | Pictures | Figures | Text | Example
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading; ``closed`` ones open on a click."""
+    """Blocks under a heading; a ``closed`` section opens on a click."""
 
     title: str
     blocks: Sequence[Block]
@@ -99,7 +99,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Part:
-    """What one folder, or several against each other, come to: a title, a verdict in one line, warnings and sections."""
+    """The part of a page about one folder or one comparison: a title, a verdict in one line, warnings and sections."""
 
     name: str
     title: str
@@ -118,11 +118,11 @@ def frame_table(
     long: bool = False,
     drop_empty: bool = False,
 ) -> Table:
-    """``frame`` as a table under its own column names; only the first ``most`` rows, and then the caption says so."""
+    """Return ``frame`` as a table; if it has over ``most`` rows, only these are kept and the caption says so."""
     if drop_empty:
         frame = frame.dropna(axis="columns", how="all")
     if most is not None and len(frame) > most:
-        caption = f"{caption} The first {most:,} of {len(frame):,} rows; the file has them all."
+        caption = f"{caption} The first {most:,} of {len(frame):,} rows; the file has all."
         frame = frame.head(most)
     columns = [[cell(value) for value in frame.iloc[:, place]] for place in range(len(frame.columns))]
     rows = [list(row) for row in zip(*columns, strict=True)]
@@ -130,12 +130,12 @@ def frame_table(
 
 
 def pairs_table(name: str, caption: str, pairs: Mapping[str, Any]) -> Table:
-    """A row a name and value."""
+    """Return a table with one row per name and value."""
     return Table(name, caption, ("", "value"), [[cell(key), cell(value)] for key, value in pairs.items()], long=True)
 
 
 def cell(value: object) -> Cell:
-    """A value as a table shows it: figures rounded, nothing as a dash, anything else as it is."""
+    """Return ``value`` as a table cell: numbers rounded, missing values as a dash, anything else as text."""
     if value is None or (isinstance(value, float) and value != value):
         return Cell(NOTHING, "", False)
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__float__") or isinstance(value, str):
@@ -146,12 +146,12 @@ def cell(value: object) -> Cell:
 
 
 def picture(svg: str, alternative: str, caption: str = "", *, wide: bool = True) -> Picture:
-    """An SVG that this program drew, and so may stand in the page as it is."""
+    """Return a picture from ``svg``, which this program drew, so that it needs no escaping."""
     return Picture(Markup(svg), alternative, caption, wide)
 
 
 def render(title: str, parts: Sequence[Part], made: str) -> str:
-    """The page; every text in it is escaped. ``made`` says by what and when."""
+    """Return the page as HTML with all text escaped. ``made`` is the footer."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     template = files("splitwiser.results.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(title=title, parts=parts, made=made)

@@ -1,5 +1,5 @@
-"""The pictures of results. Those of the report are each an SVG to stand inside a page: text stays text, and ink takes the
-page's colour; a run's timeline and a profile's roofline are PNGs as well."""
+"""Draws the plots of results. Those of the report are SVG elements for an HTML page, with text as text and in the colours
+of the page; the timeline of a run and the roofline of a profile are also PNG files."""
 
 import hashlib
 import re
@@ -25,17 +25,17 @@ from splitwiser.results.report.activity import FloatArray, durations, in_flight,
 from splitwiser.results.timeline import PHASE_COLOURS
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#9a7d0a")
-"""Okabe and Ito's, which the colour-blind can tell apart; black and yellow, which one of the two themes would swallow, are
-a grey and an ochre."""
+"""The colour-blind safe palette of Okabe and Ito; black and yellow, invisible in one of the two themes, are replaced by grey
+and ochre."""
 STATES = {"waiting": "#a0a0a0", "in prefill": PHASE_COLOURS["prefill"], "generating": PHASE_COLOURS["decode"]}
-MOST_BARS = 1500  # steps of a timeline that are drawn one by one; above, bins stand for them
-BINS = 300  # of a run's time, where it is drawn in bins
+MOST_BARS = 1500  # most steps of a timeline that are drawn one by one; more are drawn in bins
+BINS = 300  # number of bins of a run's time
 MOST_POINTS = 400  # of a distribution's curve
 
 _WIDE, _SMALL = 11.0, 4.2  # inches
 _CLOCK = "seconds from the run's start"
 _PHASE_MARKERS: dict[Phase, str] = {"prefill": "o", "decode": "s"}
-_INK, _FAINT = "#010203", "#010204"  # become the page's own colours
+_INK, _FAINT = "#010203", "#010204"  # placeholders for the colours of the page
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -67,7 +67,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Spread:
-    """A bar or point: its middle value and the least and greatest seen."""
+    """The median, minimum and maximum of a bar or point."""
 
     median: float
     least: float
@@ -75,18 +75,18 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of ``values``, one or more."""
+        """Return the spread of ``values``, at least one."""
         return cls(float(np.median(values)), float(min(values)), float(max(values)))
 
 
 def draw_timeline(
     runs: Mapping[str, pd.DataFrame], window: tuple[float, float], *, titled: bool = False
 ) -> tuple[str, float | None]:
-    """Draw the steps of each run within ``window`` (seconds), a lane for each worker and phase, runs above one another on
-    one time axis.
+    """Draw the steps of each run within ``window`` (seconds), one lane per worker and phase, with the runs stacked on
+    a common time axis.
 
-    Returns the picture and, where steps are too many to draw each, the seconds of a bin: then a lane's height is the share
-    of the bin in which it was at work. A step drawn by itself says on hover what it did.
+    Returns the SVG and, if there are too many steps to draw each, the seconds of a bin: the height of a lane is then the
+    share of the bin in which it was active. A step that is drawn individually shows its details on hover.
     """
     visible = {name: steps[(steps.end_s > window[0]) & (steps.start_s < window[1])] for name, steps in runs.items()}
     rows = [_height(steps) for steps in visible.values()]
@@ -102,8 +102,8 @@ def draw_timeline(
 
 
 def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
-    """Write the timeline of a whole run as a PNG: the lanes, as :func:`draw_timeline` has them, and beneath how many
-    requests each decode step took."""
+    """Write the timeline of a whole run as a PNG: the lanes as in :func:`draw_timeline`, and below them the number of
+    requests in each decode step."""
     window = (0.0, float(steps.end_s.max()) if len(steps) else 1.0)
     bin_s = _bin_s([steps], window)
     rows = _height(steps)
@@ -118,7 +118,7 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
         batches.yaxis.set_major_locator(MaxNLocator(integer=True))
         if batches.get_lines():
             batches.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, borderaxespad=0)
-        height = "" if bin_s is None else f"; a lane's height is the share of each {shown(bin_s * 1e3)} ms at work"
+        height = "" if bin_s is None else f"; the height of a lane is its active share of each {shown(bin_s * 1e3)} ms"
         batches.set_xlabel(f"{_CLOCK}{height}")
         _save(figure, path)
 
@@ -128,14 +128,14 @@ def _height(steps: pd.DataFrame) -> int:
 
 
 def _bin_s(runs: Iterable[pd.DataFrame], window: tuple[float, float]) -> float | None:
-    """The seconds of a bin of ``window``, if the steps of ``runs`` are too many to draw each."""
+    """Return the seconds of a bin of ``window``, or None if the steps of ``runs`` are few enough to draw each."""
     return (window[1] - window[0]) / BINS if sum(map(len, runs)) > MOST_BARS else None
 
 
 def _draw_lanes(
     axes: Axes, steps: pd.DataFrame, window: tuple[float, float], bin_s: float | None, name: str
 ) -> dict[str, list[str]]:
-    """Draw a lane for each worker and phase; returns what the bars say on hover, by the id of their group."""
+    """Draw a lane for each worker and phase; returns the hover texts of the bars by the id of their group."""
     tips = {}
     lanes = _lanes(steps)
     edges = np.linspace(*window, BINS + 1)
@@ -159,8 +159,8 @@ def _draw_lanes(
 
 
 def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, float]:
-    """Tokens a second of each phase over the run, and how many requests wait, are in prefill and generate. Returns the
-    picture and the seconds of a bin."""
+    """Draw the tokens per second of each phase over the run, and the requests waiting, in prefill and generating. Returns
+    the SVG and the seconds of a bin."""
     edges = np.linspace(0, span(steps, latency) or 1.0, BINS // 2 + 1)
     with _figure(_WIDE, 5.2, 3) as (figure, (decode, prefill, requests)):
         for axes, phase in ((decode, "decode"), (prefill, "prefill")):
@@ -185,7 +185,7 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
 
 
 def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
-    """Draw the cumulative distribution of each sample; medians and 99th percentiles are marked."""
+    """Draw the cumulative distribution of each sample with its median and 99th percentile marked."""
     with _figure(_SMALL, 3.2) as (figure, (axes,)):
         for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
             ordered = np.sort(values)
@@ -217,7 +217,7 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
 
 
 def draw_bars(title: str, unit: str, values: Mapping[str, Spread]) -> str:
-    """A bar a name: the median, a line from the least to the greatest, and the figure beside it."""
+    """Draw one bar per name: the median, a line from the minimum to the maximum, and the median as a number beside it."""
     with _figure(_SMALL, 0.85 + 0.36 * len(values)) as (figure, (axes,)):
         rows = range(len(values))
         spreads = list(values.values())
@@ -246,7 +246,7 @@ def draw_bars(title: str, unit: str, values: Mapping[str, Spread]) -> str:
 
 
 def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
-    """A line a name over a numeric option: medians, with a stroke from the least to the greatest."""
+    """Draw one line per name over a numeric option: medians, with vertical lines from the minimum to the maximum."""
     with _figure(_SMALL, 3.2) as (figure, (axes,)):
         for (name, points), colour, marker in zip(lines.items(), _cycle(len(lines)), _markers(len(lines)), strict=True):
             places = sorted(points)
@@ -274,7 +274,7 @@ def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[fl
 
 def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> str:
     """Draw measured steps (``phase, label, arithmetic_intensity, tflops``) under the measured ceilings of compute, in
-    TFLOP/s, and of memory, in GB/s. A mark says on hover which step it is."""
+    TFLOP/s, and of memory, in GB/s. A mark shows its step on hover."""
     with _figure(_WIDE, 5.4) as (figure, (axes,)):
         _draw_ceilings(axes, points, tera_flops, giga_bytes)
         tips = {}
@@ -294,8 +294,8 @@ def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) ->
 
 
 def save_roofline(path: Path, points: pd.DataFrame, tera_flops: float, giga_bytes: float, title: str) -> None:
-    """Write the roofline as a PNG, in which marks have their ``label`` beside them and those of one ``series`` are joined;
-    otherwise as :func:`draw_roofline`."""
+    """Write the roofline as a PNG: as :func:`draw_roofline`, with a ``label`` beside each mark and lines that connect the
+    marks of a ``series``."""
     with _figure(9.0, 5.4) as (figure, (axes,)):
         _draw_ceilings(axes, points, tera_flops, giga_bytes)
         axes.set_title(title)
@@ -326,7 +326,7 @@ def save_roofline(path: Path, points: pd.DataFrame, tera_flops: float, giga_byte
 
 
 def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> None:
-    """Draw the two ceilings on logarithmic axes that ``points`` fit."""
+    """Draw the two ceilings on logarithmic axes that contain ``points``."""
     ridge = tera_flops * 1e3 / giga_bytes
     left = min(points.arithmetic_intensity.min(), ridge) / 2
     middle = (left * ridge) ** 0.5
@@ -352,12 +352,12 @@ def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_byt
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("operations a byte of memory traffic, counted from the architecture")
+    axes.set_xlabel("operations per byte of memory traffic, counted from the architecture")
     axes.set_ylabel("TFLOP/s")
 
 
 def shown(value: float) -> str:
-    """A figure as the report rounds it: whole numbers whole, else one decimal from 100, two from 1, three digits below."""
+    """Return ``value`` rounded for the report: integers as they are, else 1 decimal from 100, 2 from 1, 3 digits below."""
     if value == int(value):
         return f"{value:,.0f}"
     size = abs(value)
@@ -365,7 +365,7 @@ def shown(value: float) -> str:
 
 
 def _lanes(steps: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (worker, phase) pairs of ``steps``, prefill first."""
+    """Return the (worker, phase) pairs of ``steps``, prefill first."""
     pairs = {(str(worker), str(phase)) for worker, phase in zip(steps.worker, steps.phase, strict=True)}
     return sorted(pairs, key=lambda lane: (lane[1] == "decode", lane[0]))
 
@@ -390,8 +390,8 @@ def _markers(count: int) -> list[str]:
 def _figure(
     width: float, height: float, rows: int = 1, height_ratios: Sequence[float] | None = None
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure and its panels, one above the other on one x axis."""
-    # not pyplot: a figure of its own needs no display and leaves the user's matplotlib settings alone
+    """Yield a figure and its panels, stacked on a shared x axis."""
+    # not pyplot: this needs no display and does not change the user's matplotlib settings
     with rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=height_ratios)[:, 0])
@@ -402,8 +402,8 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _svg(figure: Figure, tips: Mapping[str, Sequence[str]] | None = None) -> str:
-    """``figure`` as an element for a page: coordinates to a hundredth of a point, colours and font the page's, ids that no
-    other picture has. ``tips`` gives each mark of a group what it says on hover."""
+    """Return ``figure`` as an SVG element for a page, with coordinates rounded to 0.01 points, the page's colours and font,
+    and ids unique on the page. ``tips`` are the hover texts of each mark of a group."""
     file = StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
