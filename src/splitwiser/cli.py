@@ -5,7 +5,9 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
+from _thread import interrupt_main
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -75,14 +77,23 @@ def _terminated(*_: object) -> None:
 def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
     os.environ["PYTHONSAFEPATH"] = "1"  # our processes must import nothing from the current folder, which is the user's
+    sys.unraisablehook = _interrupt_again
     try:
         exit_code = main()
     except KeyboardInterrupt:  # another one, while the first was being reported
         exit_code = 128 + signal.SIGINT
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # only Python's own exit is left, where another Ctrl-C would print a traceback
+    # only Python's own exit is left, where another Ctrl-C would print a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(exit_code)
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Interrupt the main thread a moment later if an interrupt came within a destructor, where Python would print a traceback
+    and go on."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(line: str, exit_code: int, debug: bool) -> int:

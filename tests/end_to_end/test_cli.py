@@ -241,6 +241,28 @@ def test_a_user_without_a_name_and_a_home_has_a_run(tmp_path: Path) -> None:
     assert "set XDG_CACHE_HOME" in kernel or "no g++" in kernel
 
 
+def test_ctrl_c_within_a_destructor_still_interrupts() -> None:
+    script = """
+import sys, time
+from splitwiser import cli
+
+
+class Interrupted:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+sys.unraisablehook = cli._interrupt_again
+try:
+    Interrupted()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
 def test_a_folder_that_has_been_deleted_is_named(tmp_path: Path) -> None:
     script = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
     done = subprocess.run(
