@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import traceback
-from _thread import interrupt_main
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -88,10 +87,11 @@ def entry_point() -> None:
 
 
 def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Interrupt the main thread a moment later if an interrupt came within a destructor, where Python would print a traceback
-    and go on."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, interrupt_main).start()
+    """Interrupt the main thread a moment later if an interrupt came within a destructor, where Python would print a
+    traceback and go on."""
+    main_thread = threading.main_thread().ident
+    if issubclass(unraisable.exc_type, KeyboardInterrupt) and main_thread is not None:
+        threading.Timer(0.01, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 
