@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from splitwiser.files import load_yaml, read_yaml
+from splitwiser.files import load_yaml, read_yaml, write_yaml
 from tests.support.assertions import assert_says, refusal
 
 
@@ -30,3 +30,8 @@ def test_what_is_no_yaml_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text, encoding="utf-8")
     assert_says(refusal(read_yaml, path), f"{path}: not valid YAML: ")
+
+
+def test_a_path_is_written_as_its_text(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "a.yaml", {"model": tmp_path, "mode": "mp"})
+    assert read_yaml(tmp_path / "a.yaml") == {"model": str(tmp_path), "mode": "mp"}

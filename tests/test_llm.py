@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitwiser import LLM, SamplingParams, constants
+from splitwiser import LLM, EngineConfig, RunConfig, SamplingParams, constants
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import InputError, RunError
@@ -385,3 +385,10 @@ def test_a_closed_one_has_given_the_gpu_back(mode: str, tiny: Callable[[str], Pa
         with LLM(tiny("llama"), mode=mode, device="cuda", kv_memory=size) as llm:
             llm.generate([[5, 6, 7]])
     assert before[2] - before[1] < 1 << 29
+
+
+def test_workers_get_no_more_than_an_engines_configuration(tiny: Callable[[str], Path]) -> None:
+    # a worker that got a run's would import what workloads are read with
+    with LLM(config=RunConfig(model=tiny("opt"), max_batch=3, limit=5), prefill_tokens=9) as llm:
+        assert type(llm.config) is EngineConfig
+        assert (llm.config.max_batch, llm.config.prefill_tokens) == (3, 9)

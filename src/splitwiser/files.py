@@ -8,7 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
@@ -63,9 +63,16 @@ def read_entries(path: Path, example: str) -> dict[Any, dict[str, Any]]:
     return entries
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes paths as text."""
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+
+
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file at ``path`` with ``content`` as YAML, keys in their order."""
-    replace(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+    replace(path, yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 class CsvTable:

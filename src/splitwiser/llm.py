@@ -18,6 +18,7 @@ from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.errors import InputError
 from splitwiser.machine.device import release_memory
 from splitwiser.model.loading import LoadedModel
+from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
@@ -69,8 +70,10 @@ class LLM:
         config: EngineConfig | None = None,
         **options: Any,  # noqa: ANN401  # the fields of EngineConfig, of various types
     ) -> None:
-        given = options if model is None else {"model": model, **options}
-        self.config = replace(config or EngineConfig(), **given)
+        given = {} if config is None else {name: getattr(config, name) for name in option_fields(EngineConfig)}
+        given |= options if model is None else {"model": model, **options}
+        # never a subclass, such as a run's: workers receive it, and would import what its own fields need
+        self.config = EngineConfig(**given)
         self._lock = threading.Lock()
         began = time.perf_counter()
         with ExitStack() as undo:  # if a later part fails, undoes the earlier ones

@@ -226,7 +226,6 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     setups = [
         WorkerSetup(
             index=number,
-            workers=specs,
             model=replace(model, module=None),  # type: ignore[arg-type]  # it travels as shared memory
             module=module,
             layers=layers,

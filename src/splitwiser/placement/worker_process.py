@@ -40,7 +40,6 @@ class WorkerSetup:
     """Everything that a worker process receives at its start."""
 
     index: int
-    workers: tuple[WorkerSpec, ...]
     model: LoadedModel
     module: SharedModule
     layers: list[LayerShape]
@@ -59,7 +58,7 @@ class WorkerSetup:
     @property
     def spec(self) -> WorkerSpec:
         """Name, role and share of this worker."""
-        return self.workers[self.index]
+        return self.config.specs[self.index]
 
 
 def worker_main(setup: WorkerSetup) -> None:
@@ -89,7 +88,7 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
     config = setup.config
     if config.share == "fixed" and not config.lend:
         os.sched_setaffinity(
-            0, plan_cores(setup.workers, setup.cores)[setup.index]
+            0, plan_cores(config.specs, setup.cores)[setup.index]
         )  # this thread and those that it starts
     share = _make_share(setup, board)
     cpu_share = CpuShare(share, setup.thread_levels, len(setup.cores), setup.model.device.type == "cpu")
@@ -114,7 +113,7 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         warm_up_prefill(model, pool, config.prefill_tokens)
     stepper = ModelStepper(model, pool, graphs)
     worker = build_worker(
-        setup.workers, setup.index, transport, stepper, setup.own_blocks, scheduler_settings(config), share.observe
+        config.specs, setup.index, transport, stepper, setup.own_blocks, scheduler_settings(config), share.observe
     )
     cpu_share.before_step()
     transport.send(PARENT, Ready(spec.name, graphs_described))
@@ -124,7 +123,7 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
 def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:
     """Return the worker's share of the device; with share auto, the first decode worker changes the level."""
     config = setup.config
-    roles = [worker.role for worker in setup.workers]
+    roles = [worker.role for worker in config.specs]
     auto = None
     if config.share == "auto" and setup.index == roles.index("decode"):
         units = [sum(threads for threads, role in zip(level, roles, strict=True) if role == "decode")

@@ -350,10 +350,8 @@ TABLES: dict[str, Sequence[Column]] = {
     "steps.csv": STEPS,
     "generations.csv": GENERATIONS,
     "tokens.csv": TOKENS,
-    "prefill.csv": PREFILL,
-    "decode.csv": DECODE,
-    "ceilings.csv": CEILINGS,
 }
+"""Tables of a run; the commands that start runs declare their own."""
 
 
 def throughput_figures(
@@ -394,7 +392,7 @@ def columns_of(row: type) -> tuple[Column, ...]:
     return tuple(column_of(each) for each in fields(row))
 
 
-def describe_columns(tables: Mapping[str, Sequence[Column]] = TABLES) -> str:
+def describe_columns(tables: Mapping[str, Sequence[Column]]) -> str:
     """Return a table in Markdown for each of ``tables``: the columns, their units and what they mean."""
     parts = []
     for file, columns in tables.items():

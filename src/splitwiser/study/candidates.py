@@ -21,7 +21,7 @@ from splitwiser.machine.load import LoadMeter, MachineLoad
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.checks import find_mode_problem
-from splitwiser.placement.config import EngineConfig, ModelConfig
+from splitwiser.placement.config import ModelConfig
 from splitwiser.placement.cores import plan_threads
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES
@@ -205,8 +205,7 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
     total = sum(len(request.prompt_token_ids) for request in sample)
     # several prefill steps, so that most of them overlap decode steps
     prefill_tokens = min(config.prefill_tokens, max(64, total // 8))
-    engine = EngineConfig(**{name: getattr(config, name) for name in option_fields(EngineConfig)})
-    with LLM(config=engine, mode=mode, workers=workers, prefill_tokens=prefill_tokens) as llm:
+    with LLM(config=config, mode=mode, workers=workers, prefill_tokens=prefill_tokens) as llm:
         prompts, params = zip(*((each.prompt_token_ids, _sample_params(each.params)) for each in sample), strict=True)
         recording = Recording()
         llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())

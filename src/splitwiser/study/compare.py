@@ -105,11 +105,11 @@ def make_variants(
             raise InputError(f"--variant {name}: --results is the comparison's; give it outside of the variant")
         variants.append(Variant(name, {**base, **own}))
     variants += [Variant(peer.engine, base, peer) for peer in map(read_peer, peers)]
-    names = [variant.name for variant in variants]
-    if len(names) < 2:
+    given = [variant.name for variant in variants]
+    if len(given) < 2:
         raise InputError("a comparison needs two variants or more; name them by --modes, --variant and --peer")
-    for name in names:
-        if names.count(name) > 1:
+    for name in given:
+        if given.count(name) > 1:
             raise InputError(f"two variants are named '{name}'; give each a name of its own")
     return variants
 

@@ -32,7 +32,7 @@ class ProfileConfig(ModelConfig):
         for name in ("prompt_lengths", "batch_sizes", "contexts"):
             if not getattr(self, name).strip():
                 raise InputError(f"--{name} is empty; at least one whole number is needed")
-        check_counts(self, "--repeats", "--prefill_tokens")
+        check_counts(self, "--repeats")
         super().__post_init__()
         check_results(self.results)
 
@@ -54,7 +54,7 @@ class AdviseConfig(RunConfig):
     repeats: int = option(1, "how often to run each of them, in interleaved rounds", "advice")
 
     def __post_init__(self) -> None:
-        check_counts(self, "--repeats", "--prefill_tokens", "--max_batch")
+        check_counts(self, "--repeats")
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)

@@ -78,10 +78,10 @@ def interval(ratios: Sequence[float]) -> tuple[float, float] | None:
     on logarithms; s has n - 1 in its denominator). With few rounds t is wide: with 2% noise, differences from about 5% on
     show at 3 rounds, 2.5% at 5, 1.4% at 10. One in twenty pairs that are equal will still show a difference.
     """
-    from scipy.special import stdtrit  # Student's t; slow to import, so not at start-up
-
     if len(ratios) < 2:
         return None
+    from scipy.special import stdtrit  # Student's t; slow to import, so not at start-up
+
     logarithms = [math.log(ratio) for ratio in ratios]
     freedom, mean = len(ratios) - 1, float(np.mean(logarithms))
     half_width = float(stdtrit(freedom, 0.975)) * float(np.std(logarithms, ddof=1)) / math.sqrt(len(ratios))

@@ -44,7 +44,7 @@ SUMMARY = (
     ),
     Column("limit", "What limits the step according to the roofline: compute or memory."),
 )
-TABLES = {"summary.csv": SUMMARY}
+TABLES = {"prefill.csv": PREFILL, "decode.csv": DECODE, "ceilings.csv": CEILINGS, "summary.csv": SUMMARY}
 
 _LEAST_S = 0.2  # minimum seconds of a point's measured steps together
 _UNSTEADY = 1.5

@@ -91,12 +91,8 @@ class WorkloadConfig:
     ignore_eos: bool = option(False, "do not end a request at an end-of-sequence token", "sampling")
 
     def __post_init__(self) -> None:
-        is_named = self.workload in workload_names()
-        for other in ("trace", "prompt_tokens"):
-            if self.workload is not None and getattr(self, other) is not None and (other == "trace" or not is_named):
-                raise InputError(f"--workload and --{other} both set the prompts; give one of them")
-        if is_named:
-            self._take_over_workload()
+        if self.workload is not None:
+            self._check_workload()
         check_counts(self, "--limit", "--requests", "--max_prompt_tokens")
         self._check_requests()
         self._check_arrivals()
@@ -106,8 +102,14 @@ class WorkloadConfig:
             if getattr(self, name) is not None:
                 parse_lengths(f"--{name}", getattr(self, name))
 
-    def _take_over_workload(self) -> None:
-        """Set the options of the named workload that were not given explicitly."""
+    def _check_workload(self) -> None:
+        """Set the options of a named workload that were not given explicitly."""
+        is_named = self.workload in workload_names()
+        for other in ("trace",) if is_named else ("trace", "prompt_tokens"):
+            if getattr(self, other) is not None:
+                raise InputError(f"--workload and --{other} both set the prompts; give one of them")
+        if not is_named:
+            return
         try:
             options = typed_options(read_named_workload(str(self.workload)), WorkloadConfig)
         except InputError as error:
