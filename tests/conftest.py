@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # the set-up, which takes minutes, begins first: no other test is then left waiting for it at the end
-    items.sort(key=lambda item: (item.path.stem != "test_setup", item.get_closest_marker("slow") is None))
+    # those that take longest begin first: no worker is then left with one of them at the end
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
