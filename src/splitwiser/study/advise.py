@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from splitwiser.engine.policy import find_policy
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.llm import make_requests
@@ -123,7 +124,7 @@ def predict(
         for placement in measurements.placements:
             for budget in budgets:
                 candidate = Candidate(placement.mode, placement.workers, budget)
-                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
+                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend, find_policy(config.policy))
                 row = candidate.row
                 try:
                     machine = Machine(measurements.costs, measurements.cores, placement.blocks)
