@@ -226,11 +226,15 @@ def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "fewest", "most"), [("mp", 5, 10_000), ("sequential", 0, 0)])
-def test_decode_goes_on_while_a_long_prompt_is_prefilled(mode: str, fewest: int, most: int, long_context: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "new_tokens", "fewest", "most"), [("mp", 4000, 5, 10_000), ("sequential", 1000, 0, 0)]
+)
+def test_decode_goes_on_while_a_long_prompt_is_prefilled(
+    mode: str, new_tokens: int, fewest: int, most: int, long_context: Path
+) -> None:
     seen = Seen()
     prompts = [[7] * 10, [9] * 7000]
-    params = [SamplingParams(max_tokens=4000, ignore_eos=True), SamplingParams(max_tokens=1)]
+    params = [SamplingParams(max_tokens=new_tokens, ignore_eos=True), SamplingParams(max_tokens=1)]
     with LLM(long_context, mode=mode, prefill_tokens=8192, kv_memory="64MiB") as llm:
         outputs = llm.generate(prompts, params, arrival_s=[0.0, 0.3], observer=seen)
     (long_step,) = [step for step in seen.steps if step.phase == "prefill" and step.tokens == 7000]

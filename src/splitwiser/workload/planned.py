@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from splitwiser.request import Prompt
 from splitwiser.workload.reports import Report
 
-
 _NO_REPORT = Report("")
 
 
