@@ -64,7 +64,8 @@ def test_a_workload_gives_each_prompt_its_own_limit(workload: str) -> None:
 
 def test_a_format_of_files_is_a_row_and_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_lengths(path: Path) -> list[PlannedRequest]:
-        return [PlannedRequest(None, *map(int, line.split(","))) for line in path.read_text().splitlines()]
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        return [PlannedRequest(None, int(prompt), int(new), float(arrival_s)) for prompt, new, arrival_s in rows]
 
     monkeypatch.setitem(READERS, ".lengths", read_lengths)
     path = tmp_path / "mine.lengths"
