@@ -39,7 +39,7 @@ class ModelFacts(Protocol):
 
 
 Reader = Callable[[Path], list[PlannedRequest]]
-"""Reads the requests of a file. Raises :class:`InputError` naming the file."""
+"""Reads the requests of a file, one or more. Raises :class:`InputError` naming the file."""
 
 READERS: dict[str, Reader] = {".json": read_prompt_file}
 """The formats of ``--workload`` files, by their ending; another ending is read as JSON. A new format is a row here and a
@@ -123,7 +123,7 @@ def _from_workload(config: WorkloadConfig, _: int) -> Job:
     if not path.exists():
         raise InputError(f"--workload {path}: no such file, nor a workload of this name: {', '.join(workload_names())}")
     requests = READERS.get(path.suffix, read_prompt_file)(path)[: config.limit]
-    return Job(path.stem, requests, exact=requests[0].prompt is None)
+    return Job(path.stem, requests, exact=all(each.prompt is None for each in requests))
 
 
 def _from_trace(config: WorkloadConfig, _: int) -> Job:
