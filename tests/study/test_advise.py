@@ -397,6 +397,7 @@ def test_answers_of_one_token_have_no_gap_to_tell_of(beside: float, on_record: C
     assert "ITL" not in " ".join(advice.reasons)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("runs_here")
 def test_advice_on_a_real_model(tiny: Tiny, tmp_path: Path) -> None:
     workload = write_workload(tmp_path / "work.json", prompts=8, new_tokens=6)

@@ -180,6 +180,9 @@ QUIET = Load(9.0, 0.5, 2.0, 1.9, 0.05, 0.1)
 def profiled(tiny: Tiny, tmp_path: Path, during: Load, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
     """The folder of a profile on a machine that did ``during``, and its notes."""
     monkeypatch.setattr(LoadMeter, "end", lambda _: during)
+    probes = [CeilingProbe(kind, "given", 8, 1.0, 1e9) for kind in ("compute", "memory")]
+    monkeypatch.setattr("splitwiser.study.profile.measure_ceilings", lambda *_: probes)
+    monkeypatch.setattr("splitwiser.study.profile._LEAST_S", 0.0)
     config = small(tiny("opt"), tmp_path, prompt_lengths="8", prompts="", starts="", batch_sizes="1", contexts="5")
     directory = profile(config).directory
     notes: list[str] = yaml.safe_load((directory / "profile.yaml").read_text())["notes"]
