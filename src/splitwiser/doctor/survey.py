@@ -211,7 +211,7 @@ def find_kernel(place: str | None) -> Found:
     """Build the kernels as a run does, so that the result is that of a run."""
     import torch
 
-    from splitwiser.model.kernels import build as native
+    from splitwiser.machine import user_cache
     from splitwiser.model.kernels import gpu_attention as gpu_kernel
     from splitwiser.model.kernels.choose import load_kernels
 
@@ -219,9 +219,9 @@ def find_kernel(place: str | None) -> Found:
     compiled, text = kernels.decode is not None, described["decode_attention"]
     cache, kept = None, ""
     try:
-        cache = (native if place in (None, "cpu") else gpu_kernel).cache_directory()
+        cache = (user_cache if place in (None, "cpu") else gpu_kernel).cache_directory()
         kept = f"kept in {cache}"
-    except FileNotFoundError as error:
+    except OSError as error:
         kept = first_line(error)
     figures = {
         "kernel": text,
