@@ -16,7 +16,6 @@ from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
 from splitwiser.errors import first_line
 from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
-from splitwiser.model.catalog import resolve_model
 
 DEVICES_S, SHARE_S, HUB_S, TOOL_S = 60.0, 90.0, 20.0, 10.0  # longest that each probe may take
 FEW_FILES = 256  # a run opens tens of files, and a pipe for every pair of processes
@@ -295,8 +294,8 @@ def find_open_files() -> Found:
 # the hub
 
 
-def find_hub(model: str, wanted: bool) -> Found:
-    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves ``model``."""
+def find_hub(name: str, wanted: bool) -> Found:
+    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves the model ``name``, if it has one."""
     from huggingface_hub import constants as hub
 
     cache = f"cache {hub.HF_HUB_CACHE}"
@@ -309,7 +308,6 @@ def find_hub(model: str, wanted: bool) -> Found:
     figures = {"problem": problem, "cache": hub.HF_HUB_CACHE, "tried": wanted}
     if not wanted:
         return None, f"not tried (--hub tries it); {setting}; {cache}", figures
-    name = resolve_model(model).hub
     try:
         ask("hub", name, deadline_s=HUB_S)
     except ProbeError as error:
