@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """List the models known by name."""
     entries = load_catalog(Path(options.models)).values()
-    rows = [(entry.name, entry.location, _as_dummy(entry)) for entry in entries]
-    print(columns([("model", "from", "without a download, as dummy"), *rows]))
+    rows = [(entry.name, _as_dummy(entry), entry.location) for entry in entries]
+    print(columns([("model", "without a download, as dummy", "from"), *rows]))
 
 
 def _as_dummy(entry: CatalogEntry) -> str:
