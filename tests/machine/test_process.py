@@ -31,19 +31,16 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surroundings", ["a file named as a module", "a long TMPDIR"])
-def test_workers_start_wherever_the_user_is(surroundings: str, tmp_path: Path) -> None:
-    """Nor need the script an ``if __name__ == "__main__"``."""
+def test_workers_start_wherever_the_user_is(tmp_path: Path) -> None:
+    """Beside a file named as a module, with a TMPDIR too long for a socket's path, from a script without an
+    ``if __name__ == "__main__"``."""
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
-    (tmp_path / "script").mkdir()
+    (tmp_path / "random.py").write_text("raise ImportError('the wrong one')\n")
     script = tmp_path / "script" / "uses.py"
+    script.parent.mkdir()
     script.write_text(SCRIPT)
-    if surroundings == "a long TMPDIR":
-        done = run([str(script)], tmp_path, TMPDIR=str(deep))
-    else:
-        (tmp_path / "random.py").write_text("raise ImportError('the wrong one')\n")
-        done = run([str(script)], tmp_path)
+    done = run([str(script)], tmp_path, TMPDIR=str(deep))
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
