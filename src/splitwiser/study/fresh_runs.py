@@ -139,11 +139,7 @@ class OneProcess:
         assert process.stdin is not None
         with suppress(BrokenPipeError):
             process.stdin.close()
-        try:
-            process.wait(STOP_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _wait_or_kill(process)
 
 
 def run_process(command: Sequence[str], log: Path, show: Callable[[str], None]) -> int:
@@ -223,8 +219,13 @@ def _ended(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the run to end, so that it writes its results; kill it and its workers after a while or at a second Ctrl-C."""
+    """Ask the run to end, so that it writes its results."""
     process.terminate()
+    _wait_or_kill(process)
+
+
+def _wait_or_kill(process: "subprocess.Popen[bytes]") -> None:
+    """Wait until the run has ended; kill it and its workers after :data:`STOP_S` or at another Ctrl-C."""
     try:
         process.wait(STOP_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
