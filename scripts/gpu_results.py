@@ -17,7 +17,7 @@ import pandas as pd
 
 from splitwiser.errors import InputError, first_line
 from splitwiser.placement.layout import parse_layout
-from splitwiser.study.paired import round_ratios
+from splitwiser.results.paired import round_ratios
 
 PROJECT = Path(__file__).resolve().parents[1]
 REFERENCE = PROJECT / "results" / "reference"

@@ -18,8 +18,8 @@ import yaml
 
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
+from splitwiser.results.paired import decide
 from splitwiser.study.compare import Variant, _turns, compare, conclude, make_variants
-from splitwiser.study.paired import decide
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import COMMAND, only_run, splitwiser, write_workload
 from tests.support.models import VOCABULARY

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.schema import shown_in
-from splitwiser.study.paired import (
+from splitwiser.results.paired import (
     SummaryRow,
     TokenDifference,
     compare_tokens,
@@ -18,6 +17,7 @@ from splitwiser.study.paired import (
     round_ratios,
     summarise,
 )
+from splitwiser.results.schema import shown_in
 
 
 def series(**values: float) -> pd.Series:

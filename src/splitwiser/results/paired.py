@@ -40,7 +40,8 @@ class SummaryRow:
 
 
 def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
-    """Return one row per headline metric and variant; ratios are to the first of ``variants``, which has none itself.
+    """Return one row per variant and headline metric that any variant has; ratios are to the first of ``variants``, which
+    has none itself.
 
     ``rows`` are those of ``comparison.csv``: columns ``round``, ``variant``, ``status`` and metrics.
     """
@@ -52,6 +53,8 @@ def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
     table = []
     for metric in headline_metrics(list(rows.columns)):
         values = {name: own.set_index("round")[metric].dropna() for name, own in runs.items()}
+        if all(own.empty for own in values.values()):
+            continue
         for variant, own in values.items():
             ratios = round_ratios(own, values[variants[0]]) if variant != variants[0] else {}
             given = list(ratios.values())
