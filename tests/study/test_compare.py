@@ -18,7 +18,9 @@ import yaml
 
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
-from splitwiser.results.paired import decide
+from splitwiser.results.answer import answer
+from splitwiser.results.paired import decide, summarise
+from splitwiser.results.schema import METRIC
 from splitwiser.study.compare import Variant, _turns, compare, conclude, make_variants
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import COMMAND, only_run, splitwiser, write_workload
@@ -179,7 +181,7 @@ def test_the_summary_is_of_those_rows(compared: Compared) -> None:
         verdict = decide(metric, dict(enumerate(other / first)), {number // 2 for number in busy})
         assert row["verdict"] == verdict
         assert str(verdict) in compared.done.stdout
-        assert metric in compared.done.stdout
+        assert METRIC[metric].title_with_unit in compared.done.stdout
 
 
 @pytest.mark.slow
@@ -292,6 +294,9 @@ def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
         said, "undecided (busy machine in 1 of 2 rounds)", "busy: the machine was busy in 1 of 4 runs: variant "
     )
     assert "padded in round 1; other processes used up to 1.6 of 2 cores" in said
+    lines = said.splitlines()
+    after_table = 1 + max(number for number, line in enumerate(lines) if line.strip().startswith("padded "))
+    assert lines[after_table] == answer(summarise(rows, ["sequential", "padded"]))
     summary = pd.read_csv(folder / "comparison_summary.csv").set_index(["metric", "variant"])
     assert summary.at[("output_throughput", "padded"), "verdict"] == "undecided (busy machine in 1 of 2 rounds)"
 

@@ -15,27 +15,38 @@ from splitwiser.results.report.common import (
 )
 from splitwiser.results.report.folders import Sweep
 from splitwiser.results.report.page import Part, Picture, Pictures, Section, Text, frame_table, picture
-from splitwiser.results.report.plots import Spread, draw_bars, draw_lines
-from splitwiser.results.schema import shown_in
+from splitwiser.results.report.plots import Spread, draw_bars, draw_lines, shown
+from splitwiser.results.schema import THROUGHPUT, shown_in
 
 
 def sweep_part(sweep: Sweep, name: str) -> Part:
-    """Return the part about a sweep: its headline metrics over the options, and all points."""
+    """Return the part about a sweep: its best settings, its headline metrics over the options, and all points."""
     points = sweep.points
     finished = points[points.status == "finished"]
-    settings = finished[sweep.options].drop_duplicates()
-    varied = ", ".join(sweep.options)
-    verdict = f"{len(settings):,} settings of {varied}; {len(finished):,} of {len(points):,} runs finished."
-    sections = _sweep_plots(
-        finished, [option for option in sweep.options if finished[option].nunique(dropna=False) > 1]
-    )
-    table = frame_table(f"{name}-points", "points.csv.", points, most=5 * MOST_ROWS, drop_empty=True)
-    sections += [
-        Section("Points", [table], closed=len(points) > 30),
+    varied = [option for option in sweep.options if finished[option].nunique(dropna=False) > 1]
+    table = frame_table(f"{name}-points", "One row per run, from points.csv.", points, THROUGHPUT, most=5 * MOST_ROWS)
+    return Part(
+        name,
+        sweep.path.resolve().name,
+        f"{len(finished[sweep.options].drop_duplicates()):,} settings{_best(finished, varied)}.",
+        _sweep_plots(finished, varied),
+        [Section("Every run", [table], closed=len(points) > 30)],
         record_section(sweep.record, f"{name}-record", "sweep.yaml"),
-    ]
-    warnings = status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points) + busy_warnings(points, "point")
-    return Part(name, sweep.path.resolve().name, verdict, sections, warnings)
+        warnings=status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points) + busy_warnings(points, "point"),
+    )
+
+
+def _best(points: pd.DataFrame, options: Sequence[str]) -> str:
+    """Return the settings with the best medians of the metrics that answer a comparison, if there are several settings."""
+    said = []
+    for metric in shown_in("answer") if options else ():
+        if metric.name in points and points[metric.name].notna().any():
+            medians = points.groupby(list(options), sort=False, dropna=False)[metric.name].median()
+            best = int(medians.argmax() if metric.more_is_better else medians.argmin())
+            most = "most" if metric.more_is_better else "least"
+            value = f"{shown(float(medians.iloc[best]))} {metric.unit}"
+            said.append(f"{most} {metric.label} with {setting(options, medians.index[best])} ({value})")
+    return f": {'; '.join(said)}" if said else ""
 
 
 def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
@@ -56,7 +67,7 @@ def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
             setting(by_section, values) or "Metrics over the options",
             [
                 Pictures(_sweep_pictures(of, along, by_lines)),
-                Text("Medians over rounds; vertical lines span the minimum to the maximum."),
+                Text("Medians over rounds; thin lines span the minimum to the maximum."),
             ],
             closed=number > 0,
         )
@@ -73,7 +84,7 @@ def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[
             continue
         known = points.dropna(subset=[column])
         groups = known.groupby(list(by_lines), sort=False, dropna=False) if by_lines else [((), known)]
-        words = f"{label} in {unit} by {', '.join([*([along] if along else []), *by_lines])}"
+        words = f"{label} in {unit} by {', '.join([*([along] if along else []), *by_lines]).replace('_', ' ')}"
         if along is None:
             bars = {setting(by_lines, values) or "all": Spread.of(of[column].tolist()) for values, of in groups}
             pictures.append(picture(draw_bars(label, unit, bars), words, wide=False))
@@ -85,5 +96,5 @@ def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[
             }
             for values, of in groups
         }
-        pictures.append(picture(draw_lines(label, along, unit, lines), words, wide=False))
+        pictures.append(picture(draw_lines(label, along.replace("_", " "), unit, lines), words, wide=False))
     return pictures

@@ -2,7 +2,9 @@
 of the page; the timeline of a run and the roofline of a profile are also PNG files."""
 
 import hashlib
+import math
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
@@ -31,8 +34,10 @@ STATES = {"waiting": "#a0a0a0", "in prefill": PHASE_COLOURS["prefill"], "generat
 MOST_BARS = 1500  # most steps of a timeline that are drawn one by one; more are drawn in bins
 BINS = 300  # number of bins of a run's time
 MOST_POINTS = 400  # of a distribution's curve
+MARKED = (50, 99)  # percentiles with a dot on a distribution's curve
 
 _WIDE, _SMALL = 11.0, 4.2  # inches
+_MOST_LETTERS = 22  # in a line of a row's name
 _CLOCK = "seconds from the run's start"
 _PHASE_MARKERS: dict[Phase, str] = {"prefill": "o", "decode": "s"}
 _INK, _FAINT = "#010203", "#010204"  # placeholders for the colours of the page
@@ -92,12 +97,13 @@ def draw_timeline(
     rows = [_height(steps) for steps in visible.values()]
     bin_s = _bin_s(visible.values(), window)
     tips: dict[str, list[str]] = {}
-    with _figure(_WIDE, 0.75 + 0.42 * sum(rows) + 0.3 * len(runs), len(runs), rows) as (figure, panels):
+    with _figure(_WIDE, 1.0 + 0.42 * sum(rows) + 0.3 * len(runs), len(runs), rows) as (figure, panels):
         for number, (axes, (name, steps)) in enumerate(zip(panels, visible.items(), strict=True)):
             tips |= _draw_lanes(axes, steps, window, bin_s, f"steps-{number}")
             if titled:
                 axes.set_title(name)
         panels[-1].set_xlabel(_CLOCK)
+        _explain_phases(figure, visible.values())
         return _svg(figure, tips), bin_s
 
 
@@ -111,8 +117,9 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
         _draw_lanes(lanes, steps, window, bin_s, "steps")
         lanes.set_title(title)
         decode = steps[steps.phase == "decode"]
-        for worker, own in decode.groupby("worker"):
-            batches.step(own.start_s, own.requests, where="post", label=worker, linewidth=1.2)
+        workers = list(decode.groupby("worker"))
+        for (worker, own), colour in zip(workers, _cycle(len(workers)), strict=True):
+            batches.step(own.start_s, own.requests, where="post", label=worker, color=colour, linewidth=1.2)
         batches.set_ylabel("requests\nin a decode step")
         batches.set_ylim(bottom=0)
         batches.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -120,7 +127,16 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
             batches.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, borderaxespad=0)
         height = "" if bin_s is None else f"; the height of a lane is its active share of each {shown(bin_s * 1e3)} ms"
         batches.set_xlabel(f"{_CLOCK}{height}")
+        _explain_phases(figure, [steps])
         _save(figure, path)
+
+
+def _explain_phases(figure: Figure, drawn: Iterable[pd.DataFrame]) -> None:
+    """Write above the panels what the colours of the ``drawn`` steps mean."""
+    phases = {str(phase) for steps in drawn for phase in steps.phase.unique()}
+    handles = [Patch(color=colour, label=f"{phase} step") for phase, colour in PHASE_COLOURS.items() if phase in phases]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), borderaxespad=0)
 
 
 def _height(steps: pd.DataFrame) -> int:
@@ -185,30 +201,29 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
 
 
 def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
-    """Draw the cumulative distribution of each sample with its median and 99th percentile marked."""
+    """Draw the percentiles of each sample as a curve, with dots at those of :data:`MARKED`."""
     with _figure(_SMALL, 3.2) as (figure, (axes,)):
         for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
-            ordered = np.sort(values)
-            shares = np.arange(1, len(ordered) + 1) / len(ordered)
-            if len(ordered) > MOST_POINTS:
-                kept = np.unique(np.linspace(0, len(ordered) - 1, MOST_POINTS).round().astype(int))
-                ordered, shares = ordered[kept], shares[kept]
-            axes.step([ordered[0], *ordered], [0, *shares * 100], where="post", color=colour, linewidth=1.6, label=name)
-            marked = np.percentile(values, [50, 99])
-            axes.plot(marked, [50, 99], linestyle="none", marker="o", markersize=4, color=colour)
+            shares = np.linspace(0, 100, min(len(values), MOST_POINTS + 1))
+            shares = np.union1d(shares, MARKED)  # so that the dots are points of the curve
+            axes.plot(np.percentile(values, shares), shares, color=colour, linewidth=1.6, label=name)
+            marked = np.percentile(values, MARKED)
+            axes.plot(marked, MARKED, linestyle="none", marker="o", markersize=4, color=colour)
         axes.set_title(title)
-        axes.set_ylim(0, 102)
-        axes.set_ylabel("cumulative share, %")
+        axes.set_ylim(-2, 102)
+        axes.set_yticks([0, 25, 50, 75, 99], ["0", "25", "p50", "75", "p99"])
+        axes.set_ylabel("share at or below, %")
         axes.set_xlabel(unit)
         least, greatest = (
             float(extreme([extreme(values) for values in samples.values()])) for extreme in (np.min, np.max)
         )
         if log and greatest > 8 * least > 0:
             axes.set_xscale("log")
+            axes.set_xlim(least / 1.2, greatest * 1.2)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if greatest < 100 * least else (1,)))
             axes.xaxis.set_minor_locator(NullLocator())
         else:
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.05 * greatest or 1)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if len(samples) > 1:
@@ -216,38 +231,83 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
         return _svg(figure)
 
 
-def draw_bars(title: str, unit: str, values: Mapping[str, Spread]) -> str:
-    """Draw one bar per name: the median, a line from the minimum to the maximum, and the median as a number beside it."""
-    with _figure(_SMALL, 0.85 + 0.36 * len(values)) as (figure, (axes,)):
+def draw_bars(title: str, unit: str, values: Mapping[str, Spread], remarks: Mapping[str, str] | None = None) -> str:
+    """Draw one bar per name: the median, a line from the minimum to the maximum, and the median as a number beside it.
+    ``remarks`` are written below the names."""
+    with _rows(title, unit, [f"{_wrapped(name)}\n{(remarks or {}).get(name, '')}".strip() for name in values]) as (
+        figure,
+        axes,
+    ):
         rows = range(len(values))
-        spreads = list(values.values())
-        axes.barh(rows, [each.median for each in spreads], height=0.62, color=_cycle(len(values)))
-        reach = max((each.greatest for each in spreads), default=1.0) or 1.0
-        for row, each in zip(rows, spreads, strict=True):
+        axes.barh(rows, [each.median for each in values.values()], height=0.62, color=_cycle(len(values)))
+        for row, each in zip(rows, values.values(), strict=True):
             if each.least < each.greatest:
                 axes.plot([each.least, each.greatest], [row, row], color=_INK, linewidth=1.2)
-            axes.annotate(
-                shown(each.median),
-                (each.greatest, row),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        axes.set_xlim(0, reach * 1.22)
-        axes.set_yticks(rows, list(values))
-        axes.set_ylim(len(values) - 0.5, -0.5)
+            _write_beside(axes, shown(each.median), each.greatest, row)
+        _leave_room(axes, [each.greatest for each in values.values()], 1.3)
+        return _svg(figure)
+
+
+def draw_predictions(title: str, unit: str, values: Mapping[str, tuple[float, float]]) -> str:
+    """Draw one row per name: what was predicted (an open circle) and what was measured (a dot), joined by a line, and the
+    error of the prediction in words. ``values`` are (predicted, measured)."""
+    with _rows(title, unit, [_wrapped(name) for name in values]) as (figure, axes):
+        rows = range(len(values))
+        predicted, measured = ([pair[place] for pair in values.values()] for place in (0, 1))
+        axes.hlines(rows, predicted, measured, color=_FAINT, linewidth=1.4)
+        # not clipped: a mark near 0 lies on the axis
+        dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "clip_on": False, "zorder": 3}
+        axes.plot(measured, rows, label="measured", markersize=7, color=COLOURS[0], **dots)
+        axes.plot(
+            predicted, rows, label="predicted", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS[5],
+            markeredgewidth=1.6, **dots,
+        )  # fmt: skip
+        for row, (before, after) in zip(rows, values.values(), strict=True):
+            _write_beside(axes, error_in_words(before / after - 1), max(before, after), row)
+        _leave_room(axes, [*predicted, *measured], 1.65)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure)
+
+
+def error_in_words(error: float) -> str:
+    """Return the relative error of a prediction in words, such as ``12% too high``."""
+    if abs(error) < 0.005:
+        return "as measured"
+    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}"
+
+
+@contextmanager
+def _rows(title: str, unit: str, labels: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure whose rows, from top to bottom, have ``labels``."""
+    lines = sum(max(label.count("\n") + 1, 1.7) for label in labels)
+    with _figure(_SMALL, 0.85 + 0.2 * lines) as (figure, (axes,)):
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_title(title)
         axes.set_xlabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        return _svg(figure)
+        yield figure, axes
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, _MOST_LETTERS)) or name
+
+
+def _write_beside(axes: Axes, text: str, place: float, row: int) -> None:
+    axes.annotate(text, (place, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _leave_room(axes: Axes, values: Sequence[float], factor: float) -> None:
+    """Begin the x axis at 0 and end it where the texts beside the largest of ``values`` fit."""
+    axes.set_xlim(0, factor * (max(values, default=0) or 1))
 
 
 def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
     """Draw one line per name over a numeric option: medians, with vertical lines from the minimum to the maximum."""
-    with _figure(_SMALL, 3.2) as (figure, (axes,)):
+    in_a_row = 1 if max(map(len, lines)) > 24 else 2  # names in the legend, which must not take the plot's place
+    with _figure(_SMALL, 2.8 + 0.2 * math.ceil(len(lines) / in_a_row)) as (figure, (axes,)):
         for (name, points), colour, marker in zip(lines.items(), _cycle(len(lines)), _markers(len(lines)), strict=True):
             places = sorted(points)
             axes.plot(
@@ -268,7 +328,7 @@ def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[fl
         axes.set_xlabel(along)
         axes.set_ylabel(unit)
         if len(lines) > 1:
-            figure.legend(loc="outside lower center", ncols=1 if max(map(len, lines)) > 24 else 2)
+            figure.legend(loc="outside lower center", ncols=in_a_row)
         return _svg(figure)
 
 
@@ -289,7 +349,7 @@ def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) ->
                 f"{step['label']}: {shown(step['tflops'])} TFLOP/s at {shown(step['arithmetic_intensity'])} operations/byte"
                 for step in own.to_dict("records")
             ]
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=3)
         return _svg(figure, tips)
 
 
@@ -315,36 +375,22 @@ def save_roofline(path: Path, points: pd.DataFrame, tera_flops: float, giga_byte
                         path_effects=[withStroke(linewidth=2.5, foreground="white")],
                     )  # fmt: skip
         series = {"prefill": "prefill, by prompt tokens", "decode": "decode, by requests x context"}
-        axes.legend(
-            handles=[
-                Line2D([], [], color=PHASE_COLOURS[phase], marker=marker, label=series[phase])
-                for phase, marker in _PHASE_MARKERS.items()
-            ],
-            loc="lower right",
-        )
+        handles = [
+            Line2D([], [], color=PHASE_COLOURS[phase], marker=marker, label=series[phase])
+            for phase, marker in _PHASE_MARKERS.items()
+        ]
+        figure.legend(handles=[*axes.get_lines()[:1], *handles], loc="outside lower center", ncols=3)
         _save(figure, path)
 
 
 def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> None:
-    """Draw the two ceilings on logarithmic axes that contain ``points``."""
+    """Draw the two ceilings, with their rates as the label, on logarithmic axes that contain ``points``."""
     ridge = tera_flops * 1e3 / giga_bytes
     left = min(points.arithmetic_intensity.min(), ridge) / 2
-    middle = (left * ridge) ** 0.5
     right = max(points.arithmetic_intensity.max(), ridge) * 2
-    axes.plot([left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4)
-    axes.annotate(
-        f"compute {shown(tera_flops)} TFLOP/s",
-        (right, tera_flops),
-        xytext=(-4, 5),
-        textcoords="offset points",
-        ha="right",
-    )
-    axes.annotate(
-        f"memory {shown(giga_bytes)} GB/s",
-        (middle, middle * giga_bytes / 1e3),
-        xytext=(-8, 4),
-        textcoords="offset points",
-        ha="right",
+    label = f"measured ceiling: memory {shown(giga_bytes)} GB/s, compute {shown(tera_flops)} TFLOP/s"
+    axes.plot(
+        [left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4, label=label
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -353,7 +399,7 @@ def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_byt
         axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("operations per byte of memory traffic, counted from the architecture")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel("operations per second, TFLOP/s")
 
 
 def shown(value: float) -> str:
