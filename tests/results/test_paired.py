@@ -93,6 +93,9 @@ def test_a_busy_round_of_either_side_is_one_of_the_pair() -> None:
         "the machine was busy in 2 of 9 runs: variant c in round 1, variant a in round 2; other processes used up to "
         "1.6 of 2 cores"
     )
+    assert describe_busy(rows.assign(machine_busy=True), "variant") == (
+        "the machine was busy in all 9 runs; other processes used up to 1.6 of 2 cores"
+    )
     assert describe_busy(rows.assign(machine_busy=np.nan), "variant") is None
     assert describe_busy(rows.drop(columns="machine_busy"), "variant") is None
 

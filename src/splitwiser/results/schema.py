@@ -74,6 +74,12 @@ class Metric(Column):
         return f"{self.subject} {self.statistic}".strip()
 
     @property
+    def axis_label(self) -> str:
+        """Its unit, and which end of an axis is the better one."""
+        better = f"{'more' if self.more_is_better else 'less'} is better"
+        return f"{self.unit}, {better}" if self.unit else better
+
+    @property
     def heading(self) -> str:
         """Its name above a narrow column; for a rate the unit alone is enough."""
         return f"{self.label} {self.unit}" if self.statistic else self.unit

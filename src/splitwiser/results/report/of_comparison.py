@@ -182,7 +182,9 @@ def _pictures(variants: Sequence[Variant], summary: Sequence[SummaryRow]) -> lis
             ", ".join(filter(None, [f"{name} {_range(each.median, each.least, each.greatest).text}", said[name]]))
             for name, each in spreads.items()
         )
-        svg = draw_bars(metric.title, metric.unit, spreads, {name: text.split(" (")[0] for name, text in said.items()})
+        svg = draw_bars(
+            metric.title, metric.axis_label, spreads, {name: text.split(" (")[0] for name, text in said.items()}
+        )
         bars.append(picture(svg, f"{metric.title} in {metric.unit}: {words}", wide=False))
     many = max((len(variant.rows) for variant in variants), default=0) > 1
     note = [Text("Bars are medians over rounds; the lines on them span the minimum to the maximum.")] if many else []

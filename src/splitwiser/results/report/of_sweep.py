@@ -87,7 +87,7 @@ def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[
         words = f"{label} in {unit} by {', '.join([*([along] if along else []), *by_lines]).replace('_', ' ')}"
         if along is None:
             bars = {setting(by_lines, values) or "all": Spread.of(of[column].tolist()) for values, of in groups}
-            pictures.append(picture(draw_bars(label, unit, bars), words, wide=False))
+            pictures.append(picture(draw_bars(label, metric.axis_label, bars), words, wide=False))
             continue
         lines = {
             setting(by_lines, values): {
@@ -96,5 +96,7 @@ def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[
             }
             for values, of in groups
         }
-        pictures.append(picture(draw_lines(label, along.replace("_", " "), unit, lines), words, wide=False))
+        pictures.append(
+            picture(draw_lines(label, along.replace("_", " "), metric.axis_label, lines), words, wide=False)
+        )
     return pictures

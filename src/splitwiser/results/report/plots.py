@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -202,7 +202,7 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
 
 def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
     """Draw the percentiles of each sample as a curve, with dots at those of :data:`MARKED`."""
-    with _figure(_SMALL, 3.2) as (figure, (axes,)):
+    with _figure(_SMALL, 2.8 + _legend_height(samples)) as (figure, (axes,)):
         for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
             shares = np.linspace(0, 100, min(len(values), MOST_POINTS + 1))
             shares = np.union1d(shares, MARKED)  # so that the dots are points of the curve
@@ -226,15 +226,34 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
             axes.set_xlim(0, 1.05 * greatest or 1)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        if len(samples) > 1:
-            figure.legend(loc="outside lower center", ncols=3)
+        _explain_lines(figure, samples)
         return _svg(figure)
 
 
-def draw_bars(title: str, unit: str, values: Mapping[str, Spread], remarks: Mapping[str, str] | None = None) -> str:
+def _explain_lines(figure: Figure, names: Collection[str]) -> None:
+    """Write below the plot which of several lines is which."""
+    if len(names) > 1:
+        figure.legend(loc="outside lower center", ncols=_in_a_row(names))
+
+
+def _legend_height(names: Collection[str]) -> float:
+    """Return the inches that :func:`_explain_lines` needs in a small plot."""
+    return 0.2 * math.ceil(len(names) / _in_a_row(names)) + 0.1 if len(names) > 1 else 0
+
+
+def _in_a_row(names: Collection[str]) -> int:
+    """Return how many of ``names`` fit beside each other below a small plot, at most 3."""
+    return max(1, min(3, 62 // (7 + max(map(len, names)))))
+
+
+def draw_bars(
+    title: str, axis_label: str, values: Mapping[str, Spread], remarks: Mapping[str, str] | None = None
+) -> str:
     """Draw one bar per name: the median, a line from the minimum to the maximum, and the median as a number beside it.
     ``remarks`` are written below the names."""
-    with _rows(title, unit, [f"{_wrapped(name)}\n{(remarks or {}).get(name, '')}".strip() for name in values]) as (
+    with _rows(
+        title, axis_label, [f"{_wrapped(name)}\n{(remarks or {}).get(name, '')}".strip() for name in values]
+    ) as (
         figure,
         axes,
     ):
@@ -277,7 +296,7 @@ def error_in_words(error: float) -> str:
 
 
 @contextmanager
-def _rows(title: str, unit: str, labels: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
+def _rows(title: str, axis_label: str, labels: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure whose rows, from top to bottom, have ``labels``."""
     lines = sum(max(label.count("\n") + 1, 1.7) for label in labels)
     with _figure(_SMALL, 0.85 + 0.2 * lines) as (figure, (axes,)):
@@ -285,7 +304,7 @@ def _rows(title: str, unit: str, labels: Sequence[str]) -> Iterator[tuple[Figure
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_title(title)
-        axes.set_xlabel(unit)
+        axes.set_xlabel(axis_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         yield figure, axes
@@ -304,10 +323,9 @@ def _leave_room(axes: Axes, values: Sequence[float], factor: float) -> None:
     axes.set_xlim(0, factor * (max(values, default=0) or 1))
 
 
-def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
+def draw_lines(title: str, along: str, axis_label: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
     """Draw one line per name over a numeric option: medians, with vertical lines from the minimum to the maximum."""
-    in_a_row = 1 if max(map(len, lines)) > 24 else 2  # names in the legend, which must not take the plot's place
-    with _figure(_SMALL, 2.8 + 0.2 * math.ceil(len(lines) / in_a_row)) as (figure, (axes,)):
+    with _figure(_SMALL, 2.8 + _legend_height(lines)) as (figure, (axes,)):
         for (name, points), colour, marker in zip(lines.items(), _cycle(len(lines)), _markers(len(lines)), strict=True):
             places = sorted(points)
             axes.plot(
@@ -322,13 +340,12 @@ def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[fl
             axes.minorticks_off()
         if len(places) <= 10:
             axes.set_xticks(places, [shown(place) for place in places])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max(spread.greatest for points in lines.values() for spread in points.values()) or 1)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_title(title)
         axes.set_xlabel(along)
-        axes.set_ylabel(unit)
-        if len(lines) > 1:
-            figure.legend(loc="outside lower center", ncols=in_a_row)
+        axes.set_ylabel(axis_label)
+        _explain_lines(figure, lines)
         return _svg(figure)
 
 
