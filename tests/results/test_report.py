@@ -205,6 +205,26 @@ def profile(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def advice(tmp_path: Path) -> Path:
+    """An advice with one placement that this machine cannot run and two that were checked."""
+    folder = tmp_path / "advice"
+    folder.mkdir()
+    record = {"split": True, "recommended": {"mode": "mp", "prefill_tokens": 512}, "reasons": ["it is fast", "indeed"]}
+    (folder / "advice.yaml").write_text(yaml.safe_dump(record))
+    (folder / "predictions.csv").write_text(
+        "mode,workers,prefill_tokens,output_throughput,not_possible\n"
+        "mp,,512,123.456,\nsequential,,512,99.0,\nmps,,,,needs a GPU\n"
+    )
+    (folder / "checks.csv").write_text(
+        "mode,workers,prefill_tokens,round,figure,predicted,measured,error\n"
+        "mp,,512,0,output_throughput,123.456,100.0,0.23456\n"
+        "mp,,512,1,output_throughput,123.456,120.0,0.0288\n"
+        "sequential,,512,0,output_throughput,99.0,198.0,-0.5\n"
+    )
+    return folder
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -449,7 +469,7 @@ def test_run_page_shows_the_whole_record(show: Callable[..., Page], run: Path) -
     assert shown_record["status"] == "finished"
     for group in ("configuration", "machine", "versions"):
         for name, value in record[group].items():
-            if value is None:
+            if value in (None, ""):
                 assert f"{group}.{name}" not in shown_record
             else:
                 assert is_rounded(shown_record[f"{group}.{name}"], str(value) if isinstance(value, bool) else value)
@@ -502,6 +522,44 @@ def test_texts_of_a_model_are_shown_and_never_run(show_in_browser: Callable[...,
     )  # the title, which no text of the model has changed, and the heading
 
 
+@pytest.fixture
+def every_kind(run: Path, comparison: Path, profile: Path, advice: Path, tmp_path: Path) -> dict[str, Path]:
+    """A folder of each kind."""
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], max_batch=[4, 8])
+    return {"run": run, "comparison": comparison, "profile": profile, "advice": advice, "sweep": sweep}
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "profile", "advice", "sweep"])
+def test_pages_have_the_answer_then_pictures_then_tables_then_the_record(
+    kind: str, every_kind: dict[str, Path], tmp_path: Path
+) -> None:
+    page = write_report([every_kind[kind]], tmp_path / "page.html").read_text(encoding="utf-8")
+    places = [
+        page.index('class="answer"'), page.index("<svg"), page.index("<table"), page.index('<table id="part1-record"')
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert "<details" in page[places[2] : places[3]]
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "profile", "advice", "sweep"])
+def test_no_row_and_no_column_is_empty(kind: str, every_kind: dict[str, Path], show: Callable[..., Page]) -> None:
+    for name, (headings, *rows) in show(every_kind[kind]).tables.items():
+        assert rows, name
+        assert all(any(text not in ("-", "") for text in row[1:]) for row in rows), name
+        for heading, column in zip(headings, zip(*rows, strict=True), strict=True):
+            assert any(text not in ("-", "") for text in column), (name, heading)
+
+
+def test_findings_are_called_so_and_prompts_prompts(show: Callable[..., Page], run: Path) -> None:
+    assert "Findings" in show(run).text
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    record["configuration"]["workload"] = "prompts.json"
+    (run / "run.yaml").write_text(yaml.safe_dump(record))
+    text = show(run).text
+    assert "Request 0 Prompt" in text
+    assert "Finding" not in text
+
+
 def test_page_needs_nothing_else(run: Path) -> None:
     text = write_report([run]).read_text(encoding="utf-8")
     addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", text)
@@ -517,9 +575,11 @@ def test_ids_are_unique(runs: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1366])
-def test_page_fits_its_width(width: int, browser: Callable[[Path], str], runs: dict[str, Path], tmp_path: Path) -> None:
+def test_page_fits_its_width(
+    width: int, browser: Callable[[Path], str], every_kind: dict[str, Path], tmp_path: Path
+) -> None:
     page = (
-        write_report(list(runs.values()), tmp_path / "page.html")
+        write_report(list(every_kind.values()), tmp_path / "page.html")
         .read_text(encoding="utf-8")
         .replace("<details>", "<details open>")
     )
@@ -750,26 +810,6 @@ def test_profile_page_shows_the_csvs_figures(show: Callable[..., Page], profile:
     ]
     assert "prefill, prompts 1, start tokens 0, prompt tokens 512: 0.234 TFLOP/s at 30.25 operations/byte" in page.tips
     assert "measured ceiling: memory 16.79 GB/s, compute 0.375 TFLOP/s" in page.labels
-
-
-@pytest.fixture
-def advice(tmp_path: Path) -> Path:
-    """An advice with one placement that this machine cannot run and two that were checked."""
-    folder = tmp_path / "advice"
-    folder.mkdir()
-    record = {"split": True, "recommended": {"mode": "mp", "prefill_tokens": 512}, "reasons": ["it is fast", "indeed"]}
-    (folder / "advice.yaml").write_text(yaml.safe_dump(record))
-    (folder / "predictions.csv").write_text(
-        "mode,workers,prefill_tokens,output_throughput,not_possible\n"
-        "mp,,512,123.456,\nsequential,,512,99.0,\nmps,,,,needs a GPU\n"
-    )
-    (folder / "checks.csv").write_text(
-        "mode,workers,prefill_tokens,round,figure,predicted,measured,error\n"
-        "mp,,512,0,output_throughput,123.456,100.0,0.23456\n"
-        "mp,,512,1,output_throughput,123.456,120.0,0.0288\n"
-        "sequential,,512,0,output_throughput,99.0,198.0,-0.5\n"
-    )
-    return folder
 
 
 def test_advice_page_shows_the_recommendation(show: Callable[..., Page], advice: Path) -> None:

@@ -261,8 +261,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("load_before", "Load average of the last minute before the run.", "processes"),
     Metric("cores", "Processors that the run may use; a container's quota counts as a fraction of them.", "cores"),
     Metric("own_cores", "Processor time that the run used, per second.", "cores"),
-    Metric("others_cores", "Processor time that all other processes used, per second.", "cores"),
-    Metric("cpu_pressure", "Share of the time in which at least one process waited for a processor."),
+    Metric(
+        "others_cores",
+        "Processor time that all other processes used, per second.",
+        "cores",
+        short_name="cores of other processes",
+    ),
+    Metric(
+        "cpu_pressure",
+        "Share of the time in which at least one process waited for a processor.",
+        short_name="CPU pressure",
+    ),
     Metric("machine_busy", "Whether other processes used processor time that the run could have used."),
 )
 METRIC = {metric.name: metric for metric in METRICS}

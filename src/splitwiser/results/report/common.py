@@ -57,7 +57,7 @@ def busy_warnings(rows: pd.DataFrame, by: str) -> list[str]:
 
 def record_section(record: Mapping[str, Any], name: str, file: str) -> Section:
     """Return the section that shows the whole record, the last one of a part."""
-    told = {key: value for key, value in flat(record) if value is not None}
+    told = {key: value for key, value in flat(record) if value not in (None, "")}
     return Section(
         "Configuration, machine and versions", [pairs_table(name, f"Everything in {file}.", told)], closed=True
     )

@@ -225,7 +225,7 @@ def _figures_table(run: Run, name: str) -> Table:
         if shown_value.text != NOTHING:
             column = known.get(key, Column(key, ""))
             rows.append([cell(column.title), shown_value, cell(column.unit), cell(column.description)])
-    return Table(name, "The row of throughput.csv.", ("Figure", "Value", "Unit", "Meaning"), rows)
+    return Table(name, "The row of throughput.csv.", ("Figure", "Value", "Unit", "Meaning"), rows, long=True)
 
 
 def _workers(run: Run, name: str) -> list[Block]:
