@@ -94,13 +94,17 @@ def drawn(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
     return kept[0]
 
 
-def data_points(axes: Axes) -> Iterator[tuple[float, float]]:
-    """The points of lines and marks in pixels."""
+def data_points(axes: Axes) -> Iterator[tuple[float, float, float]]:
+    """The points of lines and marks in pixels: x, y and how much room the axes must leave around them, which is none for a
+    line without marks, and for marks that may be drawn across the edge."""
+    pixels = axes.figure.dpi / 72
     for line in axes.get_lines():
-        yield from axes.transData.transform(line.get_xydata())
+        radius = line.get_markersize() / 2 * pixels if line.get_marker() != "None" and line.get_clip_on() else -1.0
+        yield from ((x, y, radius) for x, y in axes.transData.transform(line.get_xydata()))
     for marks in axes.collections:
         if isinstance(marks, PathCollection):
-            yield from axes.transData.transform(marks.get_offsets())
+            radius = float(np.sqrt(marks.get_sizes()[0])) / 2 * pixels
+            yield from ((x, y, radius) for x, y in axes.transData.transform(marks.get_offsets()))
 
 
 def legends_of(figure: Figure) -> list[Bbox]:
@@ -118,8 +122,8 @@ def test_nothing_is_cut_by_the_edge_of_the_picture(figure: Figure) -> None:
 
 def test_no_axis_cuts_a_point(figure: Figure) -> None:
     for axes in figure.axes:
-        box = axes.get_window_extent().padded(1)
-        assert all(box.contains(x, y) for x, y in data_points(axes))
+        box = axes.get_window_extent()
+        assert all(box.padded(-room).contains(x, y) for x, y, room in data_points(axes))
 
 
 def test_no_legend_covers_a_plot(figure: Figure) -> None:

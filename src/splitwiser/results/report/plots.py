@@ -40,6 +40,7 @@ _WIDE, _SMALL = 11.0, 4.2  # inches
 _MOST_LETTERS = 22  # in a line of a row's name
 _CLOCK = "seconds from the run's start"
 _PHASE_MARKERS: dict[Phase, str] = {"prefill": "o", "decode": "s"}
+_WHOLE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # for marks, which an axis through 0 would else cut
 _INK, _FAINT = "#010203", "#010204"  # placeholders for the colours of the page
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[Any, Any] = {
@@ -208,7 +209,7 @@ def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str,
             shares = np.union1d(shares, MARKED)  # so that the dots are points of the curve
             axes.plot(np.percentile(values, shares), shares, color=colour, linewidth=1.6, label=name)
             marked = np.percentile(values, MARKED)
-            axes.plot(marked, MARKED, linestyle="none", marker="o", markersize=4, color=colour)
+            axes.plot(marked, MARKED, linestyle="none", marker="o", markersize=4, color=colour, **_WHOLE)
         axes.set_title(title)
         axes.set_ylim(-2, 102)
         axes.set_yticks([0, 25, 50, 75, 99], ["0", "25", "p50", "75", "p99"])
@@ -274,8 +275,7 @@ def draw_predictions(title: str, unit: str, values: Mapping[str, tuple[float, fl
         rows = range(len(values))
         predicted, measured = ([pair[place] for pair in values.values()] for place in (0, 1))
         axes.hlines(rows, predicted, measured, color=_FAINT, linewidth=1.4)
-        # not clipped: a mark near 0 lies on the axis
-        dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "clip_on": False, "zorder": 3}
+        dots: dict[str, Any] = {"linestyle": "none", "marker": "o", **_WHOLE}
         axes.plot(measured, rows, label="measured", markersize=7, color=COLOURS[0], **dots)
         axes.plot(
             predicted, rows, label="predicted", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS[5],
@@ -330,7 +330,7 @@ def draw_lines(title: str, along: str, axis_label: str, lines: Mapping[str, Mapp
             places = sorted(points)
             axes.plot(
                 places, [points[place].median for place in places],
-                color=colour, marker=marker, markersize=5, linewidth=1.6, label=name,
+                color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, **_WHOLE,
             )  # fmt: skip
             for place in places:
                 axes.plot([place, place], [points[place].least, points[place].greatest], color=colour, linewidth=1.1)
