@@ -15,6 +15,7 @@ from splitwiser.results.report import plots
 from splitwiser.results.report.plots import (
     MARKED,
     Spread,
+    colours_of,
     draw_bars,
     draw_distributions,
     draw_lines,
@@ -50,22 +51,24 @@ POINTS = pd.DataFrame(
 )
 LONG = "mps, 1 prefill at 40%, 1 decode at 60%"
 SPREADS = {"sequential": Spread(123_456.7, 9.0, 234_567.8), LONG: Spread(0.0, 0.0, 0.0), "mp": Spread(3.0, 2.0, 4.0)}
+COLOURS = colours_of(["sequential", "generate", LONG, "mp"])
+MANY = [f"{LONG}, {number}" for number in range(8)]
 DRAWN: dict[str, Callable[[Path], object]] = {
     "timeline": lambda _: draw_timeline({"sequential": STEPS, "mp": STEPS}, (0.0, 6.0), titled=True),
     "progress": lambda _: draw_progress(STEPS, LATENCY),
     "distributions": lambda _: draw_distributions(
-        {"mp": 1e3 + RNG.random(3), "generate": RNG.random(900) * 1500, LONG: np.array([4.0])}, "ms", "TTFT"
+        {"mp": 1e3 + RNG.random(3), "generate": RNG.random(900) * 1500, LONG: np.array([4.0])}, "ms", "TTFT", COLOURS
     ),
     "logarithmic distributions": lambda _: draw_distributions(
-        {"mp": np.array([1.0, 2.0]), "generate": np.array([5.0, 99.0])}, "ms", "ITL", log=True
+        {"mp": np.array([1.0, 2.0]), "generate": np.array([5.0, 99.0])}, "ms", "ITL", COLOURS, log=True
     ),
-    "bars": lambda _: draw_bars("Output throughput", "tokens/s", SPREADS, {LONG: "undecided"}),
+    "bars": lambda _: draw_bars("Output throughput", "tokens/s", SPREADS, COLOURS, {LONG: "undecided"}),
     "predictions": lambda _: draw_predictions(
         "Output throughput", "tokens/s", {"sequential": (123_456.7, 30_000.0), LONG: (2.0, 123.0), "mp": (5.0, 5.0)}
     ),
     "lines": lambda _: draw_lines(
         "ROUGE-L", "case", "more is better",
-        {f"{LONG}, {number}": {0.0: Spread(0.988, 0.988, 0.99), 1.0: Spread(0.99, 0.1, 0.99)} for number in range(8)},
+        {name: {0.0: Spread(0.988, 0.988, 0.99), 1.0: Spread(0.99, 0.1, 0.99)} for name in MANY}, colours_of(MANY),
     ),
     "roofline": lambda _: draw_roofline(POINTS, 1.2, 17.0),
     "saved roofline": lambda folder: save_roofline(folder / "roofline.png", POINTS, 1.2, 17.0, "opt-125m"),
@@ -160,3 +163,14 @@ def test_dots_lie_on_their_curves(name: str, tmp_path: Path, monkeypatch: pytest
 )
 def test_an_error_is_told_in_words(error: float, words: str) -> None:
     assert error_in_words(error) == words
+
+
+def test_a_variant_has_one_colour_in_every_picture() -> None:
+    """Also where another variant has no value."""
+    colours = colours_of(["sequential", "mp"])
+    both = draw_bars("TTFT", "ms", {"sequential": Spread(1, 1, 1), "mp": Spread(2, 2, 2)}, colours)
+    alone = draw_bars("ROUGE-L", "", {"mp": Spread(2, 2, 2)}, colours)
+    assert colours["mp"] != colours["sequential"]
+    assert colours["sequential"] in both
+    assert colours["sequential"] not in alone
+    assert colours["mp"] in alone

@@ -782,6 +782,20 @@ def test_points_that_their_options_do_not_tell_apart_are_told_by_their_workers(
     assert show(sweep).answers == ["3 settings: most output throughput with 4 mixed (301.5 tokens/s)."]
 
 
+@pytest.mark.parametrize("grid", [{"max_batch": [4, 8]}, {"max_batch": [4]}])
+def test_a_sweep_of_one_option_is_drawn(grid: dict[str, list[Any]], show: Callable[..., Page], tmp_path: Path) -> None:
+    page = show(make_sweep(tmp_path / "sweep", **grid))
+    assert sum(each.startswith("Output throughput in tokens/s") for each in page.alternatives) == 1
+
+
+def test_a_sweep_of_which_nothing_has_finished_is_shown(show: Callable[..., Page], tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"])
+    read(sweep / "points.csv").assign(status="failed").to_csv(sweep / "points.csv", index=False)
+    page = show(sweep)
+    assert page.answers == ["None of 4 runs finished."]
+    assert "4 of 4 runs did not finish" in page.text
+
+
 def test_runs_of_a_sweep_that_failed_are_in_no_plot(show: Callable[..., Page], tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"])
     # the second run of mp, beside one of 201 tokens/s, left a figure

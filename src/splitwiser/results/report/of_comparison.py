@@ -23,7 +23,7 @@ from splitwiser.results.report.page import (
     frame_table,
     picture,
 )
-from splitwiser.results.report.plots import Spread, draw_bars, draw_timeline, shown
+from splitwiser.results.report.plots import Spread, colours_of, draw_bars, draw_timeline, shown
 from splitwiser.results.schema import METRIC, THROUGHPUT, shown_in
 
 
@@ -109,10 +109,10 @@ def _different_questions(runs: Sequence[Run]) -> list[str]:
 
 def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     """Return the part about the comparison, then one part for each variant's typical run."""
-    rows = comparison.rows
+    rows = comparison.rows.astype({"variant": str})
     finished = rows[rows.status == "finished"]
     variants = []
-    for variant in map(str, rows.variant.unique()):
+    for variant in rows.variant.unique():
         own = finished[finished.variant == variant]
         named = own.get("run_id", ())
         runs = [comparison.runs[run_id] for run_id in map(str, named) if run_id in comparison.runs]
@@ -172,6 +172,7 @@ def _range(value: float | None, low: float | None, high: float | None) -> Cell:
 
 def _pictures(variants: Sequence[Variant], summary: Sequence[SummaryRow]) -> list[Section]:
     verdicts = {(row.metric, row.variant): row.verdict or "" for row in summary}
+    colours = colours_of(variant.name for variant in variants)
     bars = []
     for metric in shown_in("report"):
         spreads = {variant.name: each for variant in variants if (each := variant.spread(metric.name)) is not None}
@@ -182,9 +183,8 @@ def _pictures(variants: Sequence[Variant], summary: Sequence[SummaryRow]) -> lis
             ", ".join(filter(None, [f"{name} {_range(each.median, each.least, each.greatest).text}", said[name]]))
             for name, each in spreads.items()
         )
-        svg = draw_bars(
-            metric.title, metric.axis_label, spreads, {name: text.split(" (")[0] for name, text in said.items()}
-        )
+        remarks = {name: text.split(" (")[0] for name, text in said.items()}
+        svg = draw_bars(metric.title, metric.axis_label, spreads, colours, remarks)
         bars.append(picture(svg, f"{metric.title} in {metric.unit}: {words}", wide=False))
     many = max((len(variant.rows) for variant in variants), default=0) > 1
     note = [Text("Bars are medians over rounds; the lines on them span the minimum to the maximum.")] if many else []
@@ -198,5 +198,5 @@ def _pictures(variants: Sequence[Variant], summary: Sequence[SummaryRow]) -> lis
         sections.append(Section("Timelines", [picture(svg, words, chosen + thinned(bin_s))]))
     with_runs = {variant.name: variant.runs for variant in variants if variant.runs}
     if with_runs:
-        sections.append(Section("Distributions", distributions(with_runs)))
+        sections.append(Section("Distributions", distributions(with_runs, colours)))
     return sections

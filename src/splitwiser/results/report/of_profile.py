@@ -7,7 +7,7 @@ import pandas as pd
 from splitwiser.results.report.common import MOST_LINES, MOST_ROWS, record_section, setting, status_warnings
 from splitwiser.results.report.folders import Profile
 from splitwiser.results.report.page import Part, Picture, Pictures, Section, frame_table, picture
-from splitwiser.results.report.plots import Spread, draw_lines, draw_roofline, shown
+from splitwiser.results.report.plots import Spread, colours_of, draw_lines, draw_roofline, shown
 from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column
 
 
@@ -105,5 +105,5 @@ def _profile_lines(frame: pd.DataFrame, columns: Sequence[Column], along: str, b
         left = len(groups) - len(lines)
         title = f"{label}{f' ({left} more settings in the table)' if left else ''}"
         words = f"{label} in {unit} by {along.replace('_', ' ')}"
-        pictures.append(picture(draw_lines(title, place_title, unit, lines), words, wide=False))
+        pictures.append(picture(draw_lines(title, place_title, unit, lines, colours_of(lines)), words, wide=False))
     return pictures

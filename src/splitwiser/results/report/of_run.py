@@ -24,7 +24,7 @@ from splitwiser.results.report.page import (
     frame_table,
     picture,
 )
-from splitwiser.results.report.plots import draw_distributions, draw_progress, draw_timeline, shown
+from splitwiser.results.report.plots import colours_of, draw_distributions, draw_progress, draw_timeline, shown
 from splitwiser.results.schema import LATENCIES, LATENCY, STATISTICS, THROUGHPUT, Column, shown_in
 
 ZOOMED_STEPS = 60  # about how many steps the close-up of the timeline shows
@@ -43,7 +43,7 @@ def run_part(run: Run, name: str, title: str, *, closed: bool = False) -> Part:
         pictures.append(Section("Timeline", _timeline(run)))
         pictures.append(Section("Throughput over time", [_progress(run)]))
     if len(run.latency):
-        pictures.append(Section("Distributions", distributions({run.mode: [run]})))
+        pictures.append(Section("Distributions", distributions({run.mode: [run]}, colours_of([run.mode]))))
     if run.figures:
         tables.append(Section("Latency", [_latency_table(run, f"{name}-latency")]))
     if len(run.steps):
@@ -161,20 +161,21 @@ def _progress(run: Run) -> Picture:
     return picture(svg, "Tokens per second of decode and of prefill, and requests in flight, over the run", caption)
 
 
-def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
-    """Return plots of the distributions of TTFT, ITL and E2E, with one curve per name over all requests of its runs."""
+def distributions(samples: Mapping[str, Sequence[Run]], colours: Mapping[str, str]) -> list[Block]:
+    """Return plots of the distributions of TTFT, ITL and E2E, with one curve per name, in its colour, over all requests of
+    its runs."""
     pooled = {name: [run for run in runs if len(run.latency)] for name, runs in samples.items()}
     pooled = {name: runs for name, runs in pooled.items() if runs}
     pictures = []
     for column, title in (("ttft_ms", "TTFT"), ("e2el_ms", "E2E")):
         values = {name: _pool(runs, column) for name, runs in pooled.items()}
-        pictures.append(_distribution(values, f"{title} by request"))
+        pictures.append(_distribution(values, f"{title} by request", colours))
     gaps = {name: [inter_token_gaps(run.steps, run.latency) for run in runs] for name, runs in pooled.items()}
     known = {
         name: np.concatenate([each for each in of if each is not None]) for name, of in gaps.items() if _all_known(of)
     }
     if len(known) == len(gaps):
-        pictures.insert(1, _distribution(known, "ITL, every gap", log=True))
+        pictures.insert(1, _distribution(known, "ITL, every gap", colours, log=True))
         said = (
             "ITL is every gap between two tokens of a request. It follows from steps.csv: a request gets a token in each "
             "step of its decode worker from handoff to end. The number of these steps was checked for every request."
@@ -183,7 +184,7 @@ def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
         for column, title in (("itl_p50_ms", "median"), ("itl_p99_ms", "99th percentile")):
             values = {name: _pool(runs, column) for name, runs in pooled.items()}
             if all(map(len, values.values())):
-                pictures.append(_distribution(values, f"each request's {title} ITL", log=True))
+                pictures.append(_distribution(values, f"each request's {title} ITL", colours, log=True))
         said = "steps.csv does not determine every gap, so ITL is shown by its percentiles within each request."
     read = "Dots mark the median (p50) and the 99th percentile (p99)."
     return [Pictures(pictures), Text(f"{read} {said}")]
@@ -198,12 +199,15 @@ def _pool(runs: Sequence[Run], column: str) -> FloatArray:
     return np.concatenate(columns) if columns else np.empty(0)
 
 
-def _distribution(samples: Mapping[str, FloatArray], title: str, *, log: bool = False) -> Picture:
+def _distribution(
+    samples: Mapping[str, FloatArray], title: str, colours: Mapping[str, str], *, log: bool = False
+) -> Picture:
     words = "; ".join(
         f"{name} median {shown(float(np.median(values)))} ms, 99th percentile {shown(float(np.percentile(values, 99)))} ms"
         for name, values in samples.items()
     )
-    return picture(draw_distributions(samples, "ms", title, log=log), f"Distribution of {title}: {words}", wide=False)
+    svg = draw_distributions(samples, "ms", title, colours, log=log)
+    return picture(svg, f"Distribution of {title}: {words}", wide=False)
 
 
 def _latency_table(run: Run, name: str) -> Table:

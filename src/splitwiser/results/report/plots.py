@@ -2,6 +2,7 @@
 of the page; the timeline of a run and the roofline of a profile are also PNG files."""
 
 import hashlib
+import itertools
 import math
 import re
 import textwrap
@@ -118,8 +119,7 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
         _draw_lanes(lanes, steps, window, bin_s, "steps")
         lanes.set_title(title)
         decode = steps[steps.phase == "decode"]
-        workers = list(decode.groupby("worker"))
-        for (worker, own), colour in zip(workers, _cycle(len(workers)), strict=True):
+        for (worker, own), colour in zip(decode.groupby("worker"), itertools.cycle(COLOURS), strict=False):
             batches.step(own.start_s, own.requests, where="post", label=worker, color=colour, linewidth=1.2)
         batches.set_ylabel("requests\nin a decode step")
         batches.set_ylim(bottom=0)
@@ -201,10 +201,13 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
         return _svg(figure), float(edges[1] - edges[0])
 
 
-def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
-    """Draw the percentiles of each sample as a curve, with dots at those of :data:`MARKED`."""
+def draw_distributions(
+    samples: Mapping[str, FloatArray], unit: str, title: str, colours: Mapping[str, str], *, log: bool = False
+) -> str:
+    """Draw the percentiles of each sample as a curve in its colour, with dots at those of :data:`MARKED`."""
     with _figure(_SMALL, 2.8 + _legend_height(samples)) as (figure, (axes,)):
-        for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
+        for name, values in samples.items():
+            colour = colours[name]
             shares = np.linspace(0, 100, min(len(values), MOST_POINTS + 1))
             shares = np.union1d(shares, MARKED)  # so that the dots are points of the curve
             axes.plot(np.percentile(values, shares), shares, color=colour, linewidth=1.6, label=name)
@@ -248,18 +251,20 @@ def _in_a_row(names: Collection[str]) -> int:
 
 
 def draw_bars(
-    title: str, axis_label: str, values: Mapping[str, Spread], remarks: Mapping[str, str] | None = None
+    title: str,
+    axis_label: str,
+    values: Mapping[str, Spread],
+    colours: Mapping[str, str],
+    remarks: Mapping[str, str] | None = None,
 ) -> str:
-    """Draw one bar per name: the median, a line from the minimum to the maximum, and the median as a number beside it.
-    ``remarks`` are written below the names."""
-    with _rows(
-        title, axis_label, [f"{_wrapped(name)}\n{(remarks or {}).get(name, '')}".strip() for name in values]
-    ) as (
-        figure,
-        axes,
-    ):
+    """Draw one bar per name in its colour: the median, a line from the minimum to the maximum, and the median as a number
+    beside it. ``remarks`` are written below the names."""
+    labels = [f"{_wrapped(name)}\n{(remarks or {}).get(name, '')}".strip() for name in values]
+    with _rows(title, axis_label, labels) as (figure, axes):
         rows = range(len(values))
-        axes.barh(rows, [each.median for each in values.values()], height=0.62, color=_cycle(len(values)))
+        axes.barh(
+            rows, [each.median for each in values.values()], height=0.62, color=[colours[name] for name in values]
+        )
         for row, each in zip(rows, values.values(), strict=True):
             if each.least < each.greatest:
                 axes.plot([each.least, each.greatest], [row, row], color=_INK, linewidth=1.2)
@@ -323,10 +328,15 @@ def _leave_room(axes: Axes, values: Sequence[float], factor: float) -> None:
     axes.set_xlim(0, factor * (max(values, default=0) or 1))
 
 
-def draw_lines(title: str, along: str, axis_label: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
-    """Draw one line per name over a numeric option: medians, with vertical lines from the minimum to the maximum."""
+def draw_lines(
+    title: str, along: str, axis_label: str, lines: Mapping[str, Mapping[float, Spread]], colours: Mapping[str, str]
+) -> str:
+    """Draw one line per name in its colour over a numeric option: medians, with vertical lines from the minimum to the
+    maximum."""
+    markers = dict(zip(colours, itertools.cycle("osD^vP*X"), strict=False))
     with _figure(_SMALL, 2.8 + _legend_height(lines)) as (figure, (axes,)):
-        for (name, points), colour, marker in zip(lines.items(), _cycle(len(lines)), _markers(len(lines)), strict=True):
+        for name, points in lines.items():
+            colour, marker = colours[name], markers[name]
             places = sorted(points)
             axes.plot(
                 places, [points[place].median for place in places],
@@ -441,12 +451,9 @@ def _tip(step: Mapping[Any, object]) -> str:
     )
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(count)]
-
-
-def _markers(count: int) -> list[str]:
-    return ["osD^vP*X"[number % 8] for number in range(count)]
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each of ``names``, for all pictures that show some of them; after the eighth they repeat."""
+    return dict(zip(names, itertools.cycle(COLOURS), strict=False))
 
 
 @contextmanager
