@@ -8,6 +8,7 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
+from splitwiser.engine.policy import POLICIES, find_policy
 from splitwiser.errors import InputError, unknown
 from splitwiser.options import check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
@@ -77,6 +78,9 @@ class EngineConfig(ModelConfig):
     exclusive: bool = option(
         constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root"
     )
+    policy: str = option(
+        constants.POLICY, f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own"
+    )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
 
@@ -88,6 +92,11 @@ class EngineConfig(ModelConfig):
         if not 0 < self.itl_target_ms < float("inf"):
             raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
+        find_policy(self.policy)
+        if self.policy != constants.POLICY and mode.layout is None:
+            raise InputError(
+                f"mode {mode.name} runs transformers' own engine; policy {self.policy} applies to other modes"
+            )
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
             raise InputError(f"workers are laid out in modes {can}, not in mode {mode.name}")
