@@ -1,6 +1,8 @@
 """A hook of mkdocs: pages link to files outside of docs/, as on a forge, and the site gets these files too.
 
-A link to a folder, which a site cannot show, becomes its text. References in docstrings, such as ``:class:`x.Y```, become code.
+A link to a folder, which a site cannot show, becomes its text.
+
+References in docstrings, such as ``:class:`x.Y```, become code.
 """
 
 import re

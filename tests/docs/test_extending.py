@@ -85,7 +85,9 @@ def test_the_pages_commands_run(extended: Path, tmp_path: Path) -> None:
     lines = [
         line for page in PAGES for language, _, text in blocks(page) if language == "bash" for line in text.splitlines()
     ]
-    given = [[*shlex.split(line, comments=True)[1:], "--results", str(tmp_path)] for line in lines if "splitwiser" in line]
+    given = [
+        [*shlex.split(line, comments=True)[1:], "--results", str(tmp_path)] for line in lines if "splitwiser" in line
+    ]
     assert len(given) == len(PAGES)
     for line in lines:
         if "splitwiser" not in line:

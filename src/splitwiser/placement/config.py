@@ -23,7 +23,8 @@ MPS_DAEMONS = ("private", "existing")
 class ModelConfig:
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
-    model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
+    model: str | Path = option(constants.MODEL, "name of --models, checkpoint directory or hub id")
+    models: str | Path = option(str(constants.MODELS), "YAML file of the models known by name")
     dtype: str = option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
     device: str = option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
@@ -63,7 +64,8 @@ class EngineConfig(ModelConfig):
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
     workers: str | Sequence[dict[str, Any]] = option(
-        constants.WORKERS, "worker layout of modes mp, mps, green: YAML file or text; empty: one prefill, one decode"
+        constants.WORKERS,
+        "worker layout of modes mp, mps, green: YAML file, name of configs/workers, or text; empty: one of each phase",
     )
     share: str = option(
         constants.SHARE,

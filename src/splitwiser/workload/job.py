@@ -9,11 +9,12 @@ import numpy as np
 
 from splitwiser import constants
 from splitwiser.errors import InputError
+from splitwiser.files import find_config
 from splitwiser.request import Prompt, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
 from splitwiser.workload.config import Source, WorkloadConfig
-from splitwiser.workload.named import workload_names
+from splitwiser.workload.named import FOLDER
 from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.prompt_file import read_prompt_file
 from splitwiser.workload.reports import load_reports, load_tok
@@ -107,7 +108,7 @@ def prepare_job(config: WorkloadConfig, seed: int) -> Job:
 
 
 def _from_case(config: WorkloadConfig, seed: int) -> Job:
-    case = get_case(constants.DIR_CONFIGS / "cases.yaml", config.case_id)
+    case = get_case(Path(config.cases), config.case_id)
     reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
     training = load_tok(constants.DIR_DATA, "train") if case.examples else []
     prompts = case.prompts(reports, training, seed)
@@ -119,9 +120,7 @@ def _from_case(config: WorkloadConfig, seed: int) -> Job:
 
 
 def _from_workload(config: WorkloadConfig, _: int) -> Job:
-    path = Path(str(config.workload))
-    if not path.exists():
-        raise InputError(f"--workload {path}: no such file, nor a workload of this name: {', '.join(workload_names())}")
+    path = find_config(FOLDER, str(config.workload), "--workload")
     requests = READERS.get(path.suffix, read_prompt_file)(path)[: config.limit]
     return Job(path.stem, requests, exact=all(each.prompt is None for each in requests))
 
