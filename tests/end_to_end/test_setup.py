@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from splitwiser.model.kernels.build import cache_directory
+from splitwiser.machine.user_cache import cache_directory
 
 PROJECT = Path(__file__).resolve().parents[2]
 
