@@ -55,7 +55,7 @@ def test_values_from_yaml_become_those_of_the_command_line(given: dict[str, Any]
     ("given", "parts"),
     [
         ({"max_bach": 4}, ["unknown option 'max_bach'", "max_batch"]),
-        ({"max_batch": "many"}, ["--max_batch", "invalid int value: 'many'"]),
+        ({"max_batch": "many"}, ["--max_batch must be a whole number, not 'many'"]),
         ({"max_batch": 2.5}, ["--max_batch", "2.5"]),
         ({"max_batch": True}, ["option 'max_batch' cannot be true or false"]),
         ({"ignore_eos": "yes"}, ["option 'ignore_eos' must be true or false", "'yes'"]),

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from splitwiser.placement.config import EngineConfig
     from splitwiser.request import RequestOutput, SamplingParams
 
+__version__ = "0.1.0"
+
 __all__ = ["LLM", "EngineConfig", "RequestOutput", "RunConfig", "SamplingParams"]
 
 _HOMES = {
@@ -25,3 +27,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'splitwiser' has no attribute '{name}'")
     return getattr(import_module(f"splitwiser.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,13 +1,30 @@
 """Errors that users see, each as one clear line: invalid input (exit code 2) and failures (exit code 1)."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+_OPTION = re.compile(r"(?<![\w-])--(?=[a-z_]+(?![\w=-]))")
+_FEW = 8  # names that an error message lists even if one of them is like the given one
+_MOST = 30  # names that it lists at most
 
 
 class SplitwiserError(Exception):
-    """Base class of errors that are reported as one line, without a traceback."""
+    """Base class of errors that are reported as one line, without a traceback.
+
+    Messages are written with options as on the command line, ``--max_batch``, which :attr:`cli_message` keeps. ``str`` has
+    them without the dashes, as Python's arguments and the keys of YAML files are spelt.
+    """
 
     exit_code = 1
+
+    @property
+    def cli_message(self) -> str:
+        """The message with options spelt as on the command line."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return _OPTION.sub("", self.cli_message)
 
 
 class InputError(SplitwiserError):
@@ -28,12 +45,37 @@ class WorkerLostError(RunError):
     """A worker or the MPS daemon died, failed or does not answer; the message names it and the cause."""
 
 
-def unknown(kind: str, given: object, known: Iterable[object]) -> InputError:
-    """Return an :class:`InputError` for an unknown name, with the most similar valid names (all, if few or none similar)."""
+def find_nearest(given: object, known: Iterable[object]) -> list[str]:
+    """Return the name in ``known`` that is spelt almost as ``given``, else up to three similar ones, best first. Case does
+    not matter."""
+    names = {str(name).casefold(): str(name) for name in known}
+    folded = str(given).casefold()
+    near = difflib.get_close_matches(folded, names, n=1, cutoff=0.85)
+    return [names[each] for each in near or difflib.get_close_matches(folded, names, n=3, cutoff=0.5)]
+
+
+def unknown_name(kind: str, given: object, known: Iterable[object]) -> InputError:
+    """Return an :class:`InputError` for an unknown name, with the most similar valid names, and all of them if they are few
+    or none is similar."""
     names = [str(name) for name in known]
-    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near and len(names) > 8 else f"known: {', '.join(names)}"
-    return InputError(f"unknown {kind} '{given}'; {hint}")
+    near = find_nearest(given, names)
+    hints = [f"did you mean {' or '.join(near)}?"] if near else []
+    if not near or len(names) <= _FEW:
+        more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+        hints.append(f"known: {', '.join(names[:_MOST])}{more}")
+    return InputError(f"unknown {kind} '{given}'; {' '.join(hints)}")
+
+
+def check_keywords(
+    kind: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Raise :class:`InputError` for the first keyword in ``given`` that is not ``known``: with the reason in ``elsewhere``
+    for one of another library, else with the most similar names."""
+    for name in given:
+        if elsewhere and name in elsewhere:
+            raise InputError(f"{kind} '{name}' is not taken: {elsewhere[name]}")
+        if name not in known:
+            raise unknown_name(kind, name, known)
 
 
 def first_line(error: BaseException) -> str:

@@ -49,7 +49,8 @@ class LLM:
                 in mode ``green``, of clients in mode ``mps``.
             mps: in mode ``mps``, ``private`` starts a daemon for this run, ``existing`` uses the one that is running.
             exclusive: in mode ``mps``, whether to put the GPU into compute mode EXCLUSIVE_PROCESS; needs root.
-            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's type.
+            dtype: ``float32`` (or ``fp32``, ``float``), ``bfloat16`` (``bf16``), ``float16`` (``fp16``, ``half``), a
+                torch.dtype, or ``auto`` for the checkpoint's type.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             gpu_id: the same as device ``cuda:N``.
             load_format: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.

@@ -37,6 +37,6 @@ def parse_bytes(text: str) -> int:
         size = 0
     if size <= 0:
         raise InputError(
-            f"kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
+            f"--kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
         )
     return size

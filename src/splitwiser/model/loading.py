@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_file, find_pointer
+from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.kv_pool import find_memory_problem
 
 T = TypeVar("T")
@@ -84,22 +85,21 @@ class LoadedModel:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SPELLINGS if name != "auto"}
 
 
 def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
-    """Return the torch dtype named ``dtype``; ``auto`` is the checkpoint's own. Raises :class:`InputError` for an unknown
-    name and :class:`UnsupportedModelError` if the checkpoint's own is not supported."""
-    if dtype == "auto":
+    """Return the torch dtype named ``dtype``, in any spelling; ``auto`` is the checkpoint's own. Raises :class:`InputError`
+    for an unknown name and :class:`UnsupportedModelError` if the checkpoint's own is not supported."""
+    name = dtype_name(dtype)
+    if name == "auto":
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if own not in DTYPES.values():
             raise UnsupportedModelError(
-                f"dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
+                f"--dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
             )
         return own
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, ["auto", *DTYPES])
-    return DTYPES[dtype]
+    return DTYPES[name]
 
 
 def plan_model(
@@ -108,7 +108,7 @@ def plan_model(
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
     if load_format not in ("auto", "dummy"):
-        raise unknown("load_format", load_format, ["auto", "dummy"])
+        raise unknown_name("--load_format", load_format, ["auto", "dummy"])
     entry = resolve_model(model)
     if entry.kind == "encoder-decoder":
         raise _encoder_decoder(entry)

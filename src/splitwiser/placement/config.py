@@ -8,7 +8,8 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
+from splitwiser.model.dtypes import dtype_name
 from splitwiser.options import check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES, Mode, find_mode
@@ -23,7 +24,9 @@ class ModelConfig:
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
     model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
-    dtype: str = option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
+    dtype: str = option(
+        constants.DTYPE, "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto: the checkpoint's own"
+    )
     device: str = option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
     load_format: str = option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
@@ -39,6 +42,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))  # one spelling in records, and in the keys of a sweep
         if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
             raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
         if self.kv_memory != "auto":
@@ -84,13 +88,13 @@ class EngineConfig(ModelConfig):
         super().__post_init__()
         check_counts(self, "max_batch", "batch_size")
         if self.share not in SHARES:
-            raise unknown("share", self.share, SHARES)
+            raise unknown_name("--share", self.share, SHARES)
         if not 0 < self.itl_target_ms < float("inf"):
-            raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
+            raise InputError(f"--itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
-            raise InputError(f"workers are laid out in modes {can}, not in mode {mode.name}")
+            raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")
         if self.layout is not None:
             _check_layout(mode, self.layout, self.share)
         self._check_mps()
@@ -107,11 +111,13 @@ class EngineConfig(ModelConfig):
 
     def _check_mps(self) -> None:
         if self.mps not in MPS_DAEMONS:
-            raise unknown("mps", self.mps, MPS_DAEMONS)
+            raise unknown_name("--mps", self.mps, MPS_DAEMONS)
         if self.mps == "existing" and self.mode != "mps":
-            raise InputError(f"mps existing goes with mode mps, not with mode {self.mode}")
+            raise InputError(f"--mps existing goes with mode mps, not with mode {self.mode}")
         if self.exclusive and (self.mode != "mps" or self.mps == "existing"):
-            raise InputError("exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses")
+            raise InputError(
+                "--exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses"
+            )
 
 
 def _check_layout(mode: Mode, layout: WorkerLayout, share: str) -> None:
@@ -124,8 +130,10 @@ def _check_layout(mode: Mode, layout: WorkerLayout, share: str) -> None:
         return
     if not mode.moves_shares:
         can = " or ".join(each.name for each in MODES.values() if each.moves_shares)
-        raise InputError(f"share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}")
+        raise InputError(
+            f"--share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}"
+        )
     if any(group.role == "mixed" for group in layout.groups):
-        raise InputError("share auto divides between prefill and decode workers, and mixed ones are both")
+        raise InputError("--share auto divides between prefill and decode workers, and mixed ones are both")
     if any(group.share is not None for group in layout.groups):
-        raise InputError("share auto chooses the shares itself; leave them out of the workers, or use --share fixed")
+        raise InputError("--share auto chooses the shares itself; leave them out of the workers, or use --share fixed")

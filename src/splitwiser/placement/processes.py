@@ -205,7 +205,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     warm_up_start()
     model = load(config, device)
     if model.device.type == "cuda" and config.share == "auto":
-        raise InputError("share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
+        raise InputError("--share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
     prepared = prepare(model, config)
     layers, blocks = prepared.layers, prepared.blocks
     specs = config.specs
@@ -214,7 +214,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     part = blocks // len(owners)
     if not part:
         raise InputError(
-            f"kv_memory '{config.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
+            f"--kv_memory '{config.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
         )
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)

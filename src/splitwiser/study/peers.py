@@ -8,7 +8,7 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.config import RunConfig
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.llm import make_requests
 from splitwiser.machine.load import LoadMeter, MachineLoad
@@ -41,7 +41,7 @@ def read_peer(text: str) -> Peer:
     """Read ``ENGINE=ENVIRONMENT``, a folder with ``bin/python`` or a Python executable. Raises :class:`InputError`."""
     engine, _, where = text.partition("=")
     if engine not in ENGINES:
-        raise unknown("peer", engine, ENGINES)
+        raise unknown_name("peer", engine, ENGINES)
     python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
     if not python.exists():
         raise InputError(f"--peer {text}: no bin/python there; scripts/install_peer.sh creates an environment")
@@ -51,7 +51,7 @@ def read_peer(text: str) -> Peer:
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     if config.temperature != 0:
-        raise InputError("a peer chooses tokens greedily; leave temperature out")
+        raise InputError("a peer chooses tokens greedily; leave --temperature out")
     if config.max_concurrency is None and any(job.arrival_s):
         raise InputError(
             "a peer takes requests that arrive at once or as others finish, not at given times; give --request_rate inf or "

@@ -100,7 +100,7 @@ def simulate(
     if -(-most // machine.block_tokens) > machine.blocks // owners:
         raise InputError(
             f"a request needs room for {most} tokens in the KV pool, of which each worker that decodes owns "
-            f"{machine.blocks // owners * machine.block_tokens}; raise kv_memory"
+            f"{machine.blocks // owners * machine.block_tokens}; raise --kv_memory"
         )
     placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
     try:

@@ -93,7 +93,7 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         if self.workload is not None:
             self._check_workload()
-        check_counts(self, "--limit", "--requests", "--max_prompt_tokens")
+        check_counts(self, "limit", "requests", "max_prompt_tokens")
         self._check_requests()
         self._check_arrivals()
         if self.trace_slice is not None:
@@ -139,7 +139,7 @@ class WorkloadConfig:
             raise InputError(f"--burstiness must be above 0, not {self.burstiness:g}")
         if self.burstiness != 1 and self.request_rate is None:
             raise InputError("--burstiness applies to arrivals at a rate; give --request_rate")
-        check_counts(self, "--max_concurrency")
+        check_counts(self, "max_concurrency")
         if self.max_concurrency is not None and self.request_rate is not None:
             raise InputError(
                 "--max_concurrency admits requests as others finish, --request_rate at given times; give one of them"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from splitwiser import constants
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.request import Prompt, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
@@ -124,7 +124,7 @@ def _from_case(config: WorkloadConfig, seed: int) -> Job:
 def _from_workload(config: WorkloadConfig, _: int) -> Job:
     path = Path(str(config.workload))
     if not path.exists():
-        raise InputError(f"--workload {path}: no such file, nor a workload of this name: {', '.join(workload_names())}")
+        raise InputError(f"--workload {path}: no such file, and {unknown_name('workload', path, workload_names())}")
     workload = load_workload(path)
     rows = zip(workload.prompts, workload.max_new_tokens, workload.arrival_s, strict=True)
     requests = [

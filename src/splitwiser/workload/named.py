@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from splitwiser import constants
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import read_yaml
 
 OPTIONS = ("requests", "prompt_tokens", "output_tokens", "max_prompt_tokens", "request_rate", "max_concurrency")
@@ -25,7 +25,7 @@ def read_named_workload(name: str) -> dict[str, Any]:
         raise InputError(f"{path}: must map options to values, prompt_tokens among them, such as {EXAMPLE}")
     for key in content:
         if key not in OPTIONS:
-            raise InputError(f"{path}: {unknown('option', key, OPTIONS)}")
+            raise InputError(f"{path}: {unknown_name('option', key, OPTIONS)}")
     return content
 
 
