@@ -11,6 +11,7 @@ from dataclasses import Field, field, fields
 from typing import Any, NoReturn, get_args
 
 from splitwiser.errors import InputError, check_keywords, unknown_name
+from splitwiser.text import shorten
 
 GROUPS = ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results")
 
@@ -24,6 +25,16 @@ def option(default: object, help_text: str, group: str = "model and placement") 
 def option_fields(kind: type) -> dict[str, Field[Any]]:
     """Return the fields of the dataclass ``kind`` that are options, by name."""
     return {each.name: each for each in fields(kind) if each.metadata}
+
+
+class Options:
+    """Base class of configurations: its ``repr`` has the options that differ from their defaults."""
+
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name) for name in option_fields(type(self))}
+        defaults = {name: each.default for name, each in option_fields(type(self)).items()}
+        changed = (f"{name}={shorten(value)}" for name, value in given.items() if value != defaults[name])
+        return f"{type(self).__name__}({', '.join(changed)})"
 
 
 def option_type(of: Field[Any]) -> type:

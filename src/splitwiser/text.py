@@ -1,5 +1,6 @@
 """Text from users: UTF-8 files with or without a byte order mark, valid strings, and sizes in bytes."""
 
+import reprlib
 from pathlib import Path
 
 from splitwiser.errors import InputError
@@ -22,6 +23,15 @@ def check_text(text: str, where: str) -> str:
             "text cut inside an emoji; remove it or insert the whole character"
         ) from error
     return text
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
+
+
+def shorten(value: object) -> str:
+    """Return ``repr(value)`` without the middle of long texts and the end of long collections."""
+    return _SHORT.repr(value)
 
 
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}

@@ -246,9 +246,10 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled(mode: str, fewest: int,
 def test_five_hundred_requests_through_a_small_pool(tiny: Callable[[str], Path]) -> None:
     rng = random.Random(7)
     lengths = [rng.randint(1, 60) for _ in range(500)]
-    params = [SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=True) for _ in lengths]
+    new_tokens = [rng.randint(1, 20) for _ in lengths]
+    params = [SamplingParams(max_tokens=each, ignore_eos=True) for each in new_tokens]
     arrivals = [rng.random() * 3 for _ in lengths]
-    blocks = sum(-(-(length + each.max_tokens) // 16) for length, each in zip(lengths, params, strict=True)) // 10
+    blocks = sum(-(-(length + new) // 16) for length, new in zip(lengths, new_tokens, strict=True)) // 10
     seen = Seen()
     with LLM(tiny("opt"), mode="mp", kv_memory=room_for(tiny("opt"), 16 * blocks)) as llm:
         outputs = llm.generate(prompts_of(lengths), params, arrival_s=arrivals, observer=seen)
@@ -256,7 +257,7 @@ def test_five_hundred_requests_through_a_small_pool(tiny: Callable[[str], Path])
         whole = min(blocks * 16, 256)
         (last,) = llm.generate([[5] * (whole - 1)], SamplingParams(max_tokens=2, ignore_eos=True))
     assert sorted(output.request_id for output in seen.outputs) == list(range(500))
-    assert [len(output.token_ids) for output in outputs] == [each.max_tokens for each in params]
+    assert [len(output.token_ids) for output in outputs] == new_tokens
     assert len(last.token_ids) == 2
 
 

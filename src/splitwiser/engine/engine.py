@@ -208,7 +208,7 @@ def make_output(
 def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None) -> None:
     """Raise :class:`InputError`, with the limit that is exceeded, for a request that could never be served."""
     where = f"request {request.request_id}"
-    prompt, new = len(request.prompt_token_ids), request.params.max_tokens
+    prompt, new = len(request.prompt_token_ids), request.max_tokens
     if not prompt:
         raise InputError(f"{where}: the prompt has no tokens; at least one is needed")
     wrong = [token for token in request.prompt_token_ids if not 0 <= token < model.vocabulary]

@@ -10,17 +10,42 @@ from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.dtypes import dtype_name
-from splitwiser.options import check_counts, option
+from splitwiser.options import Options, check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES, Mode, find_mode
 from splitwiser.text import parse_bytes
+
+_PARALLEL = "one device serves the whole model"
+NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
+    "tensor_parallel_size": _PARALLEL,
+    "pipeline_parallel_size": _PARALLEL,
+    "data_parallel_size": _PARALLEL,
+    "gpu_memory_utilization": "kv_memory gives the KV pool's size, such as 4GiB",
+    "kv_cache_memory_bytes": "here it is kv_memory, such as 4GiB",
+    "max_num_seqs": "here it is max_batch",
+    "max_num_batched_tokens": "here it is prefill_tokens, for the prompt tokens of a prefill step",
+    "enable_chunked_prefill": "prompts longer than prefill_tokens are always split",
+    "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
+    "block_size": "BLOCK_TOKENS in constants.py",
+    "enable_prefix_caching": "prompts share no blocks",
+    "enforce_eager": "here it is kernels, auto or plain",
+    "quantization": "a checkpoint says itself how it is quantised",
+    "kv_cache_dtype": "K and V have the model's dtype",
+    "trust_remote_code": "models run with transformers' own code alone",
+    "tokenizer": "it is the checkpoint's own",
+    "revision": "give a checkpoint directory",
+    "speculative_config": "tokens are made one by one",
+    "torch_dtype": "here it is dtype",
+    "device_map": "here it is device",
+    "attn_implementation": "attention reads the KV pool; kernels is auto or plain",
+}
 
 SHARES = ("fixed", "auto", "none")
 MPS_DAEMONS = ("private", "existing")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ModelConfig(Options):
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
     model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
@@ -55,7 +80,7 @@ class ModelConfig:
         return self.device if self.gpu_id is None else f"cuda:{self.gpu_id}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(ModelConfig):
     """Complete configuration of an engine.
 

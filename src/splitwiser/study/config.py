@@ -11,7 +11,7 @@ from splitwiser.placement.config import ModelConfig
 from splitwiser.results.schema import OBJECTIVES
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ProfileConfig(ModelConfig):
     """What to profile. Raises :class:`~splitwiser.errors.InputError` for an invalid list."""
 
@@ -37,7 +37,7 @@ class ProfileConfig(ModelConfig):
         check_results(self.results)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdviseConfig(RunConfig):
     """What to advise on: the options of a run, except those that the advice determines, and these."""
 

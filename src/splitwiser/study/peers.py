@@ -78,7 +78,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
     workload = folder / f"{job.label}.json"
     content = {
-        "max_new_tokens": [request.params.max_tokens for request in requests],
+        "max_new_tokens": [request.max_tokens for request in requests],
         "prompts": [request.prompt_token_ids for request in requests],
     }
     workload.write_text(json.dumps(content), encoding="utf-8")

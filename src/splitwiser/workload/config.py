@@ -6,7 +6,7 @@ from typing import Literal
 
 from splitwiser import constants
 from splitwiser.errors import InputError
-from splitwiser.options import check_counts, option, typed_options
+from splitwiser.options import Options, check_counts, option, typed_options
 from splitwiser.request import SamplingParams
 from splitwiser.workload.named import read_named_workload, workload_names
 from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
@@ -18,8 +18,8 @@ Source = Literal["case", "workload", "trace", "synthetic"]
 MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkloadConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WorkloadConfig(Options):
     """Which requests are made and when they arrive. Raises :class:`InputError` on values that make no sense together."""
 
     case_id: int = option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", "requests")
@@ -93,7 +93,8 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         if self.workload is not None:
             self._check_workload()
-        check_counts(self, "limit", "requests", "max_prompt_tokens")
+        check_counts(self, "limit", "requests", "max_prompt_tokens", "max_new_tokens")
+        self.sampling_params(1)  # raises for invalid ones
         self._check_requests()
         self._check_arrivals()
         if self.trace_slice is not None:
