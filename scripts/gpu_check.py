@@ -101,9 +101,9 @@ def together(check: Check) -> list[str]:
     return ["--one_process"] if check.has_gpu else []
 
 
-def script(name: str, *arguments: str) -> list[str]:
-    """Return the command of a script in this folder."""
-    return [sys.executable, "-u", str(PROJECT / "scripts" / name), *arguments]
+def script(path: str, *arguments: str) -> list[str]:
+    """Return the command of a script at ``path`` in the project."""
+    return [sys.executable, "-u", str(PROJECT / path), *arguments]
 
 
 # -- the stages
@@ -111,7 +111,7 @@ def script(name: str, *arguments: str) -> list[str]:
 
 def probe(check: Check) -> Iterator[list[str]]:
     """Probe the features that the modes need."""
-    yield script("gpu_probe.py", "--out", str(check.folder("probe") / "probe.csv"))
+    yield script("scripts/gpu_probe.py", "--out", str(check.folder("probe") / "probe.csv"))
 
 
 def doctor(check: Check) -> Iterator[list[str]]:
@@ -199,7 +199,7 @@ def interference(check: Check) -> Iterator[list[str]]:
         sizes = ["--model", "llama-3.2-1b", "--long", "16000", "--new_tokens", "2000", "--after", "1.0"]
     modes = [mode for mode in ("sequential", "green", "mps", "mp") if mode in check.modes]
     out = check.folder("interference") / "interference.csv"
-    yield script("interference.py", "--modes", ",".join(modes), *sizes, "--repeats", "2", "--out", str(out))
+    yield script("examples/long_prompt.py", "--modes", ",".join(modes), *sizes, "--repeats", "2", "--out", str(out))
 
 
 def paper(check: Check) -> Iterator[list[str]]:

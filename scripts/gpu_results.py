@@ -180,7 +180,7 @@ def test_counts(path: Path) -> pd.DataFrame:
 
 
 def medians(path: Path) -> pd.DataFrame:
-    """Return the medians by mode of an interference file; any other file unchanged."""
+    """Return the medians by mode of a file of examples/long_prompt.py; any other file unchanged."""
     rows = read_rows(path)
     return rows.groupby("mode", sort=False).median().reset_index() if "worst over alone" in rows else rows
 

@@ -30,6 +30,7 @@ LOAD_FORMAT = "auto"  # auto reads a checkpoint; dummy builds the architecture w
 
 MAX_BATCH = 64  # most requests in one decode step
 BATCH_SIZE = 20  # mode generate: rows of a padded batch, as in the original
+POLICY = "first_come"  # the order in which requests are admitted and prefilled
 PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step; longer prompts are split over steps
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
 KV_MEMORY = (

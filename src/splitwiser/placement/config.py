@@ -8,6 +8,7 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
+from splitwiser.engine.policy import POLICIES, find_policy
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.dtypes import dtype_name
 from splitwiser.options import Options, check_counts, option
@@ -25,6 +26,7 @@ NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is her
     "max_num_seqs": "here it is max_batch",
     "max_num_batched_tokens": "here it is prefill_tokens, for the prompt tokens of a prefill step",
     "enable_chunked_prefill": "prompts longer than prefill_tokens are always split",
+    "scheduling_policy": "here it is policy",
     "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
     "block_size": "BLOCK_TOKENS in constants.py",
     "enable_prefix_caching": "prompts share no blocks",
@@ -106,6 +108,9 @@ class EngineConfig(ModelConfig):
     exclusive: bool = option(
         constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root"
     )
+    policy: str = option(
+        constants.POLICY, f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own"
+    )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
 
@@ -117,6 +122,11 @@ class EngineConfig(ModelConfig):
         if not 0 < self.itl_target_ms < float("inf"):
             raise InputError(f"--itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
+        find_policy(self.policy)
+        if self.policy != constants.POLICY and mode.layout is None:
+            raise InputError(
+                f"mode {mode.name} runs transformers' own engine; --policy {self.policy} applies to other modes"
+            )
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
             raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")

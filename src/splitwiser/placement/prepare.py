@@ -8,6 +8,7 @@ from torch import Tensor
 
 from splitwiser import constants
 from splitwiser.engine.engine import Engine
+from splitwiser.engine.policy import find_policy
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.model.compatibility import attach_engine, try_kernels
@@ -64,8 +65,10 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
 
 
 def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
-    """Return the limits of ``config`` that workers schedule by."""
-    return SchedulerSettings(config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS)
+    """Return the limits and the policy of ``config`` that workers schedule by."""
+    return SchedulerSettings(
+        config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS, find_policy(config.policy)
+    )
 
 
 def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from splitwiser.engine.policy import find_policy
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import CsvTable, Status, make_directory, write_rows
 from splitwiser.llm import make_requests
@@ -134,7 +135,7 @@ def predict(
         for placement in measurements.placements:
             for budget in budgets:
                 candidate = Candidate(placement.mode, placement.workers, budget)
-                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
+                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend, find_policy(config.policy))
                 row = candidate.row
                 try:
                     machine = Machine(measurements.costs, measurements.cores, placement.blocks)

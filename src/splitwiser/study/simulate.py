@@ -21,7 +21,7 @@ import torch
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
 from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
-from splitwiser.engine.policy import LeastLoadedRouter
+from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
@@ -76,6 +76,7 @@ class Schedule:
     prefill_tokens: int
     max_batch: int
     lend: bool = True
+    policy: Policy = FIRST_COME
 
 
 def simulate(
@@ -210,7 +211,7 @@ class _SimulatedWorker:
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
         scheduling = SchedulerSettings(
-            world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens
+            world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens, world.schedule.policy
         )
         self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
