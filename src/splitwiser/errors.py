@@ -79,5 +79,7 @@ def check_keywords(
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of ``error``'s message, or its type's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of ``error``'s message, with the next one if it ends with a colon, or its type's name if it has
+    none."""
+    line, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{line} {more[0].strip()}" if more and line.endswith(":") else line
