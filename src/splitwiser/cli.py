@@ -101,9 +101,12 @@ def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _fail(line: str, exit_code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(line, file=sys.stderr)
+    try:
+        if debug:
+            traceback.print_exc()
+        print(line, file=sys.stderr, flush=True)
+    except OSError as error:  # perhaps the very error that this line is about
+        print(f"{line} (standard error cannot be written: {error.strerror})")
     return exit_code
 
 
