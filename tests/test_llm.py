@@ -142,7 +142,7 @@ def test_dummy_text_is_tokenised_without_a_download() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"mode": "sequentail"}, "unknown mode 'sequentail'; known: "),
+        ({"mode": "sequentail"}, "unknown mode 'sequentail'; did you mean sequential? known: "),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'; known: auto, float32, bfloat16, float16"),
         ({"load_format": "gguf"}, "unknown load_format 'gguf'; known: auto, dummy"),
         ({"device": "tpu"}, "device 'tpu': must be auto, cpu, cuda or cuda:N"),
@@ -165,7 +165,7 @@ def test_wrong_arguments_get_one_line(arguments: dict[str, object], line: str) -
 
 def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"neither in the local cache nor available from the hub.*--load_format dummy"):
+    with pytest.raises(InputError, match=r"neither in the local cache nor available from the hub.*load_format dummy"):
         LLM("opt-125m")
 
 
@@ -177,7 +177,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     monkeypatch.setattr("splitwiser.model.loading.draw_weights", pytest.fail)
     monkeypatch.setattr("splitwiser.model.loading._read_checkpoint", pytest.fail)
     line = (
-        r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller --dtype or model is needed"
+        r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller dtype or model is needed"
     )
     with pytest.raises(InputError, match=line):
         LLM(tiny("llama"), load_format=load_format, dtype="float16")

@@ -57,7 +57,7 @@ def test_variants_that_make_no_sense_are_refused(modes: list[str], described: li
         ({"max_batch": 0}, ["variant last: --max_batch must be 1 or more"]),
         ({"kv_memory": "much"}, ["variant last: --kv_memory 'much'"]),
         ({"limit": 0}, ["variant last: --limit must be 1 or more"]),
-        ({"top_p": 2.0}, ["variant last: top_p"]),
+        ({"top_p": 2.0}, ["variant last: --top_p"]),
         ({"workload": "none.json"}, ["variant last: ", "none.json: no such file"]),
         ({"limit": 3}, ["variant last differs from first in its requests", "sweep"]),
         ({"max_new_tokens": 3}, ["variant last differs from first in its sampling"]),

@@ -16,5 +16,5 @@ def dtype_name(dtype: object) -> str:
     :class:`~splitwiser.errors.InputError`."""
     given = str(dtype).removeprefix("torch.")
     if given not in _NAMES:
-        raise unknown_name("--dtype", given, _NAMES)
+        raise unknown_name("--dtype", given, SPELLINGS)
     return _NAMES[given]
