@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from splitwiser.errors import InputError
-from splitwiser.request import NOT_TAKEN, Request, RequestMetrics, SamplingParams
+from splitwiser.request import Request, RequestMetrics, SamplingParams
 from tests.support.records import make_output
 
 
@@ -50,9 +50,12 @@ def test_limits_themselves_are_fine(settings: dict[str, Any]) -> None:
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, not nan"),
         ({"stop": ("abc", "")}, "stop must be a string or a sequence of strings, none of them empty, not ('abc', '')"),
         ({"stop": (3,)}, "stop must be a string or a sequence of strings, none of them empty, not (3,)"),
-        ({"temprature": 1.0}, "unknown sampling parameter 'temprature'; did you mean temperature? known: max_tokens, "),
-        ({"max_new_tokens": 5}, "sampling parameter 'max_new_tokens' is not taken: here it is max_tokens"),
-        ({"n": 2}, "sampling parameter 'n' is not taken: a prompt has one output"),
+        (
+            {"temprature": 1.0},
+            "unknown option of SamplingParams 'temprature'; did you mean temperature? known: max_tokens, ",
+        ),
+        ({"max_new_tokens": 5}, "'max_new_tokens' is no option of SamplingParams: here it is max_tokens"),
+        ({"n": 2}, "'n' is no option of SamplingParams: a prompt has one output"),
     ],
 )
 def test_a_wrong_parameter_is_named_with_what_would_be_right(settings: dict[str, Any], message: str) -> None:
@@ -78,7 +81,7 @@ def test_other_libraries_forms_are_taken(settings: dict[str, Any], kept: dict[st
 
 
 def test_the_docstring_lists_what_is_not_taken() -> None:
-    assert set(NOT_TAKEN) <= set(re.findall(r"\w+", str(SamplingParams.__doc__)))
+    assert set(SamplingParams.NOT_TAKEN) <= set(re.findall(r"\w+", str(SamplingParams.__doc__)))
 
 
 def test_parameters_cannot_be_changed() -> None:

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 _OPTION = re.compile(r"(?<![\w-])--(?=[a-z_]+(?![\w=-]))")
 _FEW = 8  # names that an error message lists even if one of them is like the given one
@@ -67,13 +68,13 @@ def unknown_name(kind: str, given: object, known: Iterable[object]) -> InputErro
 
 
 def check_keywords(
-    kind: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, str] | None = None
+    kind: str, given: Iterable[str], known: Collection[str], not_taken: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Raise :class:`InputError` for the first keyword in ``given`` that is not ``known``: with the reason in ``elsewhere``
-    for one of another library, else with the most similar names."""
+    """Raise :class:`InputError` for the first keyword in ``given`` that is not ``known``: with its reason in ``not_taken``,
+    which has keywords of other libraries, or else with the most similar names."""
     for name in given:
-        if elsewhere and name in elsewhere:
-            raise InputError(f"{kind} '{name}' is not taken: {elsewhere[name]}")
+        if name in not_taken:
+            raise InputError(f"'{name}' is no {kind}: {not_taken[name]}")
         if name not in known:
             raise unknown_name(kind, name, known)
 

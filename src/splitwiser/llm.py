@@ -20,7 +20,7 @@ from splitwiser.errors import InputError, check_keywords
 from splitwiser.machine.device import release_memory
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
-from splitwiser.placement.config import NOT_TAKEN, EngineConfig
+from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
@@ -73,7 +73,6 @@ class LLM:
         **options: Any,  # noqa: ANN401  # the fields of EngineConfig, of various types
     ) -> None:
         given = {} if config is None else {name: getattr(config, name) for name in option_fields(EngineConfig)}
-        check_keywords("option of LLM", options, option_fields(EngineConfig), NOT_TAKEN)
         given |= options if model is None else {"model": model, **options}
         # never a subclass, such as a run's: workers receive it, and would import what its own fields need
         self.config = EngineConfig(**given)

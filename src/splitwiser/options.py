@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, field, fields
-from typing import Any, NoReturn, get_args
+from typing import Any, ClassVar, NoReturn, Self, get_args
 
 from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.text import shorten
@@ -28,13 +28,25 @@ def option_fields(kind: type) -> dict[str, Field[Any]]:
 
 
 class Options:
-    """Base class of configurations: its ``repr`` has the options that differ from their defaults."""
+    """Base class of dataclasses that users fill in. Raises :class:`InputError` for a keyword that is none of their fields,
+    with its reason in ``NOT_TAKEN`` if another library has it. ``repr`` has the options that differ from their defaults."""
+
+    NOT_TAKEN: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, **given: object) -> Self:
+        """Refuse unknown keywords, of which ``__init__`` would raise a TypeError."""
+        check_keywords(f"option of {cls.__name__}", given, _field_names(cls), cls.NOT_TAKEN)
+        return super().__new__(cls)
 
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in option_fields(type(self))}
         defaults = {name: each.default for name, each in option_fields(type(self)).items()}
         changed = (f"{name}={shorten(value)}" for name, value in given.items() if value != defaults[name])
         return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def _field_names(kind: type) -> list[str]:
+    return [each.name for each in fields(kind)]
 
 
 def option_type(of: Field[Any]) -> type:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from splitwiser import constants
-from splitwiser.errors import InputError, check_keywords
+from splitwiser.errors import InputError
+from splitwiser.options import Options
 from splitwiser.text import shorten
 
 FinishReason = Literal["stop", "length"]
@@ -14,7 +15,7 @@ PromptInput = Prompt | Iterable[int] | Mapping[str, Any]
 """What users give: a prompt, an array or tensor of token ids, or vLLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
 ids}``."""
 
-_NOT_TAKEN_BECAUSE = {
+_NOT_TAKEN = {
     "here it is max_tokens, the number of new tokens": ("max_new_tokens", "max_length"),
     "here it is stop": ("stop_strings",),
     "here temperature 0 is greedy, and above 0 tokens are drawn": ("do_sample",),
@@ -33,12 +34,10 @@ _NOT_TAKEN_BECAUSE = {
         "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
     ),
 }  # fmt: skip
-NOT_TAKEN = {name: reason for reason, names in _NOT_TAKEN_BECAUSE.items() for name in names}
-"""Parameters of vLLM's SamplingParams and of transformers' generate that :class:`SamplingParams` has not, with reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Options):
     """How the tokens of one request are sampled and when it ends; the names are vLLM's.
 
     ``temperature`` 0 is greedy (the default here, so that tokens equal ``model.generate``'s). Otherwise tokens are drawn
@@ -73,6 +72,8 @@ class SamplingParams:
     Raises :class:`~splitwiser.errors.InputError` for values out of range, and for parameters that are unknown or not taken.
     """
 
+    NOT_TAKEN: ClassVar[Mapping[str, str]] = {name: reason for reason, names in _NOT_TAKEN.items() for name in names}
+
     max_tokens: int | None = 16
     temperature: float = constants.TEMPERATURE
     top_k: int = constants.TOP_K
@@ -80,11 +81,6 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
-
-    def __new__(cls, **given: object) -> Self:
-        """Refuse unknown parameters before ``__init__``, which knows the others alone, does so by a TypeError."""
-        check_keywords("sampling parameter", given, cls.__dataclass_fields__, NOT_TAKEN)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:

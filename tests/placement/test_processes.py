@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Handoff
 from splitwiser.errors import InputError, RunError
 from splitwiser.placement.processes import MISSED_CHECKS, ProcessPlacement
+from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Seen, Trigger
@@ -259,6 +261,16 @@ def test_five_hundred_requests_through_a_small_pool(tiny: Callable[[str], Path])
     assert sorted(output.request_id for output in seen.outputs) == list(range(500))
     assert [len(output.token_ids) for output in outputs] == new_tokens
     assert len(last.token_ids) == 2
+
+
+def test_more_workers_than_can_have_pipes_are_refused_before_a_model_is_loaded() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, limits[1]))
+    try:
+        line = refusal(LLM, "none/such", mode="mp", workers=[{"role": "mixed", "count": 100_000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_says(line, "100,000 processes are more than the 20 that", "may open 1,000 files (ulimit -n)")
 
 
 def test_room_of_what_ended_is_room_again(tiny: Callable[[str], Path]) -> None:

@@ -1,10 +1,10 @@
 """Configuration of an engine: model, device, number format, KV pool, and the placement of the two phases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
@@ -17,7 +17,7 @@ from splitwiser.placement.modes import MODES, Mode, find_mode
 from splitwiser.text import parse_bytes
 
 _PARALLEL = "one device serves the whole model"
-NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
+_NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
     "tensor_parallel_size": _PARALLEL,
     "pipeline_parallel_size": _PARALLEL,
     "data_parallel_size": _PARALLEL,
@@ -90,6 +90,8 @@ class EngineConfig(ModelConfig):
     :class:`InputError` for values that are invalid on any machine; :func:`splitwiser.placement.checks.find_mode_problem`
     checks this one.
     """
+
+    NOT_TAKEN: ClassVar[Mapping[str, str]] = _NOT_TAKEN
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
     workers: str | Sequence[dict[str, Any]] = option(
