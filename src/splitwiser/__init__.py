@@ -3,15 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from splitwiser.version import __version__
+
 if TYPE_CHECKING:
     from splitwiser.config import RunConfig
     from splitwiser.llm import LLM
     from splitwiser.placement.config import EngineConfig
     from splitwiser.request import RequestOutput, SamplingParams
 
-__version__ = "0.1.0"
-
-__all__ = ["LLM", "EngineConfig", "RequestOutput", "RunConfig", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "RequestOutput", "RunConfig", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "llm",
@@ -30,4 +30,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return list(__all__)

@@ -10,7 +10,13 @@ def check(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found before the model is loaded."""
     refuse_mode_here(config.mode, config.device_name)
-    plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
+    plan_model(
+        config.model,
+        models=config.models,
+        dtype=config.dtype,
+        device=config.device_name,
+        load_format=config.load_format,
+    )
     job = prepare_job(config, config.seed)
     job.sampling_params(config)
     return job

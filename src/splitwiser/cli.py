@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from splitwiser import __version__
 from splitwiser.errors import InputError, SplitwiserError, unknown_name
 from splitwiser.options import OptionParser, UsageError
+from splitwiser.version import __version__
 
 COMMANDS = {  # modules of splitwiser.commands, with their descriptions in `splitwiser --help`
     "run": "run a model over reports or a workload and write latency and throughput",

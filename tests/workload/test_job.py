@@ -54,6 +54,15 @@ def test_a_case_makes_prompts_of_its_reports() -> None:
     assert all(report.impression for report in each(job, "report"))
 
 
+def test_a_case_may_be_of_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("7: {description: mine, prompt: 'in short:', max_new_tokens: 3}")
+    job = job_of(cases=str(tmp_path / "mine.yaml"), case_id=7, limit=2)
+    assert (job.label, each(job, "new_tokens")) == ("case7", [3, 3])
+    assert all(prompt.endswith("in short:") for prompt in each(job, "prompt"))
+    assert refusal(job_of, cases=str(tmp_path / "mine.yaml")) == "unknown case '0'; known: 7"
+    assert refusal(job_of, cases=str(tmp_path / "none.yaml")) == f"{tmp_path}/none.yaml: no such file"
+
+
 def test_a_workload_gives_each_prompt_its_own_limit(workload: str) -> None:
     job = job_of(workload=workload, limit=2)
     assert (job.label, each(job, "prompt"), job.arrival_s) == ("mine", ["a", (4,)], [0.0, 1.0])

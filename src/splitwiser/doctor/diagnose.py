@@ -79,7 +79,7 @@ class Diagnosis:
 @stopping_probes()
 def diagnose(config: DoctorConfig) -> Diagnosis:
     """Run all checks. Raises :class:`InputError` for an unknown model, or an invalid type, device or size."""
-    name = resolve_model(config.model).name
+    entry = resolve_model(config.model, config.models)
     check = _Checks()
     check("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
     pytorch = check("software", "pytorch", survey.find_pytorch).ok
@@ -96,7 +96,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
             ask_ahead("mode", mode, place, deadline_s=MODE_S)
     gpu = gpus[int(place.removeprefix("cuda:"))] if place and place != "cpu" else None
     memory = check("memory", "main_memory", survey.find_main_memory)
-    hub = check("hub", "hub", survey.find_hub, config.model, config.hub)
+    hub = check("hub", "hub", survey.find_hub, entry.hub, config.hub)
     free: int | None = gpu["free_bytes"] if gpu else memory.figures.get("free_bytes")
     needs = None
     if pytorch and transformers and place and free is not None:
@@ -119,7 +119,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     check("processor", "kernel", survey.find_kernel, place)
     check.close()
     modes = [_judge_mode(mode, check.findings, refused.get(mode), needs) for mode in MODES]
-    return Diagnosis(name, place, list(check.findings.values()), modes)
+    return Diagnosis(entry.name, place, list(check.findings.values()), modes)
 
 
 class _Checks:

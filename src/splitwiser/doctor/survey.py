@@ -16,7 +16,6 @@ from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
 from splitwiser.errors import first_line
 from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
-from splitwiser.model.catalog import resolve_model
 
 DEVICES_S, SHARE_S, HUB_S, TOOL_S = 60.0, 90.0, 20.0, 10.0  # longest that each probe may take
 FEW_FILES = 256  # a run opens tens of files, and a pipe for every pair of processes
@@ -211,7 +210,7 @@ def find_kernel(place: str | None) -> Found:
     """Build the kernels as a run does, so that the result is that of a run."""
     import torch
 
-    from splitwiser.model.kernels import build as native
+    from splitwiser.machine import user_cache
     from splitwiser.model.kernels import gpu_attention as gpu_kernel
     from splitwiser.model.kernels.choose import load_kernels
 
@@ -219,9 +218,9 @@ def find_kernel(place: str | None) -> Found:
     compiled, text = kernels.decode is not None, described["decode_attention"]
     cache, kept = None, ""
     try:
-        cache = (native if place in (None, "cpu") else gpu_kernel).cache_directory()
+        cache = (user_cache if place in (None, "cpu") else gpu_kernel).cache_directory()
         kept = f"kept in {cache}"
-    except FileNotFoundError as error:
+    except OSError as error:
         kept = first_line(error)
     figures = {
         "kernel": text,
@@ -295,8 +294,8 @@ def find_open_files() -> Found:
 # the hub
 
 
-def find_hub(model: str, wanted: bool) -> Found:
-    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves ``model``."""
+def find_hub(name: str, wanted: bool) -> Found:
+    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves the model ``name``, if it has one."""
     from huggingface_hub import constants as hub
 
     cache = f"cache {hub.HF_HUB_CACHE}"
@@ -309,7 +308,6 @@ def find_hub(model: str, wanted: bool) -> Found:
     figures = {"problem": problem, "cache": hub.HF_HUB_CACHE, "tried": wanted}
     if not wanted:
         return None, f"not tried (--hub tries it); {setting}; {cache}", figures
-    name = resolve_model(model).hub
     try:
         ask("hub", name, deadline_s=HUB_S)
     except ProbeError as error:

@@ -109,13 +109,13 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
 
 
 def plan_model(
-    model: str | Path, *, dtype: str, device: str, load_format: str
+    model: str | Path, *, models: str | Path = constants.MODELS, dtype: str, device: str, load_format: str
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
     if load_format not in ("auto", "dummy"):
         raise unknown_name("--load_format", load_format, ["auto", "dummy"])
-    entry = resolve_model(model)
+    entry = resolve_model(model, models)
     if entry.kind == "encoder-decoder":
         raise _encoder_decoder(entry)
     place = resolve_device(device)
@@ -130,6 +130,7 @@ def plan_model(
 def load_model(
     model: str | Path,
     *,
+    models: str | Path = constants.MODELS,
     dtype: str,
     device: str,
     load_format: str,
@@ -137,7 +138,7 @@ def load_model(
     kv_memory: str = "auto",
     weights: bool = True,
 ) -> LoadedModel:
-    """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
+    """Load ``model`` (a name of the file ``models``, a checkpoint directory or a hub id) onto ``device``.
 
     ``load_format`` ``auto`` reads its weights; ``dummy`` builds the architecture alone with random weights drawn with
     ``seed``, and uses the embedded model's tokenizer if the model's own is not on this machine. The attention
@@ -147,7 +148,9 @@ def load_model(
     :class:`InputError`, and its subclass :class:`UnsupportedModelError` for a model that cannot be served.
     """
     began = time.perf_counter()
-    entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
+    entry, place, config, weights_dtype = plan_model(
+        model, models=models, dtype=dtype, device=device, load_format=load_format
+    )
     notes = _widened(config, weights_dtype) if load_format == "auto" else []
     module = without_memory(entry, config, weights_dtype)
     problem = find_memory_problem(

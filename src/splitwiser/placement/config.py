@@ -50,7 +50,8 @@ MPS_DAEMONS = ("private", "existing")
 class ModelConfig(Options):
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
-    model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
+    model: str | Path = option(constants.MODEL, "name of --models, checkpoint directory or hub id")
+    models: str | Path = option(str(constants.MODELS), "YAML file of the models known by name")
     dtype: str = option(
         constants.DTYPE, "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto: the checkpoint's own"
     )
@@ -95,7 +96,8 @@ class EngineConfig(ModelConfig):
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
     workers: str | Sequence[dict[str, Any]] = option(
-        constants.WORKERS, "worker layout of modes mp, mps, green: YAML file or text; empty: one prefill, one decode"
+        constants.WORKERS,
+        "worker layout of modes mp, mps, green: YAML file, name of configs/workers, or text; empty: one of each phase",
     )
     share: str = option(
         constants.SHARE,

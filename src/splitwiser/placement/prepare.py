@@ -56,6 +56,7 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
     :func:`splitwiser.model.loading.load_model`."""
     return load_model(
         config.model,
+        models=config.models,
         dtype=config.dtype,
         device=device or config.device_name,
         load_format=config.load_format,

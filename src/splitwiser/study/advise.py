@@ -73,7 +73,13 @@ def advise(config: AdviseConfig) -> Advice:
     Raises :class:`InputError` before the folder is made if the input is wrong.
     """
     shell = load_model(
-        config.model, dtype=config.dtype, device="cpu", load_format=config.load_format, seed=config.seed, weights=False
+        config.model,
+        models=config.models,
+        dtype=config.dtype,
+        device="cpu",
+        load_format=config.load_format,
+        seed=config.seed,
+        weights=False,
     )
     requests = planned_requests(config, shell)
     measurements = read_measurements(Path(config.profile), shell) if config.profile is not None else None

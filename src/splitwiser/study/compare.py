@@ -144,7 +144,9 @@ def compare(
         check_one_process(variant.config for variant in variants)
     job = _check_same_question(variants, load)
     first = variants[0].config
-    folder = make_run_directory(Path(first.results), "compare", resolve_model(first.model).name, job.label)
+    folder = make_run_directory(
+        Path(first.results), "compare", resolve_model(first.model, first.models).name, job.label
+    )
     record = Record(folder / "compare.yaml", _sections(variants, rounds, load, one_process))
     rows: list[dict[str, Any]] = []
     status: Status = "failed"

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from splitwiser import constants
-from splitwiser.errors import InputError, unknown_name
+from splitwiser.errors import InputError
+from splitwiser.files import find_config
 from splitwiser.request import Prompt, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
 from splitwiser.workload.config import Source, WorkloadConfig
-from splitwiser.workload.named import workload_names
+from splitwiser.workload.named import FOLDER
 from splitwiser.workload.prompt_file import load_workload
 from splitwiser.workload.reports import Report, load_reports, load_tok
 from splitwiser.workload.synthetic import parse_lengths, random_prompts
@@ -110,7 +111,7 @@ def prepare_job(config: WorkloadConfig, seed: int) -> Job:
 
 
 def _from_case(config: WorkloadConfig, seed: int) -> Job:
-    case = get_case(constants.DIR_CONFIGS / "cases.yaml", config.case_id)
+    case = get_case(Path(config.cases), config.case_id)
     reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
     training = load_tok(constants.DIR_DATA, "train") if case.examples else []
     prompts = case.prompts(reports, training, seed)
@@ -122,9 +123,7 @@ def _from_case(config: WorkloadConfig, seed: int) -> Job:
 
 
 def _from_workload(config: WorkloadConfig, _: int) -> Job:
-    path = Path(str(config.workload))
-    if not path.exists():
-        raise InputError(f"--workload {path}: no such file, and {unknown_name('workload', path, workload_names())}")
+    path = find_config(FOLDER, str(config.workload), "--workload")
     workload = load_workload(path)
     rows = zip(workload.prompts, workload.max_new_tokens, workload.arrival_s, strict=True)
     requests = [

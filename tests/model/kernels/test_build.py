@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from splitwiser.model.kernels import build as native
-from splitwiser.model.kernels.build import cache_directory, load_native
+from splitwiser.model.kernels.build import load_native
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
@@ -76,7 +76,7 @@ def test_another_instruction_set_is_built_beside(cache: Path, monkeypatch: pytes
     library, described = load_native()
     assert library is None
     assert "none-such" in described
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.so"))) == 1
 
 
 def test_the_compiler_is_told_the_instruction_set(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_the_compiler_is_told_the_instruction_set(cache: Path, tmp_path: Path, m
         monkeypatch.setenv(native.MARCH, given)
         load_native()
         assert told in (tmp_path / "calls").read_text().splitlines()[-1].split()
-    assert list(cache.iterdir()) == []
+    assert list(cache.glob("*.so")) == []
 
 
 def test_without_a_compiler_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,11 +93,22 @@ def test_without_a_compiler_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch
     assert load_native() == (None, "plain PyTorch (no g++ on PATH)")
 
 
-def test_a_compiler_that_fails_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = 'test "$1" = --version && exit 0; echo "x.cpp:1: error: no such thing" >&2; exit 1'
-    fake_compiler(tmp_path, script, monkeypatch)
-    assert load_native() == (None, "plain PyTorch (g++ failed: x.cpp:1: error: no such thing)")
-    assert list(cache.iterdir()) == []
+def test_a_compiler_that_fails_is_named_and_not_called_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = 'test "$1" = --version && exit 0; echo "x.cpp:1: error: no such thing" >&2; echo >> calls; exit 1'
+    fake_compiler(tmp_path, script.replace("calls", f"{tmp_path}/calls"), monkeypatch)
+    described = load_native()
+    (kept,) = cache.iterdir()
+    assert described == (
+        None,
+        f"plain PyTorch (g++ failed: x.cpp:1: error: no such thing; delete {kept} to try again)",
+    )
+    assert load_native() == described
+    assert len((tmp_path / "calls").read_text()) == 1
+    kept.unlink()
+    assert load_native() == described
+    assert len((tmp_path / "calls").read_text()) == 2
 
 
 def test_a_compiler_that_hangs_is_given_up(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +135,14 @@ def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path: Path, monkeypatch:
     assert "cannot be used" in described
 
 
-def test_the_cache_is_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "splitwiser"
+@needs_compiler
+def test_a_cache_that_others_can_write_to_is_not_used(cache: Path) -> None:
+    cache.mkdir(mode=0o755)
+    cache.chmod(0o777)
+    library, described = load_native()
+    assert library is None
+    assert f"{cache} can be written to by other users" in described
+    assert list(cache.iterdir()) == []
 
 
 @needs_compiler

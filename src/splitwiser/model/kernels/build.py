@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from splitwiser.errors import first_line
-from splitwiser.machine.process import home_folder
+from splitwiser.files import replace
+from splitwiser.machine.user_cache import cache_directory
 
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.cpp")))
 HEADERS = tuple(sorted(Path(__file__).with_name("csrc").glob("*.h")))
@@ -31,45 +33,54 @@ def load_native() -> tuple[ctypes.CDLL | None, str]:
         return None, "plain PyTorch (no g++ on PATH)"
     try:
         library = _declare_functions(ctypes.CDLL(str(_build(compiler))))
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
-        return None, f"plain PyTorch (g++ failed: {lines[0]})"
-    except subprocess.TimeoutExpired:
-        return None, f"plain PyTorch (g++ took more than {COMPILE_S} s)"
+    except _CompilerError as error:
+        return None, f"plain PyTorch ({error})"
     except OSError as error:
         return None, f"plain PyTorch (the compiled library cannot be used: {first_line(error)})"
     return library, f"compiled by {compiler}" + (f" for {march}" if (march := os.environ.get(MARCH)) else "")
 
 
-def cache_directory() -> Path:
-    """Return the folder of the compiled functions: ``$XDG_CACHE_HOME/splitwiser`` or ``~/.cache/splitwiser``. Raises
-    FileNotFoundError for a user without a home folder."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "splitwiser"
-    return home_folder("XDG_CACHE_HOME") / ".cache" / "splitwiser"
+class _CompilerError(Exception):
+    """The compiler failed; the message says how."""
 
 
 def _build(compiler: str) -> Path:
     """Return the path of the shared library, compiled unless the cache holds one of the same sources, flags, compiler and
-    processor."""
+    processor. The cache also keeps why the compiler failed, so that not every start waits for it to fail again."""
     flags = (*FLAGS, f"-march={os.environ.get(MARCH) or 'native'}")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_S).stdout
+    version = _call([compiler, "--version"]).encode()
     sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
     identity = hashlib.sha256(b"\0".join([*sources, *map(str.encode, flags), version, processor_flags()]))
     library = cache_directory() / f"native-{identity.hexdigest()[:16]}.so"
+    failure = library.with_suffix(".failed")
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+    if failure.exists():
+        raise _CompilerError(failure.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = [f"{scratch}/{source.stem}.o" for source in SOURCES]
-        compiling = [
-            [compiler, *flags, "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)
-        ]
-        # linked without an OpenMP library: calls resolve to the one that PyTorch has loaded, and so use its threads
-        for command in (*compiling, [compiler, "-shared", *objects, "-o", f"{scratch}/native.so"]):
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_S)
+        try:
+            for source, made in zip(SOURCES, objects, strict=True):
+                _call([compiler, *flags, "-c", str(source), "-o", made])
+            # linked without an OpenMP library: calls resolve to the one that PyTorch has loaded, and so use its threads
+            _call([compiler, "-shared", *objects, "-o", f"{scratch}/native.so"])
+        except _CompilerError as error:
+            reason = f"{error}; delete {failure} to try again"
+            replace(failure, reason)
+            raise _CompilerError(reason) from error
         Path(scratch, "native.so").replace(library)  # atomic, should two runs build at the same time
     return library
+
+
+def _call(command: Sequence[str]) -> str:
+    """Return what the compiler prints. Raises :class:`_CompilerError`."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_S).stdout
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
+        raise _CompilerError(f"g++ failed: {lines[0]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise _CompilerError(f"g++ took more than {COMPILE_S} s") from error
 
 
 def _declare_functions(library: ctypes.CDLL) -> ctypes.CDLL:
