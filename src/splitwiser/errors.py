@@ -47,12 +47,15 @@ class WorkerLostError(RunError):
 
 
 def find_nearest(given: object, known: Iterable[object]) -> list[str]:
-    """Return the name in ``known`` that is spelt almost as ``given``, else up to three similar ones, best first. Case does
-    not matter."""
+    """Return up to three of ``known`` that are spelt like ``given``, the most similar first. Case does not matter."""
     names = {str(name).casefold(): str(name) for name in known}
     folded = str(given).casefold()
-    near = difflib.get_close_matches(folded, names, n=1, cutoff=0.85)
-    return [names[each] for each in near or difflib.get_close_matches(folded, names, n=3, cutoff=0.5)]
+
+    def similarity(name: str) -> float:
+        return difflib.SequenceMatcher(None, name, folded).ratio()
+
+    near = difflib.get_close_matches(folded, names, n=3, cutoff=0.5)
+    return [names[name] for name in near if similarity(name) > similarity(near[0]) - 0.15]
 
 
 def unknown_name(kind: str, given: object, known: Iterable[object]) -> InputError:
