@@ -60,7 +60,6 @@ def test_shares_may_leave_some_of_the_device_unused() -> None:
         ("[mixed]", "workers: must be a list of entries such as"),
         ("[{role: mixed]", "workers: not valid YAML"),
         ("nowhere.yaml", "workers 'nowhere.yaml': neither a file, a name of configs/workers nor a list"),
-        (),
     ],
 )
 def test_a_layout_that_makes_no_sense_gets_one_line(given: str, line: str) -> None:
