@@ -20,5 +20,5 @@ def main() -> None:
     print(f"{len(output.token_ids)} tokens: the first after {times.ttft_ms:.1f} ms, then one in {times.tpot_ms:.1f} ms")
 
 
-if __name__ == "__main__":  # worker processes import this file
+if __name__ == "__main__":
     main()

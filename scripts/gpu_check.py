@@ -511,10 +511,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--import", dest="imported", type=Path, metavar="FILE",
-        help=f"copy what the README needs from this {ARCHIVE} into results/reference, and write its tables",
+        help=f"copy what README and docs need from this {ARCHIVE} into results/reference, and write their tables",
     )  # fmt: skip
     parser.add_argument("--as", dest="name", help="name of that folder (default: gpu-<card>-<date>)")
-    parser.add_argument("--tables", action="store_true", help="write the README's tables from the newest such folder")
+    parser.add_argument(
+        "--tables", action="store_true", help="write the tables of README and docs from the newest such folder"
+    )
     options = parser.parse_args(arguments)
     for name in options.stages:
         if name not in STAGES:
@@ -527,10 +529,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_tables() -> None:
-    """Write the README's tables from the newest reference check."""
+    """Write the tables of README and docs from the newest reference check."""
     abouts = {name: stage.about for name, stage in STAGES.items()}
     parts = gpu_results.sections(gpu_results.newest_reference(), abouts)
-    gpu_results.write_sections(PROJECT / "README.md", parts)
+    gpu_results.write_sections(PROJECT, parts)
 
 
 @contextmanager

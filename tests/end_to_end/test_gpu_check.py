@@ -481,7 +481,7 @@ def archive(tmp_path: Path) -> Path:
     return tmp_path / "out" / gpu_results.ARCHIVE
 
 
-def test_import_keeps_what_the_readme_needs(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_keeps_what_the_pages_need(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_results, "REFERENCE", tmp_path / "reference")
     folder = gpu_results.import_archive(archive, None)
     assert folder == tmp_path / "reference" / "gpu-h100-80gb-hbm3-2026-01-02"
@@ -493,23 +493,23 @@ def test_import_keeps_what_the_readme_needs(archive: Path, tmp_path: Path, monke
     ]  # fmt: skip
 
 
-def test_import_writes_the_tables_into_the_readme(
+def test_import_writes_the_tables_into_their_pages(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_results, "REFERENCE", tmp_path / "results" / "reference")
     monkeypatch.setattr(gpu_check, "PROJECT", tmp_path)
-    (tmp_path / "README.md").write_text(
-        "<!-- gpu-best: begin -->\n<!-- gpu-best: end -->\nbefore\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n",
-        encoding="utf-8",
-    )
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    readme.write_text("<!-- gpu-best: begin -->\n<!-- gpu-best: end -->\nafter\n", encoding="utf-8")
+    page.write_text("before\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n", encoding="utf-8")
     assert gpu_check.main(["--import", str(archive), "--as", "gpu-mine"]) == 0
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    best, text = readme.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
     assert "before\n<!-- gpu: begin -->\nNVIDIA H100 80GB HBM3; 2026-01-02; commit abcdef012345." in text
     assert text.endswith("|\n<!-- gpu: end -->\nafter\n")
-    assert "results/reference/gpu-mine/modes.png" in text
-    assert "    scripts/gpu_check.sh compare-1b\n" in text
+    assert "results/reference/gpu-mine/modes.png" in best
+    assert "```bash\nscripts/gpu_check.sh compare-1b\n```" in text
     assert "| mp | 1 | 20.0 |" in text
-    assert "most tokens/s with *mp*, 2.00 times those of `sequential`; least ITL p99 with *sequential*" in text
+    assert "most tokens/s with *mp*, 2.00 times those of `sequential`; least ITL p99 with *sequential*" in best
     assert "| mps | 0 | - |" in text
     assert "| kernel | 5 | 1 | 0 | 2 |" in text
 
@@ -520,17 +520,18 @@ def test_folders_of_the_machine_are_not_kept() -> None:
     assert gpu_results.without_folders(text) == kept
 
 
-def test_readme_without_marks_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("text", encoding="utf-8")
-    assert_says(refusal(gpu_results.write_sections, tmp_path / "README.md", {"gpu": ""}), "has no <!-- gpu: begin -->")
+    message = refusal(gpu_results.write_sections, tmp_path, {"gpu-best": ""})
+    assert_says(message, "README.md: has no <!-- gpu-best: begin -->")
 
 
-def test_readme_has_the_tables_of_the_newest_check() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_pages_have_the_tables_of_the_newest_check() -> None:
     made = gpu_results.sections(
         gpu_results.newest_reference(), {name: each.about for name, each in gpu_check.STAGES.items()}
     )
     for name, part in made.items():
+        text = (PROJECT / gpu_results.PAGES[name]).read_text(encoding="utf-8")
         begin, end = gpu_results.BEGIN.format(name), gpu_results.END.format(name)
         assert text.partition(begin)[2].partition(end)[0] == f"\n{part}\n"
 

@@ -17,7 +17,9 @@ from splitwiser.request import Request
 if TYPE_CHECKING:  # a configuration is checked without importing torch
     from splitwiser.engine.steps import SequenceState
 
-POLICIES = {"first_come": "splitwiser.engine.policy:FirstCome"}
+POLICIES = {
+    "first_come": "splitwiser.engine.policy:FirstCome",
+}
 """Where the class of each policy is, by the name that ``--policy`` takes."""
 
 
