@@ -573,7 +573,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_tables()
         return check(options) if options.stages else 0
     except SplitwiserError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
+        print(f"gpu_check: {error.cli_message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("gpu_check: interrupted", file=sys.stderr)

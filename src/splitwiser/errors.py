@@ -54,7 +54,7 @@ def find_nearest(given: object, known: Iterable[object]) -> list[str]:
     def similarity(name: str) -> float:
         return difflib.SequenceMatcher(None, name, folded).ratio()
 
-    near = difflib.get_close_matches(folded, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(folded, names, n=3, cutoff=0.55)
     return [names[name] for name in near if similarity(name) > similarity(near[0]) - 0.15]
 
 
