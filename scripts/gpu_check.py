@@ -213,18 +213,7 @@ def peers(check: Check) -> Iterator[list[str]]:
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
     for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)) if not check.quick else (("opt-125m", 1),):
-        tiny = [
-            "--requests",
-            "2",
-            "--prompt_tokens",
-            "20",
-            "--output_tokens",
-            "3",
-            "--max_batch",
-            "2",
-            "--kv_memory",
-            "64MiB",
-        ]
+        tiny = shlex.split("--requests 2 --prompt_tokens 20 --output_tokens 3 --max_batch 2 --kv_memory 64MiB")
         yield splitwiser(
             "compare", "--modes", ",".join(modes), "--peer", f"hf-continuous={sys.executable}", "--model", model,
             "--load_format", "dummy", "--dtype", "bfloat16", "--workload", "standard", "--repeats", str(rounds),

@@ -1,18 +1,31 @@
 """A hook of mkdocs: pages link to files outside of docs/, as on a forge, and the site gets these files too.
 
 A link to a folder, which a site cannot show, becomes its text.
+
+References in docstrings, such as ``:class:`x.Y```, become code.
 """
 
 import re
 from pathlib import Path, PurePosixPath
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 PROJECT = Path(__file__).resolve().parents[1]
+ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?([\w]+)`")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)\)")
+
+
+class Roles(griffe.Extension):
+    """Replaces references in docstrings by the last part of the name."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        """Change the docstring of ``obj``."""
+        if obj.docstring:
+            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -63,6 +63,9 @@ class LLM:
             kernels: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             seed: seed of dummy weights, and of sampling for requests without their own seed.
 
+    Arguments of vLLM's ``LLM`` and of ``from_pretrained`` that are not among these, such as ``tensor_parallel_size``, are
+    refused with what is here instead (``EngineConfig.NOT_TAKEN``).
+
     Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` for invalid arguments,
     and :class:`~splitwiser.errors.UnsupportedModelError` for a model that the engine cannot serve exactly.
     """

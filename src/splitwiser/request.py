@@ -49,25 +49,22 @@ class SamplingParams(Options):
 
     Not taken, of vLLM's parameters and those of transformers' ``generate``:
 
-    ===================================================================== =============================================
-    not taken                                                             instead, or why
-    ===================================================================== =============================================
-    max_new_tokens, max_length                                            ``max_tokens``
-    stop_strings                                                          ``stop``
-    do_sample                                                             ``temperature``: 0 is greedy
-    n, best_of, num_return_sequences                                      the prompt several times, with a seed each
-    num_beams, early_stopping, length_penalty                             there is no beam search
-    presence_penalty, frequency_penalty, repetition_penalty,              logits are used as the model gives them
-    no_repeat_ngram_size, logit_bias, bad_words, bad_words_ids,
-    allowed_token_ids, suppress_tokens, logits_processors,
-    structured_outputs, guided_decoding
-    min_p, typical_p                                                      ``temperature``, ``top_k``, ``top_p``
-    min_tokens, min_new_tokens, min_length                                ``ignore_eos`` for exactly ``max_tokens``
-    stop_token_ids, eos_token_id                                          the checkpoint's own; ``stop`` takes strings
-    logprobs, prompt_logprobs, output_scores, output_logits               outputs have tokens, text and times alone
-    detokenize, skip_special_tokens, spaces_between_special_tokens,       ``token_ids`` has every token
-    include_stop_str_in_output
-    ===================================================================== =============================================
+    | not taken | instead, or why |
+    |---|---|
+    | max_new_tokens, max_length | ``max_tokens`` |
+    | stop_strings | ``stop`` |
+    | do_sample | ``temperature``: 0 is greedy |
+    | n, best_of, num_return_sequences | the prompt several times, with a seed each |
+    | num_beams, early_stopping, length_penalty | there is no beam search |
+    | presence_penalty, frequency_penalty, repetition_penalty | logits are used as the model gives them |
+    | no_repeat_ngram_size, logit_bias, logits_processors, bad_words, bad_words_ids, allowed_token_ids, suppress_tokens | the same |
+    | structured_outputs, guided_decoding | the same |
+    | min_p, typical_p | ``temperature``, ``top_k`` and ``top_p`` |
+    | min_tokens, min_new_tokens, min_length | ``ignore_eos`` for exactly ``max_tokens`` |
+    | stop_token_ids, eos_token_id | the checkpoint's own; ``stop`` takes strings |
+    | logprobs, prompt_logprobs, output_scores, output_logits | outputs have tokens, text and times alone |
+    | detokenize, skip_special_tokens, spaces_between_special_tokens | ``token_ids`` has every token |
+    | include_stop_str_in_output | the same |
 
     Raises :class:`~splitwiser.errors.InputError` for values out of range, and for parameters that are unknown or not taken.
     """

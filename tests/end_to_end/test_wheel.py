@@ -56,6 +56,7 @@ def splitwiser(installed: Path, tmp_path: Path) -> Command:
         command = [sys.executable, "-P", f"{installed}/bin/splitwiser", *arguments]
         done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
         return done
 
     return run

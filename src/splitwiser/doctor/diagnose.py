@@ -107,7 +107,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     check("memory", "dev_shm", survey.find_dev_shm, gpu is not None)
     check("memory", "open_files", survey.find_open_files)
     refused = {mode: _find_mode_problem(mode, place) for mode in MODES} if pytorch and place else {}
-    check("gpu", "nvidia_smi", survey.find_nvidia_smi)
+    check("gpu", "driver", survey.find_driver)
     check("gpu", "cuda_ipc", survey.find_cuda_ipc, place if gpu else None)
     check("gpu", "green_contexts", survey.find_green_contexts, gpu is not None, refused.get("green"))
     check("gpu", "mps_binary", survey.find_mps_binary)

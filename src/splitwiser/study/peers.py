@@ -19,7 +19,6 @@ from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
 from splitwiser.workload.config import WorkloadConfig
 from splitwiser.workload.job import Job
-from splitwiser.workload.prompt_file import load_workload
 
 ENGINES = ("vllm", "hf-continuous")  # of scripts/peer.py, which this process cannot import
 PROGRAM = constants.DIR_PROJECT / "scripts" / "peer.py"
@@ -157,8 +156,9 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
 
 def _write_tokens(path: Path, workload: Path, answers: list[list[int]]) -> None:
     """Write the token ids of each request's prompt and answer in the format of a run's ``tokens.csv``."""
+    prompts = json.loads(workload.read_text(encoding="utf-8"))["prompts"]
     rows = [
         dict(zip(names(TOKENS), (number, " ".join(map(str, prompt)), " ".join(map(str, answer))), strict=True))
-        for number, (prompt, answer) in enumerate(zip(load_workload(workload).prompts, answers, strict=True))
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     write_rows(path, names(TOKENS), rows)

@@ -25,7 +25,6 @@ from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
-from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.cores import claim_threads, plan_levels
 from splitwiser.placement.layout import WorkerLayout
 from splitwiser.placement.shares import Board, WorkerShare
@@ -105,7 +104,7 @@ def simulate(
         )
     placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
     try:
-        engine = SplitEngine(_no_model(), placement, machine.blocks * machine.block_tokens, placement.now_ns)
+        engine = SplitEngine(_no_text, placement, machine.blocks * machine.block_tokens, placement.now_ns)
         return engine.run(plain, observer or Observer(), 0, max_concurrency)
     finally:
         placement.close()
@@ -327,17 +326,5 @@ class _CostStepper:
         return nearest_costs(self._world.machine.costs, self._worker.step_threads)
 
 
-def _no_model() -> LoadedModel:
-    """Return a placeholder for the model, of which the engine only uses that it has no tokenizer."""
-    return LoadedModel(
-        name="simulated",
-        module=None,  # type: ignore[arg-type]  # no step runs
-        parameters=0,
-        tokenizer=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        load_format="dummy",
-        load_s=0.0,
-        eos_token_ids=frozenset(),
-        max_positions=None,
-    )
+def _no_text(_: Sequence[int]) -> str:
+    return ""
