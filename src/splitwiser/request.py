@@ -57,8 +57,8 @@ class SamplingParams(Options):
     | n, best_of, num_return_sequences | the prompt several times, with a seed each |
     | num_beams, early_stopping, length_penalty | there is no beam search |
     | presence_penalty, frequency_penalty, repetition_penalty | logits are used as the model gives them |
-    | no_repeat_ngram_size, logit_bias, logits_processors, bad_words, bad_words_ids, allowed_token_ids, suppress_tokens | the same |
-    | structured_outputs, guided_decoding | the same |
+    | no_repeat_ngram_size, logit_bias, logits_processors, bad_words, bad_words_ids | the same |
+    | allowed_token_ids, suppress_tokens, structured_outputs, guided_decoding | the same |
     | min_p, typical_p | ``temperature``, ``top_k`` and ``top_p`` |
     | min_tokens, min_new_tokens, min_length | ``ignore_eos`` for exactly ``max_tokens`` |
     | stop_token_ids, eos_token_id | the checkpoint's own; ``stop`` takes strings |
