@@ -54,12 +54,12 @@ def test_variants_that_make_no_sense_are_refused(modes: list[str], described: li
     [
         ({"mode": "fast"}, ["variant last: unknown mode 'fast'"]),
         ({"mode": "green"}, ["variant last: mode green"]),
-        ({"workers": "[{role: mixed}]"}, ["variant last: workers"]),
-        ({"dtype": "float31"}, ["variant last: unknown dtype 'float31'"]),
-        ({"max_batch": 0}, ["variant last: max_batch must be 1 or more"]),
-        ({"kv_memory": "much"}, ["variant last: kv_memory 'much'"]),
+        ({"workers": "[{role: mixed}]"}, ["variant last: --workers"]),
+        ({"dtype": "float31"}, ["variant last: unknown --dtype 'float31'"]),
+        ({"max_batch": 0}, ["variant last: --max_batch must be 1 or more"]),
+        ({"kv_memory": "much"}, ["variant last: --kv_memory 'much'"]),
         ({"limit": 0}, ["variant last: --limit must be 1 or more"]),
-        ({"top_p": 2.0}, ["variant last: top_p"]),
+        ({"top_p": 2.0}, ["variant last: --top_p"]),
         ({"workload": "none.json"}, ["variant last: ", "none.json: no such file"]),
         ({"limit": 3}, ["variant last differs from first in its requests", "sweep"]),
         ({"max_new_tokens": 3}, ["variant last differs from first in its sampling"]),
@@ -83,8 +83,12 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
     ("options", "load", "parts"),
     [
         ({}, 0.0, ["load must be above 0", "not 0"]),
-        ({"request_rate": 2.0}, 0.6, ["variant first: a load sets when requests arrive", "leave request_rate out"]),
-        ({"max_concurrency": 1}, 0.6, ["variant first: a load sets when requests arrive", "leave max_concurrency out"]),
+        ({"request_rate": 2.0}, 0.6, ["variant first: a load sets when requests arrive", "leave --request_rate out"]),
+        (
+            {"max_concurrency": 1},
+            0.6,
+            ["variant first: a load sets when requests arrive", "leave --max_concurrency out"],
+        ),
     ],
 )
 def test_a_load_is_refused_where_requests_have_times_of_their_own(

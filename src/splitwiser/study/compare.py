@@ -101,7 +101,7 @@ def make_variants(
         try:
             own = split_options(options, RunConfig)
         except InputError as error:
-            raise InputError(f"--variant {name}: {error}") from error
+            raise InputError(f"--variant {name}: {error.cli_message}") from error
         if "results" in own:
             raise InputError(f"--variant {name}: --results is the comparison's; give it outside of the variant")
         variants.append(Variant(name, {**base, **own}))
@@ -194,7 +194,7 @@ def _check_same_question(variants: Sequence[Variant], load: float | None) -> Job
             if variant.peer is not None:
                 check_peer(config, job)
         except InputError as error:
-            raise InputError(f"variant {variant.name}: {error}") from error
+            raise InputError(f"variant {variant.name}: {error.cli_message}") from error
         asks = {name: getattr(config, name) for name in ASKED}
         asks |= {"requests": job, "sampling": job.sampling_params(config)}
         asked = asked or asks
