@@ -42,6 +42,7 @@ def by_round(ratios: list[float]) -> dict[int, float]:
         ([], None),
         ([1.5], "undecided (one round)"),
         ([1.0, 1.0], "equal"),
+        ([1 + 2e-16, 1 + 2e-16], "equal"),  # sums of the same numbers in another order
         ([1.2, 1.2, 1.2], "better"),
         # logarithms -x, 0, x have mean 0; s is 0.693, and 4.303 * 0.693 / sqrt 3 = 1.722
         ([0.5, 1.0, 2.0], "undecided (from 0.18 to 5.59)"),
