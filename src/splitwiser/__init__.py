@@ -27,3 +27,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'splitwiser' has no attribute '{name}'")
     return getattr(import_module(f"splitwiser.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -17,6 +17,4 @@ def check(config: RunConfig) -> Job:
         device=config.device_name,
         load_format=config.load_format,
     )
-    job = prepare_job(config, config.seed)
-    job.sampling_params(config)
-    return job
+    return prepare_job(config, config.seed)

@@ -20,7 +20,7 @@ def resolve_device(device: str, gpus: int | None = None) -> torch.device:
     if device != "auto" and (
         kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number)
     ):
-        raise InputError(f"device '{device}': must be auto, cpu, cuda or cuda:N")
+        raise InputError(f"--device '{device}': must be auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return torch.device("cpu")
     if gpus is None:
@@ -28,9 +28,9 @@ def resolve_device(device: str, gpus: int | None = None) -> torch.device:
     if device == "auto":
         return torch.device("cuda", 0) if gpus else torch.device("cpu")
     if not gpus:
-        raise InputError(f"device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
+        raise InputError(f"--device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
     if int(number or 0) >= gpus:
-        raise InputError(f"device '{device}': there are {gpus} GPUs, numbered from 0")
+        raise InputError(f"--device '{device}': there are {gpus} GPUs, numbered from 0")
     return torch.device("cuda", int(number or 0))
 
 

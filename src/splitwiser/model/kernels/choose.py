@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from splitwiser.errors import unknown
+from splitwiser.errors import unknown_name
 from splitwiser.model.kernels.cpu_attention import load_cpu_kernels
 from splitwiser.model.kernels.gpu_attention import load_gpu_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -34,5 +34,5 @@ def load_kernels(
     ``choice`` is a name in :data:`LOADERS`. Raises :class:`~splitwiser.errors.InputError` for another.
     """
     if choice not in LOADERS:
-        raise unknown("kernels", choice, LOADERS)
+        raise unknown_name("--kernels", choice, LOADERS)
     return LOADERS[choice](device, dtype, layers)
