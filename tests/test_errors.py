@@ -88,8 +88,8 @@ def test_options_are_spelt_as_the_caller_does(message: str, in_python: str) -> N
         ("--max_batchs", ["--max_batch"]),
         ("--MAX-BATCH", ["--max_batch"]),
         ("--zzz", []),
-        ("--m", ["--mode"]),
-        ("--ma", ["--max_batch"]),
+        ("batch", ["--max_batch"]),
+        ("--pre", ["--prefill_tokens"]),
         ("", []),
     ],
 )
