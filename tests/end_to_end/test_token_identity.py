@@ -27,6 +27,17 @@ def test_split_prompts_and_waiting_requests(name: str, kernels: str, tiny: Calla
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
 
 
+@pytest.mark.parametrize("mode", ["sequential", "mp"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "minicpm3"])
+def test_models_that_store_latents_instead_of_keys_and_values(
+    name: str, mode: str, tiny: Callable[[str], Path]
+) -> None:
+    prompts = prompts_of(LENGTHS)
+    with LLM(tiny(name), mode=mode, prefill_tokens=24) as llm:  # splits most prompts
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+
+
 @pytest.mark.parametrize("mode", PLACED)
 @pytest.mark.parametrize("name", SERVED)
 def test_all_prompts_at_once(mode: str, name: str, tiny: Callable[[str], Path]) -> None:

@@ -19,6 +19,10 @@ _ROTARY: dict[str, Any] = {
     **_COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+_LATENT: dict[str, Any] = {
+    **_ROTARY, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12,
+}  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "opt": {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": POSITIONS},
     "llama": _ROTARY,
@@ -30,6 +34,12 @@ TINY: dict[str, dict[str, Any]] = {
                "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gpt_oss": {**_ROTARY, "head_dim": 16, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2,
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "deepseek_v3": {**_LATENT, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+                    "topk_group": 1, "first_k_dense_replace": 1},
+    "minicpm3": _LATENT,
+    "gemma3n_text": {**_ROTARY, "vocab_size_per_layer_input": VOCABULARY, "head_dim": 16, "hidden_size_per_layer_input": 8,
+                     "laurel_rank": 8, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 3,
+                     "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
                     "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
     "falcon": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},

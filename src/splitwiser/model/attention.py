@@ -63,11 +63,21 @@ def mask_function_interface(*, mask_function: MaskFunction, **_: object) -> Mask
 @dataclass(frozen=True)
 class AttentionOptions:
     """Options of a layer's attention beside the mask: the scale of the scores, their soft-cap (``cap * tanh(score / cap)``,
-    before the mask) and the heads' sinks (one extra logit per head in the softmax, shape (heads,))."""
+    before the mask) and the heads' sinks (one extra logit per head in the softmax, shape (heads,)).
+
+    ``expand`` turns what the layer stores into K and V, shapes (n, stored heads, tokens, stored size) into (n, kv_heads,
+    tokens, head size). None if it stores K and V themselves; multi-head latent attention (MLA) stores a latent vector and
+    the rotated part of the keys.
+    """
 
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def expanded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return K and V of what a layer has stored; shapes as for ``expand``."""
+        return self.expand(keys, values) if self.expand else (keys, values)
 
 
 class StepCache:
@@ -142,7 +152,9 @@ def attention_function(
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(asked) or 'dropout'}, which the engine cannot serve"
         )
-    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # transformers' models with MLA store latents and expand only those of this step
+    options = AttentionOptions(scaling, softcap, s_aux, getattr(module, "expand_kv", None))
     return current_step().attend(query, key, value, attention_mask, options), None
 
 
@@ -157,7 +169,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, optio
     ``seen`` is boolean, broadcastable to (n, heads, q, k); None is causal with q = k. With fewer ``kv_heads`` than
     ``heads``, groups of heads share K and V. Returns (n, heads, q, value size).
     """
-    if options.softcap is None and options.sinks is None and not _is_faster_unfused(query):
+    same_sizes = query.shape[3] == value.shape[3]  # PyTorch's function for CPUs takes no others
+    if options.softcap is None and options.sinks is None and same_sizes and not _is_faster_unfused(query):
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
             query, key, value, attn_mask=seen, is_causal=seen is None, scale=options.scaling, enable_gqa=grouped

@@ -238,7 +238,7 @@ class _PositionedPrompts(AttentionStep):
         new = slice(-query.shape[2], None)
         positions, owners = self._positions[new, None], self._owners[new, None]
         seen = (owners == self._owners) & (self._positions <= positions) & mask(positions, self._positions[None])
-        return attention.attend(query, *self._stored[self._layer], seen, options).transpose(1, 2)
+        return attention.attend(query, *options.expanded(*self._stored[self._layer]), seen, options).transpose(1, 2)
 
 
 def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
@@ -250,6 +250,11 @@ def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
     layers = model.module.config.get_text_config().num_hidden_layers
     expected = [(event, layer) for layer in range(layers) for event in ("stores", "attends")]
     if probe.events != expected:
+        if 0 < len(probe.stored) < layers:
+            raise UnsupportedModelError(
+                f"{type(model.module).__name__}: only {len(probe.stored)} of {layers} layers store K and V and the others "
+                "attend to theirs, which the engine cannot serve; use --mode generate"
+            )
         seen = sum(event == "attends" for event, _ in probe.events)
         raise UnsupportedModelError(
             f"{type(model.module).__name__}: {seen} attentions over stored K and V in a forward of {layers} layers, where "

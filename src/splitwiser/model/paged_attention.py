@@ -90,7 +90,7 @@ class PagedAttention(AttentionStep):
         if not isinstance(mask, Mask):
             raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
         kernel = self.pool.kernels.decode if self._decoding else self.pool.kernels.prefill
-        if kernel and (starts := self._first_seen(mask)) is not None:
+        if kernel and options.expand is None and (starts := self._first_seen(mask)) is not None:
             return kernel(
                 query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
                 starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
@@ -125,6 +125,8 @@ class PagedAttention(AttentionStep):
             return None
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         if self._context_slots is not None:  # earlier steps computed part of the contexts
+            if options.expand is not None:
+                return None
             keys, values = (
                 stored[self._layer].flatten(0, 1).index_select(0, self._context_slots)
                 for stored in (self.pool.keys, self.pool.values)
@@ -143,19 +145,22 @@ class PagedAttention(AttentionStep):
             if segment.tokens == segment.context:  # a whole prompt: its K and V are all in this step
                 keys, values = key[:, :, rows], value[:, :, rows]
             else:
-                keys, values = (
-                    read[:, : segment.context].transpose(1, 2)
-                    for read in self.pool.read(self._layer, self._segment_table(number, segment))
-                )
+                keys, values = self._read(self._segment_table(number, segment), options, segment.context)
             seen = self._segment_mask(number, segment, mask)
             output[rows] = attend(query[:, :, rows], keys, values, seen, options)[0].transpose(0, 1)
 
     def _attend_groups(self, query: Tensor, mask: Mask, options: AttentionOptions, output: Tensor) -> None:
         for number, group in enumerate(self._groups):
-            keys, values = (read.transpose(1, 2) for read in self.pool.read(self._layer, group.tables))
+            keys, values = self._read(group.tables, options)
             queries = query[0].transpose(0, 1)[group.rows].unsqueeze(2)
             seen = self._group_mask(number, group, keys.shape[2], mask)
             output[group.rows] = attend(queries, keys, values, seen, options).squeeze(2)
+
+    def _read(self, tables: Tensor, options: AttentionOptions, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return K and V of the blocks in ``tables`` (n, blocks), or of their first ``tokens`` tokens: (n, kv_heads, tokens,
+        head size) each."""
+        keys, values = (read[:, :tokens].transpose(1, 2) for read in self.pool.read(self._layer, tables))
+        return options.expanded(keys, values)
 
     def _segment_table(self, number: int, segment: Segment) -> Tensor:
         """Return the block table of a request's context, (1, blocks)."""

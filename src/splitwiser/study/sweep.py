@@ -21,11 +21,11 @@ from splitwiser.errors import InputError, RunError, unknown_name
 from splitwiser.files import read_yaml, write_rows
 from splitwiser.options import typed_options
 from splitwiser.results.busy import busy_runs, describe_busy
+from splitwiser.results.paired import headline_metrics
 from splitwiser.results.schema import METRIC, Column, names, shown_in
 from splitwiser.results.terminal import columns
 from splitwiser.study.capacity import check_load, measure_capacity, rate_at
 from splitwiser.study.fresh_runs import NAME, RUN_COLUMNS, Execute, OneProcess, RoundsBar, check_one_process, run_once
-from splitwiser.study.paired import headline_metrics
 from splitwiser.workload.config import WorkloadConfig
 
 ROW = (
