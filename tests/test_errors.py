@@ -84,7 +84,14 @@ def test_options_are_spelt_as_the_caller_does(message: str, in_python: str) -> N
 
 @pytest.mark.parametrize(
     ("given", "near"),
-    [("--max_batchs", ["--max_batch"]), ("--MAX-BATCH", ["--max_batch"]), ("--zzz", []), ("batch", ["--max_batch"])],
+    [
+        ("--max_batchs", ["--max_batch"]),
+        ("--MAX-BATCH", ["--max_batch"]),
+        ("--zzz", []),
+        ("batch", ["--max_batch"]),
+        ("--pre", ["--prefill_tokens"]),
+        ("", []),
+    ],
 )
 def test_the_nearest_name_whatever_its_case(given: str, near: list[str]) -> None:
     assert find_nearest(given, ["--max_batch", "--mode", "--prefill_tokens", "--output_tokens"]) == near

@@ -47,15 +47,18 @@ class WorkerLostError(RunError):
 
 
 def find_nearest(given: object, known: Iterable[object]) -> list[str]:
-    """Return up to three of ``known`` that are spelt like ``given``, the most similar first. Case does not matter."""
+    """Return up to three of ``known`` that are spelt like ``given``, the most similar first, or else that begin with it.
+    Case does not matter."""
     names = {str(name).casefold(): str(name) for name in known}
     folded = str(given).casefold()
 
     def similarity(name: str) -> float:
         return difflib.SequenceMatcher(None, name, folded).ratio()
 
-    near = difflib.get_close_matches(folded, names, n=3, cutoff=0.55)
-    return [names[name] for name in near if similarity(name) > similarity(near[0]) - 0.15]
+    similar = difflib.get_close_matches(folded, names, n=3, cutoff=0.55)
+    near = [name for name in similar if similarity(name) > similarity(similar[0]) - 0.15]
+    begun = [name for name in names if folded and name.startswith(folded)]
+    return [names[name] for name in near or begun[:3]]
 
 
 def unknown_name(kind: str, given: object, known: Iterable[object]) -> InputError:
