@@ -163,7 +163,7 @@ MEASURE_MEMORY = """
 import sys
 from splitwiser import LLM, SamplingParams
 workers = [{"role": "mixed", "count": int(sys.argv[1])}]
-with LLM("opt-125m", mode="mp", load_format="dummy", workers=workers, kv_memory="256MiB") as llm:
+with LLM("opt-125m", mode="mp", load_format="dummy", workers=workers) as llm:
     llm.generate([[5] * 100] * 8, SamplingParams(max_tokens=2, ignore_eos=True))
     print("ready", flush=True)
     sys.stdin.readline()

@@ -101,12 +101,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
 
 def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None = None) -> KVPool:
     """Create the planned KV pool, in ``memory`` if given."""
-    pool = KVPool(
+    return KVPool(
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
-    if memory is None:  # workers that share it prefault their own blocks
-        pool.prefault(range(prepared.blocks))
-    return pool
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:
