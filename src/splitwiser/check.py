@@ -1,16 +1,25 @@
-"""Checks of a run that need no loaded model, for commands that start many runs."""
+"""Checks of a run that need no loaded model: before the seconds that importing PyTorch takes, and before many runs."""
 
 from splitwiser.config import RunConfig
-from splitwiser.model.loading import plan_model
-from splitwiser.placement.checks import refuse_mode_here
+from splitwiser.model.catalog import check_model
 from splitwiser.workload.job import Job, prepare_job
+
+
+def check_quickly(config: RunConfig) -> Job:
+    """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
+    as errors can be found without PyTorch and transformers."""
+    check_model(config.model)
+    job = prepare_job(config, config.seed)
+    job.sampling_params(config)
+    return job
 
 
 def check(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found before the model is loaded."""
+    from splitwiser.model.loading import plan_model
+    from splitwiser.placement.checks import refuse_mode_here
+
     refuse_mode_here(config.mode, config.device_name)
     plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
-    job = prepare_job(config, config.seed)
-    job.sampling_params(config)
-    return job
+    return check_quickly(config)

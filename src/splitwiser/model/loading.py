@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
+from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
 from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_file, find_pointer
 from splitwiser.model.kv_pool import find_memory_problem
 
@@ -88,8 +88,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
-    """Return the torch dtype named ``dtype``; ``auto`` is the checkpoint's own. Raises :class:`InputError` for an unknown
-    name and :class:`UnsupportedModelError` if the checkpoint's own is not supported."""
+    """Return the torch dtype named ``dtype``; ``auto`` is the checkpoint's own. Raises :class:`UnsupportedModelError` if
+    that is not supported."""
     if dtype == "auto":
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if own not in DTYPES.values():
@@ -97,8 +97,6 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
                 f"dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
             )
         return own
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, ["auto", *DTYPES])
     return DTYPES[dtype]
 
 
@@ -107,15 +105,11 @@ def plan_model(
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
-    if load_format not in ("auto", "dummy"):
-        raise unknown("load_format", load_format, ["auto", "dummy"])
-    entry = resolve_model(model)
-    if entry.kind == "encoder-decoder":
-        raise _encoder_decoder(entry)
+    entry = check_model(model)
     place = resolve_device(device)
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
     if getattr(config, "is_encoder_decoder", False):
-        raise _encoder_decoder(entry)
+        raise encoder_decoder(entry)
     return entry, place, config, resolve_dtype(dtype, config)
 
 
@@ -177,10 +171,6 @@ def load_model(
         notes=notes,
         no_text=no_text,
     )
-
-
-def _encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
-    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
 
 
 def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.errors import InputError, unknown
+from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES, Mode, find_mode
-from splitwiser.text import parse_bytes
+from splitwiser.text import parse_bytes, parse_device
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 SHARES = ("fixed", "auto", "none")
 MPS_DAEMONS = ("private", "existing")
 
@@ -41,6 +44,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
             raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
+        parse_device(self.device)
+        for name, known in (("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("kernels", LOADERS)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
         check_counts(self, "prefill_tokens")

@@ -3,12 +3,15 @@ inference traces (Patel et al., "Splitwise", ISCA 2024; https://github.com/Azure
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from splitwiser.errors import InputError, first_line
 from splitwiser.workload.reports import TABLE_READERS
+
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import, so at run time only where a table is read
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
@@ -38,6 +41,8 @@ def parse_slice(text: str) -> tuple[float, float]:
 def load_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: float = 1.0) -> RequestTrace:
     """Return the requests in ``path`` that arrived from ``start_s`` to before ``end_s`` after the first one, ``speed`` times
     as fast. Raises :class:`InputError` naming the file, the row and the column."""
+    import pandas as pd
+
     try:
         table = TABLE_READERS[".csv"](path)
     except FileNotFoundError as error:
