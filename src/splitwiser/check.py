@@ -2,13 +2,16 @@
 
 from splitwiser.config import RunConfig
 from splitwiser.model.catalog import check_model
+from splitwiser.model.hub import check_hub, find_file
 from splitwiser.workload.job import Job, prepare_job
 
 
 def check_quickly(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found without PyTorch and transformers."""
-    check_model(config.model)
+    entry = check_model(config.model)
+    if entry.hub and not (config.load_format == "dummy" and entry.config) and not find_file(entry, "config.json"):
+        check_hub(entry)
     job = prepare_job(config, config.seed)
     job.sampling_params(config)
     return job

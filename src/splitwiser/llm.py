@@ -22,7 +22,7 @@ from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
-from splitwiser.placement.start import module_of, start_early
+from splitwiser.placement.start import module_of
 from splitwiser.request import Prompt, Request, RequestOutput, SamplingParams
 from splitwiser.text import check_text
 from splitwiser.workload.arrivals import check_arrival
@@ -77,9 +77,7 @@ class LLM:
         self._lock = threading.Lock()
         began = time.perf_counter()
         with ExitStack() as undo:  # if a later part fails, undoes the earlier ones
-            mode = find_mode(self.config.mode)
-            start_early(mode)
-            self.started: StartedEngine = module_of(mode).start(self.config, undo)
+            self.started: StartedEngine = module_of(find_mode(self.config.mode)).start(self.config, undo)
             undo.callback(self._engine.close)
             self._warm_up()
             self._undo: Callable[[], None] = undo.pop_all().close

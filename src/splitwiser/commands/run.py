@@ -6,7 +6,7 @@ from splitwiser.check import check_quickly
 from splitwiser.config import RunConfig
 from splitwiser.options import add_options, given_options
 from splitwiser.placement.modes import find_mode
-from splitwiser.placement.start import start_early
+from splitwiser.placement.start import start_fork_server
 from splitwiser.results.terminal import run_summary
 
 DESCRIPTION = "Defaults come from src/splitwiser/constants.py. A hyphen may stand for each underscore."
@@ -22,7 +22,9 @@ def run(options: argparse.Namespace) -> None:
     """Run one job and print its summary."""
     config = RunConfig(**given_options(options, RunConfig))
     job = check_quickly(config)
-    start_early(find_mode(config.mode))
+    mode = find_mode(config.mode)
+    if mode.shares_memory and not mode.needs_gpu:  # whether there is a GPU is found out later
+        start_fork_server()
     from splitwiser.run import run as run_job  # takes seconds, so that mistakes are reported first
 
     result = run_job(config, job)

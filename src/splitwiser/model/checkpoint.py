@@ -6,29 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 
 from splitwiser.errors import first_line
 from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.hub import find_file
 
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-def find_file(entry: CatalogEntry, name: str) -> Path | None:
-    """Return the path of the model's file ``name`` in its directory or in the hub's local cache; None if it is in
-    neither."""
-    if entry.path:
-        path = Path(entry.location) / name
-        return path if path.is_file() else None
-    found = try_to_load_from_cache(entry.hub, name)
-    return Path(found) if isinstance(found, str) else None
 
 
 def find_checkpoint_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:

@@ -1,7 +1,8 @@
 """Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,13 +20,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
-from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_file, find_pointer
+from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_pointer
+from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
 
 T = TypeVar("T")
@@ -235,24 +238,30 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     """Return ``load(local_files_only)`` from this machine or, if it is not there, from the hub. Raises
     :class:`InputError`."""
     try:
-        return load(True)
+        with _without_bars():
+            return load(True)
     except OSError as error:
         if not entry.hub:
             raise InputError(
                 f"model {entry.name}: cannot be read from {entry.location}: {first_line(error)}"
             ) from error
+    check_hub(entry)
     try:
         return load(False)
     except (OSError, RuntimeError) as error:
         raise InputError(not_available(entry, first_line(error))) from error
 
 
-def not_available(entry: CatalogEntry, why: str) -> str:
-    """Return the error message for a model of the hub that is not on this machine and cannot be downloaded."""
-    return (
-        f"model {entry.name}: {entry.hub} is neither in the local cache nor available from the hub; give a checkpoint "
-        f"directory, or use --load_format dummy for timing with random weights ({why})"
-    )
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing progress bars: reading files of this machine takes no time that needs one."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
@@ -313,6 +322,8 @@ def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrained
     problem = find_pointer(entry, TOKENIZER_FILES) or ""
     for local in (True,) if local_only or entry.path or problem else (True, False):
         try:
+            if not local:
+                check_hub(entry)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
         except Exception as error:  # no file, a broken file, a missing library
             problem = problem or first_line(error)

@@ -33,6 +33,7 @@ from splitwiser.placement.mailbox import CHECK_S, MailPlacement, Pipe, PipeInbox
 from splitwiser.placement.mps_daemon import MpsDaemon
 from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare
 from splitwiser.placement.shares import Board
+from splitwiser.placement.start import start_fork_server
 from splitwiser.placement.worker_process import WorkerSetup, worker_main
 from splitwiser.request import Request
 
@@ -190,6 +191,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     Every decode or mixed worker owns an equal part of the pool's blocks. With ``daemon``, the workers are its clients.
     Raises :class:`InputError` for a configuration that does not fit the device, :class:`RunError` if the start fails.
     """
+    start_fork_server()
     model = load(config, device)
     if model.device.type == "cuda" and config.share == "auto":
         raise InputError("share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")

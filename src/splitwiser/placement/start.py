@@ -30,11 +30,9 @@ def module_of(mode: Mode) -> ModeModule:
     return cast("ModeModule", import_module(f"splitwiser.placement.{mode.module}"))
 
 
-def start_early(mode: Mode) -> None:
-    """Start the fork server of a ``mode`` with worker processes, if it is not running: a process that imports what workers
-    need once, and of which each worker is a copy. Its imports take seconds, in which this process does its own."""
-    if not mode.shares_memory:
-        return
+def start_fork_server() -> None:
+    """Start the fork server of modes with worker processes, if it is not running: it imports what workers need once, and
+    each worker is a copy of it. Its imports take seconds, in which this process does its own."""
     forkserver.set_forkserver_preload(["splitwiser.placement.preloaded"])
     shorten_socket_paths()
     # PYTHONSAFEPATH: a file in the current folder may have the name of a module
