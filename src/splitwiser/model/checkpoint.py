@@ -21,6 +21,15 @@ WEIGHT_FILES = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+def describe_files(entry: CatalogEntry) -> str:
+    """Return a text that changes when a file of the model on this machine changes: each file's name, size, times and
+    inode."""
+    config = find_file(entry, "config.json")
+    files = sorted(config.parent.iterdir()) if config else []
+    stats = [(path.name, path.stat()) for path in files if path.is_file()]
+    return str([(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for name, each in stats])
+
+
 def find_checkpoint_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:
     """Return why no model can be loaded onto ``device`` from the files on this machine, in one line that names the file;
     None if one can, or if there are no files yet."""

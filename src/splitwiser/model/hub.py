@@ -3,7 +3,6 @@
 import os
 import socket
 import threading
-from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -41,10 +40,8 @@ def not_available(entry: CatalogEntry, why: str) -> str:
     )
 
 
-@cache
 def _find_hub_problem() -> str | None:
-    """Return why no connection to the hub can be made, or None if one can, or if a proxy would have to make it. Tried once a
-    process."""
+    """Return why no connection to the hub can be made, or None if one can, or if a proxy would have to make it."""
     from huggingface_hub import constants as hub
 
     if hub.HF_HUB_OFFLINE:

@@ -27,7 +27,7 @@ from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
-from splitwiser.model.checkpoint import TOKENIZER_FILES, find_checkpoint_problem, find_pointer
+from splitwiser.model.checkpoint import TOKENIZER_FILES, describe_files, find_checkpoint_problem, find_pointer
 from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
 
@@ -51,11 +51,13 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 @dataclass
 class LoadedModel:
     """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
-    once; ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
+    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
+    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
 
     name: str
     module: PreTrainedModel
     parameters: int
+    weights: str
     tokenizer: PreTrainedTokenizerBase | None
     device: torch.device
     dtype: torch.dtype
@@ -164,6 +166,7 @@ def load_model(
         name=entry.name,
         module=module.eval().requires_grad_(False),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
+        weights=f"drawn with seed {seed}" if load_format == "dummy" else describe_files(entry),
         tokenizer=tokenizer,
         device=place,
         dtype=module.dtype,

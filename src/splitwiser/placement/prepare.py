@@ -75,7 +75,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
     unpacked = _why_not_packed(model, config.kernels)
-    layers = attach_engine(model, pack=unpacked is None)
+    layers = attach_engine(model, pack=unpacked is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     refused = try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if model.device.type == "cuda" else {}
     kernels = replace(kernels, **dict.fromkeys(refused))

@@ -332,6 +332,7 @@ def _no_model() -> LoadedModel:
         name="simulated",
         module=None,  # type: ignore[arg-type]  # no step runs
         parameters=0,
+        weights="",
         tokenizer=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
