@@ -101,9 +101,9 @@ def together(check: Check) -> list[str]:
     return ["--one_process"] if check.has_gpu else []
 
 
-def script(name: str, *arguments: str) -> list[str]:
-    """Return the command of a script in this folder."""
-    return [sys.executable, "-u", str(PROJECT / "scripts" / name), *arguments]
+def script(path: str, *arguments: str) -> list[str]:
+    """Return the command of a script at ``path`` in the project."""
+    return [sys.executable, "-u", str(PROJECT / path), *arguments]
 
 
 # -- the stages
@@ -111,7 +111,7 @@ def script(name: str, *arguments: str) -> list[str]:
 
 def probe(check: Check) -> Iterator[list[str]]:
     """Probe the features that the modes need."""
-    yield script("gpu_probe.py", "--out", str(check.folder("probe") / "probe.csv"))
+    yield script("scripts/gpu_probe.py", "--out", str(check.folder("probe") / "probe.csv"))
 
 
 def doctor(check: Check) -> Iterator[list[str]]:
@@ -199,7 +199,7 @@ def interference(check: Check) -> Iterator[list[str]]:
         sizes = ["--model", "llama-3.2-1b", "--long", "16000", "--new_tokens", "2000", "--after", "1.0"]
     modes = [mode for mode in ("sequential", "green", "mps", "mp") if mode in check.modes]
     out = check.folder("interference") / "interference.csv"
-    yield script("interference.py", "--modes", ",".join(modes), *sizes, "--repeats", "2", "--out", str(out))
+    yield script("examples/long_prompt.py", "--modes", ",".join(modes), *sizes, "--repeats", "2", "--out", str(out))
 
 
 def paper(check: Check) -> Iterator[list[str]]:
@@ -213,18 +213,7 @@ def peers(check: Check) -> Iterator[list[str]]:
     yield from needs_modes(check)
     modes = [mode for mode in ("sequential", "green", "generate") if mode in check.modes]
     for model, rounds in (("llama-3.2-1b", 2), ("opt-125m", 1)) if not check.quick else (("opt-125m", 1),):
-        tiny = [
-            "--requests",
-            "2",
-            "--prompt_tokens",
-            "20",
-            "--output_tokens",
-            "3",
-            "--max_batch",
-            "2",
-            "--kv_memory",
-            "64MiB",
-        ]
+        tiny = shlex.split("--requests 2 --prompt_tokens 20 --output_tokens 3 --max_batch 2 --kv_memory 64MiB")
         yield splitwiser(
             "compare", "--modes", ",".join(modes), "--peer", f"hf-continuous={sys.executable}", "--model", model,
             "--load_format", "dummy", "--dtype", "bfloat16", "--workload", "standard", "--repeats", str(rounds),
@@ -511,10 +500,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--import", dest="imported", type=Path, metavar="FILE",
-        help=f"copy what the README needs from this {ARCHIVE} into results/reference, and write its tables",
+        help=f"copy what README and docs need from this {ARCHIVE} into results/reference, and write their tables",
     )  # fmt: skip
     parser.add_argument("--as", dest="name", help="name of that folder (default: gpu-<card>-<date>)")
-    parser.add_argument("--tables", action="store_true", help="write the README's tables from the newest such folder")
+    parser.add_argument(
+        "--tables", action="store_true", help="write the tables of README and docs from the newest such folder"
+    )
     options = parser.parse_args(arguments)
     for name in options.stages:
         if name not in STAGES:
@@ -527,10 +518,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_tables() -> None:
-    """Write the README's tables from the newest reference check."""
+    """Write the tables of README and docs from the newest reference check."""
     abouts = {name: stage.about for name, stage in STAGES.items()}
     parts = gpu_results.sections(gpu_results.newest_reference(), abouts)
-    gpu_results.write_sections(PROJECT / "README.md", parts)
+    gpu_results.write_sections(PROJECT, parts)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""Probes the GPU features that the modes need: CUDA's start, memory of other processes, green contexts, stream priorities,
-small kernels and MPS.
+"""Probes the GPU features that the modes need: CUDA's start, memory of other processes, green contexts, stream priorities
+and MPS.
 
     PYTHONPATH=src python scripts/gpu_probe.py [NAME...] [--out probe.csv]
 
@@ -91,21 +91,6 @@ def start_context() -> None:
     torch.cuda.init()
     torch.cuda.set_device(0)
     torch.empty(1, device="cuda")
-
-
-def gpu_us(run: Callable[[], object], times: int = 20) -> float:
-    """Return the GPU microseconds of ``run``, as a mean over ``times`` calls after a warm-up."""
-    import torch
-
-    run()
-    torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return max(float(start.elapsed_time(end)), 1e-6) / times * 1e3
 
 
 def captured(run: Callable[[], object], stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
@@ -384,113 +369,6 @@ def _open_memories(memories: "Sequence[SharedMemory]", send: Connection) -> None
         found.append((took, right))
     torch.cuda.synchronize()
     send.send(found)
-
-
-@probe
-def decode_attention(say: Say) -> None:
-    """Measure the Triton decode kernel: its error against float64, its compilation time, and bytes per second."""
-    import torch
-
-    from splitwiser.model.kernels.gpu_attention import GpuDecodeAttention
-
-    kernel, device = GpuDecodeAttention(), torch.device("cuda", 0)
-    for dtype, heads, kv_heads, size in (
-        (torch.bfloat16, 32, 8, 64), (torch.float32, 8, 2, 64), (torch.float16, 12, 12, 64), (torch.bfloat16, 32, 32, 128),
-    ):  # fmt: skip
-        keys, values = (torch.randn(400, 16, kv_heads, size, device=device).to(dtype) for _ in range(2))
-        query = torch.randn(5, heads, size, device=device).to(dtype)
-        tables = torch.randperm(400, device=device)[: 5 * 64].view(5, 64)
-        firsts, lengths = (0, 3, 0, 91, 2), (1, 16, 17, 100, 1000)
-        began = time.perf_counter()
-        made = kernel(
-            query, keys, values, tables, torch.tensor(firsts, device=device), torch.arange(6, device=device),
-            torch.tensor(lengths, device=device), size**-0.5,
-        )  # fmt: skip
-        torch.cuda.synchronize()
-        name = f"{str(dtype).removeprefix('torch.')}, {heads}/{kv_heads} heads of {size}"
-        say(f"{name}: first call", time.perf_counter() - began, "s")
-        errors = []
-        for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
-            k, v = (
-                kept[tables[row]].flatten(0, 1)[first:length].repeat_interleave(heads // kv_heads, dim=1).double()
-                for kept in (keys, values)
-            )
-            weights = (torch.einsum("hd,thd->ht", query[row].double(), k) * size**-0.5).softmax(dim=-1)
-            expected = torch.einsum("ht,thd->hd", weights, v)
-            errors.append(float((made[row].double() - expected).norm() / expected.norm()))
-        say(f"{name}: largest relative error", max(errors), "")
-    for model, heads, kv_heads, size in (("llama-3.2-1b", 32, 8, 64), ("llama2-7b", 32, 32, 128)):
-        for batch, context in ((1, 1000), (1, 8000), (64, 1000)):
-            blocks = -(-context // 16)
-            keys, values = (
-                torch.randn(batch * blocks, 16, kv_heads, size, device=device, dtype=torch.bfloat16) for _ in range(2)
-            )
-            attention = partial(
-                kernel, torch.randn(batch, heads, size, device=device, dtype=torch.bfloat16), keys, values,
-                torch.randperm(batch * blocks, device=device).view(batch, blocks),
-                torch.zeros(batch, dtype=torch.int64, device=device), torch.arange(batch + 1, device=device),
-                torch.full((batch,), context, device=device), size**-0.5,
-            )  # fmt: skip
-            attention()
-            us = gpu_us(captured(attention, torch.cuda.Stream(device)).replay)
-            say(f"{model}, {batch} x {context}: a layer", us, "us")
-            say(f"{model}, {batch} x {context}: read", 2 * keys.nbytes / us / 1e3, "GB/s")
-
-
-@probe
-def kernels(say: Say) -> None:
-    """Time a small kernel, in a graph and launched, and measure the bandwidth of copies."""
-    import torch
-
-    start_context()
-    rows = torch.zeros(64, 2048, device="cuda", dtype=torch.bfloat16)
-
-    def small() -> None:
-        for _ in range(500):
-            rows.add_(1)
-
-    small()
-    graph = captured(small, torch.cuda.Stream())
-    say("small kernel in a graph", gpu_us(graph.replay) / 500, "us")
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    small()
-    say("small kernel launched, on the host", (time.perf_counter() - began) / 500 * 1e6, "us")
-    say("small kernel launched, on the GPU", gpu_us(small) / 500, "us")
-    source = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    say("copy on the GPU, read and written", 2 * source.nbytes / gpu_us(lambda: target.copy_(source)) / 1e3, "GB/s")
-    pinned = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
-    place = target[: len(pinned)]
-    say("host to GPU, pinned", pinned.nbytes / gpu_us(lambda: place.copy_(pinned, non_blocking=True)) / 1e3, "GB/s")
-
-
-@probe
-def prefill_attention(say: Say) -> None:
-    """Time PyTorch's attention for a prompt of a new length, with cuDNN (which plans for each length) and without."""
-    import torch
-
-    from splitwiser.errors import first_line
-
-    start_context()
-    attention = torch.nn.functional.scaled_dot_product_attention
-    for cudnn in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        lengths: list[int] = []
-        for length in (301, 302, 417, 418, 977, 977):
-            random = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-            query, keys = random(1, 32, length, 64), random(1, 8, length, 64)
-            torch.cuda.synchronize()
-            name = f"cuDNN {'allowed' if cudnn else 'off'}, length {length}{' again' if length in lengths else ''}"
-            lengths.append(length)
-            began = time.perf_counter()
-            try:
-                attention(query, keys, keys, is_causal=True, enable_gqa=True)
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                say(name, f"refused: {first_line(error)}"[:200])
-            else:
-                say(name, (time.perf_counter() - began) * 1e3, "ms")
 
 
 # -- running them

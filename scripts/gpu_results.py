@@ -37,6 +37,7 @@ TOLD = {  # patterns of the findings that the tables show, by probe
     "beside": r"32 queues, .*(alone|beside prefill|beside decode)",
     "mps": r"daemon answers|client at \d+%(: context)?",
     "shared_memory": r".*opened",
+    # of the checks that are kept: by now the tests marked gpu and `splitwiser profile` measure these
     "decode_attention": r".*(largest relative error|read)",
     "kernels": r"(?!ended).*",
     "prefill_attention": r".*length.*",
@@ -49,7 +50,10 @@ KEPT = (
 KEPT_BYTES = 1 << 20  # largest file that is kept
 SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # timelines of the first that exists are kept
 PICTURE = "modes.png"
-BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a generated part of the README
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a generated part of a page
+PAGES = {  # the page of each generated part
+    "gpu-best": "README.md", "cpu-best": "README.md", "gpu": "docs/benchmarks.md", "cpu": "docs/benchmarks.md",
+}  # fmt: skip
 BASE = "sequential"  # the variant that others' throughput is divided by, round by round
 SPEED_UP = "speed-up"
 
@@ -180,7 +184,7 @@ def test_counts(path: Path) -> pd.DataFrame:
 
 
 def medians(path: Path) -> pd.DataFrame:
-    """Return the medians by mode of an interference file; any other file unchanged."""
+    """Return the medians by mode of a file of examples/long_prompt.py; any other file unchanged."""
     rows = read_rows(path)
     return rows.groupby("mode", sort=False).median().reset_index() if "worst over alone" in rows else rows
 
@@ -310,7 +314,7 @@ def short_commits(stages: Iterable[Mapping[str, Any]]) -> str:
 
 
 def sections(folder: Path | None, abouts: Mapping[str, str]) -> dict[str, str]:
-    """Return the README's generated parts about a GPU in Markdown, by the names of their marks, from a reference check;
+    """Return the generated parts of :data:`PAGES` in Markdown, by the names of their marks, from a reference check;
     ``abouts`` describes each stage."""
     if folder is None:
         return dict.fromkeys(("gpu-best", "gpu"), "Not yet measured on a GPU.")
@@ -349,15 +353,17 @@ def tables(folder: Path, abouts: Mapping[str, str]) -> str:
     dates = sorted({what["started"][:10] for what in stages.values()})
     blocks = [
         f"{machine_line(folder)}; {' and '.join(dates)}; commit {short_commits(stages.values())}. "
-        f"Rows in [{place}]({place}). "
-        f"Figures of runs are medians over the rounds (one round says nothing about noise); {SPEED_UP} is of tokens a "
-        f"second over {BASE}'s, round by round."
+        f"Rows in [{place}](../{place}). "
+        f"Figures are medians over the rounds; one round does not show how much they scatter. {SPEED_UP.capitalize()} is "
+        f"tokens/s over those of `{BASE}`, round by round."
     ]
     for name, what in sorted(stages.items(), key=lambda stage: stage[0] == "probe"):  # which is long, and folded
         ended = "" if what["ended"] == "passed" else f" ({what['ended']})"
-        blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"    {what['command']}"]
+        blocks += [f"**{name}**{ended}: {abouts.get(name, '')}", f"```bash\n{what['command']}\n```"]
         table = markdown(table_of(folder / name))
-        blocks += ["<details><summary>what was found</summary>", table, "</details>"] if name == "probe" else [table]
+        blocks += (
+            ["<details markdown><summary>what was found</summary>", table, "</details>"] if name == "probe" else [table]
+        )
     return "\n\n".join(blocks)
 
 
@@ -375,14 +381,14 @@ def cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def write_sections(readme: Path, parts: Mapping[str, str]) -> None:
-    """Write each of ``parts`` between its marks in ``readme``. Raises :class:`InputError` if marks are missing."""
-    content = readme.read_text(encoding="utf-8")
+def write_sections(project: Path, parts: Mapping[str, str]) -> None:
+    """Write each of ``parts`` between its marks in its page of ``project``. Raises :class:`InputError` if marks are
+    missing."""
     for name, text in parts.items():
+        page = project / PAGES[name]
         first, last = BEGIN.format(name), END.format(name)
-        before, begin, rest = content.partition(first)
+        before, begin, rest = page.read_text(encoding="utf-8").partition(first)
         _, end, after = rest.partition(last)
         if not begin or not end:
-            raise InputError(f"{readme}: has no {first} and {last} for the tables to stand between")
-        content = f"{before}{first}\n{text}\n{last}{after}"
-    readme.write_text(content, encoding="utf-8")
+            raise InputError(f"{page}: has no {first} and {last} for the tables to stand between")
+        page.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")

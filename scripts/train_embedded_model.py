@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from splitwiser.constants import DIR_CONFIGS
+from splitwiser.constants import CASES
 from splitwiser.errors import SplitwiserError
 from splitwiser.results.rouge import rouge
 from splitwiser.workload.cases import Case, load_cases
@@ -285,7 +285,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     try:
-        cases = load_cases(DIR_CONFIGS / "cases.yaml")
+        cases = load_cases(CASES)
         if not args.evaluate:
             train(args, cases)
         evaluate(args, cases)

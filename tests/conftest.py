@@ -2,7 +2,7 @@
 
 import os
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # before torch is loaded: test files run side by side, and their threads and their processes' must not spin at each other
@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from splitwiser.study import fresh_runs
+from tests.support.commands import run_here
 from tests.support.models import make_tiny
 from tests.support.stand_in.build import StandIn, build, find_problem
 
@@ -26,8 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # the set-up, which takes minutes, begins first: no other test is then left waiting for it at the end
-    items.sort(key=lambda item: (item.path.stem != "test_setup", item.get_closest_marker("slow") is None))
+    # those that take longest begin first: no worker is then left with one of them at the end
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +49,15 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.fixture(scope="module")
+def runs_here() -> Iterator[None]:
+    """Runs that a comparison, a sweep or an advice would start in processes of their own are executed in this one, which
+    has imported torch and transformers already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh_runs, "_in_own_process", run_here)
+        yield
 
 
 @pytest.fixture(scope="session")

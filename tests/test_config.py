@@ -124,6 +124,10 @@ def test_results_cannot_be_a_file(tmp_path: Path) -> None:
     assert message == f"--results {tmp_path / 'results'}: is a file; a directory is needed"
 
 
+def test_results_must_be_named() -> None:
+    assert refusal(RunConfig, results="") == "--results is empty; a directory is needed, or . for the current one"
+
+
 @pytest.mark.parametrize("name", [".", "new", "new/and/deep"])
 def test_results_may_exist_or_not(name: str, tmp_path: Path) -> None:
     assert RunConfig(results=str(tmp_path / name)).results == str(tmp_path / name)

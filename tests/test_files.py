@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from splitwiser.files import load_yaml, read_yaml, write_yaml
+from splitwiser import constants
+from splitwiser.files import find_config, load_yaml, named_configs, read_yaml, write_yaml
 from tests.support.assertions import assert_says, refusal
 
 
@@ -35,3 +36,24 @@ def test_what_is_no_yaml_is_named(text: str, tmp_path: Path) -> None:
 def test_a_path_is_written_as_its_text(tmp_path: Path) -> None:
     write_yaml(tmp_path / "a.yaml", {"model": tmp_path, "mode": "mp"})
     assert read_yaml(tmp_path / "a.yaml") == {"model": str(tmp_path), "mode": "mp"}
+
+
+def test_a_name_of_configs_goes_before_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("example").touch()
+    Path("own.yaml").touch()
+    shipped = constants.DIR_CONFIGS / "sweeps" / "example.yaml"
+    assert named_configs("sweeps")["example"] == find_config("sweeps", "example", "sweep") == shipped
+    assert find_config("sweeps", "./example", "sweep") == Path("example")
+    assert find_config("sweeps", "own.yaml", "sweep") == Path("own.yaml")
+
+
+def test_what_is_neither_name_nor_path_gets_the_names_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DIR_CONFIGS", tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "sweeps" / f"{name}.yaml").touch()
+    message = refusal(find_config, "sweeps", "c", "sweep")
+    assert message == "sweep c: no such file, nor a name of configs/sweeps: a, b"

@@ -24,7 +24,7 @@ MODES = pytest.mark.parametrize("mode", ["sequential", "generate"])
 
 @MODES
 def test_text_in_and_out_with_the_embedded_model(mode: str) -> None:
-    case = get_case(constants.DIR_CONFIGS / "cases.yaml", 0)
+    case = get_case(constants.CASES, 0)
     prompts = [case.prompt_text(report.finding) for report in load_tok(constants.DIR_DATA, "test")[:2]]
     with LLM(mode=mode) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=40))

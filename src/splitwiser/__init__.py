@@ -4,13 +4,15 @@ import gc
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from splitwiser.version import __version__
+
 if TYPE_CHECKING:
     from splitwiser.config import RunConfig
     from splitwiser.llm import LLM
     from splitwiser.placement.config import EngineConfig
     from splitwiser.request import RequestOutput, SamplingParams
 
-__all__ = ["LLM", "EngineConfig", "RequestOutput", "RunConfig", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "RequestOutput", "RunConfig", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "llm",

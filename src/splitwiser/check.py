@@ -9,7 +9,7 @@ from splitwiser.workload.job import Job, prepare_job
 def check_quickly(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found without PyTorch and transformers."""
-    entry = check_model(config.model)
+    entry = check_model(config.model, config.models)
     if entry.hub and not (config.load_format == "dummy" and entry.config) and not find_file(entry, "config.json"):
         check_hub(entry)
     job = prepare_job(config, config.seed)
@@ -24,5 +24,11 @@ def check(config: RunConfig) -> Job:
     from splitwiser.placement.checks import refuse_mode_here
 
     refuse_mode_here(config.mode, config.device_name)
-    plan_model(config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format)
+    plan_model(
+        config.model,
+        models=config.models,
+        dtype=config.dtype,
+        device=config.device_name,
+        load_format=config.load_format,
+    )
     return check_quickly(config)

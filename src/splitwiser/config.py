@@ -29,6 +29,8 @@ class RunConfig(WorkloadConfig, EngineConfig):
 
 
 def check_results(directory: str) -> None:
-    """Raise :class:`InputError` if ``directory``, given as ``--results``, is a file."""
+    """Raise :class:`InputError` if ``directory``, given as ``--results``, is empty or a file."""
+    if not directory:
+        raise InputError("--results is empty; a directory is needed, or . for the current one")
     if Path(directory).exists() and not Path(directory).is_dir():
         raise InputError(f"--results {directory}: is a file; a directory is needed")

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-DIR_PROJECT = (
-    Path(__file__).resolve().parents[2]
-)  # where configs/, models/ and results/ lie; point it elsewhere at will
-DIR_CONFIGS = DIR_PROJECT / "configs"  # cases.yaml and models.yaml
+_SHIPPED = Path(__file__).resolve().with_name("shipped")  # only a wheel has it; see pyproject.toml
+_IN_CHECKOUT = not _SHIPPED.is_dir()
+DIR_PROJECT = Path(__file__).resolve().parents[2] if _IN_CHECKOUT else _SHIPPED  # where configs/ and models/ lie
+DIR_CONFIGS = DIR_PROJECT / "configs"  # folders of workloads, sweeps and worker layouts by name
+CASES = DIR_CONFIGS / "cases.yaml"
+MODELS = DIR_CONFIGS / "models.yaml"
 DIR_DATA = DIR_PROJECT / "models" / "data"  # {train,validate,test}.{findings,impression}.tok
-DIR_RESULTS = DIR_PROJECT / "results"  # one folder a run
+DIR_RESULTS = DIR_PROJECT / "results" if _IN_CHECKOUT else Path("results")  # one folder a run
 
-MODEL = "radiology-opt"  # a name of configs/models.yaml, a checkpoint directory or a hub id
-CASE_ID = 0  # a prompting recipe of configs/cases.yaml: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix
+MODEL = "radiology-opt"  # a name of MODELS, a checkpoint directory or a hub id
+CASE_ID = 0  # a prompting recipe of CASES: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix
 MODE = "sequential"  # how the phases are placed: generate, sequential, mp, mps or green
 WORKERS = ""  # worker layout of modes mp, mps and green: a YAML file or text; empty: one prefill and one decode worker
 SHARE = "fixed"  # how workers divide the device: fixed (their shares), auto (decode keeps ITL_TARGET_MS) or none
@@ -30,6 +32,7 @@ LOAD_FORMAT = "auto"  # auto reads a checkpoint; dummy builds the architecture w
 
 MAX_BATCH = 64  # most requests in one decode step
 BATCH_SIZE = 20  # mode generate: rows of a padded batch, as in the original
+POLICY = "first_come"  # the order in which requests are admitted and prefilled
 PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step; longer prompts are split over steps
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
 KV_MEMORY = (

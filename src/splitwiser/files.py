@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from splitwiser import constants
 from splitwiser.errors import InputError, first_line
 from splitwiser.text import read_text
 
@@ -41,13 +42,27 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401  # as yaml.safe_load
     return yaml.load(text, _Loader)  # a subclass of SafeLoader
 
 
-def read_yaml(path: Path, hint: str = "") -> object:
-    """Return the content of the YAML file at ``path``. Raises :class:`InputError` naming it; ``hint`` is added to the error
-    for a missing file."""
+def named_configs(folder: str) -> dict[str, Path]:
+    """Return the files of ``configs/<folder>`` by name, such as ``standard`` for ``configs/workloads/standard.yaml``."""
+    return {path.stem: path for path in sorted((constants.DIR_CONFIGS / folder).glob("*.yaml"))}
+
+
+def find_config(folder: str, given: str, what: str) -> Path:
+    """Return the file that ``given`` names: a name of ``configs/<folder>`` or else a path. Raises :class:`InputError`, which
+    calls it ``what``, if there is neither."""
+    named = named_configs(folder)
+    path = named.get(given, Path(given))
+    if not path.exists():
+        raise InputError(f"{what} {given}: no such file, nor a name of configs/{folder}: {', '.join(named)}")
+    return path
+
+
+def read_yaml(path: Path) -> object:
+    """Return the content of the YAML file at ``path``. Raises :class:`InputError` naming it."""
     try:
         return load_yaml(read_text(path))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file{hint}") from error
+        raise InputError(f"{path}: no such file") from error
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as utf-8 text: {first_line(error)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -57,7 +72,7 @@ def read_yaml(path: Path, hint: str = "") -> object:
 def read_entries(path: Path, example: str) -> dict[Any, dict[str, Any]]:
     """Return the entries of the YAML file at ``path`` by name. Raises :class:`InputError` naming the file; ``example`` is an
     entry for the message."""
-    entries = read_yaml(path, "; DIR_PROJECT in constants.py says where configs/ is")
+    entries = read_yaml(path)
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"{path}: must map names to entries, such as '{example}'")
     return entries

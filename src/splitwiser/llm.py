@@ -32,15 +32,16 @@ class LLM:
     """A loaded model with an engine that generates text.
 
     Args:
-        model: a name of ``configs/models.yaml``, a checkpoint directory (without a tokenizer it serves prompts of token
+        model: a name of the file ``models``, a checkpoint directory (without a tokenizer it serves prompts of token
             ids) or a hub id.
         config: base configuration (default: :class:`EngineConfig`'s defaults); ``model`` and ``options`` override it.
         options: fields of :class:`~splitwiser.placement.config.EngineConfig`:
 
+            models: YAML file of the models known by name; by default ``configs/models.yaml``.
             mode: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
             workers: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
-                ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a YAML file's path or YAML text; empty for one
-                prefill and one decode worker.
+                ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a name of ``configs/workers``, a YAML file's
+                path or YAML text; empty for one prefill and one decode worker.
             share: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their shares,
                 ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
             itl_target_ms: target of share ``auto`` for the time between two tokens, in milliseconds.

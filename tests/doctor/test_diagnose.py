@@ -29,7 +29,7 @@ from tests.support.commands import COMMAND, invoke, splitwiser
 from tests.support.processes import wait_for
 
 NAMES = {
-    "python", "pytorch", "transformers", "devices", "device", "nvidia_smi", "cuda_ipc", "green_contexts", "mps_binary",
+    "python", "pytorch", "transformers", "devices", "device", "driver", "cuda_ipc", "green_contexts", "mps_binary",
     "mps_daemon", "processor", "cores", "load", "compiler", "kernel", "main_memory", "shared_memory", "dev_shm",
     "open_files", "hub", "model", "weights_and_pool",
 }  # fmt: skip
@@ -385,17 +385,12 @@ def test_a_driver_that_does_not_answer_is_a_finding(gpu: dict[str, Any], tiny: C
     assert (said.device, said.works) == ("cpu", True)
 
 
-@pytest.mark.usefixtures("gpu")
-def test_compute_mode_and_mig_come_from_the_drivers_tool(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho '0, 580.65.06, Exclusive_Process, Disabled'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    finding = found(diagnose(DoctorConfig(model=str(tiny("llama")))), "nvidia_smi")
-    assert finding.ok is False
-    assert finding.text.startswith("GPU 0: driver 580.65.06, compute mode Exclusive_Process, MIG Disabled (one process")
+def test_compute_mode_and_mig_are_those_of_the_driver(gpu: dict[str, Any], tiny: Callable[[str], Path]) -> None:
+    exclusive = {"index": 0, "driver_version": "580.65.06", "compute_mode": "EXCLUSIVE_PROCESS", "mig_mode": "disabled"}
+    gpu["driver"] = {"gpus": [exclusive], "problem": None}
+    finding = found(diagnose(DoctorConfig(model=str(tiny("llama")))), "driver")
+    assert (finding.ok, finding.figures) == (False, {"gpus": [exclusive]})
+    assert finding.text.startswith("GPU 0: driver 580.65.06, compute mode EXCLUSIVE_PROCESS, MIG disabled (one process")
 
 
 # the processor and what breaks

@@ -69,6 +69,46 @@ def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
+def test_models_of_a_file_of_ones_own(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    models = tmp_path / "models.yaml"
+    models.write_text(f"mine: {{path: {os.path.relpath(tiny('llama'), tmp_path)}}}")
+    assert invoke("models", "--models", models).stdout.splitlines()[1].split() == ["mine", "no", str(tiny("llama"))]
+    done = invoke(
+        "run", "--models", models, "--model", "mine", "--prompt_tokens", "5", "--requests", "2", "--output_tokens", "2",
+        "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path / "out").name.startswith("mine_synthetic_sequential_")
+    done = invoke("run", "--models", models, "--results", tmp_path / "none")
+    assert (done.returncode, done.stderr) == (2, "splitwiser: unknown model 'radiology-opt'; known: mine\n")
+
+
+@pytest.mark.slow
+def test_a_comparison_of_a_model_of_a_file_of_ones_own(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    (tmp_path / "models.yaml").write_text(f"mine: {{path: {tiny('llama')}}}")
+    done = invoke(
+        "compare", "--modes", "sequential,generate", "--repeats", "1", "--models", tmp_path / "models.yaml",
+        "--model", "mine", "--prompt_tokens", "5", "--requests", "2", "--output_tokens", "2", "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path / "out").name.startswith("compare_mine_synthetic_")
+
+
+def test_cases_of_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "cases.yaml").write_text("7: {description: own}")
+    assert invoke("cases", "--cases", tmp_path / "cases.yaml").stdout.splitlines()[1].split() == ["7", "own"]
+
+
+def test_a_sweep_may_be_named(tmp_path: Path) -> None:
+    done = invoke("sweep", "example", "--list", "--results", tmp_path)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 9), done.stderr
+    done = invoke("sweep", "exampel", "--list", "--results", tmp_path)
+    assert (done.returncode, done.stderr.startswith("splitwiser: sweep exampel: no such file, nor a name of")) == (
+        2,
+        True,
+    )
+
+
 def test_a_workload_of_token_ids_needs_no_tokenizer(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "short.json", [[5, 6], [7]], arrival_s=[0.0, 0.2])
     done = invoke(
@@ -168,6 +208,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
         "no config": (["--model", bare], "no config.json in it"),
         "unknown mode": (["--mode", "fast"], "unknown mode 'fast'"),
         "missing workload": (["--workload", tmp_path / "no.json"], "no.json: no such file"),
+        "no models": (["--models", tmp_path / "no.yaml"], "no.yaml: no such file"),
     }
 
 
@@ -175,7 +216,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
     "name",
     [
         "missing file", "line counts", "empty data", "long prompt", "large request", "unknown case", "unsupported case",
-        "no config", "unknown mode", "missing workload",
+        "no config", "unknown mode", "missing workload", "no models",
     ],
 )  # fmt: skip
 def test_a_wrong_input_gets_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
@@ -347,7 +388,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny: Callable[[str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("times", "mode"), [(2, "sequential"), (3, "sequential"), (3, "generate"), (20, "mp")])
+@pytest.mark.parametrize(("times", "mode"), [(3, "sequential"), (3, "generate"), (20, "mp")])
 def test_ctrl_c_again_and_again_leaves_whole_files(
     times: int, mode: str, tmp_path: Path, tiny: Callable[[str], Path]
 ) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gpu_check import Check, Stage
 from splitwiser.placement.modes import MODES
 from splitwiser.study.sweep import Sweep, read_sweep
 from tests.support.assertions import assert_says, refusal
+from tests.support.commands import invoke
 from tests.support.cuda_driver import put_cuda_driver
 from tests.support.processes import wait_for
 
@@ -40,7 +41,7 @@ def python(code: str) -> list[str]:
 def run(tmp_path: Path, stages: dict[str, Stage], **options: Any) -> list[str]:
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
-    return gpu_check.run_stages(stages, Check(work), tmp_path / "out", **options)
+    return gpu_check.run_stages(stages, Check(work, options.pop("quick", False)), tmp_path / "out", **options)
 
 
 def packed(tmp_path: Path) -> dict[str, bytes]:
@@ -481,7 +482,7 @@ def archive(tmp_path: Path) -> Path:
     return tmp_path / "out" / gpu_results.ARCHIVE
 
 
-def test_import_keeps_what_the_readme_needs(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_keeps_what_the_pages_need(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_results, "REFERENCE", tmp_path / "reference")
     folder = gpu_results.import_archive(archive, None)
     assert folder == tmp_path / "reference" / "gpu-h100-80gb-hbm3-2026-01-02"
@@ -493,23 +494,23 @@ def test_import_keeps_what_the_readme_needs(archive: Path, tmp_path: Path, monke
     ]  # fmt: skip
 
 
-def test_import_writes_the_tables_into_the_readme(
+def test_import_writes_the_tables_into_their_pages(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_results, "REFERENCE", tmp_path / "results" / "reference")
     monkeypatch.setattr(gpu_check, "PROJECT", tmp_path)
-    (tmp_path / "README.md").write_text(
-        "<!-- gpu-best: begin -->\n<!-- gpu-best: end -->\nbefore\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n",
-        encoding="utf-8",
-    )
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    readme.write_text("<!-- gpu-best: begin -->\n<!-- gpu-best: end -->\nafter\n", encoding="utf-8")
+    page.write_text("before\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n", encoding="utf-8")
     assert gpu_check.main(["--import", str(archive), "--as", "gpu-mine"]) == 0
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    best, text = readme.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
     assert "before\n<!-- gpu: begin -->\nNVIDIA H100 80GB HBM3; 2026-01-02; commit abcdef012345." in text
     assert text.endswith("|\n<!-- gpu: end -->\nafter\n")
-    assert "results/reference/gpu-mine/modes.png" in text
-    assert "    scripts/gpu_check.sh compare-1b\n" in text
+    assert "results/reference/gpu-mine/modes.png" in best
+    assert "```bash\nscripts/gpu_check.sh compare-1b\n```" in text
     assert "| mp | 1 | 20.0 |" in text
-    assert "most tokens/s with *mp*, 2.00 times those of `sequential`; least ITL p99 with *sequential*" in text
+    assert "most tokens/s with *mp*, 2.00 times those of `sequential`; least ITL p99 with *sequential*" in best
     assert "| mps | 0 | - |" in text
     assert "| kernel | 5 | 1 | 0 | 2 |" in text
 
@@ -520,17 +521,18 @@ def test_folders_of_the_machine_are_not_kept() -> None:
     assert gpu_results.without_folders(text) == kept
 
 
-def test_readme_without_marks_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("text", encoding="utf-8")
-    assert_says(refusal(gpu_results.write_sections, tmp_path / "README.md", {"gpu": ""}), "has no <!-- gpu: begin -->")
+    message = refusal(gpu_results.write_sections, tmp_path, {"gpu-best": ""})
+    assert_says(message, "README.md: has no <!-- gpu-best: begin -->")
 
 
-def test_readme_has_the_tables_of_the_newest_check() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_pages_have_the_tables_of_the_newest_check() -> None:
     made = gpu_results.sections(
         gpu_results.newest_reference(), {name: each.about for name, each in gpu_check.STAGES.items()}
     )
     for name, part in made.items():
+        text = (PROJECT / gpu_results.PAGES[name]).read_text(encoding="utf-8")
         begin, end = gpu_results.BEGIN.format(name), gpu_results.END.format(name)
         assert text.partition(begin)[2].partition(end)[0] == f"\n{part}\n"
 
@@ -538,14 +540,29 @@ def test_readme_has_the_tables_of_the_newest_check() -> None:
 # -- all of it
 
 
+@pytest.mark.usefixtures("runs_here")
+def test_the_tokens_of_two_modes_are_compared_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(command: Sequence[str], log: Path, *_: object) -> str:
+        assert list(command[:3]) == gpu_check.splitwiser()
+        done = invoke(*command[3:])
+        log.write_text(done.stdout + done.stderr)
+        return "passed" if done.returncode == 0 else "failed"
+
+    monkeypatch.setattr(gpu_check, "run_command", run_here)
+    check = Check(tmp_path / "work", quick=True)
+    works = {"modes": [{"mode": mode, "works": mode != "mps"} for mode in MODES]}
+    (check.folder("doctor") / "doctor.json").write_text(json.dumps(works))
+    assert run(tmp_path, {"tokens": gpu_check.STAGES["tokens"]}, quick=True) == []
+    shown = [line.split() for line in gpu_check.summarise(check, ["tokens"])]
+    assert ["sequential", "2", "0", "0"] in shown  # two requests, no other tokens, no other prompts
+
+
 @pytest.mark.slow
 def test_check_runs_end_to_end_on_a_cpu(tmp_path: Path) -> None:
-    command = [str(PROJECT / "scripts" / "gpu_check.sh"), "doctor", "tokens", "--quick", "--seconds", "240"]
+    command = [str(PROJECT / "scripts" / "gpu_check.sh"), "doctor", "--quick", "--seconds", "240"]
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ended(tmp_path) == {"doctor": "passed", "tokens": "passed"}
+    assert ended(tmp_path) == {"doctor": "passed"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.tar.gz", "summary.txt"]
-    shown = [line.split() for line in done.stdout.splitlines()]
-    assert ["sequential", "yes"] in shown
-    assert ["sequential", "2", "0", "0"] in shown  # two requests, no other tokens, no other prompts
+    assert ["sequential", "yes"] in [line.split() for line in done.stdout.splitlines()]

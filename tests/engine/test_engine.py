@@ -45,6 +45,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     )
 
 
+def decode(token_ids: Sequence[int]) -> str:
+    return f"text of {len(token_ids)} tokens"
+
+
 def request(number: int, arrival_s: float = 0.0) -> Request:
     return Request(number, (5, 6), SamplingParams(max_tokens=2, ignore_eos=True), seed=0, arrival_s=arrival_s)
 
@@ -54,36 +58,36 @@ def answered(number: int) -> Progress:
     return Progress("decode-0", 2_500, 3_000, (handoff,), ((number, 8),), ((number, "length"),))
 
 
-def test_an_answer_is_put_together_from_handoff_and_tokens(model: LoadedModel) -> None:
-    (output,) = SplitEngine(model, Scripted([answered(0)]), 100).run([request(0)], Seen(), 0)
-    assert (output.token_ids, output.finish_reason) == ([7, 8], "length")
+def test_an_answer_is_put_together_from_handoff_and_tokens() -> None:
+    (output,) = SplitEngine(decode, Scripted([answered(0)]), 100).run([request(0)], Seen(), 0)
+    assert (output.token_ids, output.text, output.finish_reason) == ([7, 8], "text of 2 tokens", "length")
     metrics = output.metrics
     assert (metrics.prefill_start_ns, metrics.token_ns, metrics.decode_start_ns) == (1_000, [2_000, 3_000], 2_500)
     assert (metrics.prefill_worker, metrics.decode_worker) == ("prefill-0", "decode-0")
 
 
-def test_decode_starts_with_its_first_step(model: LoadedModel) -> None:
+def test_decode_starts_with_its_first_step() -> None:
     first = Progress("decode-0", 2_500, 3_000, (Handoff(0, 7, 1_000, 2_000, "prefill-0"),), ((0, 8),), ())
     second = Progress("decode-0", 3_100, 4_000, (), ((0, 9),), ((0, "length"),))
-    (output,) = SplitEngine(model, Scripted([first], [second]), 100).run([request(0)], Seen(), 0)
+    (output,) = SplitEngine(decode, Scripted([first], [second]), 100).run([request(0)], Seen(), 0)
     assert output.metrics.decode_start_ns == 2_500
 
 
-def test_a_step_record_that_comes_after_the_last_answer_is_kept(model: LoadedModel) -> None:
+def test_a_step_record_that_comes_after_the_last_answer_is_kept() -> None:
     late = StepRecord("prefill-0", "prefill", "prefill", 1_000, 2_000, 1, 2)
     seen = Seen()
-    SplitEngine(model, Scripted([answered(0)], [late]), 100).run([request(0)], seen, 0)
+    SplitEngine(decode, Scripted([answered(0)], [late]), 100).run([request(0)], seen, 0)
     assert seen.steps == [late]
 
 
-def test_a_step_record_of_the_run_before_is_dropped(model: LoadedModel) -> None:
+def test_a_step_record_of_the_run_before_is_dropped() -> None:
     early = StepRecord("prefill-0", "prefill", "prefill", -10, -5, 1, 2)
     seen = Seen()
-    SplitEngine(model, Scripted([early], [answered(0)]), 100).run([request(0)], seen, 0)
+    SplitEngine(decode, Scripted([early], [answered(0)]), 100).run([request(0)], seen, 0)
     assert seen.steps == []
 
 
-def test_requests_are_submitted_when_they_arrive(model: LoadedModel) -> None:
+def test_requests_are_submitted_when_they_arrive() -> None:
     placement = Scripted()
     clock = [0]
     submitted: list[tuple[list[int], int | None]] = []
@@ -94,15 +98,15 @@ def test_requests_are_submitted_when_they_arrive(model: LoadedModel) -> None:
         return [answered(0), answered(1)] if len(submitted) == 4 else []
 
     placement.poll = poll  # type: ignore[method-assign]
-    engine = SplitEngine(model, placement, 100, lambda: clock[0])
+    engine = SplitEngine(decode, placement, 100, lambda: clock[0])
     engine.run([request(0, arrival_s=1.0), request(1, arrival_s=0.5)], Seen(), 0)
     # looked at 0, 0.4, 0.8 and 1.2 s
     assert submitted[:4] == [([], 500_000_000), ([], 500_000_000), ([1], 1_000_000_000), ([1, 0], None)]
 
 
-def test_a_closed_loop_submits_the_next_when_one_finishes(model: LoadedModel) -> None:
+def test_a_closed_loop_submits_the_next_when_one_finishes() -> None:
     placement = Scripted([], [answered(1)], [answered(0)], [answered(3), answered(2)])
-    engine = SplitEngine(model, placement, 100)
+    engine = SplitEngine(decode, placement, 100)
     submitted = []
     poll = placement.poll
 
@@ -117,22 +121,22 @@ def test_a_closed_loop_submits_the_next_when_one_finishes(model: LoadedModel) ->
     assert [output.metrics.arrival_ns for output in outputs] == [77, 77, 3_000, 3_000]
 
 
-def test_requests_that_were_not_let_in_are_unanswered(model: LoadedModel) -> None:
-    engine = SplitEngine(model, Scripted([answered(0)], WorkerLostError("worker decode-0 was lost")), 100)
+def test_requests_that_were_not_let_in_are_unanswered() -> None:
+    engine = SplitEngine(decode, Scripted([answered(0)], WorkerLostError("worker decode-0 was lost")), 100)
     with pytest.raises(RunError, match=r"not answered: requests 1, 2, 3$"):
         engine.run([request(number) for number in range(4)], Seen(), 0, max_concurrency=1)
 
 
-def test_a_worker_lost_after_the_last_answer_costs_none(model: LoadedModel) -> None:
-    engine = SplitEngine(model, Scripted([answered(0)], WorkerLostError("worker decode-0 was lost")), 100)
+def test_a_worker_lost_after_the_last_answer_costs_none() -> None:
+    engine = SplitEngine(decode, Scripted([answered(0)], WorkerLostError("worker decode-0 was lost")), 100)
     (output,) = engine.run([request(0)], Seen(), 0)
     assert output.token_ids == [7, 8]
 
 
-def test_a_lost_worker_leaves_the_unanswered_by_id(model: LoadedModel) -> None:
+def test_a_lost_worker_leaves_the_unanswered_by_id() -> None:
     lost = WorkerLostError("worker decode-0 was killed by SIGKILL")
     lost.add_note("where")
-    engine = SplitEngine(model, Scripted([answered(0)], lost), 100)
+    engine = SplitEngine(decode, Scripted([answered(0)], lost), 100)
     with pytest.raises(RunError) as caught:
         engine.run([request(0), request(1), *(request(number, 10**6) for number in range(2, 30))], Seen(), 0)
     ids = ", ".join(map(str, range(1, 21)))

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from splitwiser.engine.messages import PrefillTask, Progress, Submit
-from splitwiser.engine.policy import FIRST_COME, FirstCome, LeastLoadedRouter, PendingPrompt, Policy
+from splitwiser.engine.policy import (
+    FIRST_COME,
+    POLICIES,
+    FirstCome,
+    LeastLoadedRouter,
+    PendingPrompt,
+    Policy,
+    find_policy,
+)
 from splitwiser.engine.steps import ModelStepper, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker
 from splitwiser.model.compatibility import attach_engine
@@ -14,6 +22,7 @@ from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import load_model
 from splitwiser.placement.layout import parse_layout
 from splitwiser.request import Request, SamplingParams
+from tests.support.assertions import refusal
 from tests.support.tokens import prompts_of
 from tests.support.workers import BLOCK, Wire, run
 
@@ -95,3 +104,25 @@ def test_workers_keep_to_any_order(
     reports = [message for message in wire.boxes[PARENT] if isinstance(message, Progress)]
     assert [handoff.request_id for report in reports for handoff in report.handoffs] == order
     assert sum(len(report.finished) for report in reports) == 4
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_policy_of_the_table_is_found(name: str) -> None:
+    assert find_policy(name).pack(pending(3), 8)
+
+
+def test_a_class_of_ones_own_is_found_by_its_module() -> None:
+    assert isinstance(find_policy(f"{__name__}:LastCome"), LastCome)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("last_come", "unknown policy 'last_come'; known: first_come, MODULE:CLASS"),
+        ("nowhere:Policy", "policy nowhere:Policy: ModuleNotFoundError: No module named 'nowhere'"),
+        ("json:Policy", "policy json:Policy: AttributeError: module 'json' has no attribute 'Policy'"),
+        ("collections:OrderedDict", "policy collections:OrderedDict: has no method admission_order"),
+    ],
+)
+def test_what_is_no_policy_is_refused(name: str, words: str) -> None:
+    assert words in refusal(find_policy, name)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from splitwiser import constants
+from splitwiser import __version__, constants
 from splitwiser.machine import describe as machine
 
 CPU = torch.device("cpu")
@@ -71,13 +71,19 @@ def test_a_stand_in_is_named_as_one(gpu: str, name: str, monkeypatch: pytest.Mon
 
 def test_versions_name_what_a_result_depends_on() -> None:
     assert set(machine.describe_versions()) == {
-        "python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets",
+        "splitwiser", "python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas",
+        "datasets",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("package", "version"),
-    [("python", platform.python_version()), ("numpy", np.__version__), ("torch", torch.__version__)],
+    [
+        ("splitwiser", __version__),
+        ("python", platform.python_version()),
+        ("numpy", np.__version__),
+        ("torch", torch.__version__),
+    ],
 )
 def test_version_is_the_one_that_runs(package: str, version: str) -> None:
     assert machine.describe_versions()[package] == version
@@ -104,6 +110,19 @@ def test_commit_is_what_git_says_of_the_project(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(subprocess, "run", answer)
     assert machine.git_commit() == "0123abcd-dirty"
     assert asked[:3] == ["git", "-C", str(constants.DIR_PROJECT)]
+
+
+def test_a_package_within_another_projects_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    commit = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--allow-empty", "-m", "another's"]
+    subprocess.run(["git", "-C", tmp_path, *commit], check=True)
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(constants, "DIR_PROJECT", tmp_path / "shipped")
+    assert machine.git_commit() is None
+    monkeypatch.setattr(constants, "DIR_PROJECT", tmp_path)
+    assert len(str(machine.git_commit())) == 40
 
 
 def test_commit_of_a_copy_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

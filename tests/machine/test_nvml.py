@@ -1,20 +1,23 @@
-"""The monitor's means, over a stand-in for NVIDIA's library: there is no GPU where the tests run."""
+"""The driver's settings and the monitor's means, from a stand-in for NVIDIA's library: tests run where there is no GPU."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, open_monitor
+from splitwiser.machine.nvml import ACTIVITY_COLUMNS, NO_ACTIVITY, Monitor, describe_gpus, open_monitor
 from tests.support.assertions import assert_says
 from tests.support.processes import wait_for
 
 
 class Library:
-    """As much of pynvml as the monitor asks for, with the answers that a test wants."""
+    """As much of pynvml as is asked for, with the answers that a test wants."""
 
     NVML_SUCCESS = 0
+    NVML_DEVICE_MIG_ENABLE = 1
     NVML_GPM_METRIC_SM_UTIL = 2
     NVML_GPM_METRIC_DRAM_BW_UTIL = 10
     NVML_GPM_METRICS_GET_VERSION = 1
@@ -27,6 +30,30 @@ class Library:
         self.power_mw = power_mw
         self.samples: set[int] = set()
         self.calls = 0
+        self.open = False
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self.open = True
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.open = False
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "580.65.06"
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetComputeMode(self, handle: int) -> int:  # noqa: N802
+        return 3 * handle
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:  # noqa: N802
+        if handle:
+            raise self.NVMLError("Not Supported")
+        return [1, 1]
 
     def nvmlDeviceGetUtilizationRates(self, handle: object) -> Any:  # noqa: N802
         self.calls += 1
@@ -97,3 +124,34 @@ def test_without_a_gpu_there_is_no_monitor_and_a_reason() -> None:
     assert monitor is None
     assert_says(reason, "no GPU", "power")
     assert set(NO_ACTIVITY.values()) == {None}
+
+
+def test_the_drivers_settings_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(gpm=True)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    described = describe_gpus()
+    assert described["problem"] is None
+    assert [tuple(gpu.values()) for gpu in described["gpus"]] == [
+        (0, "580.65.06", "DEFAULT", "enabled"),
+        (1, "580.65.06", "EXCLUSIVE_PROCESS", None),
+    ]
+    assert not library.open
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [(None, "pynvml is not installed (pip install nvidia-ml-py)"), ("broken", "NVML says 'no driver'")],
+)
+def test_without_a_driver_there_is_a_reason(library: str | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise broken.NVMLError("no driver")
+
+    broken = Library(gpm=True)
+    monkeypatch.setattr(broken, "nvmlInit", fail)
+    monkeypatch.setitem(sys.modules, "pynvml", broken if library else None)
+    assert describe_gpus() == {"gpus": [], "problem": reason}
+
+
+def test_the_driver_is_asked_without_pytorch() -> None:
+    code = "import sys; from splitwiser.machine.nvml import describe_gpus; describe_gpus(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

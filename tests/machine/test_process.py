@@ -33,6 +33,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
 @pytest.mark.slow
 @pytest.mark.parametrize("surroundings", ["a file named as a module", "a long TMPDIR"])
 def test_workers_start_wherever_the_user_is(surroundings: str, tmp_path: Path) -> None:
+    """Nor need the script an ``if __name__ == "__main__"``."""
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     (tmp_path / "script").mkdir()

@@ -10,7 +10,7 @@ from splitwiser import constants
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, load_catalog, resolve_model
 from tests.support.assertions import assert_says, refusal
 
-MODELS = constants.DIR_CONFIGS / "models.yaml"
+MODELS = constants.MODELS
 
 PARAMETERS = {  # fewest and most, from what each model's name or card says
     "opt-125m": (125e6 * 0.97, 125e6 * 1.03),
@@ -71,16 +71,15 @@ def test_default_models_are_in_the_catalogue(name: str) -> None:
     assert resolve_model(name).name == name
 
 
-def test_project_path_is_relative_to_the_project() -> None:
+def test_a_path_is_relative_to_the_folder_of_the_file(tmp_path: Path) -> None:
     assert resolve_model(EMBEDDED_MODEL).location == str(constants.DIR_PROJECT / "models" / EMBEDDED_MODEL)
+    assert resolve_model("mine", write(tmp_path, "mine: {path: here}")).location == str(tmp_path / "here")
 
 
-def test_catalogue_name_gives_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = "mine: {hub: org/mine-7b, config: {model_type: opt, vocab_size: 5}}"
-    (tmp_path / "models.yaml").write_text(content, encoding="utf-8")
-    monkeypatch.setattr(constants, "DIR_CONFIGS", tmp_path)
+def test_catalogue_name_gives_its_entry(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine: {hub: org/mine-7b, config: {model_type: opt, vocab_size: 5}}")
     expected = CatalogEntry("mine", hub="org/mine-7b", config={"model_type": "opt", "vocab_size": 5})
-    assert resolve_model("mine") == expected
+    assert resolve_model("mine", path) == expected
     assert expected.location == "org/mine-7b"
 
 
@@ -153,10 +152,10 @@ def test_missing_path_is_no_hub_id(name: str) -> None:
     assert_says(refusal(resolve_model, name), f"unknown model '{name}'; ")
 
 
-def test_missing_file_says_where_the_directory_is_set(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     message = refusal(load_catalog, path)
-    assert message == f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ is"
+    assert message == f"{path}: no such file"
 
 
 @pytest.mark.parametrize("text", ["opt: {hub: [", "a: b: c"])

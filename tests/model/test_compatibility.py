@@ -25,7 +25,7 @@ def load(directory: Path) -> LoadedModel:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gptj", "GPTJForCausalLM does not dispatch its attention through transformers' attention interface"),
+        ("falcon", "FalconForCausalLM does not dispatch its attention through transformers' attention interface"),
         ("bloom", "BloomForCausalLM does not dispatch its attention"),
         ("mamba", "MambaForCausalLM"),
         (
@@ -41,7 +41,7 @@ def test_refuses_by_what_the_model_does(name: str, reason: str, tiny: Callable[[
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom", "mamba", "llama4_text"])
+@pytest.mark.parametrize("name", ["falcon", "bloom", "mamba", "llama4_text"])
 def test_mode_generate_serves_what_the_engine_refuses(name: str, tiny: Callable[[str], Path]) -> None:
     with LLM(tiny(name), mode="generate") as llm:
         (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))

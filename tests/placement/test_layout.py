@@ -30,6 +30,10 @@ def test_a_file_a_text_and_a_list_mean_the_same(tmp_path: Path) -> None:
     assert layouts == [ONE_OF_EACH] * 3
 
 
+def test_a_layout_may_be_named() -> None:
+    assert str(parse_layout("two_and_two")) == "2 prefill, 2 decode"
+
+
 def test_shares_may_leave_some_of_the_device_unused() -> None:
     layout = WorkerLayout((WorkerGroup("prefill", share=30), WorkerGroup("decode", share=40)))
     assert [worker.share for worker in layout.workers] == [30, 40]
@@ -54,7 +58,7 @@ def test_shares_may_leave_some_of_the_device_unused() -> None:
         ("[{count: 2}]", "workers, entry 1: 'role' is missing"),
         ("[mixed]", "workers: must be a list of entries such as"),
         ("[{role: mixed]", "workers: not valid YAML"),
-        ("nowhere.yaml", "workers 'nowhere.yaml': neither a file nor a list"),
+        ("nowhere.yaml", "workers 'nowhere.yaml': neither a file, a name of configs/workers nor a list"),
     ],
 )
 def test_a_layout_that_makes_no_sense_gets_one_line(given: str, line: str) -> None:

@@ -1,5 +1,6 @@
 """The files of a run, what a killed run leaves of them, and the table of all runs."""
 
+import contextlib
 import csv
 import multiprocessing
 import re
@@ -660,3 +661,19 @@ def test_a_picture_cut_in_the_middle_leaves_no_file(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         recorder.finish("interrupted", MEMORY, "KeyboardInterrupt: ")
     assert not [path.name for path in recorder.directory.iterdir() if "timeline.png" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(None, "finished"), (KeyboardInterrupt, "interrupted"), (RunError, "failed")]
+)
+def test_a_record_says_how_its_command_ended(
+    raised: type[BaseException] | None, status: Status, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(tmp_path / "command.yaml", {})
+    with contextlib.suppress(KeyboardInterrupt, RunError), record.running():
+        assert yaml.safe_load((tmp_path / "command.yaml").read_text())["status"] == "running"
+        if raised is not None:
+            raise raised
+    assert yaml.safe_load((tmp_path / "command.yaml").read_text())["status"] == status
+    said = f"{status}; the results so far are in {tmp_path}\n"
+    assert capsys.readouterr().err == (said if raised else "")

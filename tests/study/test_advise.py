@@ -30,7 +30,7 @@ from splitwiser.study.recommend import (
     run_options,
 )
 from tests.support.assertions import assert_says, refusal
-from tests.support.commands import invoke, splitwiser
+from tests.support.commands import invoke
 
 Tiny = Callable[[str], Path]
 SPLIT = "[{role: prefill, share: 25}, {role: decode, share: 75}]"
@@ -397,12 +397,12 @@ def test_answers_of_one_token_have_no_gap_to_tell_of(beside: float, on_record: C
     assert "ITL" not in " ".join(advice.reasons)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_advice_on_a_real_model(tiny: Tiny, tmp_path: Path) -> None:
     workload = write_workload(tmp_path / "work.json", prompts=8, new_tokens=6)
     common = ["--model", str(tiny("opt")), "--workload", str(workload), "--kv_memory", "4MiB", "--prefill_tokens", "128",
               "--results", str(tmp_path / "out")]  # fmt: skip
-    done = splitwiser("advise", *common, "--checks", "2", OMP_NUM_THREADS="1")
+    done = invoke("advise", *common, "--checks", "2")
     assert done.returncode == 0, done.stderr
     (directory,) = (tmp_path / "out").iterdir()
     placements_made = pd.read_csv(directory / "placements.csv", keep_default_na=False)

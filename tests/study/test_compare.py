@@ -21,7 +21,7 @@ from splitwiser.config import RunConfig
 from splitwiser.study.compare import Variant, _turns, compare, conclude, make_variants
 from splitwiser.study.paired import decide
 from tests.support.assertions import assert_says, refusal
-from tests.support.commands import COMMAND, only_run, splitwiser, write_workload
+from tests.support.commands import COMMAND, invoke, only_run, write_workload
 from tests.support.models import VOCABULARY
 from tests.support.processes import processes_naming, session_of, wait_for
 
@@ -126,20 +126,21 @@ class Compared:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]) -> Compared:
+def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     """Two variants, two rounds."""
+    request.getfixturevalue("runs_here")
+    model: Path = request.getfixturevalue("tiny")("opt")
     directory = tmp_path_factory.mktemp("compared")
     workload = write_workload(directory / "four.json", PROMPTS, 6)
-    done = splitwiser(
+    done = invoke(
         "compare", "--modes", "sequential", "--variant", "padded: --mode generate --batch_size 2", "--repeats", "2",
-        "--model", tiny("opt"), "--workload", workload, "--ignore_eos", "--results", directory / "out",
+        "--model", model, "--workload", workload, "--ignore_eos", "--results", directory / "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = only_run(directory / "out")
     return Compared(done, folder, pd.read_csv(folder / "comparison.csv"))
 
 
-@pytest.mark.slow
 def test_a_round_starts_one_variant_later_than_the_one_before(compared: Compared) -> None:
     order = list(compared.rows[["round", "variant", "mode"]].itertuples(index=False, name=None))
     one, other = ("sequential", "sequential"), ("padded", "generate")
@@ -157,7 +158,6 @@ def test_no_round_but_the_first_begins_after_the_time_given() -> None:
     assert len(list(_turns([one, other], 3, time.monotonic() + 60))) == 6
 
 
-@pytest.mark.slow
 def test_a_row_is_its_runs_row_of_throughput(compared: Compared) -> None:
     assert compared.rows["status"].tolist() == ["finished"] * 4
     for _, row in compared.rows.iterrows():
@@ -165,7 +165,6 @@ def test_a_row_is_its_runs_row_of_throughput(compared: Compared) -> None:
         assert row[own.index].dropna().to_dict() == own.dropna().to_dict()
 
 
-@pytest.mark.slow
 def test_the_summary_is_of_those_rows(compared: Compared) -> None:
     summary = pd.read_csv(compared.folder / "comparison_summary.csv").set_index(["metric", "variant"])
     rows = compared.rows.sort_values("round")
@@ -182,7 +181,6 @@ def test_the_summary_is_of_those_rows(compared: Compared) -> None:
         assert metric in compared.done.stdout
 
 
-@pytest.mark.slow
 def test_tokens_of_all_runs_are_held_against_the_first(compared: Compared) -> None:
     tokens = pd.read_csv(compared.folder / "comparison_tokens.csv")
     assert tokens["run_id"].tolist() == compared.rows["run_id"].tolist()
@@ -192,7 +190,6 @@ def test_tokens_of_all_runs_are_held_against_the_first(compared: Compared) -> No
     assert "tokens: the same for all 4 requests in every run" in compared.done.stdout
 
 
-@pytest.mark.slow
 def test_the_record_repeats_the_comparison(compared: Compared) -> None:
     record = yaml.safe_load((compared.folder / "compare.yaml").read_text())
     assert (record["status"], record["repeats"]) == ("finished", 2)
@@ -231,7 +228,6 @@ def concluded(
     return conclude(folder, variants, rows), pd.read_csv(folder / "comparison_tokens.csv")
 
 
-@pytest.mark.slow
 def test_another_token_in_float32_is_a_fault(compared: Compared, tmp_path: Path) -> None:
     faults, tokens = concluded(compared, tmp_path)
     assert faults == ["padded differs from sequential in 1 of 4 requests, first at token 5 (median)"]
@@ -239,7 +235,6 @@ def test_another_token_in_float32_is_a_fault(compared: Compared, tmp_path: Path)
     assert tokens["first_difference"][1] == 5
 
 
-@pytest.mark.slow
 def test_another_token_in_bfloat16_is_only_said(
     compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,20 +244,17 @@ def test_another_token_in_bfloat16_is_only_said(
     assert "tokens: padded differs from sequential in 1 of 4 requests" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_another_token_that_was_sampled_is_only_said(compared: Compared, tmp_path: Path) -> None:
     faults, tokens = concluded(compared, tmp_path, temperature=1.0)
     assert faults == []
     assert tokens["must_match"].tolist() == [False] * 4
 
 
-@pytest.mark.slow
 def test_another_prompt_is_a_fault_however_it_was_drawn(compared: Compared, tmp_path: Path) -> None:
     faults, _ = concluded(compared, tmp_path, column="prompt_token_ids", temperature=1.0)
     assert faults == ["padded was given 1 other prompts than sequential"]
 
 
-@pytest.mark.slow
 def test_figures_of_a_stand_in_are_not_set_against_others(
     compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +269,6 @@ def test_figures_of_a_stand_in_are_not_set_against_others(
     assert not (folder / "comparison_summary.csv").exists()
 
 
-@pytest.mark.slow
 def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
     compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,10 +287,10 @@ def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
     assert summary.at[("output_throughput", "padded"), "verdict"] == "undecided (busy machine in 1 of 2 rounds)"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "two.json", [[5, 6], [7]])
-    done = splitwiser(
+    done = invoke(
         "compare", "--modes", "sequential,generate", "--repeats", "1", "--model", tiny("bloom"), "--workload", workload,
         "--ignore_eos", "--results", tmp_path / "out",
     )  # fmt: skip
@@ -315,12 +306,12 @@ def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Call
     assert set(summary["rounds"]) == {0, 1}
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_a_load_is_a_part_of_what_the_first_variant_answers_at_once(
     tmp_path: Path, tiny: Callable[[str], Path]
 ) -> None:
     workload = write_workload(tmp_path / "two.json", [[5, 6], [7]], arrival_s=[0, 3600])
-    done = splitwiser(
+    done = invoke(
         "compare", "--modes", "sequential,generate", "--repeats", "1", "--load", "0.5", "--model", tiny("opt"),
         "--workload", workload, "--ignore_eos", "--results", tmp_path / "out",
     )  # fmt: skip

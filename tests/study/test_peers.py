@@ -110,7 +110,7 @@ def run_compare(tmp_path: Path, *arguments: object) -> tuple[int, Path]:
     return code, only_run(tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_a_peer_is_asked_what_the_variants_are(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     peers = [f"vllm={make_environment(tmp_path / 'env', ANSWERS)}"]
     workload = write_workload(tmp_path / "three.json", PROMPTS, 6)
@@ -138,7 +138,7 @@ def test_a_peer_is_asked_what_the_variants_are(tiny: Callable[[str], Path], tmp_
     assert summary.at[("output_throughput", "vllm"), "median"] == 100
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_the_record_repeats_a_comparison_with_peers(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +156,6 @@ def test_the_record_repeats_a_comparison_with_peers(
     ]
 
 
-@pytest.mark.slow
 def test_a_peer_that_fails_is_named_and_the_others_go_on(
     tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +186,7 @@ def test_a_peer_that_writes_nothing_has_failed(tiny: Callable[[str], Path], tmp_
     assert pd.read_csv(folder / "comparison.csv")["error"][0] == "exit code 0: no output"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_modes_and_peers_load_one_checkpoint_of_random_weights(tmp_path: Path) -> None:
     model = make_tiny("opt", tmp_path / "wide", vocab_size=999)
     code, folder = run_compare(

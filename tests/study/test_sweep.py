@@ -243,6 +243,7 @@ def state(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     short = write_workload(tmp_path / "short.json", [[5, 6], [7]])
     changing = write_workload(tmp_path / "changing.json", [[5], [6]], arrival_s=[0, 3600])
@@ -283,7 +284,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str
     assert tried == [f"round1_{rows['key'][2]}.log"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("runs_here")
 def test_rounds_go_over_the_whole_grid_and_are_summed_up(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "w.json", [[5, 6], [7]])
     write(

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -29,6 +29,14 @@ def invoke(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     finally:
         signal.signal(signal.SIGTERM, terminated)
     return subprocess.CompletedProcess(arguments, exit_code, output.getvalue(), errors.getvalue())
+
+
+def run_here(arguments: Sequence[str], log: Path, _: Callable[[str], None]) -> int:
+    """Execute a run of a comparison, a sweep or an advice (:data:`splitwiser.study.fresh_runs.Execute`) in this process."""
+    done = invoke(*arguments)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(done.stdout + done.stderr)
+    return done.returncode
 
 
 def splitwiser(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

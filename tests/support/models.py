@@ -32,7 +32,7 @@ TINY: dict[str, dict[str, Any]] = {
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
                     "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
-    "gptj": {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": POSITIONS},
+    "falcon": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }  # fmt: skip

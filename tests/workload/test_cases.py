@@ -9,7 +9,7 @@ from splitwiser.workload.cases import Case, get_case, load_cases
 from splitwiser.workload.reports import Report
 from tests.support.assertions import assert_says, refusal
 
-CASES = constants.DIR_CONFIGS / "cases.yaml"
+CASES = constants.CASES
 TRAINING = [Report("First Lungs  clear.", "Normal  chest."), Report("Heart\tLARGE.", "Cardiomegaly.")]
 MANY = [Report(f"finding {number}", f"impression {number}") for number in range(50)]
 ASKED = [Report(f"asked {number}") for number in range(20)]
@@ -142,10 +142,10 @@ def test_unknown_case_lists_the_known() -> None:
     assert refusal(get_case, CASES, 3) == "unknown case '3'; known: 0, 1, 2, 4, 5, 100, 200"
 
 
-def test_missing_file_says_where_the_directory_is_set(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cases.yaml"
     message = refusal(load_cases, path)
-    assert message == f"{path}: no such file; DIR_PROJECT in constants.py says where configs/ is"
+    assert message == f"{path}: no such file"
 
 
 @pytest.mark.parametrize("text", ["0: {description: [", "a: b: c", "0: {description: x}\n\tbad"])

@@ -11,7 +11,8 @@ import pytest
 
 from splitwiser.config import RunConfig
 from splitwiser.model.loading import load_model
-from splitwiser.workload.job import Job, prepare_job
+from splitwiser.workload.job import READERS, Job, prepare_job
+from splitwiser.workload.planned import PlannedRequest
 from tests.support.assertions import assert_says, refusal
 from tests.support.models import POSITIONS, VOCABULARY
 
@@ -54,11 +55,33 @@ def test_a_case_makes_prompts_of_its_reports() -> None:
     assert all(report.impression for report in each(job, "report"))
 
 
+def test_a_case_may_be_of_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("7: {description: mine, prompt: 'in short:', max_new_tokens: 3}")
+    job = job_of(cases=str(tmp_path / "mine.yaml"), case_id=7, limit=2)
+    assert (job.label, each(job, "new_tokens")) == ("case7", [3, 3])
+    assert all(prompt.endswith("in short:") for prompt in each(job, "prompt"))
+    assert refusal(job_of, cases=str(tmp_path / "mine.yaml")) == "unknown case '0'; known: 7"
+    assert refusal(job_of, cases=str(tmp_path / "none.yaml")) == f"{tmp_path}/none.yaml: no such file"
+
+
 def test_a_workload_gives_each_prompt_its_own_limit(workload: str) -> None:
     job = job_of(workload=workload, limit=2)
     assert (job.label, each(job, "prompt"), job.arrival_s) == ("mine", ["a", (4,)], [0.0, 1.0])
     assert limits(job, RunConfig()) == [(3, False), (5, False)]
     assert limits(job, RunConfig(max_new_tokens=4)) == [(4, False), (4, False)]
+
+
+def test_a_format_of_files_is_a_row_and_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_lengths(path: Path) -> list[PlannedRequest]:
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        return [PlannedRequest(None, int(prompt), int(new), float(arrival_s)) for prompt, new, arrival_s in rows]
+
+    monkeypatch.setitem(READERS, ".lengths", read_lengths)
+    path = tmp_path / "mine.lengths"
+    path.write_text("40,4,0\n60,9,1\n")
+    job = job_of(workload=str(path))
+    assert (job.label, job.exact, each(job, "prompt_tokens"), job.arrival_s) == ("mine", True, [40, 60], [0, 1])
+    assert limits(job, RunConfig()) == [(4, True), (9, True)]
 
 
 def test_a_trace_gives_lengths_and_times(trace: str) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from splitwiser import constants
 from splitwiser.config import RunConfig
+from splitwiser.files import named_configs
 from splitwiser.workload.job import prepare_job
-from splitwiser.workload.named import workload_names
 from tests.support.assertions import assert_says, refusal
 
 
@@ -23,7 +23,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_shipped_ones_are_these() -> None:
-    assert workload_names() == ["long_outputs", "long_prompts", "single", "standard"]
+    assert list(named_configs("workloads")) == ["long_outputs", "long_prompts", "single", "standard"]
 
 
 @pytest.mark.parametrize(

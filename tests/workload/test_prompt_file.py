@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from splitwiser.workload.prompt_file import Workload, load_workload
+from splitwiser.workload.planned import PlannedRequest
+from splitwiser.workload.prompt_file import read_prompt_file
+from splitwiser.workload.reports import Report
 from tests.support.assertions import assert_says, refusal
 
 
@@ -18,48 +20,51 @@ def write(directory: Path, content: Any) -> Path:
 
 def test_prompts_may_be_text_or_token_ids(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": 7, "prompts": ["größe", [5, 0, 9]], "arrival_s": [0.25, 3]})
-    assert load_workload(path) == Workload(("größe", (5, 0, 9)), (7, 7), (0.25, 3.0))
+    assert read_prompt_file(path) == [
+        PlannedRequest("größe", 0, 7, 0.25, Report("größe")),
+        PlannedRequest((5, 0, 9), 0, 7, 3.0),
+    ]
 
 
 def test_each_prompt_may_have_its_own_limit(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": [3, 9], "prompts": ["a", [1]]})
-    assert load_workload(path).max_new_tokens == (3, 9)
+    assert [each.new_tokens for each in read_prompt_file(path)] == [3, 9]
 
 
 def test_requests_arrive_at_once_without_times(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b", "c"]})
-    assert load_workload(path).arrival_s == (0.0, 0.0, 0.0)
+    assert [each.arrival_s for each in read_prompt_file(path)] == [0.0, 0.0, 0.0]
 
 
 def test_arrivals_need_no_order(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b"], "arrival_s": [2, 1]})
-    assert load_workload(path).arrival_s == (2.0, 1.0)
+    assert [each.arrival_s for each in read_prompt_file(path)] == [2.0, 1.0]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "load.json"
-    assert refusal(load_workload, path) == f"--workload {path}: no such file"
+    assert refusal(read_prompt_file, path) == f"--workload {path}: no such file"
 
 
 @pytest.mark.parametrize("content", ["", "{", "{'prompts': []}", "[1,]", "prompts"])
 def test_broken_json_is_named(content: str, tmp_path: Path) -> None:
     path = write(tmp_path, content)
-    assert_says(refusal(load_workload, path), f"--workload {path}: not valid JSON: ", "line 1")
+    assert_says(refusal(read_prompt_file, path), f"--workload {path}: not valid JSON: ", "line 1")
 
 
 def test_half_of_a_surrogate_pair_is_named_by_its_prompt(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b \ud83d"]})
-    assert_says(refusal(load_workload, path), f"--workload {path}: prompt 1: character 3", "U+D83D")
+    assert_says(refusal(read_prompt_file, path), f"--workload {path}: prompt 1: character 3", "U+D83D")
 
 
 def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "load.json"
     path.write_bytes(b'{"prompts": ["\xff"]}')
-    assert_says(refusal(load_workload, path), f"--workload {path}: not valid JSON: ")
+    assert_says(refusal(read_prompt_file, path), f"--workload {path}: not valid JSON: ")
 
 
 def test_directory_is_named(tmp_path: Path) -> None:
-    assert_says(refusal(load_workload, tmp_path), f"--workload {tmp_path}: ", "directory")
+    assert_says(refusal(read_prompt_file, tmp_path), f"--workload {tmp_path}: ", "directory")
 
 
 FINE = {"max_new_tokens": 4, "prompts": ["a", [1, 2]]}
@@ -109,9 +114,9 @@ PROMPT = "must be text or a list of token ids, and not empty, not "
 )
 def test_wrong_content_is_named_with_its_field(content: Any, message: str, tmp_path: Path) -> None:
     path = write(tmp_path, content)
-    assert refusal(load_workload, path) == f"--workload {path}: {message}"
+    assert refusal(read_prompt_file, path) == f"--workload {path}: {message}"
 
 
 def test_arrival_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {**FINE, "arrival_s": [0, 10**400]})
-    assert_says(refusal(load_workload, path), f"--workload {path}: 'arrival_s', entry 1 ")
+    assert_says(refusal(read_prompt_file, path), f"--workload {path}: 'arrival_s', entry 1 ")

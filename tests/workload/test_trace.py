@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.workload.trace import load_trace, parse_slice
+from splitwiser.workload.planned import PlannedRequest
+from splitwiser.workload.trace import parse_slice, read_trace
 from tests.support.assertions import assert_says, refusal
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -22,38 +23,46 @@ def write(directory: Path, *rows: str, header: str = HEADER, end: str = "\r\n") 
     return path
 
 
+def arrivals(trace: list[PlannedRequest]) -> list[float]:
+    return [each.arrival_s for each in trace]
+
+
+def lengths(trace: list[PlannedRequest]) -> list[tuple[int, int]]:
+    return [(each.prompt_tokens, each.new_tokens) for each in trace]
+
+
 def test_requests_come_in_order_of_arrival_from_the_first_on(tmp_path: Path) -> None:
-    trace = load_trace(write(tmp_path, *ROWS))
-    assert trace.arrival_s == pytest.approx([0, 1.5000005, 9, 10.25], abs=1e-9)
-    assert trace.prompt_tokens == (10, 20, 30, 40)
-    assert trace.output_tokens == (1, 2, 3, 4)
+    trace = read_trace(write(tmp_path, *ROWS))
+    assert arrivals(trace) == pytest.approx([0, 1.5000005, 9, 10.25], abs=1e-9)
+    assert lengths(trace) == [(10, 1), (20, 2), (30, 3), (40, 4)]
+    assert {each.prompt for each in trace} == {None}
 
 
 @pytest.mark.parametrize("moment", ["0", "12.5", "2023", "20231116", "1700158550", "1e3"])
 def test_a_number_is_no_time(moment: str, tmp_path: Path) -> None:
     path = write(tmp_path, ROWS[0], f"{moment},1,1")
     assert_says(
-        refusal(load_trace, path), f"--trace {path}, row 2: TIMESTAMP must be a time such as", f"not '{moment}'"
+        refusal(read_trace, path), f"--trace {path}, row 2: TIMESTAMP must be a time such as", f"not '{moment}'"
     )
 
 
 def test_a_slice_counts_from_its_start_and_leaves_its_end_out(tmp_path: Path) -> None:
-    trace = load_trace(write(tmp_path, *ROWS), 1.0, 10.25)
-    assert trace.arrival_s == pytest.approx([0.5000005, 8])
-    assert trace.prompt_tokens == (20, 30)
+    trace = read_trace(write(tmp_path, *ROWS), 1.0, 10.25)
+    assert arrivals(trace) == pytest.approx([0.5000005, 8])
+    assert lengths(trace) == [(20, 2), (30, 3)]
 
 
 def test_speed_divides_the_times(tmp_path: Path) -> None:
-    trace = load_trace(write(tmp_path, *ROWS), 1.0, speed=4)
-    assert trace.arrival_s == pytest.approx([0.5000005 / 4, 2, 9.25 / 4])
+    trace = read_trace(write(tmp_path, *ROWS), 1.0, speed=4)
+    assert arrivals(trace) == pytest.approx([0.5000005 / 4, 2, 9.25 / 4])
 
 
 def test_other_columns_order_and_time_zones_are_taken(tmp_path: Path) -> None:
     rows = ["5,2024-05-10 02:00:01.009930+02:00,x,7", "6,2024-05-10 00:00:00+00:00,y,8"]
     path = write(tmp_path, *rows, header="GeneratedTokens,TIMESTAMP,kind,ContextTokens", end="\n")
-    trace = load_trace(path)
-    assert trace.arrival_s == pytest.approx([0, 1.00993])
-    assert (trace.prompt_tokens, trace.output_tokens) == ((8, 7), (6, 5))
+    trace = read_trace(path)
+    assert arrivals(trace) == pytest.approx([0, 1.00993])
+    assert lengths(trace) == [(8, 6), (7, 5)]
 
 
 @pytest.mark.parametrize(
@@ -85,24 +94,24 @@ TOKENS = "must be a whole number of 1 or more, not"
 )
 def test_a_wrong_row_is_named_with_its_column(row: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path, ROWS[0], row)
-    assert_says(refusal(load_trace, path), f"--trace {path}, {message}")
+    assert_says(refusal(read_trace, path), f"--trace {path}, {message}")
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "2023-11-16 18:15:46,1", header="TIMESTAMP,ContextTokens")
-    assert_says(refusal(load_trace, path), f"--trace {path}: no column 'GeneratedTokens'", "its columns: TIMESTAMP, C")
+    assert_says(refusal(read_trace, path), f"--trace {path}: no column 'GeneratedTokens'", "its columns: TIMESTAMP, C")
 
 
 def test_files_without_requests_are_named(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert refusal(load_trace, path) == f"--trace {path}: no requests in it; at least one is needed"
+    assert refusal(read_trace, path) == f"--trace {path}: no requests in it; at least one is needed"
     path.write_text("")
-    assert_says(refusal(load_trace, path), f"--trace {path}: cannot be read as CSV: ")
+    assert_says(refusal(read_trace, path), f"--trace {path}: cannot be read as CSV: ")
     missing = tmp_path / "none.csv"
-    assert refusal(load_trace, missing) == f"--trace {missing}: no such file"
-    assert_says(refusal(load_trace, tmp_path), f"--trace {tmp_path}: cannot be read as CSV: ")
+    assert refusal(read_trace, missing) == f"--trace {missing}: no such file"
+    assert_says(refusal(read_trace, tmp_path), f"--trace {tmp_path}: cannot be read as CSV: ")
 
 
 def test_a_slice_without_requests_says_how_long_the_trace_is(tmp_path: Path) -> None:
     path = write(tmp_path, *ROWS)
-    assert refusal(load_trace, path, 2, 3) == f"--trace {path}: no requests from 2 to 3 s; it spans 0 to 10.25 s"
+    assert refusal(read_trace, path, 2, 3) == f"--trace {path}: no requests from 2 to 3 s; it spans 0 to 10.25 s"

@@ -1,23 +1,26 @@
 """``splitwiser cases``."""
 
 import argparse
+from pathlib import Path
 
-from splitwiser import constants
+from splitwiser.config import RunConfig
+from splitwiser.options import add_options
 from splitwiser.results.terminal import columns
 from splitwiser.workload.cases import load_cases
 
-DESCRIPTION = "The recipes of configs/cases.yaml."
+DESCRIPTION = "The prompting recipes that --case_id chooses from."
 USAGE = "[options]"
 
 
-def add_arguments(_: argparse.ArgumentParser) -> None:
-    """Add nothing."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the file."""
+    add_options(parser, RunConfig, ["cases"])
 
 
-def run(_: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """List the prompting recipes."""
     rows = [
         (str(case.case_id), case.description, "" if case.method == "discrete" else "not supported yet")
-        for case in load_cases(constants.DIR_CONFIGS / "cases.yaml").values()
+        for case in load_cases(Path(options.cases)).values()
     ]
     print(columns([("case_id", "description", ""), *rows]))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.commands.compare import ONE_PROCESS
+from splitwiser.config import check_results
+from splitwiser.files import find_config
 
 DESCRIPTION = "Runs that have finished are kept; those that failed are tried again at the next start."
 USAGE = "FILE [options]"
@@ -12,12 +14,14 @@ USAGE = "FILE [options]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file of the grid and the options of its execution."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="the grid, such as those in configs/sweeps/")
+    parser.add_argument(
+        "file", metavar="FILE", help="the grid: a YAML file, or a name of configs/sweeps, such as example"
+    )
     parser.add_argument("--list", action="store_true", help="print the points and run nothing")
     parser.add_argument("--one_process", "--one-process", action="store_true", help=ONE_PROCESS)
     parser.add_argument("--fresh", action="store_true", help="start over; the old results are kept under another name")
     parser.add_argument(
-        "--results", type=Path, default=constants.DIR_RESULTS, help="directory that gets a folder for this sweep"
+        "--results", default=str(constants.DIR_RESULTS), help="directory that gets a folder for this sweep"
     )
 
 
@@ -25,8 +29,10 @@ def run(options: argparse.Namespace) -> None:
     """Run the grid, or list its points."""
     from splitwiser.study.sweep import list_points, read_sweep, sweep
 
-    grid = read_sweep(options.file)
+    check_results(options.results)
+    file, results = find_config("sweeps", options.file, "sweep"), Path(options.results)
+    grid = read_sweep(file)
     if options.list:
-        print(list_points(grid, options.results))
+        print(list_points(grid, results))
     else:
-        sweep(grid, options.file, options.results, fresh=options.fresh, one_process=options.one_process)
+        sweep(grid, file, results, fresh=options.fresh, one_process=options.one_process)

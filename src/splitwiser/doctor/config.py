@@ -16,6 +16,7 @@ class DoctorConfig:
     """
 
     model: str = constants.MODEL
+    models: str = str(constants.MODELS)
     dtype: str = constants.DTYPE
     load_format: str = constants.LOAD_FORMAT
     kv_memory: str = constants.KV_MEMORY

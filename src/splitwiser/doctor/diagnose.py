@@ -79,7 +79,7 @@ class Diagnosis:
 @stopping_probes()
 def diagnose(config: DoctorConfig) -> Diagnosis:
     """Run all checks. Raises :class:`InputError` for an unknown model, or an invalid type, device or size."""
-    name = resolve_model(config.model).name
+    entry = resolve_model(config.model, config.models)
     check = _Checks()
     check("software", "python", lambda: (True, f"{sys.version.split()[0]} at {sys.executable}", {}))
     pytorch = check("software", "pytorch", survey.find_pytorch).ok
@@ -96,7 +96,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
             ask_ahead("mode", mode, place, deadline_s=MODE_S)
     gpu = gpus[int(place.removeprefix("cuda:"))] if place and place != "cpu" else None
     memory = check("memory", "main_memory", survey.find_main_memory)
-    hub = check("hub", "hub", survey.find_hub, config.model, config.hub)
+    hub = check("hub", "hub", survey.find_hub, entry.hub, config.hub)
     free: int | None = gpu["free_bytes"] if gpu else memory.figures.get("free_bytes")
     needs = None
     if pytorch and transformers and place and free is not None:
@@ -107,7 +107,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     check("memory", "dev_shm", survey.find_dev_shm, gpu is not None)
     check("memory", "open_files", survey.find_open_files)
     refused = {mode: _find_mode_problem(mode, place) for mode in MODES} if pytorch and place else {}
-    check("gpu", "nvidia_smi", survey.find_nvidia_smi)
+    check("gpu", "driver", survey.find_driver)
     check("gpu", "cuda_ipc", survey.find_cuda_ipc, place if gpu else None)
     check("gpu", "green_contexts", survey.find_green_contexts, gpu is not None, refused.get("green"))
     check("gpu", "mps_binary", survey.find_mps_binary)
@@ -119,7 +119,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     check("processor", "kernel", survey.find_kernel, place)
     check.close()
     modes = [_judge_mode(mode, check.findings, refused.get(mode), needs) for mode in MODES]
-    return Diagnosis(name, place, list(check.findings.values()), modes)
+    return Diagnosis(entry.name, place, list(check.findings.values()), modes)
 
 
 class _Checks:

@@ -80,7 +80,7 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
     ``unreachable`` is the reason if the hub cannot be reached. Raises :class:`InputError` for an unknown model, type or
     load format.
     """
-    entry = resolve_model(config.model)
+    entry = resolve_model(config.model, config.models)
     shape_is_known, problem, where = _find_files(entry, config, unreachable)
     where = f"{entry.name} at {entry.location}" + (f": {where}" if where else "")
     if not shape_is_known and entry.kind == "decoder":  # other kinds are refused before anything is read
@@ -89,7 +89,9 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
     text = None
     try:
         # a model's shape does not depend on the device, which would initialise CUDA in this process
-        _, _, figures, dtype = plan_model(config.model, dtype=config.dtype, device="cpu", load_format=load_format)
+        _, _, figures, dtype = plan_model(
+            config.model, models=config.models, dtype=config.dtype, device="cpu", load_format=load_format
+        )
         if load_format == config.load_format == "auto":
             problem = problem or find_checkpoint_problem(entry, figures, device)
             text = _find_text_problem(entry, config, unreachable)

@@ -1,4 +1,4 @@
-"""Probes: checks in a separate process, since they may hang or crash (CUDA, the hub).
+"""Probes: checks in a separate process, since they may hang or crash (CUDA, NVML, the hub).
 
 ``python -m splitwiser.doctor.probe NAME [ARGUMENT...]`` prints the answer as one line of JSON.
 """
@@ -154,6 +154,13 @@ def _mode(mode: str, device: str) -> str | None:
     return find_mode_problem(mode, device)
 
 
+def _driver() -> dict[str, Any]:
+    """Return the driver's settings of each GPU, or the reason why there are none."""
+    from splitwiser.machine.nvml import describe_gpus
+
+    return describe_gpus()
+
+
 def _hub(repository: str) -> None:
     """Request ``repository`` from the hub, or any model if it is empty."""
     from huggingface_hub import HfApi
@@ -164,7 +171,9 @@ def _hub(repository: str) -> None:
         next(iter(HfApi().list_models(limit=1)))
 
 
-PROBES: dict[str, Callable[..., Any]] = {"devices": _devices, "shares": _share_memory, "mode": _mode, "hub": _hub}
+PROBES: dict[str, Callable[..., Any]] = {
+    "devices": _devices, "driver": _driver, "shares": _share_memory, "mode": _mode, "hub": _hub,
+}  # fmt: skip
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

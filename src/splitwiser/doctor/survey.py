@@ -16,9 +16,8 @@ from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
 from splitwiser.errors import first_line
 from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
-from splitwiser.model.catalog import resolve_model
 
-DEVICES_S, SHARE_S, HUB_S, TOOL_S = 60.0, 90.0, 20.0, 10.0  # longest that each probe may take
+DEVICES_S, DRIVER_S, SHARE_S, HUB_S, TOOL_S = 60.0, 30.0, 90.0, 20.0, 10.0  # longest that each probe may take
 FEW_FILES = 256  # a run opens tens of files, and a pipe for every pair of processes
 IPC_COUNTERS = 10_000 * 8  # bytes of /dev/shm that PyTorch's CUDA IPC uses (torch/csrc/CudaIPCTypes.h)
 # instruction sets that speed up the decode kernel and PyTorch's matrix products, as x86 and Arm processors name them
@@ -99,22 +98,18 @@ def find_device(device: str, gpus: int) -> Found:
     return True, f"{place} ({'as requested' if device != 'auto' else 'chosen by auto'})", {"device": place}
 
 
-def find_nvidia_smi() -> Found:
-    """Return the driver version, compute mode and MIG mode of each GPU, from nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return None, "not on PATH", {}
-    names = ("index", "driver_version", "compute_mode", "mig.mode.current")
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-    rows = [dict(zip(names, line.split(", "), strict=True)) for line in run_command(command, TOOL_S).splitlines()]
-    texts = []
-    for row in rows:
-        text = f"GPU {row['index']}: driver {row['driver_version']}, compute mode {row['compute_mode']}"
-        text += f", MIG {row['mig.mode.current']}" if row["mig.mode.current"] in ("Enabled", "Disabled") else ""
-        if row["compute_mode"] == "Exclusive_Process":
+def find_driver() -> Found:
+    """Return the driver version, compute mode and MIG mode of each GPU, from the probe ``driver``."""
+    answer = ask("driver", deadline_s=DRIVER_S)
+    gpus, texts = answer["gpus"], []
+    for gpu in gpus:
+        text = f"GPU {gpu['index']}: driver {gpu['driver_version']}, compute mode {gpu['compute_mode']}"
+        text += f", MIG {gpu['mig_mode']}" if gpu["mig_mode"] else ""
+        if gpu["compute_mode"] == "EXCLUSIVE_PROCESS":
             text += " (one process at a time, so mode mp needs MPS)"
         texts.append(text)
-    usable = all(row["compute_mode"] == "Default" for row in rows)
-    return usable, "; ".join(texts), {"gpus": rows}
+    usable = all(gpu["compute_mode"] == "DEFAULT" for gpu in gpus) if gpus else None
+    return usable, "; ".join(texts) or answer["problem"], {"gpus": gpus}
 
 
 def find_cuda_ipc(place: str | None) -> Found:
@@ -295,8 +290,8 @@ def find_open_files() -> Found:
 # the hub
 
 
-def find_hub(model: str, wanted: bool) -> Found:
-    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves ``model``."""
+def find_hub(name: str, wanted: bool) -> Found:
+    """Return where the hub's cache is and, if ``wanted``, check whether the hub serves the model ``name``, if it has one."""
     from huggingface_hub import constants as hub
 
     cache = f"cache {hub.HF_HUB_CACHE}"
@@ -309,7 +304,6 @@ def find_hub(model: str, wanted: bool) -> Found:
     figures = {"problem": problem, "cache": hub.HF_HUB_CACHE, "tried": wanted}
     if not wanted:
         return None, f"not tried (--hub tries it); {setting}; {cache}", figures
-    name = resolve_model(model).hub
     try:
         ask("hub", name, deadline_s=HUB_S)
     except ProbeError as error:

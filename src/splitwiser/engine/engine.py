@@ -8,7 +8,7 @@ from typing import Protocol
 
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.messages import Message, Progress, StepRecord
-from splitwiser.engine.sampling import final_text
+from splitwiser.engine.sampling import Decode, final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
@@ -85,17 +85,18 @@ class _OpenRequest:
 
 
 class SplitEngine:
-    """Runs requests on the workers of a placement: the engine of every mode except ``generate``."""
+    """Runs requests on the workers of a placement: the engine of every mode except ``generate``. ``decode`` gives the text
+    of an answer's tokens."""
 
     def __init__(
         self,
-        model: LoadedModel,
+        decode: Decode,
         placement: Placement,
         capacity_tokens: int,
         clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self.capacity_tokens = capacity_tokens
-        self._model = model
+        self._decode = decode
         self._placement = placement
         self._clock = clock
         self._open: dict[int, _OpenRequest] = {}
@@ -179,7 +180,7 @@ class SplitEngine:
 
     def _finish(self, request_id: int, reason: FinishReason) -> RequestOutput:
         opened = self._open.pop(request_id)
-        return make_output(self._model, opened.request, opened.token_ids, reason, opened.metrics)
+        return make_output(self._decode, opened.request, opened.token_ids, reason, opened.metrics)
 
 
 def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError:
@@ -192,14 +193,14 @@ def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunErr
 
 
 def make_output(
-    model: LoadedModel, request: Request, token_ids: list[int], reason: FinishReason, metrics: RequestMetrics
+    decode: Decode, request: Request, token_ids: list[int], reason: FinishReason, metrics: RequestMetrics
 ) -> RequestOutput:
     """Return the output of a finished request, with its text."""
     return RequestOutput(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         token_ids=token_ids,
-        text=final_text(request.params, token_ids, model.decode),
+        text=final_text(request.params, token_ids, decode),
         finish_reason=reason,
         metrics=metrics,
     )

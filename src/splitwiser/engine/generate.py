@@ -166,6 +166,8 @@ class GenerateEngine:
             stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
         )
         return [
-            make_output(self._model, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics)
+            make_output(
+                self._model.decode, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics
+            )
             for row in rows
         ]

@@ -1,16 +1,26 @@
 """Scheduling decisions: the order of admission, the packing of a prefill step, and the decode worker of each request.
 
 Queues, blocks and steps belong to the workers (:mod:`splitwiser.engine.prefill`, :mod:`splitwiser.engine.decode`), which
-impose no order of their own. Another policy is another class with the methods of :class:`Policy`.
+impose no order of their own. Another policy is a class with the methods of :class:`Policy` in a module of its own, and a row
+in :data:`POLICIES`.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
 
 from splitwiser.engine.messages import PrefillTask
-from splitwiser.engine.steps import SequenceState
+from splitwiser.errors import InputError, first_line, unknown
 from splitwiser.request import Request
+
+if TYPE_CHECKING:  # a configuration is checked without importing torch
+    from splitwiser.engine.steps import SequenceState
+
+POLICIES = {
+    "first_come": "splitwiser.engine.policy:FirstCome",
+}
+"""Where the class of each policy is, by the name that ``--policy`` takes."""
 
 
 @dataclass(eq=False)
@@ -18,7 +28,7 @@ class PendingPrompt:
     """A prompt that waits for prefill; ``done`` of its tokens have been prefilled since ``start_ns``."""
 
     task: PrefillTask
-    sequence: SequenceState
+    sequence: "SequenceState"
     done: int = 0
     start_ns: int = 0
 
@@ -66,6 +76,26 @@ class FirstCome:
 
 
 FIRST_COME = FirstCome()
+
+
+def find_policy(name: str) -> Policy:
+    """Return a policy of the class ``name``: a key of :data:`POLICIES`, or ``MODULE:CLASS`` for one that Python can import.
+
+    Raises :class:`~splitwiser.errors.InputError` if there is none, or if it lacks a method of :class:`Policy`.
+    """
+    module, colon, class_name = POLICIES.get(name, name).partition(":")
+    if not colon:
+        raise unknown("policy", name, [*POLICIES, "MODULE:CLASS"])
+    try:
+        policy: Policy = getattr(import_module(module), class_name)()
+    except Exception as error:  # a user's module may raise anything
+        raise InputError(f"policy {name}: {type(error).__name__}: {first_line(error)}") from error
+    for method in ("admission_order", "pack"):
+        if not callable(getattr(policy, method, None)):
+            raise InputError(
+                f"policy {name}: has no method {method}; splitwiser.engine.policy.Policy says what it does"
+            )
+    return policy
 
 
 class LeastLoadedRouter:

@@ -9,7 +9,7 @@ import json
 import uuid
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _COMPUTE_MODE = 75, 76, 20  # CUdevice_attribute
-_COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}  # CUcomputemode, in nvidia-smi's words
+COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}  # CUcomputemode, in the words of nvidia-smi -c
 
 
 class CudaError(Exception):
@@ -51,7 +51,7 @@ def probe() -> list[dict[str, object]]:
                 "uuid": f"{'MIG' if ' MIG ' in described else 'GPU'}-{uuid.UUID(bytes=identity.raw)}",
                 "name": described,
                 "capability": [attribute(device, _CAPABILITY_MAJOR), attribute(device, _CAPABILITY_MINOR)],
-                "compute_mode": _COMPUTE_MODES.get(attribute(device, _COMPUTE_MODE), "unknown"),
+                "compute_mode": COMPUTE_MODES.get(attribute(device, _COMPUTE_MODE), "unknown"),
             }
         )
     return gpus

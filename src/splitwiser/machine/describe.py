@@ -14,6 +14,7 @@ import torch
 
 from splitwiser import constants
 from splitwiser.machine.stand_in import STAND_IN, is_stand_in
+from splitwiser.version import __version__
 
 PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
 
@@ -45,8 +46,13 @@ def name_device(device: torch.device) -> str:
 
 
 def describe_versions() -> dict[str, str | None]:
-    """Return the versions of Python, CUDA and the packages that results depend on; None for one that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    """Return the versions of Splitwiser, Python, CUDA and the packages that results depend on; None for one that is not
+    installed."""
+    versions: dict[str, str | None] = {
+        "splitwiser": __version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
     versions["torch"] = str(torch.__version__)  # includes the build, such as +cpu
     for package in PACKAGES:
         try:
@@ -61,6 +67,8 @@ def git_commit() -> str | None:
     environment variable ``SPLITWISER_COMMIT``, if set, is returned instead, for copies without git."""
     if given := os.environ.get("SPLITWISER_COMMIT"):
         return given
+    if not (constants.DIR_PROJECT / ".git").exists():  # an installed package may lie within another project's checkout
+        return None
     command = ["git", "-C", str(constants.DIR_PROJECT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,13 +1,20 @@
-"""Sampling of a GPU's utilisation, memory activity, SM activity and power through NVIDIA's management library (NVML)."""
+"""NVIDIA's management library (NVML): the driver's settings of each GPU, and sampling of a GPU's utilisation, memory
+activity, SM activity and power.
+
+It needs no PyTorch until a GPU is sampled, so that the doctor's process that asks for the settings starts at once.
+"""
 
 import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from splitwiser.machine.cuda_probe import COMPUTE_MODES
+
+if TYPE_CHECKING:
+    import torch
 
 ACTIVITY_COLUMNS = (
     "gpu_util_percent",
@@ -111,17 +118,59 @@ class Monitor:
                     nvml.nvmlGpmSampleFree(sample)
 
 
-def open_monitor(device: torch.device) -> tuple[Monitor | None, str]:
-    """Return a monitor of ``device`` and a description, or None and the reason why its columns stay empty."""
-    if device.type != "cuda":
-        return None, "no GPU: utilisation, SM and memory activity and power are not measured"
+def describe_gpus() -> dict[str, Any]:
+    """Return ``gpus``, a list with the ``index``, ``driver_version``, ``compute_mode`` and ``mig_mode`` of each GPU (None if
+    it cannot be divided by MIG), and ``problem``, the reason why the list is empty."""
+    nvml, problem = _open()
+    if nvml is None:
+        return {"gpus": [], "problem": problem}
+    try:
+        version = nvml.nvmlSystemGetDriverVersion()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        gpus = [
+            {
+                "index": index,
+                "driver_version": version,
+                "compute_mode": COMPUTE_MODES.get(nvml.nvmlDeviceGetComputeMode(handle), "unknown"),
+                "mig_mode": _mig_mode(nvml, handle),
+            }
+            for index, handle in enumerate(handles)
+        ]
+        return {"gpus": gpus, "problem": None if gpus else "the driver has no GPU"}
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _mig_mode(nvml: Any, handle: Any) -> str | None:  # noqa: ANN401  # as Monitor
+    try:
+        return "enabled" if nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE else "disabled"
+    except nvml.NVMLError:  # not supported on this GPU
+        return None
+
+
+def _open() -> tuple[Any, str]:
+    """Return the module ``pynvml``, initialised, and an empty text, or None and the reason why it cannot be used."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        return None, "utilisation and power are not measured: pynvml is not installed (pip install nvidia-ml-py)"
+        return None, "pynvml is not installed (pip install nvidia-ml-py)"
     try:
         nvml.nvmlInit()
-        # by UUID: CUDA_VISIBLE_DEVICES renumbers the devices for PyTorch, but not for NVML
+    except nvml.NVMLError as error:
+        return None, f"NVML says '{error}'"
+    return nvml, ""
+
+
+def open_monitor(device: "torch.device") -> tuple[Monitor | None, str]:
+    """Return a monitor of ``device`` and a description, or None and the reason why its columns stay empty."""
+    if device.type != "cuda":
+        return None, "no GPU: utilisation, SM and memory activity and power are not measured"
+    import torch
+
+    nvml, problem = _open()
+    if nvml is None:
+        return None, f"utilisation and power are not measured: {problem}"
+    try:  # by UUID: CUDA_VISIBLE_DEVICES renumbers the devices for PyTorch, but not for NVML
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except nvml.NVMLError as error:
         return None, f"utilisation and power are not measured: NVML says '{error}'"

@@ -71,7 +71,7 @@ class AttentionOptions:
 
 
 class StepCache:
-    """The methods that models call on ``past_key_values`` beside ``update``: to them, each step has an empty cache."""
+    """The methods that models call on their cache beside ``update``: to them, each step has an empty cache."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of cached tokens as the model sees it: positions are passed explicitly."""
@@ -112,6 +112,11 @@ def serving(step: AttentionStep) -> Iterator[None]:
         _step.reset(token)
 
 
+def current_step() -> AttentionStep:
+    """Return the step of the ``with serving`` block that this runs in."""
+    return _step.get()
+
+
 def attention_function(
     module: torch.nn.Module,
     query: Tensor,
@@ -138,7 +143,7 @@ def attention_function(
             f"{type(module).__name__} asks its attention for {', '.join(asked) or 'dropout'}, which the engine cannot serve"
         )
     options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    return _step.get().attend(query, key, value, attention_mask, options), None
+    return current_step().attend(query, key, value, attention_mask, options), None
 
 
 AttentionInterface.register(NAME, attention_function)

@@ -1,6 +1,7 @@
-"""The catalogue of models, ``configs/models.yaml``: finds a model's checkpoint or configuration by the name a user gives."""
+"""The catalogue of models, ``configs/models.yaml`` or another file: finds a model's checkpoint or configuration by the name
+a user gives."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -27,30 +28,32 @@ class CatalogEntry:
     @property
     def location(self) -> str:
         """The directory or hub id that transformers loads the model from."""
-        return str(constants.DIR_PROJECT / self.path) if self.path else self.hub
+        return self.path or self.hub
 
 
 def load_catalog(path: Path) -> dict[str, CatalogEntry]:
-    """Read a ``models.yaml``. Raises :class:`InputError` naming the file, the model and the key."""
+    """Read a ``models.yaml``, whose paths are relative to its folder. Raises :class:`InputError` naming the file, the model
+    and the key."""
     entries = read_entries(path, "opt-125m: {hub: facebook/opt-125m}")
-    return {name: _entry(name, entry, f"{path}, model {name}") for name, entry in entries.items()}
+    return {name: _entry(name, entry, path) for name, entry in entries.items()}
 
 
-def _entry(name: str, content: dict[str, Any], where: str) -> CatalogEntry:
+def _entry(name: str, content: dict[str, Any], path: Path) -> CatalogEntry:
+    where = f"{path}, model {name}"
     entry = parse_as(CatalogEntry, content, where, name=name)
     if "config" in content and "model_type" not in entry.config:
         raise InputError(f"{where}: 'config' needs a 'model_type', as transformers names architectures")
     if not entry.path and not entry.hub:
         raise InputError(f"{where}: needs a 'path' or a 'hub' id")
-    return entry
+    return replace(entry, path=str((path.parent / entry.path).resolve())) if entry.path else entry
 
 
-def resolve_model(model: str | Path) -> CatalogEntry:
-    """Return the entry for a catalogue name, a checkpoint directory, or a hub id such as ``org/name``.
+def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
+    """Return the entry for a name of the file ``models``, a checkpoint directory, or a hub id such as ``org/name``.
 
     Raises :class:`InputError` for anything else, such as a file, and for a directory without ``config.json``.
     """
-    catalog = load_catalog(constants.DIR_CONFIGS / "models.yaml")
+    catalog = load_catalog(Path(models))
     name = str(model)
     if name in catalog:
         return catalog[name]
@@ -73,10 +76,10 @@ def resolve_model(model: str | Path) -> CatalogEntry:
     raise unknown("model", name, catalog)
 
 
-def check_model(model: str | Path) -> CatalogEntry:
+def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
     """Return the entry for ``model``; see :func:`resolve_model`. Raises :class:`UnsupportedModelError`, too, for an
     encoder-decoder."""
-    entry = resolve_model(model)
+    entry = resolve_model(model, models)
     if entry.kind == "encoder-decoder":
         raise encoder_decoder(entry)
     return entry

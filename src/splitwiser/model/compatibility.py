@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
-from splitwiser.model.forward import forward
+from splitwiser.model.forward import cache_argument, forward
 from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
@@ -206,6 +206,20 @@ class _CountingCache(StepCache):
     def update(self, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         return key, value
 
+    # what state-space models call instead
+
+    def get_conv_state(self, *_: object, **__: object) -> None:
+        return None
+
+    def get_recurrent_state(self, *_: object, **__: object) -> None:
+        return None
+
+    def update_conv_state(self, states: Tensor, *_: object, **__: object) -> Tensor:
+        return states
+
+    def update_recurrent_state(self, states: Tensor, *_: object, **__: object) -> Tensor:
+        return states
+
 
 class _PositionedPrompts(AttentionStep):
     """Takes the place of the pool for prompts at later positions, packed in one row: each sees its own tokens of this and
@@ -273,7 +287,7 @@ def _own_logits(model: LoadedModel, prompt: list[int], start: int = 0, counted: 
     extra: dict[str, object] = {}
     if counted is not None:
         positions = torch.arange(start, start + len(prompt), device=model.device)[None]
-        extra = {"position_ids": positions, "past_key_values": _CountingCache(counted), "use_cache": True}
+        extra = {"position_ids": positions, cache_argument(model.module): _CountingCache(counted), "use_cache": True}
     logits: Tensor = model.module(input_ids=ids, **extra).logits
     return logits[0, -1].float()
 

@@ -32,12 +32,17 @@ def forward(
         output = module(
             input_ids=torch.as_tensor(token_ids, device=module.device)[None],
             position_ids=torch.as_tensor(positions, device=module.device)[None],
-            past_key_values=step,
             use_cache=True,
+            **{cache_argument(module): step},
             **({"logits_to_keep": kept} if keeps else {}),
         )
     logits: Tensor = output.logits[0]
     return logits if keeps else logits[kept]
+
+
+def cache_argument(module: PreTrainedModel) -> str:
+    """Return the argument of ``module`` that takes the cache, which transformers 5.24 renamed."""
+    return "cache" if "cache" in _parameters(type(module).forward) else "past_key_values"
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from splitwiser.model.attention import AttentionOptions, attention_function
+from splitwiser.model.attention import AttentionOptions, attention_function, current_step
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.packed_linear import LinearStruct, PackedLinear, max_small_rows
 from splitwiser.model.paged_attention import KernelInputs, PagedAttention
@@ -85,7 +85,6 @@ class FusedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: object,
-        past_key_values: Any,  # noqa: ANN401  # the step's cache, which to transformers has no type
         residual: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
@@ -95,7 +94,7 @@ class FusedAttention(nn.Module):
         self._rotate(joint, *position_embeddings)
         heads = joint.view(1, joint.shape[1], -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(self.heads, dim=1)
-        key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = current_step().update(key, value, self.layer_idx)
         attended, _weights = attention_function(
             self, query, key, value, attention_mask, self.scaling, softcap=self.softcap, s_aux=self.sinks
         )
@@ -174,10 +173,11 @@ class FusedLayer(nn.Module):
         output: Tensor = self.mlp(self.post_attention_layernorm(attended), attended)
         return output
 
-    def _kernel_inputs(self, attention_mask: object, past_key_values: object, **_: object) -> KernelInputs | None:
-        if not isinstance(past_key_values, PagedAttention):
+    def _kernel_inputs(self, attention_mask: object, **_: object) -> KernelInputs | None:
+        step = current_step()
+        if not isinstance(step, PagedAttention):
             return None
-        return past_key_values.kernel_inputs(self.self_attn.layer_idx, attention_mask)
+        return step.kernel_inputs(self.self_attn.layer_idx, attention_mask)
 
     def _run_at_once(
         self, layer: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, cosines: Tensor, sines: Tensor

@@ -106,11 +106,11 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
 
 
 def plan_model(
-    model: str | Path, *, dtype: str, device: str, load_format: str
+    model: str | Path, *, models: str | Path = constants.MODELS, dtype: str, device: str, load_format: str
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
-    entry = check_model(model)
+    entry = check_model(model, models)
     place = resolve_device(device)
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
     if getattr(config, "is_encoder_decoder", False):
@@ -121,6 +121,7 @@ def plan_model(
 def load_model(
     model: str | Path,
     *,
+    models: str | Path = constants.MODELS,
     dtype: str,
     device: str,
     load_format: str,
@@ -128,7 +129,7 @@ def load_model(
     kv_memory: str = "auto",
     weights: bool = True,
 ) -> LoadedModel:
-    """Load ``model`` (a catalogue name, a checkpoint directory or a hub id) onto ``device``.
+    """Load ``model`` (a name of the file ``models``, a checkpoint directory or a hub id) onto ``device``.
 
     ``load_format`` ``auto`` reads its weights; ``dummy`` builds the architecture alone with random weights drawn with
     ``seed``, and uses the embedded model's tokenizer if the model's own is not on this machine. The attention
@@ -138,7 +139,9 @@ def load_model(
     :class:`InputError`, and its subclass :class:`UnsupportedModelError` for a model that cannot be served.
     """
     began = time.perf_counter()
-    entry, place, config, weights_dtype = plan_model(model, dtype=dtype, device=device, load_format=load_format)
+    entry, place, config, weights_dtype = plan_model(
+        model, models=models, dtype=dtype, device=device, load_format=load_format
+    )
     module = without_memory(entry, config, weights_dtype)
     problem = find_memory_problem(
         entry.name, weights_nbytes(module), module.dtype, kv_memory, free_memory(place), place

@@ -8,6 +8,7 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
+from splitwiser.engine.policy import POLICIES, find_policy
 from splitwiser.errors import InputError, unknown
 from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import check_counts, option
@@ -25,7 +26,8 @@ MPS_DAEMONS = ("private", "existing")
 class ModelConfig:
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
-    model: str | Path = option(constants.MODEL, "name of configs/models.yaml, checkpoint directory or hub id")
+    model: str | Path = option(constants.MODEL, "name of --models, checkpoint directory or hub id")
+    models: str | Path = option(str(constants.MODELS), "YAML file of the models known by name")
     dtype: str = option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
     device: str = option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
@@ -69,7 +71,8 @@ class EngineConfig(ModelConfig):
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
     workers: str | Sequence[dict[str, Any]] = option(
-        constants.WORKERS, "worker layout of modes mp, mps, green: YAML file or text; empty: one prefill, one decode"
+        constants.WORKERS,
+        "worker layout of modes mp, mps, green: YAML file, name of configs/workers, or text; empty: one of each phase",
     )
     share: str = option(
         constants.SHARE,
@@ -84,6 +87,9 @@ class EngineConfig(ModelConfig):
     exclusive: bool = option(
         constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root"
     )
+    policy: str = option(
+        constants.POLICY, f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own"
+    )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
 
@@ -95,6 +101,11 @@ class EngineConfig(ModelConfig):
         if not 0 < self.itl_target_ms < float("inf"):
             raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
+        find_policy(self.policy)
+        if self.policy != constants.POLICY and mode.layout is None:
+            raise InputError(
+                f"mode {mode.name} runs transformers' own engine; policy {self.policy} applies to other modes"
+            )
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
             raise InputError(f"workers are laid out in modes {can}, not in mode {mode.name}")

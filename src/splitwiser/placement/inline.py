@@ -78,5 +78,5 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     stepper = ModelStepper(model, pool, graphs)
     worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduler_settings(config))
     placement = InlinePlacement(worker, transport, model.device.type == "cpu")
-    engine = SplitEngine(model, placement, pool.blocks * pool.block_tokens)
+    engine = SplitEngine(model.decode, placement, pool.blocks * pool.block_tokens)
     return StartedEngine(model, engine, pool, {**prepared.described, "decode_graphs": graphs_described}, [])

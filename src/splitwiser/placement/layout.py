@@ -11,7 +11,7 @@ from pydantic import Strict
 
 from splitwiser.engine.messages import Role, WorkerSpec
 from splitwiser.errors import InputError
-from splitwiser.files import load_yaml
+from splitwiser.files import load_yaml, named_configs
 from splitwiser.formats import AtLeastOne, must_be, parse_as
 from splitwiser.text import read_text
 
@@ -74,7 +74,8 @@ ONE_OF_EACH = WorkerLayout((WorkerGroup("prefill"), WorkerGroup("decode")))
 
 
 def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
-    """Return the layout in a YAML file, in YAML text such as ``[{role: mixed, count: 4}]``, or in a list of mappings.
+    """Return the layout in a YAML file (its path, or its name in ``configs/workers``), in YAML text such as
+    ``[{role: mixed, count: 4}]``, or in a list of mappings.
 
     Raises :class:`InputError` if it is not a valid layout.
     """
@@ -85,10 +86,11 @@ def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
         if not given.lstrip().startswith("["):
             where = f"workers file {given}"
             try:
-                text = read_text(Path(given))
+                text = read_text(named_configs("workers").get(given, Path(given)))
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(
-                    f"workers '{given}': neither a file nor a list such as '[{{role: prefill}}, {{role: decode}}]'"
+                    f"workers '{given}': neither a file, a name of configs/workers nor a list such as "
+                    "'[{role: prefill}, {role: decode}]'"
                 ) from error
         try:
             groups = load_yaml(text)

@@ -132,7 +132,8 @@ def restore_compute_mode(directory: Path) -> None:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """Run nvidia-smi and return its output. Raises :class:`InputError`, as for option ``exclusive``."""
+    """Run nvidia-smi, which can change the compute mode: NVML's call for that has not been tried on a GPU by an
+    administrator. Returns its output; raises :class:`InputError`, as for option ``exclusive``."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments],

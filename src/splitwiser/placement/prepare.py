@@ -8,6 +8,7 @@ from torch import Tensor
 
 from splitwiser import constants
 from splitwiser.engine.engine import Engine
+from splitwiser.engine.policy import find_policy
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.model.compatibility import attach_engine, try_kernels
@@ -55,6 +56,7 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
     :func:`splitwiser.model.loading.load_model`."""
     return load_model(
         config.model,
+        models=config.models,
         dtype=config.dtype,
         device=device or config.device_name,
         load_format=config.load_format,
@@ -64,8 +66,10 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
 
 
 def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
-    """Return the limits of ``config`` that workers schedule by."""
-    return SchedulerSettings(config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS)
+    """Return the limits and the policy of ``config`` that workers schedule by."""
+    return SchedulerSettings(
+        config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS, find_policy(config.policy)
+    )
 
 
 def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:

@@ -246,7 +246,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     pool = make_pool(model, prepared, pool_memory.tensor)
     return StartedEngine(
         model,
-        SplitEngine(model, placement, part * block_tokens),
+        SplitEngine(model.decode, placement, part * block_tokens),
         pool,
         {**prepared.described, "decode_graphs": placement.graphs},
         [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]

@@ -103,7 +103,7 @@ def start_threads(model: LoadedModel, config: EngineConfig, division: Division) 
     )
     return StartedEngine(
         model,
-        SplitEngine(model, placement, pool.blocks * pool.block_tokens),
+        SplitEngine(model.decode, placement, pool.blocks * pool.block_tokens),
         pool,
         {**prepared.described, "decode_graphs": graphs_described},
         division.units,

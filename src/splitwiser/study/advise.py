@@ -10,7 +10,6 @@
 """
 
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -19,8 +18,9 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from splitwiser.engine.policy import find_policy
 from splitwiser.errors import InputError, RunError
-from splitwiser.files import CsvTable, Status, make_directory, write_rows
+from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.llm import make_requests
 from splitwiser.machine.device import resolve_device
 from splitwiser.model.loading import LoadedModel, load_model
@@ -72,7 +72,13 @@ def advise(config: AdviseConfig) -> Advice:
     Raises :class:`InputError` before the folder is made if the input is wrong.
     """
     shell = load_model(
-        config.model, dtype=config.dtype, device="cpu", load_format=config.load_format, seed=config.seed, weights=False
+        config.model,
+        models=config.models,
+        dtype=config.dtype,
+        device="cpu",
+        load_format=config.load_format,
+        seed=config.seed,
+        weights=False,
     )
     requests = planned_requests(config, shell)
     measurements = read_measurements(Path(config.profile), shell) if config.profile is not None else None
@@ -80,9 +86,7 @@ def advise(config: AdviseConfig) -> Advice:
     directory = make_directory(Path(config.results), f"advise_{shell.name}")
     device = resolve_device(config.device_name)
     record = Record(directory / "advice.yaml", _sections(config, requests), device)
-    status: Status = "failed"
-    record.write("running")
-    try:
+    with record.running():
         if bench is not None:
             bench.measure(directory)
             bench = None  # frees its model before the next one is loaded
@@ -94,14 +98,6 @@ def advise(config: AdviseConfig) -> Advice:
         advice = recommend(config, predictions, measured, directory, measurements.busy)
         write_rows(directory / "advice.csv", names(ADVICE), advice.table.to_dict("records"))
         record.content |= _outcome(advice, measurements)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        record.write(status)
-        if status != "finished":
-            print(f"{status}; the results so far are in {directory}", file=sys.stderr)
     return advice
 
 
@@ -134,7 +130,7 @@ def predict(
         for placement in measurements.placements:
             for budget in budgets:
                 candidate = Candidate(placement.mode, placement.workers, budget)
-                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend)
+                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend, find_policy(config.policy))
                 row = candidate.row
                 try:
                     machine = Machine(measurements.costs, measurements.cores, placement.blocks)

@@ -15,7 +15,7 @@ import pandas as pd
 from splitwiser.check import check
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
-from splitwiser.files import Status, make_run_directory, write_rows
+from splitwiser.files import make_run_directory, write_rows
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
@@ -144,40 +144,38 @@ def compare(
         check_one_process(variant.config for variant in variants)
     job = _check_same_question(variants, load)
     first = variants[0].config
-    folder = make_run_directory(Path(first.results), "compare", resolve_model(first.model).name, job.label)
+    folder = make_run_directory(
+        Path(first.results), "compare", resolve_model(first.model, first.models).name, job.label
+    )
     record = Record(folder / "compare.yaml", _sections(variants, rounds, load, one_process))
     rows: list[dict[str, Any]] = []
-    status: Status = "failed"
-    record.write("running")
     try:
-        if with_peers:
-            asked = share_with_peers(first, job, folder)
-            variants = [Variant(each.name, {**without_requests(each.options), **asked}, each.peer) for each in variants]
-        runs = rounds * len(variants) + (load is not None)
-        with RoundsBar(runs) as bar, OneProcess() if one_process else nullcontext() as execute:
-            if load is not None:
-                name, options = variants[0].name, variants[0].options
-                capacity = measure_capacity(name, options, folder, f"capacity_{name}", bar, execute)
-                variants = [each.over({"request_rate": rate_at(load, capacity)}) for each in variants]
-                record.content |= {
-                    "capacity": {"variant": name, "requests_per_s": capacity},
-                    "variants": _configs(variants),
-                }
-            for number, variant in _turns(variants, rounds, last_start_s):
-                bar.begin(f"round {number}/{rounds}, {variant.name}")
-                outcome = variant.run(folder, f"round{number}_{variant.name}", bar.show, execute)
-                rows.append({"round": number, "variant": variant.name, **outcome.row})
-                write_rows(folder / "comparison.csv", names(COMPARISON), rows)
-                if "machine" not in record.content and variant.peer is None:
-                    record.content |= _where_it_ran(outcome)
-                bar.end(outcome)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
+        with record.running():
+            if with_peers:
+                asked = share_with_peers(first, job, folder)
+                variants = [
+                    Variant(each.name, {**without_requests(each.options), **asked}, each.peer) for each in variants
+                ]
+            runs = rounds * len(variants) + (load is not None)
+            with RoundsBar(runs) as bar, OneProcess() if one_process else nullcontext() as execute:
+                if load is not None:
+                    name, options = variants[0].name, variants[0].options
+                    capacity = measure_capacity(name, options, folder, f"capacity_{name}", bar, execute)
+                    variants = [each.over({"request_rate": rate_at(load, capacity)}) for each in variants]
+                    record.content |= {
+                        "capacity": {"variant": name, "requests_per_s": capacity},
+                        "variants": _configs(variants),
+                    }
+                for number, variant in _turns(variants, rounds, last_start_s):
+                    bar.begin(f"round {number}/{rounds}, {variant.name}")
+                    outcome = variant.run(folder, f"round{number}_{variant.name}", bar.show, execute)
+                    rows.append({"round": number, "variant": variant.name, **outcome.row})
+                    write_rows(folder / "comparison.csv", names(COMPARISON), rows)
+                    if "machine" not in record.content and variant.peer is None:
+                        record.content |= _where_it_ran(outcome)
+                    bar.end(outcome)
     finally:
         shutil.rmtree(folder / MODELS, ignore_errors=True)  # large, and can be regenerated from the seed
-        record.write(status)
         faults = conclude(folder, variants, rows)
     if faults:
         raise RunError(f"{'; '.join(faults)}; see {folder}")

@@ -19,7 +19,6 @@ from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
 from splitwiser.workload.config import WorkloadConfig
 from splitwiser.workload.job import Job
-from splitwiser.workload.prompt_file import load_workload
 
 ENGINES = ("vllm", "hf-continuous")  # of scripts/peer.py, which this process cannot import
 PROGRAM = constants.DIR_PROJECT / "scripts" / "peer.py"
@@ -42,6 +41,8 @@ def read_peer(text: str) -> Peer:
     engine, _, where = text.partition("=")
     if engine not in ENGINES:
         raise unknown("peer", engine, ENGINES)
+    if not PROGRAM.exists():
+        raise InputError("--peer needs scripts/peer.py of a checkout, which an installed package does not have")
     python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
     if not python.exists():
         raise InputError(f"--peer {text}: no bin/python there; scripts/install_peer.sh creates an environment")
@@ -68,6 +69,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
     device = "cpu" if is_dummy else config.device_name
     model = load_model(
         config.model,
+        models=config.models,
         dtype=config.dtype,
         device=device,
         load_format=config.load_format,
@@ -82,7 +84,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
         "prompts": [request.prompt_token_ids for request in requests],
     }
     workload.write_text(json.dumps(content), encoding="utf-8")
-    location = resolve_model(config.model).location
+    location = resolve_model(config.model, config.models).location
     if is_dummy:
         location = str(folder / MODELS / model.name)
         model.module.save_pretrained(location)
@@ -109,7 +111,11 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     directory.mkdir(parents=True)
     answers = directory / "answers.json"
     _, device, _, dtype = plan_model(
-        config.model, dtype=config.dtype, device=config.device_name, load_format=config.load_format
+        config.model,
+        models=config.models,
+        dtype=config.dtype,
+        device=config.device_name,
+        load_format=config.load_format,
     )
     asked: dict[str, object] = {
         "model": config.model,
@@ -135,7 +141,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     answers.unlink()
     row = {
         "run_id": label,
-        "model": resolve_model(config.model).name,
+        "model": resolve_model(config.model, config.models).name,
         "mode": peer.engine,
         "dtype": asked["dtype"],
         "load_format": config.load_format,
@@ -150,8 +156,9 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
 
 def _write_tokens(path: Path, workload: Path, answers: list[list[int]]) -> None:
     """Write the token ids of each request's prompt and answer in the format of a run's ``tokens.csv``."""
+    prompts = json.loads(workload.read_text(encoding="utf-8"))["prompts"]
     rows = [
         dict(zip(names(TOKENS), (number, " ".join(map(str, prompt)), " ".join(map(str, answer))), strict=True))
-        for number, (prompt, answer) in enumerate(zip(load_workload(workload).prompts, answers, strict=True))
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     write_rows(path, names(TOKENS), rows)

@@ -18,7 +18,7 @@ from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
 from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
 from splitwiser.errors import InputError
-from splitwiser.files import CsvTable, Status, make_directory, write_rows
+from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.machine.describe import peak_memory_mb, reset_peak_memory
 from splitwiser.machine.load import LoadMeter, MachineLoad, measure_load
 from splitwiser.machine.nvml import NO_ACTIVITY, Monitor, open_monitor
@@ -161,50 +161,48 @@ class Bench:
         monitor, monitored = open_monitor(self.model.device)
         self.notes.append(monitored)
         _print_notes(self.notes)
-        load = MachineLoad(measure_load())
+        before = measure_load()
         measured: list[Measured] = []
         ceilings: dict[int, Ceilings] = {}
-        status: Status = "failed"
+        record = Record(directory / "profile.yaml", self._sections(), self.model.device)
+        stretch = LoadMeter()
+        with record.running():
+            try:
+                self._measure_points(directory, monitor, measured, ceilings)
+            finally:
+                load = MachineLoad(before, stretch.end())
+                found = [*unsteady(measured), *filter(None, [load.record["note"]])]
+                _print_notes(found)
+                self.notes += found
+                record.content["load"] = load.record
+                summary = summarise(measured, ceilings)
+                write_rows(directory / "summary.csv", names(SUMMARY), summary.to_dict("records"))
+                if measured:
+                    self._draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], measured)
+                if monitor:
+                    monitor.close()
+        return ProfileResult(directory, summary, load)
+
+    def _measure_points(
+        self, directory: Path, monitor: Monitor | None, measured: list[Measured], ceilings: dict[int, Ceilings]
+    ) -> None:
+        """Measure the ceilings of each thread count and every point; adds both to ``measured`` and ``ceilings``."""
         tables = {"ceilings": CEILINGS, "prefill": PREFILL, "decode": DECODE}
         files = {name: CsvTable(directory / f"{name}.csv", names(table)) for name, table in tables.items()}
-        record = Record(directory / "profile.yaml", self._sections(), self.model.device)
-        record.write("running")
-        stretch = LoadMeter()
-        try:
-            self._fill_pool()
-            with tqdm(total=len(self.points), desc="profile", unit="point") as bar:
-                for threads in self.threads:
-                    with using_threads(threads):
-                        probes = measure_ceilings(self.model.dtype, self.model.device)
-                        ceilings[threads] = ceilings_of(probes)
-                        for probe in probes:
-                            files["ceilings"].write({"threads": threads, **probe.row()})
-                        for point in (each for each in self.points if each.threads == threads):
-                            bar.set_postfix_str(f"{point.phase} {point}")
-                            row = self._measure(point, ceilings[threads], monitor)
-                            files[point.phase].write(row)
-                            measured.append((point, row))
-                            bar.update()
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            load = MachineLoad(load.before, stretch.end())
-            found = [*unsteady(measured), *filter(None, [load.record["note"]])]
-            _print_notes(found)
-            self.notes += found
-            record.content["load"] = load.record
-            record.write(status)
-            summary = summarise(measured, ceilings)
-            write_rows(directory / "summary.csv", names(SUMMARY), summary.to_dict("records"))
-            if measured:
-                self._draw_roofline(directory / "roofline.png", ceilings[max(ceilings)], measured)
-            if monitor:
-                monitor.close()
-            if status != "finished":
-                print(f"{status}; the measurements so far are in {directory}", file=sys.stderr)
-        return ProfileResult(directory, summary, load)
+        self._fill_pool()
+        with tqdm(total=len(self.points), desc="profile", unit="point") as bar:
+            for threads in self.threads:
+                with using_threads(threads):
+                    probes = measure_ceilings(self.model.dtype, self.model.device)
+                    ceilings[threads] = ceilings_of(probes)
+                    for probe in probes:
+                        files["ceilings"].write({"threads": threads, **probe.row()})
+                    for point in (each for each in self.points if each.threads == threads):
+                        bar.set_postfix_str(f"{point.phase} {point}")
+                        row = self._measure(point, ceilings[threads], monitor)
+                        files[point.phase].write(row)
+                        measured.append((point, row))
+                        bar.update()
 
     def _thread_counts(self) -> tuple[int, ...]:
         given = whole_numbers("threads", self.config.threads)

@@ -21,11 +21,10 @@ import torch
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
 from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
-from splitwiser.engine.policy import LeastLoadedRouter
+from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
-from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.cores import claim_threads, plan_levels
 from splitwiser.placement.layout import WorkerLayout
 from splitwiser.placement.shares import Board, WorkerShare
@@ -76,6 +75,7 @@ class Schedule:
     prefill_tokens: int
     max_batch: int
     lend: bool = True
+    policy: Policy = FIRST_COME
 
 
 def simulate(
@@ -104,7 +104,7 @@ def simulate(
         )
     placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
     try:
-        engine = SplitEngine(_no_model(), placement, machine.blocks * machine.block_tokens, placement.now_ns)
+        engine = SplitEngine(_no_text, placement, machine.blocks * machine.block_tokens, placement.now_ns)
         return engine.run(plain, observer or Observer(), 0, max_concurrency)
     finally:
         placement.close()
@@ -210,7 +210,7 @@ class _SimulatedWorker:
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
         scheduling = SchedulerSettings(
-            world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens
+            world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens, world.schedule.policy
         )
         self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
@@ -326,18 +326,5 @@ class _CostStepper:
         return nearest_costs(self._world.machine.costs, self._worker.step_threads)
 
 
-def _no_model() -> LoadedModel:
-    """Return a placeholder for the model, of which the engine only uses that it has no tokenizer."""
-    return LoadedModel(
-        name="simulated",
-        module=None,  # type: ignore[arg-type]  # no step runs
-        parameters=0,
-        weights="",
-        tokenizer=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        load_format="dummy",
-        load_s=0.0,
-        eos_token_ids=frozenset(),
-        max_positions=None,
-    )
+def _no_text(_: Sequence[int]) -> str:
+    return ""

@@ -81,7 +81,7 @@ class Point:
         """A hash of the model and the requests; points with the same one share a capacity, whatever their placement."""
         config = asdict(self.config)
         asked = [each.name for each in fields(WorkloadConfig)]
-        return _hash({name: config[name] for name in ("model", "load_format", "dtype", "seed", *asked)})
+        return _hash({name: config[name] for name in ("model", "models", "load_format", "dtype", "seed", *asked)})
 
 
 @dataclass(frozen=True)

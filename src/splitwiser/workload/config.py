@@ -6,9 +6,10 @@ from typing import Literal
 
 from splitwiser import constants
 from splitwiser.errors import InputError
+from splitwiser.files import named_configs
 from splitwiser.options import check_counts, option, typed_options
 from splitwiser.request import SamplingParams
-from splitwiser.workload.named import read_named_workload, workload_names
+from splitwiser.workload.named import FOLDER, read_named_workload
 from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
 from splitwiser.workload.synthetic import SPELLINGS, parse_lengths
 from splitwiser.workload.trace import parse_slice
@@ -22,7 +23,8 @@ MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at 
 class WorkloadConfig:
     """Which requests are made and when they arrive. Raises :class:`InputError` on values that make no sense together."""
 
-    case_id: int = option(constants.CASE_ID, "prompting recipe of configs/cases.yaml", "requests")
+    case_id: int = option(constants.CASE_ID, "prompting recipe of --cases", "requests")
+    cases: str = option(str(constants.CASES), "YAML file of the prompting recipes", "requests")
     data: str = option(
         str(constants.DIR_DATA),
         "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name",
@@ -104,7 +106,7 @@ class WorkloadConfig:
 
     def _check_workload(self) -> None:
         """Set the options of a named workload that were not given explicitly."""
-        is_named = self.workload in workload_names()
+        is_named = self.workload in named_configs(FOLDER)
         for other in ("trace",) if is_named else ("trace", "prompt_tokens"):
             if getattr(self, other) is not None:
                 raise InputError(f"--workload and --{other} both set the prompts; give one of them")

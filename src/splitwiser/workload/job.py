@@ -9,15 +9,17 @@ import numpy as np
 
 from splitwiser import constants
 from splitwiser.errors import InputError
+from splitwiser.files import find_config
 from splitwiser.request import Prompt, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
 from splitwiser.workload.config import Source, WorkloadConfig
-from splitwiser.workload.named import workload_names
-from splitwiser.workload.prompt_file import load_workload
-from splitwiser.workload.reports import Report, load_reports, load_tok
+from splitwiser.workload.named import FOLDER
+from splitwiser.workload.planned import PlannedRequest
+from splitwiser.workload.prompt_file import read_prompt_file
+from splitwiser.workload.reports import load_reports, load_tok
 from splitwiser.workload.synthetic import parse_lengths, random_prompts
-from splitwiser.workload.trace import load_trace, parse_slice
+from splitwiser.workload.trace import parse_slice, read_trace
 
 
 class ModelFacts(Protocol):
@@ -37,16 +39,12 @@ class ModelFacts(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRequest:
-    """A request before the model is loaded. ``prompt`` is None if it is ``prompt_tokens`` random token ids, drawn later.
-    ``new_tokens`` is the most tokens that it generates or, in an exact job, their exact number."""
+Reader = Callable[[Path], list[PlannedRequest]]
+"""Reads the requests of a file, one or more. Raises :class:`InputError` naming the file."""
 
-    report: Report
-    prompt: Prompt | None
-    prompt_tokens: int
-    new_tokens: int
-    arrival_s: float
+READERS: dict[str, Reader] = {".json": read_prompt_file}
+"""The formats of ``--workload`` files, by their ending; another ending is read as JSON. A new format is a row here and a
+module with its reader."""
 
 
 @dataclass(frozen=True)
@@ -110,36 +108,26 @@ def prepare_job(config: WorkloadConfig, seed: int) -> Job:
 
 
 def _from_case(config: WorkloadConfig, seed: int) -> Job:
-    case = get_case(constants.DIR_CONFIGS / "cases.yaml", config.case_id)
+    case = get_case(Path(config.cases), config.case_id)
     reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
     training = load_tok(constants.DIR_DATA, "train") if case.examples else []
     prompts = case.prompts(reports, training, seed)
     requests = [
-        PlannedRequest(report, prompt, 0, case.max_new_tokens, 0.0)
+        PlannedRequest(prompt, 0, case.max_new_tokens, report=report)
         for report, prompt in zip(reports, prompts, strict=True)
     ]
     return Job(f"case{case.case_id}", requests)
 
 
 def _from_workload(config: WorkloadConfig, _: int) -> Job:
-    path = Path(str(config.workload))
-    if not path.exists():
-        raise InputError(f"--workload {path}: no such file, nor a workload of this name: {', '.join(workload_names())}")
-    workload = load_workload(path)
-    rows = zip(workload.prompts, workload.max_new_tokens, workload.arrival_s, strict=True)
-    requests = [
-        PlannedRequest(Report(prompt if isinstance(prompt, str) else ""), prompt, 0, new_tokens, arrival_s)
-        for prompt, new_tokens, arrival_s in rows
-    ]
-    return Job(path.stem, requests[: config.limit])
+    path = find_config(FOLDER, str(config.workload), "--workload")
+    requests = READERS.get(path.suffix, read_prompt_file)(path)[: config.limit]
+    return Job(path.stem, requests, exact=all(each.prompt is None for each in requests))
 
 
 def _from_trace(config: WorkloadConfig, _: int) -> Job:
     path = Path(str(config.trace))
-    start_s, end_s = parse_slice(config.trace_slice or ":")
-    trace = load_trace(path, start_s, end_s, config.trace_speed)
-    rows = zip(trace.prompt_tokens, trace.output_tokens, trace.arrival_s, strict=True)
-    requests = [PlannedRequest(_NOTHING, None, *row) for row in rows]
+    requests = read_trace(path, *parse_slice(config.trace_slice or ":"), config.trace_speed)
     return Job(path.stem, requests[: config.limit], exact=True)
 
 
@@ -148,10 +136,9 @@ def _from_lengths(config: WorkloadConfig, _: int) -> Job:
     count = constants.REQUESTS if config.requests is None else config.requests
     count = min(count, config.limit or count)
     new_tokens = constants.OUTPUT_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-    return Job(config.workload or "synthetic", [PlannedRequest(_NOTHING, None, 0, new_tokens, 0.0)] * count, exact=True)
+    return Job(config.workload or "synthetic", [PlannedRequest(None, 0, new_tokens)] * count, exact=True)
 
 
-_NOTHING = Report("")
 _SOURCES: dict[Source, Callable[[WorkloadConfig, int], Job]] = {
     "case": _from_case,
     "workload": _from_workload,

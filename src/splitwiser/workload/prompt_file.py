@@ -1,4 +1,4 @@
-"""Workload files: prompts, their lengths and when they arrive, as JSON."""
+"""Workload files in JSON: prompts, their lengths and when they arrive."""
 
 import json
 import sys
@@ -13,6 +13,8 @@ from pydantic import Strict
 from splitwiser.errors import InputError
 from splitwiser.formats import AtLeastOne, must_be, parse_as
 from splitwiser.text import check_text, read_text
+from splitwiser.workload.planned import PlannedRequest
+from splitwiser.workload.reports import Report
 
 _Prompt = Annotated[
     Annotated[str, Strict()] | tuple[Annotated[int, Strict()], ...],
@@ -20,16 +22,6 @@ _Prompt = Annotated[
     must_be("text or a list of token ids, and not empty"),
 ]
 _Time = Annotated[float, Strict(), Ge(0), Le(sys.float_info.max), must_be("0 or more seconds")]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Prompts (text or token ids), the most new tokens that each gets, and arrival times in seconds from the start (all 0
-    if the file names none)."""
-
-    prompts: tuple[str | tuple[int, ...], ...]
-    max_new_tokens: tuple[int, ...]
-    arrival_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -41,8 +33,9 @@ class _Content:
     arrival_s: list[_Time] | None = None
 
 
-def load_workload(path: Path) -> Workload:
-    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text", ...], "arrival_s": [...]}`` (the last optional).
+def read_prompt_file(path: Path) -> list[PlannedRequest]:
+    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text", ...], "arrival_s": [...]}`` (the last optional; without
+    it, all arrive at once).
 
     ``max_new_tokens`` is one number, or a list with one for each prompt. Raises :class:`InputError` naming the file and
     the field.
@@ -67,4 +60,7 @@ def load_workload(path: Path) -> Workload:
     for number, prompt in enumerate(read.prompts):
         if isinstance(prompt, str):
             check_text(prompt, f"{where}: prompt {number}")
-    return Workload(tuple(read.prompts), tuple(new_tokens), tuple(arrivals))
+    return [
+        PlannedRequest(prompt, 0, tokens, arrival_s, Report(prompt if isinstance(prompt, str) else ""))
+        for prompt, tokens, arrival_s in zip(read.prompts, new_tokens, arrivals, strict=True)
+    ]

@@ -1,28 +1,19 @@
 """Traces of real traffic: when requests arrived and how long they were, in the CSV format of the public Azure LLM
 inference traces (Patel et al., "Splitwise", ISCA 2024; https://github.com/Azure/AzurePublicDataset)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from splitwiser.errors import InputError, first_line
+from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.reports import TABLE_READERS
 
 if TYPE_CHECKING:
     import pandas as pd  # slow to import, so at run time only where a table is read
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-
-
-@dataclass(frozen=True)
-class RequestTrace:
-    """Arrival times in seconds from the slice's start, and the lengths of prompts and answers in tokens, by arrival."""
-
-    arrival_s: tuple[float, ...]
-    prompt_tokens: tuple[int, ...]
-    output_tokens: tuple[int, ...]
 
 
 def parse_slice(text: str) -> tuple[float, float]:
@@ -38,9 +29,10 @@ def parse_slice(text: str) -> tuple[float, float]:
     return start, end
 
 
-def load_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: float = 1.0) -> RequestTrace:
-    """Return the requests in ``path`` that arrived from ``start_s`` to before ``end_s`` after the first one, ``speed`` times
-    as fast. Raises :class:`InputError` naming the file, the row and the column."""
+def read_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: float = 1.0) -> list[PlannedRequest]:
+    """Return the requests in ``path`` that arrived from ``start_s`` to before ``end_s`` after the first one, by arrival,
+    which counts from ``start_s``, ``speed`` times as fast. Raises :class:`InputError` naming the file, the row and the
+    column."""
     import pandas as pd
 
     try:
@@ -69,11 +61,8 @@ def load_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: f
         raise InputError(
             f"--trace {path}: no requests from {start_s:g} to {end_s:g} s; it spans 0 to {seconds.max():g} s"
         )
-    return RequestTrace(
-        tuple(((kept - start_s) / speed).tolist()),
-        tuple(prompt_tokens[kept.index].tolist()),
-        tuple(output_tokens[kept.index].tolist()),
-    )
+    rows = zip(prompt_tokens[kept.index], output_tokens[kept.index], (kept - start_s) / speed, strict=True)
+    return [PlannedRequest(None, int(prompt), int(output), float(arrival_s)) for prompt, output, arrival_s in rows]
 
 
 def _token_counts(path: Path, cells: "pd.Series[str]") -> "pd.Series[int]":

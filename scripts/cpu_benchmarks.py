@@ -1,0 +1,181 @@
+"""Runs the comparisons of docs/benchmarks.md on a CPU, keeps their rows in results/reference, and writes the tables.
+
+    python scripts/cpu_benchmarks.py --vllm ~/peers/vllm       # all; name some to run only these
+    python scripts/cpu_benchmarks.py --tables                  # only write the tables from the rows that are kept
+
+Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. It takes about half an hour.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from gpu_results import PROJECT, markdown, number, read_rows, write_sections
+
+from splitwiser.errors import unknown
+
+REFERENCE = PROJECT / "results" / "reference" / "cpu-2-cores"
+RECORD = REFERENCE / "benchmarks.json"
+OPT = "--model opt-125m --load_format dummy --dtype bfloat16"
+LLAMA = "--model smollm2-135m --load_format dummy --dtype bfloat16"
+FIGURES = {
+    "output_throughput": "tokens/s",
+    "median_ttft_ms": "TTFT p50 ms",
+    "p99_ttft_ms": "TTFT p99 ms",
+    "median_itl_ms": "ITL p50 ms",
+    "p99_itl_ms": "ITL p99 ms",
+    "peak_memory_mb": "memory MB",
+    "ready_s": "ready s",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A comparison: what it shows, and the options of ``splitwiser compare``; ``environment`` is set for all its runs."""
+
+    about: str
+    options: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """The command that repeats it."""
+        variables = "".join(f"{name}={value} " for name, value in self.environment.items())
+        return f"{variables}splitwiser compare {self.options}"
+
+
+BENCHMARKS = {
+    "standard-opt-125m": Benchmark(
+        "OPT-125m in bf16 (random weights): 64 requests at once, about 14,000 prompt tokens, 64 new tokens each.",
+        f"--modes sequential,generate,mp --peer vllm=$VLLM --workload standard {OPT}",
+    ),
+    "standard-smollm2-135m": Benchmark(
+        "The same requests to a model of Llama's shape with 135 M parameters (`smollm2-135m`).",
+        f"--modes sequential,generate,mp --peer vllm=$VLLM --workload standard {LLAMA}",
+    ),
+    "vllm-as-installed": Benchmark(
+        "vLLM as installed. It then has a process of its own for its scheduler and reserves a core for it, so of two cores "
+        "one computes.",
+        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload standard {OPT}",
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    ),
+    "long-prompts": Benchmark(
+        "16 requests of about 1,500 prompt tokens with 16 new ones.",
+        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload long_prompts {OPT}",
+    ),
+    "long-outputs": Benchmark(
+        "48 requests of about 32 prompt tokens with 256 new ones.",
+        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload long_outputs {OPT}",
+    ),
+    "single": Benchmark(
+        "6 requests of about 128 prompt tokens with 128 new ones, each after the one before.",
+        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload single {OPT}",
+    ),
+    "load-60": Benchmark(
+        "The standard requests, as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
+        f"--modes sequential,mp --load 0.6 --workload standard {OPT}",
+    ),
+    "embedded": Benchmark(
+        "The embedded model (2.2 M parameters, float32) over the 200 test reports: mostly the cost of a step itself.",
+        "--modes sequential,generate,mp --repeats 5 --case_id 0",
+    ),
+}
+
+
+def measure(name: str, vllm: str) -> None:
+    """Run the benchmark ``name`` and keep its rows and the record of where it ran."""
+    benchmark = BENCHMARKS[name]
+    with tempfile.TemporaryDirectory() as results:
+        options = [word.replace("$VLLM", vllm) for word in shlex.split(benchmark.options)]
+        command = [sys.executable, "-m", "splitwiser", "compare", *options, "--results", results]
+        subprocess.run(command, env={**os.environ, **benchmark.environment}, check=True)
+        (folder,) = Path(results).glob("compare_*")
+        record = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
+        shutil.copy(folder / "comparison.csv", _rows(name))
+    records = _records()
+    kept = {key: record.get(key) for key in ("started", "commit", "machine", "versions", "capacity")}
+    records[name] = {"command": benchmark.command, **kept}
+    RECORD.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a variant: medians over the rounds, for throughput with the least and the greatest, and the first
+    variant's throughput over the row's, round by round."""
+    finished = rows[rows["status"] == "finished"]
+    by_variant = {name: own.set_index("round") for name, own in finished.groupby("variant", sort=False)}
+    first = next(iter(by_variant.values()))["output_throughput"]
+    lines = []
+    for name, own in by_variant.items():
+        line: dict[str, object] = {"variant": name, "rounds": len(own)}
+        for column, heading in FIGURES.items():
+            line[heading] = own[column].median()
+        line["tokens/s"] = _range(own["output_throughput"])
+        line["first over it"] = _range(first / own["output_throughput"])
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def section() -> str:
+    """Return all tables in Markdown."""
+    records, blocks = _records(), []
+    for name, benchmark in BENCHMARKS.items():
+        if name in records:
+            rows = read_rows(_rows(name))
+            busy = int((rows["machine_busy"].astype(str) == "True").sum())
+            note = f" The machine was busy in {busy} of {len(rows)} runs." if busy else ""
+            where = f"Commit {str(records[name]['commit'])[:12]}.{note}"
+            blocks += [
+                f"**{name}.** {benchmark.about} {where}",
+                f"```bash\n{records[name]['command']}\n```",
+                markdown(table(rows)),
+            ]
+    return "\n\n".join(blocks)
+
+
+def best() -> str:
+    """Return the table of the README."""
+    shown = ["variant", "tokens/s", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "first over it"]
+    return markdown(table(read_rows(_rows("standard-opt-125m")))[shown])
+
+
+def _range(values: "pd.Series[float]") -> str:
+    median, least, greatest = number(values.median()), number(values.min()), number(values.max())
+    return median if len(values) == 1 else f"{median} ({least} to {greatest})"
+
+
+def _rows(name: str) -> Path:
+    return REFERENCE / f"{name}.csv"
+
+
+def _records() -> dict[str, Any]:
+    return dict(json.loads(RECORD.read_text(encoding="utf-8"))) if RECORD.exists() else {}
+
+
+def main() -> None:
+    """Measure what is asked for, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--vllm", default="", help="vLLM's environment, made by scripts/install_peer.sh")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in BENCHMARKS:
+            raise unknown("benchmark", name, BENCHMARKS)
+    for name in () if options.tables else options.names or BENCHMARKS:
+        measure(name, options.vllm)
+    write_sections(PROJECT, {"cpu-best": best(), "cpu": section()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Writes the pages of the documentation that follow from the code: docs/columns.md, every column of the CSV files, and
+docs/commands.md, every option.
+
+    python scripts/write_docs.py
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+
+from splitwiser import constants
+from splitwiser.cli import COMMANDS
+from splitwiser.results import schema
+from splitwiser.study import advise, compare, profile, sweep
+
+DOCS = constants.DIR_PROJECT / "docs"
+TABLES: dict[str, Mapping[str, Sequence[schema.Column]]] = {
+    "run": schema.TABLES,
+    "compare": compare.TABLES,
+    "sweep": sweep.TABLES,
+    "profile": profile.TABLES,
+    "advise": advise.TABLES,
+}
+
+
+def describe_columns() -> str:
+    """Return the page of columns in Markdown."""
+    parts = [
+        "# Columns of the CSV files\n",
+        "Written by `scripts/write_docs.py` from the code that writes the files.\n",
+    ]
+    for command, tables in TABLES.items():
+        parts += [f"## splitwiser {command}\n", schema.describe_columns(tables)]
+    return "\n".join(parts)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Return a parser of the options of ``command``."""
+    module = import_module(f"splitwiser.commands.{command}")
+    parser = argparse.ArgumentParser(usage=f"splitwiser {command} {module.USAGE}", add_help=False, allow_abbrev=False)
+    module.add_arguments(parser)
+    return parser
+
+
+def describe_commands() -> str:
+    """Return the page of commands in Markdown."""
+    parts = [
+        "# Commands\n",
+        "Written by `scripts/write_docs.py` from the options' declarations; `splitwiser COMMAND --help` shows the same. "
+        "Defaults that you may want to change for good are in `src/splitwiser/constants.py`.\n",
+    ]
+    for name, about in COMMANDS.items():
+        parser = parser_of(name)
+        parts += [f"## splitwiser {name}\n", f"{about[0].upper()}{about[1:]}.\n", f"```text\n{parser.usage}\n```\n"]
+        rows = [_row(action) for action in parser._actions if action.default != argparse.SUPPRESS]
+        if rows:
+            parts += ["| option | default | meaning |\n|---|---|---|", *rows, ""]
+        if len(rows) < len(parser._actions):
+            parts.append("Options of `splitwiser run` may follow.\n")
+    return "\n".join(parts)
+
+
+def _row(action: argparse.Action) -> str:
+    spelling = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+    if isinstance(action, argparse.BooleanOptionalAction):
+        spelling += f", {action.option_strings[-1]}"
+    default = "" if action.default in (None, "", []) else str(action.default).replace(f"{constants.DIR_PROJECT}/", "")
+    meaning = (action.help or "").replace("|", "\\|")
+    return f"| `{spelling}` | {f'`{default}`' if default else ''} | {meaning} |"
+
+
+PAGES: dict[str, Callable[[], str]] = {"columns.md": describe_columns, "commands.md": describe_commands}
+
+if __name__ == "__main__":
+    for name, describe in PAGES.items():
+        (DOCS / name).write_text(describe(), encoding="utf-8")
