@@ -20,6 +20,7 @@ def check_quickly(config: RunConfig) -> Job:
 def check(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found before the model is loaded."""
+    job = check_quickly(config)
     from splitwiser.model.loading import plan_model
     from splitwiser.placement.checks import refuse_mode_here
 
@@ -31,4 +32,4 @@ def check(config: RunConfig) -> Job:
         device=config.device_name,
         load_format=config.load_format,
     )
-    return check_quickly(config)
+    return job
