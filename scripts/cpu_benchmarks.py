@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 from gpu_results import PROJECT, markdown, number, read_rows, write_sections
 
-from splitwiser.errors import unknown
+from splitwiser.errors import unknown_name
 
 REFERENCE = PROJECT / "results" / "reference" / "cpu-2-cores"
 RECORD = REFERENCE / "benchmarks.json"
@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.names:
         if name not in BENCHMARKS:
-            raise unknown("benchmark", name, BENCHMARKS)
+            raise unknown_name("benchmark", name, BENCHMARKS)
     for name in () if options.tables else options.names or BENCHMARKS:
         measure(name, options.vllm)
     write_sections(PROJECT, {"cpu-best": best(), "cpu": section()})

@@ -30,7 +30,7 @@ import gpu_results
 import yaml
 from gpu_results import ARCHIVE, PROJECT, RECORD, read_json
 
-from splitwiser.errors import InputError, SplitwiserError, unknown
+from splitwiser.errors import InputError, SplitwiserError, unknown_name
 from splitwiser.machine import cuda_probe
 from splitwiser.machine.describe import git_commit
 from splitwiser.placement.modes import MODES
@@ -509,7 +509,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in options.stages:
         if name not in STAGES:
-            raise unknown("stage", name, STAGES)
+            raise unknown_name("stage", name, STAGES)
     if not options.stages and not options.imported and not options.tables:
         raise InputError("name the stages to run; --help lists them")
     if options.seconds is not None and not options.seconds > 0:
@@ -562,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_tables()
         return check(options) if options.stages else 0
     except SplitwiserError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
+        print(f"gpu_check: {error.cli_message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("gpu_check: interrupted", file=sys.stderr)

@@ -17,7 +17,8 @@ import pandas as pd
 
 from splitwiser.errors import InputError, first_line
 from splitwiser.placement.layout import parse_layout
-from splitwiser.study.paired import round_ratios
+from splitwiser.results.paired import round_ratios
+from splitwiser.results.schema import METRIC
 
 PROJECT = Path(__file__).resolve().parents[1]
 REFERENCE = PROJECT / "results" / "reference"
@@ -50,6 +51,7 @@ KEPT = (
 KEPT_BYTES = 1 << 20  # largest file that is kept
 SHOWN = ("compare-1b", "compare-125m", "compare-7b")  # timelines of the first that exists are kept
 PICTURE = "modes.png"
+DRAWN = ("output_throughput", "p99_itl_ms")  # of FIGURES, in the picture
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a generated part of a page
 PAGES = {  # the page of each generated part
     "gpu-best": "README.md", "cpu-best": "README.md", "gpu": "docs/benchmarks.md", "cpu": "docs/benchmarks.md",
@@ -274,23 +276,31 @@ def unpack(archive: Path, work: Path) -> None:
 
 def draw(folder: Path) -> None:
     """Draw throughput and ITL of every comparison in ``folder`` as bars into :data:`PICTURE`; does nothing without one."""
-    tables = {path.name: comparison(runs_of(path)) for path in sorted(folder.glob("compare-*"))}
-    tables = {name: table for name, table in tables.items() if len(table)}
+    compared = {path.name: runs_of(path) for path in sorted(folder.glob("compare-*"))}
+    tables = [
+        (str(next(iter(runs["model"].dropna()), name)), comparison(runs))
+        for name, runs in compared.items()
+        if len(runs)
+    ]
     if not tables:
         return
     from matplotlib.figure import Figure
 
-    columns = ("tokens/s", "ITL p99 ms")
-    figure = Figure(figsize=(11, sum(1 + 0.3 * len(table) for table in tables.values())), layout="constrained")
-    heights = [1 + 0.3 * len(table) for table in tables.values()]
-    axes = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights)
-    for (name, table), row in zip(tables.items(), axes, strict=True):
-        for axis, column in zip(row, columns, strict=True):
-            bars = axis.barh(table["variant"], table[column].fillna(0))
-            axis.bar_label(bars, labels=[number(value) for value in table[column].fillna(0)], padding=3)
+    heights = [1.2 + 0.3 * len(table) for _, table in tables]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(tables), len(DRAWN), squeeze=False, height_ratios=heights)
+    for (model, table), row in zip(tables, axes, strict=True):
+        for axis, column in zip(row, DRAWN, strict=True):
+            metric, values = METRIC[column], table[FIGURES[column][0]].fillna(0)
+            bars = axis.barh(table["variant"], values)
+            axis.bar_label(bars, labels=[number(value) for value in values], padding=3)
             axis.invert_yaxis()
             axis.margins(x=0.2)
-            axis.set_title(f"{name}: {column}", fontsize=10)
+            axis.locator_params(axis="x", nbins=6)
+            axis.xaxis.set_major_formatter("{x:,g}")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(f"{model}: {metric.label}", fontsize=10, loc="left")
+            axis.set_xlabel(metric.axis_label)
     figure.savefig(folder / PICTURE, dpi=100)
 
 

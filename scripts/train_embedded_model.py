@@ -222,7 +222,7 @@ def generate(
     for first in range(0, len(prompts), rows):
         inputs = tokenizer(list(prompts[first : first + rows]), return_tensors="pt", padding=True, padding_side="left")
         with torch.no_grad():
-            ids = model.generate(  # type: ignore[misc]  # its self is typed as a protocol
+            ids = model.generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 max_new_tokens=case.max_new_tokens,

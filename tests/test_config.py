@@ -145,4 +145,4 @@ def test_options_become_sampling_parameters() -> None:
 
 
 def test_zero_new_tokens_are_refused_and_not_replaced() -> None:
-    assert refusal(RunConfig(max_new_tokens=0).sampling_params, 200) == "max_tokens must be 1 or more, not 0"
+    assert refusal(RunConfig, max_new_tokens=0) == "--max_new_tokens must be 1 or more, not 0"

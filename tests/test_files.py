@@ -56,4 +56,4 @@ def test_what_is_neither_name_nor_path_gets_the_names_there_are(
     for name in ("b", "a"):
         (tmp_path / "sweeps" / f"{name}.yaml").touch()
     message = refusal(find_config, "sweeps", "c", "sweep")
-    assert message == "sweep c: no such file, nor a name of configs/sweeps: a, b"
+    assert message == "sweep c: no such file, and unknown name of configs/sweeps 'c'; known: a, b"

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import splitwiser
 from splitwiser import LLM, EngineConfig, RunConfig, SamplingParams, constants
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
@@ -18,6 +20,7 @@ from splitwiser.workload.reports import load_tok
 from tests.support.assertions import assert_says, refusal
 from tests.support.models import POSITIONS, VOCABULARY
 from tests.support.observers import Seen
+from tests.support.tokens import room_for
 
 MODES = pytest.mark.parametrize("mode", ["sequential", "generate"])
 
@@ -142,7 +145,7 @@ def test_dummy_text_is_tokenised_without_a_download() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"mode": "sequentail"}, "unknown mode 'sequentail'; known: "),
+        ({"mode": "sequentail"}, "unknown mode 'sequentail'; did you mean sequential? known: "),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'; known: auto, float32, bfloat16, float16"),
         ({"load_format": "gguf"}, "unknown load_format 'gguf'; known: auto, dummy"),
         ({"kernels": "fast"}, "unknown kernels 'fast'; known: auto, plain"),
@@ -166,7 +169,7 @@ def test_wrong_arguments_get_one_line(arguments: dict[str, object], line: str) -
 
 def test_a_hub_model_that_is_not_here_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"neither in the local cache nor available from the hub.*--load_format dummy"):
+    with pytest.raises(InputError, match=r"neither in the local cache nor available from the hub.*load_format dummy"):
         LLM("opt-125m")
 
 
@@ -178,7 +181,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     monkeypatch.setattr("splitwiser.model.loading.draw_weights", pytest.fail)
     monkeypatch.setattr("splitwiser.model.loading._read_checkpoint", pytest.fail)
     line = (
-        r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller --dtype or model is needed"
+        r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller dtype or model is needed"
     )
     with pytest.raises(InputError, match=line):
         LLM(tiny("llama"), load_format=load_format, dtype="float16")
@@ -335,6 +338,95 @@ def test_a_run_that_was_interrupted_cannot_mix_with_the_next(tiny: Callable[[str
 def test_a_prompt_that_is_no_text_is_refused(prompt: Any, line: str) -> None:
     with LLM() as llm:
         assert_says(refusal(llm.generate, ["fine", prompt]), line)
+
+
+def test_prompts_in_vllms_form_and_in_arrays_give_plain_ids(tiny: Callable[[str], Path]) -> None:
+    prompts: list[Any] = [
+        [5, 6, 7], (5, 6, 7), np.array([5, 6, 7]), torch.tensor([5, 6, 7]), [np.int64(5), torch.tensor(6), 7],
+        {"prompt_token_ids": torch.tensor([5, 6, 7])}, {"prompt": "its text", "prompt_token_ids": [5, 6, 7]},
+    ]  # fmt: skip
+    with LLM(tiny("opt")) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=3))
+        batch = llm.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]))  # type: ignore[arg-type]  # its rows are prompts
+    for output in outputs:
+        assert output.prompt_token_ids == (5, 6, 7)
+        assert {type(each) for each in (*output.prompt_token_ids, *output.outputs[0].token_ids)} == {int}
+        assert output.token_ids == outputs[0].token_ids
+    assert [output.prompt for output in outputs] == [None] * 6 + ["its text"]
+    assert [output.prompt_token_ids for output in batch] == [(5, 6, 7), (8, 9, 10)]
+
+
+def test_one_prompt_needs_no_list() -> None:
+    with LLM() as llm:
+        outputs = [llm.generate(prompt, SamplingParams(max_tokens=3)) for prompt in ("heart", {"prompt": "heart"})]
+    assert [[output.prompt for output in each] for each in outputs] == [["heart"], ["heart"]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "line"),
+    [
+        ([1, 2], "request 0: the prompt must be text or token ids, not 1; give a list of prompts, such as [[5, 6, 7]]"),
+        ([np.ones(2)], "request 0: the prompt must be text or token ids, not array([1., 1.])"),
+        ([[1.0] * 9999], "request 0: the prompt must be text or token ids, not [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ...]"),
+        ([{"promt": "a"}], "unknown key of request 0's prompt 'promt'; did you mean prompt? known: "),
+        ([[5], {}], "request 1: the prompt must have 'prompt' or 'prompt_token_ids'"),
+    ],
+)
+def test_a_wrong_form_of_prompt_is_named_in_a_short_line(
+    prompts: list[Any], line: str, tiny: Callable[[str], Path]
+) -> None:
+    with LLM(tiny("opt")) as llm:
+        assert refusal(llm.generate, prompts).startswith(line)
+
+
+@pytest.mark.parametrize(("mode", "kv_memory", "new"), [("generate", "auto", 254), ("sequential", "64", 62)])
+def test_without_max_tokens_a_request_takes_what_there_is_room_for(
+    mode: str, kv_memory: str, new: int, tiny: Callable[[str], Path]
+) -> None:
+    size = kv_memory if kv_memory == "auto" else room_for(tiny("opt"), int(kv_memory))
+    with LLM(tiny("opt"), mode=mode, kv_memory=size) as llm:
+        (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=None, ignore_eos=True))
+        longest = refusal(llm.generate, [[5] * 257], SamplingParams(max_tokens=None))
+    assert (len(output.token_ids), output.finish_reason) == (new, "length")
+    assert "257 prompt tokens and 1 new ones need" in longest
+
+
+def test_without_max_tokens_and_without_a_limit_a_number_is_asked_for(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("bloom"), mode="generate") as llm:
+        line = refusal(llm.generate, [[5]], SamplingParams(max_tokens=None))
+    assert line == "request 0: max_tokens None needs a limit, and tiny-bloom has none; give a number"
+
+
+def test_a_bar_is_shown_on_request(tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(tiny("opt")) as llm:
+        capsys.readouterr()
+        llm.generate([[5], [6]])
+        assert capsys.readouterr().err == ""
+        llm.generate([[5], [6]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=True)
+        assert "2/2 requests, 8 tokens" in capsys.readouterr().err
+
+
+def test_shows_itself_in_one_line(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), dtype=torch.bfloat16) as llm:
+        assert repr(llm) == "LLM('tiny-opt', mode='sequential', workers='1 mixed', dtype='bfloat16', device='cpu')"
+    assert repr(llm).endswith("device='cpu', closed)")
+
+
+def test_an_unknown_option_gets_the_nearest_or_the_reason() -> None:
+    assert refusal(LLM, "opt-125m", dtyp="bf16") == "unknown option of EngineConfig 'dtyp'; did you mean dtype?"
+    assert refusal(LLM, max_num_seqs=8) == "'max_num_seqs' is no option of EngineConfig: here it is max_batch"
+    assert refusal(RunConfig, limt=8) == "unknown option of RunConfig 'limt'; did you mean limit?"
+
+
+def test_only_the_face_is_listed() -> None:
+    assert set(dir(splitwiser)) == {
+        "LLM",
+        "EngineConfig",
+        "RequestOutput",
+        "RunConfig",
+        "SamplingParams",
+        "__version__",
+    }
 
 
 @MODES

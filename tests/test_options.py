@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from splitwiser.config import RunConfig
-from splitwiser.options import add_options, given_options, parse_options, split_options, to_arguments, typed_options
+from splitwiser.options import (
+    UsageError,
+    add_options,
+    given_options,
+    parse_options,
+    split_options,
+    to_arguments,
+    typed_options,
+)
 from tests.support.assertions import assert_says, refusal
 
 
@@ -55,7 +63,7 @@ def test_values_from_yaml_become_those_of_the_command_line(given: dict[str, Any]
     ("given", "parts"),
     [
         ({"max_bach": 4}, ["unknown option 'max_bach'", "max_batch"]),
-        ({"max_batch": "many"}, ["--max_batch", "invalid int value: 'many'"]),
+        ({"max_batch": "many"}, ["--max_batch must be a whole number, not 'many'"]),
         ({"max_batch": 2.5}, ["--max_batch", "2.5"]),
         ({"max_batch": True}, ["option 'max_batch' cannot be true or false"]),
         ({"ignore_eos": "yes"}, ["option 'ignore_eos' must be true or false", "'yes'"]),
@@ -76,3 +84,18 @@ def test_a_wrong_value_from_yaml_is_named(given: dict[str, Any], parts: list[str
 )
 def test_wrong_text_is_named(text: str, parts: list[str]) -> None:
     assert_says(refusal(split_options, text, RunConfig), *parts)
+
+
+def test_a_configuration_shows_what_differs_from_its_defaults() -> None:
+    assert repr(RunConfig(max_batch=5, dtype="half", workers="")) == "RunConfig(dtype='float16', max_batch=5)"
+    many = repr(RunConfig(mode="mp", workers="[{role: prefill}, {role: decode, share: 50}]", model="/a/" * 99))
+    assert len(many) < 160
+
+
+def test_arguments_that_cannot_be_parsed_come_with_their_usage() -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_options(["--max-batchs=3"], RunConfig)
+    assert refused.value.cli_message == "unknown option '--max-batchs'; did you mean --max_batch?"
+    assert refused.value.usage.startswith("usage: ")
+    with pytest.raises(UsageError, match="unexpected argument 'tpot:50'; a value with spaces needs quotation marks"):
+        parse_options(["--goodput", "ttft:200", "tpot:50"], RunConfig)

@@ -1,12 +1,14 @@
 """Sampling parameters and their limits, what a request needs, and the times derived from its tokens."""
 
 import dataclasses
+import pickle
+import re
 from typing import Any
 
 import pytest
 
+from splitwiser.errors import InputError
 from splitwiser.request import Request, RequestMetrics, SamplingParams
-from tests.support.assertions import refusal
 from tests.support.records import make_output
 
 
@@ -38,22 +40,48 @@ def test_limits_themselves_are_fine(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be 1 or more, not 0"),
-        ({"max_tokens": -3}, "max_tokens must be 1 or more, not -3"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, or None for all there is room for, not 0"),
+        ({"max_tokens": -3}, "max_tokens must be 1 or more, or None for all there is room for, not -3"),
         ({"temperature": -0.1}, "temperature must be 0 (greedy) or more, not -0.1"),
         ({"temperature": float("nan")}, "temperature must be 0 (greedy) or more, not nan"),
-        ({"top_k": -1}, "top_k must be 0 (all tokens) or more, not -1"),
+        ({"top_k": -2}, "top_k must be 1 or more, or 0 or -1 for all tokens, not -2"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
         ({"top_p": 1.01}, "top_p must be above 0 and at most 1, not 1.01"),
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, not nan"),
-        ({"stop": "abc"}, "stop must be a tuple of non-empty strings, not 'abc'"),
-        ({"stop": ["abc"]}, "stop must be a tuple of non-empty strings, not ['abc']"),
-        ({"stop": ("abc", "")}, "stop must be a tuple of non-empty strings, not ('abc', '')"),
-        ({"stop": (3,)}, "stop must be a tuple of non-empty strings, not (3,)"),
+        ({"stop": ("abc", "")}, "stop must be a string or a sequence of strings, none of them empty, not ('abc', '')"),
+        ({"stop": (3,)}, "stop must be a string or a sequence of strings, none of them empty, not (3,)"),
+        (
+            {"temprature": 1.0},
+            "unknown option of SamplingParams 'temprature'; did you mean temperature? known: max_tokens, ",
+        ),
+        ({"max_new_tokens": 5}, "'max_new_tokens' is no option of SamplingParams: here it is max_tokens"),
+        ({"n": 2}, "'n' is no option of SamplingParams: a prompt has one output"),
     ],
 )
-def test_value_out_of_range_is_named_with_the_range(settings: dict[str, Any], message: str) -> None:
-    assert refusal(SamplingParams, **settings) == message
+def test_a_wrong_parameter_is_named_with_what_would_be_right(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        SamplingParams(**settings)
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"stop": "abc"}, {"stop": ("abc",)}),
+        ({"stop": ["a", "b"]}, {"stop": ("a", "b")}),
+        ({"stop": None}, {"stop": ()}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"max_tokens": None}, {"max_tokens": None}),
+    ],
+)
+def test_other_libraries_forms_are_taken(settings: dict[str, Any], kept: dict[str, Any]) -> None:
+    params = SamplingParams(**settings)
+    assert {name: getattr(params, name) for name in kept} == kept
+    assert pickle.loads(pickle.dumps(params)) == dataclasses.replace(params) == params
+
+
+def test_the_docstring_lists_what_is_not_taken() -> None:
+    assert set(SamplingParams.NOT_TAKEN) <= set(re.findall(r"\w+", str(SamplingParams.__doc__)))
 
 
 def test_parameters_cannot_be_changed() -> None:
@@ -100,3 +128,35 @@ def test_times_add_up() -> None:
 def test_requests_do_not_share_their_times() -> None:
     RequestMetrics(0).token_ns.append(5)
     assert RequestMetrics(0).token_ns == []
+
+
+def test_outputs_have_the_shape_of_vllms() -> None:
+    output = make_output(tokens=(1, 2, 3), text="some words", reason="stop")
+    (completion,) = output.outputs
+    assert (completion.index, completion.text, completion.finish_reason) == (0, "some words", "stop")
+    assert completion.token_ids == output.token_ids
+    assert output.finished
+
+
+LONG = make_output(tokens=tuple(range(100, 1100)), prompt_tokens=3000, text="a long text of many words " * 99)
+
+
+@pytest.mark.parametrize(
+    ("shown", "line"),
+    [
+        (
+            LONG,
+            "RequestOutput(request_id=0, prompt_tokens=3000, tokens=1000, text='a long text of ma...ext of many words ', "
+            "finish_reason='length')",
+        ),
+        (WORKED, "RequestMetrics(tokens=4, queue_ms=50.0, ttft_ms=100.0, tpot_ms=33.3, e2el_ms=200.0)"),
+        (SINGLE, "RequestMetrics(tokens=1, queue_ms=50.0, ttft_ms=100.0, e2el_ms=100.0)"),
+        (RequestMetrics(5), "RequestMetrics(no token yet)"),
+        (
+            Request(3, (1,) * 2000, SamplingParams(max_tokens=7), seed=0, arrival_s=0.5),
+            "Request(request_id=3, prompt_tokens=2000, max_tokens=7, arrival_s=0.5)",
+        ),
+    ],
+)
+def test_shown_in_one_line(shown: object, line: str) -> None:
+    assert repr(shown) == line

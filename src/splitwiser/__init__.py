@@ -33,3 +33,7 @@ def __getattr__(name: str) -> object:
         return getattr(import_module(f"splitwiser.{_HOMES[name]}"), name)
     finally:
         gc.set_threshold(*thresholds)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -12,9 +12,7 @@ def check_quickly(config: RunConfig) -> Job:
     entry = check_model(config.model, config.models)
     if entry.hub and not (config.load_format == "dummy" and entry.config) and not find_file(entry, "config.json"):
         check_hub(entry)
-    job = prepare_job(config, config.seed)
-    job.sampling_params(config)
-    return job
+    return prepare_job(config, config.seed)
 
 
 def check(config: RunConfig) -> Job:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from splitwiser.errors import InputError, SplitwiserError
+from splitwiser.errors import InputError, SplitwiserError, unknown_name
+from splitwiser.options import OptionParser, UsageError
+from splitwiser.version import __version__
 
 COMMANDS = {  # modules of splitwiser.commands, with their descriptions in `splitwiser --help`
     "run": "run a model over reports or a workload and write latency and throughput",
@@ -36,23 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 errors="backslashreplace"
             )  # a character that the terminal lacks must not change the exit code
     given = sys.argv[1:] if arguments is None else arguments
-    options = _parser(given).parse_args(given)
+    debug = "--debug" in given
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        options = _parse(given)
         _check_folder()
         options.run(options)
     except SplitwiserError as error:
-        return _fail(f"splitwiser: {error}", error.exit_code, options.debug)
+        usage = error.usage if isinstance(error, UsageError) else ""
+        return _fail(f"{usage}splitwiser: {error.cli_message}", error.exit_code, debug)
     except TerminatedError:
-        return _fail("splitwiser: terminated", 128 + signal.SIGTERM, options.debug)
+        return _fail("splitwiser: terminated", 128 + signal.SIGTERM, debug)
     except KeyboardInterrupt:
-        return _fail("splitwiser: interrupted", 128 + signal.SIGINT, options.debug)
+        return _fail("splitwiser: interrupted", 128 + signal.SIGINT, debug)
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
         line = f"splitwiser: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
-        return _fail(line, 1, options.debug)
+        return _fail(line, 1, debug)
     return 0
 
 
@@ -100,9 +104,12 @@ def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _fail(line: str, exit_code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(line, file=sys.stderr)
+    try:
+        if debug:
+            traceback.print_exc()
+        print(line, file=sys.stderr, flush=True)
+    except OSError as error:  # perhaps the very error that this line is about
+        print(f"{line} (standard error cannot be written: {error.strerror})")
     return exit_code
 
 
@@ -118,12 +125,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return " ".join([", ".join(spellings), *([action.metavar] if isinstance(action.metavar, str) else [])])
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser, with the arguments of the command in ``arguments``, whose module is the only one imported."""
-    parser = argparse.ArgumentParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments; the module of their command is the only one imported. Raises :class:`UsageError`."""
+    parser = OptionParser(prog="splitwiser", description="LLM inference with its two phases placed apart.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(required=True, metavar="command")
+    given = next(iter(arguments), "-")
     for name, help_text in COMMANDS.items():
-        if name not in arguments[:1]:
+        if name != given:
             commands.add_parser(name, help=help_text)
             continue
         module = import_module(f"splitwiser.commands.{name}")
@@ -133,9 +143,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             help=help_text,
             description=module.DESCRIPTION,
             formatter_class=_HelpFormatter,
-            allow_abbrev=False,
         )
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
         module.add_arguments(command)
-    return parser
+    if given not in COMMANDS and not given.startswith("-"):
+        parser.error(unknown_name("command", given, COMMANDS).cli_message)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        options.parser.refuse(rest)
+    return options

@@ -11,7 +11,7 @@ from splitwiser.results.goodput import parse_goodput
 from splitwiser.workload.config import WorkloadConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunConfig(WorkloadConfig, EngineConfig):
     """Workload, engine and results of a run. Raises :class:`~splitwiser.errors.InputError` for invalid combinations."""
 

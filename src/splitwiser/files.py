@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from splitwiser import constants
-from splitwiser.errors import InputError, first_line
+from splitwiser.errors import InputError, first_line, unknown_name
 from splitwiser.text import read_text
 
 Status = Literal["running", "finished", "failed", "interrupted"]  # of a command, as its record says
@@ -53,7 +53,7 @@ def find_config(folder: str, given: str, what: str) -> Path:
     named = named_configs(folder)
     path = named.get(given, Path(given))
     if not path.exists():
-        raise InputError(f"{what} {given}: no such file, nor a name of configs/{folder}: {', '.join(named)}")
+        raise InputError(f"{what} {given}: no such file, and {unknown_name(f'name of configs/{folder}', given, named)}")
     return path
 
 

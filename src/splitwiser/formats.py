@@ -11,7 +11,7 @@ from annotated_types import Ge
 from pydantic import Strict, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def parse_as(kind: type[T], content: Mapping[Any, Any], where: str, **more: obje
     known = [each.name for each in fields(kind) if each.name not in more] if is_dataclass(kind) else []
     for key in content:
         if key not in known:
-            raise InputError(f"{where}: {unknown('key', key, known)}")
+            raise InputError(f"{where}: {unknown_name('key', key, known)}")
     try:
         return TypeAdapter(kind).validate_python({**content, **more})
     except ValidationError as error:

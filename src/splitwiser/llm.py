@@ -4,8 +4,8 @@ import operator
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 
 from splitwiser.engine.engine import Engine, Observer, check_fits
-from splitwiser.errors import InputError
+from splitwiser.engine.progress_bar import ProgressBar
+from splitwiser.errors import InputError, check_keywords
 from splitwiser.machine.device import release_memory
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
@@ -23,8 +24,8 @@ from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
-from splitwiser.request import Prompt, Request, RequestOutput, SamplingParams
-from splitwiser.text import check_text
+from splitwiser.request import PromptInput, Request, RequestOutput, SamplingParams
+from splitwiser.text import check_text, shorten
 from splitwiser.workload.arrivals import check_arrival
 
 
@@ -50,7 +51,8 @@ class LLM:
                 in mode ``green``, of clients in mode ``mps``.
             mps: in mode ``mps``, ``private`` starts a daemon for this run, ``existing`` uses the one that is running.
             exclusive: in mode ``mps``, whether to put the GPU into compute mode EXCLUSIVE_PROCESS; needs root.
-            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's type.
+            dtype: ``float32`` (or ``fp32``, ``float``), ``bfloat16`` (``bf16``), ``float16`` (``fp16``, ``half``), a
+                torch.dtype, or ``auto`` for the checkpoint's type.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             gpu_id: the same as device ``cuda:N``.
             load_format: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.
@@ -60,6 +62,9 @@ class LLM:
             prefill_tokens: maximum number of prompt tokens in one prefill step.
             kernels: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             seed: seed of dummy weights, and of sampling for requests without their own seed.
+
+    Arguments of vLLM's ``LLM`` and of ``from_pretrained`` that are not among these, such as ``tensor_parallel_size``, are
+    refused with what is here instead (``EngineConfig.NOT_TAKEN``).
 
     Use it as a context manager, or call :meth:`close`. Raises :class:`~splitwiser.errors.InputError` for invalid arguments,
     and :class:`~splitwiser.errors.UnsupportedModelError` for a model that the engine cannot serve exactly.
@@ -84,6 +89,14 @@ class LLM:
             self._undo: Callable[[], None] = undo.pop_all().close
         self._closed = False
         self.ready_s = time.perf_counter() - began
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self._closed else ""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"LLM({self.model.name!r}, mode={self.config.mode!r}, workers={self.workers!r}, dtype={dtype!r}, "
+            f"device={str(self.model.device)!r}{closed})"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +143,7 @@ class LLM:
 
     def make_requests(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         arrival_s: Sequence[float] | None = None,
     ) -> list[Request]:
@@ -146,21 +159,24 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Mapping[str, Any] | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrival_s: Sequence[float] | None = None,
         max_concurrency: int | None = None,
         observer: Observer | None = None,
+        use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Generate an output for every prompt and return the outputs in the same order.
 
         Args:
-            prompts: strings or sequences of token ids.
+            prompts: strings, or token ids in lists, arrays or tensors, or vLLM's ``{"prompt": text}`` and
+                ``{"prompt_token_ids": ids}``; one string or mapping alone is one prompt.
             sampling_params: one for all prompts, or one for each.
             arrival_s: arrival time of each prompt, in seconds after the call; by default all arrive at once.
             max_concurrency: if given, this many requests arrive at the call, and each further one when another finishes.
             observer: receives each step and each finished request during the run.
+            use_tqdm: whether to show a progress bar.
 
         Raises :class:`~splitwiser.errors.InputError` before anything runs if a prompt could never be served.
         """
@@ -168,12 +184,15 @@ class LLM:
             raise InputError("with max_concurrency requests arrive as others finish; leave arrival_s out")
         if max_concurrency is not None and max_concurrency < 1:
             raise InputError(f"max_concurrency must be 1 or more, not {max_concurrency}")
-        if isinstance(prompts, str):
+        if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
         requests = self.make_requests(prompts, sampling_params, arrival_s)
-        outputs = self.run(requests, observer or Observer(), time.perf_counter_ns(), max_concurrency)
+        observer = observer or Observer()
+        with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
+            outputs = self.run(requests, watching, time.perf_counter_ns(), max_concurrency)
         for output, prompt in zip(outputs, prompts, strict=True):
-            output.prompt = prompt if isinstance(prompt, str) else None
+            text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+            output.prompt = text if isinstance(text, str) else None
         return outputs
 
     def run(
@@ -207,7 +226,7 @@ class LLM:
 
 def make_requests(
     model: LoadedModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptInput],
     sampling_params: Sequence[SamplingParams],
     arrival_s: Sequence[float],
     seed: int,
@@ -227,18 +246,42 @@ def make_requests(
         if params.stop and model.tokenizer is None:
             raise InputError(f"request {number}: stop strings need a tokenizer, and {model.name} has none")
         own_seed = params.seed if params.seed is not None else seed * 1_000_003 + number
-        request = Request(number, _token_ids(model, number, prompt), params, own_seed, arrival)
+        token_ids = _token_ids(model, f"request {number}", prompt)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=_room(model, f"request {number}", len(token_ids), capacity_tokens))
+        request = Request(number, token_ids, params, own_seed, arrival)
         check_fits(request, model, capacity_tokens)
         requests.append(request)
     return requests
 
 
-def _token_ids(model: LoadedModel, number: int, prompt: Prompt) -> tuple[int, ...]:
-    if not isinstance(prompt, str):
+def _token_ids(model: LoadedModel, where: str, prompt: PromptInput) -> tuple[int, ...]:
+    given = _unwrap(prompt, where) if isinstance(prompt, Mapping) else prompt
+    if not isinstance(given, str):
         try:
-            return tuple(map(operator.index, prompt))
+            ids: Iterable[Any] = given.tolist() if hasattr(given, "tolist") else given  # plain ints, all at once
+            return tuple(map(operator.index, ids))
         except TypeError as error:
-            raise InputError(f"request {number}: the prompt must be text or token ids, not {prompt!r}") from error
+            hint = "; give a list of prompts, such as [[5, 6, 7]]" if isinstance(given, int) else ""
+            raise InputError(f"{where}: the prompt must be text or token ids, not {shorten(given)}{hint}") from error
     if model.tokenizer is None:
-        raise InputError(f"request {number}: {model.no_text}")
-    return tuple(model.tokenizer(check_text(prompt, f"request {number}: the prompt")).input_ids)
+        raise InputError(f"{where}: {model.no_text}")
+    return tuple(model.tokenizer(check_text(given, f"{where}: the prompt")).input_ids)
+
+
+def _unwrap(prompt: Mapping[str, Any], where: str) -> str | Iterable[int]:
+    """Return the token ids of vLLM's form of a prompt or, without, its text. Raises :class:`InputError`."""
+    check_keywords(f"key of {where}'s prompt", prompt, ("prompt", "prompt_token_ids"))
+    given: str | Iterable[int] | None = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if given is None:
+        raise InputError(f"{where}: the prompt must have 'prompt' or 'prompt_token_ids'")
+    return given
+
+
+def _room(model: LoadedModel, where: str, prompt_tokens: int, capacity_tokens: int | None) -> int:
+    """Return how many new tokens the model's positions and the KV pool have room for, but at least 1, which is refused later
+    if there is none. Raises :class:`InputError` if neither has a limit."""
+    limits = [limit for limit in (model.max_positions, capacity_tokens) if limit is not None]
+    if not limits:
+        raise InputError(f"{where}: max_tokens None needs a limit, and {model.name} has none; give a number")
+    return max(1, min(limits) - prompt_tokens + 1)

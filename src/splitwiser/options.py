@@ -4,12 +4,14 @@ A configuration is a frozen dataclass whose options are fields made by :func:`op
 """
 
 import argparse
+import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, field, fields
-from typing import Any, NoReturn, get_args
+from typing import Any, ClassVar, NoReturn, Self, get_args
 
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, check_keywords, unknown_name
+from splitwiser.text import shorten
 
 GROUPS = ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results")
 
@@ -25,17 +27,66 @@ def option_fields(kind: type) -> dict[str, Field[Any]]:
     return {each.name: each for each in fields(kind) if each.metadata}
 
 
+class Options:
+    """Base class of dataclasses that users fill in. Raises :class:`InputError` for a keyword that is none of their fields,
+    with its reason in ``NOT_TAKEN`` if another library has it. ``repr`` has the options that differ from their defaults."""
+
+    NOT_TAKEN: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, **given: object) -> Self:
+        """Refuse unknown keywords, of which ``__init__`` would raise a TypeError."""
+        check_keywords(f"option of {cls.__name__}", given, _field_names(cls), cls.NOT_TAKEN)
+        return super().__new__(cls)
+
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name) for name in option_fields(type(self))}
+        defaults = {name: each.default for name, each in option_fields(type(self)).items()}
+        changed = (f"{name}={shorten(value)}" for name, value in given.items() if value != defaults[name])
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def _field_names(kind: type) -> list[str]:
+    return [each.name for each in fields(kind)]
+
+
 def option_type(of: Field[Any]) -> type:
     """Return the type of an option's values on the command line: bool, int, float or str, as the annotation names first."""
     named = get_args(of.type) or (of.type,)
     return next((kind for kind in (bool, int, float) if kind in named), str)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises :class:`InputError` where argparse prints its usage and exits."""
+class UsageError(InputError):
+    """Arguments that cannot be parsed; ``usage`` shows how the command is called."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Raises :class:`UsageError` where argparse prints its usage and exits, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  # argparse's, of various types
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        """Raise :class:`UsageError`, naming an option by its first spelling."""
+        message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message)
+        message = re.sub(
+            r": invalid (int|float) value: ", lambda found: f" must be {_NUMBERS[found[1]]}, not ", message
+        )
+        raise UsageError(message, self.format_usage())
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """Raise :class:`UsageError` for the arguments that were not parsed, with the options most similar to the first."""
+        given = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)
+        if given is None:
+            self.error(f"unexpected argument '{rest[0]}'; a value with spaces needs quotation marks")
+        known = [each for each in self._option_string_actions if re.fullmatch(r"--(no-)?\w+", each)]
+        self.error(unknown_name("option", given, known).cli_message)
+
+
+_NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 def add_options(
@@ -64,11 +115,11 @@ def given_options(namespace: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 def parse_options(arguments: Sequence[str], kind: type) -> dict[str, Any]:
     """Return the options of ``kind`` in ``arguments``. Raises :class:`InputError` for any other argument."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OptionParser(add_help=False)
     add_options(parser, kind, defaults=False)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
-        raise unknown("option", rest[0], [f"--{name}" for name in option_fields(kind)])
+        parser.refuse(rest)
     return given_options(namespace, kind)
 
 
@@ -86,9 +137,8 @@ def typed_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     An option with the value None is left out. Raises :class:`InputError` for an unknown option or an invalid value.
     """
     known = option_fields(kind)
+    check_keywords("option", options, known)
     for name, value in options.items():
-        if name not in known:
-            raise unknown("option", name, known)
         wants_bool = option_type(known[name]) is bool
         if value is not None and isinstance(value, bool) != wants_bool:
             raise InputError(f"option '{name}' {'must' if wants_bool else 'cannot'} be true or false; it is {value!r}")
@@ -122,9 +172,8 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def check_counts(config: object, *names: str) -> None:
-    """Raise :class:`InputError` unless each of ``config``'s attributes ``names``, which may be spelt as options, is None, or
-    1 or more."""
+    """Raise :class:`InputError` unless each of ``config``'s options ``names`` is None, or 1 or more."""
     for name in names:
-        value = getattr(config, name.removeprefix("--"))
+        value = getattr(config, name)
         if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more, not {value}")
+            raise InputError(f"--{name} must be 1 or more, not {value}")

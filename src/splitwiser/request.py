@@ -1,52 +1,104 @@
 """Input and output of the engine: sampling parameters, requests, their outputs and their times."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from splitwiser import constants
 from splitwiser.errors import InputError
+from splitwiser.options import Options
+from splitwiser.text import shorten
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int]  # text, or token ids
+PromptInput = Prompt | Iterable[int] | Mapping[str, Any]
+"""What users give: a prompt, an array or tensor of token ids, or vLLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
+ids}``."""
+
+_NOT_TAKEN = {
+    "here it is max_tokens, the number of new tokens": ("max_new_tokens", "max_length"),
+    "here it is stop": ("stop_strings",),
+    "here temperature 0 is greedy, and above 0 tokens are drawn": ("do_sample",),
+    "a prompt has one output; give the prompt several times, with a seed each": ("n", "best_of", "num_return_sequences"),
+    "there is no beam search; tokens are greedy or drawn one by one": ("num_beams", "early_stopping", "length_penalty"),
+    "logits are used as the model gives them": (
+        "presence_penalty", "frequency_penalty", "repetition_penalty", "no_repeat_ngram_size", "logit_bias", "bad_words",
+        "bad_words_ids", "allowed_token_ids", "suppress_tokens", "logits_processors", "structured_outputs",
+        "guided_decoding",
+    ),
+    "tokens are drawn by temperature, top_k and top_p alone": ("min_p", "typical_p"),
+    "ignore_eos makes a request generate all of its max_tokens": ("min_tokens", "min_new_tokens", "min_length"),
+    "end-of-sequence tokens are the checkpoint's own; stop takes strings": ("stop_token_ids", "eos_token_id"),
+    "outputs have tokens, text and times alone": ("logprobs", "prompt_logprobs", "output_scores", "output_logits"),
+    "text is made without special tokens and without the stop string; token_ids has every token": (
+        "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Options):
     """How the tokens of one request are sampled and when it ends; the names are vLLM's.
 
     ``temperature`` 0 is greedy (the default here, so that tokens equal ``model.generate``'s). Otherwise tokens are drawn
-    from the softmax of logits / ``temperature``, limited to the ``top_k`` most likely tokens (0: no limit) and to the most
-    likely ones whose probabilities add up to ``top_p``. ``seed`` determines the tokens of this request, whatever other
+    from the softmax of logits / ``temperature``, limited to the ``top_k`` most likely tokens (0 or -1: no limit) and to the
+    most likely ones whose probabilities add up to ``top_p``. ``seed`` determines the tokens of this request, whatever other
     requests run; by default it follows from the run's seed and the request's number. A request ends after ``max_tokens``
-    tokens, at an end-of-sequence token (unless ``ignore_eos``), or as soon as its text contains one of the ``stop``
-    strings, which is cut off. Raises :class:`~splitwiser.errors.InputError` for values out of range.
+    tokens (None: as many as the model and the KV pool have room for), at an end-of-sequence token (unless ``ignore_eos``),
+    or as soon as its text contains one of the strings ``stop`` (one, or a sequence), which is cut off.
+
+    Not taken, of vLLM's parameters and those of transformers' ``generate``:
+
+    | not taken | instead, or why |
+    |---|---|
+    | max_new_tokens, max_length | ``max_tokens`` |
+    | stop_strings | ``stop`` |
+    | do_sample | ``temperature``: 0 is greedy |
+    | n, best_of, num_return_sequences | the prompt several times, with a seed each |
+    | num_beams, early_stopping, length_penalty | there is no beam search |
+    | presence_penalty, frequency_penalty, repetition_penalty | logits are used as the model gives them |
+    | no_repeat_ngram_size, logit_bias, logits_processors, bad_words, bad_words_ids | the same |
+    | allowed_token_ids, suppress_tokens, structured_outputs, guided_decoding | the same |
+    | min_p, typical_p | ``temperature``, ``top_k`` and ``top_p`` |
+    | min_tokens, min_new_tokens, min_length | ``ignore_eos`` for exactly ``max_tokens`` |
+    | stop_token_ids, eos_token_id | the checkpoint's own; ``stop`` takes strings |
+    | logprobs, prompt_logprobs, output_scores, output_logits | outputs have tokens, text and times alone |
+    | detokenize, skip_special_tokens, spaces_between_special_tokens | ``token_ids`` has every token |
+    | include_stop_str_in_output | the same |
+
+    Raises :class:`~splitwiser.errors.InputError` for values out of range, and for parameters that are unknown or not taken.
     """
 
-    max_tokens: int = 16
+    NOT_TAKEN: ClassVar[Mapping[str, str]] = {name: reason for reason, names in _NOT_TAKEN.items() for name in names}
+
+    max_tokens: int | None = 16
     temperature: float = constants.TEMPERATURE
     top_k: int = constants.TOP_K
     top_p: float = constants.TOP_P
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InputError(f"max_tokens must be 1 or more, not {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"max_tokens must be 1 or more, or None for all there is room for, not {self.max_tokens}")
         if not self.temperature >= 0:
-            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+            raise InputError(f"--temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < -1:
+            raise InputError(f"--top_k must be 1 or more, or 0 or -1 for all tokens, not {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(each, str) and each for each in self.stop):
-            raise InputError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
+            raise InputError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(each, str) and each for each in stop):
+            raise InputError(f"stop must be a string or a sequence of strings, none of them empty, not {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Request:
-    """One tokenised prompt with its parameters; ``arrival_s`` is in seconds after the start of the run."""
+    """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
+    start of the run."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -54,14 +106,27 @@ class Request:
     seed: int
     arrival_s: float = 0.0
 
+    def __repr__(self) -> str:
+        prompt_tokens = len(self.prompt_token_ids)
+        return (
+            f"Request(request_id={self.request_id}, prompt_tokens={prompt_tokens}, max_tokens={self.max_tokens}, "
+            f"arrival_s={self.arrival_s:g})"
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        """Maximum number of new tokens."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
     @property
     def max_kv_tokens(self) -> int:
         """Largest number of tokens whose K and V are kept: the prompt and all new tokens except the last, whose K and V
         are never read."""
-        return len(self.prompt_token_ids) + self.params.max_tokens - 1
+        return len(self.prompt_token_ids) + self.max_tokens - 1
 
 
-@dataclass
+@dataclass(repr=False)
 class RequestMetrics:
     """Times of the events of one request, in nanoseconds of ``time.perf_counter_ns``, and the latencies derived from them.
 
@@ -74,6 +139,13 @@ class RequestMetrics:
     decode_start_ns: int | None = None
     prefill_worker: str = ""
     decode_worker: str = ""
+
+    def __repr__(self) -> str:
+        if not self.token_ns:
+            return "RequestMetrics(no token yet)"
+        latencies = {name: getattr(self, name) for name in ("queue_ms", "ttft_ms", "tpot_ms", "e2el_ms")}
+        shown = ", ".join(f"{name}={value:.1f}" for name, value in latencies.items() if value is not None)
+        return f"RequestMetrics(tokens={len(self.token_ns)}, {shown})"
 
     @property
     def queue_ms(self) -> float:
@@ -106,7 +178,17 @@ class RequestMetrics:
         return [(later - earlier) / 1e6 for earlier, later in zip(self.token_ns, self.token_ns[1:], strict=False)]
 
 
-@dataclass
+@dataclass(frozen=True)
+class CompletionOutput:
+    """The completion of a prompt, in the form of vLLM's; ``index`` is always 0, since a prompt has one."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: FinishReason
+
+
+@dataclass(repr=False)
 class RequestOutput:
     """The finished result of one request. ``text`` is empty if the model has no tokenizer, ``prompt`` is None if the prompt
     was given as token ids."""
@@ -118,3 +200,15 @@ class RequestOutput:
     finish_reason: FinishReason
     metrics: RequestMetrics
     prompt: str | None = None
+    finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
+
+    def __repr__(self) -> str:
+        return (
+            f"RequestOutput(request_id={self.request_id}, prompt_tokens={len(self.prompt_token_ids)}, "
+            f"tokens={len(self.token_ids)}, text={shorten(self.text)}, finish_reason={self.finish_reason!r})"
+        )
+
+    @property
+    def outputs(self) -> list[CompletionOutput]:
+        """The completion as a list of one, as vLLM's ``RequestOutput`` has it."""
+        return [CompletionOutput(0, self.text, self.token_ids, self.finish_reason)]

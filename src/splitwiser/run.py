@@ -4,19 +4,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
 from splitwiser.config import RunConfig
-from splitwiser.engine.engine import Observer
-from splitwiser.engine.messages import StepRecord
+from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.files import Status, make_run_directory
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import name_device, peak_memory_mb
 from splitwiser.machine.load import measure_load
 from splitwiser.machine.process import uninterrupted
-from splitwiser.request import Request, RequestOutput
+from splitwiser.request import Request
 from splitwiser.results.goodput import parse_goodput
 from splitwiser.results.record import Record
 from splitwiser.results.recorder import RunRecorder
@@ -65,7 +64,7 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
         try:
             with uninterrupted(after=1):  # a second Ctrl-C waits until the results are written
                 try:
-                    with _Progress(recorder, requests, config.mode) as progress:
+                    with ProgressBar(recorder, requests, config.mode) as progress:
                         llm.run(requests, progress, recorder.begin(), config.max_concurrency)
                     status = "finished"
                 except BaseException as fault:
@@ -90,46 +89,6 @@ def _memory(llm: LLM) -> dict[str, float | None]:
     return {"peak_memory_mb": peak, "load_s": llm.model.load_s, "ready_s": llm.ready_s}
 
 
-class _Progress(Observer):
-    """Forwards steps and outputs to ``observer``, and shows a progress bar of the output tokens, out of their maximum."""
-
-    def __init__(self, observer: Observer, requests: Sequence[Request], description: str) -> None:
-        self._observer = observer
-        self._finished = 0
-        self._requests = len(requests)
-        self._max_tokens = {request.request_id: request.params.max_tokens for request in requests}
-        self._tokens = 0
-        self._bar = tqdm(
-            total=sum(self._max_tokens.values()),
-            desc=description,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            mininterval=0.1 if sys.stderr.isatty() else 5,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._show(0)
-        self._bar.close()
-
-    def on_step(self, record: StepRecord) -> None:
-        self._observer.on_step(record)
-        if record.phase == "decode":
-            self._tokens += record.tokens
-            self._show(record.tokens)
-
-    def on_output(self, output: RequestOutput) -> None:
-        self._observer.on_output(output)
-        self._finished += 1
-        self._tokens += 1  # the first token, from prefill
-        self._show(self._max_tokens[output.request_id] - len(output.token_ids) + 1)
-
-    def _show(self, tokens: int) -> None:
-        self._bar.set_postfix_str(f"{self._finished}/{self._requests} requests, {self._tokens:,} tokens", refresh=False)
-        self._bar.update(tokens)
-
-
 def _labels(config: RunConfig, llm: LLM, run_id: str) -> dict[str, Any]:
     return {
         "run_id": run_id,
@@ -152,7 +111,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) -> dict[str, Any]:
     pool = llm.started.pool
-    new_tokens = [request.params.max_tokens for request in requests]
+    new_tokens = [request.max_tokens for request in requests]
     return {
         "configuration": {**asdict(config), "device": str(llm.model.device), "max_new_tokens": max(new_tokens)},
         "requests": {

@@ -1,5 +1,6 @@
 """Text from users: UTF-8 files with or without a byte order mark, valid strings, sizes in bytes, and names of devices."""
 
+import reprlib
 from pathlib import Path
 
 from splitwiser.errors import InputError
@@ -24,6 +25,15 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
+
+
+def shorten(value: object) -> str:
+    """Return ``repr(value)`` without the middle of long texts and the end of long collections."""
+    return _SHORT.repr(value)
+
+
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
 
 
@@ -37,7 +47,7 @@ def parse_bytes(text: str) -> int:
         size = 0
     if size <= 0:
         raise InputError(
-            f"kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
+            f"--kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
         )
     return size
 
@@ -47,5 +57,5 @@ def parse_device(text: str) -> tuple[str, int | None]:
     text."""
     kind, _, number = text.partition(":")
     if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
-        raise InputError(f"device '{text}': must be auto, cpu, cuda or cuda:N")
+        raise InputError(f"--device '{text}': must be auto, cpu, cuda or cuda:N")
     return kind, int(number) if number else None

@@ -131,9 +131,9 @@ def test_a_broken_package_is_a_finding_and_the_rest_is_found_nonetheless(
     ("arguments", "line"),
     [
         (["--model", "opt-125"], "unknown model 'opt-125'; did you mean opt-125m"),
-        (["--device", "gpu"], "device 'gpu': must be auto, cpu, cuda or cuda:N"),
-        (["--kv-memory", "lots"], "kv_memory 'lots' is not a size"),
-        (["--dtype", "float8"], "unknown dtype 'float8'"),
+        (["--device", "gpu"], "--device 'gpu': must be auto, cpu, cuda or cuda:N"),
+        (["--kv-memory", "lots"], "--kv_memory 'lots' is not a size"),
+        (["--dtype", "float8"], "unknown --dtype 'float8'"),
     ],
 )
 def test_a_wrong_input_gets_one_line_and_exit_code_2(arguments: list[str], line: str) -> None:

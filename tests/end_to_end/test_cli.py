@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import splitwiser as splitwiser_package
 from splitwiser.engine import steps
 from splitwiser.engine.steps import Chunk
 from splitwiser.model.kv_pool import KVPool
@@ -103,9 +104,9 @@ def test_a_sweep_may_be_named(tmp_path: Path) -> None:
     done = invoke("sweep", "example", "--list", "--results", tmp_path)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 9), done.stderr
     done = invoke("sweep", "exampel", "--list", "--results", tmp_path)
-    assert (done.returncode, done.stderr.startswith("splitwiser: sweep exampel: no such file, nor a name of")) == (
-        2,
-        True,
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "splitwiser: sweep exampel: no such file, and unknown name of configs/sweeps 'exampel'; did"
     )
 
 
@@ -333,7 +334,54 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
 def test_an_unknown_option_is_refused() -> None:
     done = invoke("run", "--case", "0")  # not taken for --case_id
     assert done.returncode == 2
-    assert "unrecognized arguments: --case" in done.stderr
+    assert done.stderr.splitlines()[0] == "usage: splitwiser run [options]"
+    assert "splitwiser: unknown option '--case'; did you mean --cases or --case_id?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "line"),
+    [
+        (["rnu"], "usage: splitwiser [-h] [--version] command ...", "unknown command 'rnu'; did you mean run?"),
+        (["--colour", "models"], "usage: splitwiser ", "unknown option '--colour'; known: --help, --version"),
+        (["run", "--max_batchs", "3"], "usage: splitwiser run ", "unknown option '--max_batchs'; did you mean --"),
+        (["run", "--max-batchs=3"], "usage: splitwiser run ", "unknown option '--max-batchs'; did you mean"),
+        (["profile", "--batch-size=3"], "usage: splitwiser profile ", "unknown option '--batch-size'; did"),
+        (["run", "--limit", "few"], "usage: splitwiser run ", "--limit must be a whole number, not 'few'"),
+        (["run", "--top-p", "few"], "usage: splitwiser run ", "--top_p must be a number, not 'few'"),
+        (["run", "--model", "opt-125"], "", "unknown model 'opt-125'; did you mean opt-125m"),
+        (["run", "--workload", "standrad"], "", "--workload standrad: no such file, and unknown name of configs/"),
+        (["run", "--max-batch", "0"], "", "--max_batch must be 1 or more, not 0"),
+        (["run", "--temperature=-1"], "", "--temperature must be 0 (greedy) or more, not -1.0"),
+        (["run", "--goodput", "tpot=50"], "", "--goodput 'tpot=50': write a metric, a colon and milliseconds, such as"),
+        (["advise", "--objective", "thruput"], "", "unknown objective 'thruput'; did you mean throughput?"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_argument_gets_the_usage_and_the_nearest_name(arguments: list[str], usage: str, line: str) -> None:
+    done = invoke(*arguments)
+    assert done.returncode == 2
+    *before, last = done.stderr.splitlines()
+    assert last.startswith(f"splitwiser: {line}")
+    assert "".join(before).startswith(usage)
+    assert bool(before) == bool(usage)
+
+
+def test_both_spellings_of_an_option_and_the_short_names_of_types_are_taken() -> None:
+    done = invoke("run", "--max-batch=2", "--max_new_tokens=2", "--dtype=bf16", "--mode=none")
+    assert done.stderr.startswith("splitwiser: unknown mode 'none'")
+
+
+def test_the_version_is_the_packages() -> None:
+    assert invoke("--version").stdout == f"splitwiser {splitwiser_package.__version__}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_standard_error_is_said_on_standard_output() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123  # a device
+        done = subprocess.run(
+            [*COMMAND, "rnu"], stdout=subprocess.PIPE, stderr=full, text=True, timeout=100, check=False
+        )
+    assert done.returncode == 2
+    assert "unknown command 'rnu'; did you mean run? (standard error cannot be written: No space left" in done.stdout
 
 
 @pytest.mark.parametrize(("command", "shown"), [("cases", "four in-context examples"), ("models", "facebook/opt-125m")])

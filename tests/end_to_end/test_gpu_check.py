@@ -333,8 +333,8 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
     names = list(dict.fromkeys(name for name, _, _ in runs))
     rows = [
         {"point": names.index(name) + 1, "round": number, "key": f"key-{name}", "variant": name, "mode": name,
-         "status": "finished" if value else "failed", "run_id": f"{name}-{number}", "request_throughput": value,
-         **dict.fromkeys(gpu_results.FIGURES, value)}
+         "model": "llama", "status": "finished" if value else "failed", "run_id": f"{name}-{number}",
+         "request_throughput": value, **dict.fromkeys(gpu_results.FIGURES, value)}
         for name, number, value in runs
     ]  # fmt: skip
     sweep = folder / f"sweep_{folder.name}"

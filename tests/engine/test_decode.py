@@ -25,7 +25,7 @@ class Timed:
         return [9] * len(sequences)
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
-        return "length" if sequence.drawn >= sequence.params.max_tokens else None
+        return "length" if sequence.drawn >= sequence.request.max_tokens else None
 
     def now_ns(self) -> int:
         return self.clock_ns

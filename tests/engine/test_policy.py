@@ -118,7 +118,7 @@ def test_a_class_of_ones_own_is_found_by_its_module() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("last_come", "unknown policy 'last_come'; known: first_come, MODULE:CLASS"),
+        ("last_come", "unknown policy 'last_come'; did you mean first_come? known: first_come, MODULE:CLASS"),
         ("nowhere:Policy", "policy nowhere:Policy: ModuleNotFoundError: No module named 'nowhere'"),
         ("json:Policy", "policy json:Policy: AttributeError: module 'json' has no attribute 'Policy'"),
         ("collections:OrderedDict", "policy collections:OrderedDict: has no method admission_order"),

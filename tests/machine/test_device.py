@@ -19,9 +19,9 @@ def test_a_name_means_a_device(name: str, gpus: int, expected: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cpu:0", "cuda:x", "cuda:-1", ""])
 def test_a_name_of_another_form_is_refused(name: str) -> None:
-    assert refusal(resolve_device, name, 9) == f"device '{name}': must be auto, cpu, cuda or cuda:N"
+    assert refusal(resolve_device, name, 9) == f"--device '{name}': must be auto, cpu, cuda or cuda:N"
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     assert "finds no GPU here; use --device cpu" in refusal(resolve_device, "cuda", 0)
-    assert refusal(resolve_device, "cuda:2", 2) == "device 'cuda:2': there are 2 GPUs, numbered from 0"
+    assert refusal(resolve_device, "cuda:2", 2) == "--device 'cuda:2': there are 2 GPUs, numbered from 0"

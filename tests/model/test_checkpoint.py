@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from splitwiser import LLM
 from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.needs import find_needs
 from splitwiser.model.catalog import resolve_model
-from splitwiser.model.checkpoint import find_weights_problem
-from splitwiser.model.loading import load_model
+from splitwiser.model.checkpoint import find_eos_problem, find_weights_problem
+from splitwiser.model.loading import DTYPES, load_model
 from tests.support.assertions import assert_says, refusal
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
@@ -106,6 +107,34 @@ def test_a_configuration_that_makes_no_model_is_refused(changes: dict[str, Any],
 def test_generation_settings_of_another_form_are_named(content: str, checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").write_text(content)
     assert_says(refused(checkpoint), f"{checkpoint}/generation_config.json: invalid generation settings")
+
+
+@pytest.mark.parametrize("given", ["a", [1, "b"], 2.5])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_sequence_that_is_no_token_id_is_named(name: str, given: object, checkpoint: Path) -> None:
+    path = checkpoint / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": given}))
+    assert_says(refused(checkpoint), "eos_token_id", str(given))
+
+
+def test_end_of_sequence_tokens_of_a_configuration_without_that_field() -> None:
+    # transformers checks those of configurations that declare it
+    config = PreTrainedConfig()
+    for right in (None, 3, [3, 4]):
+        config.eos_token_id = right
+        assert find_eos_problem(config) is None
+    config.eos_token_id = "</s>"
+    assert find_eos_problem(config) == "eos_token_id must be a token id or a list of them, not '</s>'"
+
+
+def test_weights_that_run_in_a_wider_type_than_theirs_are_noted(checkpoint: Path) -> None:
+    change_config(checkpoint, dtype="bfloat16")
+    notes = {dtype: load_model(checkpoint, dtype=dtype, device="cpu", load_format="auto").notes for dtype in DTYPES}
+    assert notes["float32"] == [
+        "the weights are stored as bfloat16 and run as float32, which takes 2 times the memory; dtype auto keeps their own"
+    ]
+    assert notes["bfloat16"] == notes["float16"] == []
+    assert load_model(checkpoint, dtype="float32", device="cpu", load_format="dummy").notes[:1] != notes["float32"]
 
 
 def test_a_folder_without_weights_is_named(checkpoint: Path) -> None:

@@ -37,7 +37,7 @@ def load(directory: Path) -> LoadedModel:
 def test_refuses_by_what_the_model_does(name: str, reason: str, tiny: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         attach_engine(load(tiny(name)))
-    assert "--mode generate" in str(caught.value)
+    assert "use mode generate" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -17,7 +17,7 @@ from tests.support.assertions import assert_says, refusal
         ({"share": "auto", "itl_target_ms": float("nan")}, ["itl_target_ms"]),
         ({"max_batch": 0}, ["max_batch must be 1 or more, not 0"]),
         ({"kv_memory": "much"}, ["kv_memory 'much' is not a size"]),
-        ({"mps": "shared"}, ["unknown mps 'shared'", "private", "existing"]),
+        ({"mps": "shared"}, ["unknown --mps 'shared'", "private", "existing"]),
         ({"mps": "existing"}, ["mps existing goes with mode mps, not with mode sequential"]),
         ({"exclusive": True}, ["exclusive goes with mode mps"]),
         ({"workers": "[{role: mixed}]"}, ["workers are laid out in modes mp, mps, green, not in mode sequential"]),

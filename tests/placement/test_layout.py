@@ -7,6 +7,7 @@ import pytest
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.errors import InputError
 from splitwiser.placement.layout import ONE_OF_EACH, WorkerGroup, WorkerLayout, parse_layout
+from tests.support.assertions import refusal
 
 
 def test_workers_are_numbered_by_role_and_share_what_is_left() -> None:
@@ -66,3 +67,7 @@ def test_a_layout_that_makes_no_sense_gets_one_line(given: str, line: str) -> No
         parse_layout(given)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_name_of_a_layout_gets_the_nearest() -> None:
+    assert refusal(parse_layout, "four_mixd").endswith("{role: decode}]'; did you mean four_mixed?")

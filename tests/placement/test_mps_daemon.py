@@ -446,7 +446,7 @@ with mps_daemon.mps_daemon(existing=False, exclusive=True, device_index=0):
     ("settings", "said"),
     [
         ({"mode": "mps", "device": "cpu"}, ["needs an NVIDIA GPU", "device is 'cpu'", "use mode mp"]),
-        ({"mode": "mps", "mps": "shared"}, ["unknown mps 'shared'", "private, existing"]),
+        ({"mode": "mps", "mps": "shared"}, ["unknown --mps 'shared'", "private, existing"]),
         ({"mode": "mp", "exclusive": True}, ["exclusive goes with mode mps"]),
         ({"mode": "mps", "mps": "existing", "exclusive": True}, ["a private daemon"]),
         ({"mode": "mp", "mps": "existing"}, ["mps existing", "mode mps"]),

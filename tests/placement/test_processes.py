@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from splitwiser.engine.messages import Handoff
 from splitwiser.errors import InputError, RunError
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.placement.processes import MISSED_CHECKS, ProcessPlacement
+from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Seen, Trigger
@@ -268,9 +270,10 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled(
 def test_five_hundred_requests_through_a_small_pool(tiny: Callable[[str], Path]) -> None:
     rng = random.Random(7)
     lengths = [rng.randint(1, 60) for _ in range(500)]
-    params = [SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=True) for _ in lengths]
+    new_tokens = [rng.randint(1, 20) for _ in lengths]
+    params = [SamplingParams(max_tokens=each, ignore_eos=True) for each in new_tokens]
     arrivals = [rng.random() * 3 for _ in lengths]
-    blocks = sum(-(-(length + each.max_tokens) // 16) for length, each in zip(lengths, params, strict=True)) // 10
+    blocks = sum(-(-(length + new) // 16) for length, new in zip(lengths, new_tokens, strict=True)) // 10
     seen = Seen()
     with LLM(tiny("opt"), mode="mp", kv_memory=room_for(tiny("opt"), 16 * blocks)) as llm:
         outputs = llm.generate(prompts_of(lengths), params, arrival_s=arrivals, observer=seen)
@@ -278,8 +281,18 @@ def test_five_hundred_requests_through_a_small_pool(tiny: Callable[[str], Path])
         whole = min(blocks * 16, 256)
         (last,) = llm.generate([[5] * (whole - 1)], SamplingParams(max_tokens=2, ignore_eos=True))
     assert sorted(output.request_id for output in seen.outputs) == list(range(500))
-    assert [len(output.token_ids) for output in outputs] == [each.max_tokens for each in params]
+    assert [len(output.token_ids) for output in outputs] == new_tokens
     assert len(last.token_ids) == 2
+
+
+def test_more_workers_than_can_have_pipes_are_refused_before_a_model_is_loaded() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, limits[1]))
+    try:
+        line = refusal(LLM, "none/such", mode="mp", workers=[{"role": "mixed", "count": 100_000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_says(line, "100,000 processes are more than the 20 that", "may open 1,000 files (ulimit -n)")
 
 
 def test_room_of_what_ended_is_room_again(tiny: Callable[[str], Path]) -> None:

@@ -219,7 +219,9 @@ def test_targets_may_be_parted_by_commas_or_spaces(text: str) -> None:
     [
         ("", ["needs at least one target"]),
         ("ttfs:200", ["unknown target of --goodput 'ttfs'", "ttft"]),
-        ("ttft", ["ttft must be 0 or more milliseconds"]),
+        ("ttft", ["such as tpot:50"]),
+        ("tpot=50", ["such as tpot:50"]),
+        ("ttft<200, tpot:50", ["such as ttft:200"]),
         ("ttft:fast", ["ttft must be 0 or more milliseconds"]),
         ("ttft:200,tpot:-1", ["tpot must be 0 or more milliseconds"]),
         ("e2el:nan", ["e2el must be 0 or more milliseconds"]),

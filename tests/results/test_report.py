@@ -5,7 +5,7 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from splitwiser.results import schema
+from splitwiser.results.answer import answer
+from splitwiser.results.paired import summarise
 from splitwiser.results.report import write_report
 from splitwiser.results.report.activity import (
     Overlap,
@@ -27,6 +30,7 @@ from splitwiser.results.report.activity import (
 )
 from splitwiser.results.report.folders import Run, read_folder
 from splitwiser.results.report.plots import MOST_BARS, shown
+from splitwiser.results.schema import STATISTICS, THROUGHPUT, Column
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import invoke, only_run
 
@@ -142,24 +146,6 @@ def comparison(runs: dict[str, Path], tmp_path: Path) -> Path:
     for path in runs.values():
         shutil.copytree(path, folder / "runs" / path.name)
     pd.DataFrame(rows).to_csv(folder / "comparison.csv", index=False)
-    summary = [
-        {
-            "metric": "output_throughput",
-            "variant": "sequential",
-            "median": 2.0,
-            "ratio_median": None,
-            "verdict": None,
-        },
-        {
-            "metric": "output_throughput",
-            "variant": "mp",
-            "median": 3.25,
-            "ratio_median": 1.625,
-            "verdict": "equal within 2%",
-        },
-        {"metric": "median_ttft_ms", "variant": "mp", "median": 0.125, "ratio_median": 0.5, "verdict": "better"},
-    ]
-    pd.DataFrame(summary).to_csv(folder / "comparison_summary.csv", index=False)
     (folder / "compare.yaml").write_text("status: finished\nrepeats: 2\n")
     return folder
 
@@ -216,6 +202,26 @@ def profile(tmp_path: Path) -> Path:
     ceilings = [("compute", 0.25, "TFLOP/s"), ("compute", 0.375, "TFLOP/s"), ("memory", 16.79, "GB/s")]
     pd.DataFrame(ceilings, columns=["kind", "rate", "unit"]).to_csv(folder / "ceilings.csv")
     (folder / "profile.yaml").write_text("status: finished\nmodel: {name: opt-125m, dtype: bfloat16}\n")
+    return folder
+
+
+@pytest.fixture
+def advice(tmp_path: Path) -> Path:
+    """An advice with one placement that this machine cannot run and two that were checked."""
+    folder = tmp_path / "advice"
+    folder.mkdir()
+    record = {"split": True, "recommended": {"mode": "mp", "prefill_tokens": 512}, "reasons": ["it is fast", "indeed"]}
+    (folder / "advice.yaml").write_text(yaml.safe_dump(record))
+    (folder / "predictions.csv").write_text(
+        "mode,workers,prefill_tokens,output_throughput,not_possible\n"
+        "mp,,512,123.456,\nsequential,,512,99.0,\nmps,,,,needs a GPU\n"
+    )
+    (folder / "checks.csv").write_text(
+        "mode,workers,prefill_tokens,round,figure,predicted,measured,error\n"
+        "mp,,512,0,output_throughput,123.456,100.0,0.23456\n"
+        "mp,,512,1,output_throughput,123.456,120.0,0.0288\n"
+        "sequential,,512,0,output_throughput,99.0,198.0,-0.5\n"
+    )
     return folder
 
 
@@ -281,8 +287,8 @@ def test_a_row_cut_short_by_a_kill_is_left_out(cut: int, run: Path) -> None:
 
 
 class Page(HTMLParser):
-    """What a document shows: tables by id (rows of texts, headings first), texts, and of pictures the descriptions, the
-    texts in them and what their marks say when pointed at."""
+    """What a document shows: tables by id (rows of texts, headings first), texts, the answer of each part, and of pictures
+    the descriptions, the texts in them and what their marks say when pointed at."""
 
     def __init__(self, dom: str) -> None:
         super().__init__()
@@ -290,9 +296,11 @@ class Page(HTMLParser):
         self.alternatives: list[str] = []
         self.labels: list[str] = []
         self.tips: list[str] = []
+        self.answers: list[str] = []
         self._texts: list[str] = []
         self._open: list[str] = []
         self._table: list[list[str]] = []
+        self._in_answer = False
         self.feed(dom)
         self.text = " ".join(" ".join(self._texts).split())
 
@@ -307,6 +315,7 @@ class Page(HTMLParser):
             self._table[-1].append("")
         elif given.get("role") == "img":
             self.alternatives.append(given["aria-label"])
+        self._in_answer = given.get("class") == "answer"
 
     def handle_endtag(self, tag: str) -> None:
         while self._open and self._open.pop() != tag:
@@ -322,6 +331,8 @@ class Page(HTMLParser):
             self.labels.append(data)
         elif "td" in inside or "th" in inside:
             self._table[-1][-1] += data
+        if self._in_answer and inside[-1:] == ["p"]:
+            self.answers.append(data)
         self._texts.append(data)
 
     def frame(self, name: str) -> pd.DataFrame:
@@ -376,12 +387,16 @@ def is_rounded(shown_text: object, value: object) -> bool:
     return abs(float(figure) - number) <= (0 if number.is_integer() else 0.5001 * 10**-decimals)
 
 
-def assert_shows(found: pd.DataFrame, expected: pd.DataFrame) -> None:
-    assert found.columns.tolist() == expected.columns.tolist()
+def assert_shows(found: pd.DataFrame, expected: pd.DataFrame, columns: Sequence[Column] = ()) -> None:
+    """Whether the table has the values of ``expected``, without its empty columns, under headings in words."""
+    expected = expected.dropna(axis="columns", how="all")
+    known = {column.name: column for column in columns}
+    assert found.columns.tolist() == [known.get(name, Column(name, "")).title_with_unit for name in expected.columns]
+    assert not any("_" in heading for heading in found.columns)
     assert len(found) == len(expected)
-    for column in expected.columns:
-        for text, value in zip(found[column], expected[column], strict=True):
-            assert is_rounded(text, value), (column, text, value)
+    for place in range(len(expected.columns)):
+        for text, value in zip(found.iloc[:, place], expected.iloc[:, place], strict=True):
+            assert is_rounded(text, value), (expected.columns[place], text, value)
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -391,14 +406,15 @@ def read(path: Path) -> pd.DataFrame:
 def test_run_page_shows_the_csvs_figures(show: Callable[..., Page], run: Path) -> None:
     page = show(run)
     figures = read(run / "throughput.csv").iloc[0]
-    assert_shows(page.frame("part1-requests"), read(run / "latency.csv").sort_values("request_id"))
-    whole = page.frame("part1-throughput")
-    assert whole.iloc[:, 0].tolist() == figures.index.tolist()
-    assert all(map(is_rounded, whole["value"], figures))
-    latency = page.frame("part1-latency").set_index("")
+    assert_shows(page.frame("part1-requests"), read(run / "latency.csv").sort_values("request_id"), schema.LATENCY)
+    whole, known = page.frame("part1-throughput"), figures.dropna()
+    titles = {column.name: column.title for column in THROUGHPUT}
+    assert whole["Figure"].tolist() == [titles[name] for name in known.index]
+    assert all(map(is_rounded, whole["Value"], known))
+    latency = page.frame("part1-latency").set_index("Latency")
     for name, metric in {"TTFT": "ttft", "TPOT": "tpot", "ITL": "itl", "E2E": "e2el", "Handoff": "handoff"}.items():
-        for statistic in ("mean", "median", "std", "p90", "p99"):
-            assert is_rounded(latency.at[name, statistic], figures[f"{statistic}_{metric}_ms"]), (metric, statistic)
+        for statistic, words in STATISTICS.items():
+            assert is_rounded(latency.at[name, words], figures[f"{statistic}_{metric}_ms"]), (metric, statistic)
     for label, column, unit in (
         ("TTFT p99", "p99_ttft_ms", "ms"), ("ITL p50", "median_itl_ms", "ms"), ("Peak memory", "peak_memory_mb", "MB"),
         ("Output throughput", "output_throughput", "tokens/s"),
@@ -419,15 +435,15 @@ def test_run_page_shows_how_busy_workers_were(show: Callable[..., Page], run: Pa
     page = show(run)
     steps = read(run / "steps.csv")
     whole = max(steps.end_s.max(), read(run / "latency.csv").finish_s.max())
-    workers = page.frame("part1-workers").set_index("worker")
+    workers = page.frame("part1-workers").set_index("Worker")
     for worker in ("prefill-0", "decode-0"):
         own = steps[steps.worker == worker]
         busy = (own.end_s - own.start_s).sum()
-        assert is_rounded(workers.at[worker, "busy_s"], busy)
-        assert is_rounded(workers.at[worker, "busy_percent"], busy / whole * 100)
-        assert is_rounded(workers.at[worker, "tokens"], own.tokens.sum())
-    times = page.frame("part1-overlap").set_index("active")
-    assert is_rounded(times.at["both", "seconds"], PhaseActivity(steps).overlap().both_s)
+        assert is_rounded(workers.at[worker, "Busy, s"], busy)
+        assert is_rounded(workers.at[worker, "Share of the run, %"], busy / whole * 100)
+        assert is_rounded(workers.at[worker, "Tokens"], own.tokens.sum())
+    times = page.frame("part1-overlap").set_index("Active")
+    assert is_rounded(times.at["both", "Time, s"], PhaseActivity(steps).overlap().both_s)
 
 
 def test_run_page_shows_how_long_each_phase_was_at_work(show: Callable[..., Page], worked: Path) -> None:
@@ -453,7 +469,10 @@ def test_run_page_shows_the_whole_record(show: Callable[..., Page], run: Path) -
     assert shown_record["status"] == "finished"
     for group in ("configuration", "machine", "versions"):
         for name, value in record[group].items():
-            assert is_rounded(shown_record[f"{group}.{name}"], value if not isinstance(value, bool) else str(value))
+            if value in (None, ""):
+                assert f"{group}.{name}" not in shown_record
+            else:
+                assert is_rounded(shown_record[f"{group}.{name}"], str(value) if isinstance(value, bool) else value)
 
 
 def test_each_bar_of_the_timeline_says_what_its_step_did(show: Callable[..., Page], run: Path) -> None:
@@ -503,6 +522,40 @@ def test_texts_of_a_model_are_shown_and_never_run(show_in_browser: Callable[...,
     )  # the title, which no text of the model has changed, and the heading
 
 
+@pytest.fixture
+def every_kind(run: Path, comparison: Path, profile: Path, advice: Path, tmp_path: Path) -> dict[str, Path]:
+    """A folder of each kind."""
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], max_batch=[4, 8])
+    return {"run": run, "comparison": comparison, "profile": profile, "advice": advice, "sweep": sweep}
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "profile", "advice", "sweep"])
+def test_a_page_has_the_answer_then_pictures_then_full_tables_then_the_record(
+    kind: str, every_kind: dict[str, Path], tmp_path: Path
+) -> None:
+    text = write_report([every_kind[kind]], tmp_path / "page.html").read_text(encoding="utf-8")
+    places = [
+        text.index('class="answer"'), text.index("<svg"), text.index("<table"), text.index('<table id="part1-record"')
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert "<details" in text[places[2] : places[3]]
+    for name, (headings, *rows) in Page(text).tables.items():
+        assert rows, name
+        assert all(any(cell not in ("-", "") for cell in row[1:]) for row in rows), name
+        for heading, column in zip(headings, zip(*rows, strict=True), strict=True):
+            assert any(cell not in ("-", "") for cell in column), (name, heading)
+
+
+def test_findings_are_called_so_and_prompts_prompts(show: Callable[..., Page], run: Path) -> None:
+    assert "Findings" in show(run).text
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    record["configuration"]["workload"] = "prompts.json"
+    (run / "run.yaml").write_text(yaml.safe_dump(record))
+    text = show(run).text
+    assert "Request 0 Prompt" in text
+    assert "Finding" not in text
+
+
 def test_page_needs_nothing_else(run: Path) -> None:
     text = write_report([run]).read_text(encoding="utf-8")
     addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", text)
@@ -518,9 +571,11 @@ def test_ids_are_unique(runs: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1366])
-def test_page_fits_its_width(width: int, browser: Callable[[Path], str], runs: dict[str, Path], tmp_path: Path) -> None:
+def test_page_fits_its_width(
+    width: int, browser: Callable[[Path], str], every_kind: dict[str, Path], tmp_path: Path
+) -> None:
     page = (
-        write_report(list(runs.values()), tmp_path / "page.html")
+        write_report(list(every_kind.values()), tmp_path / "page.html")
         .read_text(encoding="utf-8")
         .replace("<details>", "<details open>")
     )
@@ -540,12 +595,9 @@ def test_a_click_on_a_heading_sorts_by_value(show_in_browser: Callable[..., Page
     latency.to_csv(run / "latency.csv", index=False)
     assert lengths[0] < 1000 < lengths[-1]
     click = "document.querySelectorAll('#part1-requests th button')[1].click();"
-    assert show_in_browser(run, script=click).frame("part1-requests").prompt_tokens.tolist() == [
-        f"{each:,}" for each in lengths
-    ]
-    assert show_in_browser(run, script=click * 2).frame("part1-requests").prompt_tokens.tolist() == [
-        f"{each:,}" for each in lengths[::-1]
-    ]
+    for clicks, expected in ((1, lengths), (2, lengths[::-1])):
+        table = show_in_browser(run, script=click * clicks).frame("part1-requests")
+        assert table["Prompt tokens"].tolist() == [f"{each:,}" for each in expected]
 
 
 def test_a_killed_run_is_shown_with_its_status(show: Callable[..., Page], run: Path) -> None:
@@ -576,7 +628,7 @@ def test_columns_are_shown_as_found(show: Callable[..., Page], run: Path) -> Non
     for name, column, value in (("latency.csv", "mood", "fine"), ("throughput.csv", "request_goodput", 4.125)):
         read(run / name).assign(**{column: value}).to_csv(run / name, index=False)
     page = show(run)
-    assert set(page.frame("part1-requests").mood) == {"fine"}
+    assert set(page.frame("part1-requests")["Mood"]) == {"fine"}
     assert re.search(r"Goodput 4.12 requests/s", page.text)
 
 
@@ -593,17 +645,18 @@ def test_a_large_run_makes_a_small_page_that_says_so(run: Path) -> None:
 def test_runs_given_together_are_compared(show: Callable[..., Page], runs: dict[str, Path]) -> None:
     page = show(*runs.values())
     figures = {mode: read(path / "throughput.csv").iloc[0] for mode, path in runs.items()}
-    table = page.frame("against-summary").set_index("")
-    assert table.columns.tolist() == ["unit", "sequential", "mp", "over sequential"]
+    table = page.frame("against-summary").set_index("Metric")
+    assert table.columns.tolist() == ["sequential", "mp", "mp / sequential", "Verdict"]
     for label, column in (
-        ("Output throughput", "output_throughput"),
-        ("TTFT p50", "median_ttft_ms"),
-        ("ITL p99", "p99_itl_ms"),
+        ("Output throughput, tokens/s", "output_throughput"),
+        ("TTFT p50, ms", "median_ttft_ms"),
+        ("ITL p99, ms", "p99_itl_ms"),
     ):
         first, second = (figures[mode][column] for mode in ("sequential", "mp"))
         assert is_rounded(table.at[label, "sequential"], first)
         assert is_rounded(table.at[label, "mp"], second)
-        assert is_rounded(table.at[label, "over sequential"], second / first)
+        assert is_rounded(table.at[label, "mp / sequential"], second / first)
+    assert page.answers[0].startswith("Undecided after one round")
     assert "Timelines of sequential, mp on a common time axis" in page.alternatives
     assert {"part1-requests", "part2-requests"} <= page.tables.keys()
     assert "differ in" not in page.text
@@ -611,43 +664,51 @@ def test_runs_given_together_are_compared(show: Callable[..., Page], runs: dict[
 
 def test_runs_of_different_questions_are_marked(show: Callable[..., Page], runs: dict[str, Path], run: Path) -> None:
     read(run / "throughput.csv").assign(dtype="bfloat16").to_csv(run / "throughput.csv", index=False)
-    assert "These runs differ in dtype" in show(runs["sequential"], run).text
+    assert "These runs differ in number format" in show(runs["sequential"], run).text
 
 
 def test_comparison_page_shows_the_csvs_figures(show: Callable[..., Page], comparison: Path) -> None:
     page = show(comparison)
-    summary = read(comparison / "comparison_summary.csv")
-    assert_shows(page.frame("part1-summary"), summary)
-    assert_shows(page.frame("part1-runs"), read(comparison / "comparison.csv").dropna(axis="columns", how="all"))
+    rows = read(comparison / "comparison.csv")
+    assert_shows(page.frame("part1-runs"), rows, THROUGHPUT)
     assert "1 of 4 runs did not finish and are in no plot: worker decode-0 <died>." in page.text
-    assert [label for label in page.labels if "≈" in label] == ["mp ≈"]  # in the picture of the output throughput
+    table = page.frame("part1-summary").set_index("Metric")
+    throughput = rows[rows.variant == "sequential"].output_throughput
+    assert is_rounded(table.at["Output throughput, tokens/s", "sequential"], throughput.median())
+    assert str(table.at["Output throughput, tokens/s", "Verdict"]).startswith("undecided (")
+
+
+def test_comparison_page_begins_with_the_sentence_of_the_terminal(show: Callable[..., Page], comparison: Path) -> None:
+    rows = make_decided(comparison)
+    assert show(comparison).answers[0] == answer(summarise(rows, ["sequential", "mp"]))
+
+
+def make_decided(comparison: Path) -> pd.DataFrame:
+    """Change the rows of ``comparison`` to two quiet rounds in which mp is twice as fast and has the same ITL."""
+    rows = read(comparison / "comparison.csv").ffill().assign(status="finished", machine_busy=False, error="")
+    fast = rows.variant == "mp"
+    rows = rows.assign(output_throughput=np.where(fast, 200.0, 100.0), p99_itl_ms=20.0, median_ttft_ms=5.0)
+    rows.to_csv(comparison / "comparison.csv", index=False)
+    return rows
 
 
 def test_comparison_bars_say_what_the_rounds_decide(show: Callable[..., Page], comparison: Path) -> None:
+    make_decided(comparison)
     page = show(comparison)
     marked = {each.partition(" in ")[0]: each for each in page.alternatives}
-    assert marked["Output throughput"].endswith(", equal within 2%")
-    assert marked["TTFT p50"].endswith(", better")
-    assert "≈: equal, compared with the first." in page.text
-    assert "?: undecided" not in page.text
+    assert marked["Output throughput"].endswith("mp 200, better")
+    assert marked["ITL p99"].endswith("mp 20, equal")
+    assert {"better", "equal"} <= set(page.labels)
 
 
 def test_comparison_page_names_the_runs_on_a_busy_machine(show: Callable[..., Page], comparison: Path) -> None:
+    make_decided(comparison)
     rows = busy_row(read(comparison / "comparison.csv"), True)
     rows.assign(machine_busy=[False, True, False, False]).to_csv(comparison / "comparison.csv", index=False)
-    summary = read(comparison / "comparison_summary.csv")
-    verdict = "undecided (busy machine in 1 of 1 rounds)"
-    summary.assign(verdict=["", verdict, verdict]).to_csv(comparison / "comparison_summary.csv", index=False)
     page = show(comparison)
     assert "The machine was busy in 1 of 4 runs: variant mp in round 1; other processes used up to 1.6" in page.text
-    assert "mp ?" in page.labels
-    assert "?: undecided, compared with the first." in page.text
-
-
-def test_a_comparison_before_there_were_verdicts_is_shown(show: Callable[..., Page], comparison: Path) -> None:
-    summary = read(comparison / "comparison_summary.csv").drop(columns="verdict").assign(within_noise=True)
-    summary.to_csv(comparison / "comparison_summary.csv", index=False)
-    assert_shows(show(comparison).frame("part1-summary"), summary)
+    assert "undecided" in page.labels
+    assert "undecided (busy machine in 1 of 2 rounds)" in page.text
 
 
 def test_sweep_page_names_the_runs_on_a_busy_machine(show: Callable[..., Page], tmp_path: Path) -> None:
@@ -685,10 +746,10 @@ def test_comparison_page_shows_of_each_variant_the_run_nearest_to_the_median(
 def test_sweep_page_shows_the_csvs_figures(show: Callable[..., Page], tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], max_batch=[4, 8, 16])
     page = show(sweep)
-    assert_shows(page.frame("part1-points"), read(sweep / "points.csv"))
-    assert "6 settings of mode, max_batch; 12 of 12 runs finished" in page.text
+    assert_shows(page.frame("part1-points"), read(sweep / "points.csv"), THROUGHPUT)
+    assert page.answers == ["6 settings: most output throughput with mode mp, max batch 16 (601.5 tokens/s)."]
     assert [each for each in page.alternatives if each.startswith("Output")] == [
-        "Output throughput in tokens/s by max_batch, mode"
+        "Output throughput in tokens/s by max batch, mode"
     ]
 
 
@@ -705,7 +766,30 @@ def test_a_sweep_of_more_lines_than_fit_is_cut_into_sections(show: Callable[...,
 
 def test_a_sweep_without_a_numeric_option_is_drawn_as_bars(show: Callable[..., Page], tmp_path: Path) -> None:
     page = show(make_sweep(tmp_path / "sweep", mode=["sequential", "mp"], lend_cores=[True, False]))
-    assert "mode sequential, lend_cores True" in page.text
+    assert "mode sequential, lend cores False" in " ".join(page.labels)
+
+
+def test_points_that_their_options_do_not_tell_apart_are_told_by_their_workers(
+    show: Callable[..., Page], tmp_path: Path
+) -> None:
+    sweep = make_sweep(tmp_path / "sweep", mode=["mp", "mps", "green"])
+    points = read(sweep / "points.csv").assign(mode="mp", workers=["1 mixed", "2 mixed", "4 mixed"] * 2)
+    points.to_csv(sweep / "points.csv", index=False)
+    assert show(sweep).answers == ["3 settings: most output throughput with 4 mixed (301.5 tokens/s)."]
+
+
+@pytest.mark.parametrize("grid", [{"max_batch": [4, 8]}, {"max_batch": [4]}])
+def test_a_sweep_of_one_option_is_drawn(grid: dict[str, list[Any]], show: Callable[..., Page], tmp_path: Path) -> None:
+    page = show(make_sweep(tmp_path / "sweep", **grid))
+    assert sum(each.startswith("Output throughput in tokens/s") for each in page.alternatives) == 1
+
+
+def test_a_sweep_of_which_nothing_has_finished_is_shown(show: Callable[..., Page], tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", mode=["sequential", "mp"])
+    read(sweep / "points.csv").assign(status="failed").to_csv(sweep / "points.csv", index=False)
+    page = show(sweep)
+    assert page.answers == ["None of 4 runs finished."]
+    assert "4 of 4 runs did not finish" in page.text
 
 
 def test_runs_of_a_sweep_that_failed_are_in_no_plot(show: Callable[..., Page], tmp_path: Path) -> None:
@@ -723,27 +807,38 @@ def test_ceilings_are_those_with_the_most_threads(show: Callable[..., Page], pro
     ceilings = read(profile / "ceilings.csv").assign(threads=2)
     with_one = ceilings.assign(threads=1, rate=ceilings.rate * 10)
     pd.concat([with_one, ceilings]).to_csv(profile / "ceilings.csv", index=False)
-    assert "compute reaches 0.375 TFLOP/s, memory 16.79 GB/s" in show(profile).text
+    assert "the machine reaches 0.375 TFLOP/s and 16.79 GB/s of memory" in show(profile).answers[0]
 
 
 def test_profile_page_shows_the_csvs_figures(show: Callable[..., Page], profile: Path) -> None:
     page = show(profile)
-    for name in ("prefill", "decode", "ceilings"):
-        assert_shows(page.frame(f"part1-{name}"), read(profile / f"{name}.csv"))
-    assert "compute reaches 0.375 TFLOP/s, memory 16.79 GB/s" in page.text
-    assert "prefill, prompts 1, start_tokens 0, prompt_tokens 512: 0.234 TFLOP/s at 30.25 operations/byte" in page.tips
-    assert "compute 0.375 TFLOP/s" in page.text  # the picture's own label
+    for name, columns in {"prefill": schema.PREFILL, "decode": schema.DECODE, "ceilings": schema.CEILINGS}.items():
+        assert_shows(page.frame(f"part1-{name}"), read(profile / f"{name}.csv"), columns)
+    assert page.answers == [
+        "opt-125m in bfloat16: prefill computes up to 99.50 tokens/s, decode computes up to 99.50 tokens/s, the machine "
+        "reaches 0.375 TFLOP/s and 16.79 GB/s of memory."
+    ]
+    assert "prefill, prompts 1, start tokens 0, prompt tokens 512: 0.234 TFLOP/s at 30.25 operations/byte" in page.tips
+    assert "measured ceiling: memory 16.79 GB/s, compute 0.375 TFLOP/s" in page.labels
 
 
-def test_advice_page_shows_the_recommendation(show: Callable[..., Page], tmp_path: Path) -> None:
-    folder = tmp_path / "advice"
-    folder.mkdir()
-    (folder / "advice.yaml").write_text("recommended: {mode: mp, workers: '', share: 40}\nreasons: [because]\n")
-    predictions = pd.DataFrame({"mode": ["mp", "sequential"], "output_throughput": [123.456, 99.0]})
-    predictions.to_csv(folder / "predictions.csv", index=False)
-    page = show(folder)
-    assert "Recommended: mode mp, share 40. Why because" in page.text
-    assert_shows(page.frame("part1-predictions"), predictions)
+def test_advice_page_shows_the_recommendation(show: Callable[..., Page], advice: Path) -> None:
+    page = show(advice)
+    assert page.answers == ["Split the phases: mode mp, prefill tokens 512. it is fast"]
+    assert "indeed" in page.text
+    possible = read(advice / "predictions.csv").head(2)
+    assert_shows(page.frame("part1-predictions"), possible, THROUGHPUT)
+    assert page.tables["part1-not"] == [["Mode", "Not possible"], ["mps", "needs a GPU"]]
+
+
+def test_advice_page_holds_predictions_against_measurements(show: Callable[..., Page], advice: Path) -> None:
+    page = show(advice)
+    assert page.alternatives == [
+        "Output throughput in tokens/s: mode mp, prefill tokens 512 predicted 123.5, measured 110, 12% too high; "
+        "mode sequential, prefill tokens 512 predicted 99, measured 198, 50% too low"
+    ]
+    assert {"predicted", "measured", "12% too high", "50% too low"} <= set(page.labels)
+    assert page.frame("part1-checks")["Error"].tolist() == ["23% too high", "3% too high", "50% too low"]
 
 
 def test_advice_page_says_why_nothing_is_recommended(show: Callable[..., Page], tmp_path: Path) -> None:
@@ -751,9 +846,9 @@ def test_advice_page_says_why_nothing_is_recommended(show: Callable[..., Page], 
     folder.mkdir()
     (folder / "advice.yaml").write_text("status: finished\nrecommended: null\ncommand: null\nreasons: [it was busy]\n")
     (folder / "predictions.csv").write_text("mode,output_throughput\nmp,5\n")
-    text = show(folder).text
-    assert "Nothing is recommended. Why it was busy" in text
-    assert "Run it with" not in text
+    page = show(folder)
+    assert page.answers == ["Nothing is recommended. it was busy"]
+    assert "Run it with" not in page.text
 
 
 def test_profile_page_shows_what_was_noticed(show: Callable[..., Page], profile: Path) -> None:
@@ -768,7 +863,7 @@ def test_advice_page_shows_the_profile_in_the_same_folder(show: Callable[..., Pa
     page = show(profile)
     assert "advice.yaml says 'failed' (no memory)" in page.text
     assert "The underlying profile opt-125m in bfloat16" in page.text
-    assert_shows(page.frame("part1-profile-prefill"), read(profile / "prefill.csv"))
+    assert_shows(page.frame("part1-profile-prefill"), read(profile / "prefill.csv"), schema.PREFILL)
 
 
 def test_command_writes_the_page_into_the_first_folder(run: Path) -> None:

@@ -18,8 +18,10 @@ import yaml
 
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
+from splitwiser.results.answer import answer
+from splitwiser.results.paired import decide, summarise
+from splitwiser.results.schema import METRIC
 from splitwiser.study.compare import Variant, _turns, compare, conclude, make_variants
-from splitwiser.study.paired import decide
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import COMMAND, invoke, only_run, write_workload
 from tests.support.models import VOCABULARY
@@ -52,12 +54,12 @@ def test_variants_that_make_no_sense_are_refused(modes: list[str], described: li
     [
         ({"mode": "fast"}, ["variant last: unknown mode 'fast'"]),
         ({"mode": "green"}, ["variant last: mode green"]),
-        ({"workers": "[{role: mixed}]"}, ["variant last: workers"]),
-        ({"dtype": "float31"}, ["variant last: unknown dtype 'float31'"]),
-        ({"max_batch": 0}, ["variant last: max_batch must be 1 or more"]),
-        ({"kv_memory": "much"}, ["variant last: kv_memory 'much'"]),
+        ({"workers": "[{role: mixed}]"}, ["variant last: --workers"]),
+        ({"dtype": "float31"}, ["variant last: unknown --dtype 'float31'"]),
+        ({"max_batch": 0}, ["variant last: --max_batch must be 1 or more"]),
+        ({"kv_memory": "much"}, ["variant last: --kv_memory 'much'"]),
         ({"limit": 0}, ["variant last: --limit must be 1 or more"]),
-        ({"top_p": 2.0}, ["variant last: top_p"]),
+        ({"top_p": 2.0}, ["variant last: --top_p"]),
         ({"workload": "none.json"}, ["variant last: ", "none.json: no such file"]),
         ({"limit": 3}, ["variant last differs from first in its requests", "sweep"]),
         ({"max_new_tokens": 3}, ["variant last differs from first in its sampling"]),
@@ -81,8 +83,12 @@ def test_a_wrong_last_variant_is_refused_before_anything_runs(
     ("options", "load", "parts"),
     [
         ({}, 0.0, ["load must be above 0", "not 0"]),
-        ({"request_rate": 2.0}, 0.6, ["variant first: a load sets when requests arrive", "leave request_rate out"]),
-        ({"max_concurrency": 1}, 0.6, ["variant first: a load sets when requests arrive", "leave max_concurrency out"]),
+        ({"request_rate": 2.0}, 0.6, ["variant first: a load sets when requests arrive", "leave --request_rate out"]),
+        (
+            {"max_concurrency": 1},
+            0.6,
+            ["variant first: a load sets when requests arrive", "leave --max_concurrency out"],
+        ),
     ],
 )
 def test_a_load_is_refused_where_requests_have_times_of_their_own(
@@ -178,7 +184,7 @@ def test_the_summary_is_of_those_rows(compared: Compared) -> None:
         verdict = decide(metric, dict(enumerate(other / first)), {number // 2 for number in busy})
         assert row["verdict"] == verdict
         assert str(verdict) in compared.done.stdout
-        assert metric in compared.done.stdout
+        assert METRIC[metric].title_with_unit in compared.done.stdout
 
 
 def test_tokens_of_all_runs_are_held_against_the_first(compared: Compared) -> None:
@@ -283,6 +289,9 @@ def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
         said, "undecided (busy machine in 1 of 2 rounds)", "busy: the machine was busy in 1 of 4 runs: variant "
     )
     assert "padded in round 1; other processes used up to 1.6 of 2 cores" in said
+    lines = said.splitlines()
+    after_table = 1 + max(number for number, line in enumerate(lines) if line.strip().startswith("padded "))
+    assert lines[after_table] == answer(summarise(rows, ["sequential", "padded"]))
     summary = pd.read_csv(folder / "comparison_summary.csv").set_index(["metric", "variant"])
     assert summary.at[("output_throughput", "padded"), "verdict"] == "undecided (busy machine in 1 of 2 rounds)"
 

@@ -167,13 +167,13 @@ def test_every_token_comes_once_and_blocks_are_never_over_committed(layout: Work
     machine = Machine({1: ONE_THREAD, 2: TWO_THREADS}, cores=2, blocks=120, block_tokens=8)
     requests, seen = workload(seed), Seen()
     outputs = simulate(requests, machine, Schedule(layout, 64, 8), CONDITIONS, observer=seen)
-    assert [len(output.token_ids) for output in outputs] == [each.params.max_tokens for each in requests]
+    assert [len(output.token_ids) for output in outputs] == [each.max_tokens for each in requests]
     for output, each in zip(outputs, requests, strict=True):
         times = [each.arrival_s * 1e9, output.metrics.prefill_start_ns, *output.metrics.token_ns]
         assert times == sorted(times)
     by_phase = {phase: [step for step in seen.steps if step.phase == phase] for phase in ("prefill", "decode")}
     assert sum(step.tokens for step in by_phase["prefill"]) == sum(len(each.prompt_token_ids) for each in requests)
-    assert sum(step.tokens for step in by_phase["decode"]) == sum(each.params.max_tokens - 1 for each in requests)
+    assert sum(step.tokens for step in by_phase["decode"]) == sum(each.max_tokens - 1 for each in requests)
     for worker in {step.worker for step in seen.steps}:
         spans = sorted((step.start_ns, step.end_ns) for step in seen.steps if step.worker == worker)
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))

@@ -82,11 +82,11 @@ def test_a_wrong_file_is_named(content: dict[str, Any], parts: list[str], tmp_pa
         ({"mode": ["sequential", "fast"]}, ["point 2 (mode fast): unknown mode 'fast'"]),
         ({"mode": ["sequential", "green"]}, ["point 2 (mode green): mode green"]),
         ({"max_bach": [1]}, ["point 1", "unknown option 'max_bach'"]),
-        ({"limit": [2, 0]}, ["point 2", "--limit must be 1 or more"]),
+        ({"limit": [2, 0]}, ["s.yaml, point 2 (limit 0): limit must be 1 or more"]),
         ({"max_batch": [64, "many"]}, ["point 2", "'many'"]),
-        ({"limit": [2, 3, 2]}, ["point 3 is the same as point 1"]),
-        ({"temperature": [0, 0.0]}, ["point 2 is the same as point 1"]),
-        ({"results": ["here"]}, ["point 1: 'results' is the sweep's"]),
+        ({"limit": [2, 3, 2]}, ["point 3 (limit 2) is the same as point 1"]),
+        ({"temperature": [0, 0.0]}, ["point 2 (temperature 0.0) is the same as point 1"]),
+        ({"results": ["here"]}, ["point 1 (results here): 'results' is the sweep's"]),
     ],
 )
 def test_a_wrong_point_is_refused_before_anything_runs(grid: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_every_setting_is_run_by_every_variant(tmp_path: Path) -> None:
 
 
 def test_a_key_is_of_what_runs_and_not_of_how_it_is_written() -> None:
-    key = Point(1, {}, {"limit": 3, "temperature": 0}).key
-    assert Point(9, {"limit": 3}, {"temperature": 0.0, "limit": 3}).key == key
-    assert Point(1, {}, {"limit": 3, "mode": constants.MODE}).key == key
-    assert Point(1, {}, {"limit": 4, "temperature": 0}).key != key
+    key = Point(Path("s.yaml"), 1, {}, {"limit": 3, "temperature": 0}).key
+    assert Point(Path("s.yaml"), 9, {"limit": 3}, {"temperature": 0.0, "limit": 3}).key == key
+    assert Point(Path("s.yaml"), 1, {}, {"limit": 3, "mode": constants.MODE}).key == key
+    assert Point(Path("s.yaml"), 1, {}, {"limit": 4, "temperature": 0}).key != key
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -9,10 +9,10 @@ from splitwiser.errors import InputError
 
 
 def refusal(call: Callable[..., object], *arguments: Any, **settings: Any) -> str:
-    """The one line with which ``call`` refuses its input."""
+    """The one line with which ``call`` refuses its input, as the command line shows it."""
     with pytest.raises(InputError) as caught:
         call(*arguments, **settings)
-    message = str(caught.value)
+    message = caught.value.cli_message
     assert len(message.splitlines()) == 1, message
     return message
 

@@ -43,7 +43,7 @@ def each(job: Job, name: str) -> list[Any]:
     return [getattr(request, name) for request in job.requests]
 
 
-def limits(job: Job, config: RunConfig) -> list[tuple[int, bool]]:
+def limits(job: Job, config: RunConfig) -> list[tuple[int | None, bool]]:
     return [(params.max_tokens, params.ignore_eos) for params in job.sampling_params(config)]
 
 

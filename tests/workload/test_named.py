@@ -77,7 +77,7 @@ def test_a_trace_is_not_given_beside_a_name() -> None:
         ("[1]", ["own.yaml: must map options to values", "prompt_tokens"]),
         ("{requests: 3}", ["own.yaml: must map options to values", "prompt_tokens"]),
         ("{prompt_tokens: 9, temperature: 1}", ["own.yaml: unknown option 'temperature'", "requests"]),
-        ("{prompt_tokens: 9, requests: many}", ["--workload own: ", "--requests", "'many'"]),
+        ("{prompt_tokens: 9, requests: many}", ["--workload own: ", "requests must be a whole number, not 'many'"]),
     ],
 )
 def test_a_wrong_file_is_named(content: str, parts: list[str], own: Path) -> None:

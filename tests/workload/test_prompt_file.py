@@ -76,7 +76,10 @@ PROMPT = "must be text or a list of token ids, and not empty, not "
     ("content", "message"),
     [
         ([FINE], "must be an object with 'max_new_tokens' and 'prompts'"),
-        ({**FINE, "arrivals": []}, "unknown key 'arrivals'; known: prompts, max_new_tokens, arrival_s"),
+        (
+            {**FINE, "arrivals": []},
+            "unknown key 'arrivals'; did you mean arrival_s? known: prompts, max_new_tokens, arrival_s",
+        ),
         ({"prompts": ["a"]}, "'max_new_tokens' is missing"),
         ({**FINE, "max_new_tokens": 0}, f"{NEW_TOKENS}0"),
         ({**FINE, "max_new_tokens": True}, f"{NEW_TOKENS}True"),

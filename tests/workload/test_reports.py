@@ -122,7 +122,9 @@ def test_empty_finding_is_named_by_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_tok, load_reports])
 def test_unknown_tok_split_lists_the_splits(load: Callable[..., object], tmp_path: Path) -> None:
-    assert refusal(load, tmp_path, "valid") == "unknown split 'valid'; known: train, validate, test"
+    assert (
+        refusal(load, tmp_path, "valid") == "unknown split 'valid'; did you mean validate? known: train, validate, test"
+    )
 
 
 def test_tok_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -173,7 +175,11 @@ def test_text_stays_text_whatever_it_looks_like(name: str, text: str, tmp_path: 
 def test_missing_column_is_named_with_those_there(name: str, tmp_path: Path) -> None:
     source = write_any(tmp_path / name, TABLE)
     message = refusal(load_reports, source, "test", "finding")
-    assert_says(message, f"--data {source}: no column 'finding'", "--finding_column", "study, findings, impression")
+    assert_says(
+        message,
+        f"--data {source}: unknown column of --finding_column 'finding'; did you mean findings?",
+        "study, findings, impression",
+    )
 
 
 @tables

@@ -133,7 +133,9 @@ class _Checks:
         self._line.set_description_str(name)
         try:
             found = find(*arguments)
-        except (InputError, ProbeError) as error:
+        except InputError as error:
+            found = False, error.cli_message, {}
+        except ProbeError as error:
             found = False, str(error), {}
         except Exception as error:
             found = False, f"cannot be determined ({type(error).__name__}: {first_line(error)})", {}

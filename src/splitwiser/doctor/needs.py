@@ -99,7 +99,7 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
         dispatch = find_dispatch_problem(module)
         needs = _measure(entry.name, module, config, device, free)
     except UnsupportedModelError as error:
-        return Needs(free=free, problem=str(error), where=where)
+        return Needs(free=free, problem=error.cli_message, where=where)
     except InputError:
         raise
     except Exception as error:  # whatever building the model's architecture raises

@@ -209,7 +209,7 @@ def make_output(
 def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None) -> None:
     """Raise :class:`InputError`, with the limit that is exceeded, for a request that could never be served."""
     where = f"request {request.request_id}"
-    prompt, new = len(request.prompt_token_ids), request.params.max_tokens
+    prompt, new = len(request.prompt_token_ids), request.max_tokens
     if not prompt:
         raise InputError(f"{where}: the prompt has no tokens; at least one is needed")
     wrong = [token for token in request.prompt_token_ids if not 0 <= token < model.vocabulary]
@@ -218,10 +218,10 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
     if model.max_positions is not None and prompt + new - 1 > model.max_positions:
         raise InputError(
             f"{where}: {prompt} prompt tokens and {new} new ones need {prompt + new - 1} positions, and {model.name} has "
-            f"{model.max_positions}; shorten the prompt or lower max_new_tokens"
+            f"{model.max_positions}; shorten the prompt or ask for fewer tokens"
         )
     if capacity_tokens is not None and request.max_kv_tokens > capacity_tokens:
         raise InputError(
             f"{where}: {prompt} prompt tokens and {new} new ones need room for {request.max_kv_tokens} tokens in the KV "
-            f"pool, which holds {capacity_tokens}; raise kv_memory or lower max_new_tokens"
+            f"pool, which holds {capacity_tokens}; raise --kv_memory or ask for fewer tokens"
         )

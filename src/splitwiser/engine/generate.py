@@ -139,7 +139,7 @@ class GenerateEngine:
         if self._one_length and len(lengths) > 1:
             return False
         # a finished row runs on beside the others, and takes as many positions
-        positions = max(lengths) + max(request.params.max_tokens for request, _ in arrived) - 1
+        positions = max(lengths) + max(request.max_tokens for request, _ in arrived) - 1
         return self._model.max_positions is None or positions <= self._model.max_positions
 
     def _generate(self, arrived: Sequence[_ArrivedRequest], observer: Observer) -> list[RequestOutput]:
@@ -154,7 +154,7 @@ class GenerateEngine:
         ids, mask = pad_left([request.prompt_token_ids for request in batch], self._model.device)
         # without an end-of-sequence token, generate leaves the end of a row to the rule that all modes share
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=max(request.params.max_tokens for request in batch), pad_token_id=0
+            do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
         sampled = any(request.params.temperature > 0 for request in batch)
         generate = cast("Callable[..., Tensor]", self._model.module.generate)

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from splitwiser.engine.messages import PrefillTask
-from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.errors import InputError, first_line, unknown_name
 from splitwiser.request import Request
 
 if TYPE_CHECKING:  # a configuration is checked without importing torch
@@ -85,15 +85,15 @@ def find_policy(name: str) -> Policy:
     """
     module, colon, class_name = POLICIES.get(name, name).partition(":")
     if not colon:
-        raise unknown("policy", name, [*POLICIES, "MODULE:CLASS"])
+        raise unknown_name("policy", name, [*POLICIES, "MODULE:CLASS"])
     try:
         policy: Policy = getattr(import_module(module), class_name)()
     except Exception as error:  # a user's module may raise anything
-        raise InputError(f"policy {name}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"--policy {name}: {type(error).__name__}: {first_line(error)}") from error
     for method in ("admission_order", "pack"):
         if not callable(getattr(policy, method, None)):
             raise InputError(
-                f"policy {name}: has no method {method}; splitwiser.engine.policy.Policy says what it does"
+                f"--policy {name}: has no method {method}; splitwiser.engine.policy.Policy says what it does"
             )
     return policy
 

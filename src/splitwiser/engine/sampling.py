@@ -97,7 +97,9 @@ def finish_reason(
         return "stop"
     if params.stop and any(stop in decode(token_ids) for stop in params.stop):
         return "stop"
-    return "length" if len(token_ids) >= params.max_tokens else None
+    if params.max_tokens is not None and len(token_ids) >= params.max_tokens:
+        return "length"
+    return None
 
 
 def final_text(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> str:

@@ -25,9 +25,9 @@ def resolve_device(device: str, gpus: int | None = None) -> torch.device:
     if device == "auto":
         return torch.device("cuda", 0) if gpus else torch.device("cpu")
     if not gpus:
-        raise InputError(f"device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
+        raise InputError(f"--device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
     if (number or 0) >= gpus:
-        raise InputError(f"device '{device}': there are {gpus} GPUs, numbered from 0")
+        raise InputError(f"--device '{device}': there are {gpus} GPUs, numbered from 0")
     return torch.device("cuda", number or 0)
 
 

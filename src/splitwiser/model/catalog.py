@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.files import read_entries
 from splitwiser.formats import Text, must_be, parse_as
 
@@ -58,7 +58,7 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
     if name in catalog:
         return catalog[name]
     if not name:
-        raise unknown("model", name, catalog)
+        raise unknown_name("model", name, catalog)
     try:
         directory = Path(name).expanduser()
     except RuntimeError as error:  # no such user, or a user without a home folder
@@ -73,7 +73,7 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
         raise InputError(f"model {name}: is a file; give the directory of config.json and the weights")
     if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
         return CatalogEntry(name=name.split("/")[1], hub=name)
-    raise unknown("model", name, catalog)
+    raise unknown_name("model", name, catalog)
 
 
 def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:

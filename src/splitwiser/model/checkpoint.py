@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from splitwiser.errors import first_line
 from splitwiser.model.catalog import CatalogEntry
 from splitwiser.model.hub import find_file
+from splitwiser.text import shorten
 
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -73,16 +74,24 @@ def find_quantisation_problem(entry: CatalogEntry, config: PreTrainedConfig, dev
     return None
 
 
+def find_eos_problem(settings: PreTrainedConfig | GenerationConfig) -> str | None:
+    """Return what is wrong with the end-of-sequence tokens in ``settings``; None if they are token ids, or not given."""
+    given = getattr(settings, "eos_token_id", None)
+    listed = given if isinstance(given, list) else [given]
+    if given is None or all(isinstance(each, int) for each in listed):
+        return None
+    return f"eos_token_id must be a token id or a list of them, not {shorten(given)}"
+
+
 def _find_settings_problem(entry: CatalogEntry) -> str | None:
     path = find_file(entry, "generation_config.json")
     try:
-        if path:
-            GenerationConfig.from_pretrained(path.parent)
+        problem = find_eos_problem(GenerationConfig.from_pretrained(path.parent)) if path else None
+        return problem and f"model {entry.name}: {path}: {problem}"
     except OSError:  # transformers ignores a file that is not JSON
         return None
     except Exception as error:  # JSON of another form raises various errors
         return f"model {entry.name}: {path}: invalid generation settings: {type(error).__name__}: {first_line(error)}"
-    return None
 
 
 def _problems(entry: CatalogEntry, first: Path) -> Iterator[str | None]:

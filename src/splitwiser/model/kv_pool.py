@@ -157,7 +157,7 @@ def plan_blocks(
         size = parse_bytes(kv_memory)
         if size < nbytes:
             raise InputError(
-                f"kv_memory '{kv_memory}' is less than one block, which takes {nbytes} bytes for this model"
+                f"--kv_memory '{kv_memory}' is less than one block, which takes {nbytes} bytes for this model"
             )
         if problem := find_pool_problem(kv_memory, available):
             raise InputError(problem)
@@ -189,4 +189,4 @@ def find_pool_problem(kv_memory: str, available: int, beside: str = "") -> str |
     None if it fits, as ``auto`` always does. Raises :class:`InputError` if ``kv_memory`` is not a size."""
     if kv_memory == "auto" or parse_bytes(kv_memory) <= available:
         return None
-    return f"kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available{beside}"
+    return f"--kv_memory '{kv_memory}' is more than the {available / 2**30:.1f} GiB that are available{beside}"

@@ -27,7 +27,14 @@ from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
-from splitwiser.model.checkpoint import TOKENIZER_FILES, describe_files, find_checkpoint_problem, find_pointer
+from splitwiser.model.checkpoint import (
+    TOKENIZER_FILES,
+    describe_files,
+    find_checkpoint_problem,
+    find_eos_problem,
+    find_pointer,
+)
+from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
 
@@ -89,20 +96,21 @@ class LoadedModel:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SPELLINGS if name != "auto"}
 
 
 def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
-    """Return the torch dtype named ``dtype``; ``auto`` is the checkpoint's own. Raises :class:`UnsupportedModelError` if
-    that is not supported."""
-    if dtype == "auto":
+    """Return the torch dtype named ``dtype``, in any spelling; ``auto`` is the checkpoint's own. Raises :class:`InputError`
+    for an unknown name and :class:`UnsupportedModelError` if the checkpoint's own is not supported."""
+    name = dtype_name(dtype)
+    if name == "auto":
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if own not in DTYPES.values():
             raise UnsupportedModelError(
-                f"dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
+                f"--dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
             )
         return own
-    return DTYPES[dtype]
+    return DTYPES[name]
 
 
 def plan_model(
@@ -115,6 +123,8 @@ def plan_model(
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
     if getattr(config, "is_encoder_decoder", False):
         raise encoder_decoder(entry)
+    if problem := find_eos_problem(config.get_text_config()):
+        raise UnsupportedModelError(f"model {entry.name}: its configuration's {problem}")
     return entry, place, config, resolve_dtype(dtype, config)
 
 
@@ -142,6 +152,7 @@ def load_model(
     entry, place, config, weights_dtype = plan_model(
         model, models=models, dtype=dtype, device=device, load_format=load_format
     )
+    notes = _widened(config, weights_dtype) if load_format == "auto" else []
     module = without_memory(entry, config, weights_dtype)
     problem = find_memory_problem(
         entry.name, weights_nbytes(module), module.dtype, kv_memory, free_memory(place), place
@@ -154,7 +165,7 @@ def load_model(
         module = _read_checkpoint(entry, config, weights_dtype, place)
         if module.dtype not in DTYPES.values():
             raise UnsupportedModelError(f"model {entry.name}: its weights are {module.dtype}, which is not served")
-    notes = _unapplied_settings(module.generation_config)
+    notes += _unapplied_settings(module.generation_config)
     tokenizer, no_text = load_tokenizer(entry, local_only=load_format == "dummy")
     if has_tokenizer_files(entry) and no_text:
         notes.append(no_text)
@@ -348,6 +359,17 @@ def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
+
+
+def _widened(config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:
+    stored = config.dtype
+    if not isinstance(stored, torch.dtype) or stored.itemsize >= dtype.itemsize:
+        return []
+    names = [str(each).removeprefix("torch.") for each in (stored, dtype)]
+    return [
+        f"the weights are stored as {names[0]} and run as {names[1]}, which takes {dtype.itemsize // stored.itemsize} times "
+        "the memory; dtype auto keeps their own"
+    ]
 
 
 def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:

@@ -1,34 +1,62 @@
 """Configuration of an engine: model, device, number format, KV pool, and the placement of the two phases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.engine.policy import POLICIES, find_policy
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
+from splitwiser.model.dtypes import dtype_name
 from splitwiser.model.kernels.choose import LOADERS
-from splitwiser.options import check_counts, option
+from splitwiser.options import Options, check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES, Mode, find_mode
 from splitwiser.text import parse_bytes, parse_device
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+_PARALLEL = "one device serves the whole model"
+_NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
+    "tensor_parallel_size": _PARALLEL,
+    "pipeline_parallel_size": _PARALLEL,
+    "data_parallel_size": _PARALLEL,
+    "gpu_memory_utilization": "kv_memory gives the KV pool's size, such as 4GiB",
+    "kv_cache_memory_bytes": "here it is kv_memory, such as 4GiB",
+    "max_num_seqs": "here it is max_batch",
+    "max_num_batched_tokens": "here it is prefill_tokens, for the prompt tokens of a prefill step",
+    "enable_chunked_prefill": "prompts longer than prefill_tokens are always split",
+    "scheduling_policy": "here it is policy",
+    "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
+    "block_size": "BLOCK_TOKENS in constants.py",
+    "enable_prefix_caching": "prompts share no blocks",
+    "enforce_eager": "here it is kernels, auto or plain",
+    "quantization": "a checkpoint says itself how it is quantised",
+    "kv_cache_dtype": "K and V have the model's dtype",
+    "trust_remote_code": "models run with transformers' own code alone",
+    "tokenizer": "it is the checkpoint's own",
+    "revision": "give a checkpoint directory",
+    "speculative_config": "tokens are made one by one",
+    "torch_dtype": "here it is dtype",
+    "device_map": "here it is device",
+    "attn_implementation": "attention reads the KV pool; kernels is auto or plain",
+}
+
 SHARES = ("fixed", "auto", "none")
 MPS_DAEMONS = ("private", "existing")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ModelConfig(Options):
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
     model: str | Path = option(constants.MODEL, "name of --models, checkpoint directory or hub id")
     models: str | Path = option(str(constants.MODELS), "YAML file of the models known by name")
-    dtype: str = option(constants.DTYPE, "float32, bfloat16, float16, or auto: the checkpoint's own")
+    dtype: str = option(
+        constants.DTYPE, "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto: the checkpoint's own"
+    )
     device: str = option(constants.DEVICE, "auto, cpu, cuda or cuda:N")
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
     load_format: str = option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
@@ -44,12 +72,14 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))  # one spelling in records, and in the keys of a sweep
         if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
             raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
         parse_device(self.device)
-        for name, known in (("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("kernels", LOADERS)):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+        if self.load_format not in LOAD_FORMATS:
+            raise unknown_name("--load_format", self.load_format, LOAD_FORMATS)
+        if self.kernels not in LOADERS:
+            raise unknown_name("--kernels", self.kernels, LOADERS)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
         check_counts(self, "prefill_tokens")
@@ -60,7 +90,7 @@ class ModelConfig:
         return self.device if self.gpu_id is None else f"cuda:{self.gpu_id}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(ModelConfig):
     """Complete configuration of an engine.
 
@@ -68,6 +98,8 @@ class EngineConfig(ModelConfig):
     :class:`InputError` for values that are invalid on any machine; :func:`splitwiser.placement.checks.find_mode_problem`
     checks this one.
     """
+
+    NOT_TAKEN: ClassVar[Mapping[str, str]] = _NOT_TAKEN
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
     workers: str | Sequence[dict[str, Any]] = option(
@@ -97,18 +129,18 @@ class EngineConfig(ModelConfig):
         super().__post_init__()
         check_counts(self, "max_batch", "batch_size")
         if self.share not in SHARES:
-            raise unknown("share", self.share, SHARES)
+            raise unknown_name("--share", self.share, SHARES)
         if not 0 < self.itl_target_ms < float("inf"):
-            raise InputError(f"itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
+            raise InputError(f"--itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
         find_policy(self.policy)
         if self.policy != constants.POLICY and mode.layout is None:
             raise InputError(
-                f"mode {mode.name} runs transformers' own engine; policy {self.policy} applies to other modes"
+                f"mode {mode.name} runs transformers' own engine; --policy {self.policy} applies to other modes"
             )
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
-            raise InputError(f"workers are laid out in modes {can}, not in mode {mode.name}")
+            raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")
         if self.layout is not None:
             _check_layout(mode, self.layout, self.share)
         self._check_mps()
@@ -125,11 +157,13 @@ class EngineConfig(ModelConfig):
 
     def _check_mps(self) -> None:
         if self.mps not in MPS_DAEMONS:
-            raise unknown("mps", self.mps, MPS_DAEMONS)
+            raise unknown_name("--mps", self.mps, MPS_DAEMONS)
         if self.mps == "existing" and self.mode != "mps":
-            raise InputError(f"mps existing goes with mode mps, not with mode {self.mode}")
+            raise InputError(f"--mps existing goes with mode mps, not with mode {self.mode}")
         if self.exclusive and (self.mode != "mps" or self.mps == "existing"):
-            raise InputError("exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses")
+            raise InputError(
+                "--exclusive goes with mode mps and a private daemon: it is for a GPU that nobody else uses"
+            )
 
 
 def _check_layout(mode: Mode, layout: WorkerLayout, share: str) -> None:
@@ -142,8 +176,10 @@ def _check_layout(mode: Mode, layout: WorkerLayout, share: str) -> None:
         return
     if not mode.moves_shares:
         can = " or ".join(each.name for each in MODES.values() if each.moves_shares)
-        raise InputError(f"share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}")
+        raise InputError(
+            f"--share auto moves shares while a run goes on, which mode {mode.name} cannot; use mode {can}"
+        )
     if any(group.role == "mixed" for group in layout.groups):
-        raise InputError("share auto divides between prefill and decode workers, and mixed ones are both")
+        raise InputError("--share auto divides between prefill and decode workers, and mixed ones are both")
     if any(group.share is not None for group in layout.groups):
-        raise InputError("share auto chooses the shares itself; leave them out of the workers, or use --share fixed")
+        raise InputError("--share auto chooses the shares itself; leave them out of the workers, or use --share fixed")

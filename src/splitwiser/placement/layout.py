@@ -10,7 +10,7 @@ from annotated_types import Interval
 from pydantic import Strict
 
 from splitwiser.engine.messages import Role, WorkerSpec
-from splitwiser.errors import InputError
+from splitwiser.errors import InputError, find_nearest
 from splitwiser.files import load_yaml, named_configs
 from splitwiser.formats import AtLeastOne, must_be, parse_as
 from splitwiser.text import read_text
@@ -35,19 +35,19 @@ class WorkerLayout:
     def __post_init__(self) -> None:
         roles = {group.role for group in self.groups}
         if not self.groups:
-            raise InputError("workers: the list is empty; a prefill and a decode worker, or a mixed one, are needed")
+            raise InputError("--workers: the list is empty; a prefill and a decode worker, or a mixed one, are needed")
         if "mixed" in roles and len(roles) > 1:
-            raise InputError("workers: mixed workers do both phases themselves; list them without prefill or decode")
+            raise InputError("--workers: mixed workers do both phases themselves; list them without prefill or decode")
         for needed in ("prefill", "decode"):
             if "mixed" not in roles and needed not in roles:
-                raise InputError(f"workers: no {needed} worker; list at least one, or mixed workers alone")
+                raise InputError(f"--workers: no {needed} worker; list at least one, or mixed workers alone")
         if len(roles) < len(self.groups):
-            raise InputError("workers: a role is listed twice; give it one entry with a count")
+            raise InputError("--workers: a role is listed twice; give it one entry with a count")
         total = sum(group.count * (group.share or 0) for group in self.groups)
         unshared = sum(group.count for group in self.groups if group.share is None)
         if total > 100 or (unshared and total >= 100):
             rest = " and others have none" if unshared else ""
-            raise InputError(f"workers: the shares make {total}%{rest}; together they may be 100% at most")
+            raise InputError(f"--workers: the shares make {total}%{rest}; together they may be 100% at most")
 
     @property
     def workers(self) -> tuple[WorkerSpec, ...]:
@@ -79,18 +79,19 @@ def parse_layout(given: str | Sequence[dict[str, Any]]) -> WorkerLayout:
 
     Raises :class:`InputError` if it is not a valid layout.
     """
-    where = "workers"
+    where = "--workers"
     groups: object = given
     if isinstance(given, str):
         text = given
         if not given.lstrip().startswith("["):
-            where = f"workers file {given}"
+            where = f"--workers file {given}"
             try:
                 text = read_text(named_configs("workers").get(given, Path(given)))
             except (OSError, UnicodeDecodeError) as error:
+                near = "".join(f"; did you mean {name}?" for name in find_nearest(given, named_configs("workers"))[:1])
                 raise InputError(
-                    f"workers '{given}': neither a file, a name of configs/workers nor a list such as "
-                    "'[{role: prefill}, {role: decode}]'"
+                    f"--workers '{given}': neither a file, a name of configs/workers nor a list such as "
+                    f"'[{{role: prefill}}, {{role: decode}}]'{near}"
                 ) from error
         try:
             groups = load_yaml(text)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from splitwiser.errors import unknown
+from splitwiser.errors import unknown_name
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout
 
 
@@ -52,5 +52,5 @@ MODES = {
 def find_mode(name: str) -> Mode:
     """Return the mode called ``name``. Raises :class:`~splitwiser.errors.InputError` if there is none."""
     if name not in MODES:
-        raise unknown("mode", name, MODES)
+        raise unknown_name("mode", name, MODES)
     return MODES[name]

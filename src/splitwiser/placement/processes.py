@@ -5,6 +5,7 @@ never sent again. From then on the parent only submits requests, collects result
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from splitwiser.placement.start import start_fork_server
 from splitwiser.placement.worker_process import WorkerSetup, worker_main
 from splitwiser.request import Request
 
+MOST_WORKERS = 120  # the fork server passes at most 256 open files to a worker, which has two for every other
 MISSED_CHECKS = 4  # consecutive checks without a heartbeat after which a worker counts as lost
 START_S = 300.0  # longest that workers may take to start
 STOP_S = 5.0  # longest that they may take to stop by themselves
@@ -191,10 +193,11 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     Every decode or mixed worker owns an equal part of the pool's blocks. With ``daemon``, the workers are its clients.
     Raises :class:`InputError` for a configuration that does not fit the device, :class:`RunError` if the start fails.
     """
+    _check_count(len(config.specs))
     start_fork_server()
     model = load(config, device)
     if model.device.type == "cuda" and config.share == "auto":
-        raise InputError("share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
+        raise InputError("--share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
     prepared = prepare(model, config)
     layers, blocks = prepared.layers, prepared.blocks
     specs = config.specs
@@ -203,7 +206,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     part = blocks // len(owners)
     if not part:
         raise InputError(
-            f"kv_memory '{config.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
+            f"--kv_memory '{config.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
         )
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
@@ -253,6 +256,18 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
         if model.device.type == "cpu"
         else [],
     )
+
+
+def _check_count(workers: int) -> None:
+    """Raise :class:`InputError` for more workers than can have pipes to each other."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # both ends of a pipe each way between any two, the parent included; other files take fewer than 100
+    most = next((count for count in range(MOST_WORKERS, 0, -1) if 2 * count * (count + 1) + 100 <= limit), 1)
+    if workers > most:
+        raise InputError(
+            f"--workers: {workers:,} processes are more than the {most} that can have pipes to each other; this process may "
+            f"open {limit:,} files (ulimit -n)"
+        )
 
 
 def _pipes(

@@ -9,13 +9,14 @@ def busy_runs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_busy(rows: pd.DataFrame, by: str) -> str | None:
-    """Return a line that names the busy runs among ``rows`` by column ``by`` and round; None if there are none."""
+    """Return a line that names the busy runs among ``rows`` by column ``by`` and round, unless all were; None if there are
+    none."""
     found = busy_runs(rows)
     if found.empty:
         return None
     named = [f"{by} {what} in round {number}" for what, number in zip(found[by], found["round"], strict=True)]
     others, cores = (pd.to_numeric(found[name]).max() for name in ("others_cores", "cores"))
-    return (
-        f"the machine was busy in {len(found)} of {len(rows)} runs: {', '.join(named)}; other processes used up to "
-        f"{others:.1f} of {cores:g} cores"
+    which = (
+        f"{len(found)} of {len(rows)} runs: {', '.join(named)}" if len(found) < len(rows) else f"all {len(rows)} runs"
     )
+    return f"the machine was busy in {which}; other processes used up to {others:.1f} of {cores:g} cores"

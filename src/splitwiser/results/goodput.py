@@ -1,6 +1,8 @@
 """Parses the latency targets of ``--goodput``."""
 
-from splitwiser.errors import InputError, unknown
+import re
+
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.results.schema import TARGETS
 
 
@@ -11,9 +13,13 @@ def parse_goodput(text: str) -> dict[str, float]:
     """
     targets: dict[str, float] = {}
     for part in text.replace(",", " ").split():
-        name, _, limit = part.partition(":")
+        name, colon, limit = part.partition(":")
+        if not colon:
+            pieces = re.findall(r"[a-z]\w*|[\d.]+", part)
+            right = ":".join(pieces) if len(pieces) == 2 and pieces[0] in TARGETS else "tpot:50"
+            raise InputError(f"--goodput '{text}': write a metric, a colon and milliseconds, such as {right}")
         if name not in TARGETS:
-            raise unknown("target of --goodput", name, TARGETS)
+            raise unknown_name("target of --goodput", name, TARGETS)
         if name in targets:
             raise InputError(f"--goodput '{text}': {name} is given twice")
         try:

@@ -13,30 +13,54 @@ from splitwiser.request import RequestOutput
 from splitwiser.results import metrics
 from splitwiser.results.metrics import Samples, Served, statistic
 
-Place = Literal["run", "compare", "sweep", "advise", "report"]
-"""Where a metric is shown: a command's table in the terminal (and the summaries that it writes), or the report."""
+Place = Literal["run", "compare", "sweep", "advise", "report", "answer"]
+"""Where a metric is shown: a command's table in the terminal (and the summaries that it writes), the report, or the sentence
+that answers a comparison."""
+UNIT_ENDINGS = {"ms": "_ms", "s": "_s", "MB": "_mb", "W": "_w", "%": "_percent"}  # of the names of columns
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a CSV file. The report requires those that are ``needed``; a needed column with a unit holds numbers."""
+    """A column of a CSV file. The report requires those that are ``needed``; a needed column with a unit holds numbers.
+    ``short_name`` names it in a sentence if the column's name does not."""
 
     name: str
     description: str
     unit: str = ""
     needed: bool = False
+    short_name: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What it holds, as it stands in a sentence."""
+        return self.short_name or self.name.removesuffix(UNIT_ENDINGS.get(self.unit, "")).replace("_", " ")
+
+    @property
+    def label(self) -> str:
+        """Its name as it stands in a sentence."""
+        return self.subject
+
+    @property
+    def title(self) -> str:
+        """Its name at the start of a sentence or above a plot."""
+        return _capitalised(self.label)
+
+    @property
+    def title_with_unit(self) -> str:
+        """Its name and unit as the heading of a row or column."""
+        in_title = not self.unit or self.unit in self.title.lower().split()
+        return self.title if in_title else f"{self.title}, {self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(Column):
     """A metric of a run.
 
-    ``short_name`` names it in a sentence if the column's name does not, and ``statistic`` says which statistic it is.
-    ``compute`` computes it from the run's outputs; None means that the recorder of the run supplies the value. ``objective``
-    is its name in ``advise --objective``. A metric that is not ``timed`` does not depend on the load of the machine.
+    ``statistic`` says which statistic of its subject it is. ``compute`` computes it from the run's outputs; None means that
+    the recorder of the run supplies the value. ``objective`` is its name in ``advise --objective``. A metric that is not
+    ``timed`` does not depend on the load of the machine.
     """
 
-    short_name: str = ""
     statistic: str = ""
     compute: Callable[[Served], float | None] | None = None
     more_is_better: bool = False
@@ -45,19 +69,15 @@ class Metric(Column):
     timed: bool = True
 
     @property
-    def subject(self) -> str:
-        """What it measures, as it stands in a sentence."""
-        return self.short_name or self.name.replace("_", " ")
-
-    @property
     def label(self) -> str:
         """Its name as it stands in a sentence."""
         return f"{self.subject} {self.statistic}".strip()
 
     @property
-    def title(self) -> str:
-        """Its name at the start of a sentence or above a plot."""
-        return _capitalised(self.label)
+    def axis_label(self) -> str:
+        """Its unit, and which end of an axis is the better one."""
+        better = f"{'more' if self.more_is_better else 'less'} is better"
+        return f"{self.unit}, {better}" if self.unit else better
 
     @property
     def heading(self) -> str:
@@ -126,7 +146,7 @@ LATENCIES = (
         "TTFT",
         "the time from a request's arrival to its first token, over requests.",
         metrics.ttft,
-        {"median": ("run", "compare", "sweep", "report"), "p99": ("run", "compare", "advise", "report")},
+        {"median": ("run", "compare", "sweep", "report"), "p99": ("run", "compare", "advise", "report", "answer")},
         is_objective=True,
         is_target=True,
     ),
@@ -143,7 +163,10 @@ LATENCIES = (
         "ITL",
         "the time between two tokens of a request, over every gap of every request.",
         metrics.itl,
-        {"median": ("run", "compare", "sweep", "advise", "report"), "p99": ("run", "compare", "advise", "report")},
+        {
+            "median": ("run", "compare", "sweep", "advise", "report"),
+            "p99": ("run", "compare", "advise", "report", "answer"),
+        },
         is_objective=True,
     ),
     Latency(
@@ -187,7 +210,7 @@ METRICS: tuple[Metric, ...] = (
         short_name="goodput",
         compute=metrics.request_goodput,
         more_is_better=True,
-        shown=("compare", "report"),
+        shown=("compare", "report", "answer"),
         objective="goodput",
     ),
     Metric(
@@ -196,7 +219,7 @@ METRICS: tuple[Metric, ...] = (
         "tokens/s",
         compute=metrics.output_throughput,
         more_is_better=True,
-        shown=("compare", "sweep", "advise", "report"),
+        shown=("compare", "sweep", "advise", "report", "answer"),
         objective="throughput",
     ),
     Metric(
@@ -238,29 +261,38 @@ METRICS: tuple[Metric, ...] = (
     Metric("load_before", "Load average of the last minute before the run.", "processes"),
     Metric("cores", "Processors that the run may use; a container's quota counts as a fraction of them.", "cores"),
     Metric("own_cores", "Processor time that the run used, per second.", "cores"),
-    Metric("others_cores", "Processor time that all other processes used, per second.", "cores"),
-    Metric("cpu_pressure", "Share of the time in which at least one process waited for a processor."),
+    Metric(
+        "others_cores",
+        "Processor time that all other processes used, per second.",
+        "cores",
+        short_name="cores of other processes",
+    ),
+    Metric(
+        "cpu_pressure",
+        "Share of the time in which at least one process waited for a processor.",
+        short_name="CPU pressure",
+    ),
     Metric("machine_busy", "Whether other processes used processor time that the run could have used."),
 )
 METRIC = {metric.name: metric for metric in METRICS}
 OBJECTIVES = {metric.objective: metric for metric in METRICS if metric.objective}
 
 LABELS = (
-    Column("run_id", "Name of the run's folder."),
+    Column("run_id", "Name of the run's folder.", short_name="run"),
     Column("model", "Name of the model."),
-    Column("case_id", "Prompting recipe of configs/cases.yaml; empty for other requests."),
+    Column("case_id", "Prompting recipe of configs/cases.yaml; empty for other requests.", short_name="case"),
     Column("mode", "Placement of the two phases."),
     Column("workers", "The workers and their roles."),
     Column("device", "The device that the model was on."),
-    Column("dtype", "Number format of the model."),
-    Column("load_format", "auto for a checkpoint's weights, dummy for random ones."),
+    Column("dtype", "Number format of the model.", short_name="number format"),
+    Column("load_format", "auto for a checkpoint's weights, dummy for random ones.", short_name="weights"),
     Column("request_rate", "Arrival rate of --request_rate; empty without.", "requests/s"),
     Column("burstiness", "Burstiness of --request_rate; empty without."),
     Column("max_concurrency", "Concurrent requests of a closed loop; empty without.", "requests"),
 )
 THROUGHPUT = (*LABELS, *METRICS)
 LATENCY = (
-    Column("request_id", "Number of the request.", needed=True),
+    Column("request_id", "Number of the request.", needed=True, short_name="request"),
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
     Column("arrival_s", "Time of arrival, from the run's start.", "s", needed=True),
@@ -268,12 +300,14 @@ LATENCY = (
     Column("first_token_s", "Time of the first token, from the run's start.", "s", needed=True),
     Column("finish_s", "Time of the last token, from the run's start.", "s", needed=True),
     Column("queue_ms", "Time from arrival to the first prefill step.", "ms"),
-    Column("ttft_ms", "Time from arrival to the first token.", "ms", needed=True),
+    Column("ttft_ms", "Time from arrival to the first token.", "ms", needed=True, short_name="TTFT"),
     Column("handoff_ms", "Time from the first token to the first decode step; empty for one token.", "ms"),
-    Column("tpot_ms", "Mean time per token after the first; empty for one token.", "ms"),
-    Column("itl_p50_ms", "Median time between two tokens; empty for one token.", "ms"),
-    Column("itl_p99_ms", "99th percentile of the time between two tokens; empty for one token.", "ms"),
-    Column("e2el_ms", "Time from arrival to the last token.", "ms"),
+    Column("tpot_ms", "Mean time per token after the first; empty for one token.", "ms", short_name="TPOT"),
+    Column("itl_p50_ms", "Median time between two tokens; empty for one token.", "ms", short_name="ITL p50"),
+    Column(
+        "itl_p99_ms", "99th percentile of the time between two tokens; empty for one token.", "ms", short_name="ITL p99"
+    ),
+    Column("e2el_ms", "Time from arrival to the last token.", "ms", short_name="E2E"),
     Column("finish_reason", "Why the answer ended: stop (an end-of-sequence token) or length."),
     Column("prefill_worker", "Worker that ran the prompt."),
     Column("decode_worker", "Worker that generated the tokens after the first."),
@@ -288,37 +322,67 @@ STEPS = (
     Column("tokens", "Tokens whose keys and values the step computed.", "tokens", needed=True),
 )
 GENERATIONS = (
-    Column("request_id", "Number of the request.", needed=True),
-    Column("finding", "The text to summarise."),
-    Column("summary_ref", "The reference, where there is one."),
-    Column("summary_gen", "The generated text.", needed=True),
+    Column("request_id", "Number of the request.", needed=True, short_name="request"),
+    Column("finding", "The report's findings, or the prompt of a request that is no report."),
+    Column("summary_ref", "The reference, where there is one.", short_name="reference"),
+    Column("summary_gen", "The generated text.", needed=True, short_name="generated text"),
 )
 TOKENS = (
-    Column("request_id", "Number of the request."),
+    Column("request_id", "Number of the request.", short_name="request"),
     Column("prompt_token_ids", "Token ids of the prompt, separated by spaces."),
     Column("token_ids", "Token ids of the answer, separated by spaces."),
 )
 _STEP_FIGURES = (
-    Column("ms", "Median time of the step.", "ms", needed=True),
-    Column("ms_least", "Shortest time of the step.", "ms"),
-    Column("ms_greatest", "Longest time of the step.", "ms"),
+    Column("ms", "Median time of the step.", "ms", needed=True, short_name="time"),
+    Column("ms_least", "Shortest time of the step.", "ms", short_name="shortest time"),
+    Column("ms_greatest", "Longest time of the step.", "ms", short_name="longest time"),
     Column("repeats", "Number of measured steps.", "steps"),
-    Column("tokens_per_s", "Tokens that the step computes, per second.", "tokens/s"),
-    Column("flops", "Floating-point operations of the step, counted from the architecture.", "operations"),
-    Column("bytes", "Bytes that the step moves to and from memory, counted from the architecture.", "bytes"),
+    Column("tokens_per_s", "Tokens that the step computes, per second.", "tokens/s", short_name="throughput"),
+    Column(
+        "flops",
+        "Floating-point operations of the step, counted from the architecture.",
+        "operations",
+        short_name="arithmetic",
+    ),
+    Column(
+        "bytes",
+        "Bytes that the step moves to and from memory, counted from the architecture.",
+        "bytes",
+        short_name="memory traffic",
+    ),
     Column("arithmetic_intensity", "Operations per byte.", "operations/byte", needed=True),
-    Column("tflops", "Operations per second, in 10^12.", "TFLOP/s", needed=True),
-    Column("gb_s", "Bytes per second, in 10^9.", "GB/s"),
+    Column("tflops", "Operations per second, in 10^12.", "TFLOP/s", needed=True, short_name="arithmetic rate"),
+    Column("gb_s", "Bytes per second, in 10^9.", "GB/s", short_name="memory rate"),
     Column("share_of_compute", "Operations per second over the highest measured rate."),
     Column("share_of_bandwidth", "Bytes per second over the highest measured rate; above 1 where a cache helped."),
     Column("share_of_roofline", "Operations per second over what the roofline allows at this intensity."),
     Column("peak_memory_mb", "Peak memory: of this step on a GPU, of the process so far on a CPU.", "MB"),
-    Column("gpu_util_percent", "Share of the time in which any kernel ran (NVML); empty without a GPU.", "%"),
-    Column("memory_util_percent", "Share of the time in which GPU memory was read or written (NVML).", "%"),
-    Column("sm_activity_percent", "Share of the multiprocessors that were busy (GPM; Hopper and newer).", "%"),
-    Column("dram_activity_percent", "Share of the memory's bandwidth that was used (GPM; Hopper and newer).", "%"),
-    Column("power_w", "Power of the GPU.", "W"),
-)  # fmt: skip
+    Column(
+        "gpu_util_percent",
+        "Share of the time in which any kernel ran (NVML); empty without a GPU.",
+        "%",
+        short_name="GPU in use",
+    ),
+    Column(
+        "memory_util_percent",
+        "Share of the time in which GPU memory was read or written (NVML).",
+        "%",
+        short_name="memory in use",
+    ),
+    Column(
+        "sm_activity_percent",
+        "Share of the multiprocessors that were busy (GPM; Hopper and newer).",
+        "%",
+        short_name="multiprocessors in use",
+    ),
+    Column(
+        "dram_activity_percent",
+        "Share of the memory's bandwidth that was used (GPM; Hopper and newer).",
+        "%",
+        short_name="bandwidth in use",
+    ),
+    Column("power_w", "Power of the GPU.", "W", short_name="power"),
+)
 _THREADS = Column("threads", "Number of PyTorch threads.", "threads")
 PREFILL = (
     _THREADS,
@@ -331,7 +395,7 @@ DECODE = (
     _THREADS,
     Column("batch", "Requests in the step.", "requests", needed=True),
     Column("context", "Tokens of each request in the KV pool after the step.", "tokens", needed=True),
-    Column("itl_ms", "The step's median time, which is the time between two tokens.", "ms"),
+    Column("itl_ms", "The step's median time, which is the time between two tokens.", "ms", short_name="ITL"),
     *_STEP_FIGURES,
 )
 CEILINGS = (
@@ -339,7 +403,7 @@ CEILINGS = (
     Column("kind", "compute or memory.", needed=True),
     Column("what", "What was measured: a matrix product, a copy or a sum."),
     Column("size", "Rows of the square matrices, or bytes of the buffer.", "rows or bytes"),
-    Column("ms", "Shortest time of a pass.", "ms"),
+    Column("ms", "Shortest time of a pass.", "ms", short_name="time"),
     Column("amount", "Operations or bytes of a pass.", "operations or bytes"),
     Column("rate", "The amount per second, in the unit of the next column.", "TFLOP/s or GB/s", needed=True),
     Column("unit", "Unit of the rate.", needed=True),

@@ -118,7 +118,7 @@ def predict(
     targets = None if config.goodput is None else parse_goodput(config.goodput)
     rng = random.Random(config.seed)
     ends = {
-        request.request_id: min(request.params.max_tokens, rng.choice(measurements.output_tokens))
+        request.request_id: min(request.max_tokens, rng.choice(measurements.output_tokens))
         for request in requests
         if measurements.output_tokens and not request.params.ignore_eos
     }

@@ -206,17 +206,17 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
     # several prefill steps, so that most of them overlap decode steps
     prefill_tokens = min(config.prefill_tokens, max(64, total // 8))
     with LLM(config=config, mode=mode, workers=workers, prefill_tokens=prefill_tokens) as llm:
-        prompts, params = zip(*((each.prompt_token_ids, _sample_params(each.params)) for each in sample), strict=True)
+        prompts, params = zip(*((each.prompt_token_ids, _sample_params(each)) for each in sample), strict=True)
         recording = Recording()
         llm.run(llm.make_requests(prompts, params), recording, time.perf_counter_ns())
         assert llm.started.pool is not None
         return recording, llm.started.pool.blocks
 
 
-def _sample_params(params: SamplingParams) -> SamplingParams:
-    return (
-        dataclasses.replace(params, max_tokens=min(params.max_tokens, _SAMPLE_TOKENS)) if params.ignore_eos else params
-    )
+def _sample_params(request: Request) -> SamplingParams:
+    if not request.params.ignore_eos:
+        return request.params
+    return dataclasses.replace(request.params, max_tokens=min(request.max_tokens, _SAMPLE_TOKENS))
 
 
 def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:

@@ -16,10 +16,10 @@ from splitwiser.study.fresh_runs import Execute, RoundsBar, run_once
 def check_load(load: float, config: RunConfig) -> None:
     """Raise :class:`InputError` unless requests of ``config`` can arrive at the fraction ``load`` of their capacity."""
     if not 0 < load < math.inf:
-        raise InputError(f"load must be above 0, such as 0.6, not {load:g}")
+        raise InputError(f"--load must be above 0, such as 0.6, not {load:g}")
     for name in ("request_rate", "max_concurrency"):
         if getattr(config, name) is not None:
-            raise InputError(f"a load sets when requests arrive; leave {name} out")
+            raise InputError(f"a load sets when requests arrive; leave --{name} out")
     replace(config, request_rate=math.inf)  # raises if the workload does not allow a rate
 
 

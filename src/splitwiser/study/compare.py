@@ -19,9 +19,11 @@ from splitwiser.files import make_run_directory, write_rows
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
+from splitwiser.results.answer import answer
 from splitwiser.results.busy import describe_busy
+from splitwiser.results.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
 from splitwiser.results.record import Record, read_environment
-from splitwiser.results.schema import TOKENS, Column, column, columns_of, names
+from splitwiser.results.schema import METRIC, TOKENS, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.capacity import check_load, measure_capacity, rate_at
 from splitwiser.study.fresh_runs import (
@@ -34,7 +36,6 @@ from splitwiser.study.fresh_runs import (
     check_one_process,
     run_once,
 )
-from splitwiser.study.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
 from splitwiser.study.peers import MODELS, Peer, check_peer, read_peer, run_peer, share_with_peers, without_requests
 from splitwiser.workload.job import Job
 
@@ -100,7 +101,7 @@ def make_variants(
         try:
             own = split_options(options, RunConfig)
         except InputError as error:
-            raise InputError(f"--variant {name}: {error}") from error
+            raise InputError(f"--variant {name}: {error.cli_message}") from error
         if "results" in own:
             raise InputError(f"--variant {name}: --results is the comparison's; give it outside of the variant")
         variants.append(Variant(name, {**base, **own}))
@@ -193,7 +194,7 @@ def _check_same_question(variants: Sequence[Variant], load: float | None) -> Job
             if variant.peer is not None:
                 check_peer(config, job)
         except InputError as error:
-            raise InputError(f"variant {variant.name}: {error}") from error
+            raise InputError(f"variant {variant.name}: {error.cli_message}") from error
         asks = {name: getattr(config, name) for name in ASKED}
         asks |= {"requests": job, "sampling": job.sampling_params(config)}
         asked = asked or asks
@@ -262,7 +263,7 @@ def conclude(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapping[s
             written = pd.read_csv(folder / "comparison.csv")
             summary = summarise(written, [variant.name for variant in variants])
             write_rows(folder / "comparison_summary.csv", names(SUMMARY), map(asdict, summary))
-            print(_table(summary, variants[0].name))
+            print(f"{_table(summary, variants[0].name)}\n{answer(summary)}\n{_note(summary)}")
             if busy := describe_busy(written, "variant"):
                 print(f"busy: {busy}; compare again while nothing else runs")
         checks = list(_check_tokens(folder, variants, rows))
@@ -330,15 +331,19 @@ def _table(summary: Sequence[SummaryRow], first: str) -> str:
         for number, row in enumerate(of):
             values = _range(row.median, row.least, row.greatest)
             ratios = _range(row.ratio_median, row.ratio_least, row.ratio_greatest)
-            lines.append(("" if number else metric, row.variant, values, ratios, row.verdict or ""))
+            title = "" if number else METRIC[metric].title_with_unit
+            lines.append((title, row.variant, values, ratios, row.verdict or ""))
+    return columns(lines)
+
+
+def _note(summary: Sequence[SummaryRow]) -> str:
     rounds = max(row.rounds for row in summary)
-    note = (
+    return (
         f"better, worse: the 95% interval of the ratio, paired over {rounds} rounds, excludes 1; equal: it is narrow "
         "around 1; undecided: neither, and more rounds narrow it"
         if rounds > 1
         else "one round does not show noise; use --repeats 3 or more"
     )
-    return f"{columns(lines)}\n{note}"
 
 
 def _range(median: float | None, least: float | None, greatest: float | None) -> str:

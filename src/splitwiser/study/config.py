@@ -5,13 +5,13 @@ from pathlib import Path
 
 from splitwiser import constants
 from splitwiser.config import RunConfig, check_results
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.options import check_counts, option, whole_numbers
 from splitwiser.placement.config import ModelConfig
 from splitwiser.results.schema import OBJECTIVES
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ProfileConfig(ModelConfig):
     """What to profile. Raises :class:`~splitwiser.errors.InputError` for an invalid list."""
 
@@ -32,12 +32,12 @@ class ProfileConfig(ModelConfig):
         for name in ("prompt_lengths", "batch_sizes", "contexts"):
             if not getattr(self, name).strip():
                 raise InputError(f"--{name} is empty; at least one whole number is needed")
-        check_counts(self, "--repeats")
+        check_counts(self, "repeats")
         super().__post_init__()
         check_results(self.results)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdviseConfig(RunConfig):
     """What to advise on: the options of a run, except those that the advice determines, and these."""
 
@@ -54,10 +54,10 @@ class AdviseConfig(RunConfig):
     repeats: int = option(1, "how often to run each of them, in interleaved rounds", "advice")
 
     def __post_init__(self) -> None:
-        check_counts(self, "--repeats")
+        check_counts(self, "repeats")
         super().__post_init__()
         if self.objective not in OBJECTIVES:
-            raise unknown("objective", self.objective, OBJECTIVES)
+            raise unknown_name("objective", self.objective, OBJECTIVES)
         if self.objective == "goodput" and self.goodput is None:
             raise InputError("--objective goodput needs targets; give --goodput, such as ttft:200,tpot:50")
         if self.checks < 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.config import RunConfig
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
 from splitwiser.model.catalog import resolve_model
@@ -38,7 +38,7 @@ def read_peer(text: str) -> Peer:
     """Read ``ENGINE=ENVIRONMENT``, a folder with ``bin/python`` or a Python executable. Raises :class:`InputError`."""
     engine, _, where = text.partition("=")
     if engine not in ENGINES:
-        raise unknown("peer", engine, ENGINES)
+        raise unknown_name("peer", engine, ENGINES)
     if not PROGRAM.exists():
         raise InputError("--peer needs scripts/peer.py of a checkout, which an installed package does not have")
     python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
@@ -50,7 +50,7 @@ def read_peer(text: str) -> Peer:
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     if config.temperature != 0:
-        raise InputError("a peer chooses tokens greedily; leave temperature out")
+        raise InputError("a peer chooses tokens greedily; leave --temperature out")
     if config.max_concurrency is None and any(job.arrival_s):
         raise InputError(
             "a peer takes requests that arrive at once or as others finish, not at given times; give --request_rate inf or "
@@ -81,7 +81,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
     workload = folder / f"{job.label}.json"
     content = {
-        "max_new_tokens": [request.params.max_tokens for request in requests],
+        "max_new_tokens": [request.max_tokens for request in requests],
         "prompts": [request.prompt_token_ids for request in requests],
     }
     workload.write_text(json.dumps(content), encoding="utf-8")

@@ -92,15 +92,15 @@ def simulate(
     Requests arrive as in :meth:`splitwiser.engine.engine.Engine.run`. ``output_tokens`` gives the number of tokens after
     which a request ends by itself, by request id (default: its maximum). Raises :class:`InputError` for one that never fits.
     """
-    lengths = {request.request_id: request.params.max_tokens for request in requests} | dict(output_tokens or {})
+    lengths = {request.request_id: request.max_tokens for request in requests} | dict(output_tokens or {})
     # stop strings and end-of-sequence cannot be predicted: a request ends at its length
-    plain = [replace(each, params=SamplingParams(max_tokens=each.params.max_tokens)) for each in requests]
+    plain = [replace(each, params=SamplingParams(max_tokens=each.max_tokens)) for each in requests]
     owners = sum(spec.role != "prefill" for spec in schedule.layout.workers)
     most = max(request.max_kv_tokens for request in requests)
     if -(-most // machine.block_tokens) > machine.blocks // owners:
         raise InputError(
             f"a request needs room for {most} tokens in the KV pool, of which each worker that decodes owns "
-            f"{machine.blocks // owners * machine.block_tokens}; raise kv_memory"
+            f"{machine.blocks // owners * machine.block_tokens}; raise --kv_memory"
         )
     placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
     try:

@@ -17,15 +17,15 @@ import pandas as pd
 
 from splitwiser.check import check
 from splitwiser.config import RunConfig
-from splitwiser.errors import InputError, RunError, unknown
+from splitwiser.errors import InputError, RunError, unknown_name
 from splitwiser.files import read_yaml, write_rows
 from splitwiser.options import typed_options
 from splitwiser.results.busy import busy_runs, describe_busy
+from splitwiser.results.paired import headline_metrics
 from splitwiser.results.schema import METRIC, Column, names, shown_in
 from splitwiser.results.terminal import columns
 from splitwiser.study.capacity import check_load, measure_capacity, rate_at
 from splitwiser.study.fresh_runs import NAME, RUN_COLUMNS, Execute, OneProcess, RoundsBar, check_one_process, run_once
-from splitwiser.study.paired import headline_metrics
 from splitwiser.workload.config import WorkloadConfig
 
 ROW = (
@@ -54,8 +54,9 @@ EXAMPLE = "{name: shares, repeats: 3, base: {model: opt-125m}, grid: {mode: [seq
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the grid: its number from 1, the options that vary, and all its options."""
+    """One setting of the grid in ``file``: its number from 1, the options that vary, and all its options."""
 
+    file: Path
     number: int
     varied: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -66,7 +67,7 @@ class Point:
         try:
             return RunConfig(**typed_options(self.options, RunConfig))
         except InputError as error:
-            raise InputError(f"{self}: {error}") from error
+            raise InputError(f"{self.file}, {self}: {error}") from error
 
     def __str__(self) -> str:
         return f"point {self.number} ({', '.join(f'{name} {value}' for name, value in self.varied.items())})"
@@ -118,7 +119,7 @@ def read_sweep(path: Path) -> Sweep:
         raise InputError(f"{path}: must be a mapping, such as {EXAMPLE}")
     for key in content:
         if key not in KEYS:
-            raise InputError(f"{path}: {unknown('key', key, KEYS)}")
+            raise InputError(f"{path}: {unknown_name('key', key, KEYS)}")
     name, repeats, base = content.get("name"), content.get("repeats", 1), content.get("base") or {}
     grids, variants, load = content.get("grid"), content.get("variants") or {}, content.get("load")
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -141,7 +142,7 @@ def read_sweep(path: Path) -> Sweep:
             for varied, options in points
             for variant, own in variants.items()
         ]
-    numbered = [Point(number, *point) for number, point in enumerate(points, 1)]
+    numbered = [Point(path, number, *point) for number, point in enumerate(points, 1)]
     return Sweep(name, str(content.get("figure") or "").strip(), repeats, numbered, load)
 
 
@@ -228,17 +229,17 @@ def _check_points(grid: Sweep) -> None:
     numbers: dict[str, int] = {}
     for point in grid.points:
         if "results" in point.options:
-            raise InputError(f"point {point.number}: 'results' is the sweep's; give it on the command line")
+            raise InputError(f"{point.file}, {point}: 'results' is the sweep's; give it on the command line")
         if numbers.setdefault(point.key, point.number) != point.number:
             raise InputError(
-                f"point {point.number} is the same as point {numbers[point.key]}; 'repeats' runs points again"
+                f"{point.file}, {point} is the same as point {numbers[point.key]}; 'repeats' runs points again"
             )
         try:
             if grid.load is not None:
                 check_load(grid.load, point.config)
             check(point.config)
         except InputError as error:
-            raise InputError(f"{point}: {error}") from error
+            raise InputError(f"{point.file}, {point}: {error}") from error
 
 
 def _measure_capacities(grid: Sweep, folder: Path, execute: Execute | None) -> dict[str, float]:

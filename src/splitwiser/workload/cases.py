@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import read_entries
 from splitwiser.formats import AtLeastOne, AtLeastZero, Text, Whole, must_be, parse_as
 from splitwiser.workload.reports import Report
@@ -70,7 +70,7 @@ def get_case(path: Path, case_id: int) -> Case:
     """Return the case to run. Raises :class:`InputError` for an unknown number or a method that is not supported yet."""
     cases = load_cases(path)
     if case_id not in cases:
-        raise unknown("case", case_id, cases)
+        raise unknown_name("case", case_id, cases)
     case = cases[case_id]
     if case.method != "discrete":
         usable = ", ".join(str(other.case_id) for other in cases.values() if other.method == "discrete")

@@ -7,7 +7,7 @@ from typing import Literal
 from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.files import named_configs
-from splitwiser.options import check_counts, option, typed_options
+from splitwiser.options import Options, check_counts, option, typed_options
 from splitwiser.request import SamplingParams
 from splitwiser.workload.named import FOLDER, read_named_workload
 from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
@@ -19,8 +19,8 @@ Source = Literal["case", "workload", "trace", "synthetic"]
 MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkloadConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WorkloadConfig(Options):
     """Which requests are made and when they arrive. Raises :class:`InputError` on values that make no sense together."""
 
     case_id: int = option(constants.CASE_ID, "prompting recipe of --cases", "requests")
@@ -95,7 +95,8 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         if self.workload is not None:
             self._check_workload()
-        check_counts(self, "--limit", "--requests", "--max_prompt_tokens")
+        check_counts(self, "limit", "requests", "max_prompt_tokens", "max_new_tokens")
+        self.sampling_params(1)  # raises for invalid ones
         self._check_requests()
         self._check_arrivals()
         if self.trace_slice is not None:
@@ -141,7 +142,7 @@ class WorkloadConfig:
             raise InputError(f"--burstiness must be above 0, not {self.burstiness:g}")
         if self.burstiness != 1 and self.request_rate is None:
             raise InputError("--burstiness applies to arrivals at a rate; give --request_rate")
-        check_counts(self, "--max_concurrency")
+        check_counts(self, "max_concurrency")
         if self.max_concurrency is not None and self.request_rate is not None:
             raise InputError(
                 "--max_concurrency admits requests as others finish, --request_rate at given times; give one of them"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from splitwiser.errors import InputError, unknown
+from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import named_configs, read_yaml
 
 FOLDER = "workloads"  # of configs/
@@ -19,5 +19,5 @@ def read_named_workload(name: str) -> dict[str, Any]:
         raise InputError(f"{path}: must map options to values, prompt_tokens among them, such as {EXAMPLE}")
     for key in content:
         if key not in OPTIONS:
-            raise InputError(f"{path}: {unknown('option', key, OPTIONS)}")
+            raise InputError(f"{path}: {unknown_name('option', key, OPTIONS)}")
     return content

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitwiser.errors import InputError, first_line, unknown
+from splitwiser.errors import InputError, first_line, unknown_name
 from splitwiser.text import check_text, read_text
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_tok(directory: Path, split: str) -> list[Report]:
     """Read ``{split}.findings.tok`` and ``{split}.impression.tok`` of ``directory``; line i of one belongs to line i of
     the other. Raises :class:`InputError` on a missing file, differing line counts or an empty finding."""
     if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+        raise unknown_name("split", split, SPLITS)
     paths = [directory / f"{split}.{part}.tok" for part in ("findings", "impression")]
     for path in paths:
         if not path.is_file():
@@ -156,7 +156,7 @@ def _from_datasets(name: str, split: str, finding_column: str, impression_column
         else:
             table = datasets.load_dataset(name, split=split)
     except KeyError as error:
-        raise unknown(f"split of --data {name}", split, found) from error
+        raise unknown_name(f"split of --data {name}", split, found) from error
     except Exception as error:  # the library raises many kinds: no such set, no network, a bad script
         raise InputError(f"--data {name}: not a file, and 'datasets' cannot load it: {first_line(error)}") from error
     wanted = [column for column in (finding_column, impression_column) if column in table.column_names]
@@ -171,14 +171,9 @@ def _from_datasets(name: str, split: str, finding_column: str, impression_column
 def _from_columns(
     source: str, columns: dict[str, list[object]], finding_column: str, impression_column: str
 ) -> list[Report]:
-    if finding_column not in columns:
-        raise InputError(
-            f"--data {source}: no column '{finding_column}' (--finding_column); its columns: {', '.join(columns)}"
-        )
-    if impression_column != DEFAULT_IMPRESSION_COLUMN and impression_column not in columns:
-        raise InputError(
-            f"--data {source}: no column '{impression_column}' (--impression_column); its columns: {', '.join(columns)}"
-        )
+    for option, name in (("--finding_column", finding_column), ("--impression_column", impression_column)):
+        if name not in columns and name != DEFAULT_IMPRESSION_COLUMN:
+            raise InputError(f"--data {source}: {unknown_name(f'column of {option}', name, columns).cli_message}")
     findings: Sequence[object] = columns[finding_column]
     impressions: Sequence[object] = columns.get(impression_column) or [""] * len(findings)
     reports = []

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.report.page import Section, cell, pairs_table
+from splitwiser.results.report.page import NOTHING, Section, cell, pairs_table
 
 MOST_ROWS = 200  # of a table of requests
 MOST_LINES = 8  # in one plot
@@ -19,11 +19,13 @@ def measure(figures: Mapping[str, Any], column: str, unit: str) -> str:
 
 
 def setting(names: Sequence[str], values: object) -> str:
-    """Return text such as ``mode mp, max_batch 8``; a single text value is returned without its name."""
+    """Return text such as ``mode mp, max batch 8``, without missing values; the only value, if it is text, is returned
+    without its name. ``values`` is a tuple, or the value of a single name."""
     listed = list(values) if isinstance(values, tuple) else [values]
     if len(names) == 1 and isinstance(listed[0], str):
         return listed[0]
-    return ", ".join(f"{name} {cell(value).text}" for name, value in zip(names, listed, strict=True))
+    told = {name: cell(value).text for name, value in zip(names, listed, strict=True)}
+    return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in told.items() if text not in ("", NOTHING))
 
 
 def status_warnings(record: Mapping[str, Any], file: str) -> list[str]:
@@ -55,10 +57,9 @@ def busy_warnings(rows: pd.DataFrame, by: str) -> list[str]:
 
 def record_section(record: Mapping[str, Any], name: str, file: str) -> Section:
     """Return the section that shows the whole record, the last one of a part."""
+    told = {key: value for key, value in flat(record) if value not in (None, "")}
     return Section(
-        "Configuration, machine and versions",
-        [pairs_table(name, f"All of {file}.", dict(flat(record)))],
-        closed=True,
+        "Configuration, machine and versions", [pairs_table(name, f"Everything in {file}.", told)], closed=True
     )
 
 

@@ -38,12 +38,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison's folder: one row per run, the summary, and the folders of the finished runs by run id."""
+    """A comparison's folder: one row per run, how the tokens differ, and the folders of the finished runs by run id."""
 
     path: Path
     record: dict[str, Any]
     rows: pd.DataFrame
-    summary: pd.DataFrame
     tokens: pd.DataFrame
     runs: dict[str, Run]
 
@@ -58,9 +57,16 @@ class Sweep:
 
     @property
     def options(self) -> list[str]:
-        """Names of the options that the grid varies: the columns before ``status`` except the row numbers."""
+        """Names of the columns that tell the points apart: the options that the grid varies, which are those before
+        ``status`` except the row numbers, and if these do not suffice the workers or else the point's number."""
         columns = list(self.points.columns)
-        return [name for name in columns[: columns.index("status")] if name not in ROW_NUMBERS]
+        options = [name for name in columns[: columns.index("status")] if name not in ROW_NUMBERS]
+        choices = [options, *([*options, more] for more in ("workers", "point") if more in columns)]
+        return next((names for names in choices if self._tells_apart(names)), options)
+
+    def _tells_apart(self, columns: Sequence[str]) -> bool:
+        settings = self.points[[*columns, "point"]].drop_duplicates()
+        return not settings.duplicated(subset=list(columns)).any()
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,6 @@ def _read_comparison(path: Path, record: dict[str, Any]) -> Comparison:
         path,
         record,
         rows,
-        _read_table(path / "comparison_summary.csv", required=("variant",), optional=True),
         _read_table(path / "comparison_tokens.csv", required=(), optional=True),
         {
             name: _read_run(folder, _read_record(folder / "run.yaml"))

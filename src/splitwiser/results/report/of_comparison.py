@@ -1,20 +1,30 @@
 """The part of the report that compares runs: several runs given together, or the variants of a comparison."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from splitwiser.results.answer import answer
+from splitwiser.results.paired import SummaryRow, summarise
 from splitwiser.results.report.activity import span
 from splitwiser.results.report.common import busy_warnings, failed_warnings, record_section, status_warnings
 from splitwiser.results.report.folders import Comparison, Run
 from splitwiser.results.report.of_run import distributions, run_part, thinned
-from splitwiser.results.report.page import Part, Pictures, Section, Table, Text, cell, frame_table, picture
-from splitwiser.results.report.plots import Spread, draw_bars, draw_timeline, shown
-from splitwiser.results.schema import shown_in
-
-_MARKS = {"≈": "equal", "?": "undecided"}
+from splitwiser.results.report.page import (
+    Cell,
+    Part,
+    Pictures,
+    Section,
+    Table,
+    Text,
+    cell,
+    frame_table,
+    picture,
+)
+from splitwiser.results.report.plots import Spread, colours_of, draw_bars, draw_timeline, shown
+from splitwiser.results.schema import METRIC, THROUGHPUT, shown_in
 
 
 @dataclass(frozen=True)
@@ -41,36 +51,27 @@ class Variant:
 
 
 def runs_part(runs: Sequence[Run], name: str) -> Part:
-    """Return the part that compares ``runs``: their metrics, the ratios to the first run, and plots of all."""
+    """Return the part that compares ``runs`` with the first of them, as one round of a comparison."""
     labels = _labels(runs)
-    variants = [Variant(label, [run], pd.DataFrame([run.figures])) for label, run in zip(labels, runs, strict=True)]
-    first = variants[0]
-    headings = ["", "unit", first.name, *itertools.chain(*((each.name, f"over {first.name}") for each in variants[1:]))]
-    rows = []
-    for metric in shown_in("report"):
-        column, label, unit = metric.name, metric.title, metric.unit
-        spreads = [variant.spread(column) for variant in variants]
-        if any(spreads):
-            base, *others = [spread.median if spread else None for spread in spreads]
-            row = [cell(label), cell(unit), cell(base)]
-            for other in others:
-                row += [cell(other), cell(other / base if base and other is not None else None)]
-            rows.append(row)
-    table = Table(f"{name}-summary", f"From each run's throughput.csv; ratios are to {first.name}.", headings, rows)
-    verdict = f"{_what(runs)}: {_throughputs(variants)}."
-    warnings = _different_questions(runs)
-    caution = Text(
-        "One run each, at different times: the table does not show noise. splitwiser compare interleaves rounds."
+    rows = pd.DataFrame(
+        [
+            {"round": 1, "status": "finished", **run.figures, "variant": label}
+            for label, run in zip(labels, runs, strict=True)
+        ]
     )
-    sections = [Section("Summary", [table, caution]), *_against(variants, {})]
+    variants = [Variant(label, [run], rows[rows.variant == label]) for label, run in zip(labels, runs, strict=True)]
+    summary = summarise(rows, labels)
     title = f"Comparison of {', '.join(labels)}" if len(runs) <= 4 else f"Comparison of {len(runs)} runs"
-    return Part(name, title, verdict, sections, warnings)
-
-
-def _throughputs(variants: Sequence[Variant]) -> str:
-    reached = {variant.name: variant.spread("output_throughput") for variant in variants}
-    said = [f"{name} {shown(spread.median)}" for name, spread in reached.items() if spread is not None]
-    return f"{', '.join(said)} tokens/s out" if said else ""
+    caution = Text("One run each, at different times, does not show noise. splitwiser compare interleaves rounds.")
+    return Part(
+        name,
+        title,
+        answer(summary) if summary else "None of these runs has figures yet.",
+        _pictures(variants, summary),
+        [Section("Summary", [_summary_table(summary, f"{name}-summary"), caution])] if summary else [],
+        about=[Text(f"{_what(runs)}.")],
+        warnings=_different_questions(runs),
+    )
 
 
 def _what(runs: Sequence[Run]) -> str:
@@ -95,8 +96,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 def _different_questions(runs: Sequence[Run]) -> list[str]:
     asked = ("model", "load_format", "dtype", "device", "total_input_tokens")
     differing = [name for name in asked if len({str(run.figures.get(name)) for run in runs}) > 1]
+    labels = {column.name: column.label for column in THROUGHPUT}
     return (
-        [f"These runs differ in {', '.join(differing)}: their modes alone do not explain their figures."]
+        [
+            f"These runs differ in {', '.join(labels[name] for name in differing)}: their modes alone do not explain "
+            "their figures."
+        ]
         if differing
         else []
     )
@@ -104,89 +109,94 @@ def _different_questions(runs: Sequence[Run]) -> list[str]:
 
 def comparison_part(comparison: Comparison, name: str) -> list[Part]:
     """Return the part about the comparison, then one part for each variant's typical run."""
-    rows = comparison.rows
+    rows = comparison.rows.astype({"variant": str})
     finished = rows[rows.status == "finished"]
     variants = []
     for variant in rows.variant.unique():
         own = finished[finished.variant == variant]
-        named = own["run_id"].astype(str) if "run_id" in own else []
-        runs = [comparison.runs[run_id] for run_id in named if run_id in comparison.runs]
-        variants.append(Variant(str(variant), runs, own))
-    rounds = rows["round"].nunique()
-    names = ", ".join(variant.name for variant in variants)
-    verdict = f"{names} over {rounds} rounds; {len(finished)} of {len(rows)} runs finished."
-    if reached := _throughputs(variants):
-        verdict += f" Medians: {reached}."
-    summary = comparison.summary
-    caption = "comparison_summary.csv; ratios are to the first."
-    sections = [Section("Summary", [frame_table(f"{name}-summary", caption, summary)])]
-    bars, *pictures = _against(variants, _verdicts(summary))
-    sections = [bars, *sections, *pictures]
-    if len(comparison.tokens):
-        sections.append(
-            Section("Tokens", [frame_table(f"{name}-tokens", "comparison_tokens.csv.", comparison.tokens)], closed=True)
-        )
-    sections.append(
-        Section("Every run", [frame_table(f"{name}-runs", "comparison.csv.", rows, drop_empty=True)], closed=True)
-    )
-    sections.append(record_section(comparison.record, f"{name}-record", "compare.yaml"))
-    title = comparison.path.resolve().name
-    warnings = (
-        status_warnings(comparison.record, "compare.yaml") + failed_warnings(rows) + busy_warnings(rows, "variant")
+        named = own.get("run_id", ())
+        runs = [comparison.runs[run_id] for run_id in map(str, named) if run_id in comparison.runs]
+        variants.append(Variant(variant, runs, own))
+    summary = summarise(rows, [variant.name for variant in variants])
+    tables = [Section("Summary", [_summary_table(summary, f"{name}-summary")])] if summary else []
+    for title, short, frame, caption in (
+        ("Tokens", "tokens", comparison.tokens, "How the tokens of each run differ, from comparison_tokens.csv."),
+        ("Every run", "runs", rows, "One row per run, from comparison.csv."),
+    ):
+        if len(frame):
+            table = frame_table(f"{name}-{short}", caption, frame, THROUGHPUT)
+            tables.append(Section(title, [table], closed=True))
+    part = Part(
+        name,
+        comparison.path.resolve().name,
+        answer(summary) if summary else f"None of {len(rows)} runs finished.",
+        _pictures(variants, summary),
+        tables,
+        record_section(comparison.record, f"{name}-record", "compare.yaml"),
+        warnings=status_warnings(comparison.record, "compare.yaml")
+        + failed_warnings(rows)
+        + busy_warnings(rows, "variant"),
     )
     typical = [(variant, run) for variant in variants if (run := variant.typical) is not None]
     details = [
         run_part(run, f"{name}-{number}", f"{variant.name}: {run.path.name}", closed=True)
         for number, (variant, run) in enumerate(typical, start=1)
     ]
-    return [Part(name, title, verdict, sections, warnings), *details]
+    return [part, *details]
 
 
-def _verdicts(summary: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Return the summary's verdict for each (metric, variant) that has one."""
-    if not {"metric", "variant", "verdict"} <= set(summary.columns):
-        return {}
-    said = summary.dropna(subset=["verdict"]).astype(str)
-    return dict(zip(zip(said.metric, said.variant, strict=True), said.verdict, strict=True))
+def _summary_table(summary: Sequence[SummaryRow], name: str) -> Table:
+    """Return one row per metric: the median of each variant and, after the first, its ratio to the first and the verdict."""
+    first, *others = dict.fromkeys(row.variant for row in summary)
+    headings = ["Metric", first]
+    for other in others:
+        headings += [other, f"{other} / {first}", "Verdict"]
+    rows = []
+    for metric, (base, *of) in itertools.groupby(summary, key=lambda row: row.metric):
+        cells = [cell(METRIC[metric].title_with_unit), cell(base.median)]
+        for row in of:
+            cells += [cell(row.median), _range(row.ratio_median, row.ratio_low, row.ratio_high), cell(row.verdict)]
+        rows.append(cells)
+    rounds = max(row.rounds for row in summary)
+    several = f"Medians over {rounds} rounds; ratios are of the same round, with their 95% interval in brackets."
+    return Table(name, several if rounds > 1 else "Ratios are of one round.", headings, rows)
 
 
-def _mark(verdict: str) -> str:
-    """Return the mark after a variant's name if it is neither better nor worse."""
-    return next((f" {mark}" for mark, word in _MARKS.items() if verdict.startswith(word)), "")
+def _range(value: float | None, low: float | None, high: float | None) -> Cell:
+    """Return ``value`` with the range that it lies in as a cell that sorts by ``value``."""
+    if value is None:
+        return cell(None)
+    span = "" if low is None or high is None or low == high else f" ({shown(low)} to {shown(high)})"
+    return Cell(f"{shown(value)}{span}", repr(value), True)
 
 
-def _against(variants: Sequence[Variant], verdicts: Mapping[tuple[str, str], str]) -> list[Section]:
+def _pictures(variants: Sequence[Variant], summary: Sequence[SummaryRow]) -> list[Section]:
+    verdicts = {(row.metric, row.variant): row.verdict or "" for row in summary}
+    colours = colours_of(variant.name for variant in variants)
     bars = []
-    used = set()
     for metric in shown_in("report"):
-        column, label, unit = metric.name, metric.title, metric.unit
-        spreads = {variant.name: spread for variant in variants if (spread := variant.spread(column)) is not None}
-        if spreads:
-            said = {name: verdicts.get((column, name), "") for name in spreads}
-            used |= {_mark(verdict).strip() for verdict in said.values()}
-            marked = {f"{name}{_mark(said[name])}": each for name, each in spreads.items()}
-            words = "; ".join(
-                f"{name} {_range(spread)}{', ' if said[name] else ''}{said[name]}" for name, spread in spreads.items()
-            )
-            bars.append(picture(draw_bars(label, unit, marked), f"{label} in {unit}: {words}", wide=False))
+        spreads = {variant.name: each for variant in variants if (each := variant.spread(metric.name)) is not None}
+        if not spreads:
+            continue
+        said = {name: verdicts.get((metric.name, name), "") for name in spreads}
+        words = "; ".join(
+            ", ".join(filter(None, [f"{name} {_range(each.median, each.least, each.greatest).text}", said[name]]))
+            for name, each in spreads.items()
+        )
+        remarks = {name: text.split(" (")[0] for name, text in said.items()}
+        svg = draw_bars(metric.title, metric.axis_label, spreads, colours, remarks)
+        bars.append(picture(svg, f"{metric.title} in {metric.unit}: {words}", wide=False))
     many = max((len(variant.rows) for variant in variants), default=0) > 1
-    note = "Bars are medians over rounds; the lines on them span the minimum to the maximum. " if many else ""
-    note += "".join(f"{mark}: {word}, compared with the first. " for mark, word in _MARKS.items() if mark in used)
-    sections = [Section("Comparison", [Pictures(bars), *([Text(note.strip())] if note else [])])]
-    with_runs = {variant.name: variant.runs for variant in variants if variant.runs}
-    if with_runs:
-        sections.append(Section("Distributions", distributions(with_runs)))
+    note = [Text("Bars are medians over rounds; the lines on them span the minimum to the maximum.")] if many else []
+    sections = [Section("Comparison", [Pictures(bars), *note])] if bars else []
     typical = {variant.name: run for variant in variants if (run := variant.typical) is not None and len(run.steps)}
     if typical:
         window = (0.0, max(span(run.steps, run.latency) for run in typical.values()))
         svg, bin_s = draw_timeline({name: run.steps for name, run in typical.items()}, window, titled=True)
         chosen = "For each, the run whose throughput is closest to the median. " if many else ""
         words = f"Timelines of {', '.join(typical)} on a common time axis"
-        sections.insert(1, Section("Timelines", [picture(svg, words, chosen + thinned(bin_s))]))
+        sections.append(Section("Timelines", [picture(svg, words, chosen + thinned(bin_s))]))
+    with_runs = {variant.name: variant.runs for variant in variants if variant.runs}
+    if with_runs:
+        sections.append(Section("Distributions", distributions(with_runs, colours)))
     return sections
-
-
-def _range(spread: Spread) -> str:
-    if spread.least == spread.greatest:
-        return shown(spread.median)
-    return f"{shown(spread.median)} ({shown(spread.least)} to {shown(spread.greatest)})"

@@ -6,41 +6,56 @@ import pandas as pd
 
 from splitwiser.results.report.common import MOST_LINES, MOST_ROWS, record_section, setting, status_warnings
 from splitwiser.results.report.folders import Profile
-from splitwiser.results.report.page import Part, Picture, Pictures, Section, cell, frame_table, picture
-from splitwiser.results.report.plots import Spread, draw_lines, draw_roofline, shown
+from splitwiser.results.report.page import Part, Picture, Pictures, Section, frame_table, picture
+from splitwiser.results.report.plots import Spread, colours_of, draw_lines, draw_roofline, shown
+from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column
 
 
 def profile_part(profile: Profile, name: str, title: str) -> Part:
     """Return the part about a profile: the roofline, times by prompt length, batch and context, and the tables."""
-    sections = []
     prefill, decode, ceilings = profile.prefill, profile.decode, profile.ceilings
     best = _ceilings(ceilings)
+    pictures = []
     if best and len(prefill) + len(decode):
-        sections.append(Section("Roofline", [_roofline(prefill, decode, *best)]))
+        pictures.append(Section("Roofline", [_roofline(prefill, decode, *best)]))
     if len(prefill):
-        sections.append(
-            Section(
-                "Prefill by prompt length",
-                [Pictures(_profile_lines(prefill, "prompt_tokens", ("prompts", "start_tokens")))],
-            )
-        )
+        lines = _profile_lines(prefill, PREFILL, "prompt_tokens", ("prompts", "start_tokens"))
+        pictures.append(Section("Prefill by prompt length", [Pictures(lines)]))
     if len(decode):
-        by_batch = _profile_lines(decode, "batch", ("context",))
-        sections.append(
-            Section("Decode by batch and context", [Pictures(by_batch + _profile_lines(decode, "context", ("batch",)))])
+        lines = _profile_lines(decode, DECODE, "batch", ("context",))
+        lines += _profile_lines(decode, DECODE, "context", ("batch",))
+        pictures.append(Section("Decode by batch and context", [Pictures(lines)]))
+    tables = [
+        Section(title, [frame_table(f"{name}-{file}", caption, frame, columns, most=MOST_ROWS)], closed=True)
+        for title, file, caption, frame, columns in (
+            ("Prefill steps", "prefill", "One row per prefill step, from prefill.csv.", prefill, PREFILL),
+            ("Decode steps", "decode", "One row per decode step, from decode.csv.", decode, DECODE),
+            ("Ceilings", "ceilings", "What the machine reached, from ceilings.csv.", ceilings, CEILINGS),
         )
-    for file, frame in (("prefill", prefill), ("decode", decode), ("ceilings", ceilings)):
-        table = frame_table(f"{name}-{file}", f"{file}.csv.", frame, most=MOST_ROWS, drop_empty=True)
-        sections.append(Section(f"{file}.csv", [table], closed=True))
-    sections.append(record_section(profile.record, f"{name}-record", "profile.yaml"))
+        if len(frame)
+    ]
+    return Part(
+        name,
+        title,
+        _answer(profile, best),
+        pictures,
+        tables,
+        record_section(profile.record, f"{name}-record", "profile.yaml"),
+        warnings=status_warnings(profile.record, "profile.yaml")
+        + [f"Note: {note}." for note in profile.record.get("notes") or []],
+    )
+
+
+def _answer(profile: Profile, best: tuple[float, float] | None) -> str:
     model = profile.record.get("model")
     who = f"{model.get('name')} in {model.get('dtype')}" if isinstance(model, dict) else "A model"
-    measured = f"{len(prefill)} prefill steps and {len(decode)} decode steps measured"
-    limits = f"; compute reaches {shown(best[0])} TFLOP/s, memory {shown(best[1])} GB/s" if best else ""
-    warnings = status_warnings(profile.record, "profile.yaml") + [
-        f"Note: {note}." for note in profile.record.get("notes") or []
+    reached = [
+        f"{phase} computes up to {shown(float(frame.tokens_per_s.max()))} tokens/s"
+        for phase, frame in (("prefill", profile.prefill), ("decode", profile.decode))
+        if "tokens_per_s" in frame and len(frame)
     ]
-    return Part(name, title, f"{who}: {measured}{limits}.", sections, warnings)
+    limits = [f"the machine reaches {shown(best[0])} TFLOP/s and {shown(best[1])} GB/s of memory"] if best else []
+    return f"{who}: {', '.join([*reached, *limits]) or 'nothing has been measured yet'}."
 
 
 def _ceilings(ceilings: pd.DataFrame) -> tuple[float, float] | None:
@@ -59,7 +74,7 @@ def _roofline(prefill: pd.DataFrame, decode: pd.DataFrame, compute: float, memor
     for phase, frame in (("prefill", prefill), ("decode", decode)):
         sizes = [name for name in ("prompts", "start_tokens", "prompt_tokens", "batch", "context") if name in frame]
         for row in _of_most_threads(frame).to_dict("records"):
-            label = f"{phase}, {', '.join(f'{name} {cell(row[name]).text}' for name in sizes)}"
+            label = f"{phase}, {setting(sizes, tuple(row[name] for name in sizes))}"
             points.append(
                 {"phase": phase, "label": label, **{key: row[key] for key in ("arithmetic_intensity", "tflops")}}
             )
@@ -73,8 +88,10 @@ def _roofline(prefill: pd.DataFrame, decode: pd.DataFrame, compute: float, memor
     return picture(draw_roofline(pd.DataFrame(points), compute, memory), words, caption)
 
 
-def _profile_lines(frame: pd.DataFrame, along: str, by: Sequence[str]) -> list[Picture]:
-    """Return plots of time and tokens per second over ``along``, one line per setting of ``by`` and threads."""
+def _profile_lines(frame: pd.DataFrame, columns: Sequence[Column], along: str, by: Sequence[str]) -> list[Picture]:
+    """Return plots of time and tokens per second over ``along``, one line per setting of ``by`` and threads; ``columns``
+    are those of ``frame``."""
+    place_title = next(column.title_with_unit for column in columns if column.name == along)
     varied = [name for name in (*by, "threads") if name in frame and frame[name].nunique() > 1]
     pictures = []
     for column, label, unit in (("ms", "Time of a step", "ms"), ("tokens_per_s", "Tokens per second", "tokens/s")):
@@ -86,6 +103,7 @@ def _profile_lines(frame: pd.DataFrame, along: str, by: Sequence[str]) -> list[P
             for values, of in groups[:MOST_LINES]
         }
         left = len(groups) - len(lines)
-        title = f"{label} by {along}" + (f" ({left} more settings in the table)" if left else "")
-        pictures.append(picture(draw_lines(title, along, unit, lines), f"{label} in {unit} by {along}", wide=False))
+        title = f"{label}{f' ({left} more settings in the table)' if left else ''}"
+        words = f"{label} in {unit} by {along.replace('_', ' ')}"
+        pictures.append(picture(draw_lines(title, place_title, unit, lines, colours_of(lines)), words, wide=False))
     return pictures

@@ -10,6 +10,7 @@ from splitwiser.results.report.activity import FloatArray, PhaseActivity, busy_s
 from splitwiser.results.report.common import MOST_ROWS, measure, record_section, status_warnings
 from splitwiser.results.report.folders import Run
 from splitwiser.results.report.page import (
+    NOTHING,
     Block,
     Example,
     Figures,
@@ -21,52 +22,60 @@ from splitwiser.results.report.page import (
     Text,
     cell,
     frame_table,
-    pairs_table,
     picture,
 )
-from splitwiser.results.report.plots import MOST_POINTS, draw_distributions, draw_progress, draw_timeline, shown
-from splitwiser.results.schema import LATENCIES, STATISTICS, shown_in
+from splitwiser.results.report.plots import colours_of, draw_distributions, draw_progress, draw_timeline, shown
+from splitwiser.results.schema import LATENCIES, LATENCY, STATISTICS, THROUGHPUT, Column, shown_in
 
 ZOOMED_STEPS = 60  # about how many steps the close-up of the timeline shows
 EXAMPLES = 3  # generations shown
+WORKERS = (
+    Column("busy_s", "Time in steps.", "s"),
+    Column("busy_percent", "Share of the run in steps.", "%", short_name="share of the run"),
+    Column("mean_step_ms", "Mean time of a step.", "ms"),
+)  # of the table of workers
 
 
 def run_part(run: Run, name: str, title: str, *, closed: bool = False) -> Part:
     """Return the part about ``run`` with everything from its files."""
-    sections = [Section("", [_headlines(run)])]
+    pictures, tables = [], []
     if len(run.steps):
-        sections.append(Section("Timeline", _timeline(run)))
-        sections.append(Section("Throughput over time", [_progress(run)]))
+        pictures.append(Section("Timeline", _timeline(run)))
+        pictures.append(Section("Throughput over time", [_progress(run)]))
     if len(run.latency):
-        sections.append(Section("Distributions", distributions({run.mode: [run]})))
+        pictures.append(Section("Distributions", distributions({run.mode: [run]}, colours_of([run.mode]))))
     if run.figures:
-        sections.append(Section("Latency", [_latency_table(run, f"{name}-latency")]))
+        tables.append(Section("Latency", [_latency_table(run, f"{name}-latency")]))
     if len(run.steps):
-        sections.append(Section("Workers", _workers(run, name)))
+        tables.append(Section("Workers", _workers(run, name)))
     if run.generations.summary_gen.notna().any():
-        sections.append(Section("Generations", _generations(run)))
-    requests = frame_table(f"{name}-requests", "latency.csv.", run.latency.sort_values("request_id"), most=MOST_ROWS)
-    sections.append(Section("Requests", [requests], closed=True))
+        tables.append(Section("Generated texts", _generations(run)))
+    if len(run.latency):
+        ordered = run.latency.sort_values("request_id")
+        caption = "One row per request, from latency.csv."
+        requests = frame_table(f"{name}-requests", caption, ordered, LATENCY, most=MOST_ROWS)
+        tables.append(Section("Requests", [requests], closed=True))
     if run.figures:
-        pairs = pairs_table(f"{name}-throughput", "The row of throughput.csv.", run.figures)
-        sections.append(Section("All figures", [pairs], closed=True))
-    sections.append(record_section(run.record, f"{name}-record", "run.yaml"))
-    return Part(name, title, _verdict(run), sections, _run_warnings(run), closed)
+        tables.append(Section("All figures", [_figures_table(run, f"{name}-throughput")], closed=True))
+    record = record_section(run.record, f"{name}-record", "run.yaml")
+    return Part(name, title, _answer(run), pictures, tables, record, [_headlines(run)], _run_warnings(run), closed)
 
 
-def _verdict(run: Run) -> str:
+def _answer(run: Run) -> str:
     figures, record = run.figures, run.record
     if not figures:
         return f"mode {run.mode}: {len(run.latency):,} requests had finished when the files were last written."
     dummy = " (dummy weights)" if figures.get("load_format") == "dummy" else ""
     said = [
-        f"{figures.get('model')}{dummy}, mode {run.mode} ({figures.get('workers')}) on {_device(record, figures)} in "
-        f"{figures.get('dtype')}: {measure(figures, 'completed', 'requests')} in {measure(figures, 'duration', 's')}",
+        f"{measure(figures, 'completed', 'requests')} in {measure(figures, 'duration', 's')}",
         f"{measure(figures, 'output_throughput', 'tokens/s')} out",
         f"TTFT p50 {measure(figures, 'median_ttft_ms', 'ms')}",
         f"ITL p50 {measure(figures, 'median_itl_ms', 'ms')}",
     ]
-    return ", ".join(said) + "."
+    return (
+        f"{', '.join(said)}: {figures.get('model')}{dummy}, mode {run.mode} ({figures.get('workers')}) on "
+        f"{_device(record, figures)} in {figures.get('dtype')}."
+    )
 
 
 def _device(record: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
@@ -126,10 +135,10 @@ def _timeline(run: Run) -> list[Block]:
 def thinned(bin_s: float | None) -> str:
     """Return how to read a timeline; ``bin_s`` is the one that :func:`draw_timeline` returned."""
     if bin_s is None:
-        return "Each bar is a step; hover over it for details. Red is prefill, blue is decode."
+        return "Each bar is a step; hover over it for details."
     return (
         f"Too many steps to draw each one: the height of a lane is the share of each {shown(bin_s * 1e3)} ms in which it "
-        "was active. Red is prefill, blue is decode."
+        "was active."
     )
 
 
@@ -152,20 +161,21 @@ def _progress(run: Run) -> Picture:
     return picture(svg, "Tokens per second of decode and of prefill, and requests in flight, over the run", caption)
 
 
-def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
-    """Return plots of the distributions of TTFT, ITL and E2E, with one curve per name over all requests of its runs."""
+def distributions(samples: Mapping[str, Sequence[Run]], colours: Mapping[str, str]) -> list[Block]:
+    """Return plots of the distributions of TTFT, ITL and E2E, with one curve per name, in its colour, over all requests of
+    its runs."""
     pooled = {name: [run for run in runs if len(run.latency)] for name, runs in samples.items()}
     pooled = {name: runs for name, runs in pooled.items() if runs}
     pictures = []
     for column, title in (("ttft_ms", "TTFT"), ("e2el_ms", "E2E")):
         values = {name: _pool(runs, column) for name, runs in pooled.items()}
-        pictures.append(_distribution(values, f"{title} by request"))
+        pictures.append(_distribution(values, f"{title} by request", colours))
     gaps = {name: [inter_token_gaps(run.steps, run.latency) for run in runs] for name, runs in pooled.items()}
     known = {
         name: np.concatenate([each for each in of if each is not None]) for name, of in gaps.items() if _all_known(of)
     }
     if len(known) == len(gaps):
-        pictures.insert(1, _distribution(known, "ITL, every gap", log=True))
+        pictures.insert(1, _distribution(known, "ITL, every gap", colours, log=True))
         said = (
             "ITL is every gap between two tokens of a request. It follows from steps.csv: a request gets a token in each "
             "step of its decode worker from handoff to end. The number of these steps was checked for every request."
@@ -174,9 +184,9 @@ def distributions(samples: Mapping[str, Sequence[Run]]) -> list[Block]:
         for column, title in (("itl_p50_ms", "median"), ("itl_p99_ms", "99th percentile")):
             values = {name: _pool(runs, column) for name, runs in pooled.items()}
             if all(map(len, values.values())):
-                pictures.append(_distribution(values, f"each request's {title} ITL", log=True))
+                pictures.append(_distribution(values, f"each request's {title} ITL", colours, log=True))
         said = "steps.csv does not determine every gap, so ITL is shown by its percentiles within each request."
-    read = f"Dots mark the median and the 99th percentile; a curve has at most {MOST_POINTS} points, evenly spaced by rank."
+    read = "Dots mark the median (p50) and the 99th percentile (p99)."
     return [Pictures(pictures), Text(f"{read} {said}")]
 
 
@@ -189,22 +199,37 @@ def _pool(runs: Sequence[Run], column: str) -> FloatArray:
     return np.concatenate(columns) if columns else np.empty(0)
 
 
-def _distribution(samples: Mapping[str, FloatArray], title: str, *, log: bool = False) -> Picture:
+def _distribution(
+    samples: Mapping[str, FloatArray], title: str, colours: Mapping[str, str], *, log: bool = False
+) -> Picture:
     words = "; ".join(
         f"{name} median {shown(float(np.median(values)))} ms, 99th percentile {shown(float(np.percentile(values, 99)))} ms"
         for name, values in samples.items()
     )
-    return picture(draw_distributions(samples, "ms", title, log=log), f"Distribution of {title}: {words}", wide=False)
+    svg = draw_distributions(samples, "ms", title, colours, log=log)
+    return picture(svg, f"Distribution of {title}: {words}", wide=False)
 
 
 def _latency_table(run: Run, name: str) -> Table:
     rows = [
         [cell(latency.title), *(cell(run.figures.get(latency.column(statistic))) for statistic in STATISTICS)]
         for latency in LATENCIES
-        if latency.column("mean") in run.figures
+        if cell(run.figures.get(latency.column("mean"))).numeric
     ]
-    caption = "In ms, from throughput.csv. ITL is over all gaps of all requests, the others are over requests."
-    return Table(name, caption, ["", *STATISTICS], rows)
+    caption = "In ms, from throughput.csv. ITL is over every gap of every request, the others are over requests."
+    return Table(name, caption, ["Latency", *STATISTICS.values()], rows)
+
+
+def _figures_table(run: Run, name: str) -> Table:
+    """Return the row of ``throughput.csv`` as one row per figure, without those that it does not have."""
+    rows = []
+    known = {column.name: column for column in THROUGHPUT}
+    for key, value in run.figures.items():
+        shown_value = cell(value)
+        if shown_value.text != NOTHING:
+            column = known.get(key, Column(key, ""))
+            rows.append([cell(column.title), shown_value, cell(column.unit), cell(column.description)])
+    return Table(name, "The row of throughput.csv.", ("Figure", "Value", "Unit", "Meaning"), rows, long=True)
 
 
 def _workers(run: Run, name: str) -> list[Block]:
@@ -220,14 +245,14 @@ def _workers(run: Run, name: str) -> list[Block]:
     }
     rows = [[cell(phase), cell(seconds), cell(seconds / whole * 100)] for phase, seconds in times.items()]
     return [
-        frame_table(f"{name}-workers", f"From steps.csv; percent of {shown(whole)} s.", busy),
-        Table(f"{name}-overlap", "Time during which the phases were active.", ("active", "seconds", "percent"), rows),
+        frame_table(f"{name}-workers", f"From steps.csv; shares are of {shown(whole)} s.", busy, WORKERS),
+        Table(f"{name}-overlap", "Time during which the phases were active.", ("Active", "Time, s", "Share, %"), rows),
     ]
 
 
 def _generations(run: Run) -> list[Block]:
     rows = run.generations.sort_values("request_id").head(EXAMPLES).to_dict("records")
-    named = {"finding": "Finding", "summary_ref": "Reference", "summary_gen": "Generated"}
+    named = {"finding": _asked(run), "summary_ref": "Reference", "summary_gen": "Generated"}
     return [
         Example(
             f"Request {row['request_id']}",
@@ -239,3 +264,12 @@ def _generations(run: Run) -> list[Block]:
         )
         for row in rows
     ]
+
+
+def _asked(run: Run) -> str:
+    """Return what a request's text is: the column of the reports that a case's prompts are made from, or a prompt."""
+    configuration = run.record.get("configuration")
+    asked = configuration if isinstance(configuration, dict) else {}
+    if any(asked.get(source) is not None for source in ("workload", "trace", "prompt_tokens")):
+        return "Prompt"
+    return str(asked.get("finding_column", "prompt")).capitalize()

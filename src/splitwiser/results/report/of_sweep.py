@@ -15,27 +15,41 @@ from splitwiser.results.report.common import (
 )
 from splitwiser.results.report.folders import Sweep
 from splitwiser.results.report.page import Part, Picture, Pictures, Section, Text, frame_table, picture
-from splitwiser.results.report.plots import Spread, draw_bars, draw_lines
-from splitwiser.results.schema import shown_in
+from splitwiser.results.report.plots import Spread, colours_of, draw_bars, draw_lines, shown
+from splitwiser.results.schema import THROUGHPUT, shown_in
 
 
 def sweep_part(sweep: Sweep, name: str) -> Part:
-    """Return the part about a sweep: its headline metrics over the options, and all points."""
+    """Return the part about a sweep: its best settings, its headline metrics over the options, and all points."""
     points = sweep.points
     finished = points[points.status == "finished"]
-    settings = finished[sweep.options].drop_duplicates()
-    varied = ", ".join(sweep.options)
-    verdict = f"{len(settings):,} settings of {varied}; {len(finished):,} of {len(points):,} runs finished."
-    sections = _sweep_plots(
-        finished, [option for option in sweep.options if finished[option].nunique(dropna=False) > 1]
-    )
-    table = frame_table(f"{name}-points", "points.csv.", points, most=5 * MOST_ROWS, drop_empty=True)
-    sections += [
-        Section("Points", [table], closed=len(points) > 30),
+    count = len(finished[sweep.options].drop_duplicates())
+    varied = [option for option in sweep.options if finished[option].nunique(dropna=False) > 1]
+    table = frame_table(f"{name}-points", "One row per run, from points.csv.", points, THROUGHPUT, most=5 * MOST_ROWS)
+    return Part(
+        name,
+        sweep.path.resolve().name,
+        f"{count:,} setting{'s' * (count != 1)}{_best(finished, varied)}."
+        if count
+        else f"None of {len(points)} runs finished.",
+        _sweep_plots(finished, varied),
+        [Section("Every run", [table], closed=len(points) > 30)],
         record_section(sweep.record, f"{name}-record", "sweep.yaml"),
-    ]
-    warnings = status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points) + busy_warnings(points, "point")
-    return Part(name, sweep.path.resolve().name, verdict, sections, warnings)
+        warnings=status_warnings(sweep.record, "sweep.yaml") + failed_warnings(points) + busy_warnings(points, "point"),
+    )
+
+
+def _best(points: pd.DataFrame, options: Sequence[str]) -> str:
+    """Return the settings with the best medians of the metrics that answer a comparison, if there are several settings."""
+    said = []
+    for metric in shown_in("answer") if options else ():
+        if metric.name in points and points[metric.name].notna().any():
+            medians = points.groupby(list(options), sort=False, dropna=False)[metric.name].median()
+            best = int(medians.argmax() if metric.more_is_better else medians.argmin())
+            most = "most" if metric.more_is_better else "least"
+            value = f"{shown(float(medians.iloc[best]))} {metric.unit}"
+            said.append(f"{most} {metric.label} with {setting(options, medians.index[best])} ({value})")
+    return f": {'; '.join(said)}" if said else ""
 
 
 def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
@@ -50,40 +64,45 @@ def _sweep_plots(points: pd.DataFrame, options: Sequence[str]) -> list[Section]:
         fitting = [name for name in others if points[name].nunique() <= MOST_LINES]
         by_lines = [max(fitting, key=lambda name: points[name].nunique())] if fitting else []
     by_section = [name for name in others if name not in by_lines]
-    groups = points.groupby(by_section, sort=False, dropna=False) if by_section else [((), points)]
     return [
         Section(
-            setting(by_section, values) or "Metrics over the options",
+            name if by_section else "Metrics over the options",
             [
                 Pictures(_sweep_pictures(of, along, by_lines)),
-                Text("Medians over rounds; vertical lines span the minimum to the maximum."),
+                Text("Medians over rounds; thin lines span the minimum to the maximum."),
             ],
             closed=number > 0,
         )
-        for number, (values, of) in enumerate(groups)
-        if len(of)
+        for number, (name, of) in enumerate(_by_setting(points, by_section).items())
     ]
+
+
+def _by_setting(points: pd.DataFrame, options: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Return the rows of each setting of ``options`` by its name; without options or rows, all of them as one."""
+    if not options or points.empty:
+        return {"all": points}
+    return {setting(options, values): of for values, of in points.groupby(list(options), sort=False, dropna=False)}
 
 
 def _sweep_pictures(points: pd.DataFrame, along: str | None, by_lines: Sequence[str]) -> list[Picture]:
     pictures = []
+    colours = colours_of(_by_setting(points, by_lines))
     for metric in shown_in("report"):
-        column, label, unit = metric.name, metric.title, metric.unit
-        if column not in points or points[column].isna().all():
+        if metric.name not in points or points[metric.name].isna().all():
             continue
-        known = points.dropna(subset=[column])
-        groups = known.groupby(list(by_lines), sort=False, dropna=False) if by_lines else [((), known)]
-        words = f"{label} in {unit} by {', '.join([*([along] if along else []), *by_lines])}"
+        groups = _by_setting(points.dropna(subset=[metric.name]), by_lines)
         if along is None:
-            bars = {setting(by_lines, values) or "all": Spread.of(of[column].tolist()) for values, of in groups}
-            pictures.append(picture(draw_bars(label, unit, bars), words, wide=False))
-            continue
-        lines = {
-            setting(by_lines, values): {
-                float(place): Spread.of(at[column].tolist())  # type: ignore[arg-type]
-                for place, at in of.groupby(along)
+            bars = {name: Spread.of(of[metric.name].tolist()) for name, of in groups.items()}
+            svg = draw_bars(metric.title, metric.axis_label, bars, colours)
+        else:
+            lines = {
+                name: {
+                    float(place): Spread.of(at[metric.name].tolist())  # type: ignore[arg-type]
+                    for place, at in of.groupby(along)
+                }
+                for name, of in groups.items()
             }
-            for values, of in groups
-        }
-        pictures.append(picture(draw_lines(label, along, unit, lines), words, wide=False))
+            svg = draw_lines(metric.title, along.replace("_", " "), metric.axis_label, lines, colours)
+        over = ", ".join([*([along] if along else []), *by_lines]).replace("_", " ")
+        pictures.append(picture(svg, f"{metric.title} in {metric.unit} by {over}", wide=False))
     return pictures

@@ -1,7 +1,7 @@
 """The elements of a report page, and their rendering as one self-contained HTML file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from splitwiser.results.report.plots import shown
+from splitwiser.results.schema import Column
 
 NOTHING = "-"
 
@@ -78,7 +79,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Example:
-    """Related texts, each under a name: a finding, its reference, the generated text."""
+    """Related texts, each under a name: a prompt, its reference, the generated text."""
 
     kind: ClassVar[str] = "example"
     title: str
@@ -99,39 +100,39 @@ class Section:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a page about one folder or one comparison: a title, a verdict in one line, warnings and sections."""
+    """The part of a page about one folder or one comparison. Every part has the same order: the title, the ``answer`` in a
+    sentence, warnings, what belongs to the answer (``about``), pictures, tables, and the ``record`` at the end."""
 
     name: str
     title: str
-    verdict: str
-    sections: Sequence[Section]
-    warnings: Sequence[str] = field(default_factory=list)
+    answer: str
+    pictures: Sequence[Section]
+    tables: Sequence[Section]
+    record: Section | None = None
+    about: Sequence[Block] = ()
+    warnings: Sequence[str] = ()
     closed: bool = False
 
 
 def frame_table(
-    name: str,
-    caption: str,
-    frame: pd.DataFrame,
-    *,
-    most: int | None = None,
-    long: bool = False,
-    drop_empty: bool = False,
+    name: str, caption: str, frame: pd.DataFrame, columns: Sequence[Column] = (), *, most: int | None = None
 ) -> Table:
-    """Return ``frame`` as a table; if it has over ``most`` rows, only these are kept and the caption says so."""
-    if drop_empty:
-        frame = frame.dropna(axis="columns", how="all")
+    """Return ``frame`` as a table without empty columns, under the titles and units of ``columns``; a column that is not
+    among these is headed by its name. If ``frame`` has over ``most`` rows, only these are kept and the caption says so."""
+    frame = frame.dropna(axis="columns", how="all")
     if most is not None and len(frame) > most:
         caption = f"{caption} The first {most:,} of {len(frame):,} rows; the file has all."
         frame = frame.head(most)
-    columns = [[cell(value) for value in frame.iloc[:, place]] for place in range(len(frame.columns))]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    return Table(name, caption, [str(column) for column in frame.columns], rows, long)
+    known = {column.name: column for column in columns}
+    headings = [known.get(str(name), Column(str(name), "")).title_with_unit for name in frame.columns]
+    cells = [[cell(value) for value in frame.iloc[:, place]] for place in range(len(frame.columns))]
+    return Table(name, caption, headings, [list(row) for row in zip(*cells, strict=True)])
 
 
 def pairs_table(name: str, caption: str, pairs: Mapping[str, Any]) -> Table:
     """Return a table with one row per name and value."""
-    return Table(name, caption, ("", "value"), [[cell(key), cell(value)] for key, value in pairs.items()], long=True)
+    rows = [[cell(key), cell(value)] for key, value in pairs.items()]
+    return Table(name, caption, ("Name", "Value"), rows, long=True)
 
 
 def cell(value: object) -> Cell:

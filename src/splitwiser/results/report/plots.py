@@ -2,8 +2,11 @@
 of the page; the timeline of a run and the roofline of a profile are also PNG files."""
 
 import hashlib
+import itertools
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -17,6 +20,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
@@ -31,10 +35,13 @@ STATES = {"waiting": "#a0a0a0", "in prefill": PHASE_COLOURS["prefill"], "generat
 MOST_BARS = 1500  # most steps of a timeline that are drawn one by one; more are drawn in bins
 BINS = 300  # number of bins of a run's time
 MOST_POINTS = 400  # of a distribution's curve
+MARKED = (50, 99)  # percentiles with a dot on a distribution's curve
 
 _WIDE, _SMALL = 11.0, 4.2  # inches
+_MOST_LETTERS = 22  # in a line of a row's name
 _CLOCK = "seconds from the run's start"
 _PHASE_MARKERS: dict[Phase, str] = {"prefill": "o", "decode": "s"}
+_WHOLE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # for marks, which an axis through 0 would else cut
 _INK, _FAINT = "#010203", "#010204"  # placeholders for the colours of the page
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[Any, Any] = {
@@ -92,12 +99,13 @@ def draw_timeline(
     rows = [_height(steps) for steps in visible.values()]
     bin_s = _bin_s(visible.values(), window)
     tips: dict[str, list[str]] = {}
-    with _figure(_WIDE, 0.75 + 0.42 * sum(rows) + 0.3 * len(runs), len(runs), rows) as (figure, panels):
+    with _figure(_WIDE, 1.0 + 0.42 * sum(rows) + 0.3 * len(runs), len(runs), rows) as (figure, panels):
         for number, (axes, (name, steps)) in enumerate(zip(panels, visible.items(), strict=True)):
             tips |= _draw_lanes(axes, steps, window, bin_s, f"steps-{number}")
             if titled:
                 axes.set_title(name)
         panels[-1].set_xlabel(_CLOCK)
+        _explain_phases(figure, visible.values())
         return _svg(figure, tips), bin_s
 
 
@@ -111,8 +119,8 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
         _draw_lanes(lanes, steps, window, bin_s, "steps")
         lanes.set_title(title)
         decode = steps[steps.phase == "decode"]
-        for worker, own in decode.groupby("worker"):
-            batches.step(own.start_s, own.requests, where="post", label=worker, linewidth=1.2)
+        for (worker, own), colour in zip(decode.groupby("worker"), itertools.cycle(COLOURS), strict=False):
+            batches.step(own.start_s, own.requests, where="post", label=worker, color=colour, linewidth=1.2)
         batches.set_ylabel("requests\nin a decode step")
         batches.set_ylim(bottom=0)
         batches.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -120,7 +128,16 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
             batches.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, borderaxespad=0)
         height = "" if bin_s is None else f"; the height of a lane is its active share of each {shown(bin_s * 1e3)} ms"
         batches.set_xlabel(f"{_CLOCK}{height}")
+        _explain_phases(figure, [steps])
         _save(figure, path)
+
+
+def _explain_phases(figure: Figure, drawn: Iterable[pd.DataFrame]) -> None:
+    """Write above the panels what the colours of the ``drawn`` steps mean."""
+    phases = {str(phase) for steps in drawn for phase in steps.phase.unique()}
+    handles = [Patch(color=colour, label=f"{phase} step") for phase, colour in PHASE_COLOURS.items() if phase in phases]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), borderaxespad=0)
 
 
 def _height(steps: pd.DataFrame) -> int:
@@ -184,75 +201,146 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
         return _svg(figure), float(edges[1] - edges[0])
 
 
-def draw_distributions(samples: Mapping[str, FloatArray], unit: str, title: str, *, log: bool = False) -> str:
-    """Draw the cumulative distribution of each sample with its median and 99th percentile marked."""
-    with _figure(_SMALL, 3.2) as (figure, (axes,)):
-        for (name, values), colour in zip(samples.items(), _cycle(len(samples)), strict=True):
-            ordered = np.sort(values)
-            shares = np.arange(1, len(ordered) + 1) / len(ordered)
-            if len(ordered) > MOST_POINTS:
-                kept = np.unique(np.linspace(0, len(ordered) - 1, MOST_POINTS).round().astype(int))
-                ordered, shares = ordered[kept], shares[kept]
-            axes.step([ordered[0], *ordered], [0, *shares * 100], where="post", color=colour, linewidth=1.6, label=name)
-            marked = np.percentile(values, [50, 99])
-            axes.plot(marked, [50, 99], linestyle="none", marker="o", markersize=4, color=colour)
+def draw_distributions(
+    samples: Mapping[str, FloatArray], unit: str, title: str, colours: Mapping[str, str], *, log: bool = False
+) -> str:
+    """Draw the percentiles of each sample as a curve in its colour, with dots at those of :data:`MARKED`."""
+    with _figure(_SMALL, 2.8 + _legend_height(samples)) as (figure, (axes,)):
+        for name, values in samples.items():
+            colour = colours[name]
+            shares = np.linspace(0, 100, min(len(values), MOST_POINTS + 1))
+            shares = np.union1d(shares, MARKED)  # so that the dots are points of the curve
+            axes.plot(np.percentile(values, shares), shares, color=colour, linewidth=1.6, label=name)
+            marked = np.percentile(values, MARKED)
+            axes.plot(marked, MARKED, linestyle="none", marker="o", markersize=4, color=colour, **_WHOLE)
         axes.set_title(title)
-        axes.set_ylim(0, 102)
-        axes.set_ylabel("cumulative share, %")
+        axes.set_ylim(-2, 102)
+        axes.set_yticks([0, 25, 50, 75, 99], ["0", "25", "p50", "75", "p99"])
+        axes.set_ylabel("share at or below, %")
         axes.set_xlabel(unit)
         least, greatest = (
             float(extreme([extreme(values) for values in samples.values()])) for extreme in (np.min, np.max)
         )
         if log and greatest > 8 * least > 0:
             axes.set_xscale("log")
+            axes.set_xlim(least / 1.2, greatest * 1.2)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if greatest < 100 * least else (1,)))
             axes.xaxis.set_minor_locator(NullLocator())
         else:
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.05 * greatest or 1)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        if len(samples) > 1:
-            figure.legend(loc="outside lower center", ncols=3)
+        _explain_lines(figure, samples)
         return _svg(figure)
 
 
-def draw_bars(title: str, unit: str, values: Mapping[str, Spread]) -> str:
-    """Draw one bar per name: the median, a line from the minimum to the maximum, and the median as a number beside it."""
-    with _figure(_SMALL, 0.85 + 0.36 * len(values)) as (figure, (axes,)):
+def _explain_lines(figure: Figure, names: Collection[str]) -> None:
+    """Write below the plot which of several lines is which."""
+    if len(names) > 1:
+        figure.legend(loc="outside lower center", ncols=_in_a_row(names))
+
+
+def _legend_height(names: Collection[str]) -> float:
+    """Return the inches that :func:`_explain_lines` needs in a small plot."""
+    return 0.2 * math.ceil(len(names) / _in_a_row(names)) + 0.1 if len(names) > 1 else 0
+
+
+def _in_a_row(names: Collection[str]) -> int:
+    """Return how many of ``names`` fit beside each other below a small plot, at most 3."""
+    return max(1, min(3, 62 // (7 + max(map(len, names)))))
+
+
+def draw_bars(
+    title: str,
+    axis_label: str,
+    values: Mapping[str, Spread],
+    colours: Mapping[str, str],
+    remarks: Mapping[str, str] | None = None,
+) -> str:
+    """Draw one bar per name in its colour: the median, a line from the minimum to the maximum, and the median as a number
+    beside it. ``remarks`` are written below the names."""
+    labels = [f"{_wrapped(name)}\n{(remarks or {}).get(name, '')}".strip() for name in values]
+    with _rows(title, axis_label, labels) as (figure, axes):
         rows = range(len(values))
-        spreads = list(values.values())
-        axes.barh(rows, [each.median for each in spreads], height=0.62, color=_cycle(len(values)))
-        reach = max((each.greatest for each in spreads), default=1.0) or 1.0
-        for row, each in zip(rows, spreads, strict=True):
+        axes.barh(
+            rows, [each.median for each in values.values()], height=0.62, color=[colours[name] for name in values]
+        )
+        for row, each in zip(rows, values.values(), strict=True):
             if each.least < each.greatest:
                 axes.plot([each.least, each.greatest], [row, row], color=_INK, linewidth=1.2)
-            axes.annotate(
-                shown(each.median),
-                (each.greatest, row),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        axes.set_xlim(0, reach * 1.22)
-        axes.set_yticks(rows, list(values))
-        axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        axes.set_title(title)
-        axes.set_xlabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            _write_beside(axes, shown(each.median), each.greatest, row)
+        _leave_room(axes, [each.greatest for each in values.values()], 1.3)
         return _svg(figure)
 
 
-def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[float, Spread]]) -> str:
-    """Draw one line per name over a numeric option: medians, with vertical lines from the minimum to the maximum."""
-    with _figure(_SMALL, 3.2) as (figure, (axes,)):
-        for (name, points), colour, marker in zip(lines.items(), _cycle(len(lines)), _markers(len(lines)), strict=True):
+def draw_predictions(title: str, unit: str, values: Mapping[str, tuple[float, float]]) -> str:
+    """Draw one row per name: what was predicted (an open circle) and what was measured (a dot), joined by a line, and the
+    error of the prediction in words. ``values`` are (predicted, measured)."""
+    with _rows(title, unit, [_wrapped(name) for name in values]) as (figure, axes):
+        rows = range(len(values))
+        predicted, measured = ([pair[place] for pair in values.values()] for place in (0, 1))
+        axes.hlines(rows, predicted, measured, color=_FAINT, linewidth=1.4)
+        dots: dict[str, Any] = {"linestyle": "none", "marker": "o", **_WHOLE}
+        axes.plot(measured, rows, label="measured", markersize=7, color=COLOURS[0], **dots)
+        axes.plot(
+            predicted, rows, label="predicted", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS[5],
+            markeredgewidth=1.6, **dots,
+        )  # fmt: skip
+        for row, (before, after) in zip(rows, values.values(), strict=True):
+            _write_beside(axes, error_in_words(before / after - 1), max(before, after), row)
+        _leave_room(axes, [*predicted, *measured], 1.65)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure)
+
+
+def error_in_words(error: float) -> str:
+    """Return the relative error of a prediction in words, such as ``12% too high``."""
+    if abs(error) < 0.005:
+        return "as measured"
+    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}"
+
+
+@contextmanager
+def _rows(title: str, axis_label: str, labels: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure whose rows, from top to bottom, have ``labels``."""
+    lines = sum(max(label.count("\n") + 1, 1.7) for label in labels)
+    with _figure(_SMALL, 0.85 + 0.2 * lines) as (figure, (axes,)):
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(title)
+        axes.set_xlabel(axis_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        yield figure, axes
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, _MOST_LETTERS)) or name
+
+
+def _write_beside(axes: Axes, text: str, place: float, row: int) -> None:
+    axes.annotate(text, (place, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _leave_room(axes: Axes, values: Sequence[float], factor: float) -> None:
+    """Begin the x axis at 0 and end it where the texts beside the largest of ``values`` fit."""
+    axes.set_xlim(0, factor * (max(values, default=0) or 1))
+
+
+def draw_lines(
+    title: str, along: str, axis_label: str, lines: Mapping[str, Mapping[float, Spread]], colours: Mapping[str, str]
+) -> str:
+    """Draw one line per name in its colour over a numeric option: medians, with vertical lines from the minimum to the
+    maximum."""
+    markers = dict(zip(colours, itertools.cycle("osD^vP*X"), strict=False))
+    with _figure(_SMALL, 2.8 + _legend_height(lines)) as (figure, (axes,)):
+        for name, points in lines.items():
+            colour, marker = colours[name], markers[name]
             places = sorted(points)
             axes.plot(
                 places, [points[place].median for place in places],
-                color=colour, marker=marker, markersize=5, linewidth=1.6, label=name,
+                color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, **_WHOLE,
             )  # fmt: skip
             for place in places:
                 axes.plot([place, place], [points[place].least, points[place].greatest], color=colour, linewidth=1.1)
@@ -262,13 +350,12 @@ def draw_lines(title: str, along: str, unit: str, lines: Mapping[str, Mapping[fl
             axes.minorticks_off()
         if len(places) <= 10:
             axes.set_xticks(places, [shown(place) for place in places])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max(spread.greatest for points in lines.values() for spread in points.values()) or 1)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_title(title)
         axes.set_xlabel(along)
-        axes.set_ylabel(unit)
-        if len(lines) > 1:
-            figure.legend(loc="outside lower center", ncols=1 if max(map(len, lines)) > 24 else 2)
+        axes.set_ylabel(axis_label)
+        _explain_lines(figure, lines)
         return _svg(figure)
 
 
@@ -289,7 +376,7 @@ def draw_roofline(points: pd.DataFrame, tera_flops: float, giga_bytes: float) ->
                 f"{step['label']}: {shown(step['tflops'])} TFLOP/s at {shown(step['arithmetic_intensity'])} operations/byte"
                 for step in own.to_dict("records")
             ]
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=3)
         return _svg(figure, tips)
 
 
@@ -315,36 +402,22 @@ def save_roofline(path: Path, points: pd.DataFrame, tera_flops: float, giga_byte
                         path_effects=[withStroke(linewidth=2.5, foreground="white")],
                     )  # fmt: skip
         series = {"prefill": "prefill, by prompt tokens", "decode": "decode, by requests x context"}
-        axes.legend(
-            handles=[
-                Line2D([], [], color=PHASE_COLOURS[phase], marker=marker, label=series[phase])
-                for phase, marker in _PHASE_MARKERS.items()
-            ],
-            loc="lower right",
-        )
+        handles = [
+            Line2D([], [], color=PHASE_COLOURS[phase], marker=marker, label=series[phase])
+            for phase, marker in _PHASE_MARKERS.items()
+        ]
+        figure.legend(handles=[*axes.get_lines()[:1], *handles], loc="outside lower center", ncols=3)
         _save(figure, path)
 
 
 def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_bytes: float) -> None:
-    """Draw the two ceilings on logarithmic axes that contain ``points``."""
+    """Draw the two ceilings, with their rates as the label, on logarithmic axes that contain ``points``."""
     ridge = tera_flops * 1e3 / giga_bytes
     left = min(points.arithmetic_intensity.min(), ridge) / 2
-    middle = (left * ridge) ** 0.5
     right = max(points.arithmetic_intensity.max(), ridge) * 2
-    axes.plot([left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4)
-    axes.annotate(
-        f"compute {shown(tera_flops)} TFLOP/s",
-        (right, tera_flops),
-        xytext=(-4, 5),
-        textcoords="offset points",
-        ha="right",
-    )
-    axes.annotate(
-        f"memory {shown(giga_bytes)} GB/s",
-        (middle, middle * giga_bytes / 1e3),
-        xytext=(-8, 4),
-        textcoords="offset points",
-        ha="right",
+    label = f"measured ceiling: memory {shown(giga_bytes)} GB/s, compute {shown(tera_flops)} TFLOP/s"
+    axes.plot(
+        [left, ridge, right], [left * giga_bytes / 1e3, tera_flops, tera_flops], color=_INK, linewidth=1.4, label=label
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -353,7 +426,7 @@ def _draw_ceilings(axes: Axes, points: pd.DataFrame, tera_flops: float, giga_byt
         axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("operations per byte of memory traffic, counted from the architecture")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel("operations per second, TFLOP/s")
 
 
 def shown(value: float) -> str:
@@ -378,12 +451,9 @@ def _tip(step: Mapping[Any, object]) -> str:
     )
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(count)]
-
-
-def _markers(count: int) -> list[str]:
-    return ["osD^vP*X"[number % 8] for number in range(count)]
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each of ``names``, for all pictures that show some of them; after the eighth they repeat."""
+    return dict(zip(names, itertools.cycle(COLOURS), strict=False))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pandas as pd
 from splitwiser.results.busy import busy_runs
 from splitwiser.results.schema import METRIC, column, shown_in
 
+ROUNDING = 1e-9  # ratios this close to 1 are of equal figures, whose sums were rounded differently
 NARROW = 0.03  # two variants are equal if the interval of their ratio is within this of 1
 
 
@@ -40,7 +41,8 @@ class SummaryRow:
 
 
 def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
-    """Return one row per headline metric and variant; ratios are to the first of ``variants``, which has none itself.
+    """Return one row per variant and headline metric that any variant has; ratios are to the first of ``variants``, which
+    has none itself.
 
     ``rows`` are those of ``comparison.csv``: columns ``round``, ``variant``, ``status`` and metrics.
     """
@@ -52,6 +54,8 @@ def summarise(rows: pd.DataFrame, variants: Sequence[str]) -> list[SummaryRow]:
     table = []
     for metric in headline_metrics(list(rows.columns)):
         values = {name: own.set_index("round")[metric].dropna() for name, own in runs.items()}
+        if all(own.empty for own in values.values()):
+            continue
         for variant, own in values.items():
             ratios = round_ratios(own, values[variants[0]]) if variant != variants[0] else {}
             given = list(ratios.values())
@@ -102,12 +106,12 @@ def decide(metric: str, ratios: Mapping[int, float], busy: Collection[int] = ())
     if found is None:
         return "undecided (one round)"
     low, high = found
-    if low > 1 or high < 1:
+    if low > 1 + ROUNDING or high < 1 - ROUNDING:
         return "better" if (low > 1) is METRIC[metric].more_is_better else "worse"
     off = max(high, 1 / low) - 1
     if off > NARROW:
         return f"undecided (from {low:.2f} to {high:.2f})"
-    return f"equal within {math.ceil(100 * off - 1e-9)}%" if off > 1e-9 else "equal"
+    return f"equal within {math.ceil(100 * off - ROUNDING)}%" if off > ROUNDING else "equal"
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:

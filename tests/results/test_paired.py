@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from splitwiser.results.busy import describe_busy
-from splitwiser.results.schema import shown_in
-from splitwiser.study.paired import (
+from splitwiser.results.paired import (
     SummaryRow,
     TokenDifference,
     compare_tokens,
@@ -18,6 +17,7 @@ from splitwiser.study.paired import (
     round_ratios,
     summarise,
 )
+from splitwiser.results.schema import shown_in
 
 
 def series(**values: float) -> pd.Series:
@@ -42,6 +42,7 @@ def by_round(ratios: list[float]) -> dict[int, float]:
         ([], None),
         ([1.5], "undecided (one round)"),
         ([1.0, 1.0], "equal"),
+        ([1 + 2e-16, 1 + 2e-16], "equal"),  # sums of the same numbers in another order
         ([1.2, 1.2, 1.2], "better"),
         # logarithms -x, 0, x have mean 0; s is 0.693, and 4.303 * 0.693 / sqrt 3 = 1.722
         ([0.5, 1.0, 2.0], "undecided (from 0.18 to 5.59)"),
@@ -92,6 +93,9 @@ def test_a_busy_round_of_either_side_is_one_of_the_pair() -> None:
     assert describe_busy(rows, "variant") == (
         "the machine was busy in 2 of 9 runs: variant c in round 1, variant a in round 2; other processes used up to "
         "1.6 of 2 cores"
+    )
+    assert describe_busy(rows.assign(machine_busy=True), "variant") == (
+        "the machine was busy in all 9 runs; other processes used up to 1.6 of 2 cores"
     )
     assert describe_busy(rows.assign(machine_busy=np.nan), "variant") is None
     assert describe_busy(rows.drop(columns="machine_busy"), "variant") is None
