@@ -22,21 +22,28 @@ find_python() { # the first Python 3.11 or newer on PATH
     return 2
 }
 
+install() { # says what it does ($1), and on a terminal shows pip's own progress
+    local quiet=--quiet
+    [ -t 2 ] && quiet=
+    echo "$1" >&2
+    "$project/.venv/bin/python" -m pip --disable-pip-version-check install $quiet "${@:2}" >&2
+}
+
 make_venv() {
     local python stamp
     stamp=$(cat "$project/env/requirements.txt" "$project/pyproject.toml" | sha256sum | cut -d' ' -f1)
     [ "$(cat "$project/.venv/splitwiser-pins" 2>/dev/null)" = "$stamp" ] && return
     python=$(find_python) || return
     echo "setting up $project/.venv (once; this takes some minutes)" >&2
+    echo "1/4 an environment of $("$python" --version)" >&2
     "$python" -m venv "$project/.venv" || {
         echo "splitwiser: $python cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2
         return 1
     }
-    local pip=("$project/.venv/bin/python" -m pip --disable-pip-version-check install --quiet)
     # torch first and by itself: what else asks for torch must find it there
-    "${pip[@]}" "$(grep '^torch==' "$project/env/requirements.txt")" &&
-        "${pip[@]}" -r "$project/env/requirements.txt" &&
-        "${pip[@]}" --no-deps -e "$project" || {
+    install "2/4 PyTorch, the largest part" "$(grep '^torch==' "$project/env/requirements.txt")" &&
+        install "3/4 transformers and the other packages" -r "$project/env/requirements.txt" &&
+        install "4/4 splitwiser itself" --no-deps -e "$project" || {
         echo "splitwiser: setting up $project/.venv failed; the lines above say why, and the next start tries again" >&2
         return 1
     }

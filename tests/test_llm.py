@@ -146,6 +146,7 @@ def test_dummy_text_is_tokenised_without_a_download() -> None:
         ({"mode": "sequentail"}, "unknown mode 'sequentail'; did you mean sequential? known: "),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'; known: auto, float32, bfloat16, float16"),
         ({"load_format": "gguf"}, "unknown load_format 'gguf'; known: auto, dummy"),
+        ({"kernels": "fast"}, "unknown kernels 'fast'; known: auto, plain"),
         ({"device": "tpu"}, "device 'tpu': must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device 'cuda:99': "),
         ({"max_batch": 0}, "max_batch must be 1 or more, not 0"),

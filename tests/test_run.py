@@ -30,6 +30,7 @@ def asked_of_llm(options: dict[str, Any]) -> EngineConfig:
         raise _AskedError
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("splitwiser.commands.run.check_quickly", lambda _: None)  # there is no such model
         patch.setattr("splitwiser.run.LLM", lambda *, config: ask(config))
         with pytest.raises(_AskedError):
             main(["run", "--prompt_tokens=5", "--output_tokens=2", *to_arguments(options)])

@@ -1,14 +1,27 @@
-"""Checks of a run that need no loaded model, for commands that start many runs."""
+"""Checks of a run that need no loaded model: before the seconds that importing PyTorch takes, and before many runs."""
 
 from splitwiser.config import RunConfig
-from splitwiser.model.loading import plan_model
-from splitwiser.placement.checks import refuse_mode_here
+from splitwiser.model.catalog import check_model
+from splitwiser.model.hub import check_hub, find_file
 from splitwiser.workload.job import Job, prepare_job
+
+
+def check_quickly(config: RunConfig) -> Job:
+    """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
+    as errors can be found without PyTorch and transformers."""
+    entry = check_model(config.model, config.models)
+    if entry.hub and not (config.load_format == "dummy" and entry.config) and not find_file(entry, "config.json"):
+        check_hub(entry)
+    return prepare_job(config, config.seed)
 
 
 def check(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found before the model is loaded."""
+    job = check_quickly(config)
+    from splitwiser.model.loading import plan_model
+    from splitwiser.placement.checks import refuse_mode_here
+
     refuse_mode_here(config.mode, config.device_name)
     plan_model(
         config.model,
@@ -17,4 +30,4 @@ def check(config: RunConfig) -> Job:
         device=config.device_name,
         load_format=config.load_format,
     )
-    return prepare_job(config, config.seed)
+    return job

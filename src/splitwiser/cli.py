@@ -1,6 +1,7 @@
 """The ``splitwiser`` command."""
 
 import argparse
+import gc
 import io
 import os
 import signal
@@ -81,10 +82,12 @@ def entry_point() -> None:
     """The ``splitwiser`` command as installed."""
     os.environ["PYTHONSAFEPATH"] = "1"  # our processes must import nothing from the current folder, which is the user's
     sys.unraisablehook = _interrupt_again
+    gc.set_threshold(100_000)  # imports make a million objects that stay; the default goes through them again and again
     try:
         exit_code = main()
     except KeyboardInterrupt:  # another one, while the first was being reported
         exit_code = 128 + signal.SIGINT
+    gc.freeze()  # Python's exit would go through them once more
     # only Python's own exit is left, where another Ctrl-C would print a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(exit_code)

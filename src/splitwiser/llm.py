@@ -147,12 +147,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         arrival_s: Sequence[float] | None = None,
     ) -> list[Request]:
-        """Tokenise ``prompts`` and return their requests; arguments and errors are those of :meth:`generate`."""
+        """Tokenise ``prompts`` and return their requests, after taking the memory of the KV pool that they can use at once.
+        Arguments and errors are those of :meth:`generate`."""
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         arrivals = [0.0] * len(prompts) if arrival_s is None else arrival_s
         capacity = self._engine.capacity_tokens
-        return make_requests(self.model, prompts, sampling_params, arrivals, self.config.seed, capacity)
+        requests = make_requests(self.model, prompts, sampling_params, arrivals, self.config.seed, capacity)
+        self._prefault(requests)
+        return requests
 
     def generate(
         self,
@@ -199,6 +202,19 @@ class LLM:
         runs at a time; waiting for another's run counts as waiting time of the requests."""
         with self._lock:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
+
+    def _prefault(self, requests: Sequence[Request]) -> None:
+        """Map the pages of the blocks that ``requests`` can use at once, before the time of any of them counts."""
+        pool = self.started.pool
+        if pool is None or not requests:
+            return
+        owners = sum(spec.role != "prefill" for spec in self.config.specs)
+        part = pool.blocks // owners
+        needs = sorted((pool.blocks_for(request.max_kv_tokens) for request in requests), reverse=True)
+        # requests go to the owner with the most free blocks, so that the loads differ by a request at most
+        most = min(part, sum(needs[: owners * self.config.max_batch]) // owners + needs[0])
+        for first in range(0, owners * part, part):
+            pool.prefault(range(first, first + most))  # of a part, the lowest numbers are used first
 
     def _warm_up(self) -> None:
         """Run both phases once on every pair of workers, so that one-time costs stay out of measured runs."""

@@ -33,13 +33,14 @@ class RunResult:
     figures: dict[str, Any]
 
 
-def run(config: RunConfig) -> RunResult:
-    """Run ``config`` and write its results folder; shows a progress bar.
+def run(config: RunConfig, job: Job | None = None) -> RunResult:
+    """Run ``config`` and write its results folder; shows a progress bar. ``job`` are its requests, if they are planned
+    already.
 
     Raises :class:`~splitwiser.errors.InputError` before a folder is created if the input is invalid. However the run ends
     later, its finished requests are in the folder, and ``run.yaml`` there says how it ended.
     """
-    job = prepare_job(config, config.seed)
+    job = job or prepare_job(config, config.seed)
     before = measure_load()
     with LLM(config=config) as llm:
         reports = [each.report for each in job.requests]

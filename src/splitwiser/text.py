@@ -1,4 +1,4 @@
-"""Text from users: UTF-8 files with or without a byte order mark, valid strings, and sizes in bytes."""
+"""Text from users: UTF-8 files with or without a byte order mark, valid strings, sizes in bytes, and names of devices."""
 
 import reprlib
 from pathlib import Path
@@ -50,3 +50,12 @@ def parse_bytes(text: str) -> int:
             f"--kv_memory '{text}' is not a size; write 'auto' or a number with a unit, such as 512MiB or 4GiB"
         )
     return size
+
+
+def parse_device(text: str) -> tuple[str, int | None]:
+    """Return the kind of a device ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and N. Raises :class:`InputError` for any other
+    text."""
+    kind, _, number = text.partition(":")
+    if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise InputError(f"--device '{text}': must be auto, cpu, cuda or cuda:N")
+    return kind, int(number) if number else None

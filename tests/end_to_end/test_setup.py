@@ -97,6 +97,8 @@ def test_run_discrete_in_a_clean_clone(clone: Clone) -> None:
     assert first.returncode == 0, first.stderr
     assert "setting up" in first.stderr
     assert clone.steps == expected_steps(clone)
+    for step in ("1/4 an environment of Python 3", "2/4 PyTorch", "3/4 transformers", "4/4 splitwiser"):
+        assert step in first.stderr
     assert "results     " in first.stdout
     (directory,) = (clone.folder / "results").glob("radiology-opt_case0_sequential_*")
     assert pd.read_csv(directory / "throughput.csv").completed.tolist() == [8]

@@ -1,11 +1,13 @@
 """The pool's memory, the allocator of its blocks and the size the pool gets."""
 
+import os
 import random
 
 import pytest
 import torch
 
 from splitwiser.machine import memory as main_memory
+from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.model import kv_pool
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import (
@@ -41,14 +43,23 @@ def test_pool_is_zeroed(dtype: torch.dtype) -> None:
     assert all(not tensor.any() for tensor in [*pool.keys, *pool.values])
 
 
-def test_prefaults_the_first_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = block_nbytes(LAYERS, BLOCK, torch.float32)
-    monkeypatch.setattr(kv_pool, "PREFAULT_BYTES", 2 * size + 1)
-    memory = torch.full((6 * size,), 7, dtype=torch.uint8)
-    pool = KVPool(LAYERS, 6, BLOCK, torch.float32, CPU, memory)
-    pool.prefault(range(1, 6))
-    for tensor in [*pool.keys, *pool.values]:
-        assert [bool(block.any()) for block in tensor] == [True, False, False, True, True, True]
+def test_prefault_maps_the_first_blocks_only_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LayerShape(1, 1024, 1024)  # 16 KiB of keys in a block, and as much of values
+    monkeypatch.setattr(kv_pool, "PREFAULT_BYTES", 100 << 15)
+    memory = SharedMemory(1000 << 15, CPU)
+    pool = KVPool([layer], 1000, BLOCK, torch.float32, CPU, memory.tensor)
+    pool.keys[0][7] = 1
+    assert taken_kib(memory) == 16
+    pool.prefault(range(5, 505))
+    assert taken_kib(memory) == 100 * 32
+    assert int(pool.keys[0].sum()) == pool.keys[0][7].numel()
+    memory.close()
+
+
+def taken_kib(memory: SharedMemory) -> int:
+    """Size of the pages that the system has given to ``memory``."""
+    assert memory._fd is not None
+    return os.fstat(memory._fd).st_blocks // 2
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -19,6 +19,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Handoff
 from splitwiser.errors import InputError, RunError
+from splitwiser.model.kv_pool import KVPool
 from splitwiser.placement.processes import MISSED_CHECKS, ProcessPlacement
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
@@ -165,7 +166,7 @@ MEASURE_MEMORY = """
 import sys
 from splitwiser import LLM, SamplingParams
 workers = [{"role": "mixed", "count": int(sys.argv[1])}]
-with LLM("opt-125m", mode="mp", load_format="dummy", workers=workers, kv_memory="256MiB") as llm:
+with LLM("opt-125m", mode="mp", load_format="dummy", workers=workers) as llm:
     llm.generate([[5] * 100] * 8, SamplingParams(max_tokens=2, ignore_eos=True))
     print("ready", flush=True)
     sys.stdin.readline()
@@ -190,6 +191,23 @@ def test_weights_and_pool_count_once_however_many_workers() -> None:
     overhead_mib = 80  # a process's own heap and what it touched last; far below the 478 MiB of weights
     assert weights_mib < sizes[1]
     assert sizes[3] - sizes[1] < 2 * overhead_mib, sizes
+
+
+def test_requests_take_of_each_part_of_the_pool_what_they_can_use_at_once(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[range] = []
+    monkeypatch.setattr(KVPool, "prefault", lambda _, blocks: taken.append(blocks))
+    with LLM(tiny("opt"), mode="mp", workers=LAYOUTS["three mixed"], kv_memory="1MiB", max_batch=5) as llm:
+        assert llm.started.pool is not None
+        part = llm.started.pool.blocks // 3
+        assert taken == []  # nothing is known of the requests yet
+        llm.make_requests([[5] * 20] * 20, SamplingParams(max_tokens=13))  # two blocks each, 15 requests at a time
+        llm.make_requests([[5] * 250], SamplingParams(max_tokens=1))
+        llm.make_requests([], [])
+    assert taken[:3] == [range(first, first + 12) for first in (0, part, 2 * part)]
+    assert len(taken) == 6
+    assert max(map(len, taken)) <= part
 
 
 def test_the_pool_is_the_same_memory_in_every_process(tiny: Callable[[str], Path]) -> None:

@@ -2,8 +2,11 @@
 
 import argparse
 
+from splitwiser.check import check_quickly
 from splitwiser.config import RunConfig
 from splitwiser.options import add_options, given_options
+from splitwiser.placement.modes import find_mode
+from splitwiser.placement.start import start_fork_server
 from splitwiser.results.terminal import run_summary
 
 DESCRIPTION = "Defaults come from src/splitwiser/constants.py. A hyphen may stand for each underscore."
@@ -18,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run one job and print its summary."""
     config = RunConfig(**given_options(options, RunConfig))
-    from splitwiser.run import run as run_job
+    job = check_quickly(config)
+    mode = find_mode(config.mode)
+    if mode.shares_memory and not mode.needs_gpu:  # whether there is a GPU is found out later
+        start_fork_server()
+    from splitwiser.run import run as run_job  # takes seconds, so that mistakes are reported first
 
-    result = run_job(config)
+    result = run_job(config, job)
     print(run_summary(result.figures, result.directory))

@@ -11,15 +11,15 @@ from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.survey import Found, format_size
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
-from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem, find_file
+from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
 from splitwiser.model.compatibility import find_dispatch_problem
+from splitwiser.model.hub import find_file, not_available
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
 from splitwiser.model.loading import (
     has_tokenizer_files,
     load_tokenizer,
     max_positions,
-    not_available,
     plan_model,
     weights_nbytes,
     without_memory,

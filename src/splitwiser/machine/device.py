@@ -6,6 +6,7 @@ import os
 import torch
 
 from splitwiser.errors import InputError
+from splitwiser.text import parse_device
 
 # Read when CUDA is initialised, which counting devices does. With the default of 8 queues, several streams share one, and
 # decode's launches wait behind prefill's (cuda.h, "Green Contexts"); mode green has up to 16 streams, and 32 queues are the
@@ -16,11 +17,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 def resolve_device(device: str, gpus: int | None = None) -> torch.device:
     """Return the device ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` on a machine with ``gpus`` GPUs (by default those that
     PyTorch finds). Raises :class:`InputError` for any other name, or if the device does not exist."""
-    kind, _, number = device.partition(":")
-    if device != "auto" and (
-        kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number)
-    ):
-        raise InputError(f"--device '{device}': must be auto, cpu, cuda or cuda:N")
+    kind, number = parse_device(device)
     if kind == "cpu":
         return torch.device("cpu")
     if gpus is None:
@@ -29,9 +26,9 @@ def resolve_device(device: str, gpus: int | None = None) -> torch.device:
         return torch.device("cuda", 0) if gpus else torch.device("cpu")
     if not gpus:
         raise InputError(f"--device '{device}': PyTorch {torch.__version__} finds no GPU here; use --device cpu")
-    if int(number or 0) >= gpus:
+    if (number or 0) >= gpus:
         raise InputError(f"--device '{device}': there are {gpus} GPUs, numbered from 0")
-    return torch.device("cuda", int(number or 0))
+    return torch.device("cuda", number or 0)
 
 
 def release_memory() -> None:

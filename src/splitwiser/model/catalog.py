@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from splitwiser import constants
-from splitwiser.errors import InputError, first_line, unknown_name
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.files import read_entries
 from splitwiser.formats import Text, must_be, parse_as
 
@@ -74,3 +74,17 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
     if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
         return CatalogEntry(name=name.split("/")[1], hub=name)
     raise unknown_name("model", name, catalog)
+
+
+def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
+    """Return the entry for ``model``; see :func:`resolve_model`. Raises :class:`UnsupportedModelError`, too, for an
+    encoder-decoder."""
+    entry = resolve_model(model, models)
+    if entry.kind == "encoder-decoder":
+        raise encoder_decoder(entry)
+    return entry
+
+
+def encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
+    """Return the error for a model that is no decoder alone."""
+    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")

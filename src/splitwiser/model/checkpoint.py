@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 
 from splitwiser.errors import first_line
 from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.hub import find_file
 from splitwiser.text import shorten
 
 WEIGHT_FILES = (
@@ -22,14 +22,13 @@ WEIGHT_FILES = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def find_file(entry: CatalogEntry, name: str) -> Path | None:
-    """Return the path of the model's file ``name`` in its directory or in the hub's local cache; None if it is in
-    neither."""
-    if entry.path:
-        path = Path(entry.location) / name
-        return path if path.is_file() else None
-    found = try_to_load_from_cache(entry.hub, name)
-    return Path(found) if isinstance(found, str) else None
+def describe_files(entry: CatalogEntry) -> str:
+    """Return a text that changes when a file of the model on this machine changes: each file's name, size, times and
+    inode."""
+    config = find_file(entry, "config.json")
+    files = sorted(config.parent.iterdir()) if config else []
+    stats = [(path.name, path.stat()) for path in files if path.is_file()]
+    return str([(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for name, each in stats])
 
 
 def find_checkpoint_problem(entry: CatalogEntry, config: PreTrainedConfig, device: torch.device) -> str | None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
 from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.trials import Trial
 
 # Relative to the largest logit: half precisions differ by rounding; a dropped term or a leak between requests by far more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -27,9 +29,10 @@ _FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
 _FAR = 2**17  # the last position that is tried if a model has no limit
 
 
-def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]:
+def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = False) -> list[LayerShape]:
     """Make ``model`` attend through the KV pool, and return the shape of what each of its layers stores there. With
-    ``pack``, its modules are fused and its linear layers packed, and the check of the logits covers that.
+    ``pack``, its modules are fused and its linear layers packed, and the check of the logits covers that. With
+    ``remember``, what an earlier load of the same model found is not tried again (:mod:`splitwiser.model.trials`).
 
     Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
     must dispatch its attention through transformers' interface; in a forward each layer must store K and V and then attend
@@ -40,9 +43,16 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
     name = type(module).__name__
     if problem := find_dispatch_problem(module):
         raise UnsupportedModelError(problem)
+    trial = Trial(model, f"attach, packed: {pack}") if remember else None
     prompts = _probe_prompts(model)
     try:
         with torch.inference_mode():
+            if trial and trial.outcome:
+                module.set_attn_implementation(attention.NAME)
+                if pack:
+                    fuse_parts(module, trial.outcome["fused"])
+                    pack_linears(module)
+                return [LayerShape(*layer) for layer in trial.outcome["layers"]]
             starts = _probe_starts(model, len(prompts[0]))
             expected = [_own_logits(model, prompt) for prompt in prompts]
             expected_far = [_own_logits(model, prompts[0], start, start) for start in starts]
@@ -50,8 +60,8 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
             layers = _probe_layers(model, prompts[0])
             served = _served_logits(model, layers, prompts)
             served_far = _far_logits(model, prompts[0], starts)
+            choices = fuse_parts(module) if pack else []
             if pack:
-                fuse_parts(module)
                 pack_linears(module)
             fused = _served_logits(model, layers, prompts) if pack else served
     except UnsupportedModelError:
@@ -74,6 +84,8 @@ def attach_engine(model: LoadedModel, *, pack: bool = False) -> list[LayerShape]
     # fused modules round less often than the model's own, which adds up over the layers
     if not all(_agree(each, expected, 3 * bound) for each in fused):
         raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
+    if trial:
+        trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
     return layers
 
 

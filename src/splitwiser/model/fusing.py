@@ -6,6 +6,7 @@ module are recorded in one forward of the whole model, and only their numbers ar
 """
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,18 +30,20 @@ _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
 _TOLERANCE = 1 / 64
 
 
-def fuse_parts(module: nn.Module) -> None:
+def fuse_parts(module: nn.Module, remembered: Sequence[int | None] | None = None) -> list[int | None]:
     """Replace the modules within ``module`` that a fused one is shown to compute the same as, one after another, so that
-    there are never two copies of all weights.
+    there are never two copies of all weights. Returns the number of the chosen candidate for each module in turn, None
+    where its own stays; if these are ``remembered``, nothing is tried.
 
     ``module`` is a causal model whose attention implementation is :data:`splitwiser.model.attention.NAME`, with its linear
     layers not packed yet.
     """
-    calls = _record_calls(module)
+    fusing = _Fusing(_record_calls(module), remembered)
     if find_compile_problem() is None:
         for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
-            _replace_children(module, candidates, calls)
-    _fuse_activations(module, calls)
+            fusing.replace_children(module, candidates)
+    fusing.fuse_activations(module)
+    return fusing.choices
 
 
 def describe_parts(module: nn.Module) -> str:
@@ -155,50 +158,67 @@ def _concatenate(linears: Sequence[nn.Linear]) -> nn.Linear:
 # -- replacement
 
 
-def _replace_children(module: nn.Module, candidates: _Candidates, calls: _Calls) -> None:
-    for name, own in list(module.named_children()):
-        _replace_children(own, candidates, calls)
-        if own in calls and (fused := _find_equivalent(own, candidates, calls[own])):
-            setattr(module, name, fused)
+class _Fusing:
+    """Replaces modules by candidates: those that are shown to be equivalent, or those ``remembered``."""
+
+    def __init__(self, calls: _Calls, remembered: Sequence[int | None] | None) -> None:
+        self.choices: list[int | None] = []
+        self._calls = calls
+        self._remembered = None if remembered is None else iter(remembered)
+
+    def replace_children(self, module: nn.Module, candidates: _Candidates) -> None:
+        for name, own in list(module.named_children()):
+            self.replace_children(own, candidates)
+            if own in self._calls and (fused := self._choose(own, candidates, self._calls[own])):
+                setattr(module, name, fused)
+
+    def fuse_activations(self, module: nn.Module) -> None:
+        for child in list(module.children()):
+            self.fuse_activations(child)
+        if module in self._calls:
+            self._fuse_activation(module)
+
+    def _fuse_activation(self, own: nn.Module) -> None:
+        """Let ``fc1`` of ``own`` compute ``activation_fn`` too, if the two and ``own`` as a whole then compute the same."""
+        first, activation, calls = getattr(own, "fc1", None), getattr(own, "activation_fn", None), self._calls
+        if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
+            return
+        fused = self._choose(nn.Sequential(first, activation), _activation_candidates, calls[first])
+        if fused is None:
+            return
+
+        def with_fused_activation(*_: object) -> Iterator[nn.Module]:
+            layer = copy.copy(own)
+            layer._modules = {**own._modules, "fc1": fused, "activation_fn": nn.Identity()}
+            yield layer
+
+        if self._choose(own, with_fused_activation, calls[own]):  # nothing is computed between the two
+            own.fc1, own.activation_fn = fused, nn.Identity()
+
+    def _choose(self, own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
+        """Return the chosen candidate with the attributes of ``own`` that a model might read; None if ``own`` stays."""
+        if self._remembered is None:
+            number, chosen = _find_equivalent(own, candidates, call) or (None, None)
+        else:
+            number = next(self._remembered)
+            chosen = None if number is None else next(itertools.islice(candidates(own, call), number, None))
+        self.choices.append(number)
+        if chosen is None:
+            return None
+        for name, value in vars(own).items():
+            if not name.startswith("_") and not hasattr(chosen, name):
+                setattr(chosen, name, value)
+        return chosen.train(own.training)
 
 
-def _fuse_activations(module: nn.Module, calls: _Calls) -> None:
-    for child in list(module.children()):
-        _fuse_activations(child, calls)
-    if module in calls:
-        _fuse_activation(module, calls)
-
-
-def _fuse_activation(own: nn.Module, calls: _Calls) -> None:
-    """Let ``fc1`` of ``own`` compute ``activation_fn`` too, if the two and ``own`` as a whole then compute the same."""
-    first, activation = getattr(own, "fc1", None), getattr(own, "activation_fn", None)
-    if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
-        return
-    fused = _find_equivalent(nn.Sequential(first, activation), _activation_candidates, calls[first])
-    if fused is None:
-        return
-
-    def with_fused_activation(*_: object) -> Iterator[nn.Module]:
-        layer = copy.copy(own)
-        layer._modules = {**own._modules, "fc1": fused, "activation_fn": nn.Identity()}
-        yield layer
-
-    if _find_equivalent(own, with_fused_activation, calls[own]):  # nothing is computed between the two
-        own.fc1, own.activation_fn = fused, nn.Identity()
-
-
-def _find_equivalent(own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
-    """Return the first candidate that computes the same as ``own``, with the attributes of ``own`` that a model might read;
-    None if no candidate does."""
+def _find_equivalent(own: nn.Module, candidates: _Candidates, call: _Call) -> tuple[int, nn.Module] | None:
+    """Return the first candidate that computes the same as ``own``, after its number; None if none does."""
     try:
         expected = None
-        for candidate in candidates(own, call):
+        for number, candidate in enumerate(candidates(own, call)):
             expected = expected or _run(own, call)
             if expected.agrees(_run(candidate, call)):
-                for name, value in vars(own).items():
-                    if not name.startswith("_") and not hasattr(candidate, name):
-                        setattr(candidate, name, value)
-                return candidate.train(own.training)
+                return number, candidate
     except Exception:  # whatever a foreign module raises means the same: it is not like ours
         return None
     return None

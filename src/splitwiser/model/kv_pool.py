@@ -8,11 +8,11 @@ from torch import Tensor
 
 from splitwiser.errors import InputError
 from splitwiser.machine.memory import free_memory
-from splitwiser.machine.process import use_huge_pages
+from splitwiser.machine.process import map_pages, use_huge_pages
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.text import parse_bytes
 
-PREFAULT_BYTES = 1 << 30  # of a pool, before the first request
+PREFAULT_BYTES = 1 << 30  # at most, of a worker's part of a pool
 
 
 class KVPool:
@@ -48,14 +48,15 @@ class KVPool:
             self.values.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.value_dim))
 
     def prefault(self, blocks: range) -> None:
-        """Write zeros to the first of ``blocks``, up to :data:`PREFAULT_BYTES` bytes. The system maps a page when it is
-        first written to, which takes microseconds; requests that use no more blocks need not wait for it. Does nothing on
-        a GPU, whose memory is mapped already."""
+        """Have the system map the pages of the first of ``blocks``, up to :data:`PREFAULT_BYTES` bytes. It would map each
+        when it is first written to, which takes microseconds that a step would wait for. Writes nothing. Does nothing on a
+        GPU, whose memory is mapped already."""
         if self.keys[0].is_cuda:
             return
         first = blocks[: PREFAULT_BYTES // (self.nbytes // self.blocks)]
         for tensor in [*self.keys, *self.values]:
-            tensor[first.start : first.stop].zero_()
+            part = tensor[first.start : first.stop]
+            map_pages(part.data_ptr(), part.nbytes)
 
     @property
     def nbytes(self) -> int:

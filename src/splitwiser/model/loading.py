@@ -1,7 +1,8 @@
 """Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,20 +20,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
+from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, resolve_model
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
 from splitwiser.model.checkpoint import (
     TOKENIZER_FILES,
+    describe_files,
     find_checkpoint_problem,
     find_eos_problem,
-    find_file,
     find_pointer,
 )
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
+from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
 
 T = TypeVar("T")
@@ -55,11 +58,13 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 @dataclass
 class LoadedModel:
     """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
-    once; ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
+    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
+    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
 
     name: str
     module: PreTrainedModel
     parameters: int
+    weights: str
     tokenizer: PreTrainedTokenizerBase | None
     device: torch.device
     dtype: torch.dtype
@@ -113,15 +118,11 @@ def plan_model(
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
-    if load_format not in ("auto", "dummy"):
-        raise unknown_name("--load_format", load_format, ["auto", "dummy"])
-    entry = resolve_model(model, models)
-    if entry.kind == "encoder-decoder":
-        raise _encoder_decoder(entry)
+    entry = check_model(model, models)
     place = resolve_device(device)
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
     if getattr(config, "is_encoder_decoder", False):
-        raise _encoder_decoder(entry)
+        raise encoder_decoder(entry)
     if problem := find_eos_problem(config.get_text_config()):
         raise UnsupportedModelError(f"model {entry.name}: its configuration's {problem}")
     return entry, place, config, resolve_dtype(dtype, config)
@@ -179,6 +180,7 @@ def load_model(
         name=entry.name,
         module=module.eval().requires_grad_(False),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
+        weights=f"drawn with seed {seed}" if load_format == "dummy" else describe_files(entry),
         tokenizer=tokenizer,
         device=place,
         dtype=module.dtype,
@@ -189,10 +191,6 @@ def load_model(
         notes=notes,
         no_text=no_text,
     )
-
-
-def _encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
-    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
 
 
 def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
@@ -257,24 +255,30 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     """Return ``load(local_files_only)`` from this machine or, if it is not there, from the hub. Raises
     :class:`InputError`."""
     try:
-        return load(True)
+        with _without_bars():
+            return load(True)
     except OSError as error:
         if not entry.hub:
             raise InputError(
                 f"model {entry.name}: cannot be read from {entry.location}: {first_line(error)}"
             ) from error
+    check_hub(entry)
     try:
         return load(False)
     except (OSError, RuntimeError) as error:
         raise InputError(not_available(entry, first_line(error))) from error
 
 
-def not_available(entry: CatalogEntry, why: str) -> str:
-    """Return the error message for a model of the hub that is not on this machine and cannot be downloaded."""
-    return (
-        f"model {entry.name}: {entry.hub} is neither in the local cache nor available from the hub; give a checkpoint "
-        f"directory, or use --load_format dummy for timing with random weights ({why})"
-    )
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing progress bars: reading files of this machine takes no time that needs one."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
@@ -335,6 +339,8 @@ def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrained
     problem = find_pointer(entry, TOKENIZER_FILES) or ""
     for local in (True,) if local_only or entry.path or problem else (True, False):
         try:
+            if not local:
+                check_hub(entry)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
         except Exception as error:  # no file, a broken file, a missing library
             problem = problem or first_line(error)

@@ -11,11 +11,13 @@ from splitwiser.engine.messages import WorkerSpec
 from splitwiser.engine.policy import POLICIES, find_policy
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.dtypes import dtype_name
+from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import Options, check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES, Mode, find_mode
-from splitwiser.text import parse_bytes
+from splitwiser.text import parse_bytes, parse_device
 
+LOAD_FORMATS = ("auto", "dummy")
 _PARALLEL = "one device serves the whole model"
 _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
     "tensor_parallel_size": _PARALLEL,
@@ -73,6 +75,11 @@ class ModelConfig(Options):
         object.__setattr__(self, "dtype", dtype_name(self.dtype))  # one spelling in records, and in the keys of a sweep
         if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
             raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
+        parse_device(self.device)
+        if self.load_format not in LOAD_FORMATS:
+            raise unknown_name("--load_format", self.load_format, LOAD_FORMATS)
+        if self.kernels not in LOADERS:
+            raise unknown_name("--kernels", self.kernels, LOADERS)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
         check_counts(self, "prefill_tokens")

@@ -79,7 +79,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
     unpacked = _why_not_packed(model, config.kernels)
-    layers = attach_engine(model, pack=unpacked is None)
+    layers = attach_engine(model, pack=unpacked is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     refused = try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if model.device.type == "cuda" else {}
     kernels = replace(kernels, **dict.fromkeys(refused))
@@ -105,12 +105,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
 
 def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None = None) -> KVPool:
     """Create the planned KV pool, in ``memory`` if given."""
-    pool = KVPool(
+    return KVPool(
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
-    if memory is None:  # workers that share it prefault their own blocks
-        pool.prefault(range(prepared.blocks))
-    return pool
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:

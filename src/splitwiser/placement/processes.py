@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing import forkserver
 
 import psutil
 import torch
@@ -25,10 +24,9 @@ from splitwiser.engine.messages import Message, Progress, Ready, Stop, Submit
 from splitwiser.engine.policy import LeastLoadedRouter
 from splitwiser.engine.worker import PARENT
 from splitwiser.errors import InputError, RunError, WorkerLostError
-from splitwiser.machine.process import environment, shorten_socket_paths, uninterrupted
+from splitwiser.machine.process import uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kv_pool import block_nbytes
-from splitwiser.placement import worker_process
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import plan_levels
@@ -36,6 +34,7 @@ from splitwiser.placement.mailbox import CHECK_S, MailPlacement, Pipe, PipeInbox
 from splitwiser.placement.mps_daemon import MpsDaemon
 from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare
 from splitwiser.placement.shares import Board
+from splitwiser.placement.start import start_fork_server
 from splitwiser.placement.worker_process import WorkerSetup, worker_main
 from splitwiser.request import Request
 
@@ -49,16 +48,6 @@ STOP_S = 5.0  # longest that they may take to stop by themselves
 # them once and uses neither CUDA nor OpenMP: workers start in milliseconds and share its pages. The cost is one more
 # process, which ends with the parent.
 _context = torch.multiprocessing.get_context("forkserver")
-
-
-def warm_up_start() -> None:
-    """Start the fork server early, so that its imports run while the parent loads the model."""
-    forkserver.set_forkserver_preload([worker_process.__name__])
-    shorten_socket_paths()
-    # PYTHONSAFEPATH: a file in the current folder may have the name of a module
-    # OMP_WAIT_POLICY: threads on cores lent by other workers must not spin there once their owners need them again
-    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
-        forkserver.ensure_running()
 
 
 class ProcessPlacement(MailPlacement):
@@ -205,7 +194,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     Raises :class:`InputError` for a configuration that does not fit the device, :class:`RunError` if the start fails.
     """
     _check_count(len(config.specs))
-    warm_up_start()
+    start_fork_server()
     model = load(config, device)
     if model.device.type == "cuda" and config.share == "auto":
         raise InputError("--share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from splitwiser.engine.generate import GenerateEngine
 from splitwiser.model.compatibility import padding_changes_tokens
+from splitwiser.model.trials import remembered_flag
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.prepare import StartedEngine, load
 
@@ -14,7 +15,7 @@ ONE_LENGTH = "prompts of one length at a time: padding may change this model's t
 def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
     model = load(replace(config, kv_memory="auto"))  # no KV pool has to fit beside the weights
-    one_length = padding_changes_tokens(model)
+    one_length = remembered_flag(model, "padding changes tokens", padding_changes_tokens)
     if one_length:
         model.notes.append(ONE_LENGTH)
     kernels = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")

@@ -1,18 +1,22 @@
-"""The interface of the modules that start a mode, and how to import the one of a mode."""
+"""Starting a mode: the interface of the modules that do it, and what can begin before PyTorch is imported."""
 
 from contextlib import ExitStack
 from importlib import import_module
-from typing import Protocol, cast
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING, Protocol, cast
 
+from splitwiser.machine.process import environment, shorten_socket_paths
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import Mode
-from splitwiser.placement.prepare import StartedEngine
+
+if TYPE_CHECKING:
+    from splitwiser.placement.prepare import StartedEngine
 
 
 class ModeModule(Protocol):
     """Interface of the module that starts a mode; see :class:`splitwiser.placement.modes.Mode`."""
 
-    def start(self, config: EngineConfig, undo: ExitStack) -> StartedEngine:
+    def start(self, config: EngineConfig, undo: ExitStack) -> "StartedEngine":
         """Load ``config``'s model and start an engine over it.
 
         Whatever must be undone at the end, also after an error, is registered on ``undo``. Raises
@@ -24,3 +28,14 @@ class ModeModule(Protocol):
 def module_of(mode: Mode) -> ModeModule:
     """Import and return the module that starts ``mode``; may take seconds."""
     return cast("ModeModule", import_module(f"splitwiser.placement.{mode.module}"))
+
+
+def start_fork_server() -> None:
+    """Start the fork server of modes with worker processes, if it is not running: it imports what workers need once, and
+    each worker is a copy of it. Its imports take seconds, in which this process does its own."""
+    forkserver.set_forkserver_preload(["splitwiser.placement.preloaded"])
+    shorten_socket_paths()
+    # PYTHONSAFEPATH: a file in the current folder may have the name of a module
+    # OMP_WAIT_POLICY: threads on cores lent by other workers must not spin there once their owners need them again
+    with environment(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", PYTHONSAFEPATH="1"):
+        forkserver.ensure_running()

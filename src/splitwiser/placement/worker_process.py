@@ -105,7 +105,6 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
-    pool.prefault(setup.own_blocks)
     graphs, graphs_described = None, ""
     if spec.role != "prefill":
         graphs, graphs_described = capture_graphs(model, pool, config.max_batch)

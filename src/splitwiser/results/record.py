@@ -5,13 +5,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from splitwiser.files import Status, write_yaml
-from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
+
+if TYPE_CHECKING:
+    import torch  # takes seconds to import, so at run time only once a command's input is right
 
 ENVIRONMENT = ("commit", "machine", "versions")
 
@@ -24,14 +25,16 @@ class Record:
     :meth:`running` do it.
     """
 
-    def __init__(self, path: Path, sections: Mapping[str, Any], device: torch.device | None = None) -> None:
+    def __init__(self, path: Path, sections: Mapping[str, Any], device: "torch.device | None" = None) -> None:
         self._path = path
         self.content: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
-        if device is not None:
-            self.content["commit"] = git_commit()
-        self.content |= sections
-        if device is not None:
-            self.content |= {"machine": describe_machine(device), "versions": describe_versions()}
+        if device is None:
+            self.content |= sections
+            return
+        from splitwiser.machine.describe import describe_machine, describe_versions, git_commit
+
+        self.content |= {"commit": git_commit(), **sections}
+        self.content |= {"machine": describe_machine(device), "versions": describe_versions()}
 
     def write(self, status: Status) -> None:
         """Replace the file with ``status`` and ``content``."""

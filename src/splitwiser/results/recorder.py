@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from tqdm import tqdm
 
 from splitwiser.engine.engine import Observer
@@ -147,9 +146,10 @@ class RunRecorder(Observer):
         return figures
 
     def _draw_timeline(self, path: Path) -> None:
-        from splitwiser.results.report.plots import (
-            save_timeline,  # matplotlib is slow to import, so not at start-up
-        )
+        # slow to import, so not at start-up
+        import pandas as pd
+
+        from splitwiser.results.report.plots import save_timeline
 
         rows = [step_row(step, self._start_ns) for step in self._steps]
         save_timeline(path, pd.DataFrame(rows, columns=list(names(STEPS))), self.directory.name)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError
-from splitwiser.machine.device import resolve_device
 from splitwiser.machine.load import busy_note
 from splitwiser.options import to_arguments
 from splitwiser.results.schema import THROUGHPUT, Column
@@ -80,6 +79,8 @@ def run_once(
 
 def check_one_process(configs: Iterable[RunConfig]) -> None:
     """Refuse runs on a CPU, whose peak memory would include that of all earlier runs. Raises :class:`InputError`."""
+    from splitwiser.machine.device import resolve_device  # imports PyTorch
+
     if any(resolve_device(config.device_name).type == "cpu" for config in configs):
         raise InputError("--one_process is for runs on a GPU: on a CPU the peak memory of a run is that of its process")
 

@@ -10,10 +10,8 @@ from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import write_rows
-from splitwiser.llm import make_requests
 from splitwiser.machine.load import LoadMeter, MachineLoad
 from splitwiser.model.catalog import resolve_model
-from splitwiser.model.loading import load_model, plan_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
@@ -65,6 +63,9 @@ def check_peer(config: RunConfig, job: Job) -> None:
 def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any]:
     """Write the requests of ``job``, as token ids, into ``folder``, and a checkpoint of the model where its weights are
     random. Returns the run options that refer to both. Raises :class:`InputError` for a request that cannot be served."""
+    from splitwiser.llm import make_requests  # these import PyTorch
+    from splitwiser.model.loading import load_model
+
     is_dummy = config.load_format == "dummy"
     device = "cpu" if is_dummy else config.device_name
     model = load_model(
@@ -107,6 +108,8 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     """Run ``peer`` on the model and workload file that ``config`` names, in a process with its own environment. Its
     tokens go to ``folder/runs/<label>``, its output to ``folder/logs/<label>.log``; ``show`` is called with its progress.
     The outcome has the columns of ``throughput.csv`` that a peer has values for."""
+    from splitwiser.model.loading import plan_model  # imports PyTorch
+
     directory, log = folder / "runs" / label, folder / "logs" / f"{label}.log"
     directory.mkdir(parents=True)
     answers = directory / "answers.json"

@@ -4,18 +4,22 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from splitwiser.errors import InputError, first_line, unknown_name
 from splitwiser.text import check_text, read_text
+
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import, so at run time only where a table is read
 
 DEFAULT_FINDING_COLUMN = "findings"
 DEFAULT_IMPRESSION_COLUMN = "impression"
 SPLITS = ("train", "validate", "test")
 
 
-def _read_jsonl(path: Path) -> pd.DataFrame:
+def _read_jsonl(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
     # not pandas' reader, which turns text that looks like a number or a date into one
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -32,17 +36,25 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, dtype=object)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if not isinstance(table.index, pd.RangeIndex):  # pandas uses the first cells of longer rows as labels
         raise ValueError("its rows have more cells than its header; quote a text that holds commas")
     return table
 
 
-TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+def _read_parquet(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.read_parquet(path)
+
+
+TABLE_READERS: dict[str, "Callable[[Path], pd.DataFrame]"] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
-    ".parquet": pd.read_parquet,
+    ".parquet": _read_parquet,
 }
 
 
@@ -114,6 +126,8 @@ def _tok_lines(path: Path) -> list[str]:
 def _from_table(path: Path, finding_column: str, impression_column: str) -> list[Report]:
     if path.suffix not in TABLE_READERS:
         raise InputError(f"--data {path}: unknown ending '{path.suffix}'; known: {', '.join(TABLE_READERS)}")
+    import pandas as pd
+
     try:
         table = TABLE_READERS[path.suffix](path)
     except pd.errors.EmptyDataError:

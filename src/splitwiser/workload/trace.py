@@ -2,13 +2,16 @@
 inference traces (Patel et al., "Splitwise", ISCA 2024; https://github.com/Azure/AzurePublicDataset)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from splitwiser.errors import InputError, first_line
 from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.reports import TABLE_READERS
+
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import, so at run time only where a table is read
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
@@ -30,6 +33,8 @@ def read_trace(path: Path, start_s: float = 0.0, end_s: float = np.inf, speed: f
     """Return the requests in ``path`` that arrived from ``start_s`` to before ``end_s`` after the first one, by arrival,
     which counts from ``start_s``, ``speed`` times as fast. Raises :class:`InputError` naming the file, the row and the
     column."""
+    import pandas as pd
+
     try:
         table = TABLE_READERS[".csv"](path)
     except FileNotFoundError as error:

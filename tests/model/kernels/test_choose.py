@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitwiser.errors import InputError
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 
@@ -26,8 +25,3 @@ def test_plain_is_plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert kernels == PoolKernels()
     assert set(described.values()) == {"plain PyTorch (as asked for)"}
     assert not list(tmp_path.iterdir())
-
-
-def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(InputError, match="unknown kernels 'fast'; known: auto, plain"):
-        load_kernels("fast", CPU, torch.float32, LAYERS)
