@@ -26,7 +26,7 @@ def run(name: str, *arguments: str) -> str:
 def test_an_example_is_short_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < MOST_LINES
-    assert f"    python examples/{path.name}" in text
+    assert f"python examples/{path.name}" in text
 
 
 @pytest.mark.slow
