@@ -15,7 +15,7 @@ from splitwiser.model.compatibility import attach_engine, padding_changes_tokens
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.loading import LoadedModel, load_model
-from tests.support.models import POSITIONS, make_tiny
+from tests.support.models import BLOOM, POSITIONS, make_tiny
 
 
 def load(directory: Path) -> LoadedModel:
@@ -144,7 +144,7 @@ def test_refuses_a_model_that_computes_by_the_longest_position_of_a_step(tiny: C
         attach_engine(model)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", "bloom", "mamba"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", BLOOM, "mamba"])
 def test_padding_that_is_masked_changes_no_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     assert not padding_changes_tokens(load(tiny(name)))
 
