@@ -110,6 +110,7 @@ def _fail(line: str, exit_code: int, debug: bool) -> int:
         print(line, file=sys.stderr, flush=True)
     except OSError as error:  # perhaps the very error that this line is about
         print(f"{line} (standard error cannot be written: {error.strerror})")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # Python's exit code is 120 if its flush fails
     return exit_code
 
 

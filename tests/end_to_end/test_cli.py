@@ -378,8 +378,9 @@ def test_the_version_is_the_packages() -> None:
 def test_a_full_standard_error_is_said_on_standard_output() -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123  # a device
         done = subprocess.run(
-            [*COMMAND, "rnu"], stdout=subprocess.PIPE, stderr=full, text=True, timeout=100, check=False
-        )
+            [*COMMAND, "rnu"], stdout=subprocess.PIPE, stderr=full, text=True, timeout=100, check=False,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        )  # fmt: skip
     assert done.returncode == 2
     assert "unknown command 'rnu'; did you mean run? (standard error cannot be written: No space left" in done.stdout
 

@@ -289,8 +289,8 @@ def test_a_copy_into_a_capture_is_from_pinned_memory(on_stand_in: StandIn) -> No
 
 VARLEN = """
 import json, sys, torch
-from torch.nn.attention.varlen import varlen_attn
 from splitwiser.model.attention import AttentionOptions, attend
+from splitwiser.model.kernels.varlen_attention import VarlenAttention
 torch.manual_seed(0)
 queries, contexts = [5, 1, 7], [5, 9, 12]
 def offsets(lengths):
@@ -299,7 +299,8 @@ errors = []
 for heads, kv_heads, size, left in json.loads(sys.argv[1]):
     query = torch.randn(sum(queries), heads, size).to("cuda", torch.bfloat16)
     key, value = (torch.randn(sum(contexts), kv_heads, size).to("cuda", torch.bfloat16) for _ in range(2))
-    made = varlen_attn(query, key, value, offsets(queries), offsets(contexts), 7, 12, scale=0.3, window_size=(left, 0))
+    window = None if left == -1 else left + 1
+    made = VarlenAttention()(query, key, value, (offsets(queries), offsets(contexts)), (7, 12), window, 0.3)
     rows = zip(*(part.cpu().split(lengths) for part, lengths in zip((query, key, value, made),
                (queries, contexts, contexts, queries))))
     for row in rows:
