@@ -62,7 +62,7 @@ BENCHMARKS = {
     ),
     "standard-smollm2-135m": Benchmark(
         "The same requests to a model of Llama's shape with 135 M parameters (`smollm2-135m`).",
-        f"--modes sequential,generate,mp --peer vllm=$VLLM --workload standard {LLAMA}",
+        f"--repeats 2 --modes sequential,mp --peer vllm=$VLLM --workload standard {LLAMA}",
     ),
     "vllm-as-installed": Benchmark(
         "vLLM as installed. It then has a process of its own for its scheduler and reserves a core for it, so of two cores "
@@ -88,7 +88,7 @@ BENCHMARKS = {
     ),
     "embedded": Benchmark(
         "The embedded model (2.2 M parameters, float32) over the 200 test reports: mostly the cost of a step itself.",
-        "--modes sequential,generate,mp --repeats 5 --case_id 0",
+        "--modes sequential,generate,mp --case_id 0",
     ),
 }
 
