@@ -1,6 +1,7 @@
 """The Python API."""
 
 import multiprocessing
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from splitwiser import LLM, EngineConfig, RunConfig, SamplingParams, constants
 from splitwiser.engine.engine import Observer
 from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import InputError, RunError
+from splitwiser.options import option_fields
 from splitwiser.workload.cases import get_case
 from splitwiser.workload.reports import load_tok
 from tests.support.assertions import assert_says, refusal
@@ -483,3 +485,8 @@ def test_workers_get_no_more_than_an_engines_configuration(tiny: Callable[[str],
     with LLM(config=RunConfig(model=tiny("opt"), max_batch=3, limit=5), prefill_tokens=9) as llm:
         assert type(llm.config) is EngineConfig
         assert (llm.config.max_batch, llm.config.prefill_tokens) == (3, 9)
+
+
+def test_the_docstring_names_every_option() -> None:
+    described = re.findall(r"- ``(\w+)``: ", str(LLM.__doc__))
+    assert sorted([*described, "model"]) == sorted(option_fields(EngineConfig))

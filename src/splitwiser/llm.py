@@ -38,30 +38,32 @@ class LLM:
         config: base configuration (default: :class:`EngineConfig`'s defaults); ``model`` and ``options`` override it.
         options: fields of :class:`~splitwiser.placement.config.EngineConfig`:
 
-            models: YAML file of the models known by name; by default ``configs/models.yaml``.
-            mode: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
-            workers: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
+            - ``models``: YAML file of the models known by name; by default ``configs/models.yaml``.
+            - ``mode``: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
+            - ``workers``: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
                 ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a name of ``configs/workers``, a YAML file's
                 path or YAML text; empty for one prefill and one decode worker.
-            share: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their shares,
-                ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
-            itl_target_ms: target of share ``auto`` for the time between two tokens, in milliseconds.
-            lend: whether an idle worker lends its share of the device to the others, step by step.
-            decode_priority: whether a GPU runs decode's kernels before prefill's when both wait: by the priority of streams
-                in mode ``green``, of clients in mode ``mps``.
-            mps: in mode ``mps``, ``private`` starts a daemon for this run, ``existing`` uses the one that is running.
-            exclusive: in mode ``mps``, whether to put the GPU into compute mode EXCLUSIVE_PROCESS; needs root.
-            dtype: ``float32`` (or ``fp32``, ``float``), ``bfloat16`` (``bf16``), ``float16`` (``fp16``, ``half``), a
+            - ``share``: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their
+                shares, ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
+            - ``itl_target_ms``: target of share ``auto`` for the time between two tokens, in milliseconds.
+            - ``lend``: whether an idle worker lends its share of the device to the others, step by step.
+            - ``decode_priority``: whether a GPU runs decode's kernels before prefill's when both wait: by the priority of
+                streams in mode ``green``, of clients in mode ``mps``.
+            - ``mps``: in mode ``mps``, ``private`` starts a daemon for this run, ``existing`` uses the one that is running.
+            - ``exclusive``: in mode ``mps``, whether to put the GPU into compute mode EXCLUSIVE_PROCESS; needs root.
+            - ``dtype``: ``float32`` (or ``fp32``, ``float``), ``bfloat16`` (``bf16``), ``float16`` (``fp16``, ``half``), a
                 torch.dtype, or ``auto`` for the checkpoint's type.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            gpu_id: the same as device ``cuda:N``.
-            load_format: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.
-            kv_memory: the KV pool's size, such as ``512MiB``, or ``auto``.
-            max_batch: maximum number of requests in one decode step.
-            batch_size: rows of a padded batch in mode ``generate``.
-            prefill_tokens: maximum number of prompt tokens in one prefill step.
-            kernels: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
-            seed: seed of dummy weights, and of sampling for requests without their own seed.
+            - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            - ``gpu_id``: the same as device ``cuda:N``.
+            - ``load_format``: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.
+            - ``kv_memory``: the KV pool's size, such as ``512MiB``, or ``auto``.
+            - ``policy``: the order of admission and prefill: ``first_come``, or ``MODULE:CLASS`` of an importable class
+                with the methods of :class:`~splitwiser.engine.policy.Policy`.
+            - ``max_batch``: maximum number of requests in one decode step.
+            - ``batch_size``: rows of a padded batch in mode ``generate``.
+            - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
+            - ``kernels``: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
+            - ``seed``: seed of dummy weights, and of sampling for requests without their own seed.
 
     Arguments of vLLM's ``LLM`` and of ``from_pretrained`` that are not among these, such as ``tensor_parallel_size``, are
     refused with what is here instead (``EngineConfig.NOT_TAKEN``).
