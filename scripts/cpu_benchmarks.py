@@ -114,10 +114,10 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     variant's throughput over the row's, round by round."""
     finished = rows[rows["status"] == "finished"]
     by_variant = {name: own.set_index("round") for name, own in finished.groupby("variant", sort=False)}
-    first = next(iter(by_variant))
+    first = next(iter(finished["variant"]))
     lines = []
     for name, own in by_variant.items():
-        line: dict[str, object] = {"variant": name, "rounds": len(own)}
+        line: dict[str, object] = {"variant": str(name), "rounds": len(own)}
         for column, heading in FIGURES.items():
             line[heading] = own[column].median()
         line["tokens/s"] = _range(own["output_throughput"])

@@ -35,6 +35,8 @@ from tests.support.processes import wait_for
 from tests.support.running import STAGES, Running
 from tests.support.tokens import LENGTHS, prompts_of
 
+pytestmark = pytest.mark.slow
+
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes
 ON_A_CPU = f"""
@@ -254,7 +256,6 @@ def running(stand_in: StandIn, tmp_path: Path, tiny: Callable[[str], Path]) -> I
     run.process.kill()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_runs_leave_no_daemon(number: int, exit_code: int, stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
@@ -273,7 +274,6 @@ def test_interrupted_runs_leave_no_daemon(number: int, exit_code: int, stand_in:
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_ctrl_c_again_and_again_leaves_no_daemon(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     os.kill(running.worker("decode-0"), signal.SIGSTOP)  # so that the drain takes its whole time
@@ -287,7 +287,6 @@ def test_ctrl_c_again_and_again_leaves_no_daemon(stand_in: StandIn, running: Run
     stand_in.assert_nothing_is_left()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_during_start_leaves_no_daemon(stage: str, stand_in: StandIn, running: Running) -> None:
     running.wait_for_stage(stage)
@@ -297,7 +296,6 @@ def test_ctrl_c_during_start_leaves_no_daemon(stage: str, stand_in: StandIn, run
     stand_in.assert_nothing_is_left()
 
 
-@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_the_daemon(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     os.kill(running.worker("prefill-0"), signal.SIGKILL)
@@ -308,7 +306,6 @@ def test_a_killed_worker_ends_the_run_and_the_daemon(stand_in: StandIn, running:
     stand_in.assert_nothing_is_left()
 
 
-@pytest.mark.slow
 def test_what_a_killed_run_leaves_goes_at_the_next_start(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     running.process.kill()
@@ -319,7 +316,6 @@ def test_what_a_killed_run_leaves_goes_at_the_next_start(stand_in: StandIn, runn
     stand_in.assert_nothing_is_left()
 
 
-@pytest.mark.slow
 def test_the_daemon_of_another_run_is_not_in_the_way(stand_in: StandIn, running: Running) -> None:
     running.wait_until_three_are_finished()
     (other,) = stand_in.processes("nvidia-cuda-mps-control")
@@ -423,7 +419,6 @@ def test_exclusive_after_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_says(line, "has initialised CUDA already", "fresh process")
 
 
-@pytest.mark.slow
 def test_the_mode_that_a_killed_run_changed_goes_back(mode: Path, stand_in: StandIn) -> None:
     script = """
 import os, signal

@@ -29,6 +29,8 @@ from tests.support.processes import session_of
 from tests.support.running import Running
 from tests.support.tokens import LENGTHS, prompts_of, references, room_for
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "two of each": [{"role": "prefill", "count": 2}, {"role": "decode", "count": 2}],
     "three mixed": [{"role": "mixed", "count": 3}],
@@ -173,7 +175,6 @@ with LLM("opt-125m", mode="mp", load_format="dummy", workers=workers) as llm:
 """
 
 
-@pytest.mark.slow
 def test_weights_and_pool_count_once_however_many_workers() -> None:
     sizes = {}
     for count in (1, 3):
@@ -245,7 +246,6 @@ def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("long") / "tiny-llama-8k", max_position_embeddings=8192)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "new_tokens", "fewest", "most"), [("mp", 4000, 5, 10_000), ("sequential", 1000, 0, 0)]
 )
@@ -391,7 +391,6 @@ def running(tmp_path: Path, tiny: Callable[[str], Path]) -> Iterator[Running]:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_ends_with_exit_code_1(running: Running) -> None:
     running.wait_until_three_are_finished()
     os.kill(running.worker("decode-0"), signal.SIGKILL)
@@ -405,14 +404,12 @@ def test_a_run_whose_worker_is_killed_ends_with_exit_code_1(running: Running) ->
     assert (record["status"], record["unanswered"]) == ("failed", [3])
 
 
-@pytest.mark.slow
 def test_ctrl_c_before_the_command_has_started_ends_every_process(running: Running) -> None:
     os.killpg(running.process.pid, signal.SIGINT)
     running.ended()
     assert running.process.returncode in (130, -signal.SIGINT, 1)  # the latter two while Python starts
 
 
-@pytest.mark.slow
 def test_a_killed_parent_takes_every_process_with_it(running: Running) -> None:
     running.wait_until_three_are_finished()
     running.process.kill()

@@ -34,6 +34,8 @@ from splitwiser.results.schema import STATISTICS, THROUGHPUT, Column
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import invoke, only_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = pd.DataFrame(
     [
         ("prefill-0", "prefill", "prefill", 0.0, 2.0, 2, 100),
@@ -499,7 +501,6 @@ def test_distributions_are_those_of_the_run(mode: str, show: Callable[..., Page]
         assert is_rounded(found[2], figures[f"p99_{metric}_ms"])
 
 
-@pytest.mark.slow
 def test_a_browser_shows_what_is_in_the_file(
     show: Callable[..., Page], show_in_browser: Callable[..., Page], run: Path
 ) -> None:
@@ -508,7 +509,6 @@ def test_a_browser_shows_what_is_in_the_file(
         assert getattr(in_browser, what) == getattr(in_file, what)
 
 
-@pytest.mark.slow
 def test_texts_of_a_model_are_shown_and_never_run(show_in_browser: Callable[..., Page], run: Path) -> None:
     hostile = "</dd><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & 5 < 6"
     table = read(run / "generations.csv").sort_values("request_id")
@@ -569,7 +569,6 @@ def test_ids_are_unique(runs: dict[str, Path], tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1366])
 def test_page_fits_its_width(
     width: int, browser: Callable[[Path], str], every_kind: dict[str, Path], tmp_path: Path
@@ -588,7 +587,6 @@ def test_page_fits_its_width(
     assert 300 < int(found[1]) <= width
 
 
-@pytest.mark.slow
 def test_a_click_on_a_heading_sorts_by_value(show_in_browser: Callable[..., Page], run: Path) -> None:
     latency = read(run / "latency.csv")
     latency["prompt_tokens"] = lengths = sorted(latency.prompt_tokens * 10)  # some have a thousands separator, some not

@@ -27,6 +27,8 @@ from tests.support.commands import COMMAND, invoke, only_run, write_workload
 from tests.support.models import VOCABULARY
 from tests.support.processes import processes_naming, session_of, wait_for
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11] * 20]
 
 
@@ -370,7 +372,6 @@ def state_of(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_the_run_and_keeps_what_is_there(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process, pids = start_endless(tmp_path, tiny("opt"), "sequential", "generate")
     process.send_signal(signal.SIGINT)
@@ -385,7 +386,6 @@ def test_ctrl_c_ends_the_run_and_keeps_what_is_there(tmp_path: Path, tiny: Calla
     assert len(pd.read_csv(run / "latency.csv")) == 1
 
 
-@pytest.mark.slow
 def test_a_killed_comparison_leaves_no_process(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     process, pids = start_endless(tmp_path, tiny("opt"), "mp", "sequential")
     assert len(pids) >= 3

@@ -31,6 +31,8 @@ from splitwiser.study.profile import (
 from tests.support.assertions import assert_says, refusal
 from tests.support.processes import wait_for
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[[str], Path]
 FILES = {"prefill.csv", "decode.csv", "ceilings.csv", "summary.csv", "profile.yaml", "roofline.png"}
 
@@ -99,7 +101,6 @@ def test_the_record_says_what_was_measured_and_on_what(directory: Path) -> None:
     assert any(note.startswith("no GPU") for note in record["notes"])
 
 
-@pytest.mark.slow
 def test_each_thread_count_is_profiled_against_its_own_ceilings(tiny: Tiny, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     config = small(
@@ -237,7 +238,6 @@ def test_a_profile_without_a_point_that_fits_is_refused(tiny: Tiny, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "splitwiser", "profile", "--model", str(tiny("opt")), "--results", str(tmp_path),

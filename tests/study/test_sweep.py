@@ -21,6 +21,8 @@ from tests.support.assertions import assert_says, refusal
 from tests.support.commands import COMMAND, invoke, write_workload
 from tests.support.processes import processes_naming, wait_for
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = sorted((constants.DIR_CONFIGS / "sweeps").glob("*.yaml"))
 
 
@@ -242,7 +244,6 @@ def state(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("runs_here")
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     short = write_workload(tmp_path / "short.json", [[5, 6], [7]])
