@@ -20,6 +20,7 @@ PARAMETERS = {  # fewest and most, from what each model's name or card says
     "falcon-7b-instruct": (6.9e9, 7.3e9),
     "qwen3-0.6b": (595.5e6, 596.5e6),
     "smollm2-135m": (134.4e6, 134.6e6),
+    "smollm2-135m-instruct": (134.4e6, 134.6e6),
     "llama-3.2-1b": (1.235e9, 1.237e9),
 }
 BUILDABLE = [entry.name for entry in load_catalog(MODELS).values() if entry.config]

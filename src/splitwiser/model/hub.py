@@ -15,7 +15,9 @@ CONNECT_S = 2.0  # longest that the hub may take to accept a connection
 
 def find_file(entry: CatalogEntry, name: str) -> Path | None:
     """Return the path of the model's file ``name`` in its directory or in the hub's local cache; None if it is in
-    neither."""
+    neither. A GGUF file stands alone: those beside it are not the model's."""
+    if entry.gguf:
+        return None
     if entry.path:
         path = Path(entry.location) / name
         return path if path.is_file() else None
