@@ -1,5 +1,6 @@
 """Tiny random models, by architecture."""
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import pytest
 import torch
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from splitwiser import constants
+from splitwiser.model.catalog import EMBEDDED_MODEL
 
 VOCABULARY = 151
 POSITIONS = 256
@@ -51,11 +55,23 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}\
+{% if message["role"] != "user" %}{{ raise_exception("only users speak here") }}{% endif %}\
+### findings: {{ message["content"] }}{% endfor %}{% if add_generation_prompt %} ### impressions:{% endif %}"""
+
+
 # earlier versions take the length of bloom's bias from the tokens that a cache counts, so that nothing can be shown of it
 BLOOM = pytest.param(
     "bloom",
     marks=pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="needs transformers 5.23"),
 )
+
+
+def make_chatty(directory: Path) -> Path:
+    """Save the embedded model with a chat template that writes its usual prompt."""
+    shutil.copytree(constants.DIR_PROJECT / "models" / EMBEDDED_MODEL, directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:
