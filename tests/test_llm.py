@@ -522,7 +522,7 @@ def test_a_chat_is_the_prompt_that_the_template_writes(mode: str, chatty: Path) 
         ([[]], "request 0: a chat needs at least one message"),
         ([{"role": "user", "text": "a"}], "request 0: message 0 must have 'role' and 'content' alone, not {'role': "),
         ([{"role": "user", "content": 5}], "request 0: message 0: its content must be text, not 5"),
-        ([{"role": "pope", "content": "a"}], "request 0: chatty's chat template refuses it: only users speak here"),
+        ([{"role": "system", "content": "a"}], "request 0: chatty's chat template refuses it: no system here"),
     ],
 )
 def test_a_wrong_chat_is_named(messages: Any, line: str, chatty: Path) -> None:

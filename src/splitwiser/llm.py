@@ -34,7 +34,7 @@ class LLM:
 
     Args:
         model: a name of the file ``models``, a checkpoint directory (without a tokenizer it serves prompts of token
-            ids) or a hub id.
+            ids), a GGUF file or a hub id.
         config: base configuration (default: :class:`EngineConfig`'s defaults); ``model`` and ``options`` override it.
         options: fields of :class:`~splitwiser.placement.config.EngineConfig`:
 

@@ -1,6 +1,7 @@
 """GGUF files: served as transformers reads them, with what its conversion leaves out, and each bad one told in a line."""
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from splitwiser.model.gguf_file import read_header
 from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import invoke
-from tests.support.gguf_files import TEMPLATE, write_gguf
+from tests.support.gguf_files import TEMPLATE, TOKENS, write_gguf
 
 pytest.importorskip("gguf", reason="GGUF files need the extra gguf")
 
@@ -62,6 +63,15 @@ def test_text_is_split_as_the_file_says_and_special_tokens_are_its_own(model: Lo
     assert tokenizer.tokenize("a  12lu") == ["a", "ĠĠ", "1", "2", "lu"]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert (tokenizer.chat_template, tokenizer.model_max_length) == (TEMPLATE, 256)
+
+
+def test_files_beside_it_are_not_its_own(file: Path, chatty: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(chatty, tmp_path / "both")
+    shutil.copy(file, folder)
+    model = load_model(folder / file.name, dtype="float32", device="cpu", load_format="auto")
+    assert model.tokenizer is not None
+    assert (len(model.tokenizer), model.tokenizer.chat_template) == (len(TOKENS), TEMPLATE)
+    assert model.tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
 @pytest.mark.parametrize(("metadata", "ends"), [({}, {2}), ({"tokenizer__ggml__eot_token_id": 3}, {2, 3})])

@@ -7,7 +7,7 @@ import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 WIDTH, INNER, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
-SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
 BYTES = list(bytes_to_unicode().values())
 TOKENS = [*SPECIAL, *BYTES, "ĠĠ", "lu"]
 MERGES = ["Ġ Ġ", "l u"]

@@ -56,7 +56,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}\
-{% if message["role"] != "user" %}{{ raise_exception("only users speak here") }}{% endif %}\
+{% if message["role"] == "system" %}{{ raise_exception("no system here") }}{% endif %}\
 ### findings: {{ message["content"] }}{% endfor %}{% if add_generation_prompt %} ### impressions:{% endif %}"""
 
 

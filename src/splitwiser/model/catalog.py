@@ -36,13 +36,6 @@ class CatalogEntry:
         """The model's GGUF file, if it is one."""
         return Path(self.path) if is_gguf(self.path) else None
 
-    @property
-    def source(self) -> dict[str, str]:
-        """The arguments by which transformers' ``from_pretrained`` finds the model."""
-        if self.gguf:
-            return {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
-        return {"pretrained_model_name_or_path": self.location}
-
 
 def load_catalog(path: Path) -> dict[str, CatalogEntry]:
     """Read a ``models.yaml``, whose paths are relative to its folder. Raises :class:`InputError` naming the file, the model

@@ -30,7 +30,7 @@ from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, 
 from splitwiser.model.checkpoint import describe_files, find_checkpoint_problem, find_eos_problem
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.gguf_file import add_missing_settings, describe_conversion, read_header
-from splitwiser.model.hub import check_hub, not_available
+from splitwiser.model.hub import check_hub, not_available, only_files_of
 from splitwiser.model.kv_pool import find_memory_problem
 from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
 
@@ -296,7 +296,8 @@ def _without_bars() -> Iterator[None]:
 
 def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
     def load(local_files_only: bool) -> PreTrainedConfig:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(**entry.source, local_files_only=local_files_only)
+        with only_files_of(entry) as place:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(**place, local_files_only=local_files_only)
         if entry.gguf:
             add_missing_settings(config, read_header(entry.gguf))
         return config
@@ -315,16 +316,17 @@ def _read_checkpoint(
     entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     def load(local_files_only: bool) -> PreTrainedModel:
-        made: Any = AutoModelForCausalLM.from_pretrained(
-            **entry.source,
-            output_loading_info=True,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=_own_attention(config),
-            local_files_only=local_files_only,
-            quantization_config=GgufConfig(dequantize=True) if entry.gguf else None,
-        )
+        with only_files_of(entry) as place:
+            made: Any = AutoModelForCausalLM.from_pretrained(
+                **place,
+                output_loading_info=True,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=_own_attention(config),
+                local_files_only=local_files_only,
+                quantization_config=GgufConfig(dequantize=True) if entry.gguf else None,
+            )
         module: PreTrainedModel = made[0]
         if missing := sorted(made[1]["missing_keys"]):  # transformers would initialise them at random
             raise InputError(

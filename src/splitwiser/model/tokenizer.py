@@ -6,7 +6,7 @@ from splitwiser.errors import first_line
 from splitwiser.model.catalog import CatalogEntry
 from splitwiser.model.checkpoint import find_pointer
 from splitwiser.model.gguf_file import complete_tokenizer, read_header
-from splitwiser.model.hub import check_hub, find_file
+from splitwiser.model.hub import check_hub, find_file, only_files_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -26,7 +26,8 @@ def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrained
         try:
             if not local:
                 check_hub(entry)
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**entry.source, local_files_only=local)
+            with only_files_of(entry) as place:
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**place, local_files_only=local)
             if entry.gguf:
                 complete_tokenizer(tokenizer, read_header(entry.gguf))
         except Exception as error:  # no file, a broken file, a missing library
