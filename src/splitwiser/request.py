@@ -210,8 +210,8 @@ class CompletionOutput:
 
 @dataclass(repr=False)
 class RequestOutput:
-    """The finished result of one request. ``text`` is empty if the model has no tokenizer, ``prompt`` is None if the prompt
-    was given as token ids."""
+    """The finished result of one request. ``text`` is empty if the model has no tokenizer. ``prompt`` is the text that was
+    given, or that the chat template wrote, and None if the prompt was given as token ids."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
