@@ -226,7 +226,8 @@ def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["doctor", "tokens", "tests", "compare-125m", "compare-125m-60", "interference", "paper"]
+    "stage",
+    ["doctor", "tokens", "tests", "tests-processes", "compare-125m", "compare-125m-60", "interference", "paper"],
 )
 def test_a_stage_of_the_check_ends_with_its_results(stage: str, on_stand_in: StandIn, tmp_path: Path) -> None:
     """All but the probes, which are of a device's physics, and the peers, whose processes do without the emulator."""
