@@ -141,7 +141,7 @@ def tokens(check: Check) -> Iterator[list[str]]:
 
 def tests(check: Check) -> Iterator[list[str]]:
     """Run the tests that need a GPU and start no processes, side by side: they mostly import and compile."""
-    quick = [PROJECT / "tests" / "engine" / "test_cuda_graphs.py"]
+    quick = [PROJECT / "tests" / "engine" / "test_prefill_graphs.py"]
     yield pytest_command(check.folder("tests") / "here.xml", "not slow and not alone", 6, quick if check.quick else [])
 
 

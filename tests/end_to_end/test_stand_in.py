@@ -206,13 +206,13 @@ def test_green_contexts_that_are_not_permitted_are_told_before_a_run(on_stand_in
 @pytest.mark.parametrize(
     "tests",
     [
-        "engine/test_cuda_graphs.py",
+        "engine/test_decode_graphs.py",
+        "engine/test_prefill_graphs.py",
         "placement/test_green.py",
         "placement/test_processes.py -k not_depend_on_the_workers",
         "placement/test_mps_daemon.py",
         "test_llm.py",
         "end_to_end/test_token_identity.py -k green",
-        "end_to_end/test_token_identity.py -k mps",
     ],
 )
 def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
