@@ -188,8 +188,11 @@ def capture_prefill_graphs(
     if pool.blocks < 2:
         return None, "none (the KV pool has a single block)"
     try:
-        graphs = PrefillGraphs(model, pool, budget, streams or [torch.cuda.current_stream(model.device)])
-        if problem := graphs.find_difference(pool):
+        streams = streams or [torch.cuda.current_stream(model.device)]
+        graphs = PrefillGraphs(model, pool, budget, streams)
+        with torch.cuda.stream(streams[0]):
+            problem = graphs.find_difference(pool)
+        if problem:
             return None, f"none ({problem})"
     except Exception as error:  # whatever a model's forward raises, prefill runs without graphs
         return None, f"none ({type(model.module).__name__} cannot be captured: {first_line(error)})"
