@@ -148,6 +148,11 @@ def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple
     return first.float(), second.float()
 
 
+def logits_agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of logits, (rows, vocabulary) each, differ by no more than rounding in ``dtype`` does."""
+    return _agree(ours.float(), theirs.float(), _BOUNDS[dtype])
+
+
 def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:
     return all(
         bool((one - other).abs().max() <= bound * other.abs().max()) for one, other in zip(ours, theirs, strict=True)
