@@ -30,7 +30,7 @@ _ALIGNMENT = 32  # of the weights, unless the file gives another
 # How vocabularies of byte pairs split a text before they merge bytes, by the names that llama.cpp gives these rules.
 # transformers takes the rule of GPT-2 for all that it does not know; this one differs by taking each digit apart.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe"}
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "exaone4", "granite-docling"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", header: GgufHeader)
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
-    tokenizer.model_max_length = metadata.get(f"{metadata['general.architecture']}.context_length")
+    longest = metadata.get(f"{metadata['general.architecture']}.context_length")
+    tokenizer.model_max_length = longest or tokenizer.model_max_length
     if header.split_rule in _DIGITS_APART:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
