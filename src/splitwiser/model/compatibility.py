@@ -250,7 +250,10 @@ class _PositionedPrompts(AttentionStep):
         new = slice(-query.shape[2], None)
         positions, owners = self._positions[new, None], self._owners[new, None]
         seen = (owners == self._owners) & (self._positions <= positions) & mask(positions, self._positions[None])
-        return attention.attend(query, *options.expanded(*self._stored[self._layer]), seen, options).transpose(1, 2)
+        stored = options.expanded(*self._stored[self._layer])
+        return attention.attend(
+            query, *stored, seen, options, (positions[None], self._positions[None, None])
+        ).transpose(1, 2)
 
 
 def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
