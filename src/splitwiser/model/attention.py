@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Mask:
     """A model's mask function, passed where a mask tensor would be and evaluated for absolute positions."""
 
     function: MaskFunction
+    ndim: ClassVar[int] = 0  # no tensor that a model could add to
+
+    def to(self, *_: object) -> "Mask":
+        """Return the mask itself, to models that ask for a type of mask."""
+        return self
 
     @property
     def is_causal(self) -> bool:
