@@ -82,7 +82,7 @@ class _FixedStep(FixedStep):
         return self._pool.kernels.decode(
             query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
             self._tables, self._first_seen(mask), self._offsets, self._lengths,
-            options.scaling, options.softcap, options.sinks,
+            options.scaling, options.softcap, options.sinks, options.bias, options.bias_by_position,
         ).unsqueeze(0)  # fmt: skip
 
     def _first_seen(self, mask: Mask) -> Tensor:
