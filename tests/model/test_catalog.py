@@ -77,6 +77,13 @@ def test_a_path_is_relative_to_the_folder_of_the_file(tmp_path: Path) -> None:
     assert resolve_model("mine", write(tmp_path, "mine: {path: here}")).location == str(tmp_path / "here")
 
 
+def test_a_path_goes_before_the_hub_where_something_is_there(tmp_path: Path) -> None:
+    models = write(tmp_path, "mine: {path: here, hub: org/mine}")
+    assert resolve_model("mine", models).location == "org/mine"
+    (tmp_path / "here").mkdir()
+    assert resolve_model("mine", models).location == str(tmp_path / "here")
+
+
 def test_catalogue_name_gives_its_entry(tmp_path: Path) -> None:
     path = write(tmp_path, "mine: {hub: org/mine-7b, config: {model_type: opt, vocab_size: 5}}")
     expected = CatalogEntry("mine", hub="org/mine-7b", config={"model_type": "opt", "vocab_size": 5})
