@@ -234,6 +234,19 @@ def test_a_request_that_cannot_be_served_is_refused_at_once(
     assert seen.steps == []
 
 
+def test_token_ids_of_parameters_must_be_the_models_own(tiny: Callable[[str], Path]) -> None:
+    given = {
+        "stop_token_ids": SamplingParams(stop_token_ids=[VOCABULARY]),
+        "logit_bias": SamplingParams(logit_bias={VOCABULARY: 1}),
+    }
+    with LLM(tiny("llama")) as llm:
+        for name, params in given.items():
+            with pytest.raises(
+                InputError, match=f"request 0: {name}: token id {VOCABULARY} is not in .* vocabulary of"
+            ):
+                llm.make_requests([[5]], params)
+
+
 @MODES
 def test_a_closed_loop_keeps_so_many_requests_open(mode: str, tiny: Callable[[str], Path]) -> None:
     params = [SamplingParams(max_tokens=2 + 3 * (number % 4), ignore_eos=True) for number in range(11)]

@@ -1,7 +1,10 @@
 """Input and output of the engine: sampling parameters, requests, their outputs and their times."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import index
 from typing import Any, ClassVar, Literal
 
 from splitwiser import constants
@@ -22,19 +25,21 @@ _NOT_TAKEN = {
     "here temperature 0 is greedy, and above 0 tokens are drawn": ("do_sample",),
     "a prompt has one output; give the prompt several times, with a seed each": ("n", "best_of", "num_return_sequences"),
     "there is no beam search; tokens are greedy or drawn one by one": ("num_beams", "early_stopping", "length_penalty"),
-    "logits are used as the model gives them": (
-        "presence_penalty", "frequency_penalty", "repetition_penalty", "no_repeat_ngram_size", "logit_bias", "bad_words",
-        "bad_words_ids", "allowed_token_ids", "suppress_tokens", "logits_processors", "structured_outputs",
-        "guided_decoding",
+    "logits are changed by the three penalties, logit_bias and min_tokens alone": (
+        "no_repeat_ngram_size", "logits_processors", "structured_outputs", "guided_decoding", "encoder_repetition_penalty",
+        "allowed_token_ids", "bad_words", "bad_words_ids",
     ),
-    "tokens are drawn by temperature, top_k and top_p alone": ("min_p", "typical_p"),
-    "ignore_eos makes a request generate all of its max_tokens": ("min_tokens", "min_new_tokens", "min_length"),
-    "end-of-sequence tokens are the checkpoint's own; stop takes strings": ("stop_token_ids", "eos_token_id"),
+    "a logit_bias of -100 for each token keeps them from being chosen": ("suppress_tokens",),
+    "here it is logit_bias, by token id": ("sequence_bias",),
+    "tokens are drawn by temperature, top_k, top_p and min_p alone": ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"),
+    "here it is min_tokens, the number of new tokens": ("min_new_tokens", "min_length"),
+    "here it is stop_token_ids, beside the checkpoint's own end-of-sequence tokens": ("eos_token_id",),
     "outputs have tokens, text and times alone": ("logprobs", "prompt_logprobs", "output_scores", "output_logits"),
     "text is made without special tokens and without the stop string; token_ids has every token": (
         "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
     ),
 }  # fmt: skip
+_LIMITS = {"min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}  # as in vLLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,22 @@ class SamplingParams(Options):
     """How the tokens of one request are sampled and when it ends; the names are vLLM's.
 
     ``temperature`` 0 is greedy (the default here, so that tokens equal ``model.generate``'s). Otherwise tokens are drawn
-    from the softmax of logits / ``temperature``, limited to the ``top_k`` most likely tokens (0 or -1: no limit) and to the
-    most likely ones whose probabilities add up to ``top_p``. ``seed`` determines the tokens of this request, whatever other
+    from the softmax of logits / ``temperature``, limited to the ``top_k`` most likely tokens (0 or -1: no limit), to the
+    most likely ones whose probabilities add up to ``top_p``, and to those at least ``min_p`` times as likely as the
+    likeliest. ``seed`` determines the tokens of this request, whatever other
     requests run; by default it follows from the run's seed and the request's number. A request ends after ``max_tokens``
     tokens (None: as many as the model and the KV pool have room for), at an end-of-sequence token (unless ``ignore_eos``),
-    or as soon as its text contains one of the strings ``stop`` (one, or a sequence), which is cut off.
+    at one of ``stop_token_ids``, whose text is left out, or as soon as its text contains one of the strings ``stop`` (one,
+    or a sequence), which is cut off; of these, ``max_tokens`` alone ends it before it has ``min_tokens`` tokens.
+
+    Greedy or not, a token is chosen from logits that are changed in this order, in float32:
+
+    1. ``logit_bias`` adds a number from -100 to 100 to the logit of each token id in it.
+    2. Tokens that would end a request of less than ``min_tokens`` tokens get minus infinity.
+    3. ``repetition_penalty`` divides the logit of each token that is in the prompt or the output if it is positive, and
+       multiplies it if not (1: no change), as in transformers.
+    4. ``frequency_penalty``, times how often a token is in the output, and ``presence_penalty``, if it is there at all,
+       are subtracted from its logit.
 
     Not taken, of vLLM's parameters and those of transformers' ``generate``:
 
@@ -57,12 +73,13 @@ class SamplingParams(Options):
     | do_sample | ``temperature``: 0 is greedy |
     | n, best_of, num_return_sequences | the prompt several times, with a seed each |
     | num_beams, early_stopping, length_penalty | there is no beam search |
-    | presence_penalty, frequency_penalty, repetition_penalty | logits are used as the model gives them |
-    | no_repeat_ngram_size, logit_bias, logits_processors, bad_words, bad_words_ids | the same |
-    | allowed_token_ids, suppress_tokens, structured_outputs, guided_decoding | the same |
-    | min_p, typical_p | ``temperature``, ``top_k`` and ``top_p`` |
-    | min_tokens, min_new_tokens, min_length | ``ignore_eos`` for exactly ``max_tokens`` |
-    | stop_token_ids, eos_token_id | the checkpoint's own; ``stop`` takes strings |
+    | no_repeat_ngram_size, encoder_repetition_penalty, logits_processors | the changes above are all |
+    | structured_outputs, guided_decoding, allowed_token_ids, bad_words, bad_words_ids | the same |
+    | suppress_tokens | ``logit_bias`` of -100 for each token |
+    | sequence_bias | ``logit_bias`` |
+    | typical_p, top_h, epsilon_cutoff, eta_cutoff | ``temperature``, ``top_k``, ``top_p`` and ``min_p`` |
+    | min_new_tokens, min_length | ``min_tokens`` |
+    | eos_token_id | ``stop_token_ids``, beside the checkpoint's own |
     | logprobs, prompt_logprobs, output_scores, output_logits | outputs have tokens, text and times alone |
     | detokenize, skip_special_tokens, spaces_between_special_tokens | ``token_ids`` has every token |
     | include_stop_str_in_output | the same |
@@ -76,8 +93,15 @@ class SamplingParams(Options):
     temperature: float = constants.TEMPERATURE
     top_k: int = constants.TOP_K
     top_p: float = constants.TOP_P
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     seed: int | None = None
+    min_tokens: int = 0
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -89,11 +113,65 @@ class SamplingParams(Options):
             raise InputError(f"--top_k must be 1 or more, or 0 or -1 for all tokens, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        for name, (least, most) in _LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"--{name} must be from {least} to {most}, not {getattr(self, name)}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"--repetition_penalty must be above 0, or 1 for none, not {self.repetition_penalty}")
+        if not isinstance(self.min_tokens, int) or self.min_tokens < 0:
+            raise InputError(f"--min_tokens must be a whole number of 0 or more, not {self.min_tokens}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(f"--min_tokens must be at most max_tokens, {self.max_tokens}, not {self.min_tokens}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(each, str) and each for each in stop):
             raise InputError(f"stop must be a string or a sequence of strings, none of them empty, not {self.stop!r}")
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _as_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether a token is chosen from other logits than the model's own; asked for in every step."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or self.min_tokens > 0 or self.logit_bias is not None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the request generates all of its ``max_tokens``, whatever they are."""
+        return self.ignore_eos and not self.stop and not self.stop_token_ids
+
+
+def _as_token_ids(given: Any) -> tuple[int, ...]:  # noqa: ANN401  # anything, which is what is checked
+    """Return ``given``, a token id or several, as a tuple. Raises :class:`InputError`."""
+    try:
+        ids = () if given is None else tuple(map(index, [given] if isinstance(given, (int, str)) else given))
+    except TypeError as error:
+        raise InputError(f"--stop_token_ids must be token ids, such as [2, 13], not {shorten(given)}") from error
+    if any(token < 0 for token in ids):
+        raise InputError(f"--stop_token_ids must be token ids of 0 or more, not {shorten(given)}")
+    return ids
+
+
+def _as_bias(given: object) -> dict[int, float] | None:
+    """Return ``given``, a mapping from token ids, which JSON writes as text, to numbers; None if it has none. Raises
+    :class:`InputError`."""
+    if given is None:
+        return None
+    try:
+        if not isinstance(given, Mapping):
+            raise TypeError
+        bias = {int(key) if isinstance(key, str) else index(key): float(value) for key, value in given.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--logit_bias must give numbers by token id, such as {{2: -100}}, not {shorten(given)}"
+        ) from error
+    for token, value in bias.items():
+        if token < 0 or not -100 <= value <= 100:
+            raise InputError(
+                f"--logit_bias must give token ids of 0 or more a number from -100 to 100, not {value:g} to {token}"
+            )
+    return bias or None
 
 
 def check_messages(messages: object, where: str) -> list[dict[str, str]]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from transformers import LogitsProcessor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.placement.modes import MODES
-from tests.support.tokens import DISPATCHED, LENGTHS, SERVED, prompts_of, references, room_for
+from tests.support.tokens import DISPATCHED, LENGTHS, SERVED, prompts_of, reference_model, references, room_for
 
 # mode mps, whose workers are those of mp, is tested with its daemon
 PLACED = [pytest.param(mode, marks=[pytest.mark.gpu] * (mode == "green")) for mode in MODES if mode != "mps"]
@@ -90,7 +92,15 @@ def test_staggered_arrivals_change_no_token(name: str, tiny: Callable[[str], Pat
 def test_sampled_tokens_depend_on_the_seed_and_nothing_else(tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS, seed=3)
     params = [
-        SamplingParams(max_tokens=20, temperature=0.9, top_k=number % 3 * 20, top_p=1 - 0.1 * (number % 2), seed=number)
+        SamplingParams(
+            max_tokens=20,
+            temperature=0.9,
+            top_k=number % 3 * 20,
+            top_p=1 - 0.1 * (number % 2),
+            min_p=0.01 * number,
+            presence_penalty=number % 2,
+            seed=number,
+        )
         for number in range(len(prompts))
     ]
     drawn = []
@@ -108,6 +118,59 @@ def test_sampled_tokens_depend_on_the_seed_and_nothing_else(tiny: Callable[[str]
         (other,) = llm.generate([prompts[4]], SamplingParams(max_tokens=20, temperature=0.9, seed=1000))
     assert alone.token_ids == drawn[0][4]
     assert other.token_ids != drawn[0][4]
+
+
+class WrittenPenalties(LogitsProcessor):
+    """Presence and frequency penalties by their definition, which transformers does not have."""
+
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+        self.prompt_tokens, self.presence, self.frequency = prompt_tokens, presence, frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.bincount(input_ids[0, self.prompt_tokens :], minlength=scores.shape[-1])
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+# our names, and transformers' settings of the same meaning; its end-of-sequence token is 2
+PENALISED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
+    ({"repetition_penalty": 0.7}, {"repetition_penalty": 0.7}),
+    ({"logit_bias": {9: 6, 2: 4}}, {"sequence_bias": {(9,): 6.0, (2,): 4.0}}),
+    ({"stop_token_ids": range(0, 150, 7)}, {"eos_token_id": [2, *range(0, 150, 7)]}),
+    ({"stop_token_ids": range(0, 150, 7), "min_tokens": 9}, {"eos_token_id": [2, *range(0, 150, 7)], "min_new_tokens": 9}),
+    ({"presence_penalty": 1.5, "frequency_penalty": 0.75}, {"processor": (1.5, 0.75)}),
+    (
+        {"repetition_penalty": 1.2, "logit_bias": {2: 50}, "min_tokens": 12, "frequency_penalty": 1},
+        {"repetition_penalty": 1.2, "sequence_bias": {(2,): 50.0}, "min_new_tokens": 12, "processor": (0.0, 1.0)},
+    ),
+]  # fmt: skip
+
+
+def generate_with(directory: Path, prompt: list[int], settings: dict[str, Any]) -> list[int]:
+    """The tokens that ``model.generate`` makes of ``prompt`` with its own ``settings``."""
+    settings = dict(settings)
+    written = settings.pop("processor", None)
+    ids = torch.tensor([prompt])
+    tokens = cast("Callable[..., torch.Tensor]", reference_model(directory).generate)(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, **settings,
+        logits_processor=[WrittenPenalties(len(prompt), *written)] if written else [],
+    )  # fmt: skip
+    return tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("mode", PLACED)
+def test_penalties_biases_and_ends_are_those_of_generate(mode: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([40, 17, 17, 5, 9, 9, 30, 12], seed=4)
+    expected = [
+        generate_with(tiny("llama"), *each) for each in zip(prompts, [theirs for _, theirs in PENALISED], strict=True)
+    ]
+    plain = references(tiny("llama"), prompts, 24)
+    assert [made == other for made, other in zip(expected, plain, strict=True)] == [True] + [False] * 7  # each matters
+    params = [SamplingParams(max_tokens=24, **ours) for ours, _ in PENALISED]
+    with LLM(tiny("llama"), mode=mode) as llm:
+        outputs = llm.generate(prompts, params)
+    assert [output.token_ids for output in outputs] == expected
 
 
 def test_greedy_and_sampled_requests_in_one_batch(tiny: Callable[[str], Path]) -> None:

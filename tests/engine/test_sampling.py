@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from splitwiser.engine import sampling
-from splitwiser.engine.sampling import final_text, finish_reason, sample_tokens, uniform
+from splitwiser.engine.penalties import TokenCounts
+from splitwiser.engine.sampling import final_text, finish_reason, uniform
 from splitwiser.request import SamplingParams
 
 LOGITS = (1.5, -0.5, 3.0, 0.0, 2.25, -2.0, 0.75, 1.0)
@@ -27,6 +28,13 @@ class Due:
     params: SamplingParams
     seed: int = 0
     drawn: int = 0
+
+    def token_counts(self) -> Tensor:
+        return TokenCounts((), 1).after(())
+
+
+def sample_tokens(logits: Tensor, requests: Sequence[Due]) -> Tensor:
+    return sampling.sample_tokens(logits, requests, EOS)
 
 
 @cache
@@ -41,7 +49,7 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
 
 
 def probabilities_of(logits: Sequence[float], params: SamplingParams) -> np.ndarray[Any, Any]:
-    """The written-out distribution: softmax of the scaled logits, cut to top_k, then to top_p; not normalised again.
+    """The written-out distribution: softmax of the scaled logits, cut to top_k, top_p, then min_p; not normalised again.
 
     All tokens as likely as the k-th stay; of equally likely ones the smaller ids make up top_p first.
     """
@@ -57,6 +65,7 @@ def probabilities_of(logits: Sequence[float], params: SamplingParams) -> np.ndar
         if before >= params.top_p:
             probabilities[token] = 0
         before += likely
+    probabilities[probabilities < params.min_p * probabilities.max()] = 0
     return probabilities
 
 
@@ -200,6 +209,9 @@ CUTS = [
     {"temperature": 1.5, "top_p": 0.99},
     {"temperature": 2.0, "top_k": 4, "top_p": 0.7},
     {"temperature": 2.0, "top_k": 2, "top_p": 0.99},
+    {"temperature": 1.5, "min_p": 0.2},
+    {"temperature": 1.5, "min_p": 1.0},
+    {"temperature": 2.0, "top_k": 6, "top_p": 0.9, "min_p": 0.25},
 ]
 cuts = pytest.mark.parametrize("settings", CUTS, ids=lambda each: " ".join(f"{key}={each[key]:g}" for key in each))
 
@@ -282,6 +294,28 @@ def test_a_huge_temperature_is_near_uniform() -> None:
     assert sum((counts[token] - 2000) ** 2 / 2000 for token in range(8)) < 29.9
 
 
+def test_logits_are_changed_only_where_a_request_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(len(MIXED) + 1, 40)
+    changes: list[int] = []
+
+    def change(logits: Tensor, requests: Sequence[Due], _: object) -> Tensor:
+        changes.append(len(requests))
+        return logits
+
+    monkeypatch.setattr(sampling, "change_logits", change)
+    sample_tokens(logits[1:], MIXED)
+    assert changes == []
+    sample_tokens(logits, [*MIXED, Due(SamplingParams(min_tokens=1))])
+    assert changes == [len(MIXED) + 1]
+
+
+def test_changed_logits_are_those_that_tokens_are_chosen_by() -> None:
+    logits = torch.tensor([LOGITS, LOGITS])
+    greedy = SamplingParams(logit_bias={5: 50})
+    drawn = SamplingParams(temperature=1.0, logit_bias={7: 50})
+    assert sample_tokens(logits, [Due(greedy), Due(drawn)]).tolist() == [5, 7]
+
+
 def test_half_precision_logits_draw_as_their_float32_values() -> None:
     logits = random_logits(len(MIXED), 40).to(torch.bfloat16)
     assert sample_tokens(logits, MIXED).tolist() == sample_tokens(logits.float(), MIXED).tolist()
@@ -322,6 +356,12 @@ def no_text(_: Sequence[int]) -> str:
         pytest.param({"stop": ("x", "bc")}, ids("abc"), "stop", id="one of two stop strings"),
         pytest.param({"stop": ("cd",)}, ids("abc"), None, id="half a stop string"),
         pytest.param({"stop": ("c",), "max_tokens": 3}, ids("abc"), "stop", id="stop string goes before length"),
+        pytest.param({"stop_token_ids": ids("xc")}, ids("abc"), "stop", id="one of two stop tokens"),
+        pytest.param({"stop_token_ids": ids("b")}, ids("abc"), None, id="only the last token may be a stop token"),
+        pytest.param({"stop_token_ids": ids("c"), "ignore_eos": True}, ids("abc"), "stop", id="stop token of its own"),
+        pytest.param({"stop": ("b",), "min_tokens": 2}, ids("abc"), None, id="stop string in the first min_tokens"),
+        pytest.param({"stop": ("bc",), "min_tokens": 2}, ids("abc"), "stop", id="stop string that ends after them"),
+        pytest.param({"stop": ("b",), "min_tokens": 2}, ids("abcb"), "stop", id="stop string again after them"),
         pytest.param(
             {"stop": ("c",), "ignore_eos": True}, ids("abc"), "stop", id="stop string without end of sequence"
         ),
@@ -353,3 +393,16 @@ def test_a_model_without_an_end_of_sequence_goes_on() -> None:
 )
 def test_text_is_cut_before_the_first_stop_string(stop: tuple[str, ...], text: str) -> None:
     assert final_text(SamplingParams(stop=stop), ids("abcabc"), decode) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"stop_token_ids": ids("c")}, "abcab"),
+        ({"stop_token_ids": ids("b")}, "abcabc"),
+        ({"stop": ("c",), "min_tokens": 3}, "abcab"),
+        ({"stop": ("bca",), "min_tokens": 3}, "a"),
+    ],
+)
+def test_text_ends_where_the_request_did(settings: dict[str, Any], text: str) -> None:
+    assert final_text(SamplingParams(**settings), ids("abcabc"), decode) == text

@@ -91,7 +91,10 @@ PROMPT = "must be text, a list of token ids or a request, and not empty, not "
         ),
         ({"prompts": ["a"]}, "prompt 0: its number of new tokens, 'max_tokens', is missing"),
         ({**FINE, "max_tokens": 3}, "'max_tokens' is a request's own; for all it is 'max_new_tokens'"),
-        ({**FINE, "min_p": 0.1}, "'min_p' is not taken: tokens are drawn by temperature, top_k and top_p alone"),
+        (
+            {**FINE, "typical_p": 0.1},
+            "'typical_p' is not taken: tokens are drawn by temperature, top_k, top_p and min_p alone",
+        ),
         ({**FINE, "temperature": "hot"}, "'temperature' must be a number, not 'hot'"),
         ({**FINE, "temperature": -1}, "temperature must be 0 (greedy) or more, not -1.0"),
         ({**FINE, "max_new_tokens": 0}, f"{NEW_TOKENS}0"),

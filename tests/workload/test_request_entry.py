@@ -47,6 +47,13 @@ def test_a_first_line_without_a_prompt_holds_for_all(tmp_path: Path) -> None:
     ]
 
 
+def test_a_request_may_say_which_tokens_it_wants(tmp_path: Path) -> None:
+    own = {"logit_bias": {"5": -2.0}, "stop_token_ids": [0, 7], "min_tokens": 30, "frequency_penalty": 0.5}
+    (request,) = read_request_lines(write(tmp_path, {"prompt": "a", "max_tokens": 40, **own}))
+    assert request.sampling == own
+    assert SamplingParams(max_tokens=40, **request.sampling).logit_bias == {5: -2.0}
+
+
 def test_every_sampling_parameter_can_be_given() -> None:
     assert {each.name for each in fields(Sampling)} == {each.name for each in fields(SamplingParams)}
 
@@ -68,6 +75,11 @@ FINE = {"prompt": "a", "max_tokens": 2}
         ({**FINE, "max_tokens": 0}, "'max_tokens' must be a whole number of 1 or more, not 0"),
         ({**FINE, "top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
         ({**FINE, "top_k": 1.5}, "'top_k' must be a whole number, not 1.5"),
+        ({**FINE, "min_tokens": -1}, "'min_tokens' must be a whole number of 0 or more, not -1"),
+        ({**FINE, "repetition_penalty": 0}, "repetition_penalty must be above 0, or 1 for none, not 0.0"),
+        ({**FINE, "stop_token_ids": 5}, "'stop_token_ids' must be a list of token ids, not 5"),
+        ({**FINE, "logit_bias": {"5": "a"}}, "'logit_bias' must be an object of numbers by token id, not "),
+        ({**FINE, "logit_bias": {"a": 1}}, "logit_bias must give numbers by token id"),
         ({**FINE, "stop": [""]}, "stop must be a string or a sequence of strings"),
         ({**FINE, "stop": 5}, "'stop' must be text or a list of texts, not 5"),
         ({**FINE, "ignore_eos": 1}, "'ignore_eos' must be true or false, not 1"),

@@ -212,9 +212,17 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
     prompt, new = len(request.prompt_token_ids), request.max_tokens
     if not prompt:
         raise InputError(f"{where}: the prompt has no tokens; at least one is needed")
-    wrong = [token for token in request.prompt_token_ids if not 0 <= token < model.vocabulary]
-    if wrong:
-        raise InputError(f"{where}: token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}")
+    used = {
+        "": request.prompt_token_ids,
+        "stop_token_ids: ": request.params.stop_token_ids,
+        "logit_bias: ": request.params.logit_bias or (),
+    }
+    for name, ids in used.items():
+        wrong = [token for token in ids if not 0 <= token < model.vocabulary]
+        if wrong:
+            raise InputError(
+                f"{where}: {name}token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}"
+            )
     if model.max_positions is not None and prompt + new - 1 > model.max_positions:
         raise InputError(
             f"{where}: {prompt} prompt tokens and {new} new ones need {prompt + new - 1} positions, and {model.name} has "

@@ -38,16 +38,17 @@ class _Row:
     finish: FinishReason | None = None
 
 
-class _SeededSampler(LogitsProcessor):
-    """Keeps of each row's logits only the token that :func:`sample_tokens` draws, so that seeds give the same tokens as in
-    the other modes (transformers draws a whole batch from one generator)."""
+class _Sampler(LogitsProcessor):
+    """Keeps of each row's logits only the token that :func:`sample_tokens` chooses, so that tokens are those of the other
+    modes (transformers draws a whole batch from one generator, penalises its padding and has settings by batch)."""
 
-    def __init__(self, rows: Sequence[_Row]) -> None:
+    def __init__(self, model: LoadedModel, rows: Sequence[_Row]) -> None:
+        self._model = model
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        kept = sample_tokens(scores, [row.sequence for row in self._rows]).unsqueeze(-1)
-        return torch.full_like(scores, float("-inf")).scatter(-1, kept, 0.0)
+        kept = sample_tokens(scores, [row.sequence for row in self._rows], self._model.eos_token_ids)
+        return torch.full_like(scores, float("-inf")).scatter(-1, kept.unsqueeze(-1), 0.0)
 
 
 class _StepTracker(StoppingCriteria):
@@ -156,13 +157,13 @@ class GenerateEngine:
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
-        sampled = any(request.params.temperature > 0 for request in batch)
+        plain = all(each.params.temperature == 0 and not each.params.changes_logits for each in batch)
         generate = cast("Callable[..., Tensor]", self._model.module.generate)
         generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([_SeededSampler(rows)] if sampled else []),
+            logits_processor=LogitsProcessorList([] if plain else [_Sampler(self._model, rows)]),
             stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
         )
         return [

@@ -55,13 +55,13 @@ class ProgressBar(Observer):
         request = self._open.pop(output.request_id)
         self._add(request, -1)
         self._finished_tokens += len(output.token_ids)
-        if not _is_exact(request):
+        if not request.params.is_exact:
             self._early_tokens += len(output.token_ids)
             self._early_maximum += request.max_tokens
         self._show(1)
 
     def _add(self, request: Request, count: int) -> None:
-        if _is_exact(request):
+        if request.params.is_exact:
             self._exact_tokens += count * request.max_tokens
         else:
             self._open_maximum += count * request.max_tokens
@@ -80,8 +80,3 @@ class ProgressBar(Observer):
         finished = self._count - len(self._open)
         self._bar.set_postfix_str(f"{finished}/{self._count} requests, {made:,} tokens", refresh=False)
         self._bar.update(tokens)
-
-
-def _is_exact(request: Request) -> bool:
-    """Return whether a request generates all of its ``max_tokens``."""
-    return request.params.ignore_eos and not request.params.stop

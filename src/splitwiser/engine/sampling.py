@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from splitwiser.engine.penalties import PenalisedRequest, change_logits
 from splitwiser.request import FinishReason, SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -16,22 +17,12 @@ _MASK = (1 << 64) - 1
 Decode = Callable[[Sequence[int]], str]  # token ids to text
 
 
-class SampledRequest(Protocol):
-    """A request whose next token is sampled: its parameters, its seed and its number of output tokens."""
-
-    @property
-    def params(self) -> SamplingParams:
-        """Sampling parameters."""
-        ...
+class SampledRequest(PenalisedRequest, Protocol):
+    """A request whose next token is sampled: its parameters, its tokens so far and its seed."""
 
     @property
     def seed(self) -> int:
         """Seed of its random numbers."""
-        ...
-
-    @property
-    def drawn(self) -> int:
-        """Number of output tokens so far."""
         ...
 
 
@@ -46,12 +37,15 @@ def uniform(seed: int, position: int) -> float:
     return ((bits ^ (bits >> 31)) >> 11) / (1 << 53)
 
 
-def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
+def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], eos_token_ids: Collection[int]) -> Tensor:
     """Return the next token of each request: int64 of shape (requests,), on the logits' device.
 
-    ``logits`` has shape (requests, vocabulary). Greedy requests get the largest logit; for the others the cumulative
+    ``logits`` has shape (requests, vocabulary); they are changed first where a request asks for it, and ``eos_token_ids``
+    are the tokens that ``min_tokens`` holds back. Greedy requests get the largest logit; for the others the cumulative
     distribution, in vocabulary order, is inverted at :func:`uniform` of their seed and position.
     """
+    if any(request.params.changes_logits for request in requests):
+        logits = change_logits(logits, requests, eos_token_ids)
     # PyTorch's argmax of half precisions takes five times as long on a CPU
     tokens = (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
@@ -83,6 +77,9 @@ def _sample(logits: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
         before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
         surplus = before >= column([each.top_p for each in params], torch.float64)
         probabilities = probabilities.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), 0.0)
+    if any(each.min_p > 0 for each in params):
+        least = column([each.min_p for each in params], torch.float64) * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     targets = column([uniform(request.seed, request.drawn) for request in requests], torch.float64) * cumulative[:, -1:]
     # the first token whose cumulative probability is above the target; this is never a token of probability 0
@@ -93,9 +90,10 @@ def finish_reason(
     params: SamplingParams, token_ids: Sequence[int], eos_token_ids: Collection[int], decode: Decode
 ) -> FinishReason | None:
     """Return why a request with the output ``token_ids`` (at least one) has finished, or None if it has not."""
-    if token_ids[-1] in eos_token_ids and not params.ignore_eos:
+    last = token_ids[-1]
+    if (last in eos_token_ids and not params.ignore_eos) or last in params.stop_token_ids:
         return "stop"
-    if params.stop and any(stop in decode(token_ids) for stop in params.stop):
+    if params.stop and _stop_places(params, token_ids, decode):
         return "stop"
     if params.max_tokens is not None and len(token_ids) >= params.max_tokens:
         return "length"
@@ -103,7 +101,18 @@ def finish_reason(
 
 
 def final_text(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> str:
-    """Return the text of ``token_ids``, cut before its first stop string."""
+    """Return the text of ``token_ids``, cut before its first stop string, and without a stop token at its end."""
+    if token_ids[-1] in params.stop_token_ids:
+        return decode(token_ids[:-1])
     text = decode(token_ids)
-    cuts = [place for place in map(text.find, params.stop) if place >= 0]
-    return text[: min(cuts)] if cuts else text
+    places = _stop_places(params, token_ids, decode)
+    return text[: min(places)] if places else text
+
+
+def _stop_places(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> list[int]:
+    """Return where stop strings begin in the text of ``token_ids``, those left out that end in its first ``min_tokens``
+    tokens."""
+    text = decode(token_ids)
+    held = len(decode(token_ids[: params.min_tokens])) if params.min_tokens else 0
+    places = (text.find(stop, max(0, held - len(stop) + 1)) for stop in params.stop)
+    return [place for place in places if place >= 0]

@@ -3,12 +3,15 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from splitwiser.engine.decode_graphs import DecodeGraphs, capture_decode_graphs
 from splitwiser.engine.messages import Phase
+from splitwiser.engine.penalties import TokenCounts
 from splitwiser.engine.prefill_graphs import PrefillGraphs, capture_prefill_graphs
 from splitwiser.engine.sampling import finish_reason, sample_tokens
 from splitwiser.model.forward import forward
@@ -42,6 +45,14 @@ class SequenceState:
     def drawn(self) -> int:
         """Number of output tokens so far."""
         return len(self.token_ids)
+
+    def token_counts(self) -> Tensor:
+        """Return the tokens so far with their counts; see :meth:`TokenCounts.after`."""
+        return self._counts.after(self.token_ids)
+
+    @cached_property
+    def _counts(self) -> TokenCounts:
+        return TokenCounts(self.request.prompt_token_ids, self.request.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,8 @@ def prefill_step(
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
         return []
-    return sample_tokens(logits, [chunk.sequence for chunk in chunks if chunk.is_last]).tolist()
+    ended = [chunk.sequence for chunk in chunks if chunk.is_last]
+    return sample_tokens(logits, ended, model.eos_token_ids).tolist()
 
 
 @torch.inference_mode()
@@ -126,7 +138,7 @@ def decode_step(
     else:
         step = PagedAttention(pool, segments, model.device)
         logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
-    return sample_tokens(logits, sequences).tolist()
+    return sample_tokens(logits, sequences, model.eos_token_ids).tolist()
 
 
 @dataclass(frozen=True)

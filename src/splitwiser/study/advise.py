@@ -120,7 +120,7 @@ def predict(
     ends = {
         request.request_id: min(request.max_tokens, rng.choice(measurements.output_tokens))
         for request in requests
-        if measurements.output_tokens and not request.params.ignore_eos
+        if measurements.output_tokens and not request.params.is_exact
     }
     tokens = sum(len(request.prompt_token_ids) for request in requests)
     # the configured budget comes first, so that it wins ties

@@ -194,7 +194,7 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
             table.write(row | asdict(conditions) | found)
             if mode == "sequential":
                 made = {output.request_id: len(output.token_ids) for output in recording.outputs}
-                ended = (made[place] for place, each in enumerate(sample) if not each.params.ignore_eos)
+                ended = (made[place] for place, each in enumerate(sample) if not each.params.is_exact)
                 lengths = ({"output_tokens": length} for length in ended)
                 write_rows(directory / "output_tokens.csv", names(OUTPUT_TOKENS), lengths)
 
@@ -214,9 +214,10 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
 
 
 def _sample_params(request: Request) -> SamplingParams:
-    if not request.params.ignore_eos:
+    if not request.params.is_exact:
         return request.params
-    return dataclasses.replace(request.params, max_tokens=min(request.max_tokens, _SAMPLE_TOKENS))
+    most = min(request.max_tokens, _SAMPLE_TOKENS)
+    return dataclasses.replace(request.params, max_tokens=most, min_tokens=min(request.params.min_tokens, most))
 
 
 def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:

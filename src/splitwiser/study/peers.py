@@ -52,8 +52,12 @@ def check_peer(config: RunConfig, job: Job) -> None:
     params = job.sampling_params(config)
     if any(each.temperature for each in params):
         raise InputError("a peer chooses tokens greedily; leave --temperature out")
-    if any(each.stop for each in params):
-        raise InputError("a peer generates a fixed number of tokens per request; leave --stop out")
+    if any(each.changes_logits for each in params):
+        raise InputError(
+            "a peer chooses tokens by the model's own logits; leave penalties, --logit_bias and --min_tokens out"
+        )
+    if any(each.stop or each.stop_token_ids for each in params):
+        raise InputError("a peer generates a fixed number of tokens per request; leave --stop and --stop_token_ids out")
     if config.max_concurrency is None and any(job.arrival_s):
         raise InputError(
             "a peer takes requests that arrive at once or as others finish, not at given times; give --request_rate inf or "

@@ -11,7 +11,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import Strict
 
 from splitwiser.errors import InputError
-from splitwiser.formats import AtLeastOne, Text, Whole, must_be, parse_as
+from splitwiser.formats import AtLeastOne, AtLeastZero, Text, Whole, must_be, parse_as
 from splitwiser.request import PromptInput, SamplingParams, check_messages
 from splitwiser.text import check_text, read_text
 from splitwiser.workload.planned import PlannedRequest
@@ -24,6 +24,8 @@ TextOrIds = Annotated[
 ]
 Seconds = Annotated[float, Strict(), Ge(0), Le(sys.float_info.max), must_be("0 or more seconds")]
 _Number = Annotated[float, Strict(), must_be("a number")]
+_TokenIds = Annotated[list[Annotated[int, Strict()]], must_be("a list of token ids")]
+_Bias = Annotated[dict[str, Annotated[float, Strict()]], must_be("an object of numbers by token id")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,15 @@ class Sampling:
     temperature: _Number | None = None
     top_k: Whole | None = None
     top_p: _Number | None = None
+    min_p: _Number | None = None
+    repetition_penalty: _Number | None = None
+    presence_penalty: _Number | None = None
+    frequency_penalty: _Number | None = None
+    logit_bias: _Bias | None = None
     seed: Whole | None = None
+    min_tokens: AtLeastZero | None = None
     stop: Annotated[Text | list[Text] | None, must_be("text or a list of texts")] = None
+    stop_token_ids: _TokenIds | None = None
     ignore_eos: Annotated[Annotated[bool, Strict()] | None, must_be("true or false")] = None
 
     @property
@@ -63,7 +72,7 @@ def parse_sampling(kind: type[Sampling], content: Mapping[str, Any], where: str)
             raise InputError(f"{where}: '{name}' is not taken: {SamplingParams.NOT_TAKEN[name]}")
     read = parse_as(kind, content, where)
     try:
-        SamplingParams(**read.given)
+        SamplingParams(max_tokens=None, **read.given)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return read
