@@ -139,9 +139,14 @@ def test_option_goes_before_the_cases_new_tokens(given: int | None, expected: in
 
 
 def test_options_become_sampling_parameters() -> None:
-    config = RunConfig(temperature=0.5, top_k=3, top_p=0.25, ignore_eos=True)
-    expected = SamplingParams(max_tokens=9, temperature=0.5, top_k=3, top_p=0.25, ignore_eos=True)
+    same: dict[str, Any] = {
+        "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 0.5,
+        "frequency_penalty": -1.0, "min_tokens": 4, "ignore_eos": True,
+    }  # fmt: skip
+    config = RunConfig(**same, stop_token_ids="[0, 7]", logit_bias='{"5": -2}')
+    expected = SamplingParams(max_tokens=9, **same, stop_token_ids=(0, 7), logit_bias={5: -2})
     assert config.sampling_params(9) == expected
+    assert RunConfig(stop_token_ids="7").sampling_params(9).stop_token_ids == (7,)
 
 
 def test_zero_new_tokens_are_refused_and_not_replaced() -> None:

@@ -222,7 +222,9 @@ def test_requests_own_parameters_go_before_the_options_and_the_run_says_so(tmp_p
         "temperature is as the workload says for 1 of 2 requests",
         "stop is as the workload says for 1 of 2 requests",
     )
-    assert refusal(prepare_job, RunConfig(workload=str(path), output_tokens="5"), 0).startswith("request 0: stop ends")
+    assert refusal(prepare_job, RunConfig(workload=str(path), output_tokens="5"), 0).startswith(
+        "request 0: stop changes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,8 +256,10 @@ def test_chats_of_a_workload_stay_as_they_are_and_token_ids_are_refused(tmp_path
     ("settings", "part"),
     [
         ({"prompt_tokens": "5", "chat_template": True}, "--chat_template is for prompts of text"),
-        ({"prompt_tokens": "5", "stop": "a"}, "--stop ends a request early"),
-        ({"output_tokens": "5", "stop": "a"}, "--stop ends a request early"),
+        ({"prompt_tokens": "5", "stop": "a"}, "--stop changes when a request ends"),
+        ({"output_tokens": "5", "stop": "a"}, "--stop changes when a request ends"),
+        ({"trace": "a.csv", "stop_token_ids": "0"}, "--stop_token_ids changes when a request ends"),
+        ({"output_tokens": "5", "min_tokens": 3}, "--min_tokens changes when a request ends"),
         ({"stop": ""}, "stop must be a string"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.files import named_configs
-from splitwiser.options import Options, check_counts, option, typed_options
+from splitwiser.options import Options, check_counts, option, option_fields, typed_options
 from splitwiser.request import SamplingParams
 from splitwiser.workload.named import FOLDER, read_named_workload
 from splitwiser.workload.reports import DEFAULT_FINDING_COLUMN, DEFAULT_IMPRESSION_COLUMN
@@ -19,7 +19,11 @@ from splitwiser.workload.trace import parse_slice
 
 Source = Literal["case", "workload", "trace", "synthetic"]
 
-PARAMETERS = ("temperature", "top_k", "top_p", "ignore_eos", "stop")  # of sampling that are options for all requests
+PARAMETERS = (  # of sampling that are options for all requests
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
+    "min_tokens", "ignore_eos", "stop", "stop_token_ids",
+)  # fmt: skip
+ENDS = ("min_tokens", "stop", "stop_token_ids")  # which say nothing where a request's number of tokens is fixed
 MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at once
 
 
@@ -97,16 +101,41 @@ class WorkloadConfig(Options):
     top_p: float = option(
         constants.TOP_P, "draw among the likeliest tokens of this total probability; 1: all", "sampling"
     )
+    min_p: float = option(
+        SamplingParams.min_p,
+        "draw among tokens at least this many times as likely as the likeliest; 0: all",
+        "sampling",
+    )
+    repetition_penalty: float = option(
+        SamplingParams.repetition_penalty, "above 1, tokens of the prompt and the output become less likely", "sampling"
+    )
+    presence_penalty: float = option(
+        SamplingParams.presence_penalty, "is taken from the logit of every token of the output", "sampling"
+    )
+    frequency_penalty: float = option(
+        SamplingParams.frequency_penalty,
+        "is taken from a token's logit once for each time that it is in the output",
+        "sampling",
+    )
+    logit_bias: str | None = option(
+        None, "is added to logits, from -100 to 100 by token id, as JSON: '{\"2\": -100}'", "sampling"
+    )
+    min_tokens: int = option(
+        SamplingParams.min_tokens, "no token or text ends a request that has fewer new tokens", "sampling"
+    )
     ignore_eos: bool = option(False, "do not end a request at an end-of-sequence token", "sampling")
     stop: str | None = option(
         None, 'a text that ends a request and is cut off; several as a JSON list: \'["\\n\\n", "###"]\'', "sampling"
+    )
+    stop_token_ids: str | None = option(
+        None, "a token id that ends a request, beside the model's own; several as a JSON list: [13, 198]", "sampling"
     )
 
     def __post_init__(self) -> None:
         if self.workload is not None:
             self._check_workload()
         check_counts(self, "limit", "requests", "max_prompt_tokens", "max_new_tokens")
-        self.sampling_params(1)  # raises for invalid ones
+        self.sampling_params(max(1, self.min_tokens))  # raises for invalid ones
         self._check_requests()
         self._check_texts()
         self._check_arrivals()
@@ -153,10 +182,12 @@ class WorkloadConfig(Options):
             raise InputError(
                 "--chat_template is for prompts of text, and those of --trace and --prompt_tokens are random"
             )
-        if self.stop is not None and (is_random or self.output_tokens is not None):
-            raise InputError(
-                "--stop ends a request early, and --trace, --prompt_tokens and --output_tokens fix how many tokens it has"
-            )
+        for name in ENDS if is_random or self.output_tokens is not None else ():
+            if getattr(self, name) != option_fields(WorkloadConfig)[name].default:
+                raise InputError(
+                    f"--{name} changes when a request ends, and --trace, --prompt_tokens and --output_tokens fix how many "
+                    "tokens it has"
+                )
 
     def _check_arrivals(self) -> None:
         if self.request_rate is not None and not self.request_rate > 0:
@@ -190,20 +221,31 @@ class WorkloadConfig(Options):
         """Return the sampling parameters of a request whose case, workload or trace says ``max_new_tokens``, and which has
         parameters of its ``own``, by name. If ``exact``, it generates exactly that many, past end-of-sequence tokens and
         regardless of ``--max_new_tokens``."""
-        params = {name: getattr(self, name) for name in PARAMETERS} | dict(own)
+        params = {name: getattr(self, name) for name in PARAMETERS}
+        params |= {name: parse(params[name]) for name, parse in _PARSERS.items()} | dict(own)
         if exact:
             params["ignore_eos"] = True
         most = max_new_tokens if exact or self.max_new_tokens is None else self.max_new_tokens
-        return SamplingParams(max_tokens=most, **{**params, "stop": parse_stop(params["stop"])})
+        return SamplingParams(max_tokens=most, **params)
 
 
-def parse_stop(given: str | Sequence[str] | None) -> Sequence[str]:
-    """Return the stop strings that are ``given``: a JSON list of texts, or one text, or a sequence already."""
-    if not isinstance(given, str):
-        return given or ()
-    try:
-        listed = json.loads(given)
-    except ValueError:
-        return (given,)
+def parse_stop(given: str | None) -> Sequence[str]:
+    """Return the stop strings that are ``given``: a JSON list of texts, or one text."""
+    if given is None:
+        return ()
+    listed = _parse_json(given)
     is_list = isinstance(listed, list) and all(isinstance(each, str) for each in listed)
     return listed if is_list else (given,)
+
+
+def _parse_json(given: str | None) -> Any:  # noqa: ANN401  # whatever a user gives; SamplingParams checks it
+    """Return ``given`` as JSON, or as it is if it is none."""
+    try:
+        return given if given is None else json.loads(given)
+    except ValueError:
+        return given
+
+
+_PARSERS: Mapping[str, Callable[[str | None], Any]] = {
+    "stop": parse_stop, "stop_token_ids": _parse_json, "logit_bias": _parse_json
+}  # fmt: skip

@@ -14,7 +14,7 @@ from splitwiser.options import option_fields
 from splitwiser.request import PromptInput, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
-from splitwiser.workload.config import PARAMETERS, Source, WorkloadConfig
+from splitwiser.workload.config import ENDS, PARAMETERS, Source, WorkloadConfig
 from splitwiser.workload.named import FOLDER
 from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.prompt_file import read_prompt_file
@@ -166,15 +166,18 @@ def _as_chat(prompt: PromptInput | None, number: int) -> PromptInput:
 
 def _note_own_parameters(job: Job, config: WorkloadConfig) -> Job:
     """Return ``job`` with a note of each sampling option that was given and is not used, since requests have their own.
-    Raises :class:`InputError` for a request with stop strings whose number of tokens is fixed."""
+    Raises :class:`InputError` for a request that says when it ends and whose number of tokens is fixed."""
     notes = list(job.notes)
     for name in PARAMETERS:
         count = sum(name in each.sampling for each in job.requests)
         if count and getattr(config, name) != option_fields(WorkloadConfig)[name].default:
             notes.append(f"{name} is as the workload says for {count} of {len(job.requests)} requests")
     for number, each in enumerate(job.requests):
-        if config.output_tokens is not None and each.sampling.get("stop"):
-            raise InputError(f"request {number}: stop ends it early, and --output_tokens fixes how many tokens it has")
+        ends = [name for name in ENDS if each.sampling.get(name)]
+        if config.output_tokens is not None and ends:
+            raise InputError(
+                f"request {number}: {ends[0]} changes when it ends, and --output_tokens fixes how many tokens it has"
+            )
     return replace(job, notes=tuple(notes))
 
 
