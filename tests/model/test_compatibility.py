@@ -27,11 +27,10 @@ def load(directory: Path) -> LoadedModel:
     [
         ("falcon", "FalconForCausalLM does not dispatch its attention through transformers' attention interface"),
         ("bloom", "BloomForCausalLM does not dispatch its attention"),
-        ("mamba", "MambaForCausalLM"),
-        (
-            "gemma3n_text",
-            "Gemma3nForCausalLM: only 2 of 3 layers store K and V and the others attend to theirs",
-        ),
+        ("mamba", "MambaForCausalLM keeps a recurrent state for each request"),
+        ("deepseek_v32", "DeepseekV32ForCausalLM keeps an index of all tokens"),
+        ("jamba", "JambaForCausalLM keeps a recurrent state for each request"),
+        ("lfm2", "Lfm2ForCausalLM keeps a recurrent state for each request"),
         (
             "llama4_text",
             "Llama4ForCausalLM: at later positions packed prompts do not give the same logits as each alone",
@@ -116,7 +115,7 @@ def test_refuses_layers_that_do_not_store(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
     layers = model.module.model.layers
     layers[1] = layers[0]  # its K and V would be stored twice in layer 0
-    with pytest.raises(UnsupportedModelError, match="only 2 of 3 layers store K and V"):
+    with pytest.raises(UnsupportedModelError, match="K and V are stored 3 times and attended to 3 times"):
         attach_engine(model)
 
 

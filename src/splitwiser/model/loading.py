@@ -37,6 +37,7 @@ from splitwiser.model.checkpoint import (
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
+from splitwiser.model.rotary import length_computed_anew, rotary_parameters
 
 T = TypeVar("T")
 
@@ -59,7 +60,9 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 class LoadedModel:
     """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
     once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
-    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
+    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text.
+    ``computed_anew_at`` is the length at which a request's K and V are computed anew
+    (:func:`splitwiser.model.rotary.length_computed_anew`)."""
 
     name: str
     module: PreTrainedModel
@@ -72,6 +75,7 @@ class LoadedModel:
     load_s: float
     eos_token_ids: frozenset[int]
     max_positions: int | None
+    computed_anew_at: int | None = None
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
 
@@ -188,6 +192,7 @@ def load_model(
         load_s=time.perf_counter() - began,
         eos_token_ids=eos,
         max_positions=max_positions(module.config),
+        computed_anew_at=length_computed_anew(module.config),
         notes=notes,
         no_text=no_text,
     )
@@ -255,7 +260,7 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     """Return ``load(local_files_only)`` from this machine or, if it is not there, from the hub. Raises
     :class:`InputError`."""
     try:
-        with _without_bars():
+        with without_bars():
             return load(True)
     except OSError as error:
         if not entry.hub:
@@ -270,8 +275,8 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from showing progress bars: reading files of this machine takes no time that needs one."""
+def without_bars() -> Iterator[None]:
+    """Keep transformers from showing progress bars: files of this machine take no time that needs one."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -387,18 +392,8 @@ def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions that the model supports, or None if it has no limit.
-
-    Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes beyond the original
-    length for every request of the step, so such a model is served up to that length only.
-    """
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
-            limit = min(filter(None, (limit, original)), default=None)
-    return limit
+    """Return the number of positions that the model supports, or None if it has no limit. A model with dynamic NTK states
+    the length that it was trained for, which the scaling multiplies."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    factors = [each["factor"] for each in rotary_parameters(config) if each.get("rope_type") == "dynamic"]
+    return int(limit * max(factors)) if limit and factors else limit
