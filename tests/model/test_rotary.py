@@ -81,7 +81,7 @@ def test_workers_keep_no_frequencies_in_the_memory_that_they_share(tmp_path: Pat
 def test_positions_reach_as_far_as_the_scaling() -> None:
     assert max_positions(tiny_config("llama", **SCALED["dynamic"][1])) == 4 * ORIGINAL
     assert max_positions(tiny_config("llama", **SCALED["longrope"][1])) == 256
-    assert max_positions(AutoConfig.for_model("bloom")) is None
+    assert max_positions(AutoConfig.for_model("mamba")) is None
 
 
 def test_only_models_that_generate_so_are_computed_anew() -> None:

@@ -1,14 +1,13 @@
 """Tiny random models, by architecture."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pytest
-from packaging.version import Version
 from transformers import AutoConfig
 
-from splitwiser.model.tiny import POSITIONS, VOCABULARY, save_tiny, tiny_config
+from splitwiser.model.tiny import POSITIONS as POSITIONS
+from splitwiser.model.tiny import VOCABULARY as VOCABULARY
+from splitwiser.model.tiny import save_tiny, tiny_config
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -24,6 +23,15 @@ _LATENT: dict[str, Any] = {
     **_ROTARY, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16, "v_head_dim": 12,
 }  # fmt: skip
+_SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+_FALCON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+_GPTJ: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 6, "n_positions": POSITIONS, **_SPECIAL
+}  # fmt: skip
+# by the name of an architecture, or by a name of our own with the architecture's as ``model_type``
 TINY: dict[str, dict[str, Any]] = {
     "opt": {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": POSITIONS},
     "llama": _ROTARY,
@@ -40,22 +48,31 @@ TINY: dict[str, dict[str, Any]] = {
     "minicpm3": _LATENT,
     "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
                     "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
-    "falcon": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "falcon": _FALCON,
+    "falcon_new": {**_FALCON, "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_rw": {**_FALCON, "model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True,
+                  "alibi": True, "max_position_embeddings": 512},
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 3},
+    "mpt": {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 2, "n_heads": 3, "max_seq_len": POSITIONS,
+            "attn_config": {"clip_qkv": 2.0}},
+    "gptj": _GPTJ,
+    "codegen": {**_GPTJ, "n_ctx": POSITIONS},
+    "gpt_neo": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "window_size": 9,
+                "attention_types": [[["global", "local"], 1]], "max_position_embeddings": POSITIONS, **_SPECIAL},
+    "xglm": {"vocab_size": VOCABULARY, "d_model": 48, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4,
+             "max_position_embeddings": POSITIONS},
+    "biogpt": {**_COMMON, "intermediate_size": 96, "max_position_embeddings": POSITIONS},
+    "gpt_neox_japanese": {**_COMMON, "intermediate_multiple_size": 2, "max_position_embeddings": POSITIONS, **_SPECIAL},
+    "openai-gpt": {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS},
+    "roformer": {**_COMMON, "intermediate_size": 96, "is_decoder": True},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }  # fmt: skip
-
-
-# earlier versions take the length of bloom's bias from the tokens that a cache counts, so that nothing can be shown of it
-BLOOM = pytest.param(
-    "bloom",
-    marks=pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="needs transformers 5.23"),
-)
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:
     """Save a tiny random model of architecture ``name``, with the figures of TINY or else those of ``models --check``; its
     weights are wide enough that tokens differ clearly."""
     figures = {**TINY.get(name, {}), **changes}
-    config = AutoConfig.for_model(name, **figures) if name in TINY else tiny_config(name, **changes)
+    kind = figures.pop("model_type", name)
+    config = AutoConfig.for_model(kind, **figures) if name in TINY else tiny_config(name, **changes)
     return save_tiny(config, directory, seed=sum(name.encode()))

@@ -87,7 +87,7 @@ class _FixedStep(AttentionStep):
         return self._pool.kernels.decode(
             query[0].transpose(0, 1), self._pool.keys[layer], self._pool.values[layer],
             self._tables, first_seen, self._offsets, self._lengths,
-            options.scaling, options.softcap, options.sinks,
+            options.scaling, options.softcap, options.sinks, options.bias, options.bias_by_position,
         ).unsqueeze(0)  # fmt: skip
 
     def _first_seen(self, mask: Mask) -> Tensor:

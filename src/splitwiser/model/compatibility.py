@@ -13,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
+from splitwiser.model.dispatch.alibi import alibi_from, has_alibi
+from splitwiser.model.dispatch.table import RECURRENT, dispatch_attention, find_dispatch_problem
 from splitwiser.model.forward import cache_argument, forward
 from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -29,9 +31,8 @@ _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # tighter, since an error that grows with the position changes the logits of random weights only little
 _FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
 # what a model asks of its cache beside K and V, by a part of the method's name
-_RECURRENT = "keeps a recurrent state for each request, which the engine cannot serve yet"
 _INDEXED = "keeps an index of all tokens, by which it chooses those that it attends to, which the engine cannot serve"
-_UNSERVED_STATE = {"conv_state": _RECURRENT, "recurrent_state": _RECURRENT, "indexer": _INDEXED}
+_UNSERVED_STATE = {"conv_state": RECURRENT, "recurrent_state": RECURRENT, "indexer": _INDEXED}
 _FAR = 2**17  # the last position that is tried if a model has no limit
 
 
@@ -41,7 +42,8 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     ``remember``, what an earlier load of the same model found is not tried again (:mod:`splitwiser.model.trials`).
 
     Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
-    must dispatch its attention through transformers' interface; in a forward each layer must store K and V and then attend
+    must dispatch its attention through transformers' interface, or through a module of
+    :mod:`splitwiser.model.dispatch`; in a forward each layer must store K and V and then attend
     exactly once, with a causal mask; and prompts packed in one row must give the logits that the model's own attention gives
     for each alone, at the first positions and up to the last that the model supports.
     """
@@ -104,7 +106,7 @@ def _cause(error: Exception) -> str:
 
 
 def _attach(module: PreTrainedModel) -> None:
-    module.set_attn_implementation(attention.NAME)
+    dispatch_attention(module)
     serve_lengths(module)
 
 
@@ -172,20 +174,6 @@ def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple
 def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:
     return all(
         bool((one - other).abs().max() <= bound * other.abs().max()) for one, other in zip(ours, theirs, strict=True)
-    )
-
-
-def find_dispatch_problem(module: PreTrainedModel) -> str | None:
-    """Return why the engine cannot replace the attention of ``module``, in one line; None if it can. ``module`` needs no
-    weights."""
-    name = type(module).__name__
-    if module._is_stateful:
-        return f"{name} {_RECURRENT}; use --mode generate"
-    if module._can_set_attn_implementation():
-        return None
-    return (
-        f"{name} does not dispatch its attention through transformers' attention interface, so the engine cannot serve it; "
-        "use --mode generate"
     )
 
 
@@ -274,8 +262,9 @@ class _PositionedPrompts(AttentionStep):
         new = slice(-query.shape[2], None)
         positions, owners = self._positions[new, None], self._owners[new, None]
         seen = (owners == self._owners) & (self._positions <= positions) & mask(positions, self._positions[None])
+        stored = options.expanded(*self._stored[self.attended_layer(key)])
         return attention.attend(
-            query, *options.expanded(*self._stored[self.attended_layer(key)]), seen, options
+            query, *stored, seen, options, (positions[None], self._positions[None, None])
         ).transpose(1, 2)
 
 
@@ -316,11 +305,15 @@ def _own_logits(model: LoadedModel, prompt: list[int], start: int = 0, counted: 
     """Return the logits after ``prompt`` at the positions from ``start`` on, by the model's own attention, float32 of shape
     (vocabulary,); with a cache that claims to hold ``counted`` tokens, or without one."""
     ids = torch.tensor([prompt], device=model.device)
+    if has_alibi(model.module):  # made for the tokens that a cache counts, and no model takes positions for it
+        with alibi_from(model.module, start):
+            logits: Tensor = model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits[0, -1].float()
     extra: dict[str, object] = {}
     if counted is not None:
         positions = torch.arange(start, start + len(prompt), device=model.device)[None]
         extra = {"position_ids": positions, cache_argument(model.module): _CountingCache(counted), "use_cache": True}
-    logits: Tensor = model.module(input_ids=ids, **extra).logits
+    logits = model.module(input_ids=ids, **extra).logits
     return logits[0, -1].float()
 
 

@@ -245,6 +245,7 @@ class _Recorder(AttentionStep):
         """Return random numbers, which do not hide what the module does with them."""
         self.numbers.append(query)
         self.others += [id(mask), options.scaling, options.softcap, id(options.sinks)]
+        self.others += [id(options.bias), options.bias_by_position]
         self.options = options
         shape = 1, query.shape[2], query.shape[1], value.shape[3]
         return torch.randn(shape, generator=self._random).to(query.dtype)

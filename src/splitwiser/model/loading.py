@@ -53,6 +53,9 @@ _CHANGES_NO_TOKEN = {
     "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
     "assistant_lookbehind", "target_lookbehind", "transformers_version",
 }  # fmt: skip
+# what configurations call the number of positions, and the length that a model without a limit was trained with
+_LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
+_UNLIMITED = {"bloom": 2048}
 _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
 
 
@@ -394,6 +397,8 @@ def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Return the number of positions that the model supports, or None if it has no limit. A model with dynamic NTK states
     the length that it was trained for, which the scaling multiplies."""
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in _LIMITS)
+    limit: int | None = next(filter(None, named), _UNLIMITED.get(text.model_type))
     factors = [each["factor"] for each in rotary_parameters(config) if each.get("rope_type") == "dynamic"]
     return int(limit * max(factors)) if limit and factors else limit

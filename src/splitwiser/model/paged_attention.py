@@ -102,6 +102,7 @@ class PagedAttention(AttentionStep):
             return kernel(
                 query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
                 starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
+                options.bias, options.bias_by_position,
             ).unsqueeze(0)  # fmt: skip
         if not self._decoding and (output := self._attend_varlen(query, key, value, mask, options)) is not None:
             return output.unsqueeze(0)
@@ -126,7 +127,7 @@ class PagedAttention(AttentionStep):
         """Attend from all segments in one call; None without a kernel for it, or if it does not support ``mask`` or
         ``options``."""
         kernel = self.pool.kernels.varlen
-        if kernel is None or options.softcap is not None or options.sinks is not None:
+        if kernel is None or any(each is not None for each in (options.softcap, options.sinks, options.bias)):
             return None
         window = None if mask.is_causal else self._window(mask)
         if window is None and not mask.is_causal:
@@ -155,14 +156,16 @@ class PagedAttention(AttentionStep):
             else:
                 keys, values = self._read(self._segment_table(number, segment), options, segment.context)
             seen = self._segment_mask(number, segment, mask)
-            output[rows] = attend(query[:, :, rows], keys, values, seen, options)[0].transpose(0, 1)
+            positions = None if options.bias is None else self._segment_positions(segment)
+            output[rows] = attend(query[:, :, rows], keys, values, seen, options, positions)[0].transpose(0, 1)
 
     def _attend_groups(self, query: Tensor, mask: Mask, options: AttentionOptions, output: Tensor) -> None:
         for number, group in enumerate(self._groups):
             keys, values = self._read(group.tables, options)
             queries = query[0].transpose(0, 1)[group.rows].unsqueeze(2)
             seen = self._group_mask(number, group, keys.shape[2], mask)
-            output[group.rows] = attend(queries, keys, values, seen, options).squeeze(2)
+            positions = None if options.bias is None else self._group_positions(group, keys.shape[2])
+            output[group.rows] = attend(queries, keys, values, seen, options, positions).squeeze(2)
 
     def _read(self, tables: Tensor, options: AttentionOptions, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Return K and V of the blocks in ``tables`` (n, blocks), or of their first ``tokens`` tokens: (n, kv_heads, tokens,
@@ -196,6 +199,15 @@ class PagedAttention(AttentionStep):
             seen = mask(group.lengths[:, None] - 1, positions) & (positions < group.lengths[:, None])
             self._masks[key] = seen[:, None, None]
         return self._masks[key]
+
+    def _segment_positions(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Return the positions of a request's new tokens and of its context, (1, tokens, 1) and (1, 1, context)."""
+        context = torch.arange(segment.context, device=self.device)
+        return context[None, -segment.tokens :, None], context[None, None]
+
+    def _group_positions(self, group: _Group, padded: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of a group's tokens and of what they see, (requests, 1, 1) and (1, 1, padded length)."""
+        return group.lengths[:, None, None] - 1, torch.arange(padded, device=self.device)[None, None]
 
     def _first_seen(self, mask: Mask) -> Tensor | None:
         """Return the first position that each token sees, (tokens,), if it sees all positions from there up to its own, as

@@ -12,6 +12,7 @@ from splitwiser.engine.policy import find_policy
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.model.compatibility import attach_engine, try_kernels
+from splitwiser.model.dispatch.table import describe_route
 from splitwiser.model.fusing import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
@@ -96,6 +97,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
+        "route": describe_route(model.module),
         "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
         "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
         **attention,
