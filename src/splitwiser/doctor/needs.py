@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser import constants
 from splitwiser.doctor.config import DoctorConfig
-from splitwiser.doctor.survey import Found, format_size
+from splitwiser.doctor.survey import Found
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
@@ -24,7 +24,7 @@ from splitwiser.model.loading import (
     weights_nbytes,
     without_memory,
 )
-from splitwiser.text import parse_bytes
+from splitwiser.text import format_size, parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"
 
