@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
@@ -30,6 +30,10 @@ from splitwiser.model.trials import Trial
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # tighter, since an error that grows with the position changes the logits of random weights only little
 _FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
+# A model may make more of rounding than that: then twice what it makes of its embeddings being rounded differently, up to a
+# quarter of the largest logit, beyond which nothing would be shown.
+_MOST_ROUNDING = 0.25
+_ROUNDINGS = 3
 # what a model asks of its cache beside K and V, by a part of the method's name
 _INDEXED = "keeps an index of all tokens, by which it chooses those that it attends to, which the engine cannot serve"
 _UNSERVED_STATE = {"conv_state": RECURRENT, "recurrent_state": RECURRENT, "indexer": _INDEXED}
@@ -76,13 +80,17 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
         raise
     except Exception as error:  # any error of the model's forward means that it cannot be served
         raise UnsupportedModelError(f"{name} {_cause(error)}; use --mode generate") from error
-    bound = _BOUNDS[model.dtype]
+    bound, far_bound = _BOUNDS[model.dtype], _FAR_BOUNDS[model.dtype]
+    trials = [(served, expected), (served_far, expected_far), (fused, expected)]
+    if model.dtype != torch.float32 and not all(_agree(each, own, bound) for ours, own in trials for each in ours):
+        rounding = _find_rounding(model, layers, prompts, fused)
+        bound = far_bound = max(bound, min(2 * rounding, _MOST_ROUNDING))
     if not all(_agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
             f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
-    if not all(_agree(each, expected_far, _FAR_BOUNDS[model.dtype]) for each in served_far):
+    if not all(_agree(each, expected_far, far_bound) for each in served_far):
         raise UnsupportedModelError(
             f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
             "give wrong tokens; use --mode generate"
@@ -93,6 +101,27 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     if trial:
         trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
     return layers
+
+
+@torch.inference_mode()
+def _find_rounding(
+    model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]], logits: Sequence[Tensor]
+) -> float:
+    """Return by how much ``logits``, those of :func:`_served_logits`, change at most, relative to the largest, when each
+    number of the embeddings is one rounding larger or smaller: what the model makes of rounding alone."""
+    random = torch.Generator().manual_seed(0)
+
+    def round_differently(_: torch.nn.Module, __: object, embedded: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, embedded.shape, generator=random).to(embedded) * 2 - 1
+        return embedded * (1 + torch.finfo(embedded.dtype).eps * signs)
+
+    hook = model.module.get_input_embeddings().register_forward_hook(round_differently)
+    try:
+        again = [each for _ in range(_ROUNDINGS) for each in _served_logits(model, layers, prompts)]
+    finally:
+        hook.remove()
+    pairs = zip(again, [*logits] * _ROUNDINGS, strict=True)
+    return max(float(((new - old).abs().amax(-1) / old.abs().amax(-1)).max()) for new, old in pairs)
 
 
 def _cause(error: Exception) -> str:
@@ -171,6 +200,11 @@ def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple
     return first.float(), second.float()
 
 
+def logits_agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of logits, (rows, vocabulary) each, differ by no more than rounding in ``dtype`` does."""
+    return _agree(ours.float(), theirs.float(), _BOUNDS[dtype])
+
+
 def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:
     return all(
         bool((one - other).abs().max() <= bound * other.abs().max()) for one, other in zip(ours, theirs, strict=True)
@@ -178,10 +212,12 @@ def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> boo
 
 
 class _LayerProbe(AttentionStep):
-    """Takes the place of the pool in one forward and records what each layer does."""
+    """Takes the place of the pool in one forward and records what each layer does. ``windows`` are the numbers of tokens
+    that transformers' own cache keeps of each layer, None for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: Sequence[int | None]) -> None:
         super().__init__()
+        self._windows = windows
         self.stored: dict[int, LayerShape] = {}
         self.events: list[tuple[str, int]] = []
 
@@ -190,12 +226,18 @@ class _LayerProbe(AttentionStep):
         self.stored[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
-        self.events.append(("attends", self.attended_layer(key)))
+        layer = self.attended_layer(key)
+        self.events.append(("attends", layer))
         if not isinstance(mask, Mask):
             raise UnsupportedModelError("a layer attends without the model's mask")
         first = torch.zeros((), dtype=torch.long, device=query.device)
         if bool(mask(first, first + 1)):
             raise UnsupportedModelError("a layer's attention looks at later tokens")
+        window = self._windows[layer] if layer < len(self._windows) else None
+        if window and bool(mask(first + window, first)):
+            raise UnsupportedModelError(
+                f"a layer has a window of {window} tokens in the cache alone, and its mask shows earlier ones"
+            )
         return attention.attend(query, key, value, None, options).transpose(1, 2)
 
 
@@ -269,7 +311,8 @@ class _PositionedPrompts(AttentionStep):
 
 
 def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
-    probe = _LayerProbe()
+    own_cache = DynamicCache(config=model.module.config.get_text_config())
+    probe = _LayerProbe([getattr(layer, "sliding_window", None) for layer in own_cache.layers])
     try:
         forward(model.module, probe, prompt, range(len(prompt)), [len(prompt) - 1])
     except UnsupportedModelError as error:

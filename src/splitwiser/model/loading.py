@@ -37,7 +37,7 @@ from splitwiser.model.checkpoint import (
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
-from splitwiser.model.rotary import length_computed_anew, rotary_parameters
+from splitwiser.model.rotary import last_length, length_computed_anew, rotary_parameters
 
 T = TypeVar("T")
 
@@ -401,4 +401,5 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     named = (getattr(text, name, None) for name in _LIMITS)
     limit: int | None = next(filter(None, named), _UNLIMITED.get(text.model_type))
     factors = [each["factor"] for each in rotary_parameters(config) if each.get("rope_type") == "dynamic"]
-    return int(limit * max(factors)) if limit and factors else limit
+    limit = int(limit * max(factors)) if limit and factors else limit
+    return min(filter(None, (limit, last_length(config))), default=None)

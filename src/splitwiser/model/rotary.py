@@ -16,7 +16,9 @@ from splitwiser.model.attention import current_step
 
 _LONG = 2**31  # a length beyond all positions
 # Models whose generation computes all K anew with the long frequencies when a request outgrows the original length.
-_COMPUTE_ANEW = {"phi3", "phi4_multimodal", "phimoe"}
+_COMPUTE_ANEW = {"phi3", "phimoe"}
+# One that in generation forgets all earlier tokens there instead, as of transformers 5.24.
+_NOT_BEYOND = {"phi4_multimodal"}
 
 
 class LengthRotary(nn.Module):
@@ -93,6 +95,14 @@ def length_computed_anew(config: PreTrainedConfig) -> int | None:
     original: int | None = getattr(text, "original_max_position_embeddings", None)
     scaled = any(each.get("rope_type") == "longrope" for each in rotary_parameters(text))
     return original + 1 if original and scaled and text.model_type in _COMPUTE_ANEW else None
+
+
+def last_length(config: PreTrainedConfig) -> int | None:
+    """Return the length beyond which the model's own generation goes wrong, although it has positions; None if there is
+    none."""
+    text = config.get_text_config()
+    original: int | None = getattr(text, "original_max_position_embeddings", None)
+    return original if text.model_type in _NOT_BEYOND else None
 
 
 def _length_dependent(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -71,14 +71,16 @@ _NOT_FIGURES = ("id2label", "label2id", "transformers_version", "architectures",
 
 # Figures of architectures whose own defaults or whose relations between figures the above does not know.
 _LIKE_BERT = (
-    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "reformer",
-    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
 )  # fmt: skip
 _OWN_HEAD_SIZE = {"head_dim": _HEAD_SIZE}
 _WITH_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _WITH_CONVOLUTIONS = {"num_hidden_layers": 3, "full_attn_idxs": None, "layer_types": ["conv", "full_attention", "conv"]}
 FIGURES: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _LIKE_BERT},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 48]},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "bamba": _WITH_MAMBA,
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},

@@ -1,7 +1,9 @@
 """Proves that the engine gives the tokens of transformers' ``generate``, on a tiny model with random weights of the same
 architecture."""
 
+import itertools
 import random
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from splitwiser.llm import LLM
 from splitwiser.model.catalog import load_catalog
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kernels.packed_linear import find_packing_problem
-from splitwiser.model.loading import LoadedModel, load_model, plan_model
+from splitwiser.model.loading import LoadedModel, LoadFormat, load_model, plan_model
 from splitwiser.model.overview import find_route
 from splitwiser.model.tiny import VOCABULARY, save_tiny, shrink, tiny_config
 from splitwiser.request import SamplingParams
@@ -68,16 +70,17 @@ def prove(config: PreTrainedConfig, runs: Sequence[str] = tuple(RUNS)) -> Proof:
     with tempfile.TemporaryDirectory() as folder:
         try:
             directory = save_tiny(config, Path(folder) / config.model_type)
-            module = _load(directory, "float32").module
-            proof = replace(proof, class_name=type(module).__name__)
+            model = _load(directory, "float32")
+            proof = replace(proof, class_name=type(model.module).__name__)
         except Exception as error:  # whatever building the model raises
             return replace(proof, problem=f"cannot be tried: {type(error).__name__}: {first_line(error)}")
         try:
-            proof = replace(proof, route=find_route(module))
+            proof = replace(proof, route=find_route(model.module))
             attach_engine(_load(directory, "float32"))  # before the reference, which takes longer
-            expected = _tokens(directory, mode="generate", batch_size=1)
+            prompts = _prompts(model)
+            expected = _tokens(directory, prompts, mode="generate", batch_size=1)
             for name in runs:
-                if difference := _find_difference(_tokens(directory, **RUNS[name]), expected):
+                if difference := _find_difference(prompts, _tokens(directory, prompts, **RUNS[name]), expected):
                     return replace(proof, problem=f"{name}: {difference}")
                 proof = replace(proof, shown=(*proof.shown, name))
         except SplitwiserError as error:
@@ -85,13 +88,18 @@ def prove(config: PreTrainedConfig, runs: Sequence[str] = tuple(RUNS)) -> Proof:
         return replace(proof, half_problem=_find_half_problem(directory))
 
 
-def _load(directory: Path, dtype: str) -> LoadedModel:
-    return load_model(directory, dtype=dtype, device="cpu", load_format="auto")
+def _load(directory: Path, dtype: str, load_format: LoadFormat = "auto") -> LoadedModel:
+    return load_model(directory, dtype=dtype, device="cpu", load_format=load_format)
 
 
-def _tokens(directory: Path, **settings: Any) -> list[list[int]]:  # noqa: ANN401  # LLM's options
+def _prompts(model: LoadedModel) -> list[list[int]]:
+    """Return prompts of :data:`LENGTHS`, of those for which the model has positions enough."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in LENGTHS]
+    lengths = [length for length in LENGTHS if length + NEW_TOKENS <= (model.max_positions or sys.maxsize)]
+    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def _tokens(directory: Path, prompts: Sequence[list[int]], **settings: Any) -> list[list[int]]:  # noqa: ANN401  # LLM's options
     arrivals = [ARRIVAL_GAP_S * number for number in reversed(range(len(prompts)))]
     staggered = "prefill_tokens" in settings
     with LLM(directory, dtype="float32", device="cpu", **settings) as llm:
@@ -101,23 +109,25 @@ def _tokens(directory: Path, **settings: Any) -> list[list[int]]:  # noqa: ANN40
     return [output.token_ids for output in outputs]
 
 
-def _find_difference(given: Sequence[list[int]], expected: Sequence[list[int]]) -> str | None:
+def _find_difference(
+    prompts: Sequence[list[int]], given: Sequence[list[int]], expected: Sequence[list[int]]
+) -> str | None:
     """Return where the tokens of the first request that differs do, in one line; None if all are equal."""
-    for number, (own, reference) in enumerate(zip(given, expected, strict=True)):
+    for prompt, own, reference in zip(prompts, given, expected, strict=True):
         if own != reference:
-            at = next((at for at, pair in enumerate(zip(own, reference, strict=False)) if pair[0] != pair[1]), len(own))
-            return (
-                f"of a prompt of {LENGTHS[number]} tokens, new token {at + 1} is {own[at : at + 1]} and not "
-                f"{reference[at : at + 1]}"
-            )
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, reference, strict=False))
+            at = sum(1 for _ in same)
+            tokens = " and not ".join(str((*each, "the end")[at]) for each in (own, reference))
+            return f"of a prompt of {len(prompt)} tokens, new token {at + 1} is {tokens}"
     return None
 
 
 def _find_half_problem(directory: Path) -> str:
-    """Return why the engine does not take the model on in bfloat16, with its own modules or with fused ones; else empty."""
+    """Return why the engine does not take the model on in bfloat16, with its own modules or with fused ones; else empty.
+    Its weights are those of its own initialisation: of the wide ones it would make more of rounding than trained ones do."""
     for pack in (False, True) if find_packing_problem() is None else (False,):
         try:
-            attach_engine(_load(directory, "bfloat16"), pack=pack)
+            attach_engine(_load(directory, "bfloat16", "dummy"), pack=pack)
         except UnsupportedModelError as error:
             return error.cli_message
     return ""
