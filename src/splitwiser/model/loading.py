@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
@@ -248,7 +249,14 @@ def weights_nbytes(module: PreTrainedModel) -> int:
 def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
     if entry.config:
         figures = dict(entry.config)
-        built: PreTrainedConfig = AutoConfig.for_model(figures.pop("model_type"), **figures)
+        kind = figures.pop("model_type")
+        if kind not in CONFIG_MAPPING:
+            problem = unknown_name("model_type", kind, CONFIG_MAPPING)
+            raise UnsupportedModelError(f"model {entry.name}: {problem.cli_message}")
+        try:
+            built: PreTrainedConfig = AutoConfig.for_model(kind, **figures)
+        except Exception as error:  # inconsistent figures raise various errors
+            raise _cannot_be_made(entry, error) from error
         return built
     return _checkpoint_config(entry)
 
