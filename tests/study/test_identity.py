@@ -1,4 +1,4 @@
-"""The proof of a model's tokens on a tiny one, a sample of the architectures that the documentation lists, and its record."""
+"""The proof of a model's tokens on a tiny one, a sample of the architectures in the documentation, and their record."""
 
 from pathlib import Path
 
