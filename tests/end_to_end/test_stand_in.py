@@ -214,6 +214,7 @@ def test_green_contexts_that_are_not_permitted_are_told_before_a_run(on_stand_in
     [
         "engine/test_decode_graphs.py",
         "engine/test_prefill_graphs.py",
+        "model/test_fusing.py",
         "placement/test_green.py",
         "placement/test_processes.py -k not_depend_on_the_workers",
         "placement/test_mps_daemon.py",
