@@ -138,7 +138,7 @@ def test_hub_id_goes_by_its_last_part() -> None:
         ("opt-125", "opt-125m"),
         ("llama2-7b", "llama2-7b-chat"),
         ("qwen3", "qwen3-0.6b"),
-        ("falcon", "falcon-7b-instruct"),
+        ("falcon-7b", "falcon-7b-instruct"),
     ],
 )
 def test_unknown_name_gets_the_nearest(name: str, nearest: str) -> None:
