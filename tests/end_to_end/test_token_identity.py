@@ -1,6 +1,5 @@
 """Tokens are those of ``model.generate`` on one prompt alone, unpadded: in every mode, whatever else is in the batch."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import pytest
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.placement.modes import MODES
-from splitwiser.placement.mps_gpu import CONTROL
 from tests.support.tokens import DISPATCHED, LENGTHS, SERVED, prompts_of, references, room_for
 
-NO_MPS = pytest.mark.skipif(shutil.which(CONTROL) is None, reason=f"{CONTROL} is not on PATH")
-ON_A_GPU = {"mps": [pytest.mark.gpu, NO_MPS], "green": [pytest.mark.gpu]}
-PLACED = [pytest.param(mode, marks=ON_A_GPU.get(mode, [])) for mode in MODES]
+# mode mps, whose workers are those of mp, is tested with its daemon
+PLACED = [pytest.param(mode, marks=[pytest.mark.gpu] * (mode == "green")) for mode in MODES if mode != "mps"]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain"])

@@ -88,6 +88,11 @@ class AttentionOptions:
     bias_by_position: bool = False
     expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def fits_varlen(self) -> bool:
+        """Whether a :class:`~splitwiser.model.kernels.interface.VarlenKernel` takes these options."""
+        return self.softcap is None and self.sinks is None and self.bias is None
+
     def expanded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return K and V of what a layer has stored; shapes as for ``expand``."""
         return self.expand(keys, values) if self.expand else (keys, values)

@@ -33,7 +33,7 @@ _FAR = 2**17  # the last position that is tried if a model has no limit
 
 def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = False) -> list[LayerShape]:
     """Make ``model`` attend through the KV pool, and return the shape of what each of its layers stores there. With
-    ``pack``, its modules are fused and its linear layers packed, and the check of the logits covers that. With
+    ``pack``, its modules are fused and, on a CPU, its linear layers packed, and the check of the logits covers that. With
     ``remember``, what an earlier load of the same model found is not tried again (:mod:`splitwiser.model.trials`).
 
     Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
@@ -149,6 +149,11 @@ def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple
     generate = cast("Callable[..., Any]", model.module.generate)
     first, second = generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
     return first.float(), second.float()
+
+
+def logits_agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of logits, (rows, vocabulary) each, differ by no more than rounding in ``dtype`` does."""
+    return _agree(ours.float(), theirs.float(), _BOUNDS[dtype])
 
 
 def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:

@@ -79,8 +79,8 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     Raises the errors of :func:`splitwiser.model.compatibility.attach_engine`,
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
-    unpacked = _why_not_packed(model, config.kernels)
-    layers = attach_engine(model, pack=unpacked is None, remember=True)
+    unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
+    layers = attach_engine(model, pack=unfused is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     refused = try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if model.device.type == "cuda" else {}
     kernels = replace(kernels, **dict.fromkeys(refused))
@@ -99,7 +99,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     described = {
         "route": describe_route(model.module),
         "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
-        "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
+        "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }
     return PreparedModel(layers, blocks, kernels, tuple(refused), described)
@@ -110,6 +110,13 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
     return KVPool(
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
+
+
+def _why_not_fused(model: LoadedModel, kernels: str) -> str | None:
+    """Return why modules stay transformers' own, or None if fused ones take their place."""
+    if model.device.type != "cuda" or kernels == "plain":
+        return _why_not_packed(model, kernels)
+    return "fusing is for half precisions" if model.dtype == torch.float32 else None
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:
