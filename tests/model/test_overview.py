@@ -37,10 +37,8 @@ def test_a_model_that_is_refused_is_counted_and_said_why(tmp_path: Path) -> None
 
 def test_figures_that_make_no_model_are_said(tmp_path: Path) -> None:
     found = listed(tmp_path, "mine: {hub: org/mine, config: {model_type: no_such_architecture}}")
-    assert (found.parameters, found.problem.partition(";")[0]) == (
-        None,
-        "model mine: unknown model_type 'no_such_architecture'; known: ",
-    )
+    said = "model mine: unknown model_type 'no_such_architecture'"
+    assert (found.parameters, found.problem[: len(said)]) == (None, said)
 
 
 def test_a_model_of_the_hub_is_not_asked_for(tmp_path: Path) -> None:

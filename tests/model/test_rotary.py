@@ -1,11 +1,13 @@
 """Rotary scaling that depends on a request's length: each request is rotated as transformers' generate rotates it alone."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoConfig
 
 from splitwiser import LLM, SamplingParams
@@ -50,7 +52,14 @@ def tokens(directory: Path, prompts: Sequence[list[int]], **settings: Any) -> li
         return [output.token_ids for output in llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS))]
 
 
-@pytest.mark.parametrize("name", SCALED)
+NEW = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.24"),
+    reason="before transformers 5.24, generate forgets the prompt of these models, or fails",
+)
+ONLY_NEW = ("longrope of one type of layer", "longrope, computed anew", "longrope with scales")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[NEW] * (name in ONLY_NEW)) for name in SCALED])
 def test_requests_of_all_lengths_in_one_step_are_rotated_as_each_alone(name: str, tmp_path: Path) -> None:
     directory, prompts = make(name, tmp_path), prompts_of(LENGTHS)
     alone = tokens(directory, prompts, mode="generate", batch_size=1)
@@ -84,6 +93,7 @@ def test_positions_reach_as_far_as_the_scaling() -> None:
     assert max_positions(AutoConfig.for_model("mamba")) is None
 
 
+@NEW
 def test_only_models_that_generate_so_are_computed_anew() -> None:
     anew = {name: length_computed_anew(tiny_config(*given[:1], **given[1])) for name, given in SCALED.items()}
     assert [name for name, length in anew.items() if length == ORIGINAL + 1] == [

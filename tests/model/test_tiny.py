@@ -1,9 +1,12 @@
 """Tiny models keep the structure of large ones."""
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoConfig
 
-from splitwiser.model.tiny import POSITIONS, VOCABULARY, shrink, tiny_config
+from splitwiser.model.loading import load_model
+from splitwiser.model.tiny import POSITIONS, VOCABULARY, save_tiny, shrink, tiny_config
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "kept"), [(32, 32, 4), (32, 8, 2), (64, 1, 1)])
@@ -47,3 +50,9 @@ def test_rotary_factors_fit_a_tiny_head() -> None:
 
 def test_changes_come_last() -> None:
     assert tiny_config("llama", sliding_window=5, num_hidden_layers=2).num_hidden_layers == 2
+
+
+def test_dummy_weights_that_a_models_initialisation_leaves_out_are_drawn(tmp_path: Path) -> None:
+    save_tiny(tiny_config("openai-gpt"), tmp_path)
+    module = load_model(tmp_path, dtype="float32", device="cpu", load_format="dummy").module
+    assert [name for name, parameter in module.named_parameters() if parameter.ndim > 1 and not parameter.any()] == []

@@ -53,6 +53,7 @@ _CHANGES_NO_TOKEN = {
 # what configurations call the number of positions, and the length that a model without a limit was trained with
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
 _UNLIMITED = {"bloom": 2048}
+_INITIAL_DEVIATION = 0.02  # of most models' weights
 _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
 
 
@@ -216,13 +217,14 @@ def load_model(
 
 
 def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``.
+    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``. Matrices
+    that it leaves to the constructors of their layers (GPT's) are drawn too.
 
     They are made directly on ``device``, so there is never a second copy.
     """
     module.tie_weights()
     for name, parameter in list(module.named_parameters()):
-        set_module_tensor_to_device(module, name, device, value=torch.empty_like(parameter, device=device))
+        set_module_tensor_to_device(module, name, device, value=torch.zeros_like(parameter, device=device))
     module.tie_weights()
     torch.nn.Module.to(module, device)  # the buffers
     for part in module.modules():
@@ -230,6 +232,10 @@ def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> No
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         module.init_weights()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(0, _INITIAL_DEVIATION)
 
 
 def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser.model.attention import current_step
 
+_TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
 _LONG = 2**31  # a length beyond all positions
-# Models whose generation computes all K anew with the long frequencies when a request outgrows the original length.
-_COMPUTE_ANEW = {"phi3", "phimoe"}
-# One that in generation forgets all earlier tokens there instead, as of transformers 5.24.
-_NOT_BEYOND = {"phi4_multimodal"}
+# Models whose generation begins anew, without a cache, when a request outgrows the original length of longrope. Of some it
+# then computes the last token alone and forgets all others: of these too before transformers 5.24, and of others still.
+_BEGINS_ANEW = {"phi3", "phimoe"} if _TRANSFORMERS >= (5, 24) else set()
+_FORGETS = {"phi3", "phimoe", "phi4_multimodal"} - _BEGINS_ANEW
 
 
 class LengthRotary(nn.Module):
@@ -94,7 +96,7 @@ def length_computed_anew(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     original: int | None = getattr(text, "original_max_position_embeddings", None)
     scaled = any(each.get("rope_type") == "longrope" for each in rotary_parameters(text))
-    return original + 1 if original and scaled and text.model_type in _COMPUTE_ANEW else None
+    return original + 1 if original and scaled and text.model_type in _BEGINS_ANEW else None
 
 
 def last_length(config: PreTrainedConfig) -> int | None:
@@ -102,7 +104,7 @@ def last_length(config: PreTrainedConfig) -> int | None:
     none."""
     text = config.get_text_config()
     original: int | None = getattr(text, "original_max_position_embeddings", None)
-    return original if text.model_type in _NOT_BEYOND else None
+    return original if text.model_type in _FORGETS else None
 
 
 def _length_dependent(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
