@@ -22,6 +22,7 @@ from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
+from splitwiser.model.rotary import forget_lengths
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 
 WORKER = "generate-0"
@@ -158,6 +159,7 @@ class GenerateEngine:
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
         plain = all(each.params.temperature == 0 and not each.params.changes_logits for each in batch)
+        forget_lengths(self._model.module)
         generate = cast("Callable[..., Tensor]", self._model.module.generate)
         generate(
             input_ids=ids,
