@@ -22,7 +22,7 @@ from splitwiser.workload.reports import load_tok
 from tests.support.assertions import assert_says, refusal
 from tests.support.models import POSITIONS, VOCABULARY
 from tests.support.observers import Seen
-from tests.support.tokens import room_for
+from tests.support.tokens import references, room_for
 
 MODES = pytest.mark.parametrize("mode", ["sequential", "generate"])
 
@@ -287,7 +287,7 @@ def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], P
             llm.generate([[3]], SamplingParams(stop=("a",)))
 
 
-def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
+def test_generation_settings_of_a_checkpoint_are_applied_if_asked_for_and_named(
     tmp_path: Path, tiny: Callable[[str], Path]
 ) -> None:
     import json
@@ -298,15 +298,24 @@ def test_generation_settings_of_a_checkpoint_are_named_and_not_applied(
     settings = json.loads((directory / "generation_config.json").read_text())
     settings |= {"repetition_penalty": 5.0, "top_h": 0.4, "top_k": 7, "num_beams": 1}
     (directory / "generation_config.json").write_text(json.dumps(settings))
-    tokens = []
-    for where, mode in ((tiny("llama"), "generate"), (directory, "generate"), (directory, "sequential")):
-        with LLM(where, mode=mode) as llm:
-            tokens.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=30))[0].token_ids)
+    (plain,), (penalised,) = (references(each, [[5, 6, 7]], 30) for each in (tiny("llama"), directory))
+    assert plain != penalised
+    for mode, choice, tokens, note in (
+        ("generate", "none", plain, "is not applied: repetition_penalty=5.0; generation_config checkpoint does"),
+        ("sequential", "none", plain, "is not applied: repetition_penalty=5.0; generation_config checkpoint does"),
+        ("generate", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
+        ("sequential", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
+    ):
+        params = [SamplingParams(max_tokens=30), SamplingParams(max_tokens=30, repetition_penalty=1e-3)]
+        with LLM(directory, mode=mode, generation_config=choice) as llm:
+            left, own = (output.token_ids for output in llm.generate([[5, 6, 7]] * 2, params))
             notes = llm.model.notes
-    assert notes == [
-        "the checkpoint's generation settings are not applied, in any mode: repetition_penalty=5.0, top_h=0.4"
-    ]
-    assert tokens[0] == tokens[1] == tokens[2]
+        assert left == tokens
+        assert own not in (plain, penalised)
+        assert notes[0] == "the checkpoint's generation settings are not applied, in any mode: top_h=0.4"
+        assert notes[1].endswith(note)
+    with pytest.raises(InputError, match="unknown generation_config 'auto'; known: none, checkpoint"):
+        LLM(directory, generation_config="auto")
 
 
 @MODES

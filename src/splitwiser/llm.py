@@ -18,6 +18,7 @@ from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.errors import InputError, check_keywords
 from splitwiser.machine.device import release_memory
+from splitwiser.model.generation_settings import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
@@ -62,6 +63,8 @@ class LLM:
             - ``max_batch``: maximum number of requests in one decode step.
             - ``batch_size``: rows of a padded batch in mode ``generate``.
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
+            - ``generation_config``: ``checkpoint`` takes sampling parameters that a request leaves at their default
+                from the checkpoint's ``generation_config.json``, as ``model.generate`` would; ``none`` does not.
             - ``kernels``: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             - ``seed``: seed of dummy weights, and of sampling for requests without their own seed.
 
@@ -87,6 +90,7 @@ class LLM:
         with ExitStack() as undo:  # if a later part fails, undoes the earlier ones
             self.started: StartedEngine = module_of(find_mode(self.config.mode)).start(self.config, undo)
             undo.callback(self._engine.close)
+            self.model.notes.extend(describe_own_sampling(self.model.own_sampling, self.config.generation_config))
             self._warm_up()
             self._undo: Callable[[], None] = undo.pop_all().close
         self._closed = False
@@ -153,6 +157,8 @@ class LLM:
         Arguments and errors are those of :meth:`generate`."""
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if self.config.generation_config == "checkpoint":
+            sampling_params = [params.filled(self.model.own_sampling) for params in sampling_params]
         arrivals = [0.0] * len(prompts) if arrival_s is None else arrival_s
         capacity = self._engine.capacity_tokens
         requests = make_requests(self.model, prompts, sampling_params, arrivals, self.config.seed, capacity)

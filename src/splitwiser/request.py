@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import index
 from typing import Any, ClassVar, Literal
@@ -129,6 +129,11 @@ class SamplingParams(Options):
         object.__setattr__(self, "stop_token_ids", _as_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+
+    def filled(self, own: Mapping[str, Any]) -> "SamplingParams":
+        """Return these parameters with the values in ``own`` for those that have their default."""
+        left = {name: value for name, value in own.items() if getattr(self, name) == getattr(SamplingParams, name)}
+        return replace(self, **left) if left else self
 
     @cached_property
     def changes_logits(self) -> bool:

@@ -1,7 +1,7 @@
 """Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
 from splitwiser.model.checkpoint import describe_files, find_checkpoint_problem, find_eos_problem
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
+from splitwiser.model.generation_settings import own_sampling, unapplied_settings
 from splitwiser.model.gguf_file import add_missing_settings, describe_conversion, read_header
 from splitwiser.model.hub import check_hub, not_available, only_files_of
 from splitwiser.model.kv_pool import find_memory_problem
@@ -40,30 +41,19 @@ T = TypeVar("T")
 
 LoadFormat = Literal["auto", "dummy"]
 
-# Generation settings of a checkpoint that change no token here: special tokens, lengths, how it is computed and reported,
-# and what each request sets itself. No mode applies any other setting; a note tells the user.
-_CHANGES_NO_TOKEN = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "max_time",
-    "do_sample", "temperature", "top_k", "top_p", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
-    "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "prefill_chunk_size",
-    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
-    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "assistant_lookbehind", "target_lookbehind", "transformers_version",
-}  # fmt: skip
 # what configurations call the number of positions, and the length that a model without a limit was trained with
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
 _UNLIMITED = {"bloom": 2048}
 _INITIAL_DEVIATION = 0.02  # of most models' weights
-_NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
 
 
 @dataclass
 class LoadedModel:
-    """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
-    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
-    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text.
-    ``computed_anew_at`` is the length at which a request's K and V are computed anew
-    (:func:`splitwiser.model.rotary.length_computed_anew`)."""
+    """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones
+    counted once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read
+    from; ``own_sampling`` has the sampling parameters of its generation settings; ``tokenizer`` is None if it has none that
+    can be loaded, and ``no_text`` then says why prompts cannot be text. ``computed_anew_at`` is the length at which a
+    request's K and V are computed anew (:func:`splitwiser.model.rotary.length_computed_anew`)."""
 
     name: str
     module: PreTrainedModel
@@ -77,6 +67,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     max_positions: int | None
     computed_anew_at: int | None = None
+    own_sampling: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
 
@@ -187,7 +178,8 @@ def load_model(
             notes += describe_conversion(read_header(entry.gguf), config, module.dtype, time.perf_counter() - reading)
         if module.dtype not in DTYPES.values():
             raise UnsupportedModelError(f"model {entry.name}: its weights are {module.dtype}, which is not served")
-    notes += _unapplied_settings(module.generation_config)
+    notes += unapplied_settings(module.generation_config)
+    own = own_sampling(module.generation_config)
     tokenizer, no_text = load_tokenizer(entry, local_only=load_format == "dummy")
     if has_tokenizer_files(entry) and no_text:
         notes.append(no_text)
@@ -211,6 +203,7 @@ def load_model(
         eos_token_ids=eos,
         max_positions=max_positions(module.config),
         computed_anew_at=length_computed_anew(module.config),
+        own_sampling=own,
         notes=notes,
         no_text=no_text,
     )
@@ -385,20 +378,6 @@ def _widened(config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:
         f"the weights are stored as {names[0]} and run as {names[1]}, which takes {dtype.itemsize // stored.itemsize} times "
         "the memory; dtype auto keeps their own"
     ]
-
-
-def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
-    given = generation.to_diff_dict() if generation else {}
-    settings = [
-        f"{name}={value}"
-        for name, value in sorted(given.items())
-        if name not in _CHANGES_NO_TOKEN
-        and not name.startswith("_")
-        and value not in (None, [], {}, _NEUTRAL.get(name))
-    ]
-    if not settings:
-        return []
-    return [f"the checkpoint's generation settings are not applied, in any mode: {', '.join(settings)}"]
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

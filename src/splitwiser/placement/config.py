@@ -18,6 +18,7 @@ from splitwiser.placement.modes import MODES, Mode, find_mode
 from splitwiser.text import parse_bytes, parse_device
 
 LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("none", "checkpoint")
 _PARALLEL = "one device serves the whole model"
 _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
     "tensor_parallel_size": _PARALLEL,
@@ -124,10 +125,18 @@ class EngineConfig(ModelConfig):
     )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
+    generation_config: str = option(
+        "none",
+        "checkpoint: sampling parameters that a request leaves at their default are those of the checkpoint's "
+        "generation_config.json; none: they are not",
+        "sampling",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "max_batch", "batch_size")
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise unknown_name("--generation_config", self.generation_config, GENERATION_CONFIGS)
         if self.share not in SHARES:
             raise unknown_name("--share", self.share, SHARES)
         if not 0 < self.itl_target_ms < float("inf"):

@@ -50,6 +50,8 @@ def read_peer(text: str) -> Peer:
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     params = job.sampling_params(config)
+    if config.generation_config != "none":
+        raise InputError("a peer chooses tokens greedily by the model's own logits; leave --generation_config out")
     if any(each.temperature for each in params):
         raise InputError("a peer chooses tokens greedily; leave --temperature out")
     if any(each.changes_logits for each in params):
