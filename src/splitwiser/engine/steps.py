@@ -20,11 +20,21 @@ WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
 
 @dataclass(eq=False)
 class SequenceState:
-    """State of a request in the KV pool: its blocks and its output tokens so far."""
+    """State of a request in the KV pool: its blocks, the shared ones of its adapter first, and its output tokens so far."""
 
     request: Request
     blocks: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def own_blocks(self) -> Sequence[int]:
+        """Its blocks without the shared ones."""
+        return self.blocks[len(self.request.adapter.shared_blocks) :]
+
+    def segment(self, end: int, tokens: int) -> Segment:
+        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output."""
+        adapter = self.request.adapter
+        return Segment(self.blocks, adapter.virtual_tokens + end, tokens, adapter.lora)
 
     @property
     def params(self) -> SamplingParams:
@@ -88,7 +98,11 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
     Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order.
     """
     tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    segments = [Segment(chunk.sequence.blocks, chunk.end, chunk.tokens) for chunk in chunks]
+    segments = [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks]
+    for chunk in chunks:
+        adapter = chunk.sequence.request.adapter
+        if chunk.start == 0 and adapter.tail_tokens:
+            pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
     ends, total = [], 0
     for chunk in chunks:
         total += chunk.tokens
@@ -111,7 +125,7 @@ def decode_step(
 
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    segments = [Segment(each.blocks, len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
+    segments = [each.segment(len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
     tokens = [each.token_ids[-1] for each in sequences]
     if graphs:
         logits = graphs.logits(segments, tokens)

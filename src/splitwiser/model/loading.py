@@ -1,7 +1,7 @@
 """Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from splitwiser.model.checkpoint import (
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
+from splitwiser.request import Adapter
 
 T = TypeVar("T")
 
@@ -58,7 +59,8 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 @dataclass
 class LoadedModel:
     """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
-    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
+    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from,
+    and those of ``adapters``, which requests may name;
     ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
 
     name: str
@@ -74,6 +76,7 @@ class LoadedModel:
     max_positions: int | None
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:

@@ -16,11 +16,13 @@ from splitwiser.model.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class Segment:
-    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``."""
+    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``;
+    ``lora`` is the number of the LoRA adapter that they run with, 0 for none."""
 
     blocks: Sequence[int]
     context: int
     tokens: int
+    lora: int = 0
 
     @property
     def positions(self) -> range:
@@ -77,6 +79,13 @@ class PagedAttention(AttentionStep):
         self._windows: dict[Mask, int | None] = {}
         self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
+
+    @cached_property
+    def loras(self) -> Tensor | None:
+        """See :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
+        if not any(segment.lora for segment in self.segments):
+            return None
+        return torch.tensor([segment.lora for segment in self.segments for _ in segment.positions], device=self.device)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """See :meth:`~splitwiser.model.attention.AttentionStep.update`; writes into the pool's layer."""

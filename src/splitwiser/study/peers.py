@@ -49,6 +49,8 @@ def read_peer(text: str) -> Peer:
 
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
+    if config.adapters:
+        raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
     if config.temperature != 0:
         raise InputError("a peer chooses tokens greedily; leave --temperature out")
     if config.max_concurrency is None and any(job.arrival_s):

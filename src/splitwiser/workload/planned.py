@@ -12,10 +12,12 @@ _NO_REPORT = Report("")
 class PlannedRequest:
     """A request of a workload. ``prompt`` is None if only its length is known: then it is ``prompt_tokens`` random token
     ids, drawn later, and exactly ``new_tokens`` are generated. Else ``new_tokens`` is the most that it generates.
-    ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results."""
+    ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results;
+    ``adapter`` names the adapter that it runs with, ``none`` for the model alone, None for the run's default."""
 
     prompt: Prompt | None
     prompt_tokens: int
     new_tokens: int
     arrival_s: float = 0.0
     report: Report = _NO_REPORT
+    adapter: str | None = None

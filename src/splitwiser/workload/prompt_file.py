@@ -11,7 +11,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import Strict
 
 from splitwiser.errors import InputError
-from splitwiser.formats import AtLeastOne, must_be, parse_as
+from splitwiser.formats import AtLeastOne, Text, must_be, parse_as
 from splitwiser.text import check_text, read_text
 from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.reports import Report
@@ -31,14 +31,15 @@ class _Content:
     prompts: Annotated[list[_Prompt], MinLen(1), must_be("a list with at least one prompt", itself=True)]
     max_new_tokens: AtLeastOne | list[AtLeastOne]
     arrival_s: list[_Time] | None = None
+    adapter: Text | list[Text | None] | None = None
 
 
 def read_prompt_file(path: Path) -> list[PlannedRequest]:
-    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text", ...], "arrival_s": [...]}`` (the last optional; without
-    it, all arrive at once).
+    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text", ...], "arrival_s": [...], "adapter": "name"}``. The
+    last two are optional: without arrival times, all arrive at once; without an adapter, a request gets the run's default.
 
-    ``max_new_tokens`` is one number, or a list with one for each prompt. Raises :class:`InputError` naming the file and
-    the field.
+    ``max_new_tokens`` is one number, or a list with one for each prompt, and so is ``adapter`` a name or a list of names.
+    Raises :class:`InputError` naming the file and the field.
     """
     try:
         content = json.loads(read_text(path))
@@ -53,7 +54,8 @@ def read_prompt_file(path: Path) -> list[PlannedRequest]:
     count = len(read.prompts)
     new_tokens = read.max_new_tokens if isinstance(read.max_new_tokens, list) else [read.max_new_tokens] * count
     arrivals = [0.0] * count if read.arrival_s is None else read.arrival_s
-    given: dict[str, Sequence[float]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals}
+    adapters = read.adapter if isinstance(read.adapter, list) else [read.adapter] * count
+    given: dict[str, Sequence[object]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals, "adapter": adapters}
     for name, values in given.items():
         if len(values) != count:
             raise InputError(f"{where}: '{name}' has {len(values)} entries for {count} prompts; give one each")
@@ -61,6 +63,6 @@ def read_prompt_file(path: Path) -> list[PlannedRequest]:
         if isinstance(prompt, str):
             check_text(prompt, f"{where}: prompt {number}")
     return [
-        PlannedRequest(prompt, 0, tokens, arrival_s, Report(prompt if isinstance(prompt, str) else ""))
-        for prompt, tokens, arrival_s in zip(read.prompts, new_tokens, arrivals, strict=True)
+        PlannedRequest(prompt, 0, tokens, arrival_s, Report(prompt if isinstance(prompt, str) else ""), adapter)
+        for prompt, tokens, arrival_s, adapter in zip(read.prompts, new_tokens, arrivals, adapters, strict=True)
     ]
