@@ -140,8 +140,8 @@ def test_virtual_tokens_count_as_positions_and_in_the_pool(tiny: Callable[[str],
         assert pool is not None
         assert pool.nbytes <= 128 << 10
         room = pool.blocks * pool.block_tokens - 37 % pool.block_tokens
-        ask = f"37 virtual tokens, {room} prompt tokens and 2 new ones need room for {room + 6} tokens"
-        assert ask in refusal(llm.generate, [[5] * room], SamplingParams(max_tokens=2))
+        needed = f"37 virtual tokens, {room} prompt tokens and 2 new ones need room for {room + 6} tokens"
+        assert needed in refusal(llm.generate, [[5] * room], SamplingParams(max_tokens=2))
         (output,) = llm.generate([[5] * (room - 1)], SamplingParams(max_tokens=None, ignore_eos=True))
         assert len(output.token_ids) == 2
     with LLM(model, adapters={"prompt": make_adapter("prompt", model)}) as llm:
@@ -187,6 +187,16 @@ def test_a_workload_names_adapters(tmp_path: Path, tiny: Callable[[str], Path]) 
         peft_tokens(name, model, [prompt], NEW)[0]
         for name, prompt in zip(("lora", "prefix", "none"), PROMPTS, strict=True)
     ]
+
+
+@pytest.mark.parametrize(("case_id", "adapter"), [(100, "prefix"), (200, "lora")])
+def test_cases_of_adapters_run_out_of_the_box_and_in_their_style(case_id: int, adapter: str, tmp_path: Path) -> None:
+    done = invoke("run", "--case_id", str(case_id), "--limit", "8", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    assert set(pd.read_csv(run / "latency.csv").adapter) == {adapter}
+    texts = pd.read_csv(run / "generations.csv").summary_gen
+    assert all(text.strip().startswith("1. ") for text in texts)
 
 
 def test_an_adapter_with_missing_weights_is_refused(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
