@@ -62,7 +62,10 @@ def test_all_adapters_and_none_in_one_step(architecture: str, tiny: Callable[[st
     assert tokens_of(outputs) == expected(tiny(architecture), EACH)
 
 
-@pytest.mark.parametrize("mode", ["generate", pytest.param("mp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode",
+    ["generate", pytest.param("mp", marks=pytest.mark.slow), pytest.param("green", marks=pytest.mark.gpu)],
+)
 def test_all_adapters_and_none_in_other_modes(mode: str, tiny: Callable[[str], Path]) -> None:
     outputs = ask(tiny("opt"), ADAPTERS, list(EACH), mode=mode)
     assert tokens_of(outputs) == expected(tiny("opt"), EACH)

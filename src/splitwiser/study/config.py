@@ -56,8 +56,6 @@ class AdviseConfig(RunConfig):
     def __post_init__(self) -> None:
         check_counts(self, "repeats")
         super().__post_init__()
-        if self.adapters:
-            raise InputError("advise predicts the model alone; leave --adapter, and cases that need one, out")
         if self.objective not in OBJECTIVES:
             raise unknown_name("objective", self.objective, OBJECTIVES)
         if self.objective == "goodput" and self.goodput is None:

@@ -49,7 +49,7 @@ def read_peer(text: str) -> Peer:
 
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
-    if config.adapters:
+    if config.adapters or any(job.adapters):
         raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
     if config.temperature != 0:
         raise InputError("a peer chooses tokens greedily; leave --temperature out")
