@@ -32,6 +32,11 @@ def written_out(
             scores = [float(query[row, head].double() @ keys[key, kv_head].double()) * options.scaling for key in seen]
             if options.softcap is not None:
                 scores = [options.softcap * math.tanh(score / options.softcap) for score in scores]
+            if options.bias is not None:
+                entries = [key if options.bias_by_position else position - key for key in seen]
+                table = options.bias[head].tolist()
+                biases = [table[min(entry, len(table) - 1)] for entry in entries]
+                scores = [score + bias for score, bias in zip(scores, biases, strict=True)]
             sink = [] if options.sinks is None else [float(options.sinks[head])]
             weights = torch.tensor(scores + sink, dtype=torch.float64).softmax(0)
             for weight, key in zip(weights, seen, strict=False):
@@ -39,10 +44,14 @@ def written_out(
     return output
 
 
+BIAS = torch.linspace(-3, 2, HEADS * 7).cos().view(HEADS, 7).contiguous()  # fewer entries than the longest context
 OPTIONS = {
     "plain": AttentionOptions(0.35),
     "softcap": AttentionOptions(0.35, softcap=0.8),
     "sinks": AttentionOptions(0.35, sinks=torch.linspace(-1, 2, HEADS)),
+    "bias by distance": AttentionOptions(0.35, bias=BIAS),
+    "bias by position": AttentionOptions(0.35, bias=BIAS, bias_by_position=True),
+    "bias and softcap": AttentionOptions(0.35, softcap=0.8, bias=BIAS),
 }
 
 
@@ -181,8 +190,9 @@ def chunks_of_four(_: int, __: int, queries: Tensor, keys: Tensor) -> Tensor:
         (Mask(chunks_of_four), "plain", []),
         (MASKS["causal"], "softcap", []),
         (MASKS["causal"], "sinks", []),
+        (MASKS["causal"], "bias by distance", []),
     ],
-    ids=["causal", "window", "holes", "chunks", "softcap", "sinks"],
+    ids=["causal", "window", "holes", "chunks", "softcap", "sinks", "bias"],
 )
 def test_all_prompts_go_to_one_call_that_knows_what_is_asked(
     mask: Mask, option: str, windows: list[int | None]

@@ -28,6 +28,8 @@ class Case:
     table_dtype: torch.dtype = torch.int64
     softcap: float | None = None
     has_sinks: bool = False
+    biases: int = 0
+    bias_by_position: bool = False
 
 
 SHORT, WINDOWS = (1, 16, 17, 100, 130), (0, 3, 0, 91, 2)
@@ -37,6 +39,8 @@ CASES = {
     "one part": Case(4, 4, 12, 12, 16, 1, SHORT, NO_WINDOWS),
     "one part with sinks": Case(4, 2, 64, 64, 16, 1, SHORT, WINDOWS, HALF, INT32, has_sinks=True),
     "one part with all options": Case(4, 2, 256, 256, 5, 1, SHORT, WINDOWS, torch.float32, INT32, 5.0, True),
+    "one part with a bias": Case(4, 2, 64, 64, 16, 1, SHORT, WINDOWS, HALF, INT32, 5.0, True, 40),
+    "many parts with a bias by position": Case(6, 2, 64, 64, 5, 4, SHORT, WINDOWS, biases=90, bias_by_position=True),
     "two parts": Case(6, 2, 64, 64, 5, 2, SHORT, WINDOWS, torch.float32, INT32, 5.0),
     "blocks of one token": Case(6, 1, 128, 96, 1, 4, SHORT, WINDOWS, has_sinks=True),
     "many parts": Case(2, 2, 64, 64, 16, 16, (1100, 7), (0, 0), HALF, INT32, 5.0, True),
@@ -59,7 +63,10 @@ def largest_error(case: Case, device: torch.device) -> float:
     )
     query = torch.randn(requests, case.heads, case.key_dim).to(case.dtype)
     sinks = torch.randn(case.heads).to(case.dtype) if case.has_sinks else None
-    options = AttentionOptions(0.3, case.softcap, None if sinks is None else sinks.double())
+    bias = torch.randn(case.heads, case.biases) if case.biases else None
+    options = AttentionOptions(
+        0.3, case.softcap, None if sinks is None else sinks.double(), bias, case.bias_by_position
+    )
     expected: list[Tensor] = []
     for row, (start, length) in enumerate(zip(case.starts, case.lengths, strict=True)):
         positions = torch.arange(start, length)
@@ -68,12 +75,15 @@ def largest_error(case: Case, device: torch.device) -> float:
             pool[places] = torch.randn(length - start, *pool.shape[2:]).to(case.dtype)
         k, v = (pool[places].double().transpose(0, 1)[None] for pool in (keys, values))
         seen = torch.ones(1, 1, 1, length - start, dtype=torch.bool)
-        expected.append(attend(query[row, :, None][None].double(), k, v, seen, options)[0, :, 0])
+        own = torch.full((1, 1, 1), length - 1)
+        made = attend(query[row, :, None][None].double(), k, v, seen, options, (own, positions[None, None]))
+        expected.append(made[0, :, 0])
     with patch.object(gpu_kernel, "_parts", return_value=case.parts):
         made = gpu_kernel.GpuDecodeAttention()(
             query.to(device), keys.to(device), values.to(device), tables.to(device, case.table_dtype),
             torch.tensor(case.starts, device=device), torch.arange(requests + 1, device=device),
             torch.tensor(case.lengths, device=device), 0.3, case.softcap, None if sinks is None else sinks.to(device),
+            None if bias is None else bias.to(device), case.bias_by_position,
         )  # fmt: skip
     return (made.cpu().double() - torch.stack(expected)).abs().max().item()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import block_nbytes
@@ -15,6 +15,11 @@ from splitwiser.model.loading import load_model
 from tests.support.models import VOCABULARY
 
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
+DISPATCHED = [
+    "falcon", "falcon_new", "falcon_rw", "bloom", "mpt", "gptj", "codegen", "gpt_neo", "xglm", "biogpt",
+    "gpt_neox_japanese", "openai-gpt",
+]  # fmt: skip
+IMPLEMENTATIONS = {"falcon": "sdpa"}  # transformers' default; its eager attention adds ALiBi twice
 LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
 
 
@@ -25,8 +30,9 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 @cache
 def reference_model(directory: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(directory)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
+        directory, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS.get(config.model_type, "eager")
     )
     return model
 

@@ -12,18 +12,12 @@ from splitwiser.doctor.survey import Found, format_size
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
-from splitwiser.model.compatibility import find_dispatch_problem
+from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.hub import find_file, not_available
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
-from splitwiser.model.loading import (
-    has_tokenizer_files,
-    load_tokenizer,
-    max_positions,
-    plan_model,
-    weights_nbytes,
-    without_memory,
-)
+from splitwiser.model.loading import max_positions, plan_model, weights_nbytes, without_memory
+from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
 from splitwiser.text import parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ NAME = "splitwiser"
 # its K and V: tenths of a second each. Off for the process, in mode generate too; flash attention is used instead.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+_BIASES_AT_ONCE = 2**24  # numbers: a bias for every head, query and key of a long prompt would take gigabytes
+
 MaskFunction = Callable[..., Any]  # of transformers: (batch, head, query positions, key positions) -> boolean
 
 # what models pass to every attention function and what has no effect on the attention itself
@@ -40,6 +42,11 @@ class Mask:
     """A model's mask function, passed where a mask tensor would be and evaluated for absolute positions."""
 
     function: MaskFunction
+    ndim: ClassVar[int] = 0  # no tensor that a model could add to
+
+    def to(self, *_: object) -> "Mask":
+        """Return the mask itself, to models that ask for a type of mask."""
+        return self
 
     @property
     def is_causal(self) -> bool:
@@ -65,6 +72,10 @@ class AttentionOptions:
     """Options of a layer's attention beside the mask: the scale of the scores, their soft-cap (``cap * tanh(score / cap)``,
     before the mask) and the heads' sinks (one extra logit per head in the softmax, shape (heads,)).
 
+    ``bias``, contiguous float32 of shape (heads, entries), is added to the scaled and capped scores: its entry d for the key
+    d tokens before the query, as T5's relative bias; or with ``bias_by_position`` its entry p for the key at position p, as
+    ALiBi. What lies past the last entry takes that one.
+
     ``expand`` turns what the layer stores into K and V, shapes (n, stored heads, tokens, stored size) into (n, kv_heads,
     tokens, head size). None if it stores K and V themselves; multi-head latent attention (MLA) stores a latent vector and
     the rotated part of the keys.
@@ -73,11 +84,25 @@ class AttentionOptions:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
+    bias_by_position: bool = False
     expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def fits_varlen(self) -> bool:
+        """Whether a :class:`~splitwiser.model.kernels.interface.VarlenKernel` takes these options."""
+        return self.softcap is None and self.sinks is None and self.bias is None
 
     def expanded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return K and V of what a layer has stored; shapes as for ``expand``."""
         return self.expand(keys, values) if self.expand else (keys, values)
+
+    def bias_at(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the bias of the scores between positions ``queries`` and ``keys``, int64 and broadcastable to (n, q, k):
+        float32, broadcastable to (n, heads, q, k)."""
+        assert self.bias is not None
+        entries = (keys if self.bias_by_position else queries - keys).clamp(0, self.bias.shape[1] - 1)
+        return self.bias[:, entries].movedim(0, -3)
 
 
 class StepCache:
@@ -149,10 +174,12 @@ def attention_function(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_by_position: bool = False,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attend from ``query`` (1, heads, tokens, head size) through the current :class:`AttentionStep`; ``key`` and ``value``
-    are those of this step's tokens. Every attention layer calls this.
+    are those of this step's tokens. Every attention layer calls this; for ``bias`` see :class:`AttentionOptions`.
 
     Returns (1, tokens, heads, value size). Raises :class:`UnsupportedModelError` for an argument with an unknown meaning,
     since ignoring it would give wrong tokens.
@@ -166,7 +193,8 @@ def attention_function(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # transformers' models with MLA store latents and expand only those of this step
-    options = AttentionOptions(scaling, softcap, s_aux, getattr(module, "expand_kv", None))
+    expand = getattr(module, "expand_kv", None)
+    options = AttentionOptions(scaling, softcap, s_aux, bias, bias_by_position, expand)
     return current_step().attend(query, key, value, attention_mask, options), None
 
 
@@ -174,32 +202,90 @@ AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, mask_function_interface)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, options: AttentionOptions) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    options: AttentionOptions,
+    positions: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Compute attention of ``query`` (n, heads, q, head size) over ``key`` and ``value`` (n, kv_heads, k, head size) in
     PyTorch.
 
-    ``seen`` is boolean, broadcastable to (n, heads, q, k); None is causal with q = k. With fewer ``kv_heads`` than
-    ``heads``, groups of heads share K and V. Returns (n, heads, q, value size).
+    ``seen`` is boolean, broadcastable to (n, heads, q, k); None is causal with q = k. A bias takes ``positions``, those of
+    the queries (n or 1, q, 1) and of the keys (n or 1, 1, k), int64; by default they are 0, 1, ... for both. With fewer
+    ``kv_heads`` than ``heads``, groups of heads share K and V. Returns (n, heads, q, value size).
     """
+    if options.bias is not None:
+        return _attend_with_bias(query, key, value, seen, options, positions)
     same_sizes = query.shape[3] == value.shape[3]  # PyTorch's function for CPUs takes no others
     if options.softcap is None and options.sinks is None and same_sizes and not _is_faster_unfused(query):
-        grouped = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, scale=options.scaling, enable_gqa=grouped
-        )
+        return _fused(query, key, value, seen, options.scaling)
+    return _unfused(query, key, value, _causal(query, key) if seen is None else seen, options, None)
+
+
+def _attend_with_bias(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    options: AttentionOptions,
+    positions: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Compute :func:`attend` with a bias, for so few queries at a time that the biases take little memory."""
     if seen is None:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        seen = _causal(query, key)
+    if positions is None:
+        own, others = (torch.arange(each.shape[2], device=query.device) for each in (query, key))
+        positions = own[None, :, None], others[None, None]
+    queries, keys = positions
+    rows = max(1, _BIASES_AT_ONCE // (query.shape[0] * query.shape[1] * key.shape[2]))
+    # a half precision would round the bias, which PyTorch's function takes in the type of the queries
+    fusable = options.softcap is None and options.sinks is None and query.shape[3] == value.shape[3]
+    fusable = fusable and query.dtype in (torch.float32, torch.float64)
+    made = []
+    for start in range(0, query.shape[2], rows):
+        part = slice(start, start + rows)
+        bias, visible = options.bias_at(queries[:, part], keys), seen[..., part, :]
+        if fusable:
+            bias = bias.to(query.dtype).where(visible, float("-inf"))
+            made.append(_fused(query[:, :, part], key, value, bias, options.scaling))
+        else:
+            made.append(_unfused(query[:, :, part], key, value, visible, options, bias))
+    return made[0] if len(made) == 1 else torch.cat(made, dim=2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attend by PyTorch's function; ``mask`` is what is seen or a bias, None causal."""
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _unfused(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, options: AttentionOptions, bias: Tensor | None
+) -> Tensor:
+    """Attend by separate products, with the scores and all that is done to them in float32."""
     count, heads, queries, _ = query.shape
     query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
     scores = torch.einsum("nhgqd,nhkd->nhgqk", query, key).flatten(1, 2).float() * options.scaling
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~seen, float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.float().view(1, heads, 1, 1).expand(count, heads, queries, 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype).unflatten(1, (key.shape[1], -1))
     return torch.einsum("nhgqk,nhkd->nhgqd", weights, value).flatten(1, 2)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """Return what a causal mask lets each of as many queries as keys see: boolean (q, k)."""
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
 
 
 def _is_faster_unfused(query: Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""Fused modules of a bfloat16 model on a CPU: they compute what transformers' modules do in fewer passes over memory and
-fewer calls. :mod:`splitwiser.model.fusing` puts them into a model."""
+"""Fused modules: they compute what transformers' modules do in fewer passes over memory and fewer calls. Those of a CPU are
+for bfloat16; a GPU has the norm alone. :mod:`splitwiser.model.fusing` puts them into a model."""
 
 import ctypes
 from collections.abc import Sequence
@@ -31,6 +31,19 @@ class FusedNorm(nn.Module):
             output.numel() // width, width, torch.get_num_threads(),
         )  # fmt: skip
         return output
+
+
+class TorchNorm(nn.Module):
+    """Root-mean-square norm ``x / sqrt(mean(x^2) + epsilon) * weight`` by PyTorch's function, on a GPU one kernel where
+    transformers' modules launch eight; rounded once."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise ``hidden_states``, shape (..., width)."""
+        return torch.rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon)
 
 
 class FusedMLP(nn.Module):
@@ -76,7 +89,7 @@ class FusedAttention(nn.Module):
         self.layer_idx, self.head_dim = own.layer_idx, own.head_dim
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
         self.heads = [each.out_features // own.head_dim for each in (own.q_proj, own.k_proj, own.v_proj)]
-        self.scaling, self.softcap, self.sinks = options.scaling, options.softcap, options.sinks
+        self.options = options
         self.q_norm, self.k_norm = norms or (None, None)
         self.half_angles = half_angles
 
@@ -96,8 +109,9 @@ class FusedAttention(nn.Module):
         query, key, value = heads.split(self.heads, dim=1)
         key, value = current_step().update(key, value, self.layer_idx)
         attended, _weights = attention_function(
-            self, query, key, value, attention_mask, self.scaling, softcap=self.softcap, s_aux=self.sinks
-        )
+            self, query, key, value, attention_mask, self.options.scaling, softcap=self.options.softcap,
+            s_aux=self.options.sinks, bias=self.options.bias, bias_by_position=self.options.bias_by_position,
+        )  # fmt: skip
         return _apply(self.o_proj, attended.flatten(2), residual), None
 
     def _rotate(self, joint: Tensor, cosines: Tensor, sines: Tensor) -> None:
@@ -200,7 +214,9 @@ class FusedLayer(nn.Module):
         attention, mlp, address = self.self_attn, self.mlp, self.self_attn.qkv_proj.packed.data_ptr()
         if self._struct is None or self._struct[0] != address:
             linears = [each.struct for each in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
-            if None in linears or attention.sinks is not None or attention.heads[1] != attention.heads[2]:
+            options = attention.options
+            is_plain = options.sinks is None and options.bias is None and attention.heads[1] == attention.heads[2]
+            if None in linears or not is_plain:
                 return None
             norms = [self.input_layernorm, self.post_attention_layernorm, attention.q_norm, attention.k_norm]
             self._struct = address, _LayerStruct(
@@ -209,7 +225,7 @@ class FusedLayer(nn.Module):
                     _NormStruct(norm.weight.data_ptr(), norm.offset, norm.epsilon) if norm else _NormStruct()
                     for norm in norms
                 ),
-                *mlp.factors, attention.scaling, attention.softcap or 0.0, *attention.heads[:2], attention.head_dim,
+                *mlp.factors, options.scaling, options.softcap or 0.0, *attention.heads[:2], attention.head_dim,
                 attention.half_angles,
             )  # fmt: skip
         return self._struct[1]

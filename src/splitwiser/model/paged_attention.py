@@ -103,6 +103,7 @@ class PagedAttention(AttentionStep):
             return kernel(
                 query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
                 starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
+                options.bias, options.bias_by_position,
             ).unsqueeze(0)  # fmt: skip
         if not self._decoding and (output := self._attend_varlen(query, key, value, mask, options)) is not None:
             return output.unsqueeze(0)
@@ -127,7 +128,7 @@ class PagedAttention(AttentionStep):
         """Attend from all segments in one call; None without a kernel for it, or if it does not support ``mask`` or
         ``options``."""
         kernel = self.pool.kernels.varlen
-        if kernel is None or options.softcap is not None or options.sinks is not None:
+        if kernel is None or not options.fits_varlen:
             return None
         window = None if mask.is_causal else self._window(mask)
         if window is None and not mask.is_causal:
@@ -156,14 +157,16 @@ class PagedAttention(AttentionStep):
             else:
                 keys, values = self._read(self._segment_table(number, segment), options, segment.context)
             seen = self._segment_mask(number, segment, mask)
-            output[rows] = attend(query[:, :, rows], keys, values, seen, options)[0].transpose(0, 1)
+            positions = None if options.bias is None else self._segment_positions(segment)
+            output[rows] = attend(query[:, :, rows], keys, values, seen, options, positions)[0].transpose(0, 1)
 
     def _attend_groups(self, query: Tensor, mask: Mask, options: AttentionOptions, output: Tensor) -> None:
         for number, group in enumerate(self._groups):
             keys, values = self._read(group.tables, options)
             queries = query[0].transpose(0, 1)[group.rows].unsqueeze(2)
             seen = self._group_mask(number, group, keys.shape[2], mask)
-            output[group.rows] = attend(queries, keys, values, seen, options).squeeze(2)
+            positions = None if options.bias is None else self._group_positions(group, keys.shape[2])
+            output[group.rows] = attend(queries, keys, values, seen, options, positions).squeeze(2)
 
     def _read(self, tables: Tensor, options: AttentionOptions, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Return K and V of the blocks in ``tables`` (n, blocks), or of their first ``tokens`` tokens: (n, kv_heads, tokens,
@@ -198,30 +201,26 @@ class PagedAttention(AttentionStep):
             self._masks[key] = seen[:, None, None]
         return self._masks[key]
 
+    def _segment_positions(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Return the positions of a request's new tokens and of its context, (1, tokens, 1) and (1, 1, context)."""
+        context = torch.arange(segment.context, device=self.device)
+        return context[None, -segment.tokens :, None], context[None, None]
+
+    def _group_positions(self, group: _Group, padded: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of a group's tokens and of what they see, (requests, 1, 1) and (1, 1, padded length)."""
+        return group.lengths[:, None, None] - 1, torch.arange(padded, device=self.device)[None, None]
+
     def _first_seen(self, mask: Mask) -> Tensor | None:
-        """Return the first position that each token sees, (tokens,), if it sees all positions from there up to its own, as
-        with a causal mask, a window or chunks; None for any other mask."""
+        """See :func:`first_seen`; of the step's tokens, once for all layers."""
         if mask not in self._starts:
-            own = self._own_positions
-            if mask.is_causal:
-                self._starts[mask] = torch.zeros_like(own)
-            else:
-                positions = torch.arange(int(own.max()) + 1, device=self.device)[None]
-                seen = mask(own[:, None], positions) & (positions <= own[:, None])
-                starts = own + 1 - seen.sum(dim=-1)
-                self._starts[mask] = starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
+            self._starts[mask] = first_seen(mask, self._own_positions)
         return self._starts[mask]
 
     def _window(self, mask: Mask) -> int | None:
-        """Return how many tokens each token sees, itself included, if ``mask`` is a sliding window; None for any other
-        mask."""
+        """See :func:`window_of`; of the step's tokens, once for all layers."""
         if mask not in self._windows:
-            self._windows[mask] = None
-            if (starts := self._first_seen(mask)) is not None:
-                seen = self._own_positions + 1 - starts
-                most = seen.max()
-                if bool((seen == torch.minimum(self._own_positions + 1, most)).all()):
-                    self._windows[mask] = int(most)
+            starts = self._first_seen(mask)
+            self._windows[mask] = None if starts is None else window_of(starts, self._own_positions)
         return self._windows[mask]
 
     @cached_property
@@ -288,3 +287,22 @@ class PagedAttention(AttentionStep):
             torch.tensor(tables, device=self.device),
             torch.tensor([self.segments[row].context for row in rows], device=self.device),
         )
+
+
+def first_seen(mask: Mask, positions: Tensor) -> Tensor | None:
+    """Return the first position that each token sees, if it sees all positions from there up to its own, as with a causal
+    mask, a window or chunks; None for any other mask. ``positions`` are the tokens' own, (tokens,), as is the result."""
+    if mask.is_causal:
+        return torch.zeros_like(positions)
+    keys = torch.arange(int(positions.max()) + 1, device=positions.device)[None]
+    seen = mask(positions[:, None], keys) & (keys <= positions[:, None])
+    starts = positions + 1 - seen.sum(dim=-1)
+    return starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
+
+
+def window_of(starts: Tensor, positions: Tensor) -> int | None:
+    """Return how many tokens each token sees, itself included, if tokens at ``positions`` (tokens,) that see all from
+    ``starts`` (tokens,) on see through a sliding window; None otherwise."""
+    seen = positions + 1 - starts
+    most = seen.max()
+    return int(most) if bool((seen == torch.minimum(positions + 1, most)).all()) else None

@@ -22,6 +22,7 @@ from splitwiser.model.adapters.serving import (
     write_virtual_tokens,
 )
 from splitwiser.model.compatibility import attach_engine, try_kernels
+from splitwiser.model.dispatch.table import describe_route
 from splitwiser.model.fusing import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
@@ -93,8 +94,8 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
     adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
-    unpacked = _why_not_packed(model, config.kernels)
-    layers = attach_engine(model, pack=unpacked is None, remember=True)
+    unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
+    layers = attach_engine(model, pack=unfused is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     refused = try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if model.device.type == "cuda" else {}
     kernels = replace(kernels, **dict.fromkeys(refused))
@@ -119,8 +120,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
+        "route": describe_route(model.module),
         "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
-        "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
+        "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }
     return PreparedModel(layers, blocks - shared, shared, kernels, tuple(refused), described, adapters)
@@ -140,6 +142,13 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
     )
     write_virtual_tokens(pool, model.adapters, prepared.adapters)
     return pool
+
+
+def _why_not_fused(model: LoadedModel, kernels: str) -> str | None:
+    """Return why modules stay transformers' own, or None if fused ones take their place."""
+    if model.device.type != "cuda" or kernels == "plain":
+        return _why_not_packed(model, kernels)
+    return "fusing is for half precisions" if model.dtype == torch.float32 else None
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:

@@ -1,8 +1,10 @@
 """A request as its source knows it: before a model is loaded, and before its prompt is tokenised."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from splitwiser.request import Prompt
+from splitwiser.request import PromptInput
 from splitwiser.workload.reports import Report
 
 _NO_REPORT = Report("")
@@ -12,12 +14,14 @@ _NO_REPORT = Report("")
 class PlannedRequest:
     """A request of a workload. ``prompt`` is None if only its length is known: then it is ``prompt_tokens`` random token
     ids, drawn later, and exactly ``new_tokens`` are generated. Else ``new_tokens`` is the most that it generates.
-    ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results;
+    ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results.
+    ``sampling`` are its own sampling parameters by name, beside ``max_tokens``; the run's options give the others.
     ``adapter`` names the adapter that it runs with, ``none`` for the model alone, None for the run's default."""
 
-    prompt: Prompt | None
+    prompt: PromptInput | None
     prompt_tokens: int
     new_tokens: int
     arrival_s: float = 0.0
     report: Report = _NO_REPORT
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None

@@ -26,7 +26,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": 37},
     "soft-cap": {"softcap": 3.0},
     "sinks": {"has_sinks": True},
-    "all": {"window": 5, "softcap": 2.0, "has_sinks": True},
+    "bias by distance": {"biases": 70},
+    "bias by position": {"biases": 320, "bias_by_position": True},
+    "all": {"window": 5, "softcap": 2.0, "has_sinks": True, "biases": 3},
     "odd blocks": {"block": 7},
 }
 
@@ -44,6 +46,8 @@ class Case:
     offsets: Tensor
     softcap: float | None
     sinks: Tensor | None
+    bias: Tensor | None
+    bias_by_position: bool
 
     @property
     def scaling(self) -> float:
@@ -63,6 +67,8 @@ class Case:
             self.scaling,
             self.softcap,
             self.sinks,
+            self.bias,
+            self.bias_by_position,
         )
 
     def written_out(self) -> Tensor:
@@ -80,6 +86,9 @@ class Case:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             positions = torch.arange(length)
             own = positions[length - (last - first) :, None]
+            if self.bias is not None:
+                entries = positions.expand(len(own), -1) if self.bias_by_position else (own - positions).clamp(min=0)
+                scores = scores + self.bias[:, entries.clamp(max=self.bias.shape[1] - 1)]
             seen = (positions <= own) & (positions >= self.starts[first:last, None])
             scores = scores.masked_fill(~seen, -math.inf)
             if self.sinks is not None:
@@ -97,6 +106,8 @@ def make_case(
     window: int | None = None,
     softcap: float | None = None,
     has_sinks: bool = False,
+    biases: int = 0,
+    bias_by_position: bool = False,
     block: int = 16,
 ) -> Case:
     heads, kv_heads, key_dim, value_dim = shape
@@ -121,6 +132,8 @@ def make_case(
         offsets=torch.tensor([0, *new]).cumsum(0),
         softcap=softcap,
         sinks=torch.randn(heads, generator=generator) if has_sinks else None,
+        bias=2 * torch.randn(heads, biases, generator=generator) if biases else None,
+        bias_by_position=bias_by_position,
     )
 
 

@@ -127,7 +127,7 @@ def launches_of(
     monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype,
     parts: int, options: bool, tables: Tensor | None = None,
 ) -> list[list[Launch]]:  # fmt: skip
-    """What the wrapper launches ``attend_part`` and ``join_parts`` with, with soft-cap and sinks if ``options``."""
+    """What the wrapper launches ``attend_part`` and ``join_parts`` with, with soft-cap, sinks and a bias if ``options``."""
     recorders = Recorder(), Recorder()
     monkeypatch.setattr(gpu_kernel, "_kernels", lambda: recorders)
     monkeypatch.setattr(gpu_kernel, "_parts", lambda *_: parts)
@@ -136,7 +136,7 @@ def launches_of(
     GpuDecodeAttention()(
         torch.zeros(2, heads, key_dim, dtype=dtype), keys, values,
         torch.zeros(2, 16, dtype=torch.int32) if tables is None else tables, rows, rows, rows, 0.3,
-        *((5.0, torch.zeros(heads, dtype=dtype)) if options else ()),
+        *((5.0, torch.zeros(heads, dtype=dtype), torch.zeros(heads, 2048)) if options else ()),
     )  # fmt: skip
     return [recorder.launches for recorder in recorders]
 

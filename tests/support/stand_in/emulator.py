@@ -274,7 +274,8 @@ def _flash_attention(
             own = slice(*query_offsets[number : number + 2].tolist())
             context = slice(*key_offsets[number : number + 2].tolist())
             q, k, v = query[own], key[context], value[context]
-            _attend(q, k, v, output[own], log_sums[:, own], scale, seen(len(q), len(k)))
+            if len(q):
+                _attend(q, k, v, output[own], log_sums[:, own], scale, seen(len(q), len(k)))
 
     return fill
 
@@ -322,6 +323,8 @@ def _decode_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_by_position: bool = False,
 ) -> Tensor:
     """What :meth:`splitwiser.model.kernels.gpu_attention.GpuDecodeAttention.__call__` computes."""
     device = query.device
@@ -334,8 +337,8 @@ def _decode_attention(
         if not tensor.is_contiguous():
             raise AssertionError(f"a Triton kernel is given {name} that are not contiguous")
     made = query.new_empty(*query.shape[:2], values.shape[-1])
-    output, query, keys, values, tables, starts, lengths, sinks = on_host(
-        (made, query, keys, values, tables, starts, lengths, sinks)
+    output, query, keys, values, tables, starts, lengths, sinks, bias = on_host(
+        (made, query, keys, values, tables, starts, lengths, sinks, bias)
     )
     block_tokens = keys.shape[1]
 
@@ -345,7 +348,9 @@ def _decode_attention(
             slots = tables[request][positions // block_tokens].long() * block_tokens + positions % block_tokens
             key, value = (kept.flatten(0, 1)[slots] for kept in (keys, values))
             own = slice(request, request + 1)
-            _attend(query[own], key, value, output[own], None, scaling, softcap=softcap, sinks=sinks)
+            entries = positions if bias_by_position else length - 1 - positions
+            added = None if bias is None else bias[:, None, entries.clamp(max=bias.shape[1] - 1)]
+            _attend(query[own], key, value, output[own], None, scaling, None, added, softcap, sinks)
 
     run(device, compute)
     return made

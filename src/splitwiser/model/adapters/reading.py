@@ -103,7 +103,7 @@ def _find_separation_problem(model: LoadedModel, opened: PeftModel) -> str | Non
         if not isinstance(part, BaseTunerLayer):
             continue
         layer = part.get_base_layer()
-        if type(part) is not Linear or type(layer) not in (nn.Linear, Conv1D):
+        if type(part) is not Linear or not isinstance(layer, (nn.Linear, Conv1D)):
             return f"it changes {name}, which is no linear layer"
         if part.lora_variant or part.lora_bias[NAME]:
             return f"it changes {name} by more than the product of two matrices"

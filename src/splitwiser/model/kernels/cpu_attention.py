@@ -30,6 +30,8 @@ class CpuAttention:
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
+        bias_by_position: bool = False,
     ) -> Tensor:
         """See :meth:`splitwiser.model.kernels.interface.AttentionKernel.__call__`."""
         tokens, heads, key_dim = query.shape
@@ -41,6 +43,7 @@ class CpuAttention:
         self._function(
             _DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
             starts.data_ptr(), offsets.data_ptr(), lengths.data_ptr(), None if sinks is None else sinks.data_ptr(),
+            None if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1], bias_by_position,
             output.data_ptr(), query.stride(0), len(lengths), heads, kv_heads, key_dim, value_dim, block_tokens,
             tables.shape[1], scaling, softcap or 0.0, torch.get_num_threads(),
         )  # fmt: skip

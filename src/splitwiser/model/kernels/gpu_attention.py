@@ -44,6 +44,8 @@ class GpuDecodeAttention:
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
+        bias_by_position: bool = False,
     ) -> Tensor:
         """See :meth:`splitwiser.model.kernels.interface.AttentionKernel.__call__`."""
         attend_part, join_parts = _kernels()
@@ -55,7 +57,7 @@ class GpuDecodeAttention:
         parts = _parts(requests * programs, query.device)
         attend, join = kernel_constants(
             heads, kv_heads, key_dim, value_dim, block_tokens, query.element_size(), parts,
-            softcap is not None, sinks is not None,
+            softcap is not None, sinks is not None, 0 if bias is None else bias.shape[1], bias_by_position,
         )  # fmt: skip
         output = partial = query.new_empty(requests, heads, value_dim)
         statistics: Sequence[Tensor | None] = (None, None)
@@ -64,7 +66,7 @@ class GpuDecodeAttention:
             statistics = query.new_empty(2, requests, heads, parts, dtype=torch.float32).unbind()
         attend_part[(requests, programs, parts)](
             query, keys, values, tables, tables.shape[1], starts, lengths, None if sinks is None else sinks.contiguous(),
-            partial, *statistics, scaling, softcap or 0.0, **attend,
+            bias, partial, *statistics, scaling, softcap or 0.0, **attend,
         )  # fmt: skip
         if parts > 1:
             join_parts[(requests, heads)](partial, *statistics, output, **join)
@@ -74,9 +76,10 @@ class GpuDecodeAttention:
 @functools.cache
 def kernel_constants(
     heads: int, kv_heads: int, key_dim: int, value_dim: int, block_tokens: int, element_bytes: int, parts: int,
-    capped: bool, has_sinks: bool,
+    capped: bool, has_sinks: bool, biases: int, bias_by_position: bool,
 ) -> tuple[Constants, Constants]:  # fmt: skip
-    """Return the constants of ``attend_part`` and ``join_parts`` for tensors of these sizes.
+    """Return the constants of ``attend_part`` and ``join_parts`` for tensors of these sizes; ``biases`` are the entries of
+    the bias per head, 0 without one.
 
     ``ROWS``, ``TILE`` and ``num_warps`` are chosen such that no registers are spilled up to head size 256.
     """
@@ -89,6 +92,7 @@ def kernel_constants(
         "HEADS": heads, "KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "KEY_DIM": key_dim, "KEY_PAD": key_pad,
         "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, "BLOCK_TOKENS": block_tokens, "PARTS": parts,
         "TILE": 16 if in_float32 and rows > MIN_ROWS else tile, "CAPPED": capped, "SINKS": has_sinks,
+        "BIASES": biases, "BIAS_BY_POSITION": bias_by_position,
         "num_warps": 8 if in_float32 or rows > 32 else 4, "num_stages": 3,
     }  # fmt: skip
     join = {

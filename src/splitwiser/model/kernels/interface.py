@@ -31,13 +31,16 @@ class AttentionKernel(Protocol):
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
+        bias_by_position: bool = False,
     ) -> Tensor:
         """Attend from ``query`` (tokens, heads, key size), each token from position ``starts`` (tokens,) up to its own.
 
         ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size). The block tables
         ``tables`` (requests, blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last;
         ``offsets`` (requests + 1,) where each request's new tokens begin in ``query``. These are int64; a GPU's kernel also
-        takes ``tables`` of int32. Returns (tokens, heads, value size).
+        takes ``tables`` of int32. ``scaling`` and what follows it are the fields of
+        :class:`~splitwiser.model.attention.AttentionOptions`. Returns (tokens, heads, value size).
         """
         ...
 

@@ -7,16 +7,18 @@ import triton.language as tl
 # no specialisation on arguments that change from step to step, so that no step waits for a compiler
 @triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["tables", "starts", "lengths"])
 def attend_part(
-    query, keys, values, tables, width, starts, lengths, sinks, output, largest, sums, scaling, softcap,
+    query, keys, values, tables, width, starts, lengths, sinks, bias, output, largest, sums, scaling, softcap,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEY_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, BIASES: tl.constexpr,
+    BIAS_BY_POSITION: tl.constexpr,
 ):  # fmt: skip
     """Attend over one part of one request's context, for up to ROWS of the GROUP heads that share a K/V head.
 
     With one part it writes the result to ``output`` (requests, heads, VALUE_DIM). With several it writes the weighted sum of
     V, not yet divided, to ``output`` (requests, heads, PARTS, VALUE_DIM), and the largest score and the sum of weights to
-    ``largest`` and ``sums`` (requests, heads, PARTS), all float32. A row of ``tables`` has ``width`` blocks.
+    ``largest`` and ``sums`` (requests, heads, PARTS), all float32. A row of ``tables`` has ``width`` blocks, and
+    one of ``bias`` BIASES entries (0: there is no bias).
     """
     request = tl.program_id(0)
     sharers: tl.constexpr = (GROUP + ROWS - 1) // ROWS  # programs that share a K/V head, each with ROWS heads
@@ -58,6 +60,10 @@ def attend_part(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         if CAPPED:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # the hyperbolic tangent
+        if BIASES > 0:
+            entries = tl.minimum(positions if BIAS_BY_POSITION else length - 1 - positions, BIASES - 1)
+            within = in_group[:, None] & seen[None, :]
+            scores += tl.load(bias + heads[:, None] * BIASES + entries[None, :], mask=within, other=0.0)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp(scores - higher[:, None])

@@ -36,7 +36,8 @@ template <typename T>
 struct Call {
     const T *query, *keys, *values;
     const int64_t *tables, *starts, *offsets, *lengths;
-    const float* sinks;
+    const float *sinks, *bias;
+    int64_t bias_entries, bias_by_position;
     T* output;
     int64_t query_stride, requests, heads, kv_heads, key_dim, value_dim, block_tokens, table_width;
     float scaling, softcap;  // softcap 0: no soft-cap
@@ -48,6 +49,24 @@ struct Call {
     const T* key(int64_t slot, int64_t head) const { return keys + (slot * kv_heads + head) * key_dim; }
     const T* value(int64_t slot, int64_t head) const { return values + (slot * kv_heads + head) * value_dim; }
     const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
+
+    // Adds a head's biases to the scores of `count` keys from position `begin` on, of which the query at position `own` sees
+    // those up to its own position; the others' scores stay.
+    void add_bias(int64_t head, int64_t own, int64_t begin, int64_t count, float* scores) const {
+        const float *table = bias + head * bias_entries, last = table[bias_entries - 1];
+        const int64_t seen = std::min(count, own + 1 - begin);
+        if (bias_by_position) {
+            const int64_t within = std::min(seen, bias_entries - begin);
+#pragma omp simd
+            for (int64_t i = 0; i < within; ++i) scores[i] += table[begin + i];
+            for (int64_t i = std::max<int64_t>(0, within); i < seen; ++i) scores[i] += last;
+        } else {
+            const int64_t far = std::min(seen, own + 1 - begin - bias_entries);
+            for (int64_t i = 0; i < far; ++i) scores[i] += last;
+#pragma omp simd
+            for (int64_t i = std::max<int64_t>(0, far); i < seen; ++i) scores[i] += table[own - begin - i];
+        }
+    }
 };
 
 // A buffer that grows as needed, aligned to 64 bytes; its old content is not kept.
@@ -265,6 +284,7 @@ void attend_decode_piece(const Call<T>& c, int64_t request, int64_t first, int64
         for (int64_t i = 0; i < count; ++i) score[i] *= c.scaling;
         if (c.softcap != 0.0f)
             for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
+        if (c.bias) c.add_bias(first * c.group() + row, c.lengths[request] - 1, begin, count, score);
         const float* sink = c.sink(first * c.group() + row);
         float highest = sink ? *sink : score[0];
 #pragma omp simd reduction(max : highest)
@@ -386,13 +406,18 @@ inline void add_values(const bfloat16* weights, const uint32_t* values, int64_t 
         for (int j = 0; j < PARTS; ++j) _mm512_store_ps(sums + r * value_dim + j * LANES, sum[r][j]);
 }
 
-// One step of a query's online softmax: turns the scores of a tile into weights and updates the maximum (times log2 e) and the
-// total. Returns the factor by which the query's sums so far must be multiplied.
-inline float update_softmax(const Call<bfloat16>& c, float* scores, int64_t keys, int64_t low, int64_t high,
-                            bfloat16* weights, float& highest, float& total) {
+// One step of a query's online softmax: turns the scores of a tile, whose first key is at position `begin`, into weights and
+// updates the maximum (times log2 e) and the total; keys [low, high) of the tile are seen. Returns the factor by which the
+// query's sums so far must be multiplied.
+inline float update_softmax(const Call<bfloat16>& c, int64_t head, int64_t begin, float* scores, int64_t keys, int64_t low,
+                            int64_t high, bfloat16* weights, float& highest, float& total) {
     float factor = c.scaling * LOG2_E;
-    if (c.softcap != 0.0f) {
-        for (int64_t i = 0; i < keys; ++i) scores[i] = c.softcap * std::tanh(scores[i] * c.scaling / c.softcap);
+    if (c.softcap != 0.0f || c.bias) {
+        for (int64_t i = 0; i < keys; ++i) {
+            scores[i] *= c.scaling;
+            if (c.softcap != 0.0f) scores[i] = c.softcap * std::tanh(scores[i] / c.softcap);
+        }
+        if (c.bias) c.add_bias(head, begin + high - 1, begin, keys, scores);
         factor = LOG2_E;
     }
     __m512 maxima = _mm512_set1_ps(highest);
@@ -426,10 +451,11 @@ void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
     const bfloat16* queries[ROWS];
     bfloat16* outputs[ROWS];
-    int64_t low[ROWS], high[ROWS];
+    int64_t heads[ROWS], low[ROWS], high[ROWS];
     float highest[ROWS], total[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) {
         const int64_t at = std::min(row + r, last_row), token = at / c.group(), own = head * c.group() + at % c.group();
+        heads[r] = own;
         queries[r] = c.query + (first_token + token) * c.query_stride + own * c.key_dim;
         outputs[r] = c.output + ((first_token + token) * c.heads + own) * c.value_dim;
         low[r] = c.starts[first_token + token] - begin;
@@ -446,8 +472,8 @@ void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
             score_panel(queries, keys + (tile + at) * (c.key_dim / 2), c.key_dim / 2, scores + at);
         for (int64_t r = 0; r < ROWS; ++r) {
             const float rescale =
-                update_softmax(c, scores + r * TILE, count, low[r] - tile, high[r] - tile, weights + r * TILE,
-                               highest[r], total[r]);
+                update_softmax(c, heads[r], begin + tile, scores + r * TILE, count, low[r] - tile, high[r] - tile,
+                               weights + r * TILE, highest[r], total[r]);
             if (rescale != 1.0f)
                 for (int64_t i = 0; i < c.value_dim; ++i) sums[r * c.value_dim + i] *= rescale;
         }
@@ -537,18 +563,21 @@ extern "C" int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_
 // Attention of each request's new tokens over the pool. The tokens of query (tokens, heads, key_dim) are query_stride numbers
 // apart; output (tokens, heads, value_dim) is contiguous; keys and values are one layer of the pool. Tokens offsets[i] to
 // offsets[i + 1] - 1 are the last of request i's lengths[i] tokens, which lie in the blocks of its row of tables (requests,
-// table_width); each token sees positions from starts[token] up to its own. sinks (heads) may be null. Each request has one
-// new token unless attention_supports_prefill().
+// table_width); each token sees positions from starts[token] up to its own. sinks (heads) and bias (heads, bias_entries) may be
+// null; a bias is chosen by the distance from key to query, or by the key's position if bias_by_position. Each request has
+// one new token unless attention_supports_prefill().
 extern "C" void attention(int64_t dtype, const void* query, const void* keys, const void* values, const int64_t* tables,
                           const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks,
-                          void* output, int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads,
-                          int64_t key_dim, int64_t value_dim, int64_t block_tokens, int64_t table_width, float scaling,
-                          float softcap, int64_t threads) {
+                          const float* bias, int64_t bias_entries, int64_t bias_by_position, void* output,
+                          int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads, int64_t key_dim,
+                          int64_t value_dim, int64_t block_tokens, int64_t table_width, float scaling, float softcap,
+                          int64_t threads) {
     const auto call = [&](auto type) {
         using T = decltype(type);
         return Call<T>{static_cast<const T*>(query), static_cast<const T*>(keys), static_cast<const T*>(values),
-                       tables, starts, offsets, lengths, sinks, static_cast<T*>(output), query_stride, requests, heads,
-                       kv_heads, key_dim, value_dim, block_tokens, table_width, scaling, softcap};
+                       tables, starts, offsets, lengths, sinks, bias, bias_entries, bias_by_position, static_cast<T*>(output),
+                       query_stride, requests, heads, kv_heads, key_dim, value_dim, block_tokens, table_width, scaling,
+                       softcap};
     };
 #if HAS_BF16_DOT
     if (dtype == 1 && offsets[requests] > requests) return attend_prefill(call(bfloat16{}), threads);

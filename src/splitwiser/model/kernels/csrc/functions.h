@@ -21,9 +21,10 @@ void rotate_heads(void* joint, const void* cosines, const void* sines, int64_t a
                   const void* key_weight, float offset, float epsilon, int64_t rows, int64_t width, int64_t heads,
                   int64_t kv_heads, int64_t head_dim, int64_t rotary, int64_t angles, int64_t threads);
 void attention(int64_t dtype, const void* query, const void* keys, const void* values, const int64_t* tables,
-               const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks, void* output,
-               int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim,
-               int64_t block_tokens, int64_t table_width, float scaling, float softcap, int64_t threads);
+               const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks, const float* bias,
+               int64_t bias_entries, int64_t bias_by_position, void* output, int64_t query_stride, int64_t requests,
+               int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_tokens, int64_t table_width,
+               float scaling, float softcap, int64_t threads);
 void store(const char* keys, const char* values, const int64_t* slots, char* pool_keys, char* pool_values, int64_t tokens,
            int64_t key_stride, int64_t value_stride, int64_t key_bytes, int64_t value_bytes, int64_t threads);
 

@@ -266,8 +266,9 @@ extern "C" void layer_small_batch(const Layer* layer, const Step* step, const vo
     const char* keys = reinterpret_cast<const char*>(joint + own_width);
     store(keys, keys + kv_width * size, s.slots, static_cast<char*>(s.keys), static_cast<char*>(s.values), s.rows,
           joint_width * size, joint_width * size, kv_width * size, kv_width * size, 1);
-    attention(1, joint, s.keys, s.values, s.tables, s.starts, s.offsets, s.lengths, nullptr, attended, joint_width, s.rows,
-              l.heads, l.kv_heads, l.head_dim, l.head_dim, s.block_tokens, s.table_width, l.scaling, l.softcap, s.threads);
+    attention(1, joint, s.keys, s.values, s.tables, s.starts, s.offsets, s.lengths, nullptr, nullptr, 0, 0, attended,
+              joint_width, s.rows, l.heads, l.kv_heads, l.head_dim, l.head_dim, s.block_tokens, s.table_width, l.scaling,
+              l.softcap, s.threads);
     multiply(l.o, attended, from, to, s.rows, s.threads);
     rms_norm(to, l.post.weight, normed, l.post.offset, l.post.epsilon, s.rows, width, 1);
     multiply(l.gate_up, normed, nullptr, gate_up, s.rows, s.threads);

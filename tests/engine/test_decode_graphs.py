@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.engine.cuda_graphs import DecodeGraphs, _first_cause, _FixedStep, capture_graphs, graph_sizes
+from splitwiser.engine.cuda_graphs import _first_cause
+from splitwiser.engine.decode_graphs import DecodeGraphs, _FixedStep, capture_decode_graphs, graph_sizes
 from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import Mask
@@ -156,7 +157,7 @@ def test_a_broken_capture_is_told_by_what_broke_it() -> None:
 
 def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny("opt"))
-    assert capture_graphs(model, pool, 4) == (None, "none (CUDA graphs need a GPU)")
+    assert capture_decode_graphs(model, pool, 4) == (None, "none (CUDA graphs need a GPU)")
 
 
 @pytest.mark.gpu
@@ -164,7 +165,7 @@ def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
 def test_replayed_graphs_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name), "cuda")
     expected = tokens_of(model, pool, None)
-    graphs, described = capture_graphs(model, pool, 8)
+    graphs, described = capture_decode_graphs(model, pool, 8)
     if graphs is None and name == "gpt_oss":
         pytest.skip(f"a mixture of experts may choose its experts on the host: {described}")
     assert graphs is not None, described
@@ -197,7 +198,7 @@ def test_a_capture_that_fails_says_why_and_leaves_the_process_as_it_was(
 
     with monkeypatch.context() as patched:
         patched.setattr(DecodeGraphs, "_forward", failing)
-        graphs, described = capture_graphs(model, pool, 4)
+        graphs, described = capture_decode_graphs(model, pool, 4)
     assert graphs is None
     assert_says(described, "LlamaForCausalLM cannot be captured", cause)
     assert torch.cuda.current_stream() == stream
@@ -222,7 +223,7 @@ def test_graphs_of_the_default_stream_are_captured_on_one_other(
 
     model, pool = loaded(tiny("opt"), "cuda")
     monkeypatch.setattr(DecodeGraphs, "_capture", noting)
-    graphs, described = capture_graphs(model, pool, 8)
+    graphs, described = capture_decode_graphs(model, pool, 8)
     assert graphs is not None, described
     assert len(captured) == len(graph_sizes(8))
     assert len(set(captured)) == 1  # a private pool's memory is used again on the stream that it was used on
@@ -241,7 +242,7 @@ def test_nothing_is_collected_during_a_capture(tiny: Callable[[str], Path], monk
 
     model, pool = loaded(tiny("opt"), "cuda")
     monkeypatch.setattr(DecodeGraphs, "_forward", noting)
-    graphs, described = capture_graphs(model, pool, 2)
+    graphs, described = capture_decode_graphs(model, pool, 2)
     assert graphs is not None, described
     assert collects == [False, False]  # a collection could unload a compiled kernel
     assert gc.isenabled()
@@ -252,7 +253,7 @@ def test_a_graph_runs_on_the_stream_it_is_asked_on(tiny: Callable[[str], Path]) 
     model, pool = loaded(tiny("llama"), "cuda")
     expected = tokens_of(model, pool, None)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    graphs, described = capture_graphs(model, pool, 8, streams)
+    graphs, described = capture_decode_graphs(model, pool, 8, streams)
     assert graphs is not None, described
     for stream in streams:
         with torch.cuda.stream(stream):
