@@ -147,7 +147,9 @@ def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
     """Return the K and V shape of each layer as most configurations give it; only a forward, as in a run, is certain."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    grouped = getattr(text, "new_decoder_architecture", False) and text.num_kv_heads  # Falcon's names
+    single = 1 if getattr(text, "multi_query", False) else None
+    kv_heads = getattr(text, "num_key_value_heads", None) or grouped or single or heads
     size = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
     layers = getattr(text, "num_hidden_layers", None)
     return [LayerShape(kv_heads, size, size)] * layers if layers and kv_heads and size else None
