@@ -17,7 +17,7 @@ from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment
 from splitwiser.request import Adapter
 
-# of logits, relative to the largest: a dropped adapter changes them by far more, also in half precisions
+# relative to the largest logit: half precisions differ by rounding, beside which an adapter of small effect is not seen
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
 
 
