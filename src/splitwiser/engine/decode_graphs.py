@@ -20,9 +20,9 @@ class _FixedStep(FixedStep):
     """
 
     def __init__(self, pool: KVPool, size: int, width: int, device: torch.device) -> None:
+        super().__init__()
         self.size = size
         self._pool = pool
-        self._layer = -1
         self._members: list[Sequence[int]] = []
         self._host = torch.zeros(5 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(5 * size, dtype=torch.int64, device=device)
@@ -70,19 +70,18 @@ class _FixedStep(FixedStep):
         """Forget the masks of the previous forward."""
         self._starts.clear()
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`splitwiser.model.attention.AttentionStep.update`."""
-        self._layer = layer_idx
-        self._pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`splitwiser.model.attention.AttentionStep.store`."""
+        self._pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`splitwiser.model.attention.AttentionStep.attend`."""
         assert self._pool.kernels.decode is not None
         assert isinstance(mask, Mask)
+        first_seen, layer = self._first_seen(mask), self.attended_layer(key)
         return self._pool.kernels.decode(
-            query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
-            self._tables, self._first_seen(mask), self._offsets, self._lengths,
+            query[0].transpose(0, 1), self._pool.keys[layer], self._pool.values[layer],
+            self._tables, first_seen, self._offsets, self._lengths,
             options.scaling, options.softcap, options.sinks, options.bias, options.bias_by_position,
         ).unsqueeze(0)  # fmt: skip
 

@@ -23,6 +23,7 @@ from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
+from splitwiser.model.rotary import forget_lengths
 from splitwiser.request import Adapter, FinishReason, Request, RequestMetrics, RequestOutput
 
 WORKER = "generate-0"
@@ -170,6 +171,7 @@ class GenerateEngine:
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
         sampled = any(request.params.temperature > 0 for request in batch)
+        forget_lengths(self._model.module)
         with self._using(batch[0].adapter) as generate:
             generate(
                 input_ids=ids,

@@ -1,5 +1,6 @@
 """One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class SequenceState:
     def segment(self, end: int, tokens: int) -> Segment:
         """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output."""
         adapter = self.request.adapter
-        return Segment(self.blocks, adapter.virtual_tokens + end, tokens, adapter.lora)
+        before, prompt = adapter.virtual_tokens, len(self.request.prompt_token_ids)
+        return Segment(self.blocks, before + end, tokens, before + prompt, adapter.lora)
 
     @property
     def params(self) -> SamplingParams:
@@ -131,15 +133,19 @@ def decode_step(
 ) -> list[int]:
     """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
 
+    A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    segments = [each.segment(len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
-    tokens = [each.token_ids[-1] for each in sequences]
-    if graphs:
+    lengths = [len(each.request.prompt_token_ids) + len(each.token_ids) for each in sequences]
+    new = [length if length == model.computed_anew_at else 1 for length in lengths]
+    segments = [each.segment(*counts) for each, *counts in zip(sequences, lengths, new, strict=True)]
+    tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
+    if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
     else:
         step = PagedAttention(pool, segments, model.device)
-        logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
+        ends = [end - 1 for end in itertools.accumulate(new)]
+        logits = forward(model.module, step, tokens, _positions(segments), ends)
     return sample_tokens(logits, sequences).tolist()
 
 
@@ -202,6 +208,11 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
+
+
+def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
+    """Return the last ``count`` tokens of a sequence's prompt and output."""
+    return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]
 
 
 def _positions(segments: Sequence[Segment]) -> list[int]:

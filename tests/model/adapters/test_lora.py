@@ -12,13 +12,14 @@ class Step(AttentionStep):
     """A step whose tokens have these adapters."""
 
     def __init__(self, loras: list[int]) -> None:
+        super().__init__()
         self._loras = torch.tensor(loras)
 
     @property
     def loras(self) -> torch.Tensor:
         return self._loras
 
-    def update(self, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, *_: object) -> None:
         raise NotImplementedError
 
     def attend(self, *_: object) -> torch.Tensor:

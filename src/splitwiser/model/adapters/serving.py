@@ -15,6 +15,7 @@ from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.rotary import depends_on_length
 from splitwiser.request import Adapter
 
 # relative to the largest logit: half precisions differ by rounding, beside which an adapter of small effect is not seen
@@ -28,6 +29,12 @@ def attach_adapters(model: LoadedModel, files: Sequence[AdapterFiles], merge: bo
         return []
     from splitwiser.model.adapters.reading import load_adapter  # imports peft, which takes seconds
 
+    for each in files:
+        if each.virtual_tokens and depends_on_length(model.module):
+            raise InputError(
+                f"--adapter {each.name}: virtual tokens are not served in a model that rotates positions by the length of a "
+                "request (dynamic NTK, longrope); use --mode generate"
+            )
     loaded = [load_adapter(model, each, merge) for each in files]
     add_lora(model.module, [each.parts for each in loaded if each.parts])
     model.weights += f"; adapters {[each.describe_weights() for each in files]}, merged: {merge}"
@@ -127,7 +134,7 @@ def _find_problem(
 
     def logits(start: int, end: int) -> Tensor:
         context = adapter.virtual_tokens + end
-        segment = Segment([*adapter.shared_blocks, *own], context, end - start, adapter.lora)
+        segment = Segment([*adapter.shared_blocks, *own], context, end - start, lora=adapter.lora)
         step = PagedAttention(pool, [segment], model.device)
         return forward(model.module, step, prompt[start:end], segment.positions, [end - start - 1])[0].float()
 
