@@ -17,7 +17,7 @@ from splitwiser.request import RequestOutput
 from tests.support.adapters import ADAPTERS, DIFFERENT, LAYERS, make_adapter, peft_tokens
 from tests.support.assertions import refusal
 from tests.support.commands import invoke, only_run, write_workload
-from tests.support.models import POSITIONS
+from tests.support.models import POSITIONS, make_tiny
 from tests.support.tokens import prompts_of
 
 PROMPTS = prompts_of([5, 40, 1])
@@ -153,6 +153,15 @@ def test_virtual_tokens_count_as_positions_and_in_the_pool(tiny: Callable[[str],
         assert f"need {POSITIONS + 1} positions" in message
         (output,) = llm.generate([[5] * longest], SamplingParams(max_tokens=None, ignore_eos=True))
         assert len(output.token_ids) == 1
+
+
+def test_virtual_tokens_before_positions_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make_tiny("llama", tmp_path / "tiny-llama", rope_parameters=rope)
+    message = refusal(LLM, model, adapters={"a": make_adapter("prefix", model)})
+    assert message.startswith(
+        "--adapter a: virtual tokens are not served in a model that rotates positions by the length"
+    )
 
 
 def test_an_unknown_name_is_refused(tiny: Callable[[str], Path]) -> None:
