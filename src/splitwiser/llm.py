@@ -16,7 +16,7 @@ import torch
 
 from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.engine.progress_bar import ProgressBar
-from splitwiser.errors import InputError, check_keywords
+from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
 from splitwiser.model.generation_settings import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
@@ -25,7 +25,15 @@ from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
-from splitwiser.request import PromptInput, Request, RequestOutput, SamplingParams, check_messages
+from splitwiser.request import (
+    NO_ADAPTER,
+    Adapter,
+    PromptInput,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    check_messages,
+)
 from splitwiser.text import check_text, shorten
 from splitwiser.workload.arrivals import check_arrival
 
@@ -67,6 +75,11 @@ class LLM:
                 from the checkpoint's ``generation_config.json``, as ``model.generate`` would; ``none`` does not.
             - ``kernels``: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             - ``seed``: seed of dummy weights, and of sampling for requests without their own seed.
+            - ``adapters``: adapters as peft saves them, by name: ``{"style": "path/to/adapter"}``, or the name of one that
+                comes with the model.
+            - ``use_adapter``: the adapter of requests that name none; by default the only one if one is given, else
+                ``none``, the model alone.
+            - ``merge_adapter``: whether to merge the one LoRA adapter into the weights, for all requests.
 
     Arguments of vLLM's ``LLM`` and of ``from_pretrained`` that are not among these, such as ``tensor_parallel_size``, are
     refused with what is here instead (``EngineConfig.NOT_TAKEN``).
@@ -152,6 +165,7 @@ class LLM:
         prompts: Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         arrival_s: Sequence[float] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
         """Tokenise ``prompts`` and return their requests, after taking the memory of the KV pool that they can use at once.
         Arguments and errors are those of :meth:`generate`."""
@@ -161,7 +175,9 @@ class LLM:
             sampling_params = [params.filled(self.model.own_sampling) for params in sampling_params]
         arrivals = [0.0] * len(prompts) if arrival_s is None else arrival_s
         capacity = self._engine.capacity_tokens
-        requests = make_requests(self.model, prompts, sampling_params, arrivals, self.config.seed, capacity)
+        named = [adapter] * len(prompts) if isinstance(adapter, str) or adapter is None else adapter
+        adapters = [self._find_adapter(each) for each in named]
+        requests = make_requests(self.model, prompts, sampling_params, arrivals, self.config.seed, capacity, adapters)
         self._prefault(requests)
         return requests
 
@@ -171,6 +187,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrival_s: Sequence[float] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         max_concurrency: int | None = None,
         observer: Observer | None = None,
         use_tqdm: bool = False,
@@ -183,6 +200,8 @@ class LLM:
                 prompt.
             sampling_params: one for all prompts, or one for each.
             arrival_s: arrival time of each prompt, in seconds after the call; by default all arrive at once.
+            adapter: name of the adapter of all prompts, or of each: ``none`` is the model alone, None the default
+                (``use_adapter``).
             max_concurrency: if given, this many requests arrive at the call, and each further one when another finishes.
             observer: receives each step and each finished request during the run.
             use_tqdm: whether to show a progress bar.
@@ -195,7 +214,7 @@ class LLM:
             raise InputError(f"max_concurrency must be 1 or more, not {max_concurrency}")
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
-        requests = self.make_requests(prompts, sampling_params, arrival_s)
+        requests = self.make_requests(prompts, sampling_params, arrival_s, adapter)
         observer = observer or Observer()
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
             outputs = self.run(requests, watching, time.perf_counter_ns(), max_concurrency)
@@ -231,6 +250,16 @@ class LLM:
         with self._lock:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
 
+    def _find_adapter(self, name: str | None) -> Adapter:
+        """Return the adapter called ``name``, or the default. Raises :class:`InputError`."""
+        name = self.config.default_adapter if name is None else name
+        known = dict(self.model.adapters)
+        if not self.config.merge_adapter:
+            known[NO_ADAPTER.name] = NO_ADAPTER
+        if name not in known:
+            raise unknown_name("adapter", name, known)
+        return known[name]
+
     def _prefault(self, requests: Sequence[Request]) -> None:
         """Map the pages of the blocks that ``requests`` can use at once, before the time of any of them counts."""
         pool = self.started.pool
@@ -259,25 +288,32 @@ def make_requests(
     arrival_s: Sequence[float],
     seed: int,
     capacity_tokens: int | None = None,
+    adapters: Sequence[Adapter] | None = None,
 ) -> list[Request]:
-    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params`` and ``arrival_s`` each.
+    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params``, ``arrival_s`` and, if
+    given, ``adapters`` each.
 
     A request without its own seed gets one from ``seed`` and its number. Raises :class:`InputError` for a request that
     could never be served by the model or, if given, by a KV pool of ``capacity_tokens`` tokens.
     """
-    for name, given in (("sampling_params", sampling_params), ("arrival_s", arrival_s)):
+    adapters = [NO_ADAPTER] * len(prompts) if adapters is None else adapters
+    per_prompt = {"sampling_params": sampling_params, "arrival_s": arrival_s, "adapter": adapters}
+    for name, given in per_prompt.items():
         if len(given) != len(prompts):
             raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
     requests = []
-    for number, (prompt, params, arrival) in enumerate(zip(prompts, sampling_params, arrival_s, strict=True)):
+    for number, (prompt, params, arrival, adapter) in enumerate(
+        zip(prompts, sampling_params, arrival_s, adapters, strict=True)
+    ):
         check_arrival(arrival, f"request {number}")
         if params.stop and model.tokenizer is None:
             raise InputError(f"request {number}: stop strings need a tokenizer, and {model.name} has none")
         own_seed = params.seed if params.seed is not None else seed * 1_000_003 + number
         token_ids = _token_ids(model, f"request {number}", prompt)
         if params.max_tokens is None:
-            params = replace(params, max_tokens=_room(model, f"request {number}", len(token_ids), capacity_tokens))
-        request = Request(number, token_ids, params, own_seed, arrival)
+            room = _room(model, f"request {number}", len(token_ids), capacity_tokens, adapter)
+            params = replace(params, max_tokens=room)
+        request = Request(number, token_ids, params, own_seed, arrival, adapter)
         check_fits(request, model, capacity_tokens)
         requests.append(request)
     return requests
@@ -328,10 +364,17 @@ def _unwrap(prompt: Mapping[str, Any], where: str) -> str | Iterable[int]:
     return given
 
 
-def _room(model: LoadedModel, where: str, prompt_tokens: int, capacity_tokens: int | None) -> int:
+def _room(model: LoadedModel, where: str, prompt_tokens: int, capacity_tokens: int | None, adapter: Adapter) -> int:
     """Return how many new tokens the model's positions and the KV pool have room for, but at least 1, which is refused later
     if there is none. Raises :class:`InputError` if neither has a limit."""
-    limits = [limit for limit in (model.max_positions, capacity_tokens) if limit is not None]
+    limits = [
+        limit - virtual
+        for limit, virtual in (
+            (model.max_positions, adapter.virtual_tokens),
+            (capacity_tokens, adapter.tail_tokens),
+        )
+        if limit is not None
+    ]
     if not limits:
         raise InputError(f"{where}: max_tokens None needs a limit, and {model.name} has none; give a number")
     return max(1, min(limits) - prompt_tokens + 1)

@@ -48,7 +48,11 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
         for note in [*llm.model.notes, *job.notes, *([NO_ROUGE] if scored and not can_score() else [])]:
             tqdm.write(f"note: {note}")
         prompts = job.make_prompts(llm.model, config.seed)
-        requests = llm.make_requests(prompts, job.sampling_params(config), job.arrival_s)
+        requests = llm.make_requests(prompts, job.sampling_params(config), job.arrival_s, job.adapters)
+        used = {request.adapter.name for request in requests}
+        for name in config.adapter_files:
+            if name not in used:
+                tqdm.write(f"note: no request uses adapter {name}")
         directory = make_run_directory(Path(config.results), llm.model.name, job.label, config.mode)
         recorder = RunRecorder(
             directory,
@@ -130,6 +134,7 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
             "load_format": llm.model.load_format,
             "notes": llm.model.notes,
         },
+        "adapters": {name: str(files) for name, files in config.adapter_files.items()},
         "workers": llm.workers,
         "mps": llm.started.mps,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},

@@ -234,7 +234,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
         "long prompt": (["--workload", long], "request 0: 3000 prompt tokens and 4 new ones need 3003 positions"),
         "large request": (["--workload", large, "--kv_memory", "1MiB"], "in the KV pool, which holds"),
         "unknown case": (["--case_id", "3"], "unknown case '3'; known: 0, 1, 2, 4, 5, 100, 200"),
-        "unsupported case": (["--case_id", "200"], "case 200 (LoRA) is not supported yet; use one of 0, 1, 2, 4, 5"),
+        "no adapter": (["--case_id", "200", "--model", "opt-125m"], "case 200 (LoRA) needs an adapter of that kind"),
         "no config": (["--model", bare], "no config.json in it"),
         "unknown mode": (["--mode", "fast"], "unknown mode 'fast'"),
         "missing workload": (["--workload", tmp_path / "no.json"], "no.json: no such file"),
@@ -245,7 +245,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        "missing file", "line counts", "empty data", "long prompt", "large request", "unknown case", "unsupported case",
+        "missing file", "line counts", "empty data", "long prompt", "large request", "unknown case", "no adapter",
         "no config", "unknown mode", "missing workload", "no models",
     ],
 )  # fmt: skip
@@ -515,7 +515,7 @@ def test_a_fault_in_the_run_gets_exit_code_1_and_keeps_what_was_finished(
     workload = write_workload(tmp_path / "two.json", [[5], [6]], 4, arrival_s=[0, 0.5])
     prefill_step = steps.prefill_step
 
-    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
+    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], _: object) -> list[int]:
         if chunks[0].sequence.request.prompt_token_ids == (6,):
             raise RuntimeError("the device is gone")
         return prefill_step(model, pool, chunks)

@@ -1,6 +1,7 @@
 """Prefill steps of fixed sizes compute what steps of any size do and touch nothing else; their capture needs a GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from splitwiser.engine.prefill_graphs import (
 from splitwiser.engine.steps import Chunk, SequenceState, prefill_step
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
+from splitwiser.model.adapters.files import find_adapters
+from splitwiser.model.adapters.serving import attach_adapters
 from splitwiser.model.attention import AttentionOptions, Mask
+from splitwiser.model.catalog import CatalogEntry
 from splitwiser.model.compatibility import attach_engine, logits_agree
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.choose import load_kernels
@@ -27,7 +31,7 @@ from splitwiser.model.kernels.interface import PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import PagedAttention, Segment
-from splitwiser.request import Request, SamplingParams
+from splitwiser.request import Adapter, Request, SamplingParams
 from tests.support.models import make_tiny
 from tests.support.tokens import prompts_of
 
@@ -92,6 +96,24 @@ def sequences_of(lengths: Sequence[int], new_tokens: int = 4) -> list[SequenceSt
 
 def whole(sequences: Sequence[SequenceState]) -> list[Chunk]:
     return [Chunk(each, 0, len(each.request.prompt_token_ids)) for each in sequences]
+
+
+def test_fixed_steps_add_each_requests_own_adapter(tiny: Callable[[str], Path]) -> None:
+    from tests.support.adapters import make_adapter  # skips without peft
+
+    directory = tiny("llama")
+    model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
+    given = {name: make_adapter(name, directory) for name in ("lora", "rslora")}
+    attach_adapters(model, list(find_adapters(given, CatalogEntry("tiny")).values()), merge=False)
+    layers, kernels = attach_engine(model), PoolKernels(varlen=attend_by_request)
+    pool = KVPool(layers, BLOCKS, BLOCK, model.dtype, model.device, kernels=kernels)
+    without = prefill_step(model, pool, whole(sequences_of([40, 1, 13])))
+    sequences = sequences_of([40, 1, 13])
+    for sequence, number in zip(sequences, (2, 0, 1), strict=True):
+        sequence.request = replace(sequence.request, adapter=Adapter("any", lora=number))
+    expected = prefill_step(model, pool, whole(sequences))
+    assert prefill_step(model, pool, whole(sequences), PrefillGraphs(model, pool, BUDGET)) == expected
+    assert [one == other for one, other in zip(expected, without, strict=True)] == [False, True, False]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -83,6 +83,11 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
 @pytest.mark.parametrize(
     ("options", "settings", "parts"),
     [
+        (
+            {"adapters": "lora", "model": "radiology-opt"},
+            {},
+            ["variant vllm: a peer runs the model alone", "--adapter"],
+        ),
         ({"temperature": 0.5}, {}, ["variant vllm: a peer chooses tokens greedily"]),
         (
             {"generation_config": "checkpoint"},

@@ -24,10 +24,10 @@ class _FixedStep(FixedStep):
         self.size = size
         self._pool = pool
         self._members: list[Sequence[int]] = []
-        self._host = torch.zeros(4 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(4 * size, dtype=torch.int64, device=device)
+        self._host = torch.zeros(5 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(5 * size, dtype=torch.int64, device=device)
         self._staged = self._host.split(size)
-        self.tokens, self.positions, self._slots, self._lengths = self._device.split(size)
+        self.tokens, self.positions, self._slots, self._lengths, self.lora_numbers = self._device.split(size)
         self._tables = torch.zeros(size, width, dtype=torch.int64, device=device)
         self._offsets = torch.arange(size + 1, device=device)
         self.rows = self._offsets[:-1]
@@ -41,13 +41,14 @@ class _FixedStep(FixedStep):
         """Copy the next step's inputs into the buffers: one copy, and a second for the block tables if the batch changed."""
         repeated = self.size - len(segments)
         size = self._pool.block_tokens
-        staged_tokens, positions, slots, lengths = self._staged
+        staged_tokens, positions, slots, lengths, loras = self._staged
         last = [segment.context - 1 for segment in segments]
         rows = (
             (staged_tokens, tokens),
             (positions, last),
             (slots, [each.blocks[at // size] * size + at % size for each, at in zip(segments, last, strict=True)]),
             (lengths, [segment.context for segment in segments]),
+            (loras, [segment.lora for segment in segments]),
         )
         for staged, numbers in rows:
             staged.copy_(torch.tensor([*numbers, *[numbers[-1]] * repeated]))
@@ -118,7 +119,8 @@ class DecodeGraphs(Graphs[_FixedStep]):
     def __init__(
         self, model: LoadedModel, pool: KVPool, max_batch: int, streams: Sequence["torch.cuda.Stream"] = ()
     ) -> None:
-        width = pool.blocks if model.max_positions is None else min(pool.blocks, pool.blocks_for(model.max_positions))
+        most = pool.all_blocks
+        width = most if model.max_positions is None else min(most, pool.blocks_for(model.max_positions))
         steps = [_FixedStep(pool, size, width, model.device) for size in graph_sizes(max_batch)]
         super().__init__(model, steps, streams, "CUDA graphs of decode steps")
 

@@ -37,11 +37,11 @@ class _FixedPrompts(FixedStep):
         self.size = size
         self._pool = pool
         self._windows: dict[int, int | None] = {}
-        sizes = [size, size, size, MAX_PROMPTS, MAX_PROMPTS + 2]
+        sizes = [size, size, size, size, MAX_PROMPTS, MAX_PROMPTS + 2]
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self._staged = self._host.split(sizes)
-        self.tokens, self.positions, self._slots, self.rows, self._ends = self._device.split(sizes)
+        self.tokens, self.positions, self._slots, self.lora_numbers, self.rows, self._ends = self._device.split(sizes)
         self._counted = torch.arange(max(size, pool.block_tokens))
         # before any request: one prompt, at slot 0, which every request writes before it reads
         self._staged[-1][-1] = self._ends[-1] = size
@@ -49,7 +49,7 @@ class _FixedPrompts(FixedStep):
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Copy the next step's inputs into the buffers, in one copy. Only for segments that :meth:`has_room_for`."""
-        staged_tokens, positions, slots, staged_rows, staged_ends = self._staged
+        staged_tokens, positions, slots, loras, staged_rows, staged_ends = self._staged
         ends = list(itertools.accumulate((segment.tokens for segment in segments), initial=0))
         # as tensors where it can be: to go through thousands of numbers in Python takes as long as to compute with them
         for segment, start, end in zip(segments, ends, ends[1:], strict=False):
@@ -57,10 +57,12 @@ class _FixedPrompts(FixedStep):
             blocks = torch.tensor(segment.blocks[: self._pool.blocks_for(segment.tokens)])
             in_blocks = blocks[:, None] * self._pool.block_tokens + self._counted[: self._pool.block_tokens]
             slots[start:end] = in_blocks.flatten()[: segment.tokens]
+            loras[start:end] = segment.lora
         if (missing := self.size - len(tokens)) > 0:
             staged_tokens[-missing:] = 0
             positions[-missing:] = self._counted[:missing]
             slots[-missing:] = self._spare_slot(segments)
+            loras[-missing:] = 0
         staged_tokens[: len(tokens)] = torch.tensor(tokens)
         staged_rows[: len(rows)] = torch.tensor(rows)
         staged_ends[:-1] = torch.tensor([*ends, *ends[-1:] * (MAX_PROMPTS - len(segments))])

@@ -26,11 +26,22 @@ WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
 
 @dataclass(eq=False)
 class SequenceState:
-    """State of a request in the KV pool: its blocks and its output tokens so far."""
+    """State of a request in the KV pool: its blocks, the shared ones of its adapter first, and its output tokens so far."""
 
     request: Request
     blocks: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def own_blocks(self) -> Sequence[int]:
+        """Its blocks without the shared ones."""
+        return self.blocks[len(self.request.adapter.shared_blocks) :]
+
+    def segment(self, end: int, tokens: int) -> Segment:
+        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output."""
+        adapter = self.request.adapter
+        before, prompt = adapter.virtual_tokens, len(self.request.prompt_token_ids)
+        return Segment(self.blocks, before + end, tokens, before + prompt, adapter.lora)
 
     @property
     def params(self) -> SamplingParams:
@@ -105,10 +116,11 @@ def prefill_step(
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
     tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    segments = [
-        Segment(chunk.sequence.blocks, chunk.end, chunk.tokens, len(chunk.sequence.request.prompt_token_ids))
-        for chunk in chunks
-    ]
+    segments = [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks]
+    for chunk in chunks:
+        adapter = chunk.sequence.request.adapter
+        if chunk.start == 0 and adapter.tail_tokens:
+            pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
     ends, total = [], 0
     for chunk in chunks:
         total += chunk.tokens
@@ -138,7 +150,7 @@ def decode_step(
     """
     lengths = [len(each.request.prompt_token_ids) + len(each.token_ids) for each in sequences]
     new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [Segment(each.blocks, *counts) for each, *counts in zip(sequences, lengths, new, strict=True)]
+    segments = [each.segment(*counts) for each, *counts in zip(sequences, lengths, new, strict=True)]
     tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
     if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)

@@ -130,6 +130,12 @@ class AttentionStep(StepCache, ABC):
         self._last_stored: int | None = None  # the layer, until it has attended
         self._stored_keys: dict[int, ref[Tensor]] = {}
 
+    @property
+    def loras(self) -> Tensor | None:
+        """The number of the LoRA adapter of each of the step's tokens, int64 of shape (tokens,), 0 for none; None if no
+        token has one."""
+        return None
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store this step's K and V of a layer, each of shape (1, kv_heads, tokens, head size), and return them."""
         self.store(layer_idx, key, value)
@@ -179,6 +185,12 @@ def serving(step: AttentionStep) -> Iterator[None]:
 def current_step() -> AttentionStep:
     """Return the step of the ``with serving`` block that this runs in."""
     return _step.get()
+
+
+def current_loras() -> Tensor | None:
+    """Return :attr:`AttentionStep.loras` of the current step; None outside of a ``with serving`` block."""
+    step = _step.get(None)
+    return step.loras if step else None
 
 
 def attention_function(

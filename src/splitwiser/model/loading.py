@@ -36,6 +36,7 @@ from splitwiser.model.hub import check_hub, not_available, only_files_of
 from splitwiser.model.kv_pool import find_memory_problem
 from splitwiser.model.rotary import last_length, length_computed_anew, rotary_parameters
 from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
+from splitwiser.request import Adapter
 
 T = TypeVar("T")
 
@@ -49,11 +50,13 @@ _INITIAL_DEVIATION = 0.02  # of most models' weights
 
 @dataclass
 class LoadedModel:
-    """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones
-    counted once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read
-    from; ``own_sampling`` has the sampling parameters of its generation settings; ``tokenizer`` is None if it has none that
-    can be loaded, and ``no_text`` then says why prompts cannot be text. ``computed_anew_at`` is the length at which a
-    request's K and V are computed anew (:func:`splitwiser.model.rotary.length_computed_anew`)."""
+    """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
+    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from,
+    and those of ``adapters``, which requests may name;
+    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text.
+    ``computed_anew_at`` is the length at which a request's K and V are computed anew
+    (:func:`splitwiser.model.rotary.length_computed_anew`), and ``own_sampling`` has the sampling parameters of its
+    generation settings."""
 
     name: str
     module: PreTrainedModel
@@ -70,6 +73,7 @@ class LoadedModel:
     own_sampling: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:

@@ -17,12 +17,14 @@ from splitwiser.model.kv_pool import KVPool
 @dataclass(frozen=True)
 class Segment:
     """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. Its
-    prompt has ``prompt`` tokens, by default no more than those."""
+    prompt has ``prompt`` tokens, by default no more than those. ``lora`` is the number of the LoRA adapter that they run
+    with, 0 for none."""
 
     blocks: Sequence[int]
     context: int
     tokens: int
     prompt: int = 0
+    lora: int = 0
 
     @property
     def positions(self) -> range:
@@ -80,6 +82,13 @@ class PagedAttention(AttentionStep):
         self._windows: dict[Mask, int | None] = {}
         self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
+
+    @cached_property
+    def loras(self) -> Tensor | None:
+        """See :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
+        if not any(segment.lora for segment in self.segments):
+            return None
+        return torch.tensor([segment.lora for segment in self.segments for _ in segment.positions], device=self.device)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """See :meth:`~splitwiser.model.attention.AttentionStep.store`; writes into the pool's layer."""

@@ -49,6 +49,8 @@ def read_peer(text: str) -> Peer:
 
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
+    if config.adapters or any(job.adapters):
+        raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
     params = job.sampling_params(config)
     if config.generation_config != "none":
         raise InputError("a peer chooses tokens greedily by the model's own logits; leave --generation_config out")

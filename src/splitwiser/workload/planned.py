@@ -15,7 +15,8 @@ class PlannedRequest:
     """A request of a workload. ``prompt`` is None if only its length is known: then it is ``prompt_tokens`` random token
     ids, drawn later, and exactly ``new_tokens`` are generated. Else ``new_tokens`` is the most that it generates.
     ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results.
-    ``sampling`` are its own sampling parameters by name, beside ``max_tokens``; the run's options give the others."""
+    ``sampling`` are its own sampling parameters by name, beside ``max_tokens``; the run's options give the others.
+    ``adapter`` names the adapter that it runs with, ``none`` for the model alone, None for the run's default."""
 
     prompt: PromptInput | None
     prompt_tokens: int
@@ -23,3 +24,4 @@ class PlannedRequest:
     arrival_s: float = 0.0
     report: Report = _NO_REPORT
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
