@@ -98,13 +98,15 @@ class SamplingParams(Options):
 @dataclass(frozen=True, repr=False)
 class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
-    start of the run."""
+    start of the run. ``encoded``: the prompt is read as a whole by an encoder, and the decoder begins with a token of its
+    own."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
     arrival_s: float = 0.0
+    encoded: bool = False
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
@@ -121,9 +123,14 @@ class Request:
 
     @property
     def max_kv_tokens(self) -> int:
-        """Largest number of tokens whose K and V are kept: the prompt and all new tokens except the last, whose K and V
-        are never read."""
-        return len(self.prompt_token_ids) + self.max_tokens - 1
+        """Largest number of tokens whose K and V are kept: the prompt, the decoder's own first token if there is one, and
+        all new tokens except the last, whose K and V are never read."""
+        return self.prefilled_tokens + self.max_tokens - 1
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Number of tokens whose K and V prefill stores: the prompt, and the decoder's own first token if there is one."""
+        return len(self.prompt_token_ids) + self.encoded
 
 
 @dataclass(repr=False)

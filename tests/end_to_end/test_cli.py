@@ -73,7 +73,12 @@ def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
 def test_models_of_a_file_of_ones_own(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     models = tmp_path / "models.yaml"
     models.write_text(f"mine: {{path: {os.path.relpath(tiny('llama'), tmp_path)}}}")
-    assert invoke("models", "--models", models).stdout.splitlines()[1].split() == ["mine", "no", str(tiny("llama"))]
+    assert invoke("models", "--models", models).stdout.splitlines()[1].split() == [
+        "mine",
+        "decoder",
+        "no",
+        str(tiny("llama")),
+    ]
     done = invoke(
         "run", "--models", models, "--model", "mine", "--prompt_tokens", "5", "--requests", "2", "--output_tokens", "2",
         "--results", tmp_path / "out",

@@ -105,10 +105,10 @@ def test_refuses_an_attention_argument_it_does_not_know(tiny: Callable[[str], Pa
     layer = model.module.model.layers[0].self_attn
 
     def add(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return args, {**kwargs, "position_bias": torch.ones(1)}
+        return args, {**kwargs, "head_scales": torch.ones(1)}
 
     layer.register_forward_pre_hook(add, with_kwargs=True)
-    with pytest.raises(UnsupportedModelError, match="LlamaAttention asks its attention for position_bias"):
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention asks its attention for head_scales"):
         attach_engine(model)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
 
 VOCABULARY = 151
 POSITIONS = 256
@@ -25,6 +25,16 @@ _ROTARY: dict[str, Any] = {
 _LATENT: dict[str, Any] = {
     **_ROTARY, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16, "v_head_dim": 12,
+}  # fmt: skip
+_RELATIVE: dict[str, Any] = {
+    "model_type": "t5", "vocab_size": VOCABULARY, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 3,
+    "num_decoder_layers": 2, "num_heads": 4, "tie_word_embeddings": False, "relative_attention_max_distance": 32,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_LEARNED: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 48, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": False, "decoder_start_token_id": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "opt": {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": POSITIONS},
@@ -45,6 +55,21 @@ TINY: dict[str, dict[str, Any]] = {
                      "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
                     "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
+    "t5": {**_RELATIVE, "tie_word_embeddings": True},
+    "flan_t5": {**_RELATIVE, "feed_forward_proj": "gated-gelu"},
+    "mt5": {**_RELATIVE, "model_type": "mt5"},
+    "umt5": {**_RELATIVE, "model_type": "umt5"},
+    "switch_transformers": {**_RELATIVE, "model_type": "switch_transformers", "num_experts": 2},
+    "longt5": {**_RELATIVE, "model_type": "longt5"},
+    "bart": _LEARNED,
+    "mbart": _LEARNED,
+    "pegasus": _LEARNED,
+    "marian": _LEARNED,
+    "blenderbot": _LEARNED,
+    "blenderbot-small": _LEARNED,
+    "m2m_100": _LEARNED,
+    "plbart": _LEARNED,
+    "mvp": _LEARNED,
     "falcon": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
@@ -58,17 +83,28 @@ BLOOM = pytest.param(
 )
 
 
+def auto_class(config: PreTrainedConfig) -> Any:  # transformers' classes are not annotated
+    """The class of transformers that makes the model of ``config``."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:
     """Save a tiny random model of architecture ``name``; its weights are wide enough that tokens differ clearly."""
     figures = {**TINY[name], **changes}
     torch.manual_seed(sum(name.encode()))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **figures))
+    config = AutoConfig.for_model(figures.pop("model_type", name), **figures)
+    model = auto_class(config).from_config(config)
+    if not figures.get("tie_word_embeddings", True) and config.tie_word_embeddings:  # T5's says so whatever it is told
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for part, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, 1.0 if "relative" in part else 0.2)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    start = figures.get("decoder_start_token_id")
+    model.generation_config = GenerationConfig(
+        eos_token_id=2, pad_token_id=0, bos_token_id=1, decoder_start_token_id=start
+    )
     model.save_pretrained(directory)
     return directory

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import block_nbytes
 from splitwiser.model.loading import load_model
-from tests.support.models import VOCABULARY
+from splitwiser.model.routes import ROUTES
+from tests.support.models import VOCABULARY, auto_class
 
+ENCODER_DECODERS = [
+    "t5", "flan_t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "m2m_100",
+    "plbart",
+]  # fmt: skip
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
 LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
 
@@ -25,18 +29,19 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 @cache
 def reference_model(directory: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
+    kind = auto_class(AutoConfig.from_pretrained(directory))
+    model: PreTrainedModel = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     return model
 
 
 @cache
 def reference(directory: Path, prompt: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
-    generate = cast("Callable[..., torch.Tensor]", reference_model(directory).generate)
+    model = reference_model(directory)
+    generate = cast("Callable[..., torch.Tensor]", model.generate)
     ids = torch.tensor([prompt])
     tokens = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
-    return tuple(tokens[0, len(prompt) :].tolist())
+    given = 1 if model.config.is_encoder_decoder else len(prompt)
+    return tuple(tokens[0, given:].tolist())
 
 
 def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
@@ -47,4 +52,4 @@ def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: in
 def room_for(directory: Path, tokens: int) -> str:
     """A ``kv_memory`` with room for ``tokens`` tokens."""
     model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
-    return f"{block_nbytes(attach_engine(model), 16, model.dtype) * (tokens // 16)}B"
+    return f"{block_nbytes(ROUTES[model.kind].attach(model), 16, model.dtype) * (tokens // 16)}B"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from splitwiser.config import RunConfig
-from splitwiser.model.catalog import CatalogEntry, load_catalog
+from splitwiser.model.catalog import load_catalog
 from splitwiser.options import add_options
 from splitwiser.results.terminal import columns
 
@@ -20,11 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """List the models known by name."""
     entries = load_catalog(Path(options.models)).values()
-    rows = [(entry.name, _as_dummy(entry), entry.location) for entry in entries]
-    print(columns([("model", "without a download, as dummy", "from"), *rows]))
-
-
-def _as_dummy(entry: CatalogEntry) -> str:
-    if entry.kind != "decoder":
-        return "encoder-decoder, not served"
-    return "yes" if entry.config else "no"
+    rows = [(entry.name, entry.kind, "yes" if entry.config else "no", entry.location) for entry in entries]
+    print(columns([("model", "kind", "without a download, as dummy", "from"), *rows]))

@@ -83,7 +83,7 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
     entry = resolve_model(config.model, config.models)
     shape_is_known, problem, where = _find_files(entry, config, unreachable)
     where = f"{entry.name} at {entry.location}" + (f": {where}" if where else "")
-    if not shape_is_known and entry.kind == "decoder":  # other kinds are refused before anything is read
+    if not shape_is_known:
         return Needs(free=free, problem=problem, where=where)
     load_format = "dummy" if entry.config and not _is_here(entry, ["config.json"]) else config.load_format
     text = None

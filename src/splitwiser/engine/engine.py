@@ -215,9 +215,10 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
     wrong = [token for token in request.prompt_token_ids if not 0 <= token < model.vocabulary]
     if wrong:
         raise InputError(f"{where}: token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}")
-    if model.max_positions is not None and prompt + new - 1 > model.max_positions:
+    needed = model.positions_needed(prompt, new)
+    if model.max_positions is not None and needed > model.max_positions:
         raise InputError(
-            f"{where}: {prompt} prompt tokens and {new} new ones need {prompt + new - 1} positions, and {model.name} has "
+            f"{where}: {prompt} prompt tokens and {new} new ones need {needed} positions, and {model.name} has "
             f"{model.max_positions}; shorten the prompt or ask for fewer tokens"
         )
     if capacity_tokens is not None and request.max_kv_tokens > capacity_tokens:

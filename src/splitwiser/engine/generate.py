@@ -21,7 +21,7 @@ from splitwiser.engine.sampling import finish_reason, sample_tokens
 from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.padding import pad_left
+from splitwiser.model.padding import pad
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 
 WORKER = "generate-0"
@@ -85,7 +85,7 @@ class _StepTracker(StoppingCriteria):
 
 
 class GenerateEngine:
-    """Generates batch after batch: up to ``batch_size`` requests that have arrived, padded on the left, until all are done.
+    """Generates batch after batch: up to ``batch_size`` requests that have arrived, padded, until all are done.
 
     A batch is split into parts that run one after another where its padded rows would exceed the model's last position
     or, with ``one_length``, where its prompts differ in length.
@@ -139,7 +139,7 @@ class GenerateEngine:
         if self._one_length and len(lengths) > 1:
             return False
         # a finished row runs on beside the others, and takes as many positions
-        positions = max(lengths) + max(request.max_tokens for request, _ in arrived) - 1
+        positions = self._model.positions_needed(max(lengths), max(request.max_tokens for request, _ in arrived))
         return self._model.max_positions is None or positions <= self._model.max_positions
 
     def _generate(self, arrived: Sequence[_ArrivedRequest], observer: Observer) -> list[RequestOutput]:
@@ -151,7 +151,8 @@ class GenerateEngine:
             )
             for request, arrival_ns in arrived
         ]
-        ids, mask = pad_left([request.prompt_token_ids for request in batch], self._model.device)
+        prompts = [request.prompt_token_ids for request in batch]
+        ids, mask = pad(prompts, self._model.device, self._model.padding_side)
         # without an end-of-sequence token, generate leaves the end of a row to the rule that all modes share
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0

@@ -9,13 +9,14 @@ import torch
 
 from splitwiser.engine.cuda_graphs import DecodeGraphs
 from splitwiser.engine.sampling import finish_reason, sample_tokens
-from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.paged_attention import Segment
+from splitwiser.model.routes import ROUTES
 from splitwiser.request import FinishReason, Request, SamplingParams
 
 WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
+WARM_UP_SOURCE = 512  # tokens of one source: with a bias its attention takes memory for every pair
 
 
 @dataclass(eq=False)
@@ -40,6 +41,13 @@ class SequenceState:
     def drawn(self) -> int:
         """Number of output tokens so far."""
         return len(self.token_ids)
+
+    @property
+    def newest(self) -> Segment:
+        """The last output token, as a decode step's part."""
+        request = self.request
+        first = len(request.prompt_token_ids) if request.encoded else 0
+        return Segment(self.blocks, request.prefilled_tokens + self.drawn, 1, first)
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,7 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
         total += chunk.tokens
         if chunk.is_last:
             ends.append(total - 1)
-    step = PagedAttention(pool, segments, model.device)
-    logits = forward(model.module, step, tokens, _positions(segments), ends or [total - 1])
+    logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, ends or [total - 1])
     if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
@@ -111,13 +118,9 @@ def decode_step(
 
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    segments = [Segment(each.blocks, len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
+    segments = [each.newest for each in sequences]
     tokens = [each.token_ids[-1] for each in sequences]
-    if graphs:
-        logits = graphs.logits(segments, tokens)
-    else:
-        step = PagedAttention(pool, segments, model.device)
-        logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
+    logits = graphs.logits(segments, tokens) if graphs else ROUTES[model.kind].decode(model, pool, segments, tokens)
     return sample_tokens(logits, sequences).tolist()
 
 
@@ -153,14 +156,10 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
     if model.device.type != "cuda":
         return
     budget = min(budget, WARM_UP_TOKENS)
-    length = min(budget, pool.blocks * pool.block_tokens, model.max_positions or budget)
-    prompt = SequenceState(
-        Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length))
-    )
+    room = pool.blocks * pool.block_tokens - model.encodes
+    length = min(budget, room, model.max_positions or (WARM_UP_SOURCE if model.encodes else budget))
+    request = Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0, encoded=model.encodes)
+    prompt = SequenceState(request, range(pool.blocks_for(request.max_kv_tokens)))
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
-
-
-def _positions(segments: Sequence[Segment]) -> list[int]:
-    return [position for segment in segments for position in segment.positions]

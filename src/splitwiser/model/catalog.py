@@ -76,15 +76,14 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
     raise unknown_name("model", name, catalog)
 
 
-def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
-    """Return the entry for ``model``; see :func:`resolve_model`. Raises :class:`UnsupportedModelError`, too, for an
-    encoder-decoder."""
+def check_decoder(model: str | Path, models: str | Path = constants.MODELS) -> None:
+    """Raise :class:`UnsupportedModelError` for a model that the catalogue knows to be no decoder alone, and the errors of
+    :func:`resolve_model`: for what measures prefill and decode of decoders."""
     entry = resolve_model(model, models)
-    if entry.kind == "encoder-decoder":
-        raise encoder_decoder(entry)
-    return entry
+    if entry.kind != "decoder":
+        raise decoders_only(entry.name)
 
 
-def encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
-    """Return the error for a model that is no decoder alone."""
-    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
+def decoders_only(name: str) -> UnsupportedModelError:
+    """Return the error for the model ``name`` where only decoders are measured."""
+    return UnsupportedModelError(f"model {name} is an encoder-decoder; profile and advise take decoders only")

@@ -1,13 +1,12 @@
 """Attaches the engine to a model, or refuses the model with the reason if the engine cannot serve it exactly."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
@@ -18,14 +17,10 @@ from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.padding import pad_left
 from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.proof import BOUNDS, FAR_BOUNDS, PADDED_BOUNDS, agree, padding_keeps_logits, probe_prompts
 from splitwiser.model.trials import Trial
 
-# Relative to the largest logit: half precisions differ by rounding; a dropped term or a leak between requests by far more.
-_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-# tighter, since an error that grows with the position changes the logits of random weights only little
-_FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
 _FAR = 2**17  # the last position that is tried if a model has no limit
 
 
@@ -44,7 +39,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     if problem := find_dispatch_problem(module):
         raise UnsupportedModelError(problem)
     trial = Trial(model, f"attach, packed: {pack}") if remember else None
-    prompts = _probe_prompts(model)
+    prompts = probe_prompts(model)
     try:
         with torch.inference_mode():
             if trial and trial.outcome:
@@ -70,19 +65,19 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
         raise UnsupportedModelError(
             f"{name} cannot be served by the engine; use --mode generate ({type(error).__name__}: {first_line(error)})"
         ) from error
-    bound = _BOUNDS[model.dtype]
-    if not all(_agree(each, expected, bound) for each in served):
+    bound = BOUNDS[model.dtype]
+    if not all(agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
             f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
-    if not all(_agree(each, expected_far, _FAR_BOUNDS[model.dtype]) for each in served_far):
+    if not all(agree(each, expected_far, FAR_BOUNDS[model.dtype]) for each in served_far):
         raise UnsupportedModelError(
             f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
             "give wrong tokens; use --mode generate"
         )
     # fused modules round less often than the model's own, which adds up over the layers
-    if not all(_agree(each, expected, 3 * bound) for each in fused):
+    if not all(agree(each, expected, 3 * bound) for each in fused):
         raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
     if trial:
         trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
@@ -108,7 +103,7 @@ def try_kernels(
             except Exception as error:  # Triton's errors derive from Exception alone
                 refused[name] = f"{type(error).__name__}: {first_line(error)}"
             else:
-                if not all(map(_agree, logits, expected, [_BOUNDS[model.dtype]] * len(logits))):
+                if not all(map(agree, logits, expected, [BOUNDS[model.dtype]] * len(logits))):
                     refused[name] = "its logits differ from PyTorch's"
     return refused
 
@@ -121,37 +116,11 @@ def padding_changes_tokens(model: LoadedModel) -> bool:
     lengths = [5, min(12, (model.max_positions or sys.maxsize) - 1)]
     prompts = [[(7 * number + 3) % model.vocabulary for number in range(length)] for length in lengths]
     start = _probe_starts(model, lengths[0])[-1]
-    # products of a batch round differently than those of a row, which adds up over the layers in half precisions; a wrong
-    # position is as far off as another prompt
-    bound = _FAR_BOUNDS[model.dtype] * (1 if model.dtype == torch.float32 else 3)
     try:
-        alone = [_generated_logits(model, [prompt]) for prompt in prompts]
-        together = _generated_logits(model, prompts)
         near, far = (_own_logits(model, prompts[0], 0, counted) for counted in (0, start))
+        return not (padding_keeps_logits(model, prompts) and agree([near], [far], PADDED_BOUNDS[model.dtype]))
     except Exception:  # any error of the model's forward: nothing is shown
         return True
-    first, second = (_agree(together[step], [each[step][0] for each in alone], bound) for step in (0, 1))
-    # if rounding changed the first token, the second shows nothing
-    same_token = [each[0][0].argmax() for each in alone] == list(together[0].argmax(dim=-1))
-    return not (first and (second or not same_token) and _agree(near[None], [far], bound))
-
-
-def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Return the logits of two steps of transformers' own generation for a padded batch of ``prompts``, each float32 of
-    shape (prompts, vocabulary)."""
-    ids, mask = pad_left(prompts, model.device)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-    )
-    generate = cast("Callable[..., Any]", model.module.generate)
-    first, second = generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
-    return first.float(), second.float()
-
-
-def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:
-    return all(
-        bool((one - other).abs().max() <= bound * other.abs().max()) for one, other in zip(ours, theirs, strict=True)
-    )
 
 
 def find_dispatch_problem(module: PreTrainedModel) -> str | None:
@@ -276,10 +245,6 @@ def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
             "each layer must store and attend exactly once; use --mode generate"
         )
     return [probe.stored[layer] for layer in range(layers)]
-
-
-def _probe_prompts(model: LoadedModel) -> list[list[int]]:
-    return [[(7 * number + 3) % model.vocabulary for number in range(start, start + 5)] for start in (0, 11)]
 
 
 def _probe_starts(model: LoadedModel, tokens: int) -> list[int]:

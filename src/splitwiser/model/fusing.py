@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.forward import forward
@@ -30,15 +31,25 @@ _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
 _TOLERANCE = 1 / 64
 
 
-def fuse_parts(module: nn.Module, remembered: Sequence[int | None] | None = None) -> list[int | None]:
+Run = Callable[[Any, AttentionStep, Sequence[int]], object]  # runs a whole model through a step over token ids
+
+
+def run_decoder(module: PreTrainedModel, step: AttentionStep, token_ids: Sequence[int]) -> None:
+    """Run a decoder once over one prompt."""
+    forward(module, step, token_ids, range(len(token_ids)), [0])
+
+
+def fuse_parts(
+    module: nn.Module, remembered: Sequence[int | None] | None = None, run: Run = run_decoder
+) -> list[int | None]:
     """Replace the modules within ``module`` that a fused one is shown to compute the same as, one after another, so that
     there are never two copies of all weights. Returns the number of the chosen candidate for each module in turn, None
     where its own stays; if these are ``remembered``, nothing is tried.
 
-    ``module`` is a causal model whose attention implementation is :data:`splitwiser.model.attention.NAME`, with its linear
-    layers not packed yet.
+    ``module`` is a model that ``run`` runs, whose attention implementation is :data:`splitwiser.model.attention.NAME`, with
+    its linear layers not packed yet.
     """
-    fusing = _Fusing(_record_calls(module), remembered)
+    fusing = _Fusing(_record_calls(module, run), remembered)
     if find_compile_problem() is None:
         for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
             fusing.replace_children(module, candidates)
@@ -264,8 +275,8 @@ def _agree(expected: Tensor, given: Tensor) -> bool:
     return bool(((expected.float() - given.float()).norm(dim=-1) <= bounds).all())
 
 
-def _record_calls(module: nn.Module) -> _Calls:
-    """Return the arguments of each module within ``module`` in a forward of a few tokens."""
+def _record_calls(module: nn.Module, run: Run) -> _Calls:
+    """Return the arguments of each module within ``module`` when ``run`` takes it over a few tokens."""
     calls = _Calls()
 
     def record(part: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -274,7 +285,7 @@ def _record_calls(module: nn.Module) -> _Calls:
     hooks = [part.register_forward_pre_hook(record, with_kwargs=True) for part in module.modules()]
     tokens = len(_SCALES)
     try:
-        forward(module, _Recorder(), [0] * tokens, range(tokens), [0])  # type: ignore[arg-type]
+        run(module, _Recorder(), [0] * tokens)
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -26,7 +27,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, Kind, resolve_model
 from splitwiser.model.checkpoint import (
     TOKENIZER_FILES,
     describe_files,
@@ -37,6 +38,7 @@ from splitwiser.model.checkpoint import (
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.hub import check_hub, find_file, not_available
 from splitwiser.model.kv_pool import find_memory_problem
+from splitwiser.model.padding import Side
 
 T = TypeVar("T")
 
@@ -59,7 +61,8 @@ _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() 
 class LoadedModel:
     """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
     once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
-    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
+    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text. An
+    encoder-decoder's answers begin with ``start_token_id``, which is not among their tokens; a decoder has none."""
 
     name: str
     module: PreTrainedModel
@@ -74,6 +77,32 @@ class LoadedModel:
     max_positions: int | None
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
+    start_token_id: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What the model consists of."""
+        return "decoder" if self.start_token_id is None else "encoder-decoder"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts are read as a whole by an encoder."""
+        return self.kind == "encoder-decoder"
+
+    @property
+    def padding_side(self) -> Side:
+        """Where shorter prompts of a batch are padded: an encoder's positions count from its first token, padding or not."""
+        return "right" if self.encodes else "left"
+
+    def positions_needed(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Return how many positions a request takes: a decoder's answer goes on behind the prompt, and its last token needs
+        none; an encoder-decoder's has positions of its own."""
+        return max(prompt_tokens, new_tokens) if self.encodes else prompt_tokens + new_tokens - 1
+
+    @property
+    def longest_request(self) -> int | None:
+        """Largest number of tokens of a request in the KV pool; None if there is no limit."""
+        return None if self.max_positions is None else (1 + self.encodes) * self.max_positions
 
     @property
     def vocabulary(self) -> int:
@@ -118,11 +147,9 @@ def plan_model(
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
-    entry = check_model(model, models)
+    entry = resolve_model(model, models)
     place = resolve_device(device)
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
-    if getattr(config, "is_encoder_decoder", False):
-        raise encoder_decoder(entry)
     if problem := find_eos_problem(config.get_text_config()):
         raise UnsupportedModelError(f"model {entry.name}: its configuration's {problem}")
     return entry, place, config, resolve_dtype(dtype, config)
@@ -173,9 +200,10 @@ def load_model(
         tokenizer, no_text = load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
+    start_token_id = _start_token_id(entry, module)
     # a new one, so that mode generate applies no setting that the engine does not: no end-of-sequence token either, since
     # transformers would end a row at it even if the request ignores it
-    module.generation_config = GenerationConfig(pad_token_id=0)
+    module.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=start_token_id)
     return LoadedModel(
         name=entry.name,
         module=module.eval().requires_grad_(False),
@@ -190,6 +218,7 @@ def load_model(
         max_positions=max_positions(module.config),
         notes=notes,
         no_text=no_text,
+        start_token_id=start_token_id,
     )
 
 
@@ -214,15 +243,20 @@ def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.d
     """Return the architecture of ``config`` with its weights on the meta device. Raises :class:`UnsupportedModelError`."""
     try:
         with init_empty_weights(include_buffers=False):
-            module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            module: PreTrainedModel = _auto_class(config).from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=_own_attention(config)
             )
-    except ValueError as error:  # transformers has no causal model of this kind
+    except ValueError as error:  # transformers has no model of this kind that generates text
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
     except Exception as error:  # inconsistent figures raise various errors
         raise _cannot_be_made(entry, error) from error
     module.tie_weights()
     return module
+
+
+def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoModelForSeq2SeqLM]:
+    """Return the class of transformers that makes models of ``config``'s kind."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
@@ -300,7 +334,7 @@ def _read_checkpoint(
     entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     def load(local_files_only: bool) -> PreTrainedModel:
-        made: Any = AutoModelForCausalLM.from_pretrained(
+        made: Any = _auto_class(config).from_pretrained(
             entry.location,
             output_loading_info=True,
             config=config,
@@ -359,6 +393,20 @@ def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
+
+
+def _start_token_id(entry: CatalogEntry, module: PreTrainedModel) -> int | None:
+    """Return the token that an encoder-decoder's answers begin with, None for a decoder. Raises
+    :class:`UnsupportedModelError` if the checkpoint names none."""
+    if not module.config.is_encoder_decoder:
+        return None
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for source in (module.generation_config, module.config):
+            if isinstance(token := getattr(source, name, None), int):
+                return token
+    raise UnsupportedModelError(
+        f"model {entry.name}: its configuration names no decoder_start_token_id, the token that answers begin with"
+    )
 
 
 def _widened(config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:

@@ -16,16 +16,23 @@ from splitwiser.model.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class Segment:
-    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``."""
+    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. Of
+    these the new tokens attend to those from number ``first`` on; with an encoder-decoder, the source's come before."""
 
     blocks: Sequence[int]
     context: int
     tokens: int
+    first: int = 0
+
+    @property
+    def places(self) -> range:
+        """The numbers of the new tokens among all of the request's."""
+        return range(self.context - self.tokens, self.context)
 
     @property
     def positions(self) -> range:
-        """The absolute positions of the new tokens."""
-        return range(self.context - self.tokens, self.context)
+        """The positions of the new tokens, which count from ``first``."""
+        return range(self.places.start - self.first, self.places.stop - self.first)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,13 @@ class KernelInputs(NamedTuple):
     lengths: Tensor
 
 
+def find_slots(pool: KVPool, segments: Sequence[Segment], device: torch.device) -> Tensor:
+    """Return the slots of the new tokens of ``segments``, one after another: int64 of shape (tokens,)."""
+    size = pool.block_tokens
+    slots = [each.blocks[place // size] * size + place % size for each in segments for place in each.places]
+    return torch.tensor(slots, device=device)
+
+
 class PagedAttention(AttentionStep):
     """The attention of one step: where its tokens lie in the pool and which requests they belong to.
 
@@ -64,13 +78,7 @@ class PagedAttention(AttentionStep):
         self.pool = pool
         self.segments = segments
         self.device = device
-        size = pool.block_tokens
-        slots = [
-            segment.blocks[position // size] * size + position % size
-            for segment in segments
-            for position in segment.positions
-        ]
-        self._slots = torch.tensor(slots, device=device)
+        self._slots = find_slots(pool, segments, device)
         self._layer = -1
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
@@ -189,7 +197,7 @@ class PagedAttention(AttentionStep):
         if key not in self._masks:
             positions = torch.arange(padded, device=self.device)[None]
             seen = mask(group.lengths[:, None] - 1, positions) & (positions < group.lengths[:, None])
-            self._masks[key] = seen[:, None, None]
+            self._masks[key] = (seen & (positions >= self._firsts[group.rows, None]))[:, None, None]
         return self._masks[key]
 
     def _segment_positions(self, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -205,10 +213,10 @@ class PagedAttention(AttentionStep):
         """Return the first position that each token sees, (tokens,), if it sees all positions from there up to its own, as
         with a causal mask, a window or chunks; None for any other mask."""
         if mask not in self._starts:
-            own = self._own_positions
             if mask.is_causal:
-                self._starts[mask] = torch.zeros_like(own)
+                self._starts[mask] = self._firsts
             else:
+                own = self._own_positions
                 positions = torch.arange(int(own.max()) + 1, device=self.device)[None]
                 seen = mask(own[:, None], positions) & (positions <= own[:, None])
                 starts = own + 1 - seen.sum(dim=-1)
@@ -230,7 +238,12 @@ class PagedAttention(AttentionStep):
     @cached_property
     def _own_positions(self) -> Tensor:
         """The absolute position of each of the step's tokens, (tokens,)."""
-        return torch.tensor([at for segment in self.segments for at in segment.positions], device=self.device)
+        return torch.tensor([at for segment in self.segments for at in segment.places], device=self.device)
+
+    @cached_property
+    def _firsts(self) -> Tensor:
+        """The first place that each of the step's tokens may see, (tokens,)."""
+        return torch.tensor([each.first for each in self.segments for _ in each.places], device=self.device)
 
     @cached_property
     def _context_slots(self) -> Tensor | None:

@@ -28,6 +28,10 @@ class ModelFacts(Protocol):
     name: str
     max_positions: int | None
 
+    def positions_needed(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Return how many positions a request takes."""
+        ...
+
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
@@ -64,7 +68,7 @@ class Job:
         if given:
             return given
         for number, each in enumerate(self.requests):
-            needed = each.prompt_tokens + each.new_tokens - 1
+            needed = model.positions_needed(each.prompt_tokens, each.new_tokens)
             if model.max_positions is not None and needed > model.max_positions:
                 raise InputError(
                     f"request {number}: {each.prompt_tokens} prompt tokens and {each.new_tokens} new ones need {needed} "

@@ -1,0 +1,153 @@
+"""The attention of an encoder-decoder's two halves in a step.
+
+A request has one row of tokens in the pool: first its source, of which every decoder layer stores the K and V that its
+cross-attention reads, and right behind it the answer, with the K and V of the decoder's self-attention. So a layer of the
+pool holds both, and a request one list of blocks.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import EncoderDecoderCache
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.paged_attention import PagedAttention, Segment, find_slots
+
+_CAUSAL = Mask(causal_mask_function)
+_SCORES_AT_ONCE = 2**24  # numbers: those of a long source would take gigabytes
+
+
+def is_bidirectional(mask: object) -> bool:
+    """Return whether ``mask`` lets every position see every other."""
+    return isinstance(mask, Mask) and mask.function is bidirectional_mask_function
+
+
+class PackedStep(AttentionStep):
+    """A step whose tokens are at ``positions`` of their sources or answers, int64 of shape (tokens,)."""
+
+    positions: Tensor
+
+
+class EncoderStep(PackedStep):
+    """The attention of an encoder over packed sources of ``lengths`` tokens: each token sees all of its own source.
+
+    Nothing is stored: the encoder's K and V are of no use once its states are computed.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        self._lengths = lengths
+        self._device = device
+        self._biases: dict[tuple[int, int], Tensor] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.update`; stores nothing."""
+        return key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`; ``options.bias`` is by signed distance. Raises
+        :class:`UnsupportedModelError` if a token is to see less than its source, or with a soft-cap or sinks."""
+        if not is_bidirectional(mask):
+            raise UnsupportedModelError("a layer of the encoder does not see the whole source")
+        if options.softcap is not None or options.sinks is not None:
+            raise UnsupportedModelError("a layer of the encoder attends with a soft-cap or sinks")
+        sources = zip(*(each.split(list(self._lengths), dim=2) for each in (query, key, value)), strict=True)
+        outputs = [self._attend_source(queries, keys, values, options) for queries, keys, values in sources]
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def _attend_source(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend within one source, (1, heads, tokens, head size) each; with a bias, from so few rows at a time that the
+        biases take little memory."""
+        heads, tokens = query.shape[1:3]
+        grouped = heads != key.shape[1]
+        if options.bias is None:
+            return scaled_dot_product_attention(query, key, value, scale=options.scaling, enable_gqa=grouped)
+        rows = max(1, _SCORES_AT_ONCE // (heads * tokens))
+        outputs = []
+        for start in range(0, tokens, rows):
+            part = query[:, :, start : start + rows]
+            bias = self._bias(options.bias, start, part.shape[2], tokens).to(query.dtype)
+            outputs.append(
+                scaled_dot_product_attention(part, key, value, bias, scale=options.scaling, enable_gqa=grouped)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _bias(self, table: Tensor, start: int, rows: int, tokens: int) -> Tensor:
+        """Return the bias of ``rows`` tokens from ``start`` on over a source of ``tokens`` tokens, (1, heads, rows, tokens).
+        That of a whole source is kept, for the layers that share a table."""
+        if (known := self._biases.get((id(table), tokens))) is not None:
+            return known
+        places = torch.arange(tokens, device=self._device)
+        most = table.shape[1] // 2
+        distances = (places[None] - places[start : start + rows, None]).clamp(-most, most) + most
+        bias = table[:, distances][None]
+        if rows == tokens:
+            self._biases[id(table), tokens] = bias
+        return bias
+
+
+class DecoderStep(EncoderDecoderCache, PackedStep):  # type: ignore[misc]  # transformers asks for its own class of cache
+    """The attention of a decoder over one token of each of ``segments``, which begin behind their sources.
+
+    With ``stores_sources`` the model is given the encoder's states, and the K and V that each layer makes of them are
+    stored; otherwise it reads those that an earlier step has stored.
+    """
+
+    def __init__(
+        self, pool: KVPool, segments: Sequence[Segment], device: torch.device, *, stores_sources: bool
+    ) -> None:
+        # not EncoderDecoderCache's own, which takes caches of transformers alone
+        self.positions = torch.tensor([at for segment in segments for at in segment.positions], device=device)
+        self._answer = PagedAttention(pool, segments, device)
+        self._source = _CrossAttention(pool, segments, device, stores=stores_sources)
+        self.self_attention_cache, self.cross_attention_cache = self._answer, self._source  # type: ignore[assignment]
+        self.is_updated = {} if stores_sources else dict.fromkeys(range(len(pool.keys)), True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`. Raises the error of :func:`is_view_of_source`."""
+        if is_view_of_source(mask):
+            return self._source.attend(query, key, value, _CAUSAL, options)
+        return self._answer.attend(query, key, value, mask, options)
+
+
+def is_view_of_source(mask: object) -> bool:
+    """Return whether a layer of a decoder attends to the source, rather than to the answer. Raises
+    :class:`UnsupportedModelError` for a mask of another kind."""
+    if is_bidirectional(mask):
+        return True
+    if isinstance(mask, Mask) and mask.is_causal:
+        return False
+    raise UnsupportedModelError("a layer of the decoder does not see all earlier tokens")
+
+
+class _CrossAttention(PagedAttention):
+    """The attention of the decoder's tokens over the sources: a decode step in which each source's last token is the new
+    one, so that it sees the whole source."""
+
+    def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device, *, stores: bool) -> None:
+        super().__init__(pool, [Segment(each.blocks, each.first, 1) for each in segments], device)
+        self._decoding = True  # sources of one token too
+        if stores:
+            self._slots = find_slots(pool, [Segment(each.blocks, each.first, each.first) for each in segments], device)
+
+    @property
+    def layers(self) -> "_CrossAttention":
+        """The layers whose K and V are stored, by number; the model passes what it finds there to the attention."""
+        return self
+
+    def __getitem__(self, layer: int) -> "_Stored":
+        self._layer = layer
+        # attention reads the pool itself: what is passed only has to have the shape of K and V
+        keys, values = (stored[layer][0].transpose(0, 1)[None] for stored in (self.pool.keys, self.pool.values))
+        return _Stored(keys, values)
+
+
+class _Stored(NamedTuple):
+    keys: Tensor
+    values: Tensor
