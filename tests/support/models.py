@@ -99,7 +99,8 @@ def make_tiny(name: str, directory: Path, **changes: Any) -> Path:
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 1.0 if "relative" in part else 0.2)
+                wide = 1.0 if "relative_attention_bias" in part else 0.2
+                parameter.normal_(0, 0.06 if part.endswith("Attention.q.weight") else wide)  # T5 scales no scores
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     start = figures.get("decoder_start_token_id")

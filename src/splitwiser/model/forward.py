@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionStep, serving
+from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment
@@ -27,6 +28,12 @@ def prefill_logits(
 def decode_logits(model: LoadedModel, pool: KVPool, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
     """Store K and V of ``token_ids``, one of each segment, and return the logits after it: (requests, vocabulary)."""
     return prefill_logits(model, pool, segments, token_ids, range(len(segments)))
+
+
+def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:
+    """Return the logits after each token of ``step``, (requests, vocabulary)."""
+    rows = torch.arange(step.size, device=model.device)
+    return forward(model.module, step, step.tokens, step.positions, rows)
 
 
 def forward(

@@ -25,6 +25,9 @@ from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear,
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
 # activations that oneDNN applies to a product: its name for one, and which form of it
 _ACTIVATIONS = (RELU, ("gelu", "none"), ("gelu", "tanh"), ("swish", ""))
+# names of a gated MLP's layers, and of a layer with the activation of its output: most models', and T5's
+_GATED_MLPS = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+_ACTIVATED = (("fc1", "activation_fn"), ("wi", "act"))
 # of the rows that modules are compared on: far apart, so that an epsilon or a limit makes a difference
 _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
 # relative to the norm of a row: a few roundings to bfloat16, each at most 1/256 of a number
@@ -102,11 +105,12 @@ def _norm_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
 
 
 def _mlp_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
-    linears = _packable_children(own, "gate_proj", "up_proj", "down_proj")
-    if linears and _can_concatenate(linears[:2]):
-        gate_up_proj, down_proj = PackedLinear(_concatenate(linears[:2])), PackedLinear(linears[2])
-        for factors in _GATES:
-            yield FusedMLP(gate_up_proj, down_proj, factors)
+    for names in _GATED_MLPS:
+        linears = _packable_children(own, *names)
+        if linears and _can_concatenate(linears[:2]):
+            gate_up_proj, down_proj = PackedLinear(_concatenate(linears[:2])), PackedLinear(linears[2])
+            for factors in _GATES:
+                yield FusedMLP(gate_up_proj, down_proj, factors)
 
 
 def _attention_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
@@ -187,11 +191,13 @@ class _Fusing:
         for child in list(module.children()):
             self.fuse_activations(child)
         if module in self._calls:
-            self._fuse_activation(module)
+            for names in _ACTIVATED:
+                self._fuse_activation(module, *names)
 
-    def _fuse_activation(self, own: nn.Module) -> None:
-        """Let ``fc1`` of ``own`` compute ``activation_fn`` too, if the two and ``own`` as a whole then compute the same."""
-        first, activation, calls = getattr(own, "fc1", None), getattr(own, "activation_fn", None), self._calls
+    def _fuse_activation(self, own: nn.Module, linear: str, function: str) -> None:
+        """Let the layer ``linear`` of ``own`` compute the activation ``function`` too, if the two and ``own`` as a whole
+        then compute the same."""
+        first, activation, calls = getattr(own, linear, None), getattr(own, function, None), self._calls
         if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
             return
         fused = self._choose(nn.Sequential(first, activation), _activation_candidates, calls[first])
@@ -200,11 +206,12 @@ class _Fusing:
 
         def with_fused_activation(*_: object) -> Iterator[nn.Module]:
             layer = copy.copy(own)
-            layer._modules = {**own._modules, "fc1": fused, "activation_fn": nn.Identity()}
+            layer._modules = {**own._modules, linear: fused, function: nn.Identity()}
             yield layer
 
         if self._choose(own, with_fused_activation, calls[own]):  # nothing is computed between the two
-            own.fc1, own.activation_fn = fused, nn.Identity()
+            setattr(own, linear, fused)
+            setattr(own, function, nn.Identity())
 
     def _choose(self, own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
         """Return the chosen candidate with the attributes of ``own`` that a model might read; None if ``own`` stays."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from splitwiser.model import compatibility, forward
 from splitwiser.model.catalog import Kind
+from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
@@ -33,9 +34,9 @@ class Route:
 
     ``attach`` makes a model attend through the pool, ``try_kernels`` says which kernels cannot serve it, and
     ``padding_changes_tokens`` whether mode ``generate`` may pad its prompts. ``prefill`` takes segments with the tokens of
-    all, one after another, and the numbers of the tokens whose logits are wanted; ``decode`` one token of each segment. Both
-    store K and V in the pool and return logits, (rows, vocabulary). ``prefill_attention`` says for the run's record what
-    attends in prefill, None if the kernels of the pool do.
+    all, one after another, and the numbers of the tokens whose logits are wanted; ``decode`` one token of each segment, and
+    ``fixed`` a step that holds its own inputs. All three store K and V in the pool and return logits, (rows, vocabulary).
+    ``prefill_attention`` says for the run's record what attends in prefill, None if the kernels of the pool do.
     """
 
     attach: Attach
@@ -43,6 +44,7 @@ class Route:
     padding_changes_tokens: Callable[[LoadedModel], bool]
     prefill: Callable[[LoadedModel, KVPool, Sequence[Segment], Sequence[int], Sequence[int]], Tensor]
     decode: Callable[[LoadedModel, KVPool, Sequence[Segment], Sequence[int]], Tensor]
+    fixed: Callable[[LoadedModel, FixedStep], Tensor]
     prefill_attention: str | None = None
 
 
@@ -53,6 +55,7 @@ ROUTES: dict[Kind, Route] = {
         compatibility.padding_changes_tokens,
         forward.prefill_logits,
         forward.decode_logits,
+        forward.fixed_logits,
     ),
     "encoder-decoder": Route(
         seq2seq_attach.attach_engine,
@@ -60,6 +63,7 @@ ROUTES: dict[Kind, Route] = {
         seq2seq_attach.padding_changes_tokens,
         seq2seq_forward.prefill_logits,
         seq2seq_forward.decode_logits,
+        seq2seq_forward.fixed_logits,
         "torch.nn.functional.scaled_dot_product_attention, one source at a time",
     ),
 }

@@ -11,7 +11,8 @@ _NO_REPORT = Report("")
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
     """A request of a workload. ``prompt`` is None if only its length is known: then it is ``prompt_tokens`` random token
-    ids, drawn later, and exactly ``new_tokens`` are generated. Else ``new_tokens`` is the most that it generates.
+    ids, drawn later, and exactly ``new_tokens`` are generated. Else ``new_tokens`` is the most that it generates. An
+    encoder-decoder is given ``source`` instead, unless it is None.
     ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results."""
 
     prompt: Prompt | None
@@ -19,3 +20,8 @@ class PlannedRequest:
     new_tokens: int
     arrival_s: float = 0.0
     report: Report = _NO_REPORT
+    source: Prompt | None = None
+
+    def prompt_for(self, encodes: bool) -> Prompt | None:
+        """Return the prompt for an encoder-decoder or, if not ``encodes``, for a decoder."""
+        return self.source if encodes and self.source is not None else self.prompt

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from splitwiser.model.attention import serving
+from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.forward import cache_argument, on_device
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import Segment
-from splitwiser.model.seq2seq.steps import DecoderStep, EncoderStep, PackedStep
+from splitwiser.model.seq2seq.steps import DecoderStep, EncoderStep, FixedSources, PackedStep, paged_step
 
 
 def prefill_logits(
@@ -23,7 +24,7 @@ def prefill_logits(
     decoder's first token, and return the logits after it: (requests, vocabulary)."""
     states = encode(model.module, EncoderStep([each.tokens for each in segments], model.device), token_ids)
     starts = [Segment(each.blocks, each.context + 1, 1, first=each.context) for each in segments]
-    step = DecoderStep(pool, starts, model.device, stores_sources=True)
+    step = paged_step(pool, starts, model.device, stores_sources=True)
     return decode(model.module, step, [start_token_of(model)] * len(segments), states)
 
 
@@ -31,8 +32,15 @@ def decode_logits(
     model: LoadedModel, pool: KVPool, segments: Sequence[Segment], token_ids: Sequence[int] | Tensor
 ) -> Tensor:
     """Store K and V of ``token_ids``, one of each segment, and return the logits after it: (requests, vocabulary)."""
-    step = DecoderStep(pool, segments, model.device, stores_sources=False)
+    step = paged_step(pool, segments, model.device, stores_sources=False)
     return decode(model.module, step, token_ids, no_states(model.module))
+
+
+def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:
+    """Return the logits after each token of ``step``, (requests, vocabulary)."""
+    return decode(
+        model.module, DecoderStep(step, FixedSources(step), step.positions), step.tokens, no_states(model.module)
+    )
 
 
 def encode(module: PreTrainedModel, step: EncoderStep, token_ids: Sequence[int] | Tensor) -> Tensor:

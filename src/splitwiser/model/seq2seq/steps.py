@@ -16,6 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
+from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.paged_attention import PagedAttention, Segment, find_slots
 
@@ -92,52 +93,14 @@ class EncoderStep(PackedStep):
         return bias
 
 
-class DecoderStep(EncoderDecoderCache, PackedStep):  # type: ignore[misc]  # transformers asks for its own class of cache
-    """The attention of a decoder over one token of each of ``segments``, which begin behind their sources.
+class SourceCache(AttentionStep):
+    """The part of a :class:`DecoderStep` that attends to the sources, whose K and V lie in ``pool``."""
 
-    With ``stores_sources`` the model is given the encoder's states, and the K and V that each layer makes of them are
-    stored; otherwise it reads those that an earlier step has stored.
-    """
-
-    def __init__(
-        self, pool: KVPool, segments: Sequence[Segment], device: torch.device, *, stores_sources: bool
-    ) -> None:
-        # not EncoderDecoderCache's own, which takes caches of transformers alone
-        self.positions = torch.tensor([at for segment in segments for at in segment.positions], device=device)
-        self._answer = PagedAttention(pool, segments, device)
-        self._source = _CrossAttention(pool, segments, device, stores=stores_sources)
-        self.self_attention_cache, self.cross_attention_cache = self._answer, self._source  # type: ignore[assignment]
-        self.is_updated = {} if stores_sources else dict.fromkeys(range(len(pool.keys)), True)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
-        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`. Raises the error of :func:`is_view_of_source`."""
-        if is_view_of_source(mask):
-            return self._source.attend(query, key, value, _CAUSAL, options)
-        return self._answer.attend(query, key, value, mask, options)
-
-
-def is_view_of_source(mask: object) -> bool:
-    """Return whether a layer of a decoder attends to the source, rather than to the answer. Raises
-    :class:`UnsupportedModelError` for a mask of another kind."""
-    if is_bidirectional(mask):
-        return True
-    if isinstance(mask, Mask) and mask.is_causal:
-        return False
-    raise UnsupportedModelError("a layer of the decoder does not see all earlier tokens")
-
-
-class _CrossAttention(PagedAttention):
-    """The attention of the decoder's tokens over the sources: a decode step in which each source's last token is the new
-    one, so that it sees the whole source."""
-
-    def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device, *, stores: bool) -> None:
-        super().__init__(pool, [Segment(each.blocks, each.first, 1) for each in segments], device)
-        self._decoding = True  # sources of one token too
-        if stores:
-            self._slots = find_slots(pool, [Segment(each.blocks, each.first, each.first) for each in segments], device)
+    pool: KVPool
+    _layer: int
 
     @property
-    def layers(self) -> "_CrossAttention":
+    def layers(self) -> "SourceCache":
         """The layers whose K and V are stored, by number; the model passes what it finds there to the attention."""
         return self
 
@@ -151,3 +114,74 @@ class _CrossAttention(PagedAttention):
 class _Stored(NamedTuple):
     keys: Tensor
     values: Tensor
+
+
+class DecoderStep(EncoderDecoderCache, PackedStep):  # type: ignore[misc]  # transformers asks for its own class of cache
+    """The attention of a decoder over one token of each request: over the ``answer`` and over the ``source``.
+
+    With ``stores_sources`` the model is given the encoder's states, and the K and V that each layer makes of them are
+    stored; otherwise it reads those that an earlier step has stored.
+    """
+
+    def __init__(
+        self, answer: AttentionStep, source: SourceCache, positions: Tensor, *, stores_sources: bool = False
+    ) -> None:
+        # not EncoderDecoderCache's own, which takes caches of transformers alone
+        self.positions = positions
+        self._answer, self._source = answer, source
+        self.self_attention_cache, self.cross_attention_cache = answer, source  # type: ignore[assignment]
+        self.is_updated = {} if stores_sources else dict.fromkeys(range(len(source.pool.keys)), True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`. Raises the error of :func:`is_view_of_source`."""
+        part = self._source if is_view_of_source(mask) else self._answer
+        return part.attend(query, key, value, mask, options)
+
+
+def is_view_of_source(mask: object) -> bool:
+    """Return whether a layer of a decoder attends to the source, rather than to the answer. Raises
+    :class:`UnsupportedModelError` for a mask of another kind."""
+    if is_bidirectional(mask):
+        return True
+    if isinstance(mask, Mask) and mask.is_causal:
+        return False
+    raise UnsupportedModelError("a layer of the decoder does not see all earlier tokens")
+
+
+def paged_step(pool: KVPool, segments: Sequence[Segment], device: torch.device, *, stores_sources: bool) -> DecoderStep:
+    """Return the step of one token of each of ``segments``, which begin behind their sources."""
+    positions = torch.tensor([at for segment in segments for at in segment.positions], device=device)
+    answer, source = PagedAttention(pool, segments, device), _PagedSources(pool, segments, device, stores_sources)
+    return DecoderStep(answer, source, positions, stores_sources=stores_sources)
+
+
+class _PagedSources(SourceCache, PagedAttention):
+    """The attention of one step's tokens over the sources: as in a decode step in which each source's last token is the new
+    one, so that it sees the whole source."""
+
+    def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device, stores: bool) -> None:
+        PagedAttention.__init__(self, pool, [Segment(each.blocks, each.first, 1) for each in segments], device)
+        self._decoding = True  # sources of one token too
+        if stores:
+            self._slots = find_slots(pool, [Segment(each.blocks, each.first, each.first) for each in segments], device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`."""
+        return super().attend(query, key, value, _CAUSAL, options)
+
+
+class FixedSources(SourceCache):
+    """The attention of a fixed step's tokens over the sources."""
+
+    def __init__(self, step: FixedStep) -> None:
+        self.pool = step.pool
+        self._step = step
+        self._starts = torch.zeros_like(step.firsts)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.update`; the sources are stored already."""
+        return key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.attend`."""
+        return self._step.attend_between(query, self._layer, self._starts, self._step.firsts, options)
