@@ -279,7 +279,7 @@ def test_a_gpu_that_is_not_there(tiny: Callable[[str], Path]) -> None:
     assert note(said, "sequential") == refusal(LLM, tiny("llama"), device="cuda:7")
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "qwen3", "t5"])
 def test_the_pool_is_estimated_as_it_becomes(name: str, tiny: Callable[[str], Path]) -> None:
     said = diagnose(DoctorConfig(model=str(tiny(name)), device="cpu", max_batch=3))
     with LLM(tiny(name), device="cpu", max_batch=3) as llm:

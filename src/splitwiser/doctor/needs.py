@@ -19,6 +19,7 @@ from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blo
 from splitwiser.model.loading import (
     has_tokenizer_files,
     load_tokenizer,
+    longest_request,
     max_positions,
     plan_model,
     weights_nbytes,
@@ -142,8 +143,9 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
     if config.kv_memory != "auto":
         pool = parse_bytes(config.kv_memory)
     elif (layers := _likely_layers(module.config)) and weights <= free:
-        tokens, positions = constants.BLOCK_TOKENS, max_positions(module.config)
-        blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, positions, free - weights)
+        tokens, own = constants.BLOCK_TOKENS, module.config
+        longest = longest_request(max_positions(own), own.is_encoder_decoder)
+        blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, longest, free - weights)
         pool = blocks * block_nbytes(layers, tokens, dtype)
     about = config.kv_memory == "auto"
     return Needs(weights, pool, about, free, memory_alone=alone, memory_with_pool=with_pool)
@@ -152,8 +154,10 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
 def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
     """Return the K and V shape of each layer as most configurations give it; only a forward, as in a run, is certain."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    heads, layers = getattr(text, "num_attention_heads", None), getattr(text, "num_hidden_layers", None)
+    if config.is_encoder_decoder:  # the decoder's, as BART's relatives and T5's call them
+        heads = getattr(config, "decoder_attention_heads", heads)
+        layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", layers))
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
-    layers = getattr(text, "num_hidden_layers", None)
     return [LayerShape(kv_heads, size, size)] * layers if layers and kv_heads and size else None

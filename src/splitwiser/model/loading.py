@@ -101,8 +101,8 @@ class LoadedModel:
 
     @property
     def longest_request(self) -> int | None:
-        """Largest number of tokens of a request in the KV pool; None if there is no limit."""
-        return None if self.max_positions is None else (1 + self.encodes) * self.max_positions
+        """See :func:`longest_request`."""
+        return longest_request(self.max_positions, self.encodes)
 
     @property
     def vocabulary(self) -> int:
@@ -450,3 +450,9 @@ def max_positions(config: PreTrainedConfig) -> int | None:
             )
             limit = min(filter(None, (limit, original)), default=None)
     return limit
+
+
+def longest_request(positions: int | None, encodes: bool) -> int | None:
+    """Return the largest number of tokens of a request in the KV pool, None if there is no limit: as many as the model has
+    ``positions`` or, if it ``encodes``, as many for the source and as many for the answer."""
+    return None if positions is None else (1 + encodes) * positions

@@ -5,12 +5,14 @@ from dataclasses import astuple
 
 import torch
 from torch import Tensor
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.compatibility import find_dispatch_problem
+from splitwiser.model.forward import cache_argument
 from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
@@ -116,7 +118,9 @@ def _find_capacity_problem(module: PreTrainedModel) -> str | None:
 
 
 def _dispatch(model: LoadedModel) -> None:
-    model.module.set_attn_implementation(attention.NAME)
+    module = model.module
+    for part in (module, module.get_encoder(), module.get_decoder()):  # T5's halves have configurations of their own
+        part.set_attn_implementation(attention.NAME)
     replace_parts(model.module, model.max_positions)
 
 
@@ -193,11 +197,19 @@ def _answer(model: LoadedModel, number: int) -> list[int]:
 def _own_logits(model: LoadedModel, source: list[int]) -> Tensor:
     """Return the logits after each token of an answer to ``source`` by the model's own attention, float32 of shape (tokens,
     vocabulary)."""
-    ids, answer = (
-        torch.tensor([each], device=model.device) for each in (source, _answer(model, source[0] % model.vocabulary))
-    )
-    logits: Tensor = model.module(input_ids=ids, decoder_input_ids=answer).logits
-    return logits[0].float()
+    ids = torch.tensor([source], device=model.device)
+    states = model.module.get_encoder()(input_ids=ids)[0]
+    cache = {cache_argument(model.module): EncoderDecoderCache(DynamicCache(), DynamicCache())}
+    logits = []
+    for token in _answer(model, source[0]):  # one by one, as it is generated
+        output = model.module(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            decoder_input_ids=torch.tensor([[token]], device=model.device),
+            use_cache=True,
+            **cache,
+        )
+        logits.append(output.logits[0, 0].float())
+    return torch.stack(logits)
 
 
 def _served_logits(
@@ -216,7 +228,7 @@ def _served_logits(
     pool = KVPool(layers, len(sources) * each, size, model.dtype, model.device, kernels=kernels)
     blocks = [range(number * each, (number + 1) * each) for number in range(len(sources))]
     prompts = [Segment(own, len(source), len(source)) for own, source in zip(blocks, sources, strict=True)]
-    answers = [_answer(model, source[0] % model.vocabulary) for source in sources]
+    answers = [_answer(model, source[0]) for source in sources]
     tokens = [token for source in sources for token in source]
     logits = [[row] for row in prefill_logits(model, pool, prompts, tokens, [])]
 
