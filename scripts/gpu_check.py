@@ -140,16 +140,33 @@ def tokens(check: Check) -> Iterator[list[str]]:
 
 
 def tests(check: Check) -> Iterator[list[str]]:
-    """Run the tests that need a GPU: in parallel, since they mostly import and compile, except those that need it alone."""
-    folder = PROJECT / "tests"
-    asked = folder / "engine" / "test_cuda_graphs.py" if check.quick else folder
-    for name, own in (("shared", ["-m", "gpu and not alone", "-n", "6"]), ("alone", ["-m", "gpu and alone"])):
-        if name == "alone" and check.quick:
-            continue
-        yield [
-            sys.executable, "-u", "-m", "pytest", *own, "-v", "--tb=short", "-rfE", "--timeout=90", "-p", "no:cacheprovider",
-            f"--junitxml={check.folder('tests') / name}.xml", str(asked),
-        ]  # fmt: skip
+    """Run the tests that need a GPU and start no processes, side by side: they mostly import and compile."""
+    quick = [PROJECT / "tests" / "engine" / "test_prefill_graphs.py"]
+    yield pytest_command(check.folder("tests") / "here.xml", "not slow and not alone", 6, quick if check.quick else [])
+
+
+def process_tests(check: Check) -> Iterator[list[str]]:
+    """Run the tests that start processes, few side by side, since each process imports everything anew; and those of the
+    whole GPU's memory, alone."""
+    quick = [PROJECT / "tests" / "placement" / "test_processes.py"] if check.quick else []
+    for name, which, workers in (("processes", "slow and not alone", 3), ("alone", "alone", 0)):
+        yield pytest_command(check.folder("tests-processes") / f"{name}.xml", which, workers, quick)
+
+
+def pytest_command(report: Path, which: str, workers: int, files: Sequence[Path]) -> list[str]:
+    """Return the command that runs, of the tests marked gpu, those ``which`` names, in ``files`` or wherever there are any,
+    ``workers`` side by side."""
+    return [
+        sys.executable, "-u", "-m", "pytest", "-m", f"gpu and {which}", "-n", str(workers), "-vv", "--tb=short",
+        "--timeout=150", "-p", "failures_at_once", "-p", "no:cacheprovider", f"--junitxml={report}",
+        *map(str, files or gpu_test_files()),
+    ]  # fmt: skip
+
+
+def gpu_test_files() -> list[Path]:
+    """Return the files that have tests of a GPU: to collect all others would take longer than most of these tests."""
+    files = sorted((PROJECT / "tests").rglob("test_*.py"))
+    return [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def compare(model: str, load: int | None, check: Check) -> Iterator[list[str]]:
@@ -224,11 +241,12 @@ def peers(check: Check) -> Iterator[list[str]]:
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 STAGES = {
     "probe": Stage(
-        80, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS", probe
+        45, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS", probe
     ),
     "doctor": Stage(42, "which modes work here", doctor),
-    "tokens": Stage(52, "every working mode's float32 tokens against those of generate", tokens),
-    "tests": Stage(LONG_S, "the tests marked gpu", tests),
+    "tokens": Stage(80, "every working mode's float32 tokens against those of generate", tokens),
+    "tests": Stage(LONG_S, "the tests marked gpu that start no processes", tests),
+    "tests-processes": Stage(LONG_S, "the other tests marked gpu", process_tests),
     **{
         f"compare-{model}{'' if load is None else f'-{load}'}": Stage(
             LONG_S,

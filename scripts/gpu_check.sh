@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks what needs a GPU and measures every mode there, stage by stage: scripts/gpu_check.sh --help
-# Runs from a bare checkout with any Python that has torch, transformers, accelerate, pandas, matplotlib, pytest,
+# Runs from a bare checkout with any Python that has the dependencies of pyproject.toml (rouge-score may be missing), pytest,
 # pytest-timeout and pytest-xdist ($PYTHON, or python3); installs nothing and needs no network.
 set -euo pipefail
 project=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)

@@ -403,9 +403,9 @@ def test_the_answer_of_an_encoder_decoder_has_positions_of_its_own(
 
 
 def test_without_max_tokens_and_without_a_limit_a_number_is_asked_for(tiny: Callable[[str], Path]) -> None:
-    with LLM(tiny("bloom"), mode="generate") as llm:
+    with LLM(tiny("mamba"), mode="generate") as llm:
         line = refusal(llm.generate, [[5]], SamplingParams(max_tokens=None))
-    assert line == "request 0: max_tokens None needs a limit, and tiny-bloom has none; give a number"
+    assert line == "request 0: max_tokens None needs a limit, and tiny-mamba has none; give a number"
 
 
 def test_a_bar_is_shown_on_request(tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from splitwiser.config import RunConfig
 from splitwiser.model.catalog import resolve_model
 from splitwiser.model.hub import check_hub, find_file
+from splitwiser.placement.checks import find_missing_gpu, refuse_mode_here
 from splitwiser.workload.job import Job, prepare_job
 
 
@@ -12,6 +13,8 @@ def check_quickly(config: RunConfig) -> Job:
     entry = resolve_model(config.model, config.models)
     if entry.hub and not (config.load_format == "dummy" and entry.config) and not find_file(entry, "config.json"):
         check_hub(entry)
+    if find_missing_gpu(config.mode):
+        refuse_mode_here(config.mode, config.device_name)
     return prepare_job(config, config.seed)
 
 
@@ -19,10 +22,9 @@ def check(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found before the model is loaded."""
     job = check_quickly(config)
-    from splitwiser.model.loading import plan_model
-    from splitwiser.placement.checks import refuse_mode_here
-
     refuse_mode_here(config.mode, config.device_name)
+    from splitwiser.model.loading import plan_model
+
     plan_model(
         config.model,
         models=config.models,

@@ -235,9 +235,9 @@ def test_a_pool_that_does_not_fit_stops_the_modes_that_have_one(
 
 
 def test_an_architecture_that_the_engine_cannot_reach_runs_in_mode_generate(tiny: Callable[[str], Path]) -> None:
-    said = diagnose(DoctorConfig(model=str(tiny("bloom")), device="cpu"))
+    said = diagnose(DoctorConfig(model=str(tiny("roformer")), device="cpu"))
     assert verdicts(said) == {"generate": True, "sequential": False, "mp": False, "mps": False, "green": False}
-    assert note(said, "sequential") == refusal(LLM, tiny("bloom"), device="cpu")
+    assert note(said, "sequential") == refusal(LLM, tiny("roformer"), device="cpu")
 
 
 def test_a_model_of_another_kind_runs_in_no_mode(tmp_path: Path) -> None:

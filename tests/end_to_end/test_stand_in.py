@@ -112,7 +112,9 @@ def test_workers_are_not_lost_while_cuda_starts(on_stand_in: StandIn, tiny: Call
     assert printed(ran)["tokens"] == references(model, prompts, 3)
 
 
-def test_half_precision_prefills_all_prompts_in_one_call(on_stand_in: StandIn, tiny: Callable[[str], Path]) -> None:
+def test_half_precision_prefills_whole_prompts_by_a_graph_and_others_in_one_call_a_layer(
+    on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
     script = """
 import json, sys
 import torch
@@ -123,13 +125,17 @@ def counted(*given, **named):
     calls.append(len(given[1]))
     return call(*given, **named)
 VarlenAttention.__call__ = counted
-with LLM(sys.argv[1], mode="sequential", device="cuda", dtype="bfloat16", max_batch=4) as llm:
-    calls.clear()
-    llm.generate([[5] * 20, [6] * 30, [7] * 40], SamplingParams(max_tokens=1))
-    print(json.dumps([calls, llm.started.kernels["prefill_attention"]]))
+with LLM(sys.argv[1], mode="sequential", device="cuda", dtype="bfloat16", max_batch=32) as llm:
+    counts, params = [], SamplingParams(max_tokens=1)
+    for prompts in ([[5] * 20, [6] * 30, [7] * 40], [[5] * 5] * 17):
+        calls.clear()
+        llm.generate(prompts, params)
+        counts.append(list(calls))
+    print(json.dumps([counts, llm.started.kernels["prefill_attention"], llm.started.kernels["prefill_graphs"]]))
 """
-    calls, described = printed(run_script(on_stand_in, script, tiny("qwen3")))  # three layers of heads of 16
-    assert calls == [90, 90, 90]
+    counts, described, graphs = printed(run_script(on_stand_in, script, tiny("qwen3")))  # three layers of heads of 16
+    assert counts == [[], [85, 85, 85]]  # a replay calls nothing; seventeen prompts are more than a graph takes
+    assert graphs.startswith("for 128, 256,")
     assert described == "torch.nn.attention.varlen, one call a layer"
 
 
@@ -145,10 +151,10 @@ import torch
 from splitwiser import LLM
 from splitwiser.engine import steps
 ran, step = [], steps.prefill_step
-def noted(model, pool, chunks):
+def noted(model, pool, chunks, *graphs):
     stream = torch.cuda.current_stream(model.device)
     ran.append([stream.cuda_stream, stream.priority, sum(chunk.tokens for chunk in chunks)])
-    return step(model, pool, chunks)
+    return step(model, pool, chunks, *graphs)
 steps.prefill_step = noted
 with LLM(sys.argv[1], mode="green", device="cuda", prefill_tokens=300, max_batch=2, **json.loads(sys.argv[2])) as llm:
     print(json.dumps([ran, len(llm.started.division)]))
@@ -206,13 +212,14 @@ def test_green_contexts_that_are_not_permitted_are_told_before_a_run(on_stand_in
 @pytest.mark.parametrize(
     "tests",
     [
-        "engine/test_cuda_graphs.py",
+        "engine/test_decode_graphs.py",
+        "engine/test_prefill_graphs.py",
+        "model/test_fusing.py",
         "placement/test_green.py",
         "placement/test_processes.py -k not_depend_on_the_workers",
         "placement/test_mps_daemon.py",
         "test_llm.py",
         "end_to_end/test_token_identity.py -k green",
-        "end_to_end/test_token_identity.py -k mps",
     ],
 )
 def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
@@ -226,7 +233,8 @@ def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["doctor", "tokens", "tests", "compare-125m", "compare-125m-60", "interference", "paper"]
+    "stage",
+    ["doctor", "tokens", "tests", "tests-processes", "compare-125m", "compare-125m-60", "interference", "paper"],
 )
 def test_a_stage_of_the_check_ends_with_its_results(stage: str, on_stand_in: StandIn, tmp_path: Path) -> None:
     """All but the probes, which are of a device's physics, and the peers, whose processes do without the emulator."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from splitwiser.machine.cuda_probe import find_driver_problem
+
 pytestmark = pytest.mark.slow
 
 MAIN = """
@@ -62,6 +64,14 @@ def test_a_mistake_is_told_before_anything_large_is_imported(command: str, tmp_p
     tables = ["pandas", "matplotlib"] if command.startswith(("compare", "sweep", "report")) else []
     assert (code, [each for each in heavy if each not in tables]) == (2, [])
     assert MISTAKES[command] in said
+
+
+@pytest.mark.skipif(find_driver_problem() is None, reason="the driver of an NVIDIA GPU is here")
+@pytest.mark.parametrize("mode", ["mps", "green"])
+def test_a_mode_that_needs_a_gpu_is_refused_without_one_as_early(mode: str, tmp_path: Path) -> None:
+    code, heavy, said = imported(tmp_path, "run", "--mode", mode)
+    assert (code, heavy) == (2, [])
+    assert f"mode {mode}: there is no NVIDIA GPU here" in said
 
 
 def test_starting_a_model_needs_none_of_the_packages_for_tables_and_plots(tmp_path: Path) -> None:

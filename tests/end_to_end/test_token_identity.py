@@ -1,6 +1,5 @@
 """Tokens are those of ``model.generate`` on one prompt alone, unpadded: in every mode, whatever else is in the batch."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import pytest
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.placement.modes import MODES
-from splitwiser.placement.mps_gpu import CONTROL
-from tests.support.tokens import ENCODER_DECODERS, LENGTHS, SERVED, prompts_of, references, room_for
+from tests.support.tokens import DISPATCHED, ENCODER_DECODERS, LENGTHS, SERVED, prompts_of, references, room_for
 
-NO_MPS = pytest.mark.skipif(shutil.which(CONTROL) is None, reason=f"{CONTROL} is not on PATH")
-ON_A_GPU = {"mps": [pytest.mark.gpu, NO_MPS], "green": [pytest.mark.gpu]}
-PLACED = [pytest.param(mode, marks=ON_A_GPU.get(mode, [])) for mode in MODES]
+# mode mps, whose workers are those of mp, is tested with its daemon
+PLACED = [pytest.param(mode, marks=[pytest.mark.gpu] * (mode == "green")) for mode in MODES if mode != "mps"]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
@@ -23,6 +20,31 @@ def test_split_prompts_and_waiting_requests(name: str, kernels: str, tiny: Calla
     prompts = prompts_of(LENGTHS)
     # a budget below most prompts splits them; room for little more than the longest makes the others wait
     with LLM(tiny(name), prefill_tokens=24, kv_memory=room_for(tiny(name), 144), kernels=kernels) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+
+
+@pytest.mark.parametrize("name", DISPATCHED)
+def test_models_with_attention_modules_of_this_project(name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS)
+    arrivals = [0.01 * (len(prompts) - number) for number in range(len(prompts))]
+    with LLM(tiny(name), prefill_tokens=24) as llm:  # splits most prompts
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24), arrival_s=arrivals)
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+
+
+def test_biases_that_the_model_rounds_at_late_positions(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([400, 300])
+    with LLM(tiny("falcon_rw")) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=40))
+    assert [output.token_ids for output in outputs] == references(tiny("falcon_rw"), prompts, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["falcon_rw", "gpt_neo"])
+def test_attention_modules_of_this_project_in_processes(name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS)
+    with LLM(tiny(name), mode="mp") as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
 
@@ -82,7 +104,9 @@ def test_encoder_decoders(name: str, kernels: str, tiny: Callable[[str], Path]) 
     ("mode", "name"),
     [
         ("generate", "m2m_100"),
-        *(pytest.param(mode, "flan_t5", marks=ON_A_GPU.get(mode, [])) for mode in ("generate", "mp", "mps", "green")),
+        ("generate", "flan_t5"),
+        ("mp", "flan_t5"),
+        pytest.param("green", "flan_t5", marks=pytest.mark.gpu),
     ],
 )
 def test_encoder_decoders_in_other_modes(mode: str, name: str, tiny: Callable[[str], Path]) -> None:

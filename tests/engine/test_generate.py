@@ -7,7 +7,7 @@ import pytest
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.placement.reference import ONE_LENGTH
-from tests.support.models import BLOOM, POSITIONS, make_tiny
+from tests.support.models import POSITIONS, make_tiny
 from tests.support.observers import Seen
 from tests.support.tokens import prompts_of, references
 
@@ -45,7 +45,7 @@ def test_lengths_do_not_mix_where_padding_changes_tokens(tmp_path: Path) -> None
     assert batches(seen) == [2, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["opt", BLOOM])
+@pytest.mark.parametrize("name", ["opt", "bloom"])
 def test_padded_models_say_nothing_of_lengths(name: str, tiny: Callable[[str], Path]) -> None:
     with LLM(tiny(name), mode="generate") as llm:
         assert ONE_LENGTH not in llm.model.notes

@@ -15,7 +15,7 @@ from splitwiser.model.compatibility import attach_engine, padding_changes_tokens
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.loading import LoadedModel, load_model
-from tests.support.models import BLOOM, POSITIONS, make_tiny
+from tests.support.models import POSITIONS, make_tiny
 
 
 def load(directory: Path) -> LoadedModel:
@@ -25,8 +25,7 @@ def load(directory: Path) -> LoadedModel:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("falcon", "FalconForCausalLM does not dispatch its attention through transformers' attention interface"),
-        ("bloom", "BloomForCausalLM does not dispatch its attention"),
+        ("roformer", "RoFormerForCausalLM does not dispatch its attention through transformers' attention interface"),
         ("mamba", "MambaForCausalLM"),
         (
             "gemma3n_text",
@@ -45,7 +44,7 @@ def test_refuses_by_what_the_model_does(name: str, reason: str, tiny: Callable[[
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["falcon", "bloom", "mamba", "llama4_text"])
+@pytest.mark.parametrize("name", ["roformer", "mamba", "llama4_text"])
 def test_mode_generate_serves_what_the_engine_refuses(name: str, tiny: Callable[[str], Path]) -> None:
     with LLM(tiny(name), mode="generate") as llm:
         (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
@@ -144,7 +143,7 @@ def test_refuses_a_model_that_computes_by_the_longest_position_of_a_step(tiny: C
         attach_engine(model)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", BLOOM, "mamba"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", "falcon", "falcon_rw", "bloom", "mpt", "mamba"])
 def test_padding_that_is_masked_changes_no_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     assert not padding_changes_tokens(load(tiny(name)))
 

@@ -315,6 +315,17 @@ def test_processes_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) 
     assert made[0] == made[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("llama", "rms_norm 7"), ("qwen3", "rms_norm 13"), ("gemma2", "none (no module of the model matches one)")],
+)
+def test_a_gpu_has_norms_of_one_kernel(name: str, parts: str, tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny(name), dtype="bfloat16", device="cuda", load_format="auto")
+    attach_engine(model, pack=True)  # which compares the logits
+    assert describe_parts(model.module) == parts
+
+
 def test_plain_kernels_fuse_nothing(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("llama"), dtype="bfloat16", kernels="plain") as llm:
         assert llm.started.kernels["fused_parts"] == "none (as asked for)"

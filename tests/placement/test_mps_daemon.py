@@ -22,8 +22,8 @@ from splitwiser.engine.messages import Role, WorkerSpec
 from splitwiser.errors import RunError
 from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.model.loading import load_model
+from splitwiser.placement import checks, mps_gpu, prepare
 from splitwiser.placement import mps_daemon as mps
-from splitwiser.placement import mps_gpu, prepare
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.mps_daemon import mps_daemon, running_daemon, thread_percentage
 from splitwiser.placement.mps_gpu import CONTROL, PIPES, Gpu, find_problem
@@ -40,9 +40,10 @@ pytestmark = pytest.mark.slow
 GPU = Gpu(("GPU-00000000-0000-0000-0000-000000000001",), "Stand-in", (9, 0), "DEFAULT")
 # a run with a GPU for all that asks for one, and the CPU for all that computes
 ON_A_CPU = f"""
-from splitwiser.placement import mps_gpu, prepare
+from splitwiser.placement import checks, mps_gpu, prepare
 from splitwiser.cli import entry_point
 mps_gpu.inspect_gpu = lambda index: mps_gpu.{GPU!r}
+checks.find_driver_problem = lambda: None
 load = prepare.load_model
 prepare.load_model = lambda *arguments, **settings: load(*arguments, **{{**settings, "device": "cpu"}})
 entry_point()
@@ -97,6 +98,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(made.runtime))
     monkeypatch.setattr(mps, "DEFAULT_PIPES", str(tmp_path / "default"))
     monkeypatch.setattr(mps_gpu, "inspect_gpu", lambda _: GPU)
+    monkeypatch.setattr(checks, "find_driver_problem", lambda: None)
     monkeypatch.setattr(mps, "FORCE_S", 0.5)
     monkeypatch.delenv(PIPES, raising=False)
 

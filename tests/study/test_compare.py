@@ -302,7 +302,7 @@ def test_a_busy_machine_is_said_and_its_ratios_are_undecided(
 def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "two.json", [[5, 6], [7]])
     done = invoke(
-        "compare", "--modes", "sequential,generate", "--repeats", "1", "--model", tiny("bloom"), "--workload", workload,
+        "compare", "--modes", "sequential,generate", "--repeats", "1", "--model", tiny("roformer"), "--workload", workload,
         "--ignore_eos", "--results", tmp_path / "out",
     )  # fmt: skip
     folder = only_run(tmp_path / "out")
@@ -310,7 +310,7 @@ def test_a_variant_that_fails_leaves_the_others_going(tmp_path: Path, tiny: Call
     assert "1 of 2 runs failed" in done.stderr.splitlines()[-1]
     rows = pd.read_csv(folder / "comparison.csv")
     assert rows["status"].tolist() == ["failed", "finished"]
-    assert "bloom" in rows["error"][0].lower()
+    assert "roformer" in rows["error"][0].lower()
     assert rows["error"][0] in done.stderr
     assert "not compared, since no run of sequential finished" in done.stdout
     summary = pd.read_csv(folder / "comparison_summary.csv")

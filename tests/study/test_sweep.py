@@ -266,8 +266,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny: Callable[[str
     before = state(finished)
 
     write_workload(changing, [[5], [6]])
-    bloom = {"model": str(tiny("bloom")), "workload": str(short)}
-    write(file, base=base, grid=[{"workload": str(changing)}, bloom, {"workload": str(short)}])
+    refused = {"model": str(tiny("roformer")), "workload": str(short)}
+    write(file, base=base, grid=[{"workload": str(changing)}, refused, {"workload": str(short)}])
     done = run_sweep(tmp_path)
     assert done.returncode == 1
     assert "1 of 3 runs failed; the same command tries them again" in done.stderr.splitlines()[-1]

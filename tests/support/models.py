@@ -1,12 +1,9 @@
 """Tiny random models, by architecture."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
 
 VOCABULARY = 151
@@ -36,6 +33,15 @@ _LEARNED: dict[str, Any] = {
     "decoder_attention_heads": 6, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": POSITIONS,
     "tie_word_embeddings": False, "decoder_start_token_id": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+_SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+_FALCON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+_GPTJ: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 6, "n_positions": POSITIONS, **_SPECIAL
+}  # fmt: skip
+# by the name of an architecture, or by a name of our own with the architecture's as ``model_type``
 TINY: dict[str, dict[str, Any]] = {
     "opt": {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": POSITIONS},
     "llama": _ROTARY,
@@ -55,6 +61,23 @@ TINY: dict[str, dict[str, Any]] = {
                      "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
                     "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
+    "falcon": _FALCON,
+    "falcon_new": {**_FALCON, "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_rw": {**_FALCON, "model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True,
+                  "alibi": True, "max_position_embeddings": 512},
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 3},
+    "mpt": {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 2, "n_heads": 3, "max_seq_len": POSITIONS,
+            "attn_config": {"clip_qkv": 2.0}},
+    "gptj": _GPTJ,
+    "codegen": {**_GPTJ, "n_ctx": POSITIONS},
+    "gpt_neo": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "window_size": 9,
+                "attention_types": [[["global", "local"], 1]], "max_position_embeddings": POSITIONS, **_SPECIAL},
+    "xglm": {"vocab_size": VOCABULARY, "d_model": 48, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4,
+             "max_position_embeddings": POSITIONS},
+    "biogpt": {**_COMMON, "intermediate_size": 96, "max_position_embeddings": POSITIONS},
+    "gpt_neox_japanese": {**_COMMON, "intermediate_multiple_size": 2, "max_position_embeddings": POSITIONS, **_SPECIAL},
+    "openai-gpt": {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS},
+    "roformer": {**_COMMON, "intermediate_size": 96, "is_decoder": True},
     "t5": {**_RELATIVE, "tie_word_embeddings": True},
     "flan_t5": {**_RELATIVE, "feed_forward_proj": "gated-gelu"},
     "mt5": {**_RELATIVE, "model_type": "mt5"},
@@ -70,17 +93,8 @@ TINY: dict[str, dict[str, Any]] = {
     "m2m_100": _LEARNED,
     "plbart": _LEARNED,
     "mvp": _LEARNED,
-    "falcon": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }  # fmt: skip
-
-
-# earlier versions take the length of bloom's bias from the tokens that a cache counts, so that nothing can be shown of it
-BLOOM = pytest.param(
-    "bloom",
-    marks=pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="needs transformers 5.23"),
-)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:  # transformers' classes are not annotated

@@ -19,6 +19,11 @@ ENCODER_DECODERS = [
     "plbart",
 ]  # fmt: skip
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
+DISPATCHED = [
+    "falcon", "falcon_new", "falcon_rw", "bloom", "mpt", "gptj", "codegen", "gpt_neo", "xglm", "biogpt",
+    "gpt_neox_japanese", "openai-gpt",
+]  # fmt: skip
+IMPLEMENTATIONS = {"falcon": "sdpa"}  # transformers' default; its eager attention adds ALiBi twice
 LENGTHS = [1, 5, 40, 100, 17, 2, 63, 16, 1]
 
 
@@ -29,8 +34,10 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 @cache
 def reference_model(directory: Path) -> PreTrainedModel:
-    kind = auto_class(AutoConfig.from_pretrained(directory))
-    model: PreTrainedModel = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    config = AutoConfig.from_pretrained(directory)
+    model: PreTrainedModel = auto_class(config).from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS.get(config.model_type, "eager")
+    )
     return model
 
 

@@ -12,7 +12,7 @@ from splitwiser.doctor.survey import Found, format_size
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
-from splitwiser.model.compatibility import find_dispatch_problem
+from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.hub import find_file, not_available
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks

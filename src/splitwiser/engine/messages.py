@@ -5,6 +5,7 @@ The messages of one request: :class:`Submit` (parent to decode) -> :class:`Prefi
 until it has finished. Each worker also sends the parent a :class:`StepRecord` per step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,10 +82,10 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker process is ready for work; ``graphs`` describes the CUDA graphs of one that decodes."""
+    """A worker process is ready for work; ``graphs`` describes the CUDA graphs of its steps, for the run's record."""
 
     worker: str
-    graphs: str
+    graphs: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

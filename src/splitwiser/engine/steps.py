@@ -1,13 +1,15 @@
 """One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from splitwiser.engine.cuda_graphs import DecodeGraphs
+from splitwiser.engine.decode_graphs import DecodeGraphs, capture_decode_graphs
+from splitwiser.engine.messages import Phase
+from splitwiser.engine.prefill_graphs import PrefillGraphs, capture_prefill_graphs
 from splitwiser.engine.sampling import finish_reason, sample_tokens
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
@@ -90,10 +92,13 @@ class Stepper(Protocol):
 
 
 @torch.inference_mode()
-def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
+def prefill_step(
+    model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], graphs: PrefillGraphs | None = None
+) -> list[int]:
     """Compute K and V of ``chunks``, packed in one row without padding, and write them to their blocks.
 
-    Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order.
+    Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order. With ``graphs``
+    the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
     tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
     segments = [Segment(chunk.sequence.blocks, chunk.end, chunk.tokens) for chunk in chunks]
@@ -102,7 +107,10 @@ def prefill_step(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> l
         total += chunk.tokens
         if chunk.is_last:
             ends.append(total - 1)
-    logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, ends or [total - 1])
+    rows = ends or [total - 1]
+    logits = graphs.logits(segments, tokens, rows) if graphs else None
+    if logits is None:
+        logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
     if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
@@ -126,19 +134,20 @@ def decode_step(
 
 @dataclass(frozen=True)
 class ModelStepper:
-    """The :class:`Stepper` that runs a model over its KV pool; decode steps replay ``graphs`` if given."""
+    """The :class:`Stepper` that runs a model over its KV pool; steps replay graphs if given."""
 
     model: LoadedModel
     pool: KVPool
-    graphs: DecodeGraphs | None = None
+    decode_graphs: DecodeGraphs | None = None
+    prefill_graphs: PrefillGraphs | None = None
 
     def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
         """See :meth:`Stepper.prefill`."""
-        return prefill_step(self.model, self.pool, chunks)
+        return prefill_step(self.model, self.pool, chunks, self.prefill_graphs)
 
     def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
         """See :meth:`Stepper.decode`."""
-        return decode_step(self.model, self.pool, sequences, self.graphs)
+        return decode_step(self.model, self.pool, sequences, self.decode_graphs)
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`Stepper.finish_reason`."""
@@ -147,6 +156,25 @@ class ModelStepper:
     def now_ns(self) -> int:
         """See :meth:`Stepper.now_ns`."""
         return time.perf_counter_ns()
+
+
+def make_stepper(
+    model: LoadedModel,
+    pool: KVPool,
+    max_batch: int,
+    budget: int,
+    streams: Mapping[Phase, Sequence["torch.cuda.Stream"]],
+) -> tuple[ModelStepper, dict[str, str]]:
+    """Return the stepper of a worker that runs the phases in ``streams``, each on one of its streams (the current one if it
+    names none), warmed up and with CUDA graphs on a GPU; and a description of the graphs. Overwrites the pool's first
+    blocks."""
+    decode_graphs, prefill_graphs, described = None, None, {}
+    if "decode" in streams:
+        decode_graphs, described["decode_graphs"] = capture_decode_graphs(model, pool, max_batch, streams["decode"])
+    if "prefill" in streams:
+        warm_up_prefill(model, pool, budget, streams["prefill"])
+        prefill_graphs, described["prefill_graphs"] = capture_prefill_graphs(model, pool, budget, streams["prefill"])
+    return ModelStepper(model, pool, decode_graphs, prefill_graphs), described
 
 
 def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequence["torch.cuda.Stream"] = ()) -> None:

@@ -9,6 +9,7 @@ import json
 import uuid
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _COMPUTE_MODE = 75, 76, 20  # CUdevice_attribute
+LIBRARY = "libcuda.so.1"
 COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}  # CUcomputemode, in the words of nvidia-smi -c
 
 
@@ -16,13 +17,22 @@ class CudaError(Exception):
     """A call to the driver failed."""
 
 
+def find_driver_problem() -> str | None:
+    """Return why this machine has no GPU that CUDA could use, or None if it has the driver's library. Loads the library
+    and calls nothing in it, so CUDA is not initialised."""
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        return f"the driver's {LIBRARY} cannot be loaded"
+    return None
+
+
 def probe() -> list[dict[str, object]]:
     """Return ``uuid``, ``name``, ``capability`` and ``compute_mode`` of each visible GPU, in CUDA's order. Raises
     :class:`CudaError`."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise CudaError("the driver's libcuda.so.1 cannot be loaded") from error
+    if problem := find_driver_problem():
+        raise CudaError(problem)
+    cuda = ctypes.CDLL(LIBRARY)
 
     def call(function: str, *arguments: object) -> None:
         code = getattr(cuda, function)(*arguments)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Mask:
     """A model's mask function, passed where a mask tensor would be and evaluated for absolute positions."""
 
     function: MaskFunction
+    ndim: ClassVar[int] = 0  # no tensor that a model could add to
+
+    def to(self, *_: object) -> "Mask":
+        """Return the mask itself, to models that ask for a type of mask."""
+        return self
 
     @property
     def is_causal(self) -> bool:
@@ -82,6 +87,11 @@ class AttentionOptions:
     bias: Tensor | None = None
     bias_by_position: bool = False
     expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def fits_varlen(self) -> bool:
+        """Whether a :class:`~splitwiser.model.kernels.interface.VarlenKernel` takes these options."""
+        return self.softcap is None and self.sinks is None and self.bias is None
 
     def expanded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return K and V of what a layer has stored; shapes as for ``expand``."""

@@ -6,11 +6,12 @@ from dataclasses import astuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
+from splitwiser.model.dispatch.alibi import alibi_from, has_alibi
+from splitwiser.model.dispatch.table import dispatch_attention, find_dispatch_problem
 from splitwiser.model.forward import cache_argument, forward
 from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -26,11 +27,12 @@ _FAR = 2**17  # the last position that is tried if a model has no limit
 
 def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = False) -> list[LayerShape]:
     """Make ``model`` attend through the KV pool, and return the shape of what each of its layers stores there. With
-    ``pack``, its modules are fused and its linear layers packed, and the check of the logits covers that. With
+    ``pack``, its modules are fused and, on a CPU, its linear layers packed, and the check of the logits covers that. With
     ``remember``, what an earlier load of the same model found is not tried again (:mod:`splitwiser.model.trials`).
 
     Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
-    must dispatch its attention through transformers' interface; in a forward each layer must store K and V and then attend
+    must dispatch its attention through transformers' interface, or through a module of
+    :mod:`splitwiser.model.dispatch`; in a forward each layer must store K and V and then attend
     exactly once, with a causal mask; and prompts packed in one row must give the logits that the model's own attention gives
     for each alone, at the first positions and up to the last that the model supports.
     """
@@ -43,7 +45,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     try:
         with torch.inference_mode():
             if trial and trial.outcome:
-                module.set_attn_implementation(attention.NAME)
+                dispatch_attention(module)
                 if pack:
                     fuse_parts(module, trial.outcome["fused"])
                     pack_linears(module)
@@ -51,7 +53,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
             starts = _probe_starts(model, len(prompts[0]))
             expected = [_own_logits(model, prompt) for prompt in prompts]
             expected_far = [_own_logits(model, prompts[0], start, start) for start in starts]
-            module.set_attn_implementation(attention.NAME)
+            dispatch_attention(module)
             layers = _probe_layers(model, prompts[0])
             served = _served_logits(model, layers, prompts)
             served_far = _far_logits(model, prompts[0], starts)
@@ -121,17 +123,6 @@ def padding_changes_tokens(model: LoadedModel) -> bool:
         return not (padding_keeps_logits(model, prompts) and agree([near], [far], PADDED_BOUNDS[model.dtype]))
     except Exception:  # any error of the model's forward: nothing is shown
         return True
-
-
-def find_dispatch_problem(module: PreTrainedModel) -> str | None:
-    """Return why the engine cannot replace the attention of ``module``, in one line; None if it can. ``module`` needs no
-    weights."""
-    if module._can_set_attn_implementation():
-        return None
-    return (
-        f"{type(module).__name__} does not dispatch its attention through transformers' attention interface, so the engine "
-        "cannot serve it; use --mode generate"
-    )
 
 
 class _LayerProbe(AttentionStep):
@@ -257,11 +248,15 @@ def _own_logits(model: LoadedModel, prompt: list[int], start: int = 0, counted: 
     """Return the logits after ``prompt`` at the positions from ``start`` on, by the model's own attention, float32 of shape
     (vocabulary,); with a cache that claims to hold ``counted`` tokens, or without one."""
     ids = torch.tensor([prompt], device=model.device)
+    if has_alibi(model.module):  # made for the tokens that a cache counts, and no model takes positions for it
+        with alibi_from(model.module, start):
+            logits: Tensor = model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits[0, -1].float()
     extra: dict[str, object] = {}
     if counted is not None:
         positions = torch.arange(start, start + len(prompt), device=model.device)[None]
         extra = {"position_ids": positions, cache_argument(model.module): _CountingCache(counted), "use_cache": True}
-    logits: Tensor = model.module(input_ids=ids, **extra).logits
+    logits = model.module(input_ids=ids, **extra).logits
     return logits[0, -1].float()
 
 

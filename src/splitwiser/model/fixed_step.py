@@ -1,5 +1,6 @@
-"""A decode step of a fixed batch size, whose inputs always lie in the same memory, as CUDA graphs need."""
+"""Steps of fixed sizes, whose inputs always lie in the same memory, as CUDA graphs need."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,20 @@ from splitwiser.model.paged_attention import Segment
 
 
 class FixedStep(AttentionStep):
+    """A step of a fixed ``size`` with inputs in fixed buffers, where a captured graph reads those of each step: ``tokens``
+    and ``positions`` (tokens,), and the ``rows`` whose logits are kept; int64 each, on the model's device."""
+
+    size: int
+    tokens: Tensor
+    positions: Tensor
+    rows: Tensor
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget what layers shared in the previous forward."""
+
+
+class FixedDecodeStep(FixedStep):
     """A decode step of ``size`` requests with inputs in fixed buffers, where a captured graph reads those of each step.
 
     A smaller batch is padded by repeating its last request, which writes the same K and V again. ``tokens`` and
@@ -19,8 +34,6 @@ class FixedStep(AttentionStep):
     those of a source, which ``firsts`` counts.
     """
 
-    tokens: Tensor
-    positions: Tensor
     firsts: Tensor
 
     def __init__(self, pool: KVPool, size: int, width: int, device: torch.device, *, sources: bool = False) -> None:
@@ -34,6 +47,7 @@ class FixedStep(AttentionStep):
         self.tokens, self.positions, self._slots, self.firsts, self._lengths = self._device.split(size)
         self._tables = torch.zeros(size, width, dtype=torch.int64, device=device)
         self._offsets = torch.arange(size + 1, device=device)
+        self.rows = self._offsets[:-1]
         self._starts: dict[Mask, Tensor] = {}
         # before any request: one token in slot 0, which every request writes before it reads, and a source of another
         self.firsts.fill_(int(sources))
@@ -69,7 +83,7 @@ class FixedStep(AttentionStep):
         self._tables[:, :most] = columns
 
     def begin(self) -> None:
-        """Forget the masks of the previous forward."""
+        """See :meth:`FixedStep.begin`."""
         self._starts.clear()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:

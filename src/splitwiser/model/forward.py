@@ -31,9 +31,8 @@ def decode_logits(model: LoadedModel, pool: KVPool, segments: Sequence[Segment],
 
 
 def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:
-    """Return the logits after each token of ``step``, (requests, vocabulary)."""
-    rows = torch.arange(step.size, device=model.device)
-    return forward(model.module, step, step.tokens, step.positions, rows)
+    """Return the logits of the rows of ``step``, (rows, vocabulary)."""
+    return forward(model.module, step, step.tokens, step.positions, step.rows)
 
 
 def forward(

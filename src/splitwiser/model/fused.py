@@ -1,5 +1,5 @@
-"""Fused modules of a bfloat16 model on a CPU: they compute what transformers' modules do in fewer passes over memory and
-fewer calls. :mod:`splitwiser.model.fusing` puts them into a model."""
+"""Fused modules: they compute what transformers' modules do in fewer passes over memory and fewer calls. Those of a CPU are
+for bfloat16; a GPU has the norm alone. :mod:`splitwiser.model.fusing` puts them into a model."""
 
 import ctypes
 from collections.abc import Sequence
@@ -31,6 +31,19 @@ class FusedNorm(nn.Module):
             output.numel() // width, width, torch.get_num_threads(),
         )  # fmt: skip
         return output
+
+
+class TorchNorm(nn.Module):
+    """Root-mean-square norm ``x / sqrt(mean(x^2) + epsilon) * weight`` by PyTorch's function, on a GPU one kernel where
+    transformers' modules launch eight; rounded once."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise ``hidden_states``, shape (..., width)."""
+        return torch.rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon)
 
 
 class FusedMLP(nn.Module):

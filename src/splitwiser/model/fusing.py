@@ -1,4 +1,4 @@
-"""Replaces modules of a bfloat16 model on a CPU by fused ones that are shown to compute the same.
+"""Replaces modules of a model in a half precision by fused ones that are shown to compute the same.
 
 A module is recognised by its structure. A candidate takes its place only if, called with the same random numbers, both
 store, ask of the attention and return the same up to rounding; otherwise the model's own module stays. The arguments of each
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.forward import forward
-from splitwiser.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, find_compile_problem
+from splitwiser.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, TorchNorm, find_compile_problem
 from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable
 
 # gates x / (1 + exp(-(linear * x + cubic * x^3))): SiLU, GELU's form with tanh, and the quick form of GELU
@@ -53,6 +53,9 @@ def fuse_parts(
     its linear layers not packed yet.
     """
     fusing = _Fusing(_record_calls(module, run), remembered)
+    if next(module.parameters()).is_cuda:
+        fusing.replace_children(module, _gpu_norm_candidates)
+        return fusing.choices
     if find_compile_problem() is None:
         for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
             fusing.replace_children(module, candidates)
@@ -62,12 +65,16 @@ def fuse_parts(
 
 def describe_parts(module: nn.Module) -> str:
     """Return the kinds of fused modules within ``module`` and the number of each, for a run's record."""
-    names = {FusedNorm: "rms_norm", FusedMLP: "gated_mlp", FusedAttention: "attention", FusedLayer: "decoder_layer"}
+    names = {
+        TorchNorm: "rms_norm", FusedNorm: "rms_norm", FusedMLP: "gated_mlp", FusedAttention: "attention",
+        FusedLayer: "decoder_layer",
+    }  # fmt: skip
     parts = list(module.modules())
     counts = Counter(names[type(part)] for part in parts if type(part) in names)
     counts["activation"] = sum(isinstance(part, PackedLinear) and part.activation != IDENTITY for part in parts)
     described = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-    return described or f"none ({find_compile_problem() or 'no module of the model matches one'})"
+    missing = None if next(module.parameters()).is_cuda else find_compile_problem()
+    return described or f"none ({missing or 'no module of the model matches one'})"
 
 
 # -- candidates: what might replace a module, the likeliest first
@@ -91,17 +98,24 @@ _Candidates = Callable[[nn.Module, _Call], Iterator[nn.Module]]
 
 
 def _norm_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
+    if (found := _norm_weight(own, call)) and found[0].dtype == torch.bfloat16 and found[0].device.type == "cpu":
+        for offset in (0.0, 1.0):
+            yield FusedNorm(*found, offset)
+
+
+def _gpu_norm_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
+    if (found := _norm_weight(own, call)) and found[0].dtype in (torch.bfloat16, torch.float16):
+        yield TorchNorm(*found)
+
+
+def _norm_weight(own: nn.Module, call: _Call) -> tuple[nn.Parameter, float] | None:
+    """Return the weight and the epsilon of a module that may be a norm, of the type and the width of its input; None of any
+    other."""
     weight, epsilon = getattr(own, "weight", None), getattr(own, "variance_epsilon", getattr(own, "eps", None))
     if not (isinstance(weight, nn.Parameter) and isinstance(epsilon, float) and len(list(own.parameters())) == 1):
-        return
+        return None
     hidden = call.hidden_states
-    if (
-        weight.dtype == hidden.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and weight.shape == hidden.shape[-1:]
-    ):
-        for offset in (0.0, 1.0):
-            yield FusedNorm(weight, epsilon, offset)
+    return (weight, epsilon) if weight.dtype == hidden.dtype and weight.shape == hidden.shape[-1:] else None
 
 
 def _mlp_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
@@ -266,7 +280,7 @@ class _Recorder(AttentionStep):
         self.others += [id(options.bias), options.bias_by_position]
         self.options = options
         shape = 1, query.shape[2], query.shape[1], value.shape[3]
-        return torch.randn(shape, generator=self._random).to(query.dtype)
+        return torch.randn(shape, generator=self._random).to(query)
 
     def agrees(self, other: "_Recorder") -> bool:
         """Whether ``other`` recorded the same, up to a few roundings of a row's numbers."""
@@ -316,10 +330,10 @@ def _randomised(value: object, recorder: _Recorder, random: torch.Generator) -> 
     if isinstance(value, StepCache):
         return recorder
     if isinstance(value, tuple):  # of cosines and sines
-        return tuple(torch.randn(each.shape, generator=random).sin().to(each.dtype) for each in value)
+        return tuple(torch.randn(each.shape, generator=random).sin().to(each) for each in value)
     if not isinstance(value, Tensor):
         return value
     if not value.is_floating_point():
-        return torch.randint(1 << 20, value.shape, generator=random)
+        return torch.randint(1 << 20, value.shape, generator=random).to(value.device)
     scales = torch.tensor(_SCALES).repeat(value.numel())[: value.numel() // value.shape[-1]]
-    return (torch.randn(value.shape, generator=random) * scales.view(*value.shape[:-1], 1)).to(value.dtype)
+    return (torch.randn(value.shape, generator=random) * scales.view(*value.shape[:-1], 1)).to(value)

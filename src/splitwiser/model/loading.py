@@ -54,6 +54,9 @@ _CHANGES_NO_TOKEN = {
     "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
     "assistant_lookbehind", "target_lookbehind", "transformers_version",
 }  # fmt: skip
+# what configurations call the number of positions, and the length that a model without a limit was trained with
+_LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
+_UNLIMITED = {"bloom": 2048}
 _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
 
 
@@ -441,7 +444,8 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     length for every request of the step, so such a model is served up to that length only.
     """
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    named = (getattr(text, name, None) for name in _LIMITS)
+    limit = next(filter(None, named), _UNLIMITED.get(text.model_type))
     rope = getattr(text, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):

@@ -127,7 +127,7 @@ class PagedAttention(AttentionStep):
         """Attend from all segments in one call; None without a kernel for it, or if it does not support ``mask`` or
         ``options``."""
         kernel = self.pool.kernels.varlen
-        if kernel is None or any(each is not None for each in (options.softcap, options.sinks, options.bias)):
+        if kernel is None or not options.fits_varlen:
             return None
         window = None if mask.is_causal else self._window(mask)
         if window is None and not mask.is_causal:
@@ -210,29 +210,16 @@ class PagedAttention(AttentionStep):
         return group.lengths[:, None, None] - 1, torch.arange(padded, device=self.device)[None, None]
 
     def _first_seen(self, mask: Mask) -> Tensor | None:
-        """Return the first position that each token sees, (tokens,), if it sees all positions from there up to its own, as
-        with a causal mask, a window or chunks; None for any other mask."""
+        """See :func:`first_seen`; of the step's tokens, once for all layers."""
         if mask not in self._starts:
-            if mask.is_causal:
-                self._starts[mask] = self._firsts
-            else:
-                own = self._own_positions
-                positions = torch.arange(int(own.max()) + 1, device=self.device)[None]
-                seen = mask(own[:, None], positions) & (positions <= own[:, None])
-                starts = own + 1 - seen.sum(dim=-1)
-                self._starts[mask] = starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
+            self._starts[mask] = self._firsts if mask.is_causal else first_seen(mask, self._own_positions)
         return self._starts[mask]
 
     def _window(self, mask: Mask) -> int | None:
-        """Return how many tokens each token sees, itself included, if ``mask`` is a sliding window; None for any other
-        mask."""
+        """See :func:`window_of`; of the step's tokens, once for all layers."""
         if mask not in self._windows:
-            self._windows[mask] = None
-            if (starts := self._first_seen(mask)) is not None:
-                seen = self._own_positions + 1 - starts
-                most = seen.max()
-                if bool((seen == torch.minimum(self._own_positions + 1, most)).all()):
-                    self._windows[mask] = int(most)
+            starts = self._first_seen(mask)
+            self._windows[mask] = None if starts is None else window_of(starts, self._own_positions)
         return self._windows[mask]
 
     @cached_property
@@ -304,3 +291,22 @@ class PagedAttention(AttentionStep):
             torch.tensor(tables, device=self.device),
             torch.tensor([self.segments[row].context for row in rows], device=self.device),
         )
+
+
+def first_seen(mask: Mask, positions: Tensor) -> Tensor | None:
+    """Return the first position that each token sees, if it sees all positions from there up to its own, as with a causal
+    mask, a window or chunks; None for any other mask. ``positions`` are the tokens' own, (tokens,), as is the result."""
+    if mask.is_causal:
+        return torch.zeros_like(positions)
+    keys = torch.arange(int(positions.max()) + 1, device=positions.device)[None]
+    seen = mask(positions[:, None], keys) & (keys <= positions[:, None])
+    starts = positions + 1 - seen.sum(dim=-1)
+    return starts if bool((seen.byte().argmax(dim=-1) == starts).all()) else None
+
+
+def window_of(starts: Tensor, positions: Tensor) -> int | None:
+    """Return how many tokens each token sees, itself included, if tokens at ``positions`` (tokens,) that see all from
+    ``starts`` (tokens,) on see through a sliding window; None otherwise."""
+    seen = positions + 1 - starts
+    most = seen.max()
+    return int(most) if bool((seen == torch.minimum(positions + 1, most)).all()) else None

@@ -26,6 +26,11 @@ def agree(ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor], bo
     )
 
 
+def logits_agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of logits, (rows, vocabulary) each, differ by no more than rounding in ``dtype`` does."""
+    return agree(ours.float(), theirs.float(), BOUNDS[dtype])
+
+
 def probe_prompts(model: LoadedModel) -> list[list[int]]:
     """Return two prompts of one length."""
     return [[(7 * number + 3) % model.vocabulary for number in range(start, start + 5)] for start in (0, 11)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitwiser.model import compatibility, forward
 from splitwiser.model.catalog import Kind
-from splitwiser.model.fixed_step import FixedStep
+from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
@@ -44,7 +44,7 @@ class Route:
     padding_changes_tokens: Callable[[LoadedModel], bool]
     prefill: Callable[[LoadedModel, KVPool, Sequence[Segment], Sequence[int], Sequence[int]], Tensor]
     decode: Callable[[LoadedModel, KVPool, Sequence[Segment], Sequence[int]], Tensor]
-    fixed: Callable[[LoadedModel, FixedStep], Tensor]
+    fixed: Callable[[LoadedModel, FixedDecodeStep], Tensor]
     prefill_attention: str | None = None
 
 

@@ -3,11 +3,9 @@
 import os
 from importlib import import_module
 
-import torch
-
 from splitwiser.errors import InputError, first_line
+from splitwiser.machine.cuda_probe import find_driver_problem
 from splitwiser.machine.process import find_children_problem
-from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.placement.modes import find_mode
 
 
@@ -19,6 +17,8 @@ def find_mode_problem(mode: str, device: str) -> str | None:
     chosen = find_mode(mode)
     if chosen.needs_gpu and device == "cpu":
         return "needs an NVIDIA GPU, and the device is cpu"
+    if problem := find_missing_gpu(mode):
+        return problem
     if chosen.shares_memory:
         if problem := find_children_problem():
             return problem
@@ -31,6 +31,14 @@ def find_mode_problem(mode: str, device: str) -> str | None:
     return found
 
 
+def find_missing_gpu(mode: str) -> str | None:
+    """Return why ``mode`` cannot run on a machine without a GPU's driver, if it needs one and this is such a machine; None
+    otherwise. Needs no PyTorch."""
+    if find_mode(mode).needs_gpu and (problem := find_driver_problem()):
+        return f"there is no NVIDIA GPU here ({problem})"
+    return None
+
+
 def refuse_mode_here(mode: str, device: str) -> None:
     """Raise :class:`InputError`, with the reason and a mode to use instead, if this machine cannot run ``mode``."""
     if problem := find_mode_problem(mode, device):
@@ -41,7 +49,7 @@ def find_memfd_problem() -> str | None:
     """Return why this process cannot create anonymous files, through which processes share memory, or None. A sandbox may
     forbid the call."""
     try:
-        SharedMemory(1, torch.device("cpu")).close()
+        os.close(os.memfd_create("splitwiser", os.MFD_CLOEXEC))
     except OSError as error:
         return f"memfd_create: {os.strerror(error.errno) if error.errno else first_line(error)}"
     return None

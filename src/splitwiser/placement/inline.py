@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import ClassVar
 
-from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Message, Submit
-from splitwiser.engine.steps import ModelStepper, warm_up_prefill
+from splitwiser.engine.steps import make_stepper
 from splitwiser.engine.worker import Worker, build_worker
 from splitwiser.errors import RunError
 from splitwiser.machine.fair_share import OwnThreads
@@ -72,11 +71,9 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     model = load(config)
     prepared = prepare(model, config)
     pool = make_pool(model, prepared)
-    graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
-    warm_up_prefill(model, pool, config.prefill_tokens)
     transport = InlineTransport()
-    stepper = ModelStepper(model, pool, graphs)
+    stepper, graphs = make_stepper(model, pool, config.max_batch, config.prefill_tokens, {"prefill": (), "decode": ()})
     worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduler_settings(config))
     placement = InlinePlacement(worker, transport, model.device.type == "cpu")
     engine = SplitEngine(model.decode, placement, pool.blocks * pool.block_tokens)
-    return StartedEngine(model, engine, pool, {**prepared.described, "decode_graphs": graphs_described}, [])
+    return StartedEngine(model, engine, pool, prepared.described | graphs, [])

@@ -11,6 +11,7 @@ from splitwiser.engine.engine import Engine
 from splitwiser.engine.policy import find_policy
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.machine.process import keep_freed_memory
+from splitwiser.model.dispatch.table import describe_route
 from splitwiser.model.fusing import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
@@ -78,9 +79,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     Raises the errors of its :class:`~splitwiser.model.routes.Route`'s ``attach``, of
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
-    unpacked = _why_not_packed(model, config.kernels)
+    unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
     route = ROUTES[model.kind]
-    layers = route.attach(model, pack=unpacked is None, remember=True)
+    layers = route.attach(model, pack=unfused is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     on_gpu = model.device.type == "cuda"
     refused = route.try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if on_gpu else {}
@@ -100,8 +101,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
+        "route": describe_route(model.module),
         "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
-        "fused_parts": f"none ({unpacked})" if unpacked else describe_parts(model.module),
+        "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }
     return PreparedModel(layers, blocks, kernels, tuple(refused), described)
@@ -112,6 +114,13 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
     return KVPool(
         prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
     )
+
+
+def _why_not_fused(model: LoadedModel, kernels: str) -> str | None:
+    """Return why modules stay transformers' own, or None if fused ones take their place."""
+    if model.device.type != "cuda" or kernels == "plain":
+        return _why_not_packed(model, kernels)
+    return "fusing is for half precisions" if model.dtype == torch.float32 else None
 
 
 def _why_not_packed(model: LoadedModel, kernels: str) -> str | None:

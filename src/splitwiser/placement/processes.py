@@ -64,7 +64,7 @@ class ProcessPlacement(MailPlacement):
         self._next_check_s = 0.0
         self._ready: set[str] = set()
         self._shared = [*setups[0].module.memories, setups[0].pool]
-        self.graphs = ""  # description of the decode workers' CUDA graphs
+        self.graphs: dict[str, str] = {}  # descriptions of the workers' CUDA graphs
         blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
         self._router = LeastLoadedRouter(blocks, constants.BLOCK_TOKENS)
         with _without_main_import():
@@ -97,7 +97,7 @@ class ProcessPlacement(MailPlacement):
             while waiting:
                 for message in self.poll(time.perf_counter_ns() + int(CHECK_S * 1e9)):
                     if isinstance(message, Ready):
-                        self.graphs = message.graphs or self.graphs
+                        self.graphs |= message.graphs
                         waiting.discard(message.worker)
                         self._ready.add(message.worker)
                         bar.update(1)
@@ -251,7 +251,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
         model,
         SplitEngine(model.decode, placement, part * block_tokens),
         pool,
-        {**prepared.described, "decode_graphs": placement.graphs},
+        prepared.described | placement.graphs,
         [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]
         if model.device.type == "cpu"
         else [],

@@ -7,10 +7,9 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Failed, Stop, Submit
-from splitwiser.engine.steps import ModelStepper, warm_up_prefill
+from splitwiser.engine.steps import make_stepper
 from splitwiser.engine.worker import PARENT, DeviceShare, Worker, build_worker, run_worker
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
@@ -79,11 +78,15 @@ def start_threads(model: LoadedModel, config: EngineConfig, division: Division) 
     prefill, decode = specs
     prepared = prepare(model, config)
     pool = make_pool(model, prepared)
-    graphs, graphs_described = capture_graphs(model, pool, config.max_batch, division.streams(decode.name))
-    warm_up_prefill(model, pool, config.prefill_tokens, division.streams(prefill.name))
+    stepper, graphs = make_stepper(
+        model,
+        pool,
+        config.max_batch,
+        config.prefill_tokens,
+        {"prefill": division.streams(prefill.name), "decode": division.streams(decode.name)},
+    )
     inboxes = {name: Inbox() for name in (prefill.name, decode.name, PARENT)}
     transports = {spec.name: MailTransport(inboxes[spec.name], inboxes) for spec in specs}
-    stepper = ModelStepper(model, pool, graphs)
     workers = [
         build_worker(
             specs,
@@ -105,6 +108,6 @@ def start_threads(model: LoadedModel, config: EngineConfig, division: Division) 
         model,
         SplitEngine(model.decode, placement, pool.blocks * pool.block_tokens),
         pool,
-        {**prepared.described, "decode_graphs": graphs_described},
+        prepared.described | graphs,
         division.units,
     )

@@ -16,9 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from splitwiser import constants
-from splitwiser.engine.cuda_graphs import capture_graphs
-from splitwiser.engine.messages import Failed, Ready, WorkerSpec
-from splitwiser.engine.steps import ModelStepper, warm_up_prefill
+from splitwiser.engine.messages import Failed, Phase, Ready, WorkerSpec
+from splitwiser.engine.steps import make_stepper
 from splitwiser.engine.worker import PARENT, build_worker, run_worker
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
@@ -105,17 +104,13 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
     )
     spec = setup.spec
-    graphs, graphs_described = None, ""
-    if spec.role != "prefill":
-        graphs, graphs_described = capture_graphs(model, pool, config.max_batch)
-    if spec.role != "decode":
-        warm_up_prefill(model, pool, config.prefill_tokens)
-    stepper = ModelStepper(model, pool, graphs)
+    phases: list[Phase] = ["prefill", "decode"] if spec.role == "mixed" else [spec.role]
+    stepper, graphs = make_stepper(model, pool, config.max_batch, config.prefill_tokens, dict.fromkeys(phases, ()))
     worker = build_worker(
         config.specs, setup.index, transport, stepper, setup.own_blocks, scheduler_settings(config), share.observe
     )
     cpu_share.before_step()
-    transport.send(PARENT, Ready(spec.name, graphs_described))
+    transport.send(PARENT, Ready(spec.name, graphs))
     run_worker(worker, transport, cpu_share)
 
 

@@ -14,9 +14,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from splitwiser.engine.cuda_graphs import capture_graphs
 from splitwiser.engine.messages import Phase
-from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
+from splitwiser.engine.steps import Chunk, SequenceState, make_stepper
 from splitwiser.errors import InputError
 from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.machine.describe import peak_memory_mb, reset_peak_memory
@@ -78,7 +77,7 @@ class PrefillPoint:
     def run(self, bench: "Bench", sequences: Sequence[SequenceState]) -> None:
         """Run the step."""
         chunks = [Chunk(sequence, self.start_tokens, self.prompt_tokens) for sequence in sequences]
-        prefill_step(bench.model, bench.pool, chunks)
+        bench.stepper.prefill(chunks)
 
     def __str__(self) -> str:
         packed = f"{self.prompts} x " if self.prompts > 1 else ""
@@ -110,7 +109,7 @@ class DecodePoint:
 
     def run(self, bench: "Bench", sequences: Sequence[SequenceState]) -> None:
         """Run the step; its tokens are discarded, so that it can be repeated."""
-        decode_step(bench.model, bench.pool, sequences, bench.graphs)
+        bench.stepper.decode(sequences)
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.context}"
@@ -149,8 +148,10 @@ class Bench:
         engine = EngineConfig(max_batch=most, **{name: getattr(config, name) for name in option_fields(ModelConfig)})
         prepared = prepare(self.model, engine)
         self.pool = make_pool(self.model, prepared)
-        self.graphs, graphs_described = capture_graphs(self.model, self.pool, most)
-        self.kernels = {**prepared.described, "decode_graphs": graphs_described}
+        self.stepper, graphs = make_stepper(
+            self.model, self.pool, most, engine.prefill_tokens, {"prefill": (), "decode": ()}
+        )
+        self.kernels = prepared.described | graphs
         self.architecture = count_architecture(self.model)
         self.threads = self._thread_counts()
         self.notes = [*self.model.notes, *self.architecture.notes]

@@ -274,7 +274,8 @@ def _flash_attention(
             own = slice(*query_offsets[number : number + 2].tolist())
             context = slice(*key_offsets[number : number + 2].tolist())
             q, k, v = query[own], key[context], value[context]
-            _attend(q, k, v, output[own], log_sums[:, own], scale, seen(len(q), len(k)))
+            if len(q):
+                _attend(q, k, v, output[own], log_sums[:, own], scale, seen(len(q), len(k)))
 
     return fill
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
-from splitwiser.model.compatibility import find_dispatch_problem
+from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.forward import cache_argument
 from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels

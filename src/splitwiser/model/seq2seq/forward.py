@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from splitwiser.model.attention import serving
-from splitwiser.model.fixed_step import FixedStep
+from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.forward import cache_argument, on_device
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
@@ -36,7 +36,7 @@ def decode_logits(
     return decode(model.module, step, token_ids, no_states(model.module))
 
 
-def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:
+def fixed_logits(model: LoadedModel, step: FixedDecodeStep) -> Tensor:
     """Return the logits after each token of ``step``, (requests, vocabulary)."""
     return decode(
         model.module, DecoderStep(step, FixedSources(step), step.positions), step.tokens, no_states(model.module)

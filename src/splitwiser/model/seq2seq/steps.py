@@ -16,7 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
-from splitwiser.model.fixed_step import FixedStep
+from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.paged_attention import PagedAttention, Segment, find_slots
 
@@ -173,7 +173,7 @@ class _PagedSources(SourceCache, PagedAttention):
 class FixedSources(SourceCache):
     """The attention of a fixed step's tokens over the sources."""
 
-    def __init__(self, step: FixedStep) -> None:
+    def __init__(self, step: FixedDecodeStep) -> None:
         self.pool = step.pool
         self._step = step
         self._starts = torch.zeros_like(step.firsts)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from splitwiser import LLM, SamplingParams
-from splitwiser.engine.cuda_graphs import DecodeGraphs, _first_cause, capture_graphs, graph_sizes
+from splitwiser.engine.cuda_graphs import _first_cause
+from splitwiser.engine.decode_graphs import DecodeGraphs, capture_decode_graphs, graph_sizes
 from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import Mask
-from splitwiser.model.fixed_step import FixedStep
+from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel, load_model
@@ -92,13 +93,13 @@ def test_tables_are_sent_only_where_the_batch_changes(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
-    load_tables = FixedStep._load_tables
+    load_tables = FixedDecodeStep._load_tables
 
-    def noting(step: FixedStep, blocks: Sequence[Sequence[int]]) -> None:
+    def noting(step: FixedDecodeStep, blocks: Sequence[Sequence[int]]) -> None:
         sent.append(len(blocks))
         load_tables(step, blocks)
 
-    monkeypatch.setattr(FixedStep, "_load_tables", noting)
+    monkeypatch.setattr(FixedDecodeStep, "_load_tables", noting)
     model, pool = loaded(tiny("opt"))
     tokens_of(model, pool, DecodeGraphs(model, pool, max_batch=8))
     assert sent == [8, 8]  # twelve steps, and one request takes another's place half-way
@@ -131,7 +132,7 @@ def test_a_broken_capture_is_told_by_what_broke_it() -> None:
 
 def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny("opt"))
-    assert capture_graphs(model, pool, 4) == (None, "none (CUDA graphs need a GPU)")
+    assert capture_decode_graphs(model, pool, 4) == (None, "none (CUDA graphs need a GPU)")
 
 
 @pytest.mark.gpu
@@ -139,7 +140,7 @@ def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
 def test_replayed_graphs_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name), "cuda")
     expected = tokens_of(model, pool, None)
-    graphs, described = capture_graphs(model, pool, 8)
+    graphs, described = capture_decode_graphs(model, pool, 8)
     if graphs is None and name == "gpt_oss":
         pytest.skip(f"a mixture of experts may choose its experts on the host: {described}")
     assert graphs is not None, described
@@ -166,13 +167,13 @@ def test_a_capture_that_fails_says_why_and_leaves_the_process_as_it_was(
     expected = tokens_of(model, pool, None)
     stream, forward = torch.cuda.current_stream(), DecodeGraphs._forward
 
-    def failing(graphs: DecodeGraphs, step: FixedStep) -> torch.Tensor:
+    def failing(graphs: DecodeGraphs, step: FixedDecodeStep) -> torch.Tensor:
         logits = forward(graphs, step)
         return broken() if torch.cuda.is_current_stream_capturing() else logits
 
     with monkeypatch.context() as patched:
         patched.setattr(DecodeGraphs, "_forward", failing)
-        graphs, described = capture_graphs(model, pool, 4)
+        graphs, described = capture_decode_graphs(model, pool, 4)
     assert graphs is None
     assert_says(described, "LlamaForCausalLM cannot be captured", cause)
     assert torch.cuda.current_stream() == stream
@@ -191,13 +192,13 @@ def test_graphs_of_the_default_stream_are_captured_on_one_other(
     captured: list[int] = []
     capture = DecodeGraphs._capture
 
-    def noting(graphs: DecodeGraphs, stream: torch.cuda.Stream, step: FixedStep) -> Any:
+    def noting(graphs: DecodeGraphs, stream: torch.cuda.Stream, step: FixedDecodeStep) -> Any:
         captured.append(stream.cuda_stream)
         return capture(graphs, stream, step)
 
     model, pool = loaded(tiny("opt"), "cuda")
     monkeypatch.setattr(DecodeGraphs, "_capture", noting)
-    graphs, described = capture_graphs(model, pool, 8)
+    graphs, described = capture_decode_graphs(model, pool, 8)
     assert graphs is not None, described
     assert len(captured) == len(graph_sizes(8))
     assert len(set(captured)) == 1  # a private pool's memory is used again on the stream that it was used on
@@ -209,14 +210,14 @@ def test_nothing_is_collected_during_a_capture(tiny: Callable[[str], Path], monk
     collects: list[bool] = []
     forward = DecodeGraphs._forward
 
-    def noting(graphs: DecodeGraphs, step: FixedStep) -> torch.Tensor:
+    def noting(graphs: DecodeGraphs, step: FixedDecodeStep) -> torch.Tensor:
         if torch.cuda.is_current_stream_capturing():
             collects.append(gc.isenabled())
         return forward(graphs, step)
 
     model, pool = loaded(tiny("opt"), "cuda")
     monkeypatch.setattr(DecodeGraphs, "_forward", noting)
-    graphs, described = capture_graphs(model, pool, 2)
+    graphs, described = capture_decode_graphs(model, pool, 2)
     assert graphs is not None, described
     assert collects == [False, False]  # a collection could unload a compiled kernel
     assert gc.isenabled()
@@ -227,7 +228,7 @@ def test_a_graph_runs_on_the_stream_it_is_asked_on(tiny: Callable[[str], Path]) 
     model, pool = loaded(tiny("llama"), "cuda")
     expected = tokens_of(model, pool, None)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    graphs, described = capture_graphs(model, pool, 8, streams)
+    graphs, described = capture_decode_graphs(model, pool, 8, streams)
     assert graphs is not None, described
     for stream in streams:
         with torch.cuda.stream(stream):
