@@ -43,6 +43,7 @@ TOLD = {  # patterns of the findings that the tables show, by probe
     "kernels": r"(?!ended).*",
     "prefill_attention": r".*length.*",
 }
+SOFTWARE = {"torch": "pytorch", "transformers": "transformers"}  # the doctor's findings that tell the versions
 TEST_COUNTS = ("tests", "failures", "errors", "skipped")
 KEPT = (
     RECORD, "*/doctor.json", f"*/{PLAN}", "*/grid.yaml", "*/*.csv", "*/sweep_*/points.csv", "*/sweep_*/capacity.csv",
@@ -206,9 +207,12 @@ def failed_logs(folder: Path) -> list[Path]:
 
 
 def machine_line(work: Path) -> str:
-    """Return one line with the GPU and the versions that the probes found."""
+    """Return one line with the GPU and the versions that the doctor found, or else the probes."""
     rows = read_rows(work / "probe" / "probe.csv")
     known = {} if rows.empty else dict(zip(rows["name"], rows["value"], strict=True))
+    found = {each["name"]: each["figures"] for each in read_json(work / "doctor" / "doctor.json").get("findings", [])}
+    known |= {name: found[finding]["version"] for name, finding in SOFTWARE.items() if finding in found}
+    known |= {"GPU driver_version": gpu["driver_version"] for gpu in found.get("driver", {}).get("gpus", [])[:1]}
     gpu = read_json(work / RECORD).get("gpu")
     parts = [("driver", "GPU driver_version"), *((name, name) for name in ("torch", "triton", "transformers"))]
     return ", ".join([str(gpu), *(f"{label} {known[name]}" for label, name in parts if name in known)])

@@ -13,7 +13,7 @@ import torch
 
 from splitwiser.study import fresh_runs
 from tests.support.commands import run_here
-from tests.support.models import make_tiny
+from tests.support.models import make_chatty, make_tiny
 from tests.support.stand_in.build import StandIn, build, find_problem
 
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
@@ -58,6 +58,12 @@ def runs_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh_runs, "_in_own_process", run_here)
         yield
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with a chat template."""
+    return make_chatty(tmp_path_factory.mktemp("chatty") / "chatty")
 
 
 @pytest.fixture(scope="session")

@@ -368,7 +368,7 @@ def test_one_prompt_needs_no_list() -> None:
         ([np.ones(2)], "request 0: the prompt must be text or token ids, not array([1., 1.])"),
         ([[1.0] * 9999], "request 0: the prompt must be text or token ids, not [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ...]"),
         ([{"promt": "a"}], "unknown key of request 0's prompt 'promt'; did you mean prompt? known: "),
-        ([[5], {}], "request 1: the prompt must have 'prompt' or 'prompt_token_ids'"),
+        ([[5], {}], "request 1: the prompt must have 'prompt', 'prompt_token_ids' or 'messages'"),
     ],
 )
 def test_a_wrong_form_of_prompt_is_named_in_a_short_line(
@@ -501,3 +501,49 @@ def test_workers_get_no_more_than_an_engines_configuration(tiny: Callable[[str],
 def test_the_docstring_names_every_option() -> None:
     described = re.findall(r"- ``(\w+)``: ", str(LLM.__doc__))
     assert sorted([*described, "model"]) == sorted(option_fields(EngineConfig))
+
+
+FINDING = (
+    "the lungs are clear. there is no pleural effusion. marked pulmonary edema is seen, less than on the prior study."
+)
+
+
+@MODES
+def test_a_chat_is_the_prompt_that_the_template_writes(mode: str, chatty: Path) -> None:
+    message = {"role": "user", "content": FINDING}
+    prompt = f"### findings: {FINDING} ### impressions:"
+    params = SamplingParams(max_tokens=40)
+    with LLM(chatty, mode=mode) as llm:
+        (plain,) = llm.generate(prompt, params)
+        (one,) = llm.chat([message], params)
+        both = llm.chat([[message], [message] * 2], [params, SamplingParams(max_tokens=1)])
+        (form,) = llm.generate([{"messages": [message]}], params)
+    # the template has written the token that begins a sequence, and the tokenizer writes no second one
+    assert one.prompt_token_ids == plain.prompt_token_ids
+    assert one.prompt == form.prompt == f"</s>{prompt}"
+    assert "edema" in one.text
+    assert one.token_ids == plain.token_ids == both[0].token_ids == form.token_ids
+    assert [len(output.token_ids) for output in both[1:]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "line"),
+    [
+        ("hello", "request 0: messages must be a list, each with 'role' and 'content', not 'h'"),
+        ([[]], "request 0: a chat needs at least one message"),
+        ([{"role": "user", "text": "a"}], "request 0: message 0 must have 'role' and 'content' alone, not {'role': "),
+        ([{"role": "user", "content": 5}], "request 0: message 0: its content must be text, not 5"),
+        ([{"role": "system", "content": "a"}], "request 0: chatty's chat template refuses it: no system here"),
+    ],
+)
+def test_a_wrong_chat_is_named(messages: Any, line: str, chatty: Path) -> None:
+    with LLM(chatty) as llm:
+        assert_says(refusal(llm.chat, messages), line)
+
+
+def test_a_model_without_a_template_or_a_tokenizer_says_so(tiny: Callable[[str], Path]) -> None:
+    message = [{"role": "user", "content": "a"}]
+    with LLM() as llm:
+        assert_says(refusal(llm.chat, message), "request 0: radiology-opt has no chat template; give a prompt")
+    with LLM(tiny("opt")) as llm:
+        assert_says(refusal(llm.chat, message), "request 0: tiny-opt has no tokenizer")

@@ -1,7 +1,7 @@
 """Checks of a run that need no loaded model: before the seconds that importing PyTorch takes, and before many runs."""
 
 from splitwiser.config import RunConfig
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.catalog import check_model
 from splitwiser.model.hub import check_hub, find_file
 from splitwiser.placement.checks import find_missing_gpu, refuse_mode_here
 from splitwiser.workload.job import Job, prepare_job
@@ -10,7 +10,7 @@ from splitwiser.workload.job import Job, prepare_job
 def check_quickly(config: RunConfig) -> Job:
     """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
     as errors can be found without PyTorch and transformers."""
-    entry = resolve_model(config.model, config.models)
+    entry = check_model(config.model, config.models)
     if entry.hub and not (config.load_format == "dummy" and entry.config) and not find_file(entry, "config.json"):
         check_hub(entry)
     if find_missing_gpu(config.mode):

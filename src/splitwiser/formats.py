@@ -37,6 +37,9 @@ AtLeastZero = Annotated[int, Strict(), Ge(0), must_be("a whole number of 0 or mo
 AtLeastOne = Annotated[int, Strict(), Ge(1), must_be("a whole number of 1 or more")]
 
 
+_validators: dict[type, TypeAdapter[Any]] = {}  # each takes longer to make than to use
+
+
 def parse_as(kind: type[T], content: Mapping[Any, Any], where: str, **more: object) -> T:
     """Return ``content``, with the fields ``more``, as an instance of the dataclass ``kind``.
 
@@ -47,7 +50,9 @@ def parse_as(kind: type[T], content: Mapping[Any, Any], where: str, **more: obje
         if key not in known:
             raise InputError(f"{where}: {unknown_name('key', key, known)}")
     try:
-        return TypeAdapter(kind).validate_python({**content, **more})
+        validator = _validators.get(kind) or _validators.setdefault(kind, TypeAdapter(kind))
+        read: T = validator.validate_python({**content, **more})
+        return read
     except ValidationError as error:
         errors = error.errors(include_url=False)
         of_first_field = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 
@@ -24,7 +24,7 @@ from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
-from splitwiser.request import PromptInput, Request, RequestOutput, SamplingParams
+from splitwiser.request import PromptInput, Request, RequestOutput, SamplingParams, check_messages
 from splitwiser.text import check_text, shorten
 from splitwiser.workload.arrivals import check_arrival
 
@@ -34,7 +34,7 @@ class LLM:
 
     Args:
         model: a name of the file ``models``, a checkpoint directory (without a tokenizer it serves prompts of token
-            ids) or a hub id.
+            ids), a GGUF file or a hub id.
         config: base configuration (default: :class:`EngineConfig`'s defaults); ``model`` and ``options`` override it.
         options: fields of :class:`~splitwiser.placement.config.EngineConfig`:
 
@@ -173,7 +173,8 @@ class LLM:
 
         Args:
             prompts: strings, or token ids in lists, arrays or tensors, or vLLM's ``{"prompt": text}`` and
-                ``{"prompt_token_ids": ids}``; one string or mapping alone is one prompt.
+                ``{"prompt_token_ids": ids}``, or chats as ``{"messages": [...]}``; one string or mapping alone is one
+                prompt.
             sampling_params: one for all prompts, or one for each.
             arrival_s: arrival time of each prompt, in seconds after the call; by default all arrive at once.
             max_concurrency: if given, this many requests arrive at the call, and each further one when another finishes.
@@ -193,9 +194,28 @@ class LLM:
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
             outputs = self.run(requests, watching, time.perf_counter_ns(), max_concurrency)
         for output, prompt in zip(outputs, prompts, strict=True):
-            text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-            output.prompt = text if isinstance(text, str) else None
+            output.prompt = _text(self.model, prompt)
         return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,  # noqa: ANN401  # generate's, of various types
+    ) -> list[RequestOutput]:
+        """Generate the next message of every chat: :meth:`generate` for prompts that the model's own chat template writes.
+
+        Args:
+            messages: one chat, a list of ``{"role": "user", "content": text}``, or a list of such lists.
+            sampling_params: one for all chats, or one for each.
+            options: those of :meth:`generate`.
+
+        Raises :class:`~splitwiser.errors.InputError`, too, if the model has no chat template or it refuses the messages.
+        """
+        alone = any(isinstance(each, Mapping) for each in messages)
+        return self.generate(
+            [{"messages": each} for each in ([messages] if alone else messages)], sampling_params, **options
+        )
 
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
@@ -259,6 +279,10 @@ def make_requests(
 
 
 def _token_ids(model: LoadedModel, where: str, prompt: PromptInput) -> tuple[int, ...]:
+    if _is_chat(prompt):
+        text = _write_chat(model, where, prompt)
+        assert model.tokenizer is not None  # it has written the text, with all special tokens that there should be
+        return tuple(model.tokenizer(text, add_special_tokens=False).input_ids)
     given = _unwrap(prompt, where) if isinstance(prompt, Mapping) else prompt
     if not isinstance(given, str):
         try:
@@ -272,12 +296,30 @@ def _token_ids(model: LoadedModel, where: str, prompt: PromptInput) -> tuple[int
     return tuple(model.tokenizer(check_text(given, f"{where}: the prompt")).input_ids)
 
 
+def _is_chat(prompt: PromptInput) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(prompt, Mapping) and "messages" in prompt
+
+
+def _write_chat(model: LoadedModel, where: str, chat: Mapping[str, Any]) -> str:
+    """Return ``chat`` as the text that the model answers. Raises :class:`InputError`."""
+    check_keywords(f"key of {where}'s chat", chat, ("messages",))
+    return model.write_chat(check_messages(chat["messages"], where), where)
+
+
+def _text(model: LoadedModel, prompt: PromptInput) -> str | None:
+    """Return the text of a prompt that was served; None if it was given as token ids."""
+    if _is_chat(prompt):
+        return _write_chat(model, "the prompt", prompt)
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return text if isinstance(text, str) else None
+
+
 def _unwrap(prompt: Mapping[str, Any], where: str) -> str | Iterable[int]:
     """Return the token ids of vLLM's form of a prompt or, without, its text. Raises :class:`InputError`."""
-    check_keywords(f"key of {where}'s prompt", prompt, ("prompt", "prompt_token_ids"))
+    check_keywords(f"key of {where}'s prompt", prompt, ("prompt", "prompt_token_ids", "messages"))
     given: str | Iterable[int] | None = prompt.get("prompt_token_ids", prompt.get("prompt"))
     if given is None:
-        raise InputError(f"{where}: the prompt must have 'prompt' or 'prompt_token_ids'")
+        raise InputError(f"{where}: the prompt must have 'prompt', 'prompt_token_ids' or 'messages'")
     return given
 
 

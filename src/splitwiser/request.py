@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Literal
 from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.options import Options
-from splitwiser.text import shorten
+from splitwiser.text import check_text, shorten
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int]  # text, or token ids
 PromptInput = Prompt | Iterable[int] | Mapping[str, Any]
-"""What users give: a prompt, an array or tensor of token ids, or vLLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
-ids}``."""
+"""What users give: a prompt, an array or tensor of token ids, vLLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
+ids}``, or a chat, ``{"messages": [{"role": "user", "content": text}, ...]}``."""
+
 
 _NOT_TAKEN = {
     "here it is max_tokens, the number of new tokens": ("max_new_tokens", "max_length"),
@@ -93,6 +94,25 @@ class SamplingParams(Options):
             raise InputError(f"stop must be a string or a sequence of strings, none of them empty, not {self.stop!r}")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+
+
+def check_messages(messages: object, where: str) -> list[dict[str, str]]:
+    """Return the ``messages`` of a chat, each with a ``role`` and a ``content``, which are text. Raises :class:`InputError`,
+    beginning with ``where``, for others."""
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+        raise InputError(f"{where}: messages must be a list, each with 'role' and 'content', not {shorten(messages)}")
+    checked = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+            raise InputError(f"{where}: message {number} must have 'role' and 'content' alone, not {shorten(message)}")
+        for key, value in message.items():
+            if not isinstance(value, str):
+                raise InputError(f"{where}: message {number}: its {key} must be text, not {shorten(value)}")
+            check_text(value, f"{where}: message {number}: {key}")
+        checked.append(dict(message))
+    if not checked:
+        raise InputError(f"{where}: a chat needs at least one message")
+    return checked
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,8 +217,8 @@ class CompletionOutput:
 
 @dataclass(repr=False)
 class RequestOutput:
-    """The finished result of one request. ``text`` is empty if the model has no tokenizer, ``prompt`` is None if the prompt
-    was given as token ids."""
+    """The finished result of one request. ``text`` is empty if the model has no tokenizer. ``prompt`` is the text that was
+    given, or that the chat template wrote, and None if the prompt was given as token ids."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]

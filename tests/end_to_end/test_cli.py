@@ -115,6 +115,34 @@ def test_a_sweep_may_be_named(tmp_path: Path) -> None:
     )
 
 
+def test_chats_and_requests_with_parameters_of_their_own(tmp_path: Path, chatty: Path) -> None:
+    finding = "the lungs are clear. marked pulmonary edema is seen."
+    chat = {"messages": [{"role": "user", "content": finding}]}
+    workload = tmp_path / "chats.jsonl"
+    lines = [
+        {"max_tokens": 30},
+        chat,
+        {**chat, "stop": "edema"},
+        {"prompt": f"### findings: {finding} ### impressions:"},
+    ]
+    workload.write_text("\n".join(map(json.dumps, lines)))
+    done = invoke("run", "--model", chatty, "--workload", workload, "--stop", ".", "--results", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "note: stop is as the workload says for 1 of 3 requests" in done.stdout
+    rows = pd.read_csv(only_run(tmp_path / "out") / "generations.csv").set_index("request_id")
+    assert rows.finding[0] == finding
+    assert rows.summary_gen[0] == rows.summary_gen[2]  # the template writes what the third request gives as text
+    assert "edema" in rows.summary_gen[0]
+    assert "edema" not in rows.summary_gen[1]
+    assert "." not in rows.summary_gen[0]
+
+
+def test_reports_as_chats_need_a_template(tmp_path: Path) -> None:
+    done = invoke("run", "--limit", "1", "--chat_template", "--results", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "request 0: radiology-opt has no chat template" in done.stderr
+
+
 def test_a_workload_of_token_ids_needs_no_tokenizer(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     workload = write_workload(tmp_path / "short.json", [[5, 6], [7]], arrival_s=[0.0, 0.2])
     done = invoke(

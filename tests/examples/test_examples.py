@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from splitwiser import constants
+from splitwiser.workload.request_entry import read_request_lines
 
 EXAMPLES = constants.DIR_PROJECT / "examples"
 MOST_LINES = 60
@@ -55,6 +56,19 @@ def test_long_prompt(tmp_path: Path) -> None:
     assert list(rows["mode"]) == ["sequential"] * 2
     assert (rows["tokens made during"] == 0).all()  # this mode prefills and decodes in turn
     assert "worst over alone" in printed
+
+
+@pytest.mark.slow
+def test_chat(chatty: Path) -> None:
+    lines = run("chat", "--model", str(chatty), "--mode", "sequential").splitlines()
+    assert sum(line.startswith("> ") for line in lines) == 3
+    assert re.fullmatch(r"\d+ tokens, the first of each within \d+ ms", lines[-1])
+
+
+def test_the_chats_are_read() -> None:
+    requests = read_request_lines(EXAMPLES / "chats.jsonl")
+    assert len(requests) == 4
+    assert {each.new_tokens for each in requests} == {60}
 
 
 @pytest.mark.slow

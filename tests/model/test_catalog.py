@@ -21,6 +21,7 @@ PARAMETERS = {  # fewest and most, from what each model's name or card says
     "falcon-7b-instruct": (6.9e9, 7.3e9),
     "qwen3-0.6b": (595.5e6, 596.5e6),
     "smollm2-135m": (134.4e6, 134.6e6),
+    "smollm2-135m-instruct": (134.4e6, 134.6e6),
     "llama-3.2-1b": (1.235e9, 1.237e9),
     "t5-small": (60.4e6, 60.6e6),
     "t5-base": (222e6, 223e6),
@@ -86,6 +87,13 @@ def test_default_models_are_in_the_catalogue(name: str) -> None:
 def test_a_path_is_relative_to_the_folder_of_the_file(tmp_path: Path) -> None:
     assert resolve_model(EMBEDDED_MODEL).location == str(constants.DIR_PROJECT / "models" / EMBEDDED_MODEL)
     assert resolve_model("mine", write(tmp_path, "mine: {path: here}")).location == str(tmp_path / "here")
+
+
+def test_a_path_goes_before_the_hub_where_something_is_there(tmp_path: Path) -> None:
+    models = write(tmp_path, "mine: {path: here, hub: org/mine}")
+    assert resolve_model("mine", models).location == "org/mine"
+    (tmp_path / "here").mkdir()
+    assert resolve_model("mine", models).location == str(tmp_path / "here")
 
 
 def test_catalogue_name_gives_its_entry(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Tiny random models, by architecture."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
+
+from splitwiser import constants
+from splitwiser.model.catalog import EMBEDDED_MODEL
 
 VOCABULARY = 151
 POSITIONS = 256
@@ -100,6 +104,18 @@ TINY: dict[str, dict[str, Any]] = {
 def auto_class(config: PreTrainedConfig) -> Any:  # transformers' classes are not annotated
     """The class of transformers that makes the model of ``config``."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}\
+{% if message["role"] == "system" %}{{ raise_exception("no system here") }}{% endif %}\
+### findings: {{ message["content"] }}{% endfor %}{% if add_generation_prompt %} ### impressions:{% endif %}"""
+
+
+def make_chatty(directory: Path) -> Path:
+    """Save the embedded model with a chat template that writes its usual prompt."""
+    shutil.copytree(constants.DIR_PROJECT / "models" / EMBEDDED_MODEL, directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:

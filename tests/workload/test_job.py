@@ -11,6 +11,7 @@ import pytest
 
 from splitwiser.config import RunConfig
 from splitwiser.model.loading import load_model
+from splitwiser.request import SamplingParams
 from splitwiser.workload.job import READERS, Job, prepare_job
 from splitwiser.workload.planned import PlannedRequest
 from tests.support.assertions import assert_says, refusal
@@ -196,7 +197,7 @@ def test_random_prompts_suit_the_model(tiny: Callable[[str], Path]) -> None:
     model = load_model(tiny("llama"), dtype="float32", device="cpu", load_format="auto")
     job = job_of(prompt_tokens="100", output_tokens="5", requests=30)
     prompts = job.make_prompts(model, seed=1)
-    assert [len(prompt) for prompt in prompts] == [100] * 30
+    assert [len([*prompt]) for prompt in prompts] == [100] * 30
     tokens = {token for prompt in prompts for token in prompt}
     assert tokens == set(range(VOCABULARY)) - {0, 1, 2}  # its padding, begin and end-of-sequence
     assert job.make_prompts(model, seed=1) == prompts != job.make_prompts(model, seed=2)
@@ -211,3 +212,59 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_it_is_drawn(tiny
         assert_says(
             message, f"request 0: {tokens} prompt tokens and 5 new ones", f"has {POSITIONS}", "--max_prompt_tokens"
         )
+
+
+def test_requests_own_parameters_go_before_the_options_and_the_run_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        '{"prompt": "a", "max_tokens": 3, "temperature": 0, "stop": ["x"]}\n{"prompt": "b", "max_tokens": 4}\n'
+    )
+    config = RunConfig(workload=str(path), temperature=0.7, stop="###", max_new_tokens=9)
+    job = prepare_job(config, config.seed)
+    assert job.sampling_params(config) == [
+        SamplingParams(max_tokens=9, temperature=0, stop=["x"]),
+        SamplingParams(max_tokens=9, temperature=0.7, stop=["###"]),
+    ]
+    assert job.notes == (
+        "temperature is as the workload says for 1 of 2 requests",
+        "stop is as the workload says for 1 of 2 requests",
+    )
+    assert refusal(prepare_job, RunConfig(workload=str(path), output_tokens="5"), 0).startswith("request 0: stop ends")
+
+
+@pytest.mark.parametrize(
+    ("given", "stop"),
+    [("###", ("###",)), ('["\\n", "a b"]', ("\n", "a b")), ("[/INST]", ("[/INST]",)), ("[1]", ("[1]",)), (None, ())],
+)
+def test_stop_is_a_text_or_a_list_of_texts(given: str | None, stop: tuple[str, ...]) -> None:
+    assert RunConfig(stop=given).sampling_params(5).stop == stop
+
+
+def test_reports_can_be_given_as_chats() -> None:
+    plain, chats = job_of(limit=2), job_of(limit=2, chat_template=True)
+    assert each(chats, "prompt") == [
+        {"messages": [{"role": "user", "content": text}]} for text in each(plain, "prompt")
+    ]
+    assert each(chats, "report") == each(plain, "report")
+
+
+def test_chats_of_a_workload_stay_as_they_are_and_token_ids_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    path.write_text(json.dumps({"max_new_tokens": 3, "prompts": [chat]}))
+    assert each(job_of(workload=str(path), chat_template=True), "prompt") == [chat]
+    path.write_text(json.dumps({"max_new_tokens": 3, "prompts": ["a", [4]]}))
+    assert_says(refusal(job_of, workload=str(path), chat_template=True), "request 1: its prompt is token ids")
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"prompt_tokens": "5", "chat_template": True}, "--chat_template is for prompts of text"),
+        ({"prompt_tokens": "5", "stop": "a"}, "--stop ends a request early"),
+        ({"output_tokens": "5", "stop": "a"}, "--stop ends a request early"),
+        ({"stop": ""}, "stop must be a string"),
+    ],
+)
+def test_what_needs_text_is_refused_without(settings: dict[str, Any], part: str) -> None:
+    assert_says(refusal(RunConfig, **settings), part)

@@ -31,6 +31,15 @@ def test_each_prompt_may_have_its_own_limit(tmp_path: Path) -> None:
     assert [each.new_tokens for each in read_prompt_file(path)] == [3, 9]
 
 
+def test_a_request_may_have_parameters_of_its_own_and_the_file_some_for_all(tmp_path: Path) -> None:
+    own = {"prompt": "b", "max_tokens": 9, "temperature": 0.5, "arrival_s": 2, "ignore_eos": False}
+    path = write(tmp_path, {"max_new_tokens": 3, "top_k": 4, "ignore_eos": True, "prompts": ["a", own]})
+    assert read_prompt_file(path) == [
+        PlannedRequest("a", 0, 3, 0.0, Report("a"), {"top_k": 4, "ignore_eos": True}),
+        PlannedRequest("b", 0, 9, 2.0, Report("b"), {"top_k": 4, "ignore_eos": False, "temperature": 0.5}),
+    ]
+
+
 def test_requests_arrive_at_once_without_times(tmp_path: Path) -> None:
     path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b", "c"]})
     assert [each.arrival_s for each in read_prompt_file(path)] == [0.0, 0.0, 0.0]
@@ -69,7 +78,7 @@ def test_directory_is_named(tmp_path: Path) -> None:
 
 FINE = {"max_new_tokens": 4, "prompts": ["a", [1, 2]]}
 NEW_TOKENS = "'max_new_tokens' must be a whole number of 1 or more, not "
-PROMPT = "must be text or a list of token ids, and not empty, not "
+PROMPT = "must be text, a list of token ids or a request, and not empty, not "
 
 
 @pytest.mark.parametrize(
@@ -78,9 +87,13 @@ PROMPT = "must be text or a list of token ids, and not empty, not "
         ([FINE], "must be an object with 'max_new_tokens' and 'prompts'"),
         (
             {**FINE, "arrivals": []},
-            "unknown key 'arrivals'; did you mean arrival_s? known: prompts, max_new_tokens, arrival_s",
+            "unknown key 'arrivals'; did you mean arrival_s?",
         ),
-        ({"prompts": ["a"]}, "'max_new_tokens' is missing"),
+        ({"prompts": ["a"]}, "prompt 0: its number of new tokens, 'max_tokens', is missing"),
+        ({**FINE, "max_tokens": 3}, "'max_tokens' is a request's own; for all it is 'max_new_tokens'"),
+        ({**FINE, "min_p": 0.1}, "'min_p' is not taken: tokens are drawn by temperature, top_k and top_p alone"),
+        ({**FINE, "temperature": "hot"}, "'temperature' must be a number, not 'hot'"),
+        ({**FINE, "temperature": -1}, "temperature must be 0 (greedy) or more, not -1.0"),
         ({**FINE, "max_new_tokens": 0}, f"{NEW_TOKENS}0"),
         ({**FINE, "max_new_tokens": True}, f"{NEW_TOKENS}True"),
         ({**FINE, "max_new_tokens": 2.0}, f"{NEW_TOKENS}2.0"),
@@ -101,7 +114,8 @@ PROMPT = "must be text or a list of token ids, and not empty, not "
         ({**FINE, "prompts": [[]]}, f"'prompts', entry 0 {PROMPT}[]"),
         ({**FINE, "prompts": [None]}, f"'prompts', entry 0 {PROMPT}None"),
         ({**FINE, "prompts": [7]}, f"'prompts', entry 0 {PROMPT}7"),
-        ({**FINE, "prompts": [{"a": 1}]}, f"'prompts', entry 0 {PROMPT}{{'a': 1}}"),
+        ({**FINE, "prompts": [{}]}, f"'prompts', entry 0 {PROMPT}{{}}"),
+        ({**FINE, "prompts": ["b", {"seed": 1}]}, "prompt 1: needs 'prompt' or 'messages', and one of them alone"),
         ({**FINE, "prompts": [[1, 2.0]]}, f"'prompts', entry 0 {PROMPT}[1, 2.0]"),
         ({**FINE, "prompts": [[1, True]]}, f"'prompts', entry 0 {PROMPT}[1, True]"),
         ({**FINE, "prompts": [[1, "2"]]}, f"'prompts', entry 0 {PROMPT}[1, '2']"),

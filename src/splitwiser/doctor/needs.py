@@ -16,15 +16,8 @@ from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.hub import find_file, not_available
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
-from splitwiser.model.loading import (
-    has_tokenizer_files,
-    load_tokenizer,
-    longest_request,
-    max_positions,
-    plan_model,
-    weights_nbytes,
-    without_memory,
-)
+from splitwiser.model.loading import longest_request, max_positions, plan_model, weights_nbytes, without_memory
+from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
 from splitwiser.text import parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"

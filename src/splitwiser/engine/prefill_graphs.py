@@ -43,27 +43,28 @@ class _FixedPrompts(FixedStep):
         self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self._staged = self._host.split(sizes)
         self.tokens, self.positions, self._slots, self.rows, self._ends = self._device.split(sizes)
-        self._ends[-1] = size  # before any request: one prompt, at slot 0, which every request writes before it reads
+        self._counted = torch.arange(max(size, pool.block_tokens))
+        # before any request: one prompt, at slot 0, which every request writes before it reads
+        self._staged[-1][-1] = self._ends[-1] = size
         self._offsets = self._ends.to(torch.int32)
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Copy the next step's inputs into the buffers, in one copy. Only for segments that :meth:`has_room_for`."""
-        slots = [
-            segment.blocks[at // self._pool.block_tokens] * self._pool.block_tokens + at % self._pool.block_tokens
-            for segment in segments
-            for at in segment.positions
-        ]
-        missing = self.size - len(tokens)
+        staged_tokens, positions, slots, staged_rows, staged_ends = self._staged
         ends = list(itertools.accumulate((segment.tokens for segment in segments), initial=0))
-        inputs = (
-            [*tokens, *[0] * missing],
-            [*itertools.chain.from_iterable(segment.positions for segment in segments), *range(missing)],
-            [*slots, *[self._spare_slot(segments)] * missing],
-            [*rows, *[0] * (MAX_PROMPTS - len(rows))],
-            [*ends, *ends[-1:] * (MAX_PROMPTS - len(segments)), self.size],
-        )
-        for staged, numbers in zip(self._staged, inputs, strict=True):
-            staged.copy_(torch.tensor(numbers))
+        # as tensors where it can be: to go through thousands of numbers in Python takes as long as to compute with them
+        for segment, start, end in zip(segments, ends, ends[1:], strict=False):
+            positions[start:end] = self._counted[: segment.tokens]
+            blocks = torch.tensor(segment.blocks[: self._pool.blocks_for(segment.tokens)])
+            in_blocks = blocks[:, None] * self._pool.block_tokens + self._counted[: self._pool.block_tokens]
+            slots[start:end] = in_blocks.flatten()[: segment.tokens]
+        if (missing := self.size - len(tokens)) > 0:
+            staged_tokens[-missing:] = 0
+            positions[-missing:] = self._counted[:missing]
+            slots[-missing:] = self._spare_slot(segments)
+        staged_tokens[: len(tokens)] = torch.tensor(tokens)
+        staged_rows[: len(rows)] = torch.tensor(rows)
+        staged_ends[:-1] = torch.tensor([*ends, *ends[-1:] * (MAX_PROMPTS - len(segments))])
         self._device.copy_(self._host, non_blocking=True)
 
     def has_room_for(self, segments: Sequence[Segment]) -> bool:

@@ -9,6 +9,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.files import read_entries
 from splitwiser.formats import Text, must_be, parse_as
+from splitwiser.model.gguf_file import check_gguf, is_gguf
 
 Kind = Literal["decoder", "encoder-decoder"]
 EMBEDDED_MODEL = "radiology-opt"
@@ -16,8 +17,8 @@ EMBEDDED_MODEL = "radiology-opt"
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model by name: its checkpoint directory or hub id and, for a decoder, the configuration to build it without
-    either."""
+    """A model by name: its checkpoint directory, GGUF file or hub id and, for a decoder, the configuration to build it
+    without any."""
 
     name: Text
     path: Text = ""
@@ -27,8 +28,13 @@ class CatalogEntry:
 
     @property
     def location(self) -> str:
-        """The directory or hub id that transformers loads the model from."""
+        """The directory, file or hub id that transformers loads the model from."""
         return self.path or self.hub
+
+    @property
+    def gguf(self) -> Path | None:
+        """The model's GGUF file, if it is one."""
+        return Path(self.path) if is_gguf(self.path) else None
 
 
 def load_catalog(path: Path) -> dict[str, CatalogEntry]:
@@ -45,13 +51,17 @@ def _entry(name: str, content: dict[str, Any], path: Path) -> CatalogEntry:
         raise InputError(f"{where}: 'config' needs a 'model_type', as transformers names architectures")
     if not entry.path and not entry.hub:
         raise InputError(f"{where}: needs a 'path' or a 'hub' id")
-    return replace(entry, path=str((path.parent / entry.path).resolve())) if entry.path else entry
+    if not entry.path:
+        return entry
+    place = (path.parent / entry.path).resolve()
+    return replace(entry, path="" if entry.hub and not place.exists() else str(place))
 
 
 def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
-    """Return the entry for a name of the file ``models``, a checkpoint directory, or a hub id such as ``org/name``.
+    """Return the entry for a name of the file ``models``, a checkpoint directory, a GGUF file, or a hub id such as
+    ``org/name``.
 
-    Raises :class:`InputError` for anything else, such as a file, and for a directory without ``config.json``.
+    Raises :class:`InputError` for anything else, such as another file, and for a directory without ``config.json``.
     """
     catalog = load_catalog(Path(models))
     name = str(model)
@@ -69,17 +79,32 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
                 f"model directory {name}: no config.json in it; a checkpoint as save_pretrained writes it is needed"
             )
         return CatalogEntry(name=directory.resolve().name, path=str(directory.resolve()))
+    if is_gguf(directory):
+        if not directory.is_file():
+            raise InputError(f"model {name}: no such file")
+        return CatalogEntry(name=directory.stem, path=str(directory.resolve()))
     if directory.is_file():
-        raise InputError(f"model {name}: is a file; give the directory of config.json and the weights")
+        raise InputError(
+            f"model {name}: is a file; give the directory of config.json and the weights, or a GGUF file (.gguf)"
+        )
     if name.count("/") == 1 and all(part and not part.startswith((".", "~")) for part in name.split("/")):
         return CatalogEntry(name=name.split("/")[1], hub=name)
     raise unknown_name("model", name, catalog)
 
 
+def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
+    """Return the entry for ``model``; see :func:`resolve_model`. Raises those of
+    :func:`splitwiser.model.gguf_file.check_gguf`, too."""
+    entry = resolve_model(model, models)
+    if entry.gguf:
+        check_gguf(entry.gguf)
+    return entry
+
+
 def check_decoder(model: str | Path, models: str | Path = constants.MODELS) -> None:
     """Raise :class:`UnsupportedModelError` for a model that the catalogue knows to be no decoder alone, and the errors of
-    :func:`resolve_model`: for what measures prefill and decode of decoders."""
-    entry = resolve_model(model, models)
+    :func:`check_model`: for what measures prefill and decode of decoders."""
+    entry = check_model(model, models)
     if entry.kind != "decoder":
         raise decoders_only(entry.name)
 

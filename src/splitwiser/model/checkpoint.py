@@ -19,14 +19,12 @@ WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
 
 def describe_files(entry: CatalogEntry) -> str:
     """Return a text that changes when a file of the model on this machine changes: each file's name, size, times and
     inode."""
     config = find_file(entry, "config.json")
-    files = sorted(config.parent.iterdir()) if config else []
+    files = [entry.gguf] if entry.gguf else sorted(config.parent.iterdir()) if config else []
     stats = [(path.name, path.stat()) for path in files if path.is_file()]
     return str([(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for name, each in stats])
 
@@ -49,6 +47,8 @@ def find_pointer(entry: CatalogEntry, names: Sequence[str]) -> str | None:
 def find_weights_problem(entry: CatalogEntry) -> str | None:
     """Return why the weights on this machine cannot be read, in one line that names the file; None if they can, or if those
     of a model of the hub are not downloaded yet."""
+    if entry.gguf:  # check_gguf has looked at it
+        return None
     first = next((path for name in WEIGHT_FILES if (path := find_file(entry, name))), None)
     if first is None:
         return f"model {entry.name}: no weights in {entry.location}" if entry.path else None

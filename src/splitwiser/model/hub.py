@@ -3,7 +3,10 @@
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -15,7 +18,9 @@ CONNECT_S = 2.0  # longest that the hub may take to accept a connection
 
 def find_file(entry: CatalogEntry, name: str) -> Path | None:
     """Return the path of the model's file ``name`` in its directory or in the hub's local cache; None if it is in
-    neither."""
+    neither. A GGUF file stands alone: those beside it are not the model's."""
+    if entry.gguf:
+        return None
     if entry.path:
         path = Path(entry.location) / name
         return path if path.is_file() else None
@@ -23,6 +28,18 @@ def find_file(entry: CatalogEntry, name: str) -> Path | None:
 
     found = try_to_load_from_cache(entry.hub, name)
     return Path(found) if isinstance(found, str) else None
+
+
+@contextmanager
+def only_files_of(entry: CatalogEntry) -> Iterator[dict[str, str]]:
+    """Yield the arguments by which transformers' ``from_pretrained`` finds the model's files. A GGUF file is in a folder of
+    its own meanwhile, since transformers takes tokenizers and adapters beside it for the model's."""
+    if not entry.gguf:
+        yield {"pretrained_model_name_or_path": entry.location}
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / entry.gguf.name).symlink_to(entry.gguf.resolve())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": entry.gguf.name}
 
 
 def check_hub(entry: CatalogEntry) -> None:

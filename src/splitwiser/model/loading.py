@@ -15,8 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,18 +27,14 @@ from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, Kind, resolve_model
-from splitwiser.model.checkpoint import (
-    TOKENIZER_FILES,
-    describe_files,
-    find_checkpoint_problem,
-    find_eos_problem,
-    find_pointer,
-)
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, Kind, check_model, resolve_model
+from splitwiser.model.checkpoint import describe_files, find_checkpoint_problem, find_eos_problem
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
-from splitwiser.model.hub import check_hub, find_file, not_available
+from splitwiser.model.gguf_file import add_missing_settings, describe_conversion, read_header
+from splitwiser.model.hub import check_hub, not_available, only_files_of
 from splitwiser.model.kv_pool import find_memory_problem
 from splitwiser.model.padding import Side
+from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
 
 T = TypeVar("T")
 
@@ -127,6 +123,20 @@ class LoadedModel:
             return ""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def write_chat(self, messages: Sequence[dict[str, str]], where: str) -> str:
+        """Return ``messages``, each with ``role`` and ``content``, as the text that the model answers: written by its chat
+        template, special tokens included. Raises :class:`InputError`, beginning with ``where``, if it has no template or
+        the template refuses the messages."""
+        if self.tokenizer is None:
+            raise InputError(f"{where}: {self.no_text}")
+        if not self.tokenizer.chat_template:
+            raise InputError(f"{where}: {self.name} has no chat template; give a prompt, or a model made for chats")
+        try:
+            made = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs, which also raise errors of their own
+            raise InputError(f"{where}: {self.name}'s chat template refuses it: {first_line(error)}") from error
+        return str(made)
+
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SPELLINGS if name != "auto"}
 
@@ -150,7 +160,7 @@ def plan_model(
 ) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
     """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
     dtype. Raises :class:`InputError`."""
-    entry = resolve_model(model, models)
+    entry = check_model(model, models)
     place = resolve_device(device)
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
     if problem := find_eos_problem(config.get_text_config()):
@@ -169,7 +179,7 @@ def load_model(
     kv_memory: str = "auto",
     weights: bool = True,
 ) -> LoadedModel:
-    """Load ``model`` (a name of the file ``models``, a checkpoint directory or a hub id) onto ``device``.
+    """Load ``model`` (a name of the file ``models``, a checkpoint directory, a GGUF file or a hub id) onto ``device``.
 
     ``load_format`` ``auto`` reads its weights; ``dummy`` builds the architecture alone with random weights drawn with
     ``seed``, and uses the embedded model's tokenizer if the model's own is not on this machine. The attention
@@ -192,7 +202,10 @@ def load_model(
     if weights and load_format == "dummy":
         draw_weights(module, place, seed)
     elif weights:
+        reading = time.perf_counter()
         module = _read_checkpoint(entry, config, weights_dtype, place)
+        if entry.gguf:
+            notes += describe_conversion(read_header(entry.gguf), config, module.dtype, time.perf_counter() - reading)
         if module.dtype not in DTYPES.values():
             raise UnsupportedModelError(f"model {entry.name}: its weights are {module.dtype}, which is not served")
     notes += _unapplied_settings(module.generation_config)
@@ -320,7 +333,10 @@ def _without_bars() -> Iterator[None]:
 
 def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
     def load(local_files_only: bool) -> PreTrainedConfig:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(entry.location, local_files_only=local_files_only)
+        with only_files_of(entry) as place:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(**place, local_files_only=local_files_only)
+        if entry.gguf:
+            add_missing_settings(config, read_header(entry.gguf))
         return config
 
     try:
@@ -337,15 +353,17 @@ def _read_checkpoint(
     entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     def load(local_files_only: bool) -> PreTrainedModel:
-        made: Any = _auto_class(config).from_pretrained(
-            entry.location,
-            output_loading_info=True,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=_own_attention(config),
-            local_files_only=local_files_only,
-        )
+        with only_files_of(entry) as place:
+            made: Any = _auto_class(config).from_pretrained(
+                **place,
+                output_loading_info=True,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=_own_attention(config),
+                local_files_only=local_files_only,
+                quantization_config=GgufConfig(dequantize=True) if entry.gguf else None,
+            )
         module: PreTrainedModel = made[0]
         if missing := sorted(made[1]["missing_keys"]):  # transformers would initialise them at random
             raise InputError(
@@ -363,31 +381,6 @@ def _read_checkpoint(
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
     except Exception as error:
         raise _cannot_be_made(entry, error) from error
-
-
-def has_tokenizer_files(entry: CatalogEntry) -> bool:
-    """Return whether a file of the model's own tokenizer is on this machine."""
-    return any(find_file(entry, name) for name in TOKENIZER_FILES)
-
-
-def load_tokenizer(entry: CatalogEntry, *, local_only: bool) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """Return the tokenizer and an empty string, or None and a line that says why there is none that can be loaded: prompts
-    must then be token ids. If ``local_only``, nothing is downloaded."""
-    problem = find_pointer(entry, TOKENIZER_FILES) or ""
-    for local in (True,) if local_only or entry.path or problem else (True, False):
-        try:
-            if not local:
-                check_hub(entry)
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(entry.location, local_files_only=local)
-        except Exception as error:  # no file, a broken file, a missing library
-            problem = problem or first_line(error)
-            continue
-        # without any tokenizer file, transformers makes one of special tokens only, which drops all text
-        if len(tokenizer) > len(set(tokenizer.all_special_tokens)):
-            return tokenizer, ""
-        problem = problem or "its files contain no vocabulary"
-    found = f"'s tokenizer cannot be loaded: {problem}" if has_tokenizer_files(entry) else " has no tokenizer"
-    return None, f"{entry.name}{found}; give its prompt as token ids"
 
 
 def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

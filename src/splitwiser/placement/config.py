@@ -52,7 +52,7 @@ MPS_DAEMONS = ("private", "existing")
 class ModelConfig(Options):
     """Model, device, number format and size of the KV pool. Raises :class:`InputError` for invalid values."""
 
-    model: str | Path = option(constants.MODEL, "name of --models, checkpoint directory or hub id")
+    model: str | Path = option(constants.MODEL, "name of --models, checkpoint directory, GGUF file or hub id")
     models: str | Path = option(str(constants.MODELS), "YAML file of the models known by name")
     dtype: str = option(
         constants.DTYPE, "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto: the checkpoint's own"

@@ -323,7 +323,9 @@ STEPS = (
 )
 GENERATIONS = (
     Column("request_id", "Number of the request.", needed=True, short_name="request"),
-    Column("finding", "The report's findings, or the prompt of a request that is no report."),
+    Column(
+        "finding", "The report's findings; of a request that is no report its prompt, or the last message of its chat."
+    ),
     Column("summary_ref", "The reference, where there is one.", short_name="reference"),
     Column("summary_gen", "The generated text.", needed=True, short_name="generated text"),
 )

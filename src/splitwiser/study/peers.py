@@ -49,25 +49,30 @@ def read_peer(text: str) -> Peer:
 
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
-    if config.temperature != 0:
+    params = job.sampling_params(config)
+    if any(each.temperature for each in params):
         raise InputError("a peer chooses tokens greedily; leave --temperature out")
+    if any(each.stop for each in params):
+        raise InputError("a peer generates a fixed number of tokens per request; leave --stop out")
     if config.max_concurrency is None and any(job.arrival_s):
         raise InputError(
             "a peer takes requests that arrive at once or as others finish, not at given times; give --request_rate inf or "
             "--max_concurrency"
         )
-    if not all(params.ignore_eos for params in job.sampling_params(config)):
+    if not all(each.ignore_eos for each in params):
         raise InputError("a peer generates a fixed number of tokens per request; give --ignore_eos or --output_tokens")
 
 
 def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any]:
     """Write the requests of ``job``, as token ids, into ``folder``, and a checkpoint of the model where its weights are
-    random. Returns the run options that refer to both. Raises :class:`InputError` for a request that cannot be served."""
+    random or a GGUF file's. Returns the run options that refer to both. Raises :class:`InputError` for a request that cannot
+    be served."""
     from splitwiser.llm import make_requests  # these import PyTorch
     from splitwiser.model.loading import load_model
 
-    is_dummy = config.load_format == "dummy"
-    device = "cpu" if is_dummy else config.device_name
+    entry = resolve_model(config.model, config.models)
+    written = config.load_format == "dummy" or entry.gguf is not None
+    device = "cpu" if written else config.device_name
     model = load_model(
         config.model,
         models=config.models,
@@ -75,7 +80,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
         device=device,
         load_format=config.load_format,
         seed=config.seed,
-        weights=is_dummy,
+        weights=written,
     )
     prompts, params = job.make_prompts(model, config.seed), job.sampling_params(config)
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
@@ -85,8 +90,8 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
         "prompts": [request.prompt_token_ids for request in requests],
     }
     workload.write_text(json.dumps(content), encoding="utf-8")
-    location = resolve_model(config.model, config.models).location
-    if is_dummy:
+    location = entry.location
+    if written:
         location = str(folder / MODELS / model.name)
         model.module.save_pretrained(location)
     return {

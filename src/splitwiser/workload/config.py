@@ -1,8 +1,11 @@
 """The configuration of a workload: where requests come from, when they arrive, and how their tokens are chosen."""
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from splitwiser import constants
 from splitwiser.errors import InputError
@@ -16,6 +19,7 @@ from splitwiser.workload.trace import parse_slice
 
 Source = Literal["case", "workload", "trace", "synthetic"]
 
+PARAMETERS = ("temperature", "top_k", "top_p", "ignore_eos", "stop")  # of sampling that are options for all requests
 MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at once
 
 
@@ -39,8 +43,8 @@ class WorkloadConfig(Options):
     )
     workload: str | None = option(
         None,
-        "JSON file of prompts, lengths and arrival times, or a name of configs/workloads, such as standard, instead of "
-        "--data and --case_id",
+        "JSON file of prompts or chats, lengths and arrival times, .jsonl file of a request a line, or a name of "
+        "configs/workloads, such as standard, instead of --data and --case_id",
         "requests",
     )
     trace: str | None = option(
@@ -68,6 +72,9 @@ class WorkloadConfig(Options):
         None, f"number of requests that --prompt_tokens makes (default: {constants.REQUESTS})", "requests"
     )
     limit: int | None = option(None, "only the first N requests", "requests")
+    chat_template: bool = option(
+        False, "give each text prompt as a user's message, by the model's own chat template", "requests"
+    )
     max_prompt_tokens: int | None = option(None, "cut longer prompts of --trace or --prompt_tokens to this", "requests")
     max_new_tokens: int | None = option(
         None,
@@ -91,6 +98,9 @@ class WorkloadConfig(Options):
         constants.TOP_P, "draw among the likeliest tokens of this total probability; 1: all", "sampling"
     )
     ignore_eos: bool = option(False, "do not end a request at an end-of-sequence token", "sampling")
+    stop: str | None = option(
+        None, 'a text that ends a request and is cut off; several as a JSON list: \'["\\n\\n", "###"]\'', "sampling"
+    )
 
     def __post_init__(self) -> None:
         if self.workload is not None:
@@ -98,6 +108,7 @@ class WorkloadConfig(Options):
         check_counts(self, "limit", "requests", "max_prompt_tokens", "max_new_tokens")
         self.sampling_params(1)  # raises for invalid ones
         self._check_requests()
+        self._check_texts()
         self._check_arrivals()
         if self.trace_slice is not None:
             parse_slice(self.trace_slice)
@@ -135,6 +146,18 @@ class WorkloadConfig(Options):
                 "--max_prompt_tokens cuts the random prompts of --trace or --prompt_tokens; give one of them"
             )
 
+    def _check_texts(self) -> None:
+        """Refuse options for texts where prompts are random, or where the length of answers is fixed."""
+        is_random = self.source in ("trace", "synthetic")
+        if self.chat_template and is_random:
+            raise InputError(
+                "--chat_template is for prompts of text, and those of --trace and --prompt_tokens are random"
+            )
+        if self.stop is not None and (is_random or self.output_tokens is not None):
+            raise InputError(
+                "--stop ends a request early, and --trace, --prompt_tokens and --output_tokens fix how many tokens it has"
+            )
+
     def _check_arrivals(self) -> None:
         if self.request_rate is not None and not self.request_rate > 0:
             raise InputError(f"--request_rate must be above 0 requests per second, not {self.request_rate:g}")
@@ -161,13 +184,26 @@ class WorkloadConfig(Options):
             return "trace"
         return "case" if self.prompt_tokens is None else "synthetic"
 
-    def sampling_params(self, max_new_tokens: int, exact: bool = False) -> SamplingParams:
-        """Return the sampling parameters of a request whose case, workload or trace says ``max_new_tokens``. If ``exact``,
-        it generates exactly that many, past end-of-sequence tokens and regardless of ``--max_new_tokens``."""
-        return SamplingParams(
-            max_tokens=max_new_tokens if exact or self.max_new_tokens is None else self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            ignore_eos=self.ignore_eos or exact,
-        )
+    def sampling_params(
+        self, max_new_tokens: int, exact: bool = False, own: Mapping[str, Any] = MappingProxyType({})
+    ) -> SamplingParams:
+        """Return the sampling parameters of a request whose case, workload or trace says ``max_new_tokens``, and which has
+        parameters of its ``own``, by name. If ``exact``, it generates exactly that many, past end-of-sequence tokens and
+        regardless of ``--max_new_tokens``."""
+        params = {name: getattr(self, name) for name in PARAMETERS} | dict(own)
+        if exact:
+            params["ignore_eos"] = True
+        most = max_new_tokens if exact or self.max_new_tokens is None else self.max_new_tokens
+        return SamplingParams(max_tokens=most, **{**params, "stop": parse_stop(params["stop"])})
+
+
+def parse_stop(given: str | Sequence[str] | None) -> Sequence[str]:
+    """Return the stop strings that are ``given``: a JSON list of texts, or one text, or a sequence already."""
+    if not isinstance(given, str):
+        return given or ()
+    try:
+        listed = json.loads(given)
+    except ValueError:
+        return (given,)
+    is_list = isinstance(listed, list) and all(isinstance(each, str) for each in listed)
+    return listed if is_list else (given,)

@@ -1,6 +1,6 @@
 """Plans the requests of a run: prompts of a case, workload file or trace, or random ones, with lengths and arrival times."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,14 +10,16 @@ import numpy as np
 from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.files import find_config
-from splitwiser.request import Prompt, SamplingParams
+from splitwiser.options import option_fields
+from splitwiser.request import PromptInput, SamplingParams
 from splitwiser.workload.arrivals import check_arrival, gamma_arrivals
 from splitwiser.workload.cases import get_case
-from splitwiser.workload.config import Source, WorkloadConfig
+from splitwiser.workload.config import PARAMETERS, Source, WorkloadConfig
 from splitwiser.workload.named import FOLDER
 from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.prompt_file import read_prompt_file
 from splitwiser.workload.reports import load_reports, load_tok
+from splitwiser.workload.request_entry import read_request_lines
 from splitwiser.workload.synthetic import parse_lengths, random_prompts
 from splitwiser.workload.trace import parse_slice, read_trace
 
@@ -51,7 +53,10 @@ class ModelFacts(Protocol):
 Reader = Callable[[Path], list[PlannedRequest]]
 """Reads the requests of a file, one or more. Raises :class:`InputError` naming the file."""
 
-READERS: dict[str, Reader] = {".json": read_prompt_file}
+READERS: dict[str, Reader] = {
+    ".json": read_prompt_file,
+    ".jsonl": read_request_lines,
+}
 """The formats of ``--workload`` files, by their ending; another ending is read as JSON. A new format is a row here and a
 module with its reader."""
 
@@ -66,7 +71,7 @@ class Job:
     exact: bool = False
     notes: tuple[str, ...] = ()
 
-    def make_prompts(self, model: ModelFacts, seed: int) -> list[Prompt]:
+    def make_prompts(self, model: ModelFacts, seed: int) -> list[PromptInput]:
         """Return the prompts, drawn for ``model`` where they are random. Raises :class:`InputError` for one that is too
         long."""
         prompts = [each.prompt_for(model.encodes) for each in self.requests]
@@ -87,7 +92,7 @@ class Job:
 
     def sampling_params(self, config: WorkloadConfig) -> list[SamplingParams]:
         """Return the sampling parameters of each request."""
-        return [config.sampling_params(each.new_tokens, self.exact) for each in self.requests]
+        return [config.sampling_params(each.new_tokens, self.exact, each.sampling) for each in self.requests]
 
     @property
     def arrival_s(self) -> list[float]:
@@ -100,6 +105,9 @@ def prepare_job(config: WorkloadConfig, seed: int) -> Job:
     :class:`InputError`."""
     job = _SOURCES[config.source](config, seed)
     count = len(job.requests)
+    if config.chat_template:
+        job = _changed(job, "prompt", [_as_chat(each.prompt, number) for number, each in enumerate(job.requests)])
+    job = _note_own_parameters(job, config)
     if config.output_tokens is not None:
         lengths = parse_lengths("--output_tokens", config.output_tokens).draw(count, _generator(seed, "output lengths"))
         job = replace(_changed(job, "new_tokens", lengths), exact=True)
@@ -157,7 +165,30 @@ _SOURCES: dict[Source, Callable[[WorkloadConfig, int], Job]] = {
 }
 
 
-def _changed(job: Job, name: str, values: Sequence[float]) -> Job:
+def _as_chat(prompt: PromptInput | None, number: int) -> PromptInput:
+    """Return the text ``prompt`` as a user's message; a chat stays as it is. Raises :class:`InputError` for token ids."""
+    if isinstance(prompt, str):
+        return {"messages": [{"role": "user", "content": prompt}]}
+    if isinstance(prompt, Mapping):
+        return prompt
+    raise InputError(f"request {number}: its prompt is token ids, and --chat_template is for text")
+
+
+def _note_own_parameters(job: Job, config: WorkloadConfig) -> Job:
+    """Return ``job`` with a note of each sampling option that was given and is not used, since requests have their own.
+    Raises :class:`InputError` for a request with stop strings whose number of tokens is fixed."""
+    notes = list(job.notes)
+    for name in PARAMETERS:
+        count = sum(name in each.sampling for each in job.requests)
+        if count and getattr(config, name) != option_fields(WorkloadConfig)[name].default:
+            notes.append(f"{name} is as the workload says for {count} of {len(job.requests)} requests")
+    for number, each in enumerate(job.requests):
+        if config.output_tokens is not None and each.sampling.get("stop"):
+            raise InputError(f"request {number}: stop ends it early, and --output_tokens fixes how many tokens it has")
+    return replace(job, notes=tuple(notes))
+
+
+def _changed(job: Job, name: str, values: Sequence[object]) -> Job:
     """Return ``job`` with the field ``name`` of each request replaced by its value."""
     changes: list[dict[str, Any]] = [{name: value} for value in values]
     return replace(job, requests=[replace(each, **change) for each, change in zip(job.requests, changes, strict=True)])

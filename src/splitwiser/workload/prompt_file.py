@@ -1,44 +1,40 @@
 """Workload files in JSON: prompts, their lengths and when they arrive."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from annotated_types import Ge, Le, MinLen
-from pydantic import Strict
+from annotated_types import MinLen
 
 from splitwiser.errors import InputError
-from splitwiser.formats import AtLeastOne, must_be, parse_as
-from splitwiser.text import check_text, read_text
+from splitwiser.formats import AtLeastOne, must_be
+from splitwiser.text import read_text
 from splitwiser.workload.planned import PlannedRequest
-from splitwiser.workload.reports import Report
+from splitwiser.workload.request_entry import Defaults, Sampling, Seconds, TextOrIds, parse_request, parse_sampling
 
 _Prompt = Annotated[
-    Annotated[str, Strict()] | tuple[Annotated[int, Strict()], ...],
-    MinLen(1),
-    must_be("text or a list of token ids, and not empty"),
+    TextOrIds | dict[str, Any], MinLen(1), must_be("text, a list of token ids or a request, and not empty")
 ]
-_Time = Annotated[float, Strict(), Ge(0), Le(sys.float_info.max), must_be("0 or more seconds")]
 
 
-@dataclass(frozen=True)
-class _Content:
-    """The format of a workload file."""
+@dataclass(frozen=True, kw_only=True)
+class _Content(Sampling):
+    """The format of a workload file; what it says of sampling holds for requests that do not say otherwise."""
 
     prompts: Annotated[list[_Prompt], MinLen(1), must_be("a list with at least one prompt", itself=True)]
-    max_new_tokens: AtLeastOne | list[AtLeastOne]
-    arrival_s: list[_Time] | None = None
+    max_new_tokens: AtLeastOne | list[AtLeastOne] | None = None
+    arrival_s: list[Seconds] | None = None
 
 
 def read_prompt_file(path: Path) -> list[PlannedRequest]:
-    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text", ...], "arrival_s": [...]}`` (the last optional; without
-    it, all arrive at once).
+    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text" | {request}, ...], "arrival_s": [...]}`` (the last
+    optional; without it, all arrive at once), with sampling parameters for all beside them.
 
-    ``max_new_tokens`` is one number, or a list with one for each prompt. Raises :class:`InputError` naming the file and
-    the field.
+    ``max_new_tokens`` is one number, or a list with one for each prompt; a request as in
+    :func:`splitwiser.workload.request_entry.parse_request` may give its own. Raises :class:`InputError` naming the file
+    and the field.
     """
     try:
         content = json.loads(read_text(path))
@@ -49,18 +45,21 @@ def read_prompt_file(path: Path) -> list[PlannedRequest]:
     where = f"--workload {path}"
     if not isinstance(content, dict):
         raise InputError(f"{where}: must be an object with 'max_new_tokens' and 'prompts'")
-    read = parse_as(_Content, content, where)
+    read: _Content = parse_sampling(_Content, content, where)
     count = len(read.prompts)
+    if read.max_tokens is not None:
+        raise InputError(f"{where}: 'max_tokens' is a request's own; for all it is 'max_new_tokens'")
     new_tokens = read.max_new_tokens if isinstance(read.max_new_tokens, list) else [read.max_new_tokens] * count
-    arrivals = [0.0] * count if read.arrival_s is None else read.arrival_s
-    given: dict[str, Sequence[float]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals}
+    arrivals = [None] * count if read.arrival_s is None else read.arrival_s
+    given: dict[str, Sequence[float | None]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals}
     for name, values in given.items():
         if len(values) != count:
             raise InputError(f"{where}: '{name}' has {len(values)} entries for {count} prompts; give one each")
-    for number, prompt in enumerate(read.prompts):
-        if isinstance(prompt, str):
-            check_text(prompt, f"{where}: prompt {number}")
     return [
-        PlannedRequest(prompt, 0, tokens, arrival_s, Report(prompt if isinstance(prompt, str) else ""))
-        for prompt, tokens, arrival_s in zip(read.prompts, new_tokens, arrivals, strict=True)
+        parse_request(
+            prompt if isinstance(prompt, dict) else {"prompt": prompt},
+            Defaults(tokens, arrival_s, read.given),
+            f"{where}: prompt {number}",
+        )
+        for number, (prompt, tokens, arrival_s) in enumerate(zip(read.prompts, new_tokens, arrivals, strict=True))
     ]
