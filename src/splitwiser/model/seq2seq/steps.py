@@ -45,7 +45,8 @@ class EncoderStep(PackedStep):
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         self._lengths = lengths
         self._device = device
-        self._biases: dict[tuple[int, int], Tensor] = {}
+        self._table: Tensor | None = None  # the current layer's bias, and what it is for sources of these lengths
+        self._biases: dict[int, Tensor] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """See :meth:`~splitwiser.model.attention.AttentionStep.update`; stores nothing."""
@@ -58,38 +59,43 @@ class EncoderStep(PackedStep):
             raise UnsupportedModelError("a layer of the encoder does not see the whole source")
         if options.softcap is not None or options.sinks is not None:
             raise UnsupportedModelError("a layer of the encoder attends with a soft-cap or sinks")
-        sources = zip(*(each.split(list(self._lengths), dim=2) for each in (query, key, value)), strict=True)
-        outputs = [self._attend_source(queries, keys, values, options) for queries, keys, values in sources]
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        if options.bias is not self._table:
+            self._table, self._biases = options.bias, {}
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        start = 0
+        for length in self._lengths:
+            rows = slice(start, start + length)
+            start += length
+            made = self._attend_source(query[:, :, rows], key[:, :, rows], value[:, :, rows], options.scaling)
+            output[:, rows] = made.transpose(1, 2)
+        return output
 
-    def _attend_source(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def _attend_source(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attend within one source, (1, heads, tokens, head size) each; with a bias, from so few rows at a time that the
         biases take little memory."""
         heads, tokens = query.shape[1:3]
         grouped = heads != key.shape[1]
-        if options.bias is None:
-            return scaled_dot_product_attention(query, key, value, scale=options.scaling, enable_gqa=grouped)
+        if self._table is None:
+            return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped)
         rows = max(1, _SCORES_AT_ONCE // (heads * tokens))
         outputs = []
         for start in range(0, tokens, rows):
             part = query[:, :, start : start + rows]
-            bias = self._bias(options.bias, start, part.shape[2], tokens).to(query.dtype)
-            outputs.append(
-                scaled_dot_product_attention(part, key, value, bias, scale=options.scaling, enable_gqa=grouped)
-            )
+            bias = self._bias(self._table, start, part.shape[2], tokens, query.dtype)
+            outputs.append(scaled_dot_product_attention(part, key, value, bias, scale=scaling, enable_gqa=grouped))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _bias(self, table: Tensor, start: int, rows: int, tokens: int) -> Tensor:
+    def _bias(self, table: Tensor, start: int, rows: int, tokens: int, dtype: torch.dtype) -> Tensor:
         """Return the bias of ``rows`` tokens from ``start`` on over a source of ``tokens`` tokens, (1, heads, rows, tokens).
         That of a whole source is kept, for the layers that share a table."""
-        if (known := self._biases.get((id(table), tokens))) is not None:
+        if (known := self._biases.get(tokens)) is not None:
             return known
         places = torch.arange(tokens, device=self._device)
         most = table.shape[1] // 2
         distances = (places[None] - places[start : start + rows, None]).clamp(-most, most) + most
-        bias = table[:, distances][None]
+        bias = table.to(dtype)[:, distances][None]
         if rows == tokens:
-            self._biases[id(table), tokens] = bias
+            self._biases[tokens] = bias
         return bias
 
 
