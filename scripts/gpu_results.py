@@ -212,7 +212,8 @@ def machine_line(work: Path) -> str:
     known = {} if rows.empty else dict(zip(rows["name"], rows["value"], strict=True))
     found = {each["name"]: each["figures"] for each in read_json(work / "doctor" / "doctor.json").get("findings", [])}
     known |= {name: found[finding]["version"] for name, finding in SOFTWARE.items() if finding in found}
-    known |= {"GPU driver_version": gpu["driver_version"] for gpu in found.get("driver", {}).get("gpus", [])[:1]}
+    if gpus := found.get("driver", {}).get("gpus"):
+        known["GPU driver_version"] = gpus[0]["driver_version"]
     gpu = read_json(work / RECORD).get("gpu")
     parts = [("driver", "GPU driver_version"), *((name, name) for name in ("torch", "triton", "transformers"))]
     return ", ".join([str(gpu), *(f"{label} {known[name]}" for label, name in parts if name in known)])

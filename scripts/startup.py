@@ -1,9 +1,9 @@
-"""Measures start-up and memory of two checkouts in interleaved rounds: ``python scripts/startup.py --before CHECKOUT``.
+"""Measures start-up and memory, of two checkouts in interleaved rounds: ``python scripts/startup.py [--before CHECKOUT]``.
 
-For each job, prints the medians over the rounds of: seconds and processor seconds from the command to the folder that a
-run makes just before its first step, peak memory in MB, tokens/s, and processor milliseconds per token (prompt and new) of
-all processes from then on. Both checkouts run with this interpreter. Processor time is more reliable than seconds on a
-machine that others use too.
+For each job, writes a row a run into a CSV file, and prints the medians over the rounds of: seconds and processor seconds
+from the command to the folder that a run makes just before its first step, peak memory in MB, tokens/s, and processor
+milliseconds per token (prompt and new) of all processes from then on. Both checkouts run with this interpreter. Processor
+time is more reliable than seconds on a machine that others use too.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -67,29 +68,38 @@ def processor_s(process: psutil.Process) -> float:
     return total
 
 
-def show(name: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of ``rows`` under ``name``."""
+def show(name: str, sides: Mapping[str, Sequence[tuple[float, ...]]]) -> None:
+    """Print the medians over the rounds of each side, and of two their ratio, under ``name``."""
+    medians = {side: [median(column) for column in zip(*rounds, strict=True)] for side, rounds in sides.items()}
+    if len(medians) == 2:
+        medians["ratio"] = [now / before for before, now in zip(medians["before"], medians["now"], strict=True)]
     print(f"\n{name}\n{'':8}" + "".join(f"{figure:>18}" for figure in FIGURES))
-    for title, *values in rows:
-        print(f"{title:8}" + "".join(f"{value:>18}" for value in values), flush=True)
+    for side, figures in medians.items():
+        print(f"{side:8}" + "".join(f"{figure:>18.2f}" for figure in figures), flush=True)
 
 
 def main() -> None:
-    """Measure and print the tables."""
-    parser = argparse.ArgumentParser(description="Start-up and memory of two checkouts, in interleaved rounds.")
-    parser.add_argument("--before", type=Path, required=True, help="the other checkout")
+    """Measure, write the rows and print the tables."""
+    parser = argparse.ArgumentParser(description="Start-up and memory of this checkout, in rounds.")
+    parser.add_argument("--before", type=Path, help="another checkout, measured in turns with this one")
     parser.add_argument("--rounds", type=int, default=5, help="after one that does not count")
     parser.add_argument("--jobs", default="", help="only jobs whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("startup.csv"), help="gets the figures of every run")
     options = parser.parse_args()
-    checkouts = {"before": options.before.resolve(), "now": PROJECT}
-    for name, job in ((name, job) for name, job in JOBS.items() if options.jobs in name):
-        rounds = [{each: measure(checkouts[each], job) for each in checkouts} for _ in range(options.rounds + 1)][1:]
-        before, now = (
-            [median(row) for row in zip(*(each[which] for each in rounds), strict=True)] for which in checkouts
-        )
-        ratios = [f"{later / earlier:.2f}" for earlier, later in zip(before, now, strict=True)]
-        tables = [("before", before), ("now", now)]
-        show(name, [*((title, *(f"{value:.2f}" for value in row)) for title, row in tables), ("ratio", *ratios)])
+    checkouts = {"before": options.before.resolve()} if options.before else {}
+    checkouts["now"] = PROJECT
+    with options.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["job", "checkout", "round", *FIGURES])
+        for name, job in ((name, job) for name, job in JOBS.items() if options.jobs in name):
+            sides: dict[str, list[tuple[float, ...]]] = {side: [] for side in checkouts}
+            for number, (side, checkout) in product(range(options.rounds + 1), checkouts.items()):
+                figures = measure(checkout, job)
+                if number:  # the first fills caches
+                    sides[side].append(figures)
+                    writer.writerow([name, side, number, *(f"{figure:.4g}" for figure in figures)])
+                    file.flush()
+            show(name, sides)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tests.support.assertions import assert_says
 from tests.support.tokens import LENGTHS, SERVED, prompts_of
 
 BLOCK = 16
+WITH_BIAS = ["falcon_rw", "mpt"]  # by the position of the key, and by its distance
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> 
     return [sequence.token_ids for sequence in [*sequences, last]]
 
 
-@pytest.mark.parametrize("name", [*SERVED, "flan_t5", "bart"])
+@pytest.mark.parametrize("name", [*SERVED, *WITH_BIAS, "flan_t5", "bart"])
 def test_fixed_steps_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name))
     expected = tokens_of(model, pool, None)
@@ -136,7 +137,7 @@ def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*SERVED, *WITH_BIAS])
 def test_replayed_graphs_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name), "cuda")
     expected = tokens_of(model, pool, None)

@@ -151,6 +151,8 @@ def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
     if config.is_encoder_decoder:  # the decoder's, as BART's relatives and T5's call them
         heads = getattr(config, "decoder_attention_heads", heads)
         layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", layers))
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    grouped = getattr(text, "new_decoder_architecture", False) and text.num_kv_heads  # Falcon's names
+    single = 1 if getattr(text, "multi_query", False) else None
+    kv_heads = getattr(text, "num_key_value_heads", None) or grouped or single or heads
     size = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
     return [LayerShape(kv_heads, size, size)] * layers if layers and kv_heads and size else None

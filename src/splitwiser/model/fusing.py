@@ -25,9 +25,13 @@ from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear,
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
 # activations that oneDNN applies to a product: its name for one, and which form of it
 _ACTIVATIONS = (RELU, ("gelu", "none"), ("gelu", "tanh"), ("swish", ""))
-# names of a gated MLP's layers, and of a layer with the activation of its output: most models', and T5's
-_GATED_MLPS = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
-_ACTIVATED = (("fc1", "activation_fn"), ("wi", "act"))
+# what models call the layers of a gated feed-forward network
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+# what models call a linear layer and the activation of its output
+_ACTIVATED = (
+    ("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("dense_h_to_4h", "gelu_impl"), ("up_proj", "act"),
+    ("fc_in", "act"), ("c_fc", "act"), ("wi", "act"),
+)  # fmt: skip
 # of the rows that modules are compared on: far apart, so that an epsilon or a limit makes a difference
 _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
 # relative to the norm of a row: a few roundings to bfloat16, each at most 1/256 of a number
@@ -119,7 +123,7 @@ def _norm_weight(own: nn.Module, call: _Call) -> tuple[nn.Parameter, float] | No
 
 
 def _mlp_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
-    for names in _GATED_MLPS:
+    for names in _GATED:
         linears = _packable_children(own, *names)
         if linears and _can_concatenate(linears[:2]):
             gate_up_proj, down_proj = PackedLinear(_concatenate(linears[:2])), PackedLinear(linears[2])
@@ -205,14 +209,17 @@ class _Fusing:
         for child in list(module.children()):
             self.fuse_activations(child)
         if module in self._calls:
-            for names in _ACTIVATED:
-                self._fuse_activation(module, *names)
+            self._fuse_activation(module)
 
-    def _fuse_activation(self, own: nn.Module, linear: str, function: str) -> None:
-        """Let the layer ``linear`` of ``own`` compute the activation ``function`` too, if the two and ``own`` as a whole
-        then compute the same."""
-        first, activation, calls = getattr(own, linear, None), getattr(own, function, None), self._calls
-        if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
+    def _fuse_activation(self, own: nn.Module) -> None:
+        """Let a linear layer of ``own`` compute the activation behind it too, if the two and ``own`` as a whole then compute
+        the same."""
+        calls, children = self._calls, dict(own.named_children())
+        names = next((pair for pair in _ACTIVATED if set(pair) <= set(children)), None)
+        if names is None:
+            return
+        first, activation = (children[name] for name in names)
+        if not (is_packable(first) and first in calls and activation in calls):
             return
         fused = self._choose(nn.Sequential(first, activation), _activation_candidates, calls[first])
         if fused is None:
@@ -220,12 +227,12 @@ class _Fusing:
 
         def with_fused_activation(*_: object) -> Iterator[nn.Module]:
             layer = copy.copy(own)
-            layer._modules = {**own._modules, linear: fused, function: nn.Identity()}
+            layer._modules = {**own._modules, names[0]: fused, names[1]: nn.Identity()}
             yield layer
 
         if self._choose(own, with_fused_activation, calls[own]):  # nothing is computed between the two
-            setattr(own, linear, fused)
-            setattr(own, function, nn.Identity())
+            setattr(own, names[0], fused)
+            setattr(own, names[1], nn.Identity())
 
     def _choose(self, own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
         """Return the chosen candidate with the attributes of ``own`` that a model might read; None if ``own`` stays."""
