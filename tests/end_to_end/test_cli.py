@@ -73,12 +73,8 @@ def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
 def test_models_of_a_file_of_ones_own(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     models = tmp_path / "models.yaml"
     models.write_text(f"mine: {{path: {os.path.relpath(tiny('llama'), tmp_path)}}}")
-    assert invoke("models", "--models", models).stdout.splitlines()[1].split() == [
-        "mine",
-        "decoder",
-        "no",
-        str(tiny("llama")),
-    ]
+    listed = invoke("models", "--models", models).stdout.splitlines()[1].split()
+    assert listed == ["mine", "0.1M", "0.1", "MiB", "packed", str(tiny("llama"))]
     done = invoke(
         "run", "--models", models, "--model", "mine", "--prompt_tokens", "5", "--requests", "2", "--output_tokens", "2",
         "--results", tmp_path / "out",
@@ -519,7 +515,7 @@ def test_a_fault_in_the_run_gets_exit_code_1_and_keeps_what_was_finished(
     workload = write_workload(tmp_path / "two.json", [[5], [6]], 4, arrival_s=[0, 0.5])
     prefill_step = steps.prefill_step
 
-    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> list[int]:
+    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], *_: object) -> list[int]:
         if chunks[0].sequence.request.prompt_token_ids == (6,):
             raise RuntimeError("the device is gone")
         return prefill_step(model, pool, chunks)

@@ -27,7 +27,7 @@ from splitwiser.model.kernels.interface import PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import PagedAttention, Segment
-from splitwiser.model.proof import logits_agree
+from splitwiser.model.trials import logits_agree
 from splitwiser.request import Request, SamplingParams
 from tests.support.models import make_tiny
 from tests.support.tokens import prompts_of
@@ -141,6 +141,13 @@ def test_a_step_falls_back_where_no_fixed_one_takes_it(tiny: Callable[[str], Pat
     assert prefill_step(model, pool, [Chunk(sequence, 24, 16)], graphs) == expected
 
 
+def test_each_token_knows_the_length_of_its_prompt(tiny: Callable[[str], Path]) -> None:
+    _, pool = loaded(tiny("opt"))
+    step = _FixedPrompts(pool, 32, torch.device("cpu"))
+    step.load([Segment(range(1), 5, 5), Segment(range(1, 2), 11, 11)], [0] * 16, [4, 15])
+    assert step.lengths(step.positions[None])[0].tolist() == [5] * 5 + [11] * 11 + [16] * 16
+
+
 def test_attention_that_the_kernel_does_not_take_is_refused(tiny: Callable[[str], Path]) -> None:
     _, pool = loaded(tiny("opt"))
     step = _FixedPrompts(pool, 32, torch.device("cpu"))
@@ -148,6 +155,7 @@ def test_attention_that_the_kernel_does_not_take_is_refused(tiny: Callable[[str]
     with pytest.raises(UnsupportedModelError, match="options"):
         step.attend(made, made, made, Mask(sliding_window_causal_mask_function(3)), AttentionOptions(1.0, softcap=2.0))
     chunks = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
+    step.update(made, made, 0)
     with pytest.raises(UnsupportedModelError, match="no sliding window"):
         step.attend(made, made, made, Mask(chunks), AttentionOptions(1.0))
 

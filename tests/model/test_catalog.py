@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from splitwiser import constants
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, load_catalog, resolve_model
+from splitwiser.model.loading import auto_class
 from tests.support.assertions import assert_says, refusal
-from tests.support.models import auto_class
 
 MODELS = constants.MODELS
 

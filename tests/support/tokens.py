@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from splitwiser.model.kv_pool import block_nbytes
-from splitwiser.model.loading import load_model
+from splitwiser.model.loading import auto_class, load_model
 from splitwiser.model.routes import ROUTES
-from tests.support.models import VOCABULARY, auto_class
+from tests.support.models import VOCABULARY
 
 ENCODER_DECODERS = [
     "t5", "flan_t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "m2m_100",

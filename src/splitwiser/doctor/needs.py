@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser import constants
 from splitwiser.doctor.config import DoctorConfig
-from splitwiser.doctor.survey import Found, format_size
+from splitwiser.doctor.survey import Found
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
@@ -18,7 +18,7 @@ from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
 from splitwiser.model.loading import longest_request, max_positions, plan_model, weights_nbytes, without_memory
 from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
-from splitwiser.text import parse_bytes
+from splitwiser.text import format_size, parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"
 

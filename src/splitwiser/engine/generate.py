@@ -21,7 +21,7 @@ from splitwiser.engine.sampling import finish_reason, sample_tokens
 from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.padding import pad
+from splitwiser.model.rotary import forget_lengths
 from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
 
 WORKER = "generate-0"
@@ -151,13 +151,13 @@ class GenerateEngine:
             )
             for request, arrival_ns in arrived
         ]
-        prompts = [request.prompt_token_ids for request in batch]
-        ids, mask = pad(prompts, self._model.device, self._model.padding_side)
+        ids, mask = self._model.pad([request.prompt_token_ids for request in batch])
         # without an end-of-sequence token, generate leaves the end of a row to the rule that all modes share
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
         sampled = any(request.params.temperature > 0 for request in batch)
+        forget_lengths(self._model.module)
         generate = cast("Callable[..., Tensor]", self._model.module.generate)
         generate(
             input_ids=ids,

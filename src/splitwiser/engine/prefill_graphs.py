@@ -18,7 +18,7 @@ from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment, first_seen, window_of
-from splitwiser.model.proof import logits_agree
+from splitwiser.model.trials import logits_agree
 
 MAX_PROMPTS = 16  # in one step; attention launches programs for this many, whether they have work or not
 SMALLEST = 128  # tokens; smaller steps take as long, since they read all weights too
@@ -34,9 +34,9 @@ class _FixedPrompts(FixedStep):
     """
 
     def __init__(self, pool: KVPool, size: int, device: torch.device) -> None:
+        super().__init__()
         self.size = size
         self._pool = pool
-        self._layer = -1
         self._windows: dict[int, int | None] = {}
         sizes = [size, size, size, MAX_PROMPTS, MAX_PROMPTS + 2]
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -89,11 +89,15 @@ class _FixedPrompts(FixedStep):
         """See :meth:`splitwiser.model.fixed_step.FixedStep.begin`."""
         self._offsets = self._ends.to(torch.int32)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`splitwiser.model.attention.AttentionStep.update`."""
-        self._layer = layer_idx
-        self._pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`splitwiser.model.attention.AttentionStep.store`."""
+        self._pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+
+    def lengths(self, positions: Tensor) -> Tensor:
+        """See :meth:`splitwiser.model.attention.AttentionStep.lengths`; each prompt is whole in the step."""
+        following = torch.searchsorted(self._ends, torch.arange(self.size, device=positions.device), right=True)
+        lengths: Tensor = self._ends[following] - self._ends[following - 1]
+        return lengths.view_as(positions)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`splitwiser.model.attention.AttentionStep.attend`. Raises :class:`UnsupportedModelError` for a mask or
@@ -102,23 +106,24 @@ class _FixedPrompts(FixedStep):
         assert isinstance(mask, Mask)
         if not options.fits_varlen:
             raise UnsupportedModelError("its attention has options that the variable-length kernel does not take")
+        window = self._window(mask, self.attended_layer(key))
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        offsets, longest, window = (self._offsets, self._offsets), (self.size, self.size), self._window(mask)
+        offsets, longest = (self._offsets, self._offsets), (self.size, self.size)
         return self._pool.kernels.varlen(query, key, value, offsets, longest, window, options.scaling).unsqueeze(0)
 
-    def _window(self, mask: Mask) -> int | None:
-        """Return the sliding window of the current layer, None for a causal mask. Found in the forward before a capture,
-        which may not ask the device for numbers."""
+    def _window(self, mask: Mask, layer: int) -> int | None:
+        """Return the sliding window of attention to ``layer``, None for a causal mask. Found in the forward before a
+        capture, which may not ask the device for numbers."""
         if mask.is_causal:
             return None
-        if self._layer not in self._windows:
+        if layer not in self._windows:
             positions = torch.arange(self.size, device=self.tokens.device)
             starts = first_seen(mask, positions)
             window = None if starts is None else window_of(starts, positions)
             if window is None:
                 raise UnsupportedModelError("a mask that is no sliding window")
-            self._windows[self._layer] = window
-        return self._windows[self._layer]
+            self._windows[layer] = window
+        return self._windows[layer]
 
 
 class PrefillGraphs(Graphs[_FixedPrompts]):

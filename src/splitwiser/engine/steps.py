@@ -44,12 +44,11 @@ class SequenceState:
         """Number of output tokens so far."""
         return len(self.token_ids)
 
-    @property
-    def newest(self) -> Segment:
-        """The last output token, as a decode step's part."""
+    def newest(self, count: int) -> Segment:
+        """Return the last ``count`` tokens as a decode step's part."""
         request = self.request
         first = len(request.prompt_token_ids) if request.encoded else 0
-        return Segment(self.blocks, request.prefilled_tokens + self.drawn, 1, first)
+        return Segment(self.blocks, request.prefilled_tokens + self.drawn, count, first=first)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,10 @@ def prefill_step(
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
     tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    segments = [Segment(chunk.sequence.blocks, chunk.end, chunk.tokens) for chunk in chunks]
+    segments = [
+        Segment(chunk.sequence.blocks, chunk.end, chunk.tokens, len(chunk.sequence.request.prompt_token_ids))
+        for chunk in chunks
+    ]
     ends, total = [], 0
     for chunk in chunks:
         total += chunk.tokens
@@ -124,11 +126,17 @@ def decode_step(
 ) -> list[int]:
     """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
 
+    A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    segments = [each.newest for each in sequences]
-    tokens = [each.token_ids[-1] for each in sequences]
-    logits = graphs.logits(segments, tokens) if graphs else ROUTES[model.kind].decode(model, pool, segments, tokens)
+    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
+    new = [length if length == model.computed_anew_at else 1 for length in lengths]
+    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
+    tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
+    if graphs and len(tokens) == len(sequences):
+        logits = graphs.logits(segments, tokens)
+    else:
+        logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
     return sample_tokens(logits, sequences).tolist()
 
 
@@ -191,3 +199,8 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
+
+
+def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
+    """Return the last ``count`` tokens of a sequence's prompt and output."""
+    return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]

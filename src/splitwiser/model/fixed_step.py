@@ -37,9 +37,9 @@ class FixedDecodeStep(FixedStep):
     firsts: Tensor
 
     def __init__(self, pool: KVPool, size: int, width: int, device: torch.device, *, sources: bool = False) -> None:
+        super().__init__()
         self.size = size
         self.pool = pool
-        self._layer = -1
         self._members: list[Sequence[int]] = []
         self._host = torch.zeros(5 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(5 * size, dtype=torch.int64, device=device)
@@ -86,16 +86,15 @@ class FixedDecodeStep(FixedStep):
         """See :meth:`FixedStep.begin`."""
         self._starts.clear()
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`splitwiser.model.attention.AttentionStep.update`."""
-        self._layer = layer_idx
-        self.pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`splitwiser.model.attention.AttentionStep.store`."""
+        self.pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`splitwiser.model.attention.AttentionStep.attend`."""
         assert isinstance(mask, Mask)
-        return self.attend_between(query, self._layer, self._first_seen(mask), self._lengths, options)
+        starts = self._first_seen(mask)
+        return self.attend_between(query, self.attended_layer(key), starts, self._lengths, options)
 
     def attend_between(
         self, query: Tensor, layer: int, starts: Tensor, ends: Tensor, options: AttentionOptions

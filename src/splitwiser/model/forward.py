@@ -1,6 +1,7 @@
 """One forward of a model over packed tokens, as prefill steps, decode steps and CUDA graphs run it."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -26,8 +27,10 @@ def prefill_logits(
 
 
 def decode_logits(model: LoadedModel, pool: KVPool, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-    """Store K and V of ``token_ids``, one of each segment, and return the logits after it: (requests, vocabulary)."""
-    return prefill_logits(model, pool, segments, token_ids, range(len(segments)))
+    """Store K and V of ``token_ids``, the new tokens of ``segments`` one after another, and return the logits after the last
+    of each: (requests, vocabulary)."""
+    ends = [end - 1 for end in itertools.accumulate(segment.tokens for segment in segments)]
+    return prefill_logits(model, pool, segments, token_ids, ends)
 
 
 def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:

@@ -270,15 +270,15 @@ class _Recorder(AttentionStep):
     """Takes the place of the step while a module runs, and records what the module stores, asks for and returns."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.numbers: list[Tensor] = []
         self.others: list[object] = []
         self.options: AttentionOptions | None = None
         self._random = torch.Generator().manual_seed(1)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.numbers += [key, value]
-        self.others.append(layer_idx)
-        return key, value
+        self.others.append(layer)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """Return random numbers, which do not hide what the module does with them."""

@@ -19,11 +19,10 @@ from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import Segment
-from splitwiser.model.proof import BOUNDS, agree, padding_keeps_logits, probe_prompts
 from splitwiser.model.seq2seq.forward import decode, decode_logits, encode, prefill_logits, start_token_of
 from splitwiser.model.seq2seq.parts import replace_parts
 from splitwiser.model.seq2seq.steps import EncoderStep, PackedStep, is_view_of_source
-from splitwiser.model.trials import Trial
+from splitwiser.model.trials import BOUNDS, Trial, agree, padding_keeps_logits, probe_prompts
 
 _ANSWER = 4  # tokens of an answer that are tried
 
@@ -128,11 +127,12 @@ class _Positioned(PackedStep):
     """Lets another step attend, from given positions."""
 
     def __init__(self, step: AttentionStep, positions: Tensor) -> None:
+        super().__init__()
         self.positions = positions
         self._step = step
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        return self._step.update(key, value, layer_idx)
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self._step.store(layer, key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         return self._step.attend(query, key, value, mask, options)
@@ -149,12 +149,16 @@ class _DecoderProbe(EncoderDecoderCache, PackedStep):  # type: ignore[misc]  # a
     """Takes the place of the pool in one forward and records what each layer of the decoder does."""
 
     def __init__(self, device: torch.device) -> None:
+        PackedStep.__init__(self)
         self.positions = torch.zeros(1, dtype=torch.long, device=device)
         self.is_updated = {}
         self.events: list[tuple[str, int]] = []
         self.shapes: dict[int, set[LayerShape]] = {}
         self.self_attention_cache = _ProbeCache(self, "answer")  # type: ignore[assignment]
         self.cross_attention_cache = _ProbeCache(self, "source")  # type: ignore[assignment]
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        raise AssertionError("the parts store")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         looks_at = "source" if is_view_of_source(mask) else "answer"
@@ -235,7 +239,7 @@ def _served_logits(
     def step(requests: list[int]) -> None:
         drawn = [len(logits[number]) for number in requests]
         segments = [
-            Segment(blocks[number], len(sources[number]) + done + 1, 1, len(sources[number]))
+            Segment(blocks[number], len(sources[number]) + done + 1, 1, first=len(sources[number]))
             for number, done in zip(requests, drawn, strict=True)
         ]
         inputs = [answers[number][done] for number, done in zip(requests, drawn, strict=True)]

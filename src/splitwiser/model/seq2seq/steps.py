@@ -42,15 +42,15 @@ class EncoderStep(PackedStep):
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        super().__init__()
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         self._lengths = lengths
         self._device = device
         self._table: Tensor | None = None  # the current layer's bias, and what it is for sources of these lengths
         self._biases: dict[int, Tensor] = {}
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`~splitwiser.model.attention.AttentionStep.update`; stores nothing."""
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.store`; nothing is kept."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.attend`; ``options.bias`` is by signed distance. Raises
@@ -103,7 +103,6 @@ class SourceCache(AttentionStep):
     """The part of a :class:`DecoderStep` that attends to the sources, whose K and V lie in ``pool``."""
 
     pool: KVPool
-    _layer: int
 
     @property
     def layers(self) -> "SourceCache":
@@ -111,7 +110,7 @@ class SourceCache(AttentionStep):
         return self
 
     def __getitem__(self, layer: int) -> "_Stored":
-        self._layer = layer
+        self._last_stored = layer
         # attention reads the pool itself: what is passed only has to have the shape of K and V
         keys, values = (stored[layer][0].transpose(0, 1)[None] for stored in (self.pool.keys, self.pool.values))
         return _Stored(keys, values)
@@ -132,11 +131,15 @@ class DecoderStep(EncoderDecoderCache, PackedStep):  # type: ignore[misc]  # tra
     def __init__(
         self, answer: AttentionStep, source: SourceCache, positions: Tensor, *, stores_sources: bool = False
     ) -> None:
-        # not EncoderDecoderCache's own, which takes caches of transformers alone
+        PackedStep.__init__(self)  # not EncoderDecoderCache's own, which takes caches of transformers alone
         self.positions = positions
         self._answer, self._source = answer, source
         self.self_attention_cache, self.cross_attention_cache = answer, source  # type: ignore[assignment]
         self.is_updated = {} if stores_sources else dict.fromkeys(range(len(source.pool.keys)), True)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.store`; the model asks the parts to."""
+        self._answer.store(layer, key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.attend`. Raises the error of :func:`is_view_of_source`."""
@@ -180,14 +183,14 @@ class FixedSources(SourceCache):
     """The attention of a fixed step's tokens over the sources."""
 
     def __init__(self, step: FixedDecodeStep) -> None:
+        super().__init__()
         self.pool = step.pool
         self._step = step
         self._starts = torch.zeros_like(step.firsts)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`~splitwiser.model.attention.AttentionStep.update`; the sources are stored already."""
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.store`; the sources are stored already."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.attend`."""
-        return self._step.attend_between(query, self._layer, self._starts, self._step.firsts, options)
+        return self._step.attend_between(query, self.attended_layer(key), self._starts, self._step.firsts, options)
