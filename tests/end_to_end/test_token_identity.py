@@ -8,7 +8,7 @@ import pytest
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.placement.modes import MODES
-from tests.support.tokens import DISPATCHED, LENGTHS, SERVED, prompts_of, references, room_for
+from tests.support.tokens import DISPATCHED, ENCODER_DECODERS, LENGTHS, SERVED, prompts_of, references, room_for
 
 # mode mps, whose workers are those of mp, is tested with its daemon
 PLACED = [pytest.param(mode, marks=[pytest.mark.gpu] * (mode == "green")) for mode in MODES if mode != "mps"]
@@ -87,7 +87,37 @@ def test_staggered_arrivals_change_no_token(name: str, tiny: Callable[[str], Pat
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 30)
 
 
-def test_sampled_tokens_depend_on_the_seed_and_nothing_else(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kernels"), [*((name, "auto") for name in ENCODER_DECODERS), ("t5", "plain"), ("bart", "plain")]
+)
+def test_encoder_decoders(name: str, kernels: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS)
+    arrivals = [0.01 * (number % 3) for number in range(len(prompts))]
+    # a budget below most sources, and room for little more than the longest, so that blocks are used again
+    with LLM(tiny(name), prefill_tokens=24, kv_memory=room_for(tiny(name), 144), kernels=kernels) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24), arrival_s=arrivals)
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("generate", "m2m_100"),
+        ("generate", "flan_t5"),
+        ("mp", "flan_t5"),
+        pytest.param("green", "flan_t5", marks=pytest.mark.gpu),
+    ],
+)
+def test_encoder_decoders_in_other_modes(mode: str, name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS, seed=1)
+    with LLM(tiny(name), mode=mode) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=40))
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 40)
+
+
+@pytest.mark.parametrize("name", ["llama", "flan_t5"])
+def test_sampled_tokens_depend_on_the_seed_and_nothing_else(name: str, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS, seed=3)
     params = [
         SamplingParams(max_tokens=20, temperature=0.9, top_k=number % 3 * 20, top_p=1 - 0.1 * (number % 2), seed=number)
@@ -100,10 +130,10 @@ def test_sampled_tokens_depend_on_the_seed_and_nothing_else(tiny: Callable[[str]
         ("generate", {}),
     ]
     for mode, settings in placements:
-        with LLM(tiny("llama"), mode=mode, **settings) as llm:
+        with LLM(tiny(name), mode=mode, **settings) as llm:
             drawn.append([output.token_ids for output in llm.generate(prompts, params)])
     assert drawn[0] == drawn[1] == drawn[2]
-    with LLM(tiny("llama")) as llm:
+    with LLM(tiny(name)) as llm:
         (alone,) = llm.generate([prompts[4]], params[4])
         (other,) = llm.generate([prompts[4]], SamplingParams(max_tokens=20, temperature=0.9, seed=1000))
     assert alone.token_ids == drawn[0][4]

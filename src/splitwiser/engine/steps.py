@@ -1,9 +1,8 @@
 """One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,13 +11,14 @@ from splitwiser.engine.decode_graphs import DecodeGraphs, capture_decode_graphs
 from splitwiser.engine.messages import Phase
 from splitwiser.engine.prefill_graphs import PrefillGraphs, capture_prefill_graphs
 from splitwiser.engine.sampling import finish_reason, sample_tokens
-from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.paged_attention import Segment
+from splitwiser.model.routes import ROUTES
 from splitwiser.request import FinishReason, Request, SamplingParams
 
 WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
+WARM_UP_SOURCE = 512  # tokens of one source: with a bias its attention takes memory for every pair
 
 
 @dataclass(eq=False)
@@ -54,6 +54,12 @@ class SequenceState:
     def drawn(self) -> int:
         """Number of output tokens so far."""
         return len(self.token_ids)
+
+    def newest(self, count: int) -> Segment:
+        """Return the last ``count`` tokens as a decode step's part."""
+        request = self.request
+        newest = self.segment(request.prefilled_tokens + self.drawn, count)
+        return replace(newest, first=len(request.prompt_token_ids)) if request.encoded else newest
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,7 @@ def prefill_step(
     rows = ends or [total - 1]
     logits = graphs.logits(segments, tokens, rows) if graphs else None
     if logits is None:
-        step = PagedAttention(pool, segments, model.device)
-        logits = forward(model.module, step, tokens, _positions(segments), rows)
+        logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
     if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
@@ -136,16 +141,14 @@ def decode_step(
     A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    lengths = [len(each.request.prompt_token_ids) + len(each.token_ids) for each in sequences]
+    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
     new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [each.segment(*counts) for each, *counts in zip(sequences, lengths, new, strict=True)]
+    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
     tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
     if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
     else:
-        step = PagedAttention(pool, segments, model.device)
-        ends = [end - 1 for end in itertools.accumulate(new)]
-        logits = forward(model.module, step, tokens, _positions(segments), ends)
+        logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
     return sample_tokens(logits, sequences).tolist()
 
 
@@ -201,10 +204,10 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
     if model.device.type != "cuda":
         return
     budget = min(budget, WARM_UP_TOKENS)
-    length = min(budget, pool.blocks * pool.block_tokens, model.max_positions or budget)
-    prompt = SequenceState(
-        Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length))
-    )
+    room = pool.blocks * pool.block_tokens - model.encodes
+    length = min(budget, room, model.max_positions or (WARM_UP_SOURCE if model.encodes else budget))
+    request = Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0, encoded=model.encodes)
+    prompt = SequenceState(request, range(pool.blocks_for(request.max_kv_tokens)))
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
@@ -213,7 +216,3 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
 def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
     """Return the last ``count`` tokens of a sequence's prompt and output."""
     return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]
-
-
-def _positions(segments: Sequence[Segment]) -> list[int]:
-    return [position for segment in segments for position in segment.positions]
