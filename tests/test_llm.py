@@ -156,7 +156,6 @@ def test_dummy_text_is_tokenised_without_a_download() -> None:
         ({"prefill_tokens": 0}, "prefill_tokens must be 1 or more, not 0"),
         ({"kv_memory": "lots"}, "kv_memory 'lots' is not a size; write 'auto' or a number with a unit"),
         ({"kv_memory": "10B"}, "kv_memory '10B' is less than one block"),
-        ({"model": "t5-base"}, "model t5-base is an encoder-decoder; only decoder-only models are served"),
         ({"model": "opt-125"}, "unknown model 'opt-125'; did you mean opt-125m"),
     ],
 )
@@ -411,6 +410,18 @@ def test_without_max_tokens_a_request_takes_what_there_is_room_for(
         longest = refusal(llm.generate, [[5] * 257], SamplingParams(max_tokens=None))
     assert (len(output.token_ids), output.finish_reason) == (new, "length")
     assert "257 prompt tokens and 1 new ones need" in longest
+
+
+@pytest.mark.parametrize(("name", "room", "new"), [("bart", "auto", 256), ("t5", "64", 61)])
+def test_the_answer_of_an_encoder_decoder_has_positions_of_its_own(
+    name: str, room: str, new: int, tiny: Callable[[str], Path]
+) -> None:
+    size = room if room == "auto" else room_for(tiny(name), int(room))
+    with LLM(tiny(name), kv_memory=size) as llm:
+        (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=None, ignore_eos=True))
+        longest = refusal(llm.generate, [[5] * 257], SamplingParams(max_tokens=None))
+    assert (len(output.token_ids), len(output.prompt_token_ids)) == (new, 3)
+    assert longest.startswith("request 0: 257 prompt tokens and ")
 
 
 def test_without_max_tokens_and_without_a_limit_a_number_is_asked_for(tiny: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,7 +117,9 @@ def test_parameters_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(("prompt", "new", "most"), [(1, 1, 1), (5, 1, 5), (5, 3, 7)])
 def test_request_keeps_all_but_its_last_token(prompt: int, new: int, most: int) -> None:
-    assert Request(0, tuple(range(prompt)), SamplingParams(max_tokens=new), seed=0).max_kv_tokens == most
+    request = Request(0, tuple(range(prompt)), SamplingParams(max_tokens=new), seed=0)
+    assert request.max_kv_tokens == most
+    assert replace(request, encoded=True).max_kv_tokens == most + 1  # the decoder's own first token
 
 
 # arrives at 100 ms, prefill starts at 150 ms, decode at 215 ms, tokens at 200, 230, 240 and 300 ms

@@ -18,7 +18,7 @@ from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
-from splitwiser.model.generation_settings import describe_own_sampling
+from splitwiser.model.checkpoint import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
@@ -277,7 +277,8 @@ class LLM:
         """Run both phases once on every pair of workers, so that one-time costs stay out of measured runs."""
         count = prod(Counter(spec.role for spec in self.config.specs).values())
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-        requests = [Request(number, (0, 0), params, seed=0) for number in range(count)]
+        encoded = self.model.encodes
+        requests = [Request(number, (0, 0), params, seed=0, encoded=encoded) for number in range(count)]
         self._engine.run(requests, Observer(), time.perf_counter_ns())
 
 
@@ -313,7 +314,7 @@ def make_requests(
         if params.max_tokens is None:
             room = _room(model, f"request {number}", len(token_ids), capacity_tokens, adapter)
             params = replace(params, max_tokens=room)
-        request = Request(number, token_ids, params, own_seed, arrival, adapter)
+        request = Request(number, token_ids, params, own_seed, arrival, adapter, model.encodes)
         check_fits(request, model, capacity_tokens)
         requests.append(request)
     return requests
@@ -367,14 +368,10 @@ def _unwrap(prompt: Mapping[str, Any], where: str) -> str | Iterable[int]:
 def _room(model: LoadedModel, where: str, prompt_tokens: int, capacity_tokens: int | None, adapter: Adapter) -> int:
     """Return how many new tokens the model's positions and the KV pool have room for, but at least 1, which is refused later
     if there is none. Raises :class:`InputError` if neither has a limit."""
-    limits = [
-        limit - virtual
-        for limit, virtual in (
-            (model.max_positions, adapter.virtual_tokens),
-            (capacity_tokens, adapter.tail_tokens),
-        )
-        if limit is not None
-    ]
-    if not limits:
+    before = prompt_tokens - (not model.encodes)  # a decoder's last new token is not stored and has no position
+    rooms = [] if capacity_tokens is None else [capacity_tokens - adapter.tail_tokens - before]
+    if model.max_positions is not None:
+        rooms.append(model.max_positions - (0 if model.encodes else adapter.virtual_tokens + before))
+    if not rooms:
         raise InputError(f"{where}: max_tokens None needs a limit, and {model.name} has none; give a number")
-    return max(1, min(limits) - prompt_tokens + 1)
+    return max(1, min(rooms))

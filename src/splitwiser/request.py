@@ -60,7 +60,7 @@ class SamplingParams(Options):
     1. ``logit_bias`` adds a number from -100 to 100 to the logit of each token id in it.
     2. Tokens that would end a request of less than ``min_tokens`` tokens get minus infinity.
     3. ``repetition_penalty`` divides the logit of each token that is in the prompt or the output if it is positive, and
-       multiplies it if not (1: no change), as in transformers.
+       multiplies it if not (1: no change), as in transformers; of an encoder-decoder, the output's alone.
     4. ``frequency_penalty``, times how often a token is in the output, and ``presence_penalty``, if it is there at all,
        are subtracted from its logit.
 
@@ -227,7 +227,8 @@ NO_ADAPTER = Adapter("none")
 @dataclass(frozen=True, repr=False)
 class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
-    start of the run."""
+    start of the run. ``encoded``: the prompt is read as a whole by an encoder, and the decoder begins with a token of its
+    own."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -235,6 +236,7 @@ class Request:
     seed: int
     arrival_s: float = 0.0
     adapter: Adapter = NO_ADAPTER
+    encoded: bool = False
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
@@ -253,13 +255,14 @@ class Request:
     @property
     def max_kv_tokens(self) -> int:
         """Largest number of tokens whose K and V are kept in blocks of its own: virtual tokens that fill no block, the
-        prompt, and all new tokens except the last, whose K and V are never read."""
-        return self.adapter.tail_tokens + len(self.prompt_token_ids) + self.max_tokens - 1
+        prompt, the decoder's own first token if there is one, and all new tokens except the last, whose K and V are never
+        read."""
+        return self.adapter.tail_tokens + self.prefilled_tokens + self.max_tokens - 1
 
     @property
-    def positions(self) -> int:
-        """Largest number of positions that it can come to take, virtual tokens included."""
-        return self.adapter.virtual_tokens + len(self.prompt_token_ids) + self.max_tokens - 1
+    def prefilled_tokens(self) -> int:
+        """Number of tokens whose K and V prefill stores: the prompt, and the decoder's own first token if there is one."""
+        return len(self.prompt_token_ids) + self.encoded
 
 
 @dataclass(repr=False)

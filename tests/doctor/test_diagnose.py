@@ -240,10 +240,12 @@ def test_an_architecture_that_the_engine_cannot_reach_runs_in_mode_generate(tiny
     assert note(said, "sequential") == refusal(LLM, tiny("roformer"), device="cpu")
 
 
-def test_a_model_of_another_kind_runs_in_no_mode() -> None:
-    said = diagnose(DoctorConfig(model="t5-base", device="cpu"))
+def test_a_model_of_another_kind_runs_in_no_mode(tmp_path: Path) -> None:
+    models = tmp_path / "models.yaml"
+    models.write_text("ears: {hub: none/ears, config: {model_type: whisper}}\n", encoding="utf-8")
+    said = diagnose(DoctorConfig(model="ears", models=str(models), load_format="dummy", device="cpu"))
     assert not said.works
-    assert note(said, "generate") == refusal(LLM, "t5-base", device="cpu")
+    assert note(said, "generate") == refusal(LLM, "ears", models=str(models), load_format="dummy", device="cpu")
 
 
 def test_where_anonymous_files_are_forbidden_mode_mp_does_not_work(
@@ -277,7 +279,7 @@ def test_a_gpu_that_is_not_there(tiny: Callable[[str], Path]) -> None:
     assert note(said, "sequential") == refusal(LLM, tiny("llama"), device="cuda:7")
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "qwen3", "t5"])
 def test_the_pool_is_estimated_as_it_becomes(name: str, tiny: Callable[[str], Path]) -> None:
     said = diagnose(DoctorConfig(model=str(tiny(name)), device="cpu", max_batch=3))
     with LLM(tiny(name), device="cpu", max_batch=3) as llm:

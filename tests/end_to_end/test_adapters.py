@@ -164,6 +164,12 @@ def test_virtual_tokens_before_positions_that_depend_on_the_length_are_refused(t
     )
 
 
+@pytest.mark.parametrize("mode", ["generate", "sequential"])
+def test_an_adapter_of_an_encoder_decoder_is_refused(mode: str, tiny: Callable[[str], Path]) -> None:
+    message = refusal(LLM, tiny("t5"), mode=mode, adapters={"a": make_adapter("lora", tiny("llama"))})
+    assert "is an encoder-decoder, and adapters are served with decoders alone" in message
+
+
 def test_an_unknown_name_is_refused(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), adapters={"a": make_adapter("lora", tiny("opt"))}) as llm:
         assert refusal(llm.generate, [[5]], adapter="b") == "unknown adapter 'b'; known: a, none"

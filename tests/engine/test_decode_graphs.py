@@ -10,14 +10,15 @@ import torch
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.engine.cuda_graphs import _first_cause
-from splitwiser.engine.decode_graphs import DecodeGraphs, _FixedStep, capture_decode_graphs, graph_sizes
+from splitwiser.engine.decode_graphs import DecodeGraphs, capture_decode_graphs, graph_sizes
 from splitwiser.engine.steps import Chunk, SequenceState, decode_step, prefill_step
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import Mask
-from splitwiser.model.compatibility import attach_engine
+from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.routes import ROUTES
 from splitwiser.request import Request
 from tests.support.assertions import assert_says
 from tests.support.tokens import LENGTHS, SERVED, prompts_of
@@ -35,28 +36,29 @@ def test_sizes_are_powers_of_two_up_to_the_largest_batch(max_batch: int, sizes: 
 
 def loaded(directory: Path, device: str = "cpu") -> tuple[LoadedModel, KVPool]:
     model = load_model(directory, dtype="float32", device=device, load_format="auto")
-    layers = attach_engine(model)
+    layers = ROUTES[model.kind].attach(model)
     kernels, described = load_kernels("auto", model.device, model.dtype, layers)
     if kernels.decode is None:
         pytest.skip(f"fixed steps need the compiled decode attention: {described['decode_attention']}")
     return model, KVPool(layers, 64, BLOCK, model.dtype, model.device, kernels=kernels)
 
 
-def in_flight(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[SequenceState]:
+def in_flight(prompts: Sequence[Sequence[int]], new_tokens: int, encoded: bool = False) -> list[SequenceState]:
     """The prompts with blocks of their own, given out from the pool's end so that no table is in order."""
     sequences, free = [], list(range(64))
     params = SamplingParams(max_tokens=new_tokens, temperature=0)
     for number, prompt in enumerate(prompts):
         count = -(-(len(prompt) + new_tokens) // BLOCK)
         blocks = [free.pop() for _ in range(count)][::-1]
-        sequences.append(SequenceState(Request(number, tuple(prompt), params, 0), blocks))
+        sequences.append(SequenceState(Request(number, tuple(prompt), params, 0, encoded=encoded), blocks))
     return sequences
 
 
 def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> list[list[int]]:
     """Twelve tokens each, of a batch that changes: one request leaves half-way, and another takes its blocks."""
-    sequences = in_flight(prompts_of(LENGTHS[:5]), 14)
-    last = SequenceState(Request(9, (5, 6, 7), sequences[0].params, 0), list(sequences[2].blocks))
+    sequences = in_flight(prompts_of(LENGTHS[:5]), 14, model.encodes)
+    request = Request(9, (5, 6, 7), sequences[0].params, 0, encoded=model.encodes)
+    last = SequenceState(request, list(sequences[2].blocks))
     for sequence in sequences:
         sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, len(sequence.request.prompt_token_ids))])
     running = list(sequences)
@@ -69,7 +71,7 @@ def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> 
     return [sequence.token_ids for sequence in [*sequences, last]]
 
 
-@pytest.mark.parametrize("name", [*SERVED, *WITH_BIAS])
+@pytest.mark.parametrize("name", [*SERVED, *WITH_BIAS, "flan_t5", "bart"])
 def test_fixed_steps_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name))
     expected = tokens_of(model, pool, None)
@@ -119,13 +121,13 @@ def test_tables_are_sent_only_where_the_batch_changes(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
-    load_tables = _FixedStep._load_tables
+    load_tables = FixedDecodeStep._load_tables
 
-    def noting(step: _FixedStep, blocks: Sequence[Sequence[int]]) -> None:
+    def noting(step: FixedDecodeStep, blocks: Sequence[Sequence[int]]) -> None:
         sent.append(len(blocks))
         load_tables(step, blocks)
 
-    monkeypatch.setattr(_FixedStep, "_load_tables", noting)
+    monkeypatch.setattr(FixedDecodeStep, "_load_tables", noting)
     model, pool = loaded(tiny("opt"))
     tokens_of(model, pool, DecodeGraphs(model, pool, max_batch=8))
     assert sent == [8, 8]  # twelve steps, and one request takes another's place half-way
@@ -193,7 +195,7 @@ def test_a_capture_that_fails_says_why_and_leaves_the_process_as_it_was(
     expected = tokens_of(model, pool, None)
     stream, forward = torch.cuda.current_stream(), DecodeGraphs._forward
 
-    def failing(graphs: DecodeGraphs, step: _FixedStep) -> torch.Tensor:
+    def failing(graphs: DecodeGraphs, step: FixedDecodeStep) -> torch.Tensor:
         logits = forward(graphs, step)
         return broken() if torch.cuda.is_current_stream_capturing() else logits
 
@@ -218,7 +220,7 @@ def test_graphs_of_the_default_stream_are_captured_on_one_other(
     captured: list[int] = []
     capture = DecodeGraphs._capture
 
-    def noting(graphs: DecodeGraphs, stream: torch.cuda.Stream, step: _FixedStep) -> Any:
+    def noting(graphs: DecodeGraphs, stream: torch.cuda.Stream, step: FixedDecodeStep) -> Any:
         captured.append(stream.cuda_stream)
         return capture(graphs, stream, step)
 
@@ -236,7 +238,7 @@ def test_nothing_is_collected_during_a_capture(tiny: Callable[[str], Path], monk
     collects: list[bool] = []
     forward = DecodeGraphs._forward
 
-    def noting(graphs: DecodeGraphs, step: _FixedStep) -> torch.Tensor:
+    def noting(graphs: DecodeGraphs, step: FixedDecodeStep) -> torch.Tensor:
         if torch.cuda.is_current_stream_capturing():
             collects.append(gc.isenabled())
         return forward(graphs, step)

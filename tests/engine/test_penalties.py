@@ -25,7 +25,7 @@ class Running:
     def drawn(self) -> int:
         return len(self.output)
 
-    def token_counts(self) -> Tensor:
+    def token_counts(self, _: int | None) -> Tensor:
         return TokenCounts(self.prompt, 16).after(self.output)
 
 
@@ -74,7 +74,7 @@ def logits_of(rows: int) -> Tensor:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_changes_are_the_written_out_ones(name: str) -> None:
     logits = logits_of(1)
-    made = change_logits(logits, [REQUESTS[name]], EOS)
+    made = change_logits(logits, [REQUESTS[name]], EOS, None)
     torch.testing.assert_close(made, torch.tensor([changed(logits[0].tolist(), REQUESTS[name])]))
 
 
@@ -83,8 +83,8 @@ def test_a_batch_changes_each_row_as_alone_and_leaves_the_logits(dtype: torch.dt
     requests = list(REQUESTS.values())
     logits = logits_of(len(requests)).to(dtype)
     before = logits.clone()
-    made = change_logits(logits, requests, EOS)
-    alone = [change_logits(logits[row : row + 1], [each], EOS) for row, each in enumerate(requests)]
+    made = change_logits(logits, requests, EOS, None)
+    alone = [change_logits(logits[row : row + 1], [each], EOS, None) for row, each in enumerate(requests)]
     assert made.dtype == torch.float32
     assert torch.equal(made, torch.cat(alone))
     assert torch.equal(logits, before)

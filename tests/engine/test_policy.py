@@ -15,8 +15,10 @@ from splitwiser.engine.policy import (
     Policy,
     find_policy,
 )
+from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.steps import ModelStepper, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker
+from splitwiser.errors import RunError
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import load_model
@@ -27,9 +29,10 @@ from tests.support.tokens import prompts_of
 from tests.support.workers import BLOCK, Wire, run
 
 
-def pending(*lengths: int) -> list[PendingPrompt]:
+def pending(*lengths: int, encoded: bool = False) -> list[PendingPrompt]:
     requests = [
-        Request(number, (5,) * length, SamplingParams(max_tokens=2), 0) for number, length in enumerate(lengths)
+        Request(number, (5,) * length, SamplingParams(max_tokens=2), 0, encoded=encoded)
+        for number, length in enumerate(lengths)
     ]
     return [PendingPrompt(PrefillTask(each, (), "decode-0"), SequenceState(each, ())) for each in requests]
 
@@ -51,6 +54,12 @@ def test_first_come_packs_whole_prompts_in_order(lengths: list[int], budget: int
     assert [prompt for prompt, _ in made] == prompts[: len(packed)]
 
 
+def test_what_an_encoder_reads_is_not_split() -> None:
+    first = FIRST_COME.pack(prompts := pending(30, 4, 5, encoded=True), 8)
+    assert [tokens for _, tokens in first] == [30]  # in a step of its own, and nothing else in it
+    assert [tokens for _, tokens in FIRST_COME.pack(prompts[1:], 8)] == [4]
+
+
 def test_what_a_prompt_has_left_counts() -> None:
     prompts = pending(30, 4)
     prompts[0].done = 26
@@ -64,6 +73,21 @@ def test_a_request_goes_to_the_worker_with_the_most_room() -> None:
     assert router.choose(Request(1, (5,), SamplingParams(max_tokens=4), 0)) == "decode-1"
     router.release(0)
     assert router.choose(Request(2, (5,), SamplingParams(max_tokens=4), 0)) == "decode-0"
+
+
+def test_a_policy_that_splits_a_source_is_named() -> None:
+    class Splits(FirstCome):
+        def pack(self, prompts: Sequence[PendingPrompt], budget: int) -> list[tuple[PendingPrompt, int]]:
+            return [(prompts[0], 1)]
+
+    class Unused:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError(f"{name} is not reached")
+
+    prefiller = Prefiller("prefill-0", Unused(), 8, Splits())  # type: ignore[arg-type]
+    prefiller.add(pending(3, encoded=True)[0].task)
+    with pytest.raises(RunError, match="prefill-0: the policy splits a prompt that an encoder has to read as a whole"):
+        prefiller.step()
 
 
 class LastCome(FirstCome):

@@ -24,13 +24,14 @@ from splitwiser.model.adapters.files import find_adapters
 from splitwiser.model.adapters.serving import attach_adapters
 from splitwiser.model.attention import AttentionOptions, Mask
 from splitwiser.model.catalog import CatalogEntry
-from splitwiser.model.compatibility import attach_engine, logits_agree
+from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.trials import logits_agree
 from splitwiser.request import Adapter, Request, SamplingParams
 from tests.support.models import make_tiny
 from tests.support.tokens import prompts_of

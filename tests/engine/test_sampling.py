@@ -29,12 +29,12 @@ class Due:
     seed: int = 0
     drawn: int = 0
 
-    def token_counts(self) -> Tensor:
+    def token_counts(self, _: int | None) -> Tensor:
         return TokenCounts((), 1).after(())
 
 
 def sample_tokens(logits: Tensor, requests: Sequence[Due]) -> Tensor:
-    return sampling.sample_tokens(logits, requests, EOS)
+    return sampling.sample_tokens(logits, requests, EOS, None)
 
 
 @cache
@@ -298,7 +298,7 @@ def test_logits_are_changed_only_where_a_request_asks_for_it(monkeypatch: pytest
     logits = random_logits(len(MIXED) + 1, 40)
     changes: list[int] = []
 
-    def change(logits: Tensor, requests: Sequence[Due], _: object) -> Tensor:
+    def change(logits: Tensor, requests: Sequence[Due], *_: object) -> Tensor:
         changes.append(len(requests))
         return logits
 

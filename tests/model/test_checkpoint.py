@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be loaded: refused in one line by a run and by the doctor alike."""
+"""Checkpoints that cannot be loaded, refused in one line by a run and by the doctor alike; and their generation settings."""
 
 import json
 import shutil
@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from splitwiser import LLM
 from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.needs import find_needs
 from splitwiser.model.catalog import resolve_model
-from splitwiser.model.checkpoint import find_eos_problem, find_weights_problem
+from splitwiser.model.checkpoint import (
+    describe_own_sampling,
+    find_eos_problem,
+    find_weights_problem,
+    own_sampling,
+    unapplied_settings,
+)
 from splitwiser.model.loading import DTYPES, load_model
 from tests.support.assertions import assert_says, refusal
 
@@ -148,3 +154,31 @@ def test_a_tokenizer_that_cannot_be_loaded_is_noted(checkpoint: Path) -> None:
         (note,) = llm.model.notes
         assert_says(note, "m's tokenizer cannot be loaded: ", f"{checkpoint}/tokenizer.json: a Git LFS pointer")
         assert refusal(llm.generate, "text") == f"request 0: {note}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.0, "eos_token_id": 2}, {}),
+        ({"repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.1}),
+        (
+            {"do_sample": True, "temperature": 0.7, "min_p": 0.05},
+            {"temperature": 0.7, "top_k": 50, "top_p": 1.0, "min_p": 0.05},  # 50 is transformers' own default
+        ),
+        ({"do_sample": True, "top_k": 0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+    ],
+)
+def test_own_sampling_is_what_generate_would_do(settings: dict[str, Any], own: dict[str, Any]) -> None:
+    assert own_sampling(GenerationConfig(**settings)) == own
+
+
+def test_settings_that_no_mode_applies_are_named() -> None:
+    settings = GenerationConfig(repetition_penalty=1.2, do_sample=True, suppress_tokens=[5], no_repeat_ngram_size=3)
+    (note,) = unapplied_settings(settings)
+    assert note.endswith("not applied, in any mode: no_repeat_ngram_size=3, suppress_tokens=[5]")
+    assert unapplied_settings(GenerationConfig(repetition_penalty=1.2)) == []
+
+
+def test_a_model_without_settings_says_nothing() -> None:
+    assert (own_sampling(None), unapplied_settings(None), describe_own_sampling({}, "none")) == ({}, [], [])

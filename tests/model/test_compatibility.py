@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.model import compatibility
+from splitwiser.model import compatibility, trials
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -105,10 +105,10 @@ def test_refuses_an_attention_argument_it_does_not_know(tiny: Callable[[str], Pa
     layer = model.module.model.layers[0].self_attn
 
     def add(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return args, {**kwargs, "position_bias": torch.ones(1)}
+        return args, {**kwargs, "head_scales": torch.ones(1)}
 
     layer.register_forward_pre_hook(add, with_kwargs=True)
-    with pytest.raises(UnsupportedModelError, match="LlamaAttention asks its attention for position_bias"):
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention asks its attention for head_scales"):
         attach_engine(model)
 
 
@@ -177,7 +177,7 @@ def test_rounding_of_half_precisions_is_no_reason_to_refuse(dtype: str, tiny: Ca
 def test_a_model_that_makes_more_of_rounding_is_measured_by_that(
     dtype: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(compatibility._BOUNDS, DTYPES[dtype], 1e-6)  # as if packing had rounded differently
+    monkeypatch.setitem(trials.BOUNDS, DTYPES[dtype], 1e-6)  # as if packing had rounded differently
     model = load_model(tiny("gemma2"), dtype=dtype, device="cpu", load_format="auto")
     assert len(attach_engine(model)) == 3
 

@@ -164,7 +164,7 @@ def test_a_refused_model_is_tried_again_and_stays_refused(
     tiny: Callable[[str], Path], tried: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(compatibility, "_agree", lambda *_: False)
+        patch.setattr(compatibility, "agree", lambda *_: False)
         for _ in range(2):
             tried.clear()
             with pytest.raises(UnsupportedModelError, match="do not give the same logits"):

@@ -16,8 +16,10 @@ import yaml
 
 from splitwiser import constants
 from splitwiser.cli import main
+from splitwiser.config import RunConfig
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peers import ENGINES, PROGRAM, Peer, read_peer
+from splitwiser.study.peers import ENGINES, PROGRAM, Peer, read_peer, share_with_peers
+from splitwiser.workload.job import prepare_job
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import only_run, write_workload
 from tests.support.models import make_tiny
@@ -55,6 +57,12 @@ def make_environment(directory: Path, program: str) -> Path:
 
 
 # -- what is refused
+
+
+def test_an_encoder_decoder_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    config = RunConfig(model=str(tiny("t5")), workload=str(write_workload(tmp_path / "mine.json", PROMPTS)))
+    message = refusal(share_with_peers, config, prepare_job(config, 0), tmp_path)
+    assert message == "model tiny-t5 is an encoder-decoder; profile, advise and peers take decoders only"
 
 
 def test_the_engines_are_those_of_the_program() -> None:

@@ -26,6 +26,16 @@ _LATENT: dict[str, Any] = {
     **_ROTARY, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16, "v_head_dim": 12,
 }  # fmt: skip
+_RELATIVE: dict[str, Any] = {
+    "model_type": "t5", "vocab_size": VOCABULARY, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 3,
+    "num_decoder_layers": 2, "num_heads": 4, "tie_word_embeddings": False, "relative_attention_max_distance": 32,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_LEARNED: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 48, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": False, "decoder_start_token_id": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 _SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 _FALCON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -68,6 +78,21 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox_japanese": {**_COMMON, "intermediate_multiple_size": 2, "max_position_embeddings": POSITIONS, **_SPECIAL},
     "openai-gpt": {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS},
     "roformer": {**_COMMON, "intermediate_size": 96, "is_decoder": True},
+    "t5": {**_RELATIVE, "tie_word_embeddings": True},
+    "flan_t5": {**_RELATIVE, "feed_forward_proj": "gated-gelu"},
+    "mt5": {**_RELATIVE, "model_type": "mt5"},
+    "umt5": {**_RELATIVE, "model_type": "umt5"},
+    "switch_transformers": {**_RELATIVE, "model_type": "switch_transformers", "num_experts": 2},
+    "longt5": {**_RELATIVE, "model_type": "longt5"},
+    "bart": _LEARNED,
+    "mbart": _LEARNED,
+    "pegasus": _LEARNED,
+    "marian": _LEARNED,
+    "blenderbot": _LEARNED,
+    "blenderbot-small": _LEARNED,
+    "m2m_100": _LEARNED,
+    "plbart": _LEARNED,
+    "mvp": _LEARNED,
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }  # fmt: skip
 

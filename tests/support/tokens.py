@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import block_nbytes
-from splitwiser.model.loading import load_model
+from splitwiser.model.loading import auto_class, load_model
+from splitwiser.model.routes import ROUTES
 from tests.support.models import VOCABULARY
 
+ENCODER_DECODERS = [
+    "t5", "flan_t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "m2m_100",
+    "plbart",
+]  # fmt: skip
 SERVED = ["opt", "llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss"]
 DISPATCHED = [
     "falcon", "falcon_new", "falcon_rw", "bloom", "mpt", "gptj", "codegen", "gpt_neo", "xglm", "biogpt",
@@ -31,7 +35,7 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 @cache
 def reference_model(directory: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = auto_class(config).from_pretrained(
         directory, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS.get(config.model_type, "eager")
     )
     return model
@@ -39,10 +43,12 @@ def reference_model(directory: Path) -> PreTrainedModel:
 
 @cache
 def reference(directory: Path, prompt: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
-    generate = cast("Callable[..., torch.Tensor]", reference_model(directory).generate)
+    model = reference_model(directory)
+    generate = cast("Callable[..., torch.Tensor]", model.generate)
     ids = torch.tensor([prompt])
     tokens = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
-    return tuple(tokens[0, len(prompt) :].tolist())
+    given = 1 if model.config.is_encoder_decoder else len(prompt)
+    return tuple(tokens[0, given:].tolist())
 
 
 def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
@@ -53,4 +59,4 @@ def references(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: in
 def room_for(directory: Path, tokens: int) -> str:
     """A ``kv_memory`` with room for ``tokens`` tokens."""
     model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
-    return f"{block_nbytes(attach_engine(model), 16, model.dtype) * (tokens // 16)}B"
+    return f"{block_nbytes(ROUTES[model.kind].attach(model), 16, model.dtype) * (tokens // 16)}B"

@@ -42,6 +42,19 @@ def test_prompt_without_examples(case_id: int, prompt: str) -> None:
     assert get_case(CASES, case_id).prompts([Report(" Small LEFT\n effusion. ")], [], seed=0) == [prompt]
 
 
+@pytest.mark.parametrize(
+    ("case_id", "prompt"),
+    [
+        (0, "summarize: small left effusion."),
+        (1, "summarize: first lungs clear. ### summary: normal chest.\nsummarize: small left effusion. ### summary:"),
+        (5, "summarize the present illness history of the patient.\nsummarize: small left effusion."),
+    ],
+)
+def test_an_encoder_decoder_is_asked_in_its_own_words(case_id: int, prompt: str) -> None:
+    case = get_case(CASES, case_id).for_encoder
+    assert case.prompts([Report(" Small LEFT\n effusion. ")], TRAINING[:1], seed=0) == [prompt]
+
+
 FIRST = "### findings: first lungs clear. ### summary: normal chest."
 SECOND = "### findings: heart large. ### summary: cardiomegaly."
 QUESTION = "### findings: small left effusion. ### summary:"
@@ -128,8 +141,8 @@ def test_a_key_left_out_takes_its_default(tmp_path: Path) -> None:
 
 def test_every_key_can_be_set(tmp_path: Path) -> None:
     first = "description: d, method: discrete, examples: 2, start_prefix: s"
-    text = f"3: {{{first}, insert_prefix: i, prompt: p, max_new_tokens: 9}}"
-    assert load_cases(write(tmp_path, text)) == {3: Case(3, "d", "discrete", 2, "s", "i", "p", 9)}
+    text = f"3: {{{first}, insert_prefix: i, prompt: p, max_new_tokens: 9, source_prefix: e, source_prompt: q}}"
+    assert load_cases(write(tmp_path, text)) == {3: Case(3, "d", "discrete", 2, "s", "i", "p", 9, "e", "q")}
 
 
 def test_unknown_case_lists_the_known() -> None:
@@ -167,7 +180,7 @@ def test_file_that_maps_no_recipes_shows_what_it_should(text: str, tmp_path: Pat
         ("1.5: {description: x}", ["case 1.5", "must be a whole number"]),
         ("yes: {description: x}", ["case True", "must be a whole number"]),
         ("0: {examples: 1}", ["case 0", "'description' is missing"]),
-        ("0: {description: x, exemples: 1}", ["case 0", "unknown key 'exemples'", "known: description", "examples"]),
+        ("0: {description: x, exemples: 1}", ["case 0", "unknown key 'exemples'", "did you mean examples"]),
         ("0: {description: x, case_id: 1}", ["case 0", "unknown key 'case_id'"]),
         ("0: {description: x, 7: 1}", ["case 0", "unknown key '7'"]),
         ("0: {description: 5}", ["case 0", "'description' must be text, not 5"]),

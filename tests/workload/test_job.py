@@ -56,6 +56,13 @@ def test_a_case_makes_prompts_of_its_reports() -> None:
     assert all(report.impression for report in each(job, "report"))
 
 
+def test_an_encoder_decoder_gets_the_prompts_of_its_own(tiny: Callable[[str], Path]) -> None:
+    job = job_of(limit=2)
+    for name, start in (("llama", "### findings: "), ("t5", "summarize: ")):
+        model = load_model(tiny(name), dtype="float32", device="cpu", load_format="auto", weights=False)
+        assert all(str(prompt).startswith(start) for prompt in job.make_prompts(model, seed=0))
+
+
 def test_a_case_may_be_of_a_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("7: {description: mine, prompt: 'in short:', max_new_tokens: 3}")
     job = job_of(cases=str(tmp_path / "mine.yaml"), case_id=7, limit=2)

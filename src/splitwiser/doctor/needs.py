@@ -16,7 +16,7 @@ from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.hub import find_file, not_available
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
-from splitwiser.model.loading import max_positions, plan_model, weights_nbytes, without_memory
+from splitwiser.model.loading import longest_request, max_positions, plan_model, weights_nbytes, without_memory
 from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
 from splitwiser.text import format_size, parse_bytes
 
@@ -77,7 +77,7 @@ def find_needs(config: DoctorConfig, device: torch.device, free: int, unreachabl
     entry = resolve_model(config.model, config.models)
     shape_is_known, problem, where = _find_files(entry, config, unreachable)
     where = f"{entry.name} at {entry.location}" + (f": {where}" if where else "")
-    if not shape_is_known and entry.kind == "decoder":  # other kinds are refused before anything is read
+    if not shape_is_known:
         return Needs(free=free, problem=problem, where=where)
     load_format = "dummy" if entry.config and not _is_here(entry, ["config.json"]) else config.load_format
     text = None
@@ -136,8 +136,9 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
     if config.kv_memory != "auto":
         pool = parse_bytes(config.kv_memory)
     elif (layers := _likely_layers(module.config)) and weights <= free:
-        tokens, positions = constants.BLOCK_TOKENS, max_positions(module.config)
-        blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, positions, free - weights)
+        tokens, own = constants.BLOCK_TOKENS, module.config
+        longest = longest_request(max_positions(own), own.is_encoder_decoder)
+        blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, longest, free - weights)
         pool = blocks * block_nbytes(layers, tokens, dtype)
     about = config.kv_memory == "auto"
     return Needs(weights, pool, about, free, memory_alone=alone, memory_with_pool=with_pool)
@@ -146,10 +147,12 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
 def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
     """Return the K and V shape of each layer as most configurations give it; only a forward, as in a run, is certain."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    heads, layers = getattr(text, "num_attention_heads", None), getattr(text, "num_hidden_layers", None)
+    if config.is_encoder_decoder:  # the decoder's, as BART's relatives and T5's call them
+        heads = getattr(config, "decoder_attention_heads", heads)
+        layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", layers))
     grouped = getattr(text, "new_decoder_architecture", False) and text.num_kv_heads  # Falcon's names
     single = 1 if getattr(text, "multi_query", False) else None
     kv_heads = getattr(text, "num_key_value_heads", None) or grouped or single or heads
     size = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
-    layers = getattr(text, "num_hidden_layers", None)
     return [LayerShape(kv_heads, size, size)] * layers if layers and kv_heads and size else None

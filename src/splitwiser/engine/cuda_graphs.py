@@ -5,7 +5,6 @@ multiprocessors of the stream that it was captured on, so each stream that a ste
 """
 
 import gc
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
@@ -15,31 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitwiser.errors import first_line
-from splitwiser.model.attention import AttentionStep
-from splitwiser.model.forward import forward
+from splitwiser.model.fixed_step import FixedStep
+from splitwiser.model.forward import fixed_logits
 from splitwiser.model.loading import LoadedModel
-
-
-class FixedStep(AttentionStep):
-    """A step of a fixed ``size`` with inputs in fixed buffers, where a captured graph reads those of each step: ``tokens``
-    and ``positions`` (tokens,), the ``rows`` whose logits are kept, and the ``lora_numbers`` of the tokens' adapters; int64
-    each, on the model's device."""
-
-    size: int
-    tokens: Tensor
-    positions: Tensor
-    rows: Tensor
-    lora_numbers: Tensor
-
-    @property
-    def loras(self) -> Tensor:
-        """See :attr:`splitwiser.model.attention.AttentionStep.loras`: always numbers, since a graph reads them."""
-        return self.lora_numbers
-
-    @abstractmethod
-    def begin(self) -> None:
-        """Forget what layers shared in the previous forward."""
-
 
 Step = TypeVar("Step", bound=FixedStep)
 
@@ -91,7 +68,7 @@ class Graphs(Generic[Step]):
 
     def _forward(self, step: Step) -> Tensor:
         step.begin()
-        return forward(self._model.module, step, step.tokens, step.positions, step.rows)
+        return fixed_logits(self._model, step)
 
 
 @contextmanager

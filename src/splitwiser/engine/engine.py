@@ -223,15 +223,16 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
             raise InputError(
                 f"{where}: {name}token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}"
             )
-    virtual = request.adapter.virtual_tokens
-    tokens = f"{f'{virtual} virtual tokens, ' if virtual else ''}{len(request.prompt_token_ids)} prompt tokens"
-    if model.max_positions is not None and request.positions > model.max_positions:
+    virtual, prompt, new = request.adapter.virtual_tokens, len(request.prompt_token_ids), request.max_tokens
+    tokens = f"{f'{virtual} virtual tokens, ' if virtual else ''}{prompt} prompt tokens"
+    needed = model.positions_needed(virtual + prompt, new)
+    if model.max_positions is not None and needed > model.max_positions:
         raise InputError(
-            f"{where}: {tokens} and {request.max_tokens} new ones need {request.positions} positions, and {model.name} "
-            f"has {model.max_positions}; shorten the prompt or ask for fewer tokens"
+            f"{where}: {tokens} and {new} new ones need {needed} positions, and {model.name} has {model.max_positions}; "
+            "shorten the prompt or ask for fewer tokens"
         )
     if capacity_tokens is not None and request.max_kv_tokens > capacity_tokens:
         raise InputError(
-            f"{where}: {tokens} and {request.max_tokens} new ones need room for {request.max_kv_tokens} tokens in the KV "
+            f"{where}: {tokens} and {new} new ones need room for {request.max_kv_tokens} tokens in the KV "
             f"pool, which holds {capacity_tokens}; raise --kv_memory or ask for fewer tokens"
         )

@@ -22,7 +22,6 @@ from splitwiser.engine.sampling import finish_reason, sample_tokens
 from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.padding import pad_left
 from splitwiser.model.rotary import forget_lengths
 from splitwiser.request import Adapter, FinishReason, Request, RequestMetrics, RequestOutput
 
@@ -51,7 +50,8 @@ class _Sampler(LogitsProcessor):
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        kept = sample_tokens(scores, [row.sequence for row in self._rows], self._model.eos_token_ids)
+        model, sequences = self._model, [row.sequence for row in self._rows]
+        kept = sample_tokens(scores, sequences, model.eos_token_ids, model.start_token_id)
         return torch.full_like(scores, float("-inf")).scatter(-1, kept.unsqueeze(-1), 0.0)
 
 
@@ -90,7 +90,7 @@ class _StepTracker(StoppingCriteria):
 
 
 class GenerateEngine:
-    """Generates batch after batch: up to ``batch_size`` requests that have arrived, padded on the left, until all are done.
+    """Generates batch after batch: up to ``batch_size`` requests that have arrived, padded, until all are done.
 
     A batch is split into parts that run one after another where its padded rows would exceed the model's last position
     or, with ``one_length`` or virtual tokens, where its prompts differ in length; and where its requests differ in their
@@ -154,7 +154,8 @@ class GenerateEngine:
         if (self._one_length or adapter.virtual_tokens) and len(lengths) > 1:
             return False
         # a finished row runs on beside the others, and takes as many positions
-        positions = adapter.virtual_tokens + max(lengths) + max(request.max_tokens for request, _ in arrived) - 1
+        prompt_tokens, new_tokens = max(lengths), max(request.max_tokens for request, _ in arrived)
+        positions = self._model.positions_needed(adapter.virtual_tokens + prompt_tokens, new_tokens)
         return self._model.max_positions is None or positions <= self._model.max_positions
 
     def _generate(self, arrived: Sequence[_ArrivedRequest], observer: Observer) -> list[RequestOutput]:
@@ -166,7 +167,7 @@ class GenerateEngine:
             )
             for request, arrival_ns in arrived
         ]
-        ids, mask = pad_left([request.prompt_token_ids for request in batch], self._model.device)
+        ids, mask = self._model.pad([request.prompt_token_ids for request in batch])
         # without an end-of-sequence token, generate leaves the end of a row to the rule that all modes share
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0

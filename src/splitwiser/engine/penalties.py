@@ -48,18 +48,25 @@ class PenalisedRequest(Protocol):
         """Number of output tokens so far."""
         ...
 
-    def token_counts(self) -> Tensor:
-        """Return its tokens so far, as :meth:`TokenCounts.after` does."""
+    def token_counts(self, start_token_id: int | None) -> Tensor:
+        """Return its tokens so far, as :meth:`TokenCounts.after` does; ``start_token_id`` is the token that an
+        encoder-decoder's answers begin with."""
         ...
 
 
-def change_logits(logits: Tensor, requests: Sequence[PenalisedRequest], eos_token_ids: Collection[int]) -> Tensor:
+def change_logits(
+    logits: Tensor,
+    requests: Sequence[PenalisedRequest],
+    eos_token_ids: Collection[int],
+    start_token_id: int | None,
+) -> Tensor:
     """Return a float32 copy of ``logits``, of shape (requests, vocabulary), changed as the parameters of each request say
-    (:class:`~splitwiser.request.SamplingParams`, which gives the order). ``eos_token_ids`` are the model's own."""
+    (:class:`~splitwiser.request.SamplingParams`, which gives the order). ``eos_token_ids`` are the model's own, and
+    ``start_token_id`` is the token that an encoder-decoder's answers begin with, which a decoder does not have."""
     logits = logits.to(torch.float32, copy=True)
     _add_biases(logits, requests)
     _hold_back_ends(logits, requests, eos_token_ids)
-    _penalise(logits, requests)
+    _penalise(logits, requests, start_token_id)
     return logits
 
 
@@ -88,7 +95,7 @@ def _hold_back_ends(logits: Tensor, requests: Sequence[PenalisedRequest], eos_to
         logits[rows, tokens] = float("-inf")
 
 
-def _penalise(logits: Tensor, requests: Sequence[PenalisedRequest]) -> None:
+def _penalise(logits: Tensor, requests: Sequence[PenalisedRequest], start_token_id: int | None) -> None:
     penalised, penalties = [], []
     for row, each in enumerate(requests):
         own = (each.params.repetition_penalty, each.params.frequency_penalty, each.params.presence_penalty)
@@ -97,7 +104,7 @@ def _penalise(logits: Tensor, requests: Sequence[PenalisedRequest]) -> None:
             penalties.append(own)
     if not penalised:
         return
-    tables = [requests[row].token_counts() for row in penalised]
+    tables = [requests[row].token_counts(start_token_id) for row in penalised]
     lengths = torch.tensor([table.shape[-1] for table in tables])
     tokens, counts = torch.cat(tables, dim=-1).to(logits.device)
     rows = torch.tensor(penalised).repeat_interleave(lengths).to(logits.device)

@@ -37,6 +37,11 @@ class PendingPrompt:
         """Number of prompt tokens that are still to be prefilled."""
         return len(self.task.request.prompt_token_ids) - self.done
 
+    @property
+    def fewest(self) -> int:
+        """Fewest tokens that a step may prefill: an encoder reads the whole prompt at once, a decoder any part of it."""
+        return self.left if self.task.request.encoded else 1
+
 
 class Policy(Protocol):
     """Interface of scheduling policies. Called before every step, so it must be fast."""
@@ -48,16 +53,16 @@ class Policy(Protocol):
         ...
 
     def pack(self, prompts: Sequence[PendingPrompt], budget: int) -> list[tuple[PendingPrompt, int]]:
-        """Return the prompts of the next prefill step, each with its number of tokens in that step (1 to ``left``).
+        """Return the prompts of the next prefill step, each with its number of tokens in that step (``fewest`` to ``left``).
 
         ``prompts`` are all that wait, in order of arrival; if there are any, at least one must be chosen. All tokens
-        together are at most ``budget``."""
+        together are at most ``budget``, but a prompt of which no part fits may have a step of its own."""
         ...
 
 
 class FirstCome:
     """First come, first served: as many whole prompts per step as fit the budget, in order of arrival; a prompt longer than
-    the budget is split over several steps."""
+    the budget is split over several steps or, where it must be whole, gets a step of its own."""
 
     def admission_order(self, waiting: Collection[Request]) -> Iterable[Request]:
         """See :meth:`Policy.admission_order`."""
@@ -70,7 +75,7 @@ class FirstCome:
         for prompt in prompts:
             if packed and prompt.left > room:
                 break
-            packed.append((prompt, min(prompt.left, room)))
+            packed.append((prompt, max(prompt.fewest, min(prompt.left, room))))
             room -= packed[-1][1]
         return packed
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from splitwiser.engine.messages import Handoff, PrefillTask
 from splitwiser.engine.policy import FIRST_COME, PendingPrompt, Policy
 from splitwiser.engine.steps import Chunk, SequenceState, Stepper
+from splitwiser.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class PrefillResult:
 
 
 class Prefiller:
-    """Prefills queued prompts in steps of at most ``budget`` tokens, packed by ``policy``. Writes only to the blocks that
-    each task names."""
+    """Prefills queued prompts in steps of at most ``budget`` tokens, packed by ``policy``; a longer prompt of an
+    encoder-decoder has a step of its own. Writes only to the blocks that each task names."""
 
     def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
@@ -38,6 +39,8 @@ class Prefiller:
         if not self._prompts:
             return None
         packed = self._policy.pack(self._prompts, self._budget)
+        if any(tokens < prompt.fewest for prompt, tokens in packed):
+            raise RunError(f"{self.name}: the policy splits a prompt that an encoder has to read as a whole")
         chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]
         start_ns = self._stepper.now_ns()
         first_tokens = iter(self._stepper.prefill(chunks))

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from splitwiser.engine.cuda_graphs import FixedStep, Graphs
+from splitwiser.engine.cuda_graphs import Graphs
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model.attention import AttentionOptions, Mask
-from splitwiser.model.compatibility import logits_agree
+from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment, first_seen, window_of
+from splitwiser.model.trials import logits_agree
 
 MAX_PROMPTS = 16  # in one step; attention launches programs for this many, whether they have work or not
 SMALLEST = 128  # tokens; smaller steps take as long, since they read all weights too
@@ -87,7 +88,7 @@ class _FixedPrompts(FixedStep):
         return None
 
     def begin(self) -> None:
-        """See :meth:`splitwiser.engine.cuda_graphs.FixedStep.begin`."""
+        """See :meth:`splitwiser.model.fixed_step.FixedStep.begin`."""
         self._offsets = self._ends.to(torch.int32)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -191,6 +192,8 @@ def capture_prefill_graphs(
     description or the reason, for the run's record. Overwrites the pool's first blocks."""
     if model.device.type != "cuda":
         return None, "none (CUDA graphs need a GPU)"
+    if model.encodes:
+        return None, "none (they are for decoders)"
     if pool.kernels.varlen is None:
         return None, "none (they need the variable-length attention)"
     if pool.blocks < 2:

@@ -37,15 +37,20 @@ def uniform(seed: int, position: int) -> float:
     return ((bits ^ (bits >> 31)) >> 11) / (1 << 53)
 
 
-def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], eos_token_ids: Collection[int]) -> Tensor:
+def sample_tokens(
+    logits: Tensor,
+    requests: Sequence[SampledRequest],
+    eos_token_ids: Collection[int],
+    start_token_id: int | None,
+) -> Tensor:
     """Return the next token of each request: int64 of shape (requests,), on the logits' device.
 
-    ``logits`` has shape (requests, vocabulary); they are changed first where a request asks for it, and ``eos_token_ids``
-    are the tokens that ``min_tokens`` holds back. Greedy requests get the largest logit; for the others the cumulative
+    ``logits`` has shape (requests, vocabulary); they are changed first where a request asks for it, by the model's
+    ``eos_token_ids`` and ``start_token_id``. Greedy requests get the largest logit; for the others the cumulative
     distribution, in vocabulary order, is inverted at :func:`uniform` of their seed and position.
     """
     if any(request.params.changes_logits for request in requests):
-        logits = change_logits(logits, requests, eos_token_ids)
+        logits = change_logits(logits, requests, eos_token_ids, start_token_id)
     # PyTorch's argmax of half precisions takes five times as long on a CPU
     tokens = (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]

@@ -1,10 +1,8 @@
 """One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,13 +13,14 @@ from splitwiser.engine.messages import Phase
 from splitwiser.engine.penalties import TokenCounts
 from splitwiser.engine.prefill_graphs import PrefillGraphs, capture_prefill_graphs
 from splitwiser.engine.sampling import finish_reason, sample_tokens
-from splitwiser.model.forward import forward
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.paged_attention import Segment
+from splitwiser.model.routes import ROUTES
 from splitwiser.request import FinishReason, Request, SamplingParams
 
 WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
+WARM_UP_SOURCE = 512  # tokens of one source: with a bias its attention takes memory for every pair
 
 
 @dataclass(eq=False)
@@ -31,6 +30,7 @@ class SequenceState:
     request: Request
     blocks: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
+    _counts: TokenCounts | None = None
 
     @property
     def own_blocks(self) -> Sequence[int]:
@@ -58,13 +58,19 @@ class SequenceState:
         """Number of output tokens so far."""
         return len(self.token_ids)
 
-    def token_counts(self) -> Tensor:
-        """Return the tokens so far with their counts; see :meth:`TokenCounts.after`."""
+    def token_counts(self, start_token_id: int | None) -> Tensor:
+        """Return the tokens so far with their counts; see :meth:`TokenCounts.after`. An encoder's source is not among them,
+        and the token ``start_token_id`` is, that an encoder-decoder's answers begin with."""
+        if self._counts is None:
+            before = self.request.prompt_token_ids if start_token_id is None else (start_token_id,)
+            self._counts = TokenCounts(before, self.request.max_tokens)
         return self._counts.after(self.token_ids)
 
-    @cached_property
-    def _counts(self) -> TokenCounts:
-        return TokenCounts(self.request.prompt_token_ids, self.request.max_tokens)
+    def newest(self, count: int) -> Segment:
+        """Return the last ``count`` tokens as a decode step's part."""
+        request = self.request
+        newest = self.segment(request.prefilled_tokens + self.drawn, count)
+        return replace(newest, first=len(request.prompt_token_ids)) if request.encoded else newest
 
 
 @dataclass(frozen=True)
@@ -129,14 +135,13 @@ def prefill_step(
     rows = ends or [total - 1]
     logits = graphs.logits(segments, tokens, rows) if graphs else None
     if logits is None:
-        step = PagedAttention(pool, segments, model.device)
-        logits = forward(model.module, step, tokens, _positions(segments), rows)
+        logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
     if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
         return []
     ended = [chunk.sequence for chunk in chunks if chunk.is_last]
-    return sample_tokens(logits, ended, model.eos_token_ids).tolist()
+    return sample_tokens(logits, ended, model.eos_token_ids, model.start_token_id).tolist()
 
 
 @torch.inference_mode()
@@ -148,17 +153,15 @@ def decode_step(
     A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    lengths = [len(each.request.prompt_token_ids) + len(each.token_ids) for each in sequences]
+    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
     new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [each.segment(*counts) for each, *counts in zip(sequences, lengths, new, strict=True)]
+    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
     tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
     if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
     else:
-        step = PagedAttention(pool, segments, model.device)
-        ends = [end - 1 for end in itertools.accumulate(new)]
-        logits = forward(model.module, step, tokens, _positions(segments), ends)
-    return sample_tokens(logits, sequences, model.eos_token_ids).tolist()
+        logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
+    return sample_tokens(logits, sequences, model.eos_token_ids, model.start_token_id).tolist()
 
 
 @dataclass(frozen=True)
@@ -213,10 +216,10 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
     if model.device.type != "cuda":
         return
     budget = min(budget, WARM_UP_TOKENS)
-    length = min(budget, pool.blocks * pool.block_tokens, model.max_positions or budget)
-    prompt = SequenceState(
-        Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0), range(pool.blocks_for(length))
-    )
+    room = pool.blocks * pool.block_tokens - model.encodes
+    length = min(budget, room, model.max_positions or (WARM_UP_SOURCE if model.encodes else budget))
+    request = Request(0, (0,) * length, SamplingParams(max_tokens=1), seed=0, encoded=model.encodes)
+    prompt = SequenceState(request, range(pool.blocks_for(request.max_kv_tokens)))
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
@@ -225,7 +228,3 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
 def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
     """Return the last ``count`` tokens of a sequence's prompt and output."""
     return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]
-
-
-def _positions(segments: Sequence[Segment]) -> list[int]:
-    return [position for segment in segments for position in segment.positions]

@@ -205,10 +205,12 @@ def attention_function(
     s_aux: Tensor | None = None,
     bias: Tensor | None = None,
     bias_by_position: bool = False,
+    position_bias: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attend from ``query`` (1, heads, tokens, head size) through the current :class:`AttentionStep`; ``key`` and ``value``
-    are those of this step's tokens. Every attention layer calls this; for ``bias`` see :class:`AttentionOptions`.
+    are those of this step's tokens. Every attention layer calls this; for ``bias``, or ``position_bias`` as T5 calls it, see
+    :class:`AttentionOptions`.
 
     Returns (1, tokens, heads, value size). Raises :class:`UnsupportedModelError` for an argument with an unknown meaning,
     since ignoring it would give wrong tokens.
@@ -223,6 +225,7 @@ def attention_function(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # transformers' models with MLA store latents and expand only those of this step
     expand = getattr(module, "expand_kv", None)
+    bias = position_bias if bias is None else bias
     options = AttentionOptions(scaling, softcap, s_aux, bias, bias_by_position, expand)
     return current_step().attend(query, key, value, attention_mask, options), None
 

@@ -93,16 +93,22 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
 
 
 def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
-    """Return the entry for ``model``; see :func:`resolve_model`. Raises :class:`UnsupportedModelError`, too, for an
-    encoder-decoder, and those of :func:`splitwiser.model.gguf_file.check_gguf`."""
+    """Return the entry for ``model``; see :func:`resolve_model`. Raises those of
+    :func:`splitwiser.model.gguf_file.check_gguf`, too."""
     entry = resolve_model(model, models)
     if entry.gguf:
         check_gguf(entry.gguf)
-    if entry.kind == "encoder-decoder":
-        raise encoder_decoder(entry)
     return entry
 
 
-def encoder_decoder(entry: CatalogEntry) -> UnsupportedModelError:
-    """Return the error for a model that is no decoder alone."""
-    return UnsupportedModelError(f"model {entry.name} is an encoder-decoder; only decoder-only models are served")
+def check_decoder(model: str | Path, models: str | Path = constants.MODELS) -> None:
+    """Raise :class:`UnsupportedModelError` for a model that the catalogue knows to be no decoder alone, and the errors of
+    :func:`check_model`: for what measures prefill and decode of decoders."""
+    entry = check_model(model, models)
+    if entry.kind != "decoder":
+        raise decoders_only(entry.name)
+
+
+def decoders_only(name: str) -> UnsupportedModelError:
+    """Return the error for the model ``name`` where only decoders are measured."""
+    return UnsupportedModelError(f"model {name} is an encoder-decoder; profile, advise and peers take decoders only")

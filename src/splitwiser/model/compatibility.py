@@ -1,14 +1,13 @@
 """Attaches the engine to a model, or refuses the model with the reason if the engine cannot serve it exactly."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from itertools import pairwise
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
@@ -21,15 +20,10 @@ from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.padding import pad_left
 from splitwiser.model.paged_attention import PagedAttention, Segment
 from splitwiser.model.rotary import depends_on_length, serve_lengths
-from splitwiser.model.trials import Trial
+from splitwiser.model.trials import BOUNDS, FAR_BOUNDS, PADDED_BOUNDS, Trial, agree, padding_keeps_logits, probe_prompts
 
-# Relative to the largest logit: half precisions differ by rounding; a dropped term or a leak between requests by far more.
-_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-# tighter, since an error that grows with the position changes the logits of random weights only little
-_FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
 # A model may make more of rounding than that: then twice what it makes of its embeddings being rounded differently, up to a
 # quarter of the largest logit, beyond which nothing would be shown.
 _MOST_ROUNDING = 0.25
@@ -56,7 +50,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     if problem := find_dispatch_problem(module):
         raise UnsupportedModelError(problem)
     trial = Trial(model, f"attach, packed: {pack}") if remember else None
-    prompts = _probe_prompts(model)
+    prompts = probe_prompts(model)
     try:
         with torch.inference_mode():
             if trial and trial.outcome:
@@ -80,23 +74,23 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
         raise
     except Exception as error:  # any error of the model's forward means that it cannot be served
         raise UnsupportedModelError(f"{name} {_cause(error)}; use --mode generate") from error
-    bound, far_bound = _BOUNDS[model.dtype], _FAR_BOUNDS[model.dtype]
+    bound, far_bound = BOUNDS[model.dtype], FAR_BOUNDS[model.dtype]
     trials = [(served, expected), (served_far, expected_far), (fused, expected)]
-    if model.dtype != torch.float32 and not all(_agree(each, own, bound) for ours, own in trials for each in ours):
+    if model.dtype != torch.float32 and not all(agree(each, own, bound) for ours, own in trials for each in ours):
         rounding = _find_rounding(model, layers, prompts, fused)
         bound = far_bound = max(bound, min(2 * rounding, _MOST_ROUNDING))
-    if not all(_agree(each, expected, bound) for each in served):
+    if not all(agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
             f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
-    if not all(_agree(each, expected_far, far_bound) for each in served_far):
+    if not all(agree(each, expected_far, far_bound) for each in served_far):
         raise UnsupportedModelError(
             f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
             "give wrong tokens; use --mode generate"
         )
     # fused modules round less often than the model's own, which adds up over the layers
-    if not all(_agree(each, expected, 3 * bound) for each in fused):
+    if not all(agree(each, expected, 3 * bound) for each in fused):
         raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
     if trial:
         trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
@@ -158,7 +152,7 @@ def try_kernels(
             except Exception as error:  # Triton's errors derive from Exception alone
                 refused[name] = f"{type(error).__name__}: {first_line(error)}"
             else:
-                if not all(map(_agree, logits, expected, [_BOUNDS[model.dtype]] * len(logits))):
+                if not all(map(agree, logits, expected, [BOUNDS[model.dtype]] * len(logits))):
                     refused[name] = "its logits differ from PyTorch's"
     return refused
 
@@ -173,42 +167,11 @@ def padding_changes_tokens(model: LoadedModel) -> bool:
     lengths = [5, min(12, (model.max_positions or sys.maxsize) - 1)]
     prompts = [[(7 * number + 3) % model.vocabulary for number in range(length)] for length in lengths]
     start = _probe_starts(model, lengths[0])[-1]
-    # products of a batch round differently than those of a row, which adds up over the layers in half precisions; a wrong
-    # position is as far off as another prompt
-    bound = _FAR_BOUNDS[model.dtype] * (1 if model.dtype == torch.float32 else 3)
     try:
-        alone = [_generated_logits(model, [prompt]) for prompt in prompts]
-        together = _generated_logits(model, prompts)
         near, far = (_own_logits(model, prompts[0], 0, counted) for counted in (0, start))
+        return not (padding_keeps_logits(model, prompts) and agree([near], [far], PADDED_BOUNDS[model.dtype]))
     except Exception:  # any error of the model's forward: nothing is shown
         return True
-    first, second = (_agree(together[step], [each[step][0] for each in alone], bound) for step in (0, 1))
-    # if rounding changed the first token, the second shows nothing
-    same_token = [each[0][0].argmax() for each in alone] == list(together[0].argmax(dim=-1))
-    return not (first and (second or not same_token) and _agree(near[None], [far], bound))
-
-
-def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Return the logits of two steps of transformers' own generation for a padded batch of ``prompts``, each float32 of
-    shape (prompts, vocabulary)."""
-    ids, mask = pad_left(prompts, model.device)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-    )
-    generate = cast("Callable[..., Any]", model.module.generate)
-    first, second = generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
-    return first.float(), second.float()
-
-
-def logits_agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether two tensors of logits, (rows, vocabulary) each, differ by no more than rounding in ``dtype`` does."""
-    return _agree(ours.float(), theirs.float(), _BOUNDS[dtype])
-
-
-def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> bool:
-    return all(
-        bool((one - other).abs().max() <= bound * other.abs().max()) for one, other in zip(ours, theirs, strict=True)
-    )
 
 
 class _LayerProbe(AttentionStep):
@@ -332,10 +295,6 @@ def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
             "that an earlier layer has; use --mode generate"
         )
     return [probe.stored[layer] for layer in stored]
-
-
-def _probe_prompts(model: LoadedModel) -> list[list[int]]:
-    return [[(7 * number + 3) % model.vocabulary for number in range(start, start + 5)] for start in (0, 11)]
 
 
 def _probe_starts(model: LoadedModel, tokens: int) -> list[int]:

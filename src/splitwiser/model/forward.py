@@ -1,8 +1,9 @@
 """One forward of a model over packed tokens, as prefill steps, decode steps and CUDA graphs run it."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -10,6 +11,31 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionStep, serving
+from splitwiser.model.fixed_step import FixedStep
+from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.loading import LoadedModel
+from splitwiser.model.paged_attention import PagedAttention, Segment
+
+
+def prefill_logits(
+    model: LoadedModel, pool: KVPool, segments: Sequence[Segment], token_ids: Sequence[int], rows: Sequence[int]
+) -> Tensor:
+    """Store K and V of ``token_ids``, the new tokens of ``segments`` one after another, and return the logits of ``rows``,
+    shape (rows, vocabulary)."""
+    positions = [position for segment in segments for position in segment.positions]
+    return forward(model.module, PagedAttention(pool, segments, model.device), token_ids, positions, rows)
+
+
+def decode_logits(model: LoadedModel, pool: KVPool, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
+    """Store K and V of ``token_ids``, the new tokens of ``segments`` one after another, and return the logits after the last
+    of each: (requests, vocabulary)."""
+    ends = [end - 1 for end in itertools.accumulate(segment.tokens for segment in segments)]
+    return prefill_logits(model, pool, segments, token_ids, ends)
+
+
+def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:
+    """Return the logits of the rows of ``step``, (rows, vocabulary)."""
+    return forward(model.module, step, step.tokens, step.positions, step.rows)
 
 
 def forward(
@@ -26,9 +52,7 @@ def forward(
     """
     kept = torch.as_tensor(rows, device=module.device)
     keeps = "logits_to_keep" in _parameters(type(module).forward)
-    # Triton and cuBLAS launch on the current device, which need not be the model's
-    on_device = torch.cuda.device(module.device) if module.device.type == "cuda" else nullcontext()
-    with on_device, serving(step):
+    with on_device(module), serving(step):
         output = module(
             input_ids=torch.as_tensor(token_ids, device=module.device)[None],
             position_ids=torch.as_tensor(positions, device=module.device)[None],
@@ -38,6 +62,11 @@ def forward(
         )
     logits: Tensor = output.logits[0]
     return logits if keeps else logits[kept]
+
+
+def on_device(module: PreTrainedModel) -> AbstractContextManager[object]:
+    """Return a context in which the current device is that of ``module``, where Triton and cuBLAS launch."""
+    return torch.cuda.device(module.device) if module.device.type == "cuda" else nullcontext()
 
 
 def cache_argument(module: PreTrainedModel) -> str:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.forward import forward
@@ -24,10 +25,12 @@ from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear,
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
 # activations that oneDNN applies to a product: its name for one, and which form of it
 _ACTIVATIONS = (RELU, ("gelu", "none"), ("gelu", "tanh"), ("swish", ""))
+# what models call the layers of a gated feed-forward network
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 # what models call a linear layer and the activation of its output
 _ACTIVATED = (
     ("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("dense_h_to_4h", "gelu_impl"), ("up_proj", "act"),
-    ("fc_in", "act"), ("c_fc", "act"),
+    ("fc_in", "act"), ("c_fc", "act"), ("wi", "act"),
 )  # fmt: skip
 # of the rows that modules are compared on: far apart, so that an epsilon or a limit makes a difference
 _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
@@ -35,15 +38,25 @@ _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
 _TOLERANCE = 1 / 64
 
 
-def fuse_parts(module: nn.Module, remembered: Sequence[int | None] | None = None) -> list[int | None]:
+Run = Callable[[Any, AttentionStep, Sequence[int]], object]  # runs a whole model through a step over token ids
+
+
+def run_decoder(module: PreTrainedModel, step: AttentionStep, token_ids: Sequence[int]) -> None:
+    """Run a decoder once over one prompt."""
+    forward(module, step, token_ids, range(len(token_ids)), [0])
+
+
+def fuse_parts(
+    module: nn.Module, remembered: Sequence[int | None] | None = None, run: Run = run_decoder
+) -> list[int | None]:
     """Replace the modules within ``module`` that a fused one is shown to compute the same as, one after another, so that
     there are never two copies of all weights. Returns the number of the chosen candidate for each module in turn, None
     where its own stays; if these are ``remembered``, nothing is tried.
 
-    ``module`` is a causal model whose attention implementation is :data:`splitwiser.model.attention.NAME`, with its linear
-    layers not packed yet.
+    ``module`` is a model that ``run`` runs, whose attention implementation is :data:`splitwiser.model.attention.NAME`, with
+    its linear layers not packed yet.
     """
-    fusing = _Fusing(_record_calls(module), remembered)
+    fusing = _Fusing(_record_calls(module, run), remembered)
     if next(module.parameters()).is_cuda:
         fusing.replace_children(module, _gpu_norm_candidates)
         return fusing.choices
@@ -110,11 +123,12 @@ def _norm_weight(own: nn.Module, call: _Call) -> tuple[nn.Parameter, float] | No
 
 
 def _mlp_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
-    linears = _packable_children(own, "gate_proj", "up_proj", "down_proj")
-    if linears and _can_concatenate(linears[:2]):
-        gate_up_proj, down_proj = PackedLinear(_concatenate(linears[:2])), PackedLinear(linears[2])
-        for factors in _GATES:
-            yield FusedMLP(gate_up_proj, down_proj, factors)
+    for names in _GATED:
+        linears = _packable_children(own, *names)
+        if linears and _can_concatenate(linears[:2]):
+            gate_up_proj, down_proj = PackedLinear(_concatenate(linears[:2])), PackedLinear(linears[2])
+            for factors in _GATES:
+                yield FusedMLP(gate_up_proj, down_proj, factors)
 
 
 def _attention_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
@@ -289,8 +303,8 @@ def _agree(expected: Tensor, given: Tensor) -> bool:
     return bool(((expected.float() - given.float()).norm(dim=-1) <= bounds).all())
 
 
-def _record_calls(module: nn.Module) -> _Calls:
-    """Return the arguments of each module within ``module`` in a forward of a few tokens."""
+def _record_calls(module: nn.Module, run: Run) -> _Calls:
+    """Return the arguments of each module within ``module`` when ``run`` takes it over a few tokens."""
     calls = _Calls()
 
     def record(part: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -299,7 +313,7 @@ def _record_calls(module: nn.Module) -> _Calls:
     hooks = [part.register_forward_pre_hook(record, with_kwargs=True) for part in module.modules()]
     tokens = len(_SCALES)
     try:
-        forward(module, _Recorder(), [0] * tokens, range(tokens), [0])  # type: ignore[arg-type]
+        run(module, _Recorder(), [0] * tokens)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,6 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
@@ -27,10 +28,15 @@ from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
-from splitwiser.model.checkpoint import describe_files, find_checkpoint_problem, find_eos_problem
+from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, Kind, check_model, resolve_model
+from splitwiser.model.checkpoint import (
+    describe_files,
+    find_checkpoint_problem,
+    find_eos_problem,
+    own_sampling,
+    unapplied_settings,
+)
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
-from splitwiser.model.generation_settings import own_sampling, unapplied_settings
 from splitwiser.model.gguf_file import add_missing_settings, describe_conversion, read_header
 from splitwiser.model.hub import check_hub, not_available, only_files_of
 from splitwiser.model.kv_pool import find_memory_problem
@@ -55,8 +61,9 @@ class LoadedModel:
     and those of ``adapters``, which requests may name;
     ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text.
     ``computed_anew_at`` is the length at which a request's K and V are computed anew
-    (:func:`splitwiser.model.rotary.length_computed_anew`), and ``own_sampling`` has the sampling parameters of its
-    generation settings."""
+    (:func:`splitwiser.model.rotary.length_computed_anew`). An encoder-decoder's answers begin with ``start_token_id``, which
+    is not among their tokens; a decoder has none. ``own_sampling`` has the sampling parameters of its generation
+    settings."""
 
     name: str
     module: PreTrainedModel
@@ -74,6 +81,40 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    start_token_id: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What the model consists of."""
+        return "decoder" if self.start_token_id is None else "encoder-decoder"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts are read as a whole by an encoder."""
+        return self.kind == "encoder-decoder"
+
+    def pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return the token ids of ``prompts`` as a padded batch for transformers' own generation, and its mask (1: token, 0:
+        padding), each int64 of shape (prompts, longest prompt). A decoder's are padded on the left; an encoder's on the
+        right, since its positions count from the first token, padding or not."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            own = slice(len(prompt)) if self.encodes else slice(width - len(prompt), None)
+            ids[row, own] = torch.tensor(prompt)
+            mask[row, own] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def positions_needed(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Return how many positions a request takes: a decoder's answer goes on behind the prompt, and its last token needs
+        none; an encoder-decoder's has positions of its own."""
+        return max(prompt_tokens, new_tokens) if self.encodes else prompt_tokens + new_tokens - 1
+
+    @property
+    def longest_request(self) -> int | None:
+        """See :func:`longest_request`."""
+        return longest_request(self.max_positions, self.encodes)
 
     @property
     def vocabulary(self) -> int:
@@ -135,8 +176,6 @@ def plan_model(
     entry = check_model(model, models)
     place = resolve_device(device)
     config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
-    if getattr(config, "is_encoder_decoder", False):
-        raise encoder_decoder(entry)
     if problem := find_eos_problem(config.get_text_config()):
         raise UnsupportedModelError(f"model {entry.name}: its configuration's {problem}")
     return entry, place, config, resolve_dtype(dtype, config)
@@ -191,9 +230,10 @@ def load_model(
         tokenizer, no_text = load_tokenizer(resolve_model(EMBEDDED_MODEL), local_only=True)
         notes.append(f"text is tokenised by {EMBEDDED_MODEL}'s tokenizer: {entry.name}'s own is not on this machine")
     eos = _eos_token_ids(module, tokenizer if load_format == "auto" else None)
+    start_token_id = _start_token_id(entry, module)
     # a new one, so that mode generate applies no setting that the engine does not: no end-of-sequence token either, since
     # transformers would end a row at it even if the request ignores it
-    module.generation_config = GenerationConfig(pad_token_id=0)
+    module.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=start_token_id)
     return LoadedModel(
         name=entry.name,
         module=module.eval().requires_grad_(False),
@@ -210,6 +250,7 @@ def load_model(
         own_sampling=own,
         notes=notes,
         no_text=no_text,
+        start_token_id=start_token_id,
     )
 
 
@@ -239,15 +280,20 @@ def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.d
     """Return the architecture of ``config`` with its weights on the meta device. Raises :class:`UnsupportedModelError`."""
     try:
         with init_empty_weights(include_buffers=False):
-            module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            module: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=_own_attention(config)
             )
-    except ValueError as error:  # transformers has no causal model of this kind
+    except ValueError as error:  # transformers has no model of this kind that generates text
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
     except Exception as error:  # inconsistent figures raise various errors
         raise _cannot_be_made(entry, error) from error
     module.tie_weights()
     return module
+
+
+def auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401  # transformers' classes are not annotated
+    """Return the class of transformers that makes models of ``config``'s kind."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
@@ -336,7 +382,7 @@ def _read_checkpoint(
 ) -> PreTrainedModel:
     def load(local_files_only: bool) -> PreTrainedModel:
         with only_files_of(entry) as place:
-            made: Any = AutoModelForCausalLM.from_pretrained(
+            made: Any = auto_class(config).from_pretrained(
                 **place,
                 output_loading_info=True,
                 config=config,
@@ -373,6 +419,20 @@ def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     return frozenset()
 
 
+def _start_token_id(entry: CatalogEntry, module: PreTrainedModel) -> int | None:
+    """Return the token that an encoder-decoder's answers begin with, None for a decoder. Raises
+    :class:`UnsupportedModelError` if the checkpoint names none."""
+    if not module.config.is_encoder_decoder:
+        return None
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for source in (module.generation_config, module.config):
+            if isinstance(token := getattr(source, name, None), int):
+                return token
+    raise UnsupportedModelError(
+        f"model {entry.name}: its configuration names no decoder_start_token_id, the token that answers begin with"
+    )
+
+
 def _widened(config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:
     stored = config.dtype
     if not isinstance(stored, torch.dtype) or stored.itemsize >= dtype.itemsize:
@@ -393,3 +453,9 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     factors = [each["factor"] for each in rotary_parameters(config) if each.get("rope_type") == "dynamic"]
     limit = int(limit * max(factors)) if limit and factors else limit
     return min(filter(None, (limit, last_length(config))), default=None)
+
+
+def longest_request(positions: int | None, encodes: bool) -> int | None:
+    """Return the largest number of tokens of a request in the KV pool, None if there is no limit: as many as the model has
+    ``positions`` or, if it ``encodes``, as many for the source and as many for the answer."""
+    return None if positions is None else (1 + encodes) * positions

@@ -18,18 +18,25 @@ from splitwiser.model.kv_pool import KVPool
 class Segment:
     """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. Its
     prompt has ``prompt`` tokens, by default no more than those. ``lora`` is the number of the LoRA adapter that they run
-    with, 0 for none."""
+    with, 0 for none. The new tokens attend to those from number ``first`` on: with an encoder-decoder, the source's come
+    before."""
 
     blocks: Sequence[int]
     context: int
     tokens: int
     prompt: int = 0
     lora: int = 0
+    first: int = 0
+
+    @property
+    def places(self) -> range:
+        """The numbers of the new tokens among all of the request's."""
+        return range(self.context - self.tokens, self.context)
 
     @property
     def positions(self) -> range:
-        """The absolute positions of the new tokens."""
-        return range(self.context - self.tokens, self.context)
+        """The positions of the new tokens, which count from ``first``."""
+        return range(self.places.start - self.first, self.places.stop - self.first)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,13 @@ class KernelInputs(NamedTuple):
     lengths: Tensor
 
 
+def find_slots(pool: KVPool, segments: Sequence[Segment], device: torch.device) -> Tensor:
+    """Return the slots of the new tokens of ``segments``, one after another: int64 of shape (tokens,)."""
+    size = pool.block_tokens
+    slots = [each.blocks[place // size] * size + place % size for each in segments for place in each.places]
+    return torch.tensor(slots, device=device)
+
+
 class PagedAttention(AttentionStep):
     """The attention of one step: where its tokens lie in the pool and which requests they belong to.
 
@@ -69,13 +83,7 @@ class PagedAttention(AttentionStep):
         self.pool = pool
         self.segments = segments
         self.device = device
-        size = pool.block_tokens
-        slots = [
-            segment.blocks[position // size] * size + position % size
-            for segment in segments
-            for position in segment.positions
-        ]
-        self._slots = torch.tensor(slots, device=device)
+        self._slots = find_slots(pool, segments, device)
         self._layer = -1  # whose K and V the running attention is over
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
@@ -206,7 +214,7 @@ class PagedAttention(AttentionStep):
         if key not in self._masks:
             positions = torch.arange(padded, device=self.device)[None]
             seen = mask(group.lengths[:, None] - 1, positions) & (positions < group.lengths[:, None])
-            self._masks[key] = seen[:, None, None]
+            self._masks[key] = (seen & (positions >= self._firsts[group.rows, None]))[:, None, None]
         return self._masks[key]
 
     def _segment_positions(self, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -221,7 +229,7 @@ class PagedAttention(AttentionStep):
     def _first_seen(self, mask: Mask) -> Tensor | None:
         """See :func:`first_seen`; of the step's tokens, once for all layers."""
         if mask not in self._starts:
-            self._starts[mask] = first_seen(mask, self._own_positions)
+            self._starts[mask] = self._firsts if mask.is_causal else first_seen(mask, self._own_positions)
         return self._starts[mask]
 
     def _window(self, mask: Mask) -> int | None:
@@ -234,7 +242,12 @@ class PagedAttention(AttentionStep):
     @cached_property
     def _own_positions(self) -> Tensor:
         """The absolute position of each of the step's tokens, (tokens,)."""
-        return torch.tensor([at for segment in self.segments for at in segment.positions], device=self.device)
+        return torch.tensor([at for segment in self.segments for at in segment.places], device=self.device)
+
+    @cached_property
+    def _firsts(self) -> Tensor:
+        """The first place that each of the step's tokens may see, (tokens,)."""
+        return torch.tensor([each.first for each in self.segments for _ in each.places], device=self.device)
 
     @cached_property
     def _context_slots(self) -> Tensor | None:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from splitwiser.model.loading import without_bars
+from splitwiser.model.loading import auto_class, without_bars
 
 VOCABULARY = 151
 POSITIONS = 256
@@ -175,14 +176,22 @@ def _kept_layers(figures: Mapping[str, Any], layers: int) -> list[int]:
 def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
     """Save a model of ``config`` with random weights, drawn wide enough that tokens differ clearly."""
     torch.manual_seed(seed)
-    module: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    module: PreTrainedModel = auto_class(config).from_config(config)
+    if getattr(config, "scale_decoder_outputs", True) is False:  # T5's, whose checkpoints then tie no output layer
+        module.lm_head.weight = nn.Parameter(module.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.2)
+                wide = 1.0 if "relative_attention_bias" in name else 0.2
+                parameter.normal_(0, 0.06 if name.endswith("Attention.q.weight") else wide)  # T5 scales no scores
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    module.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    module.generation_config = GenerationConfig(
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+    )
     with without_bars():
         module.save_pretrained(directory)
     return directory

@@ -31,7 +31,7 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
     "kv_cache_memory_bytes": "here it is kv_memory, such as 4GiB",
     "max_num_seqs": "here it is max_batch",
     "max_num_batched_tokens": "here it is prefill_tokens, for the prompt tokens of a prefill step",
-    "enable_chunked_prefill": "prompts longer than prefill_tokens are always split",
+    "enable_chunked_prefill": "prompts longer than prefill_tokens are always split, except those of an encoder-decoder",
     "scheduling_policy": "here it is policy",
     "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
     "block_size": "BLOCK_TOKENS in constants.py",

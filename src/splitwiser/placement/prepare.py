@@ -21,7 +21,6 @@ from splitwiser.model.adapters.serving import (
     try_adapters,
     write_virtual_tokens,
 )
-from splitwiser.model.compatibility import attach_engine, try_kernels
 from splitwiser.model.dispatch.table import describe_route
 from splitwiser.model.fusing import describe_parts
 from splitwiser.model.kernels import packed_linear as packed
@@ -29,6 +28,7 @@ from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.routes import ROUTES
 from splitwiser.placement.config import EngineConfig, ModelConfig
 
 _COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # names in a run's record
@@ -89,17 +89,21 @@ def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
 def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     """Attach adapters and the engine to ``model``, choose kernels and plan the KV pool.
 
-    Raises the errors of :func:`splitwiser.model.adapters.serving.attach_adapters`,
-    :func:`splitwiser.model.compatibility.attach_engine`,
+    Raises the errors of :func:`splitwiser.model.adapters.serving.attach_adapters`, of its
+    :class:`~splitwiser.model.routes.Route`'s ``attach``, of
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
     adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
     unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
-    layers = attach_engine(model, pack=unfused is None, remember=True)
+    route = ROUTES[model.kind]
+    layers = route.attach(model, pack=unfused is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
-    refused = try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if model.device.type == "cuda" else {}
+    on_gpu = model.device.type == "cuda"
+    refused = route.try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if on_gpu else {}
     kernels = replace(kernels, **dict.fromkeys(refused))
     attention |= {_COMPUTED_BY[name]: f"PyTorch's ({name} kernel: {reason})" for name, reason in refused.items()}
+    if route.prefill_attention:
+        attention["prefill_attention"] = route.prefill_attention
     blocks = plan_blocks(
         layers,
         config.kv_memory,
@@ -107,7 +111,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         model.dtype,
         model.device,
         config.max_batch,
-        model.max_positions,
+        model.longest_request,
     )
     shared = sum(blocks_of(each.files, constants.BLOCK_TOKENS) for each in adapters)
     if shared >= blocks:

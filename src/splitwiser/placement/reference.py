@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from splitwiser.engine.generate import GenerateEngine
-from splitwiser.model.compatibility import padding_changes_tokens
+from splitwiser.model.routes import ROUTES
 from splitwiser.model.trials import remembered_flag
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.prepare import StartedEngine, load
@@ -15,7 +15,7 @@ ONE_LENGTH = "prompts of one length at a time: padding may change this model's t
 def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
     model = load(replace(config, kv_memory="auto"))  # no KV pool has to fit beside the weights
-    one_length = remembered_flag(model, "padding changes tokens", padding_changes_tokens)
+    one_length = remembered_flag(model, "padding changes tokens", ROUTES[model.kind].padding_changes_tokens)
     if one_length:
         model.notes.append(ONE_LENGTH)
     using = None

@@ -23,6 +23,7 @@ from splitwiser.errors import InputError, RunError
 from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.llm import make_requests
 from splitwiser.machine.device import resolve_device
+from splitwiser.model.catalog import decoders_only
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.options import option_fields
 from splitwiser.request import Request
@@ -80,6 +81,8 @@ def advise(config: AdviseConfig) -> Advice:
         seed=config.seed,
         weights=False,
     )
+    if shell.encodes:
+        raise decoders_only(shell.name)
     requests = planned_requests(config, shell)
     measurements = read_measurements(Path(config.profile), shell) if config.profile is not None else None
     bench = Bench(short_profile(config, requests)) if measurements is None else None

@@ -16,10 +16,10 @@ from splitwiser import constants
 from splitwiser.errors import SplitwiserError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.llm import LLM
 from splitwiser.model.catalog import load_catalog
-from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kernels.packed_linear import find_packing_problem
 from splitwiser.model.loading import LoadedModel, LoadFormat, load_model, plan_model
 from splitwiser.model.overview import find_route
+from splitwiser.model.routes import ROUTES
 from splitwiser.model.tiny import VOCABULARY, save_tiny, shrink, tiny_config
 from splitwiser.request import SamplingParams
 
@@ -76,7 +76,7 @@ def prove(config: PreTrainedConfig, runs: Sequence[str] = tuple(RUNS)) -> Proof:
             return replace(proof, problem=f"cannot be tried: {type(error).__name__}: {first_line(error)}")
         try:
             proof = replace(proof, route=find_route(model.module))
-            attach_engine(_load(directory, "float32"))  # before the reference, which takes longer
+            ROUTES[model.kind].attach(_load(directory, "float32"))  # before the reference, which takes longer
             prompts = _prompts(model)
             expected = _tokens(directory, prompts, mode="generate", batch_size=1)
             for name in runs:
@@ -127,7 +127,8 @@ def _find_half_problem(directory: Path) -> str:
     Its weights are those of its own initialisation: of the wide ones it would make more of rounding than trained ones do."""
     for pack in (False, True) if find_packing_problem() is None else (False,):
         try:
-            attach_engine(_load(directory, "bfloat16", "dummy"), pack=pack)
+            model = _load(directory, "bfloat16", "dummy")
+            ROUTES[model.kind].attach(model, pack=pack)
         except UnsupportedModelError as error:
             return error.cli_message
     return ""

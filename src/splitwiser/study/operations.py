@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
+from splitwiser.model.catalog import decoders_only
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel
@@ -142,7 +143,10 @@ def _kv_numbers(layer: AttentionLayer) -> int:
 
 
 def count_architecture(model: LoadedModel) -> Architecture:
-    """Count ``model``, which :func:`splitwiser.model.compatibility.attach_engine` must have attached to the engine."""
+    """Count ``model``, a decoder, which :func:`splitwiser.model.compatibility.attach_engine` must have attached to the
+    engine."""
+    if model.encodes:
+        raise decoders_only(model.name)
     module = model.module
     output = module.get_output_embeddings()
     config = module.config.get_text_config()

@@ -11,7 +11,7 @@ from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.catalog import decoders_only, resolve_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
@@ -90,6 +90,8 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
         seed=config.seed,
         weights=written,
     )
+    if model.encodes:
+        raise decoders_only(model.name)
     prompts, params = job.make_prompts(model, config.seed), job.sampling_params(config)
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
     workload = folder / f"{job.label}.json"

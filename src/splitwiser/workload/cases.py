@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -18,7 +18,8 @@ Method = Literal["discrete", "prefix_tuning", "lora"]  # the others run with an 
 @dataclass(frozen=True)
 class Case:
     """One recipe. A prompt is ``start_prefix``, the in-context examples and the question: the finding between
-    ``insert_prefix`` and ``prompt``, lower-cased and with white space collapsed, as in RadAdapt."""
+    ``insert_prefix`` and ``prompt``, lower-cased and with white space collapsed, as in RadAdapt. An encoder-decoder is asked
+    with ``source_prefix`` and ``source_prompt`` instead."""
 
     case_id: Whole
     description: Text
@@ -28,6 +29,13 @@ class Case:
     insert_prefix: Text = "### findings:"
     prompt: Text = "### impressions:"
     max_new_tokens: AtLeastOne = 200
+    source_prefix: Text = "summarize:"
+    source_prompt: Text = ""
+
+    @property
+    def for_encoder(self) -> "Case":
+        """The recipe as an encoder-decoder is asked."""
+        return replace(self, insert_prefix=self.source_prefix, prompt=self.source_prompt)
 
     def question(self, finding: str) -> str:
         """Return the question about ``finding``."""

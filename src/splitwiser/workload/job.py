@@ -30,6 +30,15 @@ class ModelFacts(Protocol):
     name: str
     max_positions: int | None
 
+    def positions_needed(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Return how many positions a request takes."""
+        ...
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads the prompts."""
+        ...
+
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
@@ -65,11 +74,12 @@ class Job:
     def make_prompts(self, model: ModelFacts, seed: int) -> list[PromptInput]:
         """Return the prompts, drawn for ``model`` where they are random. Raises :class:`InputError` for one that is too
         long."""
-        given = [each.prompt for each in self.requests if each.prompt is not None]
+        prompts = [each.prompt_for(model.encodes) for each in self.requests]
+        given = [prompt for prompt in prompts if prompt is not None]
         if given:
             return given
         for number, each in enumerate(self.requests):
-            needed = each.prompt_tokens + each.new_tokens - 1
+            needed = model.positions_needed(each.prompt_tokens, each.new_tokens)
             if model.max_positions is not None and needed > model.max_positions:
                 raise InputError(
                     f"request {number}: {each.prompt_tokens} prompt tokens and {each.new_tokens} new ones need {needed} "
@@ -124,10 +134,10 @@ def _from_case(config: WorkloadConfig, seed: int) -> Job:
     case = get_case(Path(config.cases), config.case_id)
     reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
     training = load_tok(constants.DIR_DATA, "train") if case.examples else []
-    prompts = case.prompts(reports, training, seed)
+    prompts, sources = (each.prompts(reports, training, seed) for each in (case, case.for_encoder))
     requests = [
-        PlannedRequest(prompt, 0, case.max_new_tokens, report=report)
-        for report, prompt in zip(reports, prompts, strict=True)
+        PlannedRequest(prompt, 0, case.max_new_tokens, report=report, source=source)
+        for report, prompt, source in zip(reports, prompts, sources, strict=True)
     ]
     return Job(f"case{case.case_id}", requests)
 

@@ -57,7 +57,12 @@ def load_adapter(model: LoadedModel, files: AdapterFiles, merge: bool) -> Loaded
 
 @contextmanager
 def fitting(model: LoadedModel, files: AdapterFiles) -> Iterator[None]:
-    """Within, whatever peft raises over ``files`` becomes an :class:`InputError` that names them."""
+    """Within, whatever peft raises over ``files`` becomes an :class:`InputError` that names them. Raises it, too, for an
+    encoder-decoder."""
+    if model.encodes:
+        raise InputError(
+            f"--adapter {files.name}: model {model.name} is an encoder-decoder, and adapters are served with decoders alone"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of arguments that transformers has renamed, among others
