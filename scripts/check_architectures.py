@@ -1,5 +1,6 @@
-"""Proves the tokens of every causal language model of transformers, each as a tiny one with random weights, and records what
-was found in results/reference/architectures.csv, from which scripts/write_docs.py makes docs/architectures.md.
+"""Proves the tokens of every causal language model and encoder-decoder for text of transformers, each as a tiny one with
+random weights, and records what was found in results/reference/architectures.csv, from which scripts/write_docs.py makes
+docs/architectures.md.
 
     python scripts/check_architectures.py             # all: about fifteen minutes on two cores that have nothing else to do
     python scripts/check_architectures.py llama opt   # only these; the rows of others stay
@@ -21,6 +22,12 @@ from splitwiser.model.tiny import tiny_config
 from splitwiser.study.identity import Proof, prove
 
 RECORD = constants.DIR_PROJECT / "results" / "reference" / "architectures.csv"
+# of MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, those that read text
+ENCODER_DECODERS = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100", "marian", "mbart",
+    "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma",
+    "t5gemma2", "umt5",
+)  # fmt: skip
 COLUMNS = ("architecture", "class", "route", "shown", "bfloat16", "problem", "transformers", "torch", "date")
 
 
@@ -62,4 +69,4 @@ def main(architectures: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    main(sys.argv[1:] or list(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ENCODER_DECODERS])))

@@ -74,7 +74,7 @@ def test_models_of_a_file_of_ones_own(tmp_path: Path, tiny: Callable[[str], Path
     models = tmp_path / "models.yaml"
     models.write_text(f"mine: {{path: {os.path.relpath(tiny('llama'), tmp_path)}}}")
     listed = invoke("models", "--models", models).stdout.splitlines()[1].split()
-    assert listed == ["mine", "0.1M", "0.1", "MiB", "packed", str(tiny("llama"))]
+    assert listed == ["mine", "0.1M", "0.1", "MiB", "packed", "yes", str(tiny("llama"))]
     done = invoke(
         "run", "--models", models, "--model", "mine", "--prompt_tokens", "5", "--requests", "2", "--output_tokens", "2",
         "--results", tmp_path / "out",

@@ -26,7 +26,12 @@ def listed(tmp_path: Path, text: str) -> Overview:
     ],
 )
 def test_parameters_and_bytes_are_those_of_the_model(name: str, parameters: int, route: str) -> None:
-    assert describe_model(CATALOG[name], constants.MODELS) == Overview(parameters, 2 * parameters, route)
+    assert describe_model(CATALOG[name], constants.MODELS) == Overview(parameters, 2 * parameters, route, "yes")
+
+
+def test_an_encoder_decoder_is_served_without_adapters() -> None:
+    found = describe_model(CATALOG["t5-small"], constants.MODELS)
+    assert (found.route, found.adapters) == ("packed, encoder-decoder", "no")
 
 
 def test_a_model_that_is_refused_is_counted_and_said_why(tmp_path: Path) -> None:

@@ -37,12 +37,14 @@ def run(options: argparse.Namespace) -> None:
 def _list_models(models: str) -> str:
     from splitwiser.model.overview import describe_model
 
-    rows = [("model", "parameters", "in bfloat16", "served by the engine", "from")]
+    rows = [("model", "parameters", "in bfloat16", "served by the engine", "adapters", "from")]
     for entry in load_catalog(Path(models)).values():
         found = describe_model(entry, models)
         parameters = "" if found.parameters is None else _count(found.parameters)
         nbytes = "" if found.nbytes is None else format_size(found.nbytes)
-        rows.append((entry.name, parameters, nbytes, found.route or f"no: {found.problem}", _place(entry)))
+        rows.append(
+            (entry.name, parameters, nbytes, found.route or f"no: {found.problem}", found.adapters, _place(entry))
+        )
     return columns(rows)
 
 

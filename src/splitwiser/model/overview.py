@@ -11,16 +11,19 @@ from splitwiser.model.catalog import CatalogEntry, check_model
 from splitwiser.model.dispatch.table import describe_route, dispatch_attention, find_dispatch_problem
 from splitwiser.model.hub import find_file
 from splitwiser.model.loading import plan_model, weights_nbytes, without_memory
+from splitwiser.model.rotary import depends_on_length
 
 
 @dataclass(frozen=True)
 class Overview:
     """A model's number of parameters (tied ones counted once) and bytes in bfloat16, None if its configuration is not on
-    this machine, and the ``route`` by which the engine serves it; if it does not, ``problem`` is why, in one line."""
+    this machine, and the ``route`` by which the engine serves it with which ``adapters``; if it does not, ``problem`` is
+    why, in one line."""
 
     parameters: int | None = None
     nbytes: int | None = None
     route: str = ""
+    adapters: str = ""
     problem: str = ""
 
 
@@ -39,9 +42,16 @@ def describe_model(entry: CatalogEntry, models: str | Path) -> Overview:
         return Overview(problem=error.cli_message)
     parameters, nbytes = sum(each.numel() for each in module.parameters()), weights_nbytes(module)
     try:
-        return Overview(parameters, nbytes, route=find_route(module))
+        return Overview(parameters, nbytes, find_route(module), find_adapters(module))
     except UnsupportedModelError as error:
         return Overview(parameters, nbytes, problem=error.cli_message)
+
+
+def find_adapters(module: PreTrainedModel) -> str:
+    """Return whether ``module`` is served with adapters: yes, no, or LoRA alone."""
+    if module.config.is_encoder_decoder:
+        return "no"
+    return "LoRA" if depends_on_length(module) else "yes"
 
 
 def find_route(module: PreTrainedModel) -> str:

@@ -57,7 +57,8 @@ def dispatch_attention(module: PreTrainedModel) -> None:
 def describe_route(module: nn.Module) -> str:
     """Return how the engine serves ``module``, for a run's record."""
     ours = {type(part).__name__ for part in module.modules() if isinstance(part, DispatchedAttention)}
-    return "packed" + "".join(f", with this project's {name}" for name in sorted(ours))
+    kind = ", encoder-decoder" if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else ""
+    return f"packed{kind}" + "".join(f", with this project's {name}" for name in sorted(ours))
 
 
 def _replace(module: nn.Module, makers: dict[str, Callable[[Any], nn.Module]]) -> None:
