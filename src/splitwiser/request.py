@@ -118,13 +118,16 @@ def check_messages(messages: object, where: str) -> list[dict[str, str]]:
 @dataclass(frozen=True, repr=False)
 class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
-    start of the run."""
+    start of the run. Policies may order waiting requests by ``priority``, the lowest first, and by ``ttft_target_ms``, the
+    TTFT in milliseconds that it is to have."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
     arrival_s: float = 0.0
+    priority: int = 0
+    ttft_target_ms: float | None = None
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
@@ -220,6 +223,7 @@ class RequestOutput:
     finish_reason: FinishReason
     metrics: RequestMetrics
     prompt: str | None = None
+    priority: int = 0
     finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from splitwiser import LLM, SamplingParams
+from splitwiser.engine.policy import POLICIES
 from splitwiser.placement.modes import MODES
 from tests.support.tokens import DISPATCHED, LENGTHS, SERVED, prompts_of, references, room_for
 
@@ -85,6 +86,20 @@ def test_staggered_arrivals_change_no_token(name: str, tiny: Callable[[str], Pat
     with LLM(tiny(name), prefill_tokens=32) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=30), arrival_s=arrivals)
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 30)
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [*((policy, "sequential") for policy in POLICIES), ("priority", "mp"), ("shortest_prompt", "mp")],
+)
+def test_the_order_of_requests_changes_no_token(policy: str, mode: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS)
+    own: dict[str, Any] = {"priority": {"priority": range(len(prompts), 0, -1)}}.get(policy, {})
+    with LLM(
+        tiny("mistral"), mode=mode, policy=policy, prefill_tokens=24, kv_memory=room_for(tiny("mistral"), 144)
+    ) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24), **own)
+    assert [output.token_ids for output in outputs] == references(tiny("mistral"), prompts, 24)
 
 
 def test_sampled_tokens_depend_on_the_seed_and_nothing_else(tiny: Callable[[str], Path]) -> None:

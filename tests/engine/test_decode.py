@@ -32,7 +32,7 @@ class Timed:
 
 
 def serve(decoder: Decoder, request: Request) -> None:
-    decoder.submit(request)
+    decoder.submit(request, 0)
     decoder.admit()
     decoder.receive(Handoff(request.request_id, 7, 1, 2, "prefill-0"))
     while decoder.step():

@@ -26,14 +26,16 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new request for a decode worker."""
+    """A new request for a decode worker, and when it arrived, in nanoseconds of the clock of all workers."""
 
     request: Request
+    arrival_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it.
+    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it. Its
+    request arrived at ``arrival_ns``.
 
     Prefill writes to the blocks until it sends the :class:`Handoff`; from then on decode reads and writes them.
     """
@@ -41,6 +43,7 @@ class PrefillTask:
     request: Request
     blocks: tuple[int, ...]
     decode_worker: str
+    arrival_ns: int
 
 
 @dataclass(frozen=True, slots=True)

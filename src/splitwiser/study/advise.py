@@ -106,7 +106,15 @@ def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     serve."""
     job = prepare_job(config, config.seed)
     prompts = job.make_prompts(shell, config.seed)
-    return make_requests(shell, prompts, job.sampling_params(config), job.arrival_s, config.seed)
+    return make_requests(
+        shell,
+        prompts,
+        job.sampling_params(config),
+        job.arrival_s,
+        config.seed,
+        priority=job.priority,
+        ttft_target_ms=job.ttft_target_ms,
+    )
 
 
 def predict(
