@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from make_reports import DATA, make_reports
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -33,6 +34,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from splitwiser import LLM, SamplingParams
 from splitwiser.constants import CASES
 from splitwiser.errors import SplitwiserError
 from splitwiser.results.rouge import rouge
@@ -46,6 +48,25 @@ POSITIONS = 1280  # the longest prompt with four examples, and 200 new tokens
 CASE_SHARES = {0: 0.35, 1: 0.15, 2: 0.2, 4: 0.2, 5: 0.1}  # how often a batch uses each case
 CONTEXT_WEIGHT = 0.1  # of a token outside the impressions in the loss; it speeds up the start
 IMPRESSION = re.compile(r"### (?:impressions|summary):( [^\n]*)")
+ADAPTERS = Path("adapters")  # in the folder of the model: one folder each, with the name that --adapter takes
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one adapter is trained: its case of ``configs/cases.yaml``, what peft makes of it, its steps and its highest
+    learning rate."""
+
+    case_id: int
+    config: PeftConfig
+    steps: int
+    learning_rate: float
+
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+TRAININGS = {
+    "lora": Training(200, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=LAYERS), 400, 5e-3),
+    "prefix": Training(100, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), 1200, 3e-2),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) ->
     return model
 
 
-def make_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Batch:
+def make_batch(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context_weight: float = CONTEXT_WEIGHT
+) -> Batch:
     """Prompts with their answers as a batch; the impressions and the final eos carry the full weight."""
     encoded = tokenizer(list(texts), return_offsets_mapping=True)
     rows, weights = [], []
@@ -114,7 +137,7 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Batc
         spans = [match.span(1) for match in IMPRESSION.finditer(text)]
         inside = [any(first <= start < end for first, end in spans) for start, _ in offsets]
         rows.append(torch.tensor([*ids, tokenizer.eos_token_id]))
-        weights.append(torch.tensor([1.0 if answer else CONTEXT_WEIGHT for answer in inside] + [1.0]))
+        weights.append(torch.tensor([1.0 if answer else context_weight for answer in inside] + [1.0]))
     return Batch(
         ids=pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
         attention=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
@@ -122,7 +145,7 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Batc
     )
 
 
-def loss_of(model: OPTForCausalLM, batch: Batch) -> torch.Tensor:
+def loss_of(model: OPTForCausalLM | PeftModel, batch: Batch) -> torch.Tensor:
     """The weighted mean cross-entropy of each next token."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
@@ -214,8 +237,55 @@ def save(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
     (folder / "model.safetensors").chmod(0o644)
 
 
+def numbered(impression: str) -> str:
+    """The style of the adapters: ``impression`` with a number before each of its statements."""
+    return " ".join(f"{number}. {each}" for number, each in enumerate(statements(impression), 1))
+
+
+def statements(impression: str) -> list[str]:
+    """The statements of an impression, numbered or not."""
+    return [each.strip() for each in re.findall(r"[^.]+\.", re.sub(r"\b\d+\. ", "", impression))]
+
+
+def train_adapter(args: argparse.Namespace, name: str, training: Training, case: Case) -> None:
+    """Train the adapter ``name`` of the saved model on impressions in its style, and save it beside the model."""
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    reports = load_tok(args.data, "train")
+    # long impressions are rare, and the later numbers are learnt from them alone
+    weights = [len(statements(report.impression)) ** 2 for report in reports]
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32), training.config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, training.steps)
+    bar = tqdm(range(training.steps), desc=f"training {name}", unit="step", mininterval=5)
+    for _ in bar:
+        chosen = rng.choices(reports, weights, k=args.adapter_batch)
+        texts = [f"{case.prompt_text(report.finding)} {numbered(report.impression)}" for report in chosen]
+        loss = loss_of(model, make_batch(tokenizer, texts, context_weight=0.0))
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    folder = args.out / ADAPTERS / name
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = args.out.name  # not the path on this machine
+    if isinstance(config, LoraConfig):
+        config.target_modules = LAYERS  # peft makes a set of it, whose order differs from run to run
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in, for the hub
+    (folder / "adapter_model.safetensors").chmod(0o644)
+
+
 def generate(
-    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, case: Case, prompts: Sequence[str], rows: int = 50
+    model: OPTForCausalLM | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    case: Case,
+    prompts: Sequence[str],
+    rows: int = 50,
 ) -> list[str]:
     """What the model writes after each prompt, greedily."""
     texts: list[str] = []
@@ -230,6 +300,23 @@ def generate(
             )
         texts += tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def evaluate_adapter(args: argparse.Namespace, name: str, case: Case) -> None:
+    """Score the model with the adapter ``name`` on the test set, as :func:`evaluate` does: against the references in the
+    adapter's style, and how many answers are in that style, right or wrong."""
+    test = load_tok(args.data, "test")
+    with LLM(args.out, adapters={name: args.out / ADAPTERS / name}) as llm:
+        outputs = llm.generate(case.prompts(test, [], args.seed), SamplingParams(max_tokens=case.max_new_tokens))
+    written = [output.text.strip() for output in outputs]
+    references = [numbered(report.impression) for report in test]
+    score = rouge(references, written)["rougeL"] or 0.0
+    exact = sum(text == reference for text, reference in zip(written, references, strict=True)) / len(test)
+    in_style = sum(text == numbered(text) for text in written) / len(test)
+    title = f"case {case.case_id}: {case.description}"
+    print(f"{title:<36}{score:>8.3f}{exact:>8.1%}{in_style:>10.1%} in style", flush=True)
+    for text in written[: args.show]:
+        print(f"generated:  {text}")
 
 
 def rouge_l(texts: Sequence[str], reports: Sequence[Report]) -> float:
@@ -265,7 +352,9 @@ def main() -> int:
         description="Train the embedded radiology model from scratch, then evaluate it on the test set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--evaluate", action="store_true", help="only evaluate the saved model")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate what is saved")
+    parser.add_argument("--only", choices=["model", "adapters"], help="only this part; default: both")
+    parser.add_argument("--adapter_batch", type=int, default=16, help="reports in one step of training an adapter")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the .tok reports")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
     parser.add_argument("--show", type=int, default=3, help="test reports to print with their impressions")
@@ -286,9 +375,15 @@ def main() -> int:
     logging.disable_progress_bar()
     try:
         cases = load_cases(CASES)
-        if not args.evaluate:
-            train(args, cases)
-        evaluate(args, cases)
+        if args.only != "adapters":
+            if not args.evaluate:
+                train(args, cases)
+            evaluate(args, cases)
+        for name, training in TRAININGS.items() if args.only != "model" else ():
+            case = cases[training.case_id]
+            if not args.evaluate:
+                train_adapter(args, name, training, case)
+            evaluate_adapter(args, name, case)
     except (SplitwiserError, OSError, ValueError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1

@@ -1,5 +1,5 @@
 """Writes the pages of the documentation that follow from the code: docs/columns.md, every column of the CSV files, and
-docs/commands.md, every option.
+docs/commands.md, every option; and docs/architectures.md, from the record of scripts/check_architectures.py.
 
     python scripts/write_docs.py
 """
@@ -8,10 +8,12 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
+import check_architectures
+
 from splitwiser import constants
 from splitwiser.cli import COMMANDS
 from splitwiser.results import schema
-from splitwiser.study import advise, compare, profile, sweep
+from splitwiser.study import advise, compare, identity, profile, sweep
 
 DOCS = constants.DIR_PROJECT / "docs"
 TABLES: dict[str, Mapping[str, Sequence[schema.Column]]] = {
@@ -69,7 +71,43 @@ def _row(action: argparse.Action) -> str:
     return f"| `{spelling}` | {f'`{default}`' if default else ''} | {meaning} |"
 
 
-PAGES: dict[str, Callable[[], str]] = {"columns.md": describe_columns, "commands.md": describe_commands}
+def describe_architectures() -> str:
+    """Return the page of architectures in Markdown."""
+    rows = check_architectures.read_record().values()
+    served, refused = ([row for row in rows if bool(row["problem"]) == wanted] for wanted in (False, True))
+    classes = len({row["class"] for row in served})
+    parts = [
+        "# Architectures\n",
+        "Written by `scripts/write_docs.py` from `results/reference/architectures.csv`, which "
+        "`scripts/check_architectures.py` writes. It tries every causal language model of transformers as a tiny one with "
+        f"random weights, as `splitwiser models --check NAME` does. The {len(served)} architectures below ({classes} "
+        f"classes) gave the tokens of `model.generate`, in float32 and greedy, for {len(identity.LENGTHS)} prompts of "
+        f"{min(identity.LENGTHS)} to {max(identity.LENGTHS)} tokens: packed, in mode `sequential`; split over steps with "
+        "arrivals one after another; and so in mode `mp`. *bfloat16* says whether packed logits then are those of each "
+        "prompt alone. *packed* is the route: requests lie one after another in a row, without padding.\n",
+        "## Served\n",
+        "| architecture | class | route | tokens as `generate`'s | bfloat16 | transformers | torch | date |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    parts += [_cells(row, ("class", "route", "shown", "bfloat16", "transformers", "torch", "date")) for row in served]
+    parts += [
+        "\n## Not served by the engine\n",
+        "`--mode generate` runs those that are language models of their own.\n",
+        "| architecture | reason | transformers | date |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*parts, *(_cells(row, ("problem", "transformers", "date")) for row in refused), ""])
+
+
+def _cells(row: Mapping[str, str], names: Sequence[str]) -> str:
+    return " | ".join([f"| `{row['architecture']}`", *(row[name].replace("|", "\\|") for name in names)]) + " |"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "columns.md": describe_columns,
+    "commands.md": describe_commands,
+    "architectures.md": describe_architectures,
+}
 
 if __name__ == "__main__":
     for name, describe in PAGES.items():

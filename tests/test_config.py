@@ -9,7 +9,7 @@ import pytest
 from splitwiser.config import RunConfig
 from splitwiser.options import option_type
 from splitwiser.request import SamplingParams
-from tests.support.assertions import refusal
+from tests.support.assertions import assert_says, refusal
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig) if field.default is not None])
@@ -146,3 +146,60 @@ def test_options_become_sampling_parameters() -> None:
 
 def test_zero_new_tokens_are_refused_and_not_replaced() -> None:
     assert refusal(RunConfig, max_new_tokens=0) == "--max_new_tokens must be 1 or more, not 0"
+
+
+def test_a_case_takes_the_adapter_that_comes_with_the_model() -> None:
+    assert RunConfig(case_id=200).default_adapter == "lora"
+    assert RunConfig(case_id=100).default_adapter == "prefix"
+    assert RunConfig(case_id=0).default_adapter == "none"
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"case_id": 200, "model": "opt-125m"}, "model opt-125m runs without one"),
+        ({"case_id": 100, "adapters": "lora"}, "adapter lora is LoRA"),
+        ({"case_id": 100, "adapters": "lora,prefix"}, "model radiology-opt runs without one"),
+        ({"case_id": 200, "adapters": "lora", "use_adapter": "none"}, "model radiology-opt runs without one"),
+    ],
+)
+def test_a_case_of_adapters_needs_one_of_its_kind(settings: dict[str, Any], given: str) -> None:
+    assert_says(refusal(RunConfig, **settings), "needs an adapter of that kind", given, "--adapter NAME=DIRECTORY")
+
+
+@pytest.mark.parametrize(
+    ("settings", "default"),
+    [
+        ({"adapters": "lora"}, "lora"),
+        ({"adapters": "lora", "use_adapter": "none"}, "none"),
+        ({"adapters": "lora,prefix"}, "none"),
+        ({"adapters": "lora,prefix", "use_adapter": "prefix"}, "prefix"),
+    ],
+)
+def test_the_only_adapter_is_the_default(settings: dict[str, Any], default: str) -> None:
+    assert RunConfig(**settings).default_adapter == default
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"adapters": "lora", "use_adapter": "lra"},
+            "unknown --use_adapter 'lra'; did you mean lora? known: lora, none",
+        ),
+        (
+            {"adapters": "prefix", "merge_adapter": True},
+            "--merge_adapter merges one LoRA adapter into the model; the adapters are: prefix (prefix tuning)",
+        ),
+        (
+            {"merge_adapter": True},
+            "--merge_adapter merges one LoRA adapter into the model; the adapters are: none",
+        ),
+        (
+            {"adapters": "lora", "merge_adapter": True, "use_adapter": "none"},
+            "--use_adapter none: a merged adapter runs with every request; leave --merge_adapter out",
+        ),
+    ],
+)
+def test_settings_of_adapters_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
+    assert refusal(RunConfig, **settings) == message

@@ -99,3 +99,11 @@ def test_arguments_that_cannot_be_parsed_come_with_their_usage() -> None:
     assert refused.value.usage.startswith("usage: ")
     with pytest.raises(UsageError, match="unexpected argument 'tpot:50'; a value with spaces needs quotation marks"):
         parse_options(["--goodput", "ttft:200", "tpot:50"], RunConfig)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--adapter", "lora", "--adapter=prefix"], ["--adapters=lora,prefix"], ["--adapter", "lora,prefix"]],
+)
+def test_an_option_of_several_values_may_be_given_several_times(arguments: list[str]) -> None:
+    assert parse_options(arguments, RunConfig) == {"adapters": "lora,prefix"}

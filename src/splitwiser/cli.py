@@ -25,7 +25,7 @@ COMMANDS = {  # modules of splitwiser.commands, with their descriptions in `spli
     "report": "write one HTML page about runs, comparisons, sweeps, profiles or advice",
     "doctor": "what this machine has and which modes will work on it, with the reason for each that will not",
     "cases": "list the prompting recipes",
-    "models": "list the models known by name",
+    "models": "list the models known by name, or prove the tokens of one's architecture",
 }
 
 

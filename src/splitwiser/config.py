@@ -8,6 +8,7 @@ from splitwiser.errors import InputError
 from splitwiser.options import option
 from splitwiser.placement.config import EngineConfig
 from splitwiser.results.goodput import parse_goodput
+from splitwiser.workload.cases import Case, get_case
 from splitwiser.workload.config import WorkloadConfig
 
 
@@ -23,9 +24,28 @@ class RunConfig(WorkloadConfig, EngineConfig):
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         WorkloadConfig.__post_init__(self)
+        if self.source == "case":
+            self._check_case(get_case(Path(self.cases), self.case_id))
         check_results(self.results)
         if self.goodput is not None:
             parse_goodput(self.goodput)
+
+    def _check_case(self, case: Case) -> None:
+        """Set the adapter of a case that runs with one, if none is given: the one that comes with the model. Raises
+        :class:`InputError` unless requests then have an adapter of the case's kind."""
+        if case.method == "discrete":
+            return
+        kind = case.method.upper()
+        if not self.adapters:
+            own = next((name for name, files in self.own_adapters.items() if files.kind == kind), "")
+            object.__setattr__(self, "adapters", own)
+        files = self.adapter_files.get(self.default_adapter)
+        if files is None or files.kind != kind:
+            given = f"adapter {files.name} is {files.kind_name}" if files else f"model {self.model} runs without one"
+            raise InputError(
+                f"case {case.case_id} ({case.description}) needs an adapter of that kind, and {given}; give one with "
+                "--adapter NAME=DIRECTORY, and name it by --use_adapter if it is not the only one"
+            )
 
 
 def check_results(directory: str) -> None:

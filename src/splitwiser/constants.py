@@ -41,6 +41,11 @@ KV_MEMORY = (
     "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
 )
 
+ADAPTERS = (
+    ""  # adapters as peft saves them: NAME=DIRECTORY, or the NAME of one that comes with the model, with commas between
+)
+MERGE_ADAPTER = False  # merge the one LoRA adapter into the weights, for all requests
+
 KERNELS = "auto"  # auto compiles what is faster so, where there is a compiler; plain uses PyTorch alone
 
 TEMPERATURE = 0.0  # 0 is greedy; above, tokens are drawn at random

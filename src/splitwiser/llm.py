@@ -18,7 +18,7 @@ import torch
 from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.engine.policy import READ_BY, reads
 from splitwiser.engine.progress_bar import ProgressBar
-from splitwiser.errors import InputError, check_keywords
+from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
@@ -26,7 +26,15 @@ from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
-from splitwiser.request import PromptInput, Request, RequestOutput, SamplingParams, check_messages
+from splitwiser.request import (
+    NO_ADAPTER,
+    Adapter,
+    PromptInput,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    check_messages,
+)
 from splitwiser.text import check_text, shorten
 from splitwiser.workload.arrivals import check_arrival
 
@@ -67,6 +75,11 @@ class LLM:
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
             - ``kernels``: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             - ``seed``: seed of dummy weights, and of sampling for requests without their own seed.
+            - ``adapters``: adapters as peft saves them, by name: ``{"style": "path/to/adapter"}``, or the name of one that
+                comes with the model.
+            - ``use_adapter``: the adapter of requests that name none; by default the only one if one is given, else
+                ``none``, the model alone.
+            - ``merge_adapter``: whether to merge the one LoRA adapter into the weights, for all requests.
 
     Arguments of vLLM's ``LLM`` and of ``from_pretrained`` that are not among these, such as ``tensor_parallel_size``, are
     refused with what is here instead (``EngineConfig.NOT_TAKEN``).
@@ -151,6 +164,7 @@ class LLM:
         prompts: Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         arrival_s: Sequence[float] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         *,
         priority: Sequence[int] | None = None,
         ttft_target_ms: Sequence[float | None] | None = None,
@@ -161,6 +175,8 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         arrivals = [0.0] * len(prompts) if arrival_s is None else arrival_s
         capacity = self._engine.capacity_tokens
+        named = [adapter] * len(prompts) if isinstance(adapter, str) or adapter is None else adapter
+        adapters = [self._find_adapter(each) for each in named]
         requests = make_requests(
             self.model,
             prompts,
@@ -168,6 +184,7 @@ class LLM:
             arrivals,
             self.config.seed,
             capacity,
+            adapters,
             priority=priority,
             ttft_target_ms=ttft_target_ms,
         )
@@ -180,6 +197,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrival_s: Sequence[float] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         priority: Sequence[int] | None = None,
         ttft_target_ms: Sequence[float | None] | None = None,
         max_concurrency: int | None = None,
@@ -194,6 +212,8 @@ class LLM:
                 prompt.
             sampling_params: one for all prompts, or one for each.
             arrival_s: arrival time of each prompt, in seconds after the call; by default all arrive at once.
+            adapter: name of the adapter of all prompts, or of each: ``none`` is the model alone, None the default
+                (``use_adapter``).
             priority: a whole number for each prompt: those of the lowest are admitted and prefilled first. Needs policy
                 ``priority``, or one of your own that reads it.
             ttft_target_ms: the TTFT that each prompt is to have, in milliseconds after its arrival, or None for the
@@ -216,7 +236,7 @@ class LLM:
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
         requests = self.make_requests(
-            prompts, sampling_params, arrival_s, priority=priority, ttft_target_ms=ttft_target_ms
+            prompts, sampling_params, arrival_s, adapter, priority=priority, ttft_target_ms=ttft_target_ms
         )
         observer = observer or Observer()
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
@@ -253,6 +273,16 @@ class LLM:
         with self._lock:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
 
+    def _find_adapter(self, name: str | None) -> Adapter:
+        """Return the adapter called ``name``, or the default. Raises :class:`InputError`."""
+        name = self.config.default_adapter if name is None else name
+        known = dict(self.model.adapters)
+        if not self.config.merge_adapter:
+            known[NO_ADAPTER.name] = NO_ADAPTER
+        if name not in known:
+            raise unknown_name("adapter", name, known)
+        return known[name]
+
     def _prefault(self, requests: Sequence[Request]) -> None:
         """Map the pages of the blocks that ``requests`` can use at once, before the time of any of them counts."""
         pool = self.started.pool
@@ -281,26 +311,31 @@ def make_requests(
     arrival_s: Sequence[float],
     seed: int,
     capacity_tokens: int | None = None,
+    adapters: Sequence[Adapter] | None = None,
     *,
     priority: Sequence[int] | None = None,
     ttft_target_ms: Sequence[float | None] | None = None,
 ) -> list[Request]:
-    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params`` and ``arrival_s`` each
-    and, where they are given, of ``priority`` and ``ttft_target_ms``.
+    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params``, ``arrival_s`` and,
+    where they are given, of ``adapters``, ``priority`` and ``ttft_target_ms`` each.
 
     A request without its own seed gets one from ``seed`` and its number. Raises :class:`InputError` for a request that
     could never be served by the model or, if given, by a KV pool of ``capacity_tokens`` tokens.
     """
+    adapters = [NO_ADAPTER] * len(prompts) if adapters is None else adapters
     priorities = [0] * len(prompts) if priority is None else priority
     targets = [None] * len(prompts) if ttft_target_ms is None else ttft_target_ms
-    own: dict[str, Sequence[Any]] = {
-        "sampling_params": sampling_params, "arrival_s": arrival_s, "priority": priorities, "ttft_target_ms": targets,
+    per_prompt: dict[str, Sequence[Any]] = {
+        "sampling_params": sampling_params, "arrival_s": arrival_s, "adapter": adapters, "priority": priorities,
+        "ttft_target_ms": targets,
     }  # fmt: skip
-    for name, given in own.items():
+    for name, given in per_prompt.items():
         if len(given) != len(prompts):
             raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
     requests = []
-    for number, (prompt, params, arrival, rank, target_ms) in enumerate(zip(prompts, *own.values(), strict=True)):
+    for number, (prompt, params, arrival, adapter, rank, target_ms) in enumerate(
+        zip(prompts, *per_prompt.values(), strict=True)
+    ):
         check_arrival(arrival, f"request {number}")
         _check_urgency(rank, target_ms, f"request {number}")
         if params.stop and model.tokenizer is None:
@@ -308,8 +343,9 @@ def make_requests(
         own_seed = params.seed if params.seed is not None else seed * 1_000_003 + number
         token_ids = _token_ids(model, f"request {number}", prompt)
         if params.max_tokens is None:
-            params = replace(params, max_tokens=_room(model, f"request {number}", len(token_ids), capacity_tokens))
-        request = Request(number, token_ids, params, own_seed, arrival, rank, target_ms)
+            room = _room(model, f"request {number}", len(token_ids), capacity_tokens, adapter)
+            params = replace(params, max_tokens=room)
+        request = Request(number, token_ids, params, own_seed, arrival, adapter, rank, target_ms)
         check_fits(request, model, capacity_tokens)
         requests.append(request)
     return requests
@@ -368,10 +404,17 @@ def _unwrap(prompt: Mapping[str, Any], where: str) -> str | Iterable[int]:
     return given
 
 
-def _room(model: LoadedModel, where: str, prompt_tokens: int, capacity_tokens: int | None) -> int:
+def _room(model: LoadedModel, where: str, prompt_tokens: int, capacity_tokens: int | None, adapter: Adapter) -> int:
     """Return how many new tokens the model's positions and the KV pool have room for, but at least 1, which is refused later
     if there is none. Raises :class:`InputError` if neither has a limit."""
-    limits = [limit for limit in (model.max_positions, capacity_tokens) if limit is not None]
+    limits = [
+        limit - virtual
+        for limit, virtual in (
+            (model.max_positions, adapter.virtual_tokens),
+            (capacity_tokens, adapter.tail_tokens),
+        )
+        if limit is not None
+    ]
     if not limits:
         raise InputError(f"{where}: max_tokens None needs a limit, and {model.name} has none; give a number")
     return max(1, min(limits) - prompt_tokens + 1)

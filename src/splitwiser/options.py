@@ -16,10 +16,11 @@ from splitwiser.text import shorten
 GROUPS = ("advice", "steps", "requests", "arrivals", "model and placement", "sampling", "results")
 
 
-def option(default: object, help_text: str, group: str = "model and placement") -> Any:  # noqa: ANN401  # as dataclasses.field
+def option(default: object, help_text: str, group: str = "model and placement", singular: str = "") -> Any:  # noqa: ANN401  # as dataclasses.field
     """Return a dataclass field that is also an option, listed under ``group`` of :data:`GROUPS`. The type of the option's
-    values follows from the field's annotation."""
-    return field(default=default, metadata={"help": help_text, "group": group})
+    values follows from the field's annotation. An option with a ``singular``, which is another spelling of it, takes several
+    values: with commas between them, or given several times."""
+    return field(default=default, metadata={"help": help_text, "group": group, "singular": singular})
 
 
 def option_fields(kind: type) -> dict[str, Field[Any]]:
@@ -86,6 +87,20 @@ class OptionParser(argparse.ArgumentParser):
         self.error(unknown_name("option", given, known).cli_message)
 
 
+class _Join(argparse.Action):
+    """Joins the values of an option that is given several times by commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ANN401  # as argparse.Action
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, f"{earlier},{values}" if earlier else values)
+
+
 _NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
@@ -99,13 +114,19 @@ def add_options(
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
     for each in selected:
         group = groups[each.metadata["group"]]
-        flags = dict.fromkeys([f"--{each.name}", f"--{each.name.replace('_', '-')}"])
+        singular = each.metadata["singular"]
+        spellings = [singular, each.name] if singular else [each.name]
+        flags = dict.fromkeys(f"--{form}" for name in spellings for form in (name, name.replace("_", "-")))
         default = each.default if defaults else argparse.SUPPRESS
         help_text, kind_of_value = each.metadata["help"], option_type(each)
         if kind_of_value is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=help_text, default=default)
         else:
-            group.add_argument(*flags, type=kind_of_value, help=help_text, default=default, metavar=each.name.upper())
+            metavar = (singular or each.name).upper()
+            group.add_argument(
+                *flags, dest=each.name, action=_Join if singular else "store", type=kind_of_value, help=help_text,
+                default=default, metavar=metavar,
+            )  # fmt: skip
 
 
 def given_options(namespace: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -115,6 +115,32 @@ def check_messages(messages: object, where: str) -> list[dict[str, str]]:
     return checked
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as its requests carry it.
+
+    ``lora`` is its number, from 1 on, among the LoRA adapters whose parts are added to the outputs of linear layers; 0 if
+    it adds none. It puts ``virtual_tokens`` tokens before each prompt, whose K and V lie in the blocks ``blocks`` of the KV
+    pool. All its requests share the full blocks among these; the ``tail_tokens`` tokens of the last block, if that is not
+    full, are copied to each request's own first block.
+    """
+
+    name: str
+    lora: int = 0
+    virtual_tokens: int = 0
+    blocks: tuple[int, ...] = ()
+    tail_tokens: int = 0
+
+    @property
+    def shared_blocks(self) -> tuple[int, ...]:
+        """The full blocks."""
+        return self.blocks[:-1] if self.tail_tokens else self.blocks
+
+
+NO_ADAPTER = Adapter("none")
+"""What a request without an adapter carries; its name is how users ask for that."""
+
+
 @dataclass(frozen=True, repr=False)
 class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
@@ -126,14 +152,16 @@ class Request:
     params: SamplingParams
     seed: int
     arrival_s: float = 0.0
+    adapter: Adapter = NO_ADAPTER
     priority: int = 0
     ttft_target_ms: float | None = None
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
+        adapter = "" if self.adapter is NO_ADAPTER else f", adapter={self.adapter.name!r}"
         return (
             f"Request(request_id={self.request_id}, prompt_tokens={prompt_tokens}, max_tokens={self.max_tokens}, "
-            f"arrival_s={self.arrival_s:g})"
+            f"arrival_s={self.arrival_s:g}{adapter})"
         )
 
     @property
@@ -144,9 +172,14 @@ class Request:
 
     @property
     def max_kv_tokens(self) -> int:
-        """Largest number of tokens whose K and V are kept: the prompt and all new tokens except the last, whose K and V
-        are never read."""
-        return len(self.prompt_token_ids) + self.max_tokens - 1
+        """Largest number of tokens whose K and V are kept in blocks of its own: virtual tokens that fill no block, the
+        prompt, and all new tokens except the last, whose K and V are never read."""
+        return self.adapter.tail_tokens + len(self.prompt_token_ids) + self.max_tokens - 1
+
+    @property
+    def positions(self) -> int:
+        """Largest number of positions that it can come to take, virtual tokens included."""
+        return self.adapter.virtual_tokens + len(self.prompt_token_ids) + self.max_tokens - 1
 
 
 @dataclass(repr=False)
@@ -214,7 +247,8 @@ class CompletionOutput:
 @dataclass(repr=False)
 class RequestOutput:
     """The finished result of one request. ``text`` is empty if the model has no tokenizer. ``prompt`` is the text that was
-    given, or that the chat template wrote, and None if the prompt was given as token ids."""
+    given, or that the chat template wrote, and None if the prompt was given as token ids. ``adapter`` is None if the model
+    ran without one."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -223,6 +257,7 @@ class RequestOutput:
     finish_reason: FinishReason
     metrics: RequestMetrics
     prompt: str | None = None
+    adapter: str | None = None
     priority: int = 0
     finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
 

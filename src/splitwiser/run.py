@@ -53,9 +53,14 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
             prompts,
             job.sampling_params(config),
             job.arrival_s,
+            job.adapters,
             priority=job.priority,
             ttft_target_ms=job.ttft_target_ms,
         )
+        used = {request.adapter.name for request in requests}
+        for name in config.adapter_files:
+            if name not in used:
+                tqdm.write(f"note: no request uses adapter {name}")
         directory = make_run_directory(Path(config.results), llm.model.name, job.label, config.mode)
         recorder = RunRecorder(
             directory,
@@ -147,6 +152,7 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
             "load_format": llm.model.load_format,
             "notes": llm.model.notes,
         },
+        "adapters": {name: str(files) for name, files in config.adapter_files.items()},
         "workers": llm.workers,
         "policy": None if config.layout is None else describe_policy(config.policy),
         "mps": llm.started.mps,

@@ -52,6 +52,11 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def format_size(nbytes: int) -> str:
+    """Return ``nbytes`` as text, in MiB or GiB."""
+    return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"
+
+
 def parse_device(text: str) -> tuple[str, int | None]:
     """Return the kind of a device ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and N. Raises :class:`InputError` for any other
     text."""

@@ -73,7 +73,8 @@ def test_both_modes_make_the_same_summaries(tmp_path: Path) -> None:
 def test_models_of_a_file_of_ones_own(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     models = tmp_path / "models.yaml"
     models.write_text(f"mine: {{path: {os.path.relpath(tiny('llama'), tmp_path)}}}")
-    assert invoke("models", "--models", models).stdout.splitlines()[1].split() == ["mine", "no", str(tiny("llama"))]
+    listed = invoke("models", "--models", models).stdout.splitlines()[1].split()
+    assert listed == ["mine", "0.1M", "0.1", "MiB", "packed", str(tiny("llama"))]
     done = invoke(
         "run", "--models", models, "--model", "mine", "--prompt_tokens", "5", "--requests", "2", "--output_tokens", "2",
         "--results", tmp_path / "out",
@@ -256,7 +257,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
         "long prompt": (["--workload", long], "request 0: 3000 prompt tokens and 4 new ones need 3003 positions"),
         "large request": (["--workload", large, "--kv_memory", "1MiB"], "in the KV pool, which holds"),
         "unknown case": (["--case_id", "3"], "unknown case '3'; known: 0, 1, 2, 4, 5, 100, 200"),
-        "unsupported case": (["--case_id", "200"], "case 200 (LoRA) is not supported yet; use one of 0, 1, 2, 4, 5"),
+        "no adapter": (["--case_id", "200", "--model", "opt-125m"], "case 200 (LoRA) needs an adapter of that kind"),
         "no config": (["--model", bare], "no config.json in it"),
         "unknown mode": (["--mode", "fast"], "unknown mode 'fast'"),
         "missing workload": (["--workload", tmp_path / "no.json"], "no.json: no such file"),
@@ -267,7 +268,7 @@ def broken_data(tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        "missing file", "line counts", "empty data", "long prompt", "large request", "unknown case", "unsupported case",
+        "missing file", "line counts", "empty data", "long prompt", "large request", "unknown case", "no adapter",
         "no config", "unknown mode", "missing workload", "no models",
     ],
 )  # fmt: skip

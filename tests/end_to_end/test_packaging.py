@@ -81,7 +81,8 @@ def test_nothing_is_pinned_that_the_project_does_not_ask_for() -> None:
 
 
 def test_extras_are_these() -> None:
-    assert set(project()["optional-dependencies"]) == {"datasets", "gguf", "gpu", "docs", "examples", "dev"}
+    extras = {"adapters", "datasets", "gguf", "gpu", "docs", "examples", "dev"}
+    assert set(project()["optional-dependencies"]) == extras
 
 
 def test_conda_python_is_one_the_package_takes() -> None:

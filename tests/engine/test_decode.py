@@ -8,7 +8,7 @@ from splitwiser.engine.decode import Decoder
 from splitwiser.engine.messages import Handoff
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.model.kv_pool import BlockAllocator
-from splitwiser.request import FinishReason, Request, SamplingParams
+from splitwiser.request import Adapter, FinishReason, Request, SamplingParams
 from tests.support.records import MS
 
 
@@ -47,3 +47,18 @@ def test_idle_time_is_no_gap_between_tokens() -> None:
         serve(decoder, Request(number, (5, 6), SamplingParams(max_tokens=3), seed=0))
         stepper.clock_ns += 5_000 * MS
     assert gaps == pytest.approx([0.010] * 2)  # one between the two steps of each
+
+
+def test_blocks_that_requests_share_are_neither_reserved_nor_freed() -> None:
+    allocator = BlockAllocator(0, 8)
+    decoder = Decoder("decode-0", Timed(), allocator, 4, 4)
+    adapter = Adapter("a", virtual_tokens=10, blocks=(8, 9, 10), tail_tokens=2)
+    for number in range(2):
+        decoder.submit(Request(number, (5,) * 3, SamplingParams(max_tokens=2), seed=0, adapter=adapter), 0)
+    tasks = decoder.admit()
+    assert [task.blocks for task in tasks] == [(8, 9, 0, 1), (8, 9, 2, 3)]  # 2 + 3 + 1 tokens of their own
+    for task in tasks:
+        decoder.receive(Handoff(task.request.request_id, 7, 1, 2, "prefill-0"))
+    while decoder.step():
+        continue
+    assert allocator.free_count == 8

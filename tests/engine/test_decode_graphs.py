@@ -23,6 +23,7 @@ from tests.support.assertions import assert_says
 from tests.support.tokens import LENGTHS, SERVED, prompts_of
 
 BLOCK = 16
+WITH_BIAS = ["falcon_rw", "mpt"]  # by the position of the key, and by its distance
 
 
 @pytest.mark.parametrize(
@@ -68,11 +69,38 @@ def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> 
     return [sequence.token_ids for sequence in [*sequences, last]]
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*SERVED, *WITH_BIAS])
 def test_fixed_steps_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name))
     expected = tokens_of(model, pool, None)
     assert tokens_of(model, pool, DecodeGraphs(model, pool, max_batch=8)) == expected
+
+
+def test_fixed_steps_add_each_requests_own_adapter(tiny: Callable[[str], Path]) -> None:
+    from tests.support.adapters import make_adapter  # skips without peft
+
+    directory = tiny("llama")
+    given = {name: make_adapter(name, directory) for name in ("lora", "rslora", "prompt")}
+    prompts, names = prompts_of(LENGTHS[:5]), ["rslora", "none", "lora", "prompt", "rslora"]
+    with LLM(directory, adapters=given) as llm:
+        model, pool = llm.model, llm.started.pool
+        assert pool is not None
+        if pool.kernels.decode is None:
+            pytest.skip("fixed steps need the compiled decode attention")
+        params = SamplingParams(max_tokens=8, ignore_eos=True)
+        expected = [each.token_ids for each in llm.generate(prompts, params, adapter=names)]
+        graphs = DecodeGraphs(model, pool, max_batch=8)  # pads the batch of 5
+        sequences = []
+        for number, request in enumerate(llm.make_requests(prompts, params, adapter=names)):
+            blocks = [*request.adapter.shared_blocks, *range(number * 10, number * 10 + 10)]
+            sequences.append(SequenceState(request, blocks))
+        chunks = [Chunk(each, 0, len(each.request.prompt_token_ids)) for each in sequences]
+        made = [prefill_step(model, pool, chunks)]
+        for _ in range(7):
+            for sequence, token in zip(sequences, made[-1], strict=True):
+                sequence.token_ids.append(token)
+            made.append(decode_step(model, pool, sequences, graphs))
+    assert [list(tokens) for tokens in zip(*made, strict=True)] == expected
 
 
 def test_a_mask_with_holes_is_refused(tiny: Callable[[str], Path]) -> None:
@@ -134,7 +162,7 @@ def test_without_a_gpu_nothing_is_captured(tiny: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*SERVED, *WITH_BIAS])
 def test_replayed_graphs_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name), "cuda")
     expected = tokens_of(model, pool, None)

@@ -1,6 +1,7 @@
 """Prefill steps of fixed sizes compute what steps of any size do and touch nothing else; their capture needs a GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from splitwiser.engine.prefill_graphs import (
 from splitwiser.engine.steps import Chunk, SequenceState, prefill_step
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
+from splitwiser.model.adapters.files import find_adapters
+from splitwiser.model.adapters.serving import attach_adapters
 from splitwiser.model.attention import AttentionOptions, Mask
+from splitwiser.model.catalog import CatalogEntry
 from splitwiser.model.compatibility import attach_engine, logits_agree
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.choose import load_kernels
@@ -27,7 +31,7 @@ from splitwiser.model.kernels.interface import PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import PagedAttention, Segment
-from splitwiser.request import Request, SamplingParams
+from splitwiser.request import Adapter, Request, SamplingParams
 from tests.support.models import make_tiny
 from tests.support.tokens import prompts_of
 
@@ -94,6 +98,24 @@ def whole(sequences: Sequence[SequenceState]) -> list[Chunk]:
     return [Chunk(each, 0, len(each.request.prompt_token_ids)) for each in sequences]
 
 
+def test_fixed_steps_add_each_requests_own_adapter(tiny: Callable[[str], Path]) -> None:
+    from tests.support.adapters import make_adapter  # skips without peft
+
+    directory = tiny("llama")
+    model = load_model(directory, dtype="float32", device="cpu", load_format="auto")
+    given = {name: make_adapter(name, directory) for name in ("lora", "rslora")}
+    attach_adapters(model, list(find_adapters(given, CatalogEntry("tiny")).values()), merge=False)
+    layers, kernels = attach_engine(model), PoolKernels(varlen=attend_by_request)
+    pool = KVPool(layers, BLOCKS, BLOCK, model.dtype, model.device, kernels=kernels)
+    without = prefill_step(model, pool, whole(sequences_of([40, 1, 13])))
+    sequences = sequences_of([40, 1, 13])
+    for sequence, number in zip(sequences, (2, 0, 1), strict=True):
+        sequence.request = replace(sequence.request, adapter=Adapter("any", lora=number))
+    expected = prefill_step(model, pool, whole(sequences))
+    assert prefill_step(model, pool, whole(sequences), PrefillGraphs(model, pool, BUDGET)) == expected
+    assert [one == other for one, other in zip(expected, without, strict=True)] == [False, True, False]
+
+
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("name", ["opt", "llama", "mistral"])
 def test_fixed_steps_compute_the_same(name: str, lengths: list[int], tiny: Callable[[str], Path]) -> None:
@@ -140,6 +162,13 @@ def test_a_step_falls_back_where_no_fixed_one_takes_it(tiny: Callable[[str], Pat
     assert prefill_step(model, pool, [Chunk(sequence, 24, 16)], graphs) == expected
 
 
+def test_each_token_knows_the_length_of_its_prompt(tiny: Callable[[str], Path]) -> None:
+    _, pool = loaded(tiny("opt"))
+    step = _FixedPrompts(pool, 32, torch.device("cpu"))
+    step.load([Segment(range(1), 5, 5), Segment(range(1, 2), 11, 11)], [0] * 16, [4, 15])
+    assert step.lengths(step.positions[None])[0].tolist() == [5] * 5 + [11] * 11 + [16] * 16
+
+
 def test_attention_that_the_kernel_does_not_take_is_refused(tiny: Callable[[str], Path]) -> None:
     _, pool = loaded(tiny("opt"))
     step = _FixedPrompts(pool, 32, torch.device("cpu"))
@@ -147,6 +176,7 @@ def test_attention_that_the_kernel_does_not_take_is_refused(tiny: Callable[[str]
     with pytest.raises(UnsupportedModelError, match="options"):
         step.attend(made, made, made, Mask(sliding_window_causal_mask_function(3)), AttentionOptions(1.0, softcap=2.0))
     chunks = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
+    step.update(made, made, 0)
     with pytest.raises(UnsupportedModelError, match="no sliding window"):
         step.attend(made, made, made, Mask(chunks), AttentionOptions(1.0))
 

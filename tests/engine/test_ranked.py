@@ -26,7 +26,8 @@ def request(
     target_ms: float | None = None,
     arrival_s: float = 0,
 ) -> Request:
-    return Request(number, (1,) * prompt, SamplingParams(max_tokens=new), 0, arrival_s, priority, target_ms)
+    params = SamplingParams(max_tokens=new)
+    return Request(number, (1,) * prompt, params, 0, arrival_s, priority=priority, ttft_target_ms=target_ms)
 
 
 def waiting(requests: Sequence[Request]) -> list[WaitingRequest]:

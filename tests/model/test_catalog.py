@@ -18,6 +18,10 @@ PARAMETERS = {  # fewest and most, from what each model's name or card says
     "llama2-13b-chat": (12.6e9, 13.4e9),
     "llama2-70b-chat": (68.5e9, 69.5e9),
     "falcon-7b-instruct": (6.9e9, 7.3e9),
+    "falcon-rw-1b": (1.31e9, 1.32e9),
+    "bloom-560m": (559.2e6, 559.3e6),
+    "mpt-7b": (6.64e9, 6.66e9),
+    "gpt-j-6b": (6.05e9, 6.06e9),
     "qwen3-0.6b": (595.5e6, 596.5e6),
     "smollm2-135m": (134.4e6, 134.6e6),
     "smollm2-135m-instruct": (134.4e6, 134.6e6),
@@ -142,7 +146,7 @@ def test_hub_id_goes_by_its_last_part() -> None:
         ("opt-125", "opt-125m"),
         ("llama2-7b", "llama2-7b-chat"),
         ("qwen3", "qwen3-0.6b"),
-        ("falcon", "falcon-7b-instruct"),
+        ("falcon-7b", "falcon-7b-instruct"),
     ],
 )
 def test_unknown_name_gets_the_nearest(name: str, nearest: str) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
+from splitwiser.model import compatibility
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.loading import DTYPES, LoadedModel, load_model
 from tests.support.models import POSITIONS, make_tiny
 
 
@@ -26,11 +27,11 @@ def load(directory: Path) -> LoadedModel:
     ("name", "reason"),
     [
         ("roformer", "RoFormerForCausalLM does not dispatch its attention through transformers' attention interface"),
-        ("mamba", "MambaForCausalLM"),
-        (
-            "gemma3n_text",
-            "Gemma3nForCausalLM: only 2 of 3 layers store K and V and the others attend to theirs",
-        ),
+        ("mamba", "MambaForCausalLM keeps a recurrent state for each request"),
+        ("deepseek_v32", "DeepseekV32ForCausalLM keeps an index of all tokens"),
+        ("moshi", "MoshiForCausalLM: a layer has a window of 9 tokens in the cache alone"),
+        ("jamba", "JambaForCausalLM keeps a recurrent state for each request"),
+        ("lfm2", "Lfm2ForCausalLM keeps a recurrent state for each request"),
         (
             "llama4_text",
             "Llama4ForCausalLM: at later positions packed prompts do not give the same logits as each alone",
@@ -115,7 +116,7 @@ def test_refuses_layers_that_do_not_store(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
     layers = model.module.model.layers
     layers[1] = layers[0]  # its K and V would be stored twice in layer 0
-    with pytest.raises(UnsupportedModelError, match="only 2 of 3 layers store K and V"):
+    with pytest.raises(UnsupportedModelError, match="K and V are stored 3 times and attended to 3 times"):
         attach_engine(model)
 
 
@@ -170,6 +171,25 @@ def test_a_model_that_fails_in_the_trial_is_not_padded(tiny: Callable[[str], Pat
 def test_rounding_of_half_precisions_is_no_reason_to_refuse(dtype: str, tiny: Callable[[str], Path]) -> None:
     model = load_model(tiny("gemma2"), dtype=dtype, device="cpu", load_format="auto")
     assert len(attach_engine(model)) == 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_that_makes_more_of_rounding_is_measured_by_that(
+    dtype: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compatibility._BOUNDS, DTYPES[dtype], 1e-6)  # as if packing had rounded differently
+    model = load_model(tiny("gemma2"), dtype=dtype, device="cpu", load_format="auto")
+    assert len(attach_engine(model)) == 3
+
+
+def test_no_rounding_excuses_all_differences(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "_find_rounding", lambda *_: 10.0)
+    model = load_model(tiny("opt"), dtype="bfloat16", device="cpu", load_format="auto")
+    layer = model.module.model.decoder.layers[1]
+    assert isinstance(layer, torch.nn.Module)
+    layer.register_forward_hook(lambda _, __, output: output + output.roll(1, dims=1))
+    with pytest.raises(UnsupportedModelError, match="two packed prompts do not give the same logits"):
+        attach_engine(model)
 
 
 class TritonLikeError(Exception):

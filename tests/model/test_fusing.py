@@ -38,6 +38,7 @@ PARTS = {
     "gemma2": "attention 3, gated_mlp 3, rms_norm 13",
     "gpt_oss": "attention 3, rms_norm 7",
     "opt": "activation 3",
+    **dict.fromkeys(["falcon", "bloom", "mpt", "gptj", "gpt_neo"], "activation 2"),
 }
 
 

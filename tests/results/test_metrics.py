@@ -56,6 +56,7 @@ def test_latency_row_has_every_column_in_order(output: Any) -> None:
 def test_one_token_has_no_figures_between_tokens() -> None:
     row = latency_row(SINGLE, START_NS)
     assert {column for column, value in row.items() if value is None} == {
+        "adapter",
         "handoff_ms",
         "tpot_ms",
         "itl_p50_ms",

@@ -119,7 +119,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
     [
         (
             "latency.csv",
-            "request_id,prompt_tokens,output_tokens,priority,arrival_s,prefill_start_s,first_token_s,finish_s,queue_ms,"
+            "request_id,prompt_tokens,output_tokens,adapter,priority,arrival_s,prefill_start_s,first_token_s,finish_s,queue_ms,"
             "ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,finish_reason,prefill_worker,decode_worker",
         ),
         ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens"),
@@ -164,6 +164,7 @@ def test_figure_between_tokens_is_empty_for_one_token(tmp_path: Path) -> None:
     recorder.finish("finished", MEMORY)
     (row,) = rows(tmp_path / "run" / "latency.csv")
     assert {column for column, value in row.items() if not value} == {
+        "adapter",
         "handoff_ms",
         "tpot_ms",
         "itl_p50_ms",

@@ -378,6 +378,11 @@ def test_a_request_that_is_too_long_is_refused(tiny: Tiny, tmp_path: Path) -> No
     assert_says(message, "request 0", "tiny-opt has 256")
 
 
+def test_a_case_of_adapters_is_refused(tmp_path: Path) -> None:
+    message = refusal(advise, AdviseConfig(case_id=200, results=str(tmp_path / "out")))
+    assert_says(message, "advise predicts the model alone", "--adapter")
+
+
 def test_a_pool_that_is_too_small_is_said(tiny: Tiny, tmp_path: Path) -> None:
     profile = recorded(tmp_path / "profile", "tiny-opt", beside=1, blocks=2)
     workload = write_workload(tmp_path / "work.json")

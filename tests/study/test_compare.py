@@ -65,6 +65,7 @@ def test_variants_that_make_no_sense_are_refused(modes: list[str], described: li
         ({"workload": "none.json"}, ["variant last: ", "none.json: no such file"]),
         ({"limit": 3}, ["variant last differs from first in its requests", "sweep"]),
         ({"max_new_tokens": 3}, ["variant last differs from first in its sampling"]),
+        ({"adapters": "lora"}, ["variant last differs from first in its adapters"]),
         ({"seed": 3}, ["variant last differs from first in its seed"]),
         ({"load_format": "dummy"}, ["variant last differs from first in its load_format"]),
         ({"model": "MODEL"}, ["variant last differs from first in its model"]),

@@ -86,6 +86,11 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
 @pytest.mark.parametrize(
     ("options", "settings", "parts"),
     [
+        (
+            {"adapters": "lora", "model": "radiology-opt"},
+            {},
+            ["variant vllm: a peer runs the model alone", "--adapter"],
+        ),
         ({"temperature": 0.5}, {}, ["variant vllm: a peer chooses tokens greedily"]),
         ({"request_rate": 2.0}, {}, ["variant vllm: a peer takes requests that arrive at once", "--max_concurrency"]),
         ({"ignore_eos": False}, {}, ["variant vllm: a peer generates a fixed number", "--ignore_eos"]),

@@ -4,14 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig
 
 from splitwiser import constants
 from splitwiser.model.catalog import EMBEDDED_MODEL
-
-VOCABULARY = 151
-POSITIONS = 256
+from splitwiser.model.tiny import POSITIONS as POSITIONS
+from splitwiser.model.tiny import VOCABULARY as VOCABULARY
+from splitwiser.model.tiny import save_tiny, tiny_config
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -50,9 +49,6 @@ TINY: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_LATENT, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
                     "topk_group": 1, "first_k_dense_replace": 1},
     "minicpm3": _LATENT,
-    "gemma3n_text": {**_ROTARY, "vocab_size_per_layer_input": VOCABULARY, "head_dim": 16, "hidden_size_per_layer_input": 8,
-                     "laurel_rank": 8, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 3,
-                     "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "llama4_text": {**_ROTARY, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2,
                     "no_rope_layers": [1, 0, 1], "attention_chunk_size": 256, "floor_scale": 16, "attn_scale": 0.5},
     "falcon": _FALCON,
@@ -89,17 +85,9 @@ def make_chatty(directory: Path) -> Path:
 
 
 def make_tiny(name: str, directory: Path, **changes: Any) -> Path:
-    """Save a tiny random model of architecture ``name``; its weights are wide enough that tokens differ clearly."""
-    figures = {**TINY[name], **changes}
-    torch.manual_seed(sum(name.encode()))
+    """Save a tiny random model of architecture ``name``, with the figures of TINY or else those of ``models --check``; its
+    weights are wide enough that tokens differ clearly."""
+    figures = {**TINY.get(name, {}), **changes}
     kind = figures.pop("model_type", name)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **figures))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.2)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, bos_token_id=1)
-    model.save_pretrained(directory)
-    return directory
+    config = AutoConfig.for_model(kind, **figures) if name in TINY else tiny_config(name, **changes)
+    return save_tiny(config, directory, seed=sum(name.encode()))

@@ -132,12 +132,6 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert load_cases(write(tmp_path, text)) == {3: Case(3, "d", "discrete", 2, "s", "i", "p", 9)}
 
 
-@pytest.mark.parametrize(("case_id", "description"), [(100, "prefix tuning"), (200, "LoRA")])
-def test_tuned_cases_are_not_supported_yet(case_id: int, description: str) -> None:
-    message = refusal(get_case, CASES, case_id)
-    assert message == f"case {case_id} ({description}) is not supported yet; use one of 0, 1, 2, 4, 5"
-
-
 def test_unknown_case_lists_the_known() -> None:
     assert refusal(get_case, CASES, 3) == "unknown case '3'; known: 0, 1, 2, 4, 5, 100, 200"
 

@@ -50,6 +50,12 @@ def test_arrivals_need_no_order(tmp_path: Path) -> None:
     assert [each.arrival_s for each in read_prompt_file(path)] == [2.0, 1.0]
 
 
+@pytest.mark.parametrize(("given", "each"), [("a", ["a", "a"]), (["a", None], ["a", None]), (None, [None, None])])
+def test_adapters_are_named_for_all_or_each(given: object, each: list[str | None], tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_new_tokens": 1, "prompts": ["a", "b"], "adapter": given})
+    assert [request.adapter for request in read_prompt_file(path)] == each
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "load.json"
     assert refusal(read_prompt_file, path) == f"--workload {path}: no such file"

@@ -49,6 +49,11 @@ def test_a_first_line_without_a_prompt_holds_for_all(tmp_path: Path) -> None:
     ]
 
 
+def test_adapters_are_named_for_all_lines_or_one(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_tokens": 4, "adapter": "a"}, {"prompt": "x"}, {"prompt": "y", "adapter": "none"})
+    assert [each.adapter for each in read_request_lines(path)] == ["a", "none"]
+
+
 def test_every_sampling_parameter_can_be_given() -> None:
     assert {each.name for each in fields(Sampling)} == {each.name for each in fields(SamplingParams)}
 

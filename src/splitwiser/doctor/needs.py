@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitwiser import constants
 from splitwiser.doctor.config import DoctorConfig
-from splitwiser.doctor.survey import Found, format_size
+from splitwiser.doctor.survey import Found
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.catalog import CatalogEntry, resolve_model
 from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
@@ -18,7 +18,7 @@ from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
 from splitwiser.model.loading import max_positions, plan_model, weights_nbytes, without_memory
 from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
-from splitwiser.text import parse_bytes
+from splitwiser.text import format_size, parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"
 
@@ -147,7 +147,9 @@ def _likely_layers(config: PreTrainedConfig) -> list[LayerShape] | None:
     """Return the K and V shape of each layer as most configurations give it; only a forward, as in a run, is certain."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    grouped = getattr(text, "new_decoder_architecture", False) and text.num_kv_heads  # Falcon's names
+    single = 1 if getattr(text, "multi_query", False) else None
+    kv_heads = getattr(text, "num_key_value_heads", None) or grouped or single or heads
     size = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
     layers = getattr(text, "num_hidden_layers", None)
     return [LayerShape(kv_heads, size, size)] * layers if layers and kv_heads and size else None

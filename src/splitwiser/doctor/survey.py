@@ -16,6 +16,7 @@ from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
 from splitwiser.errors import first_line
 from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
+from splitwiser.text import format_size
 
 DEVICES_S, DRIVER_S, SHARE_S, HUB_S, TOOL_S = 60.0, 30.0, 90.0, 20.0, 10.0  # longest that each probe may take
 FEW_FILES = 256  # a run opens tens of files, and a pipe for every pair of processes
@@ -25,11 +26,6 @@ PROCESSOR_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sv
 
 Found = tuple[bool | None, str, dict[str, Any]]
 """``ok`` (False: missing, or prevents a run; None: does not apply or was not tried), a text, machine-readable figures."""
-
-
-def format_size(nbytes: int) -> str:
-    """Return ``nbytes`` as text, in MiB or GiB."""
-    return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"
 
 
 # software

@@ -22,12 +22,19 @@ from splitwiser.model.loading import LoadedModel
 
 class FixedStep(AttentionStep):
     """A step of a fixed ``size`` with inputs in fixed buffers, where a captured graph reads those of each step: ``tokens``
-    and ``positions`` (tokens,), and the ``rows`` whose logits are kept; int64 each, on the model's device."""
+    and ``positions`` (tokens,), the ``rows`` whose logits are kept, and the ``lora_numbers`` of the tokens' adapters; int64
+    each, on the model's device."""
 
     size: int
     tokens: Tensor
     positions: Tensor
     rows: Tensor
+    lora_numbers: Tensor
+
+    @property
+    def loras(self) -> Tensor:
+        """See :attr:`splitwiser.model.attention.AttentionStep.loras`: always numbers, since a graph reads them."""
+        return self.lora_numbers
 
     @abstractmethod
     def begin(self) -> None:

@@ -68,6 +68,7 @@ class Decoder:
             blocks = self._allocator.allocate(-(-request.max_kv_tokens // self._block_tokens))
             if blocks is None:
                 break
+            blocks = [*request.adapter.shared_blocks, *blocks]
             self._admitted[request.request_id] = SequenceState(request, blocks)
             tasks.append(PrefillTask(request, tuple(blocks), self.name, waiting.arrival_ns))
         for task in tasks:
@@ -112,7 +113,7 @@ class Decoder:
         for request_id in request_ids:
             sequence = self._running[request_id]
             if reason := self._stepper.finish_reason(sequence):
-                self._allocator.release(self._running.pop(request_id).blocks)
+                self._allocator.release(self._running.pop(request_id).own_blocks)
                 finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(

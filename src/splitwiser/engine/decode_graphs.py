@@ -20,14 +20,14 @@ class _FixedStep(FixedStep):
     """
 
     def __init__(self, pool: KVPool, size: int, width: int, device: torch.device) -> None:
+        super().__init__()
         self.size = size
         self._pool = pool
-        self._layer = -1
         self._members: list[Sequence[int]] = []
-        self._host = torch.zeros(4 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(4 * size, dtype=torch.int64, device=device)
+        self._host = torch.zeros(5 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(5 * size, dtype=torch.int64, device=device)
         self._staged = self._host.split(size)
-        self.tokens, self.positions, self._slots, self._lengths = self._device.split(size)
+        self.tokens, self.positions, self._slots, self._lengths, self.lora_numbers = self._device.split(size)
         self._tables = torch.zeros(size, width, dtype=torch.int64, device=device)
         self._offsets = torch.arange(size + 1, device=device)
         self.rows = self._offsets[:-1]
@@ -41,13 +41,14 @@ class _FixedStep(FixedStep):
         """Copy the next step's inputs into the buffers: one copy, and a second for the block tables if the batch changed."""
         repeated = self.size - len(segments)
         size = self._pool.block_tokens
-        staged_tokens, positions, slots, lengths = self._staged
+        staged_tokens, positions, slots, lengths, loras = self._staged
         last = [segment.context - 1 for segment in segments]
         rows = (
             (staged_tokens, tokens),
             (positions, last),
             (slots, [each.blocks[at // size] * size + at % size for each, at in zip(segments, last, strict=True)]),
             (lengths, [segment.context for segment in segments]),
+            (loras, [segment.lora for segment in segments]),
         )
         for staged, numbers in rows:
             staged.copy_(torch.tensor([*numbers, *[numbers[-1]] * repeated]))
@@ -69,19 +70,18 @@ class _FixedStep(FixedStep):
         """Forget the masks of the previous forward."""
         self._starts.clear()
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`splitwiser.model.attention.AttentionStep.update`."""
-        self._layer = layer_idx
-        self._pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`splitwiser.model.attention.AttentionStep.store`."""
+        self._pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`splitwiser.model.attention.AttentionStep.attend`."""
         assert self._pool.kernels.decode is not None
         assert isinstance(mask, Mask)
+        first_seen, layer = self._first_seen(mask), self.attended_layer(key)
         return self._pool.kernels.decode(
-            query[0].transpose(0, 1), self._pool.keys[self._layer], self._pool.values[self._layer],
-            self._tables, self._first_seen(mask), self._offsets, self._lengths,
+            query[0].transpose(0, 1), self._pool.keys[layer], self._pool.values[layer],
+            self._tables, first_seen, self._offsets, self._lengths,
             options.scaling, options.softcap, options.sinks, options.bias, options.bias_by_position,
         ).unsqueeze(0)  # fmt: skip
 
@@ -119,7 +119,8 @@ class DecodeGraphs(Graphs[_FixedStep]):
     def __init__(
         self, model: LoadedModel, pool: KVPool, max_batch: int, streams: Sequence["torch.cuda.Stream"] = ()
     ) -> None:
-        width = pool.blocks if model.max_positions is None else min(pool.blocks, pool.blocks_for(model.max_positions))
+        most = pool.all_blocks
+        width = most if model.max_positions is None else min(most, pool.blocks_for(model.max_positions))
         steps = [_FixedStep(pool, size, width, model.device) for size in graph_sizes(max_batch)]
         super().__init__(model, steps, streams, "CUDA graphs of decode steps")
 

@@ -11,7 +11,7 @@ from splitwiser.engine.messages import Message, Progress, StepRecord
 from splitwiser.engine.sampling import Decode, final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
-from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
+from splitwiser.request import NO_ADAPTER, FinishReason, Request, RequestMetrics, RequestOutput
 
 _SETTLE_NS = 2_000_000  # how long a run waits at its end for step records that are still in transit
 
@@ -203,6 +203,7 @@ def make_output(
         text=final_text(request.params, token_ids, decode),
         finish_reason=reason,
         metrics=metrics,
+        adapter=None if request.adapter is NO_ADAPTER else request.adapter.name,
         priority=request.priority,
     )
 
@@ -210,19 +211,20 @@ def make_output(
 def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None) -> None:
     """Raise :class:`InputError`, with the limit that is exceeded, for a request that could never be served."""
     where = f"request {request.request_id}"
-    prompt, new = len(request.prompt_token_ids), request.max_tokens
-    if not prompt:
+    if not request.prompt_token_ids:
         raise InputError(f"{where}: the prompt has no tokens; at least one is needed")
     wrong = [token for token in request.prompt_token_ids if not 0 <= token < model.vocabulary]
     if wrong:
         raise InputError(f"{where}: token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}")
-    if model.max_positions is not None and prompt + new - 1 > model.max_positions:
+    virtual = request.adapter.virtual_tokens
+    tokens = f"{f'{virtual} virtual tokens, ' if virtual else ''}{len(request.prompt_token_ids)} prompt tokens"
+    if model.max_positions is not None and request.positions > model.max_positions:
         raise InputError(
-            f"{where}: {prompt} prompt tokens and {new} new ones need {prompt + new - 1} positions, and {model.name} has "
-            f"{model.max_positions}; shorten the prompt or ask for fewer tokens"
+            f"{where}: {tokens} and {request.max_tokens} new ones need {request.positions} positions, and {model.name} "
+            f"has {model.max_positions}; shorten the prompt or ask for fewer tokens"
         )
     if capacity_tokens is not None and request.max_kv_tokens > capacity_tokens:
         raise InputError(
-            f"{where}: {prompt} prompt tokens and {new} new ones need room for {request.max_kv_tokens} tokens in the KV "
+            f"{where}: {tokens} and {request.max_tokens} new ones need room for {request.max_kv_tokens} tokens in the KV "
             f"pool, which holds {capacity_tokens}; raise --kv_memory or ask for fewer tokens"
         )

@@ -6,6 +6,7 @@ the same files as the others.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar, cast
@@ -22,11 +23,14 @@ from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
-from splitwiser.request import FinishReason, Request, RequestMetrics, RequestOutput
+from splitwiser.model.rotary import forget_lengths
+from splitwiser.request import Adapter, FinishReason, Request, RequestMetrics, RequestOutput
 
 WORKER = "generate-0"
 
 _ArrivedRequest = tuple[Request, int]  # a request and its arrival time in nanoseconds
+WithAdapter = Callable[[Adapter], AbstractContextManager[Callable[..., Tensor]]]
+"""Gives transformers' ``generate`` of a model with an adapter, for as long as a block lasts."""
 
 
 @dataclass(eq=False)
@@ -88,16 +92,20 @@ class GenerateEngine:
     """Generates batch after batch: up to ``batch_size`` requests that have arrived, padded on the left, until all are done.
 
     A batch is split into parts that run one after another where its padded rows would exceed the model's last position
-    or, with ``one_length``, where its prompts differ in length.
+    or, with ``one_length`` or virtual tokens, where its prompts differ in length; and where its requests differ in their
+    adapter. ``using`` gives the ``generate`` of the model with an adapter.
     """
 
     capacity_tokens: int | None = None
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, model: LoadedModel, batch_size: int, one_length: bool = False) -> None:
+    def __init__(
+        self, model: LoadedModel, batch_size: int, one_length: bool = False, using: WithAdapter | None = None
+    ) -> None:
         self._model = model
         self._batch_size = batch_size
         self._one_length = one_length
+        self._using = using or self._without_adapter
         self._threads = OwnThreads(model.device.type == "cpu")
 
     def run(
@@ -134,12 +142,18 @@ class GenerateEngine:
                 part.append(each)
         return parts
 
+    def _without_adapter(self, _: Adapter) -> AbstractContextManager[Callable[..., Tensor]]:
+        return nullcontext(cast("Callable[..., Tensor]", self._model.module.generate))
+
     def _fit_together(self, arrived: Sequence[_ArrivedRequest]) -> bool:
+        adapter = arrived[0][0].adapter
+        if any(request.adapter.name != adapter.name for request, _ in arrived):
+            return False
         lengths = {len(request.prompt_token_ids) for request, _ in arrived}
-        if self._one_length and len(lengths) > 1:
+        if (self._one_length or adapter.virtual_tokens) and len(lengths) > 1:
             return False
         # a finished row runs on beside the others, and takes as many positions
-        positions = max(lengths) + max(request.max_tokens for request, _ in arrived) - 1
+        positions = adapter.virtual_tokens + max(lengths) + max(request.max_tokens for request, _ in arrived) - 1
         return self._model.max_positions is None or positions <= self._model.max_positions
 
     def _generate(self, arrived: Sequence[_ArrivedRequest], observer: Observer) -> list[RequestOutput]:
@@ -157,14 +171,15 @@ class GenerateEngine:
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
         sampled = any(request.params.temperature > 0 for request in batch)
-        generate = cast("Callable[..., Tensor]", self._model.module.generate)
-        generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_SeededSampler(rows)] if sampled else []),
-            stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
-        )
+        forget_lengths(self._model.module)
+        with self._using(batch[0].adapter) as generate:
+            generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_SeededSampler(rows)] if sampled else []),
+                stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
+            )
         return [
             make_output(
                 self._model.decode, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics

@@ -34,10 +34,11 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it. Its
-    request arrived at ``arrival_ns``.
+    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it, except
+    for the first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
 
-    Prefill writes to the blocks until it sends the :class:`Handoff`; from then on decode reads and writes them.
+    Prefill writes to the request's own blocks until it sends the :class:`Handoff`; from then on decode reads and writes
+    them.
     """
 
     request: Request

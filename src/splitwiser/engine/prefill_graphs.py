@@ -33,15 +33,15 @@ class _FixedPrompts(FixedStep):
     """
 
     def __init__(self, pool: KVPool, size: int, device: torch.device) -> None:
+        super().__init__()
         self.size = size
         self._pool = pool
-        self._layer = -1
         self._windows: dict[int, int | None] = {}
-        sizes = [size, size, size, MAX_PROMPTS, MAX_PROMPTS + 2]
+        sizes = [size, size, size, size, MAX_PROMPTS, MAX_PROMPTS + 2]
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self._staged = self._host.split(sizes)
-        self.tokens, self.positions, self._slots, self.rows, self._ends = self._device.split(sizes)
+        self.tokens, self.positions, self._slots, self.lora_numbers, self.rows, self._ends = self._device.split(sizes)
         self._counted = torch.arange(max(size, pool.block_tokens))
         # before any request: one prompt, at slot 0, which every request writes before it reads
         self._staged[-1][-1] = self._ends[-1] = size
@@ -49,7 +49,7 @@ class _FixedPrompts(FixedStep):
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Copy the next step's inputs into the buffers, in one copy. Only for segments that :meth:`has_room_for`."""
-        staged_tokens, positions, slots, staged_rows, staged_ends = self._staged
+        staged_tokens, positions, slots, loras, staged_rows, staged_ends = self._staged
         ends = list(itertools.accumulate((segment.tokens for segment in segments), initial=0))
         # as tensors where it can be: to go through thousands of numbers in Python takes as long as to compute with them
         for segment, start, end in zip(segments, ends, ends[1:], strict=False):
@@ -57,10 +57,12 @@ class _FixedPrompts(FixedStep):
             blocks = torch.tensor(segment.blocks[: self._pool.blocks_for(segment.tokens)])
             in_blocks = blocks[:, None] * self._pool.block_tokens + self._counted[: self._pool.block_tokens]
             slots[start:end] = in_blocks.flatten()[: segment.tokens]
+            loras[start:end] = segment.lora
         if (missing := self.size - len(tokens)) > 0:
             staged_tokens[-missing:] = 0
             positions[-missing:] = self._counted[:missing]
             slots[-missing:] = self._spare_slot(segments)
+            loras[-missing:] = 0
         staged_tokens[: len(tokens)] = torch.tensor(tokens)
         staged_rows[: len(rows)] = torch.tensor(rows)
         staged_ends[:-1] = torch.tensor([*ends, *ends[-1:] * (MAX_PROMPTS - len(segments))])
@@ -88,11 +90,15 @@ class _FixedPrompts(FixedStep):
         """See :meth:`splitwiser.engine.cuda_graphs.FixedStep.begin`."""
         self._offsets = self._ends.to(torch.int32)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`splitwiser.model.attention.AttentionStep.update`."""
-        self._layer = layer_idx
-        self._pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`splitwiser.model.attention.AttentionStep.store`."""
+        self._pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+
+    def lengths(self, positions: Tensor) -> Tensor:
+        """See :meth:`splitwiser.model.attention.AttentionStep.lengths`; each prompt is whole in the step."""
+        following = torch.searchsorted(self._ends, torch.arange(self.size, device=positions.device), right=True)
+        lengths: Tensor = self._ends[following] - self._ends[following - 1]
+        return lengths.view_as(positions)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`splitwiser.model.attention.AttentionStep.attend`. Raises :class:`UnsupportedModelError` for a mask or
@@ -101,23 +107,24 @@ class _FixedPrompts(FixedStep):
         assert isinstance(mask, Mask)
         if not options.fits_varlen:
             raise UnsupportedModelError("its attention has options that the variable-length kernel does not take")
+        window = self._window(mask, self.attended_layer(key))
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        offsets, longest, window = (self._offsets, self._offsets), (self.size, self.size), self._window(mask)
+        offsets, longest = (self._offsets, self._offsets), (self.size, self.size)
         return self._pool.kernels.varlen(query, key, value, offsets, longest, window, options.scaling).unsqueeze(0)
 
-    def _window(self, mask: Mask) -> int | None:
-        """Return the sliding window of the current layer, None for a causal mask. Found in the forward before a capture,
-        which may not ask the device for numbers."""
+    def _window(self, mask: Mask, layer: int) -> int | None:
+        """Return the sliding window of attention to ``layer``, None for a causal mask. Found in the forward before a
+        capture, which may not ask the device for numbers."""
         if mask.is_causal:
             return None
-        if self._layer not in self._windows:
+        if layer not in self._windows:
             positions = torch.arange(self.size, device=self.tokens.device)
             starts = first_seen(mask, positions)
             window = None if starts is None else window_of(starts, positions)
             if window is None:
                 raise UnsupportedModelError("a mask that is no sliding window")
-            self._windows[self._layer] = window
-        return self._windows[self._layer]
+            self._windows[layer] = window
+        return self._windows[layer]
 
 
 class PrefillGraphs(Graphs[_FixedPrompts]):

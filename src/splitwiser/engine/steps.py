@@ -1,5 +1,6 @@
 """One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,22 @@ WARM_UP_TOKENS = 8192  # the budget may be far larger than any real step
 
 @dataclass(eq=False)
 class SequenceState:
-    """State of a request in the KV pool: its blocks and its output tokens so far."""
+    """State of a request in the KV pool: its blocks, the shared ones of its adapter first, and its output tokens so far."""
 
     request: Request
     blocks: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def own_blocks(self) -> Sequence[int]:
+        """Its blocks without the shared ones."""
+        return self.blocks[len(self.request.adapter.shared_blocks) :]
+
+    def segment(self, end: int, tokens: int) -> Segment:
+        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output."""
+        adapter = self.request.adapter
+        before, prompt = adapter.virtual_tokens, len(self.request.prompt_token_ids)
+        return Segment(self.blocks, before + end, tokens, before + prompt, adapter.lora)
 
     @property
     def params(self) -> SamplingParams:
@@ -93,7 +105,11 @@ def prefill_step(
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
     tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    segments = [Segment(chunk.sequence.blocks, chunk.end, chunk.tokens) for chunk in chunks]
+    segments = [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks]
+    for chunk in chunks:
+        adapter = chunk.sequence.request.adapter
+        if chunk.start == 0 and adapter.tail_tokens:
+            pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
     ends, total = [], 0
     for chunk in chunks:
         total += chunk.tokens
@@ -117,15 +133,19 @@ def decode_step(
 ) -> list[int]:
     """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
 
+    A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
     With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
     """
-    segments = [Segment(each.blocks, len(each.request.prompt_token_ids) + len(each.token_ids), 1) for each in sequences]
-    tokens = [each.token_ids[-1] for each in sequences]
-    if graphs:
+    lengths = [len(each.request.prompt_token_ids) + len(each.token_ids) for each in sequences]
+    new = [length if length == model.computed_anew_at else 1 for length in lengths]
+    segments = [each.segment(*counts) for each, *counts in zip(sequences, lengths, new, strict=True)]
+    tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
+    if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
     else:
         step = PagedAttention(pool, segments, model.device)
-        logits = forward(model.module, step, tokens, _positions(segments), range(len(sequences)))
+        ends = [end - 1 for end in itertools.accumulate(new)]
+        logits = forward(model.module, step, tokens, _positions(segments), ends)
     return sample_tokens(logits, sequences).tolist()
 
 
@@ -188,6 +208,11 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
     for stream in streams or [torch.cuda.current_stream(model.device)]:
         with torch.cuda.stream(stream):
             prefill_step(model, pool, [Chunk(prompt, 0, length)] * max(1, budget // length))
+
+
+def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
+    """Return the last ``count`` tokens of a sequence's prompt and output."""
+    return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]
 
 
 def _positions(segments: Sequence[Segment]) -> list[int]:

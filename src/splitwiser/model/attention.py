@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -122,11 +123,45 @@ class StepCache:
 
 
 class AttentionStep(StepCache, ABC):
-    """The attention of one forward: each layer stores its K and V with ``update`` and then attends with ``attend``."""
+    """The attention of one forward: each layer stores its K and V with ``update`` and then attends with ``attend``; or it
+    stores none and attends to those of an earlier layer, which the model hands it."""
 
-    @abstractmethod
+    def __init__(self) -> None:
+        self._last_stored: int | None = None  # the layer, until it has attended
+        self._stored_keys: dict[int, ref[Tensor]] = {}
+
+    @property
+    def loras(self) -> Tensor | None:
+        """The number of the LoRA adapter of each of the step's tokens, int64 of shape (tokens,), 0 for none; None if no
+        token has one."""
+        return None
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store this step's K and V of a layer, each of shape (1, kv_heads, tokens, head size), and return them."""
+        self.store(layer_idx, key, value)
+        self._last_stored = layer_idx
+        self._stored_keys[layer_idx] = ref(key)
+        return key, value
+
+    def attended_layer(self, key: Tensor) -> int:
+        """Return the layer whose K and V an attention is over: the one that has just stored its own, or else the one that
+        ``key`` was stored by. To be called once an attention. Raises :class:`UnsupportedModelError` if no layer stored
+        ``key``."""
+        layer, self._last_stored = self._last_stored, None
+        if layer is None:
+            layer = next((number for number, stored in self._stored_keys.items() if stored() is key), None)
+        if layer is None:
+            raise UnsupportedModelError("a layer attends to K and V that no layer has stored")
+        return layer
+
+    def lengths(self, positions: Tensor) -> Tensor:
+        """Return the length of each token's request as its model's own forward would know it, of ``positions``' shape: here
+        that it ends with the token, as in a decode step."""
+        return positions + 1
+
+    @abstractmethod
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep this step's K and V of a layer, shapes as in :meth:`update`."""
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
@@ -150,6 +185,12 @@ def serving(step: AttentionStep) -> Iterator[None]:
 def current_step() -> AttentionStep:
     """Return the step of the ``with serving`` block that this runs in."""
     return _step.get()
+
+
+def current_loras() -> Tensor | None:
+    """Return :attr:`AttentionStep.loras` of the current step; None outside of a ``with serving`` block."""
+    step = _step.get(None)
+    return step.loras if step else None
 
 
 def attention_function(

@@ -3,17 +3,18 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
 from splitwiser.model.dispatch.alibi import alibi_from, has_alibi
-from splitwiser.model.dispatch.table import dispatch_attention, find_dispatch_problem
+from splitwiser.model.dispatch.table import RECURRENT, dispatch_attention, find_dispatch_problem
 from splitwiser.model.forward import cache_argument, forward
 from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
@@ -22,12 +23,20 @@ from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.padding import pad_left
 from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.rotary import depends_on_length, serve_lengths
 from splitwiser.model.trials import Trial
 
 # Relative to the largest logit: half precisions differ by rounding; a dropped term or a leak between requests by far more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # tighter, since an error that grows with the position changes the logits of random weights only little
 _FAR_BOUNDS = {**_BOUNDS, torch.float32: 1e-4}
+# A model may make more of rounding than that: then twice what it makes of its embeddings being rounded differently, up to a
+# quarter of the largest logit, beyond which nothing would be shown.
+_MOST_ROUNDING = 0.25
+_ROUNDINGS = 3
+# what a model asks of its cache beside K and V, by a part of the method's name
+_INDEXED = "keeps an index of all tokens, by which it chooses those that it attends to, which the engine cannot serve"
+_UNSERVED_STATE = {"conv_state": RECURRENT, "recurrent_state": RECURRENT, "indexer": _INDEXED}
 _FAR = 2**17  # the last position that is tried if a model has no limit
 
 
@@ -51,7 +60,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     try:
         with torch.inference_mode():
             if trial and trial.outcome:
-                dispatch_attention(module)
+                _attach(module)
                 if pack:
                     fuse_parts(module, trial.outcome["fused"])
                     pack_linears(module)
@@ -59,7 +68,7 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
             starts = _probe_starts(model, len(prompts[0]))
             expected = [_own_logits(model, prompt) for prompt in prompts]
             expected_far = [_own_logits(model, prompts[0], start, start) for start in starts]
-            dispatch_attention(module)
+            _attach(module)
             layers = _probe_layers(model, prompts[0])
             served = _served_logits(model, layers, prompts)
             served_far = _far_logits(model, prompts[0], starts)
@@ -70,16 +79,18 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     except UnsupportedModelError:
         raise
     except Exception as error:  # any error of the model's forward means that it cannot be served
-        raise UnsupportedModelError(
-            f"{name} cannot be served by the engine; use --mode generate ({type(error).__name__}: {first_line(error)})"
-        ) from error
-    bound = _BOUNDS[model.dtype]
+        raise UnsupportedModelError(f"{name} {_cause(error)}; use --mode generate") from error
+    bound, far_bound = _BOUNDS[model.dtype], _FAR_BOUNDS[model.dtype]
+    trials = [(served, expected), (served_far, expected_far), (fused, expected)]
+    if model.dtype != torch.float32 and not all(_agree(each, own, bound) for ours, own in trials for each in ours):
+        rounding = _find_rounding(model, layers, prompts, fused)
+        bound = far_bound = max(bound, min(2 * rounding, _MOST_ROUNDING))
     if not all(_agree(each, expected, bound) for each in served):
         raise UnsupportedModelError(
             f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
             "tokens; use --mode generate"
         )
-    if not all(_agree(each, expected_far, _FAR_BOUNDS[model.dtype]) for each in served_far):
+    if not all(_agree(each, expected_far, far_bound) for each in served_far):
         raise UnsupportedModelError(
             f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
             "give wrong tokens; use --mode generate"
@@ -90,6 +101,42 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     if trial:
         trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
     return layers
+
+
+@torch.inference_mode()
+def _find_rounding(
+    model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]], logits: Sequence[Tensor]
+) -> float:
+    """Return by how much ``logits``, those of :func:`_served_logits`, change at most, relative to the largest, when each
+    number of the embeddings is one rounding larger or smaller: what the model makes of rounding alone."""
+    random = torch.Generator().manual_seed(0)
+
+    def round_differently(_: torch.nn.Module, __: object, embedded: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, embedded.shape, generator=random).to(embedded) * 2 - 1
+        return embedded * (1 + torch.finfo(embedded.dtype).eps * signs)
+
+    hook = model.module.get_input_embeddings().register_forward_hook(round_differently)
+    try:
+        again = [each for _ in range(_ROUNDINGS) for each in _served_logits(model, layers, prompts)]
+    finally:
+        hook.remove()
+    pairs = zip(again, [*logits] * _ROUNDINGS, strict=True)
+    return max(float(((new - old).abs().amax(-1) / old.abs().amax(-1)).max()) for new, old in pairs)
+
+
+def _cause(error: Exception) -> str:
+    """Return why a model cannot be served whose forward raised ``error``, to follow its name."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, StepCache):
+        return next(
+            (why for part, why in _UNSERVED_STATE.items() if part in str(error.name)),
+            f"asks its cache for {error.name}, which the engine's does not have",
+        )
+    return f"cannot be served by the engine ({type(error).__name__}: {first_line(error)})"
+
+
+def _attach(module: PreTrainedModel) -> None:
+    dispatch_attention(module)
+    serve_lengths(module)
 
 
 def try_kernels(
@@ -120,7 +167,9 @@ def try_kernels(
 def padding_changes_tokens(model: LoadedModel) -> bool:
     """Return whether prompts of different lengths in one batch, padded on the left as in mode ``generate``, may give other
     tokens than each alone. False only if two prompts are shown to give the same logits, and the model to compute by the
-    positions it is given, however many tokens its cache counts."""
+    positions it is given, however many tokens its cache counts, and no row's length to change another row."""
+    if depends_on_length(model.module):
+        return True
     lengths = [5, min(12, (model.max_positions or sys.maxsize) - 1)]
     prompts = [[(7 * number + 3) % model.vocabulary for number in range(length)] for length in lengths]
     start = _probe_starts(model, lengths[0])[-1]
@@ -163,24 +212,32 @@ def _agree(ours: Tensor, theirs: Tensor | Sequence[Tensor], bound: float) -> boo
 
 
 class _LayerProbe(AttentionStep):
-    """Takes the place of the pool in one forward and records what each layer does."""
+    """Takes the place of the pool in one forward and records what each layer does. ``windows`` are the numbers of tokens
+    that transformers' own cache keeps of each layer, None for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        super().__init__()
+        self._windows = windows
         self.stored: dict[int, LayerShape] = {}
         self.events: list[tuple[str, int]] = []
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        self.events.append(("stores", layer_idx))
-        self.stored[layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.events.append(("stores", layer))
+        self.stored[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
-        self.events.append(("attends", self.events[-1][1] if self.events else -1))
+        layer = self.attended_layer(key)
+        self.events.append(("attends", layer))
         if not isinstance(mask, Mask):
             raise UnsupportedModelError("a layer attends without the model's mask")
         first = torch.zeros((), dtype=torch.long, device=query.device)
         if bool(mask(first, first + 1)):
             raise UnsupportedModelError("a layer's attention looks at later tokens")
+        window = self._windows[layer] if layer < len(self._windows) else None
+        if window and bool(mask(first + window, first)):
+            raise UnsupportedModelError(
+                f"a layer has a window of {window} tokens in the cache alone, and its mask shows earlier ones"
+            )
         return attention.attend(query, key, value, None, options).transpose(1, 2)
 
 
@@ -220,59 +277,61 @@ class _CountingCache(StepCache):
 
 class _PositionedPrompts(AttentionStep):
     """Takes the place of the pool for prompts at later positions, packed in one row: each sees its own tokens of this and
-    earlier steps, and nothing before its start."""
+    earlier steps, and nothing before its start. The prompts end at ``lengths``, (prompts,)."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, lengths: Tensor) -> None:
+        super().__init__()
+        self._lengths = lengths
         self._positions = torch.empty(0, dtype=torch.long, device=device)
         self._owners = self._positions
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self._layer = -1
 
     def step(self, positions: Tensor, owners: Tensor) -> None:
         """Begin a step: its tokens are at ``positions`` of the prompts ``owners``, (tokens,) each."""
         self._positions = torch.cat([self._positions, positions])
         self._owners = torch.cat([self._owners, owners])
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        self._layer = layer_idx
-        if layer_idx in self._stored:
-            before = self._stored[layer_idx]
-            self._stored[layer_idx] = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-        else:
-            self._stored[layer_idx] = key, value
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if before := self._stored.get(layer):
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        self._stored[layer] = key, value
+
+    def lengths(self, positions: Tensor) -> Tensor:
+        return self._lengths[self._owners[-positions.shape[1] :]].view_as(positions)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         assert isinstance(mask, Mask)
         new = slice(-query.shape[2], None)
         positions, owners = self._positions[new, None], self._owners[new, None]
         seen = (owners == self._owners) & (self._positions <= positions) & mask(positions, self._positions[None])
-        stored = options.expanded(*self._stored[self._layer])
+        stored = options.expanded(*self._stored[self.attended_layer(key)])
         return attention.attend(
             query, *stored, seen, options, (positions[None], self._positions[None, None])
         ).transpose(1, 2)
 
 
 def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
-    probe = _LayerProbe()
+    own_cache = DynamicCache(config=model.module.config.get_text_config())
+    probe = _LayerProbe([getattr(layer, "sliding_window", None) for layer in own_cache.layers])
     try:
         forward(model.module, probe, prompt, range(len(prompt)), [len(prompt) - 1])
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{type(model.module).__name__}: {error}; use --mode generate") from error
     layers = model.module.config.get_text_config().num_hidden_layers
-    expected = [(event, layer) for layer in range(layers) for event in ("stores", "attends")]
-    if probe.events != expected:
-        if 0 < len(probe.stored) < layers:
-            raise UnsupportedModelError(
-                f"{type(model.module).__name__}: only {len(probe.stored)} of {layers} layers store K and V and the others "
-                "attend to theirs, which the engine cannot serve; use --mode generate"
-            )
-        seen = sum(event == "attends" for event, _ in probe.events)
+    stored = [layer for event, layer in probe.events if event == "stores"]
+    attentions = len(probe.events) - len(stored)
+    attends_next = all(
+        ("attends", layer) == after
+        for (event, layer), after in pairwise([*probe.events, ("ends", -1)])
+        if event == "stores"
+    )
+    if stored != list(range(len(stored))) or attentions != layers or not attends_next:
         raise UnsupportedModelError(
-            f"{type(model.module).__name__}: {seen} attentions over stored K and V in a forward of {layers} layers, where "
-            "each layer must store and attend exactly once; use --mode generate"
+            f"{type(model.module).__name__}: in a forward of its {layers} layers, K and V are stored {len(stored)} times "
+            f"and attended to {attentions} times, where each layer must attend once, to those that it has just stored or "
+            "that an earlier layer has; use --mode generate"
         )
-    return [probe.stored[layer] for layer in range(layers)]
+    return [probe.stored[layer] for layer in stored]
 
 
 def _probe_prompts(model: LoadedModel) -> list[list[int]]:
@@ -315,8 +374,8 @@ def _far_logits(model: LoadedModel, prompt: list[int], starts: Sequence[int]) ->
         rows = tokens[:, chunk].flatten(), places[:, chunk].flatten()
         return forward(model.module, cache, *rows, ends).float()
 
-    whole = step(_PositionedPrompts(model.device), slice(None))
-    split = _PositionedPrompts(model.device)
+    whole = step(_PositionedPrompts(model.device, places[:, -1] + 1), slice(None))
+    split = _PositionedPrompts(model.device, places[:, -1] + 1)
     step(split, slice(None, -1))
     return whole, step(split, slice(-1, None))
 

@@ -24,6 +24,11 @@ from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear,
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
 # activations that oneDNN applies to a product: its name for one, and which form of it
 _ACTIVATIONS = (RELU, ("gelu", "none"), ("gelu", "tanh"), ("swish", ""))
+# what models call a linear layer and the activation of its output
+_ACTIVATED = (
+    ("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("dense_h_to_4h", "gelu_impl"), ("up_proj", "act"),
+    ("fc_in", "act"), ("c_fc", "act"),
+)  # fmt: skip
 # of the rows that modules are compared on: far apart, so that an epsilon or a limit makes a difference
 _SCALES = (1e-3, 0.03, 0.3, 1.0, 3.0, 30.0, 1000.0)
 # relative to the norm of a row: a few roundings to bfloat16, each at most 1/256 of a number
@@ -193,9 +198,14 @@ class _Fusing:
             self._fuse_activation(module)
 
     def _fuse_activation(self, own: nn.Module) -> None:
-        """Let ``fc1`` of ``own`` compute ``activation_fn`` too, if the two and ``own`` as a whole then compute the same."""
-        first, activation, calls = getattr(own, "fc1", None), getattr(own, "activation_fn", None), self._calls
-        if not (is_packable(first) and isinstance(activation, nn.Module) and first in calls and activation in calls):
+        """Let a linear layer of ``own`` compute the activation behind it too, if the two and ``own`` as a whole then compute
+        the same."""
+        calls, children = self._calls, dict(own.named_children())
+        names = next((pair for pair in _ACTIVATED if set(pair) <= set(children)), None)
+        if names is None:
+            return
+        first, activation = (children[name] for name in names)
+        if not (is_packable(first) and first in calls and activation in calls):
             return
         fused = self._choose(nn.Sequential(first, activation), _activation_candidates, calls[first])
         if fused is None:
@@ -203,11 +213,12 @@ class _Fusing:
 
         def with_fused_activation(*_: object) -> Iterator[nn.Module]:
             layer = copy.copy(own)
-            layer._modules = {**own._modules, "fc1": fused, "activation_fn": nn.Identity()}
+            layer._modules = {**own._modules, names[0]: fused, names[1]: nn.Identity()}
             yield layer
 
         if self._choose(own, with_fused_activation, calls[own]):  # nothing is computed between the two
-            own.fc1, own.activation_fn = fused, nn.Identity()
+            setattr(own, names[0], fused)
+            setattr(own, names[1], nn.Identity())
 
     def _choose(self, own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
         """Return the chosen candidate with the attributes of ``own`` that a model might read; None if ``own`` stays."""
@@ -245,15 +256,15 @@ class _Recorder(AttentionStep):
     """Takes the place of the step while a module runs, and records what the module stores, asks for and returns."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.numbers: list[Tensor] = []
         self.others: list[object] = []
         self.options: AttentionOptions | None = None
         self._random = torch.Generator().manual_seed(1)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.numbers += [key, value]
-        self.others.append(layer_idx)
-        return key, value
+        self.others.append(layer)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """Return random numbers, which do not hide what the module does with them."""

@@ -18,9 +18,10 @@ PREFAULT_BYTES = 1 << 30  # at most, of a worker's part of a pool
 class KVPool:
     """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
 
-    A *slot* holds one token: its number is block number x ``block_tokens`` + offset in the block. The pool lies in
-    ``memory`` (uint8, :func:`block_nbytes` x ``blocks`` bytes), such as memory that processes share, or in memory of its
-    own. It must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernels`` read and write it.
+    A *slot* holds one token: its number is block number x ``block_tokens`` + offset in the block. ``blocks`` are the blocks
+    for requests; ``shared_blocks`` more, with the numbers after these, hold the virtual tokens of adapters. The pool lies in
+    ``memory`` (uint8, :func:`block_nbytes` bytes a block), such as memory that processes share, or in memory of its own. It
+    must be zeroed: a masked slot has to hold finite numbers, since 0 x NaN is NaN. ``kernels`` read and write it.
     """
 
     def __init__(
@@ -32,20 +33,23 @@ class KVPool:
         device: torch.device,
         memory: Tensor | None = None,
         kernels: PoolKernels = PoolKernels(),  # noqa: B008  # it is immutable
+        shared_blocks: int = 0,
     ) -> None:
         self.blocks = blocks
+        self.all_blocks = blocks + shared_blocks
         self.kernels = kernels
         self.block_tokens = block_tokens
         if memory is None:
-            memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * blocks, device)
-        slots = blocks * block_tokens
+            memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * self.all_blocks, device)
+        slots = self.all_blocks * block_tokens
         sizes = [slots * layer.kv_heads * dim for layer in layers for dim in (layer.key_dim, layer.value_dim)]
         parts = iter(memory.view(dtype).split(sizes))
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for layer in layers:
-            self.keys.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.key_dim))
-            self.values.append(next(parts).view(blocks, block_tokens, layer.kv_heads, layer.value_dim))
+            self.keys.append(next(parts).view(self.all_blocks, block_tokens, layer.kv_heads, layer.key_dim))
+            values = next(parts).view(self.all_blocks, block_tokens, layer.kv_heads, layer.value_dim)
+            self.values.append(values)
 
     def prefault(self, blocks: range) -> None:
         """Have the system map the pages of the first of ``blocks``, up to :data:`PREFAULT_BYTES` bytes. It would map each
@@ -53,7 +57,7 @@ class KVPool:
         GPU, whose memory is mapped already."""
         if self.keys[0].is_cuda:
             return
-        first = blocks[: PREFAULT_BYTES // (self.nbytes // self.blocks)]
+        first = blocks[: PREFAULT_BYTES // (self.nbytes // self.all_blocks)]
         for tensor in [*self.keys, *self.values]:
             part = tensor[first.start : first.stop]
             map_pages(part.data_ptr(), part.nbytes)
@@ -70,6 +74,11 @@ class KVPool:
         else:
             self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
             self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def copy_tokens(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first ``tokens`` tokens of block ``source`` to block ``target``, in every layer."""
+        for tensor in [*self.keys, *self.values]:
+            tensor[target, :tokens] = tensor[source, :tokens]
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values in the blocks of ``tables`` (int64, shape (requests, blocks)), each of shape

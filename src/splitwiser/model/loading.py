@@ -1,7 +1,7 @@
 """Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line
+from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, check_model, encoder_decoder, resolve_model
@@ -32,7 +33,9 @@ from splitwiser.model.dtypes import SPELLINGS, dtype_name
 from splitwiser.model.gguf_file import add_missing_settings, describe_conversion, read_header
 from splitwiser.model.hub import check_hub, not_available, only_files_of
 from splitwiser.model.kv_pool import find_memory_problem
+from splitwiser.model.rotary import last_length, length_computed_anew, rotary_parameters
 from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
+from splitwiser.request import Adapter
 
 T = TypeVar("T")
 
@@ -51,14 +54,18 @@ _CHANGES_NO_TOKEN = {
 # what configurations call the number of positions, and the length that a model without a limit was trained with
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
 _UNLIMITED = {"bloom": 2048}
+_INITIAL_DEVIATION = 0.02  # of most models' weights
 _NEUTRAL: dict[str, object] = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1.0}
 
 
 @dataclass
 class LoadedModel:
     """A model on its device with what is needed to serve it. ``parameters`` is the number of its weights, tied ones counted
-    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from;
-    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text."""
+    once, and ``weights`` says which they are: the seed that they were drawn with, or the files that they were read from,
+    and those of ``adapters``, which requests may name;
+    ``tokenizer`` is None if it has none that can be loaded, and ``no_text`` then says why prompts cannot be text.
+    ``computed_anew_at`` is the length at which a request's K and V are computed anew
+    (:func:`splitwiser.model.rotary.length_computed_anew`)."""
 
     name: str
     module: PreTrainedModel
@@ -71,8 +78,10 @@ class LoadedModel:
     load_s: float
     eos_token_ids: frozenset[int]
     max_positions: int | None
+    computed_anew_at: int | None = None
     notes: list[str] = field(default_factory=list)
     no_text: str = ""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -204,19 +213,21 @@ def load_model(
         load_s=time.perf_counter() - began,
         eos_token_ids=eos,
         max_positions=max_positions(module.config),
+        computed_anew_at=length_computed_anew(module.config),
         notes=notes,
         no_text=no_text,
     )
 
 
 def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``.
+    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``. Matrices
+    that it leaves to the constructors of their layers (GPT's) are drawn too.
 
     They are made directly on ``device``, so there is never a second copy.
     """
     module.tie_weights()
     for name, parameter in list(module.named_parameters()):
-        set_module_tensor_to_device(module, name, device, value=torch.empty_like(parameter, device=device))
+        set_module_tensor_to_device(module, name, device, value=torch.zeros_like(parameter, device=device))
     module.tie_weights()
     torch.nn.Module.to(module, device)  # the buffers
     for part in module.modules():
@@ -224,6 +235,10 @@ def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> No
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         module.init_weights()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(0, _INITIAL_DEVIATION)
 
 
 def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -256,7 +271,14 @@ def weights_nbytes(module: PreTrainedModel) -> int:
 def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
     if entry.config:
         figures = dict(entry.config)
-        built: PreTrainedConfig = AutoConfig.for_model(figures.pop("model_type"), **figures)
+        kind = figures.pop("model_type")
+        if kind not in CONFIG_MAPPING:
+            problem = unknown_name("model_type", kind, CONFIG_MAPPING)
+            raise UnsupportedModelError(f"model {entry.name}: {problem.cli_message}")
+        try:
+            built: PreTrainedConfig = AutoConfig.for_model(kind, **figures)
+        except Exception as error:  # inconsistent figures raise various errors
+            raise _cannot_be_made(entry, error) from error
         return built
     return _checkpoint_config(entry)
 
@@ -271,7 +293,7 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
     """Return ``load(local_files_only)`` from this machine or, if it is not there, from the hub. Raises
     :class:`InputError`."""
     try:
-        with _without_bars():
+        with without_bars():
             return load(True)
     except OSError as error:
         if not entry.hub:
@@ -286,8 +308,8 @@ def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from showing progress bars: reading files of this machine takes no time that needs one."""
+def without_bars() -> Iterator[None]:
+    """Keep transformers from showing progress bars: files of this machine take no time that needs one."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -383,19 +405,11 @@ def _unapplied_settings(generation: GenerationConfig | None) -> list[str]:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions that the model supports, or None if it has no limit.
-
-    Rotary scaling that depends on the longest position of a forward (dynamic NTK, longrope) changes beyond the original
-    length for every request of the step, so such a model is served up to that length only.
-    """
+    """Return the number of positions that the model supports, or None if it has no limit. A model with dynamic NTK states
+    the length that it was trained for, which the scaling multiplies."""
     text = config.get_text_config()
     named = (getattr(text, name, None) for name in _LIMITS)
-    limit = next(filter(None, named), _UNLIMITED.get(text.model_type))
-    rope = getattr(text, "rope_parameters", None) or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
-            limit = min(filter(None, (limit, original)), default=None)
-    return limit
+    limit: int | None = next(filter(None, named), _UNLIMITED.get(text.model_type))
+    factors = [each["factor"] for each in rotary_parameters(config) if each.get("rope_type") == "dynamic"]
+    limit = int(limit * max(factors)) if limit and factors else limit
+    return min(filter(None, (limit, last_length(config))), default=None)

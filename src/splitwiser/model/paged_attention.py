@@ -16,11 +16,15 @@ from splitwiser.model.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class Segment:
-    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``."""
+    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. Its
+    prompt has ``prompt`` tokens, by default no more than those. ``lora`` is the number of the LoRA adapter that they run
+    with, 0 for none."""
 
     blocks: Sequence[int]
     context: int
     tokens: int
+    prompt: int = 0
+    lora: int = 0
 
     @property
     def positions(self) -> range:
@@ -61,6 +65,7 @@ class PagedAttention(AttentionStep):
     """
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment], device: torch.device) -> None:
+        super().__init__()
         self.pool = pool
         self.segments = segments
         self.device = device
@@ -71,24 +76,36 @@ class PagedAttention(AttentionStep):
             for position in segment.positions
         ]
         self._slots = torch.tensor(slots, device=device)
-        self._layer = -1
+        self._layer = -1  # whose K and V the running attention is over
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
         self._windows: dict[Mask, int | None] = {}
         self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """See :meth:`~splitwiser.model.attention.AttentionStep.update`; writes into the pool's layer."""
-        self._layer = layer_idx
-        self.pool.write(layer_idx, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+    @cached_property
+    def loras(self) -> Tensor | None:
+        """See :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
+        if not any(segment.lora for segment in self.segments):
+            return None
+        return torch.tensor([segment.lora for segment in self.segments for _ in segment.positions], device=self.device)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.store`; writes into the pool's layer."""
+        self.pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+
+    def lengths(self, positions: Tensor) -> Tensor:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.lengths`; a prompt that is split over steps counts whole in
+        each."""
+        lengths = [max(each.context, each.prompt) for each in self.segments for _ in range(each.tokens)]
+        return torch.tensor(lengths, device=self.device).view_as(positions)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.attend`. Raises :class:`UnsupportedModelError` if ``mask`` is
         not a :class:`~splitwiser.model.attention.Mask`."""
         if not isinstance(mask, Mask):
             raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
+        self._layer = self.attended_layer(key)
         kernel = self.pool.kernels.decode if self._decoding else self.pool.kernels.prefill
         if kernel and options.expand is None and (starts := self._first_seen(mask)) is not None:
             return kernel(

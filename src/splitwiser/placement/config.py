@@ -10,11 +10,14 @@ from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.engine.policy import POLICIES, find_policy, policy_name
 from splitwiser.errors import InputError, unknown_name
+from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
+from splitwiser.model.catalog import resolve_model
 from splitwiser.model.dtypes import dtype_name
 from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import Options, check_counts, option
 from splitwiser.placement.layout import WorkerLayout, parse_layout
 from splitwiser.placement.modes import MODES, Mode, find_mode
+from splitwiser.request import NO_ADAPTER
 from splitwiser.text import parse_bytes, parse_device
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -126,10 +129,23 @@ class EngineConfig(ModelConfig):
     )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
+    adapters: AdaptersGiven = option(
+        constants.ADAPTERS,
+        "adapters as peft saves them: NAME=DIRECTORY, or the NAME of one that comes with the model",
+        singular="adapter",
+    )
+    use_adapter: str | None = option(
+        None, "adapter of requests that name none; by default the only one if one is given, else none: the model alone"
+    )
+    merge_adapter: bool = option(
+        constants.MERGE_ADAPTER, "merge the one LoRA adapter into the weights, for all requests"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "max_batch", "batch_size")
+        if self.adapters or self.use_adapter or self.merge_adapter:
+            self._check_adapters()
         if self.share not in SHARES:
             raise unknown_name("--share", self.share, SHARES)
         if not 0 < self.itl_target_ms < float("inf"):
@@ -157,6 +173,36 @@ class EngineConfig(ModelConfig):
     def specs(self) -> tuple[WorkerSpec, ...]:
         """Workers of the layout; empty in mode ``generate``."""
         return self.layout.workers if self.layout else ()
+
+    @cached_property
+    def adapter_files(self) -> dict[str, AdapterFiles]:
+        """The adapters by name."""
+        return find_adapters(self.adapters, resolve_model(self.model, self.models)) if self.adapters else {}
+
+    @property
+    def own_adapters(self) -> dict[str, AdapterFiles]:
+        """The adapters that come with the model, by name."""
+        return find_own_adapters(resolve_model(self.model, self.models))
+
+    @property
+    def default_adapter(self) -> str:
+        """Name of the adapter of requests that name none; ``none`` for the model alone."""
+        if self.use_adapter is not None:
+            return self.use_adapter
+        names = list(self.adapter_files)
+        return names[0] if len(names) == 1 else NO_ADAPTER.name
+
+    def _check_adapters(self) -> None:
+        files = self.adapter_files
+        if self.use_adapter not in (None, NO_ADAPTER.name, *files):
+            raise unknown_name("--use_adapter", self.use_adapter, [*files, NO_ADAPTER.name])
+        if not self.merge_adapter:
+            return
+        if [each.kind for each in files.values()] != ["LORA"]:
+            given = ", ".join(f"{name} ({each.kind_name})" for name, each in files.items()) or "none"
+            raise InputError(f"--merge_adapter merges one LoRA adapter into the model; the adapters are: {given}")
+        if self.use_adapter == NO_ADAPTER.name:
+            raise InputError("--use_adapter none: a merged adapter runs with every request; leave --merge_adapter out")
 
     def _check_mps(self) -> None:
         if self.mps not in MPS_DAEMONS:

@@ -1,5 +1,6 @@
 """Preparation that all modes share: load the model, attach the engine to it, choose kernels and plan the KV pool."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,16 @@ from splitwiser import constants
 from splitwiser.engine.engine import Engine
 from splitwiser.engine.policy import find_policy
 from splitwiser.engine.worker import SchedulerSettings
+from splitwiser.errors import InputError
 from splitwiser.machine.process import keep_freed_memory
+from splitwiser.model.adapters.loaded import LoadedAdapter
+from splitwiser.model.adapters.serving import (
+    attach_adapters,
+    blocks_of,
+    place_adapters,
+    try_adapters,
+    write_virtual_tokens,
+)
 from splitwiser.model.compatibility import attach_engine, try_kernels
 from splitwiser.model.dispatch.table import describe_route
 from splitwiser.model.fusing import describe_parts
@@ -39,7 +49,8 @@ class StartedEngine:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """Plan of a model's KV pool: shapes of the layers, number of blocks, and kernels over it.
+    """Plan of a model's KV pool: shapes of the layers, number of blocks for requests and, after these, of ``shared_blocks``
+    for the virtual tokens of ``adapters``, and kernels over it.
 
     ``refused_kernels`` are the kernels (fields of :class:`~splitwiser.model.kernels.interface.PoolKernels`) that failed a
     trial; ``described`` names all kernels by what they compute, for the run's record.
@@ -47,9 +58,11 @@ class PreparedModel:
 
     layers: list[LayerShape]
     blocks: int
+    shared_blocks: int
     kernels: PoolKernels
     refused_kernels: tuple[str, ...]
     described: dict[str, str]
+    adapters: Sequence[LoadedAdapter]
 
 
 def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
@@ -74,11 +87,13 @@ def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
 
 
 def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
-    """Attach the engine to ``model``, choose kernels and plan the KV pool.
+    """Attach adapters and the engine to ``model``, choose kernels and plan the KV pool.
 
-    Raises the errors of :func:`splitwiser.model.compatibility.attach_engine`,
+    Raises the errors of :func:`splitwiser.model.adapters.serving.attach_adapters`,
+    :func:`splitwiser.model.compatibility.attach_engine`,
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
+    adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
     unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
     layers = attach_engine(model, pack=unfused is None, remember=True)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
@@ -94,6 +109,14 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         config.max_batch,
         model.max_positions,
     )
+    shared = sum(blocks_of(each.files, constants.BLOCK_TOKENS) for each in adapters)
+    if shared >= blocks:
+        raise InputError(
+            f"--kv_memory '{config.kv_memory}' holds {blocks} blocks, and the virtual tokens of adapters take {shared}, "
+            "which leaves none for requests"
+        )
+    model.adapters = place_adapters(adapters, blocks - shared, constants.BLOCK_TOKENS)
+    try_adapters(model, layers, adapters, constants.BLOCK_TOKENS, kernels)
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
@@ -102,14 +125,23 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }
-    return PreparedModel(layers, blocks, kernels, tuple(refused), described)
+    return PreparedModel(layers, blocks - shared, shared, kernels, tuple(refused), described, adapters)
 
 
 def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None = None) -> KVPool:
-    """Create the planned KV pool, in ``memory`` if given."""
-    return KVPool(
-        prepared.layers, prepared.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, memory, prepared.kernels
+    """Create the planned KV pool, in ``memory`` if given, with the virtual tokens of adapters in it."""
+    pool = KVPool(
+        prepared.layers,
+        prepared.blocks,
+        constants.BLOCK_TOKENS,
+        model.dtype,
+        model.device,
+        memory,
+        prepared.kernels,
+        prepared.shared_blocks,
     )
+    write_virtual_tokens(pool, model.adapters, prepared.adapters)
+    return pool
 
 
 def _why_not_fused(model: LoadedModel, kernels: str) -> str | None:

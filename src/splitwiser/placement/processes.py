@@ -209,7 +209,9 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
             f"--kv_memory '{config.kv_memory}' holds {blocks} blocks, which is less than one for each decode worker"
         )
     module = SharedModule(model.module, model.device)
-    pool_memory = SharedMemory(block_nbytes(layers, block_tokens, model.dtype) * blocks, model.device)
+    pool_memory = SharedMemory(
+        block_nbytes(layers, block_tokens, model.dtype) * (blocks + prepared.shared_blocks), model.device
+    )
     board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
     cores = tuple(sorted(os.sched_getaffinity(0)))
     thread_levels = plan_levels(specs, len(cores), config.share)
@@ -224,6 +226,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
             refused_kernels=prepared.refused_kernels,
             pool=pool_memory,
             blocks=blocks,
+            shared_blocks=prepared.shared_blocks,
             own_blocks=range(owners.index(number) * part, (owners.index(number) + 1) * part)
             if number in owners
             else range(0),

@@ -18,5 +18,10 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     one_length = remembered_flag(model, "padding changes tokens", padding_changes_tokens)
     if one_length:
         model.notes.append(ONE_LENGTH)
+    using = None
+    if config.adapter_files:
+        from splitwiser.model.adapters.reference import ReferenceAdapters  # imports peft, which takes seconds
+
+        using = ReferenceAdapters(model, list(config.adapter_files.values()), config.merge_adapter).using
     kernels = dict.fromkeys(("prefill_attention", "decode_attention"), "transformers' own")
-    return StartedEngine(model, GenerateEngine(model, config.batch_size, one_length), None, kernels, [])
+    return StartedEngine(model, GenerateEngine(model, config.batch_size, one_length, using), None, kernels, [])

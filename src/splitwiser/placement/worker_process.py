@@ -45,6 +45,7 @@ class WorkerSetup:
     refused_kernels: tuple[str, ...]
     pool: SharedMemory
     blocks: int
+    shared_blocks: int
     own_blocks: range
     board: SharedMemory
     config: EngineConfig
@@ -101,7 +102,14 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
     kernels, _ = load_kernels(config.kernels, model.device, model.dtype, setup.layers)
     kernels = replace(kernels, **dict.fromkeys(setup.refused_kernels))
     pool = KVPool(
-        setup.layers, setup.blocks, constants.BLOCK_TOKENS, model.dtype, model.device, setup.pool.tensor, kernels
+        setup.layers,
+        setup.blocks,
+        constants.BLOCK_TOKENS,
+        model.dtype,
+        model.device,
+        setup.pool.tensor,
+        kernels,
+        setup.shared_blocks,
     )
     spec = setup.spec
     phases: list[Phase] = ["prefill", "decode"] if spec.role == "mixed" else [spec.role]

@@ -103,8 +103,10 @@ def advise(config: AdviseConfig) -> Advice:
 
 def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     """Return the workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can
-    serve."""
+    serve, and for adapters."""
     job = prepare_job(config, config.seed)
+    if config.adapters or any(job.adapters):
+        raise InputError("advise predicts the model alone; leave --adapter, and cases that need one, out")
     prompts = job.make_prompts(shell, config.seed)
     return make_requests(
         shell,

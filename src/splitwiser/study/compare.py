@@ -39,7 +39,8 @@ from splitwiser.study.fresh_runs import (
 from splitwiser.study.peers import MODELS, Peer, check_peer, read_peer, run_peer, share_with_peers, without_requests
 from splitwiser.workload.job import Job
 
-ASKED = ("model", "load_format", "seed")  # besides the requests and sampling, what all variants must share
+# besides the requests and sampling, what all variants must share
+ASKED = ("model", "load_format", "seed", "adapters", "use_adapter")
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,11 @@ class _Probe(AttentionStep):
     """Records the attention of each layer."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.layers: list[AttentionLayer] = []
 
-    def update(self, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        return key, value
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Nothing is read from the pool."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         if not isinstance(mask, Mask):

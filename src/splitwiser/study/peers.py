@@ -49,6 +49,8 @@ def read_peer(text: str) -> Peer:
 
 def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
+    if config.adapters or any(job.adapters):
+        raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
     params = job.sampling_params(config)
     if any(each.temperature for each in params):
         raise InputError("a peer chooses tokens greedily; leave --temperature out")

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -11,7 +12,7 @@ from splitwiser.files import read_entries
 from splitwiser.formats import AtLeastOne, AtLeastZero, Text, Whole, must_be, parse_as
 from splitwiser.workload.reports import Report
 
-Method = Literal["discrete", "prefix_tuning", "lora"]  # only the first is supported yet
+Method = Literal["discrete", "prefix_tuning", "lora"]  # the others run with an adapter of that kind
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Case:
 
 def load_cases(path: Path) -> dict[int, Case]:
     """Read every case of a ``cases.yaml``. Raises :class:`InputError` naming the file, the case and the key."""
+    return dict(_read(path, path.stat().st_mtime_ns if path.exists() else 0))
+
+
+@lru_cache  # a grid of a thousand runs would read the file a thousand times
+def _read(path: Path, _modified_ns: int) -> dict[int, Case]:
     entries = read_entries(path, "0: {description: null prompt}")
     return {
         number: parse_as(Case, entry, f"{path}, case {number}", case_id=number) for number, entry in entries.items()
@@ -67,12 +73,8 @@ def load_cases(path: Path) -> dict[int, Case]:
 
 
 def get_case(path: Path, case_id: int) -> Case:
-    """Return the case to run. Raises :class:`InputError` for an unknown number or a method that is not supported yet."""
+    """Return the case to run. Raises :class:`InputError` for an unknown number."""
     cases = load_cases(path)
     if case_id not in cases:
         raise unknown_name("case", case_id, cases)
-    case = cases[case_id]
-    if case.method != "discrete":
-        usable = ", ".join(str(other.case_id) for other in cases.values() if other.method == "discrete")
-        raise InputError(f"case {case_id} ({case.description}) is not supported yet; use one of {usable}")
-    return case
+    return cases[case_id]

@@ -85,6 +85,11 @@ class Job:
         return [config.sampling_params(each.new_tokens, self.exact, each.sampling) for each in self.requests]
 
     @property
+    def adapters(self) -> list[str | None]:
+        """The name of each request's adapter, None for the run's default."""
+        return [each.adapter for each in self.requests]
+
+    @property
     def arrival_s(self) -> list[float]:
         """When each request arrives, in seconds from the start."""
         return [each.arrival_s for each in self.requests]

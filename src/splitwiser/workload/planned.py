@@ -14,9 +14,10 @@ _NO_REPORT = Report("")
 class PlannedRequest:
     """A request of a workload. ``prompt`` is None if only its length is known: then it is ``prompt_tokens`` random token
     ids, drawn later, and exactly ``new_tokens`` are generated. Else ``new_tokens`` is the most that it generates.
-    ``arrival_s`` counts from the start; ``priority`` and ``ttft_target_ms`` are for policies, as a
-    :class:`~splitwiser.request.Request` has them; ``report`` holds the text to summarise and its reference, for the results.
-    ``sampling`` are its own sampling parameters by name, beside ``max_tokens``; the run's options give the others."""
+    ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results.
+    ``sampling`` are its own sampling parameters by name, beside ``max_tokens``; the run's options give the others.
+    ``adapter`` names the adapter that it runs with, ``none`` for the model alone, None for the run's default. ``priority``
+    and ``ttft_target_ms`` are for policies, as a :class:`~splitwiser.request.Request` has them."""
 
     prompt: PromptInput | None
     prompt_tokens: int
@@ -24,5 +25,6 @@ class PlannedRequest:
     arrival_s: float = 0.0
     report: Report = _NO_REPORT
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
     priority: int = 0
     ttft_target_ms: float | None = None

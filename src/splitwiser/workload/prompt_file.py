@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from annotated_types import MinLen
 
 from splitwiser.errors import InputError
-from splitwiser.formats import AtLeastOne, must_be
+from splitwiser.formats import AtLeastOne, Text, must_be
 from splitwiser.text import read_text
 from splitwiser.workload.planned import PlannedRequest
 from splitwiser.workload.request_entry import Defaults, Sampling, Seconds, TextOrIds, parse_request, parse_sampling
@@ -26,15 +26,17 @@ class _Content(Sampling):
     prompts: Annotated[list[_Prompt], MinLen(1), must_be("a list with at least one prompt", itself=True)]
     max_new_tokens: AtLeastOne | list[AtLeastOne] | None = None
     arrival_s: list[Seconds] | None = None
+    adapter: Text | list[Text | None] | None = None
 
 
 def read_prompt_file(path: Path) -> list[PlannedRequest]:
-    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text" | {request}, ...], "arrival_s": [...]}`` (the last
-    optional; without it, all arrive at once), with sampling parameters for all beside them.
+    """Read ``{"max_new_tokens": N, "prompts": [[token ids] | "text" | {request}, ...], "arrival_s": [...], "adapter":
+    "name"}`` with sampling parameters for all beside them. The last two are optional: without arrival times, all arrive at
+    once; without an adapter, a request gets the run's default.
 
-    ``max_new_tokens`` is one number, or a list with one for each prompt; a request as in
-    :func:`splitwiser.workload.request_entry.parse_request` may give its own. Raises :class:`InputError` naming the file
-    and the field.
+    ``max_new_tokens`` is one number, or a list with one for each prompt, and so is ``adapter`` a name or a list of names; a
+    request as in :func:`splitwiser.workload.request_entry.parse_request` may give its own. Raises :class:`InputError`
+    naming the file and the field.
     """
     try:
         content = json.loads(read_text(path))
@@ -51,15 +53,18 @@ def read_prompt_file(path: Path) -> list[PlannedRequest]:
         raise InputError(f"{where}: 'max_tokens' is a request's own; for all it is 'max_new_tokens'")
     new_tokens = read.max_new_tokens if isinstance(read.max_new_tokens, list) else [read.max_new_tokens] * count
     arrivals = [None] * count if read.arrival_s is None else read.arrival_s
-    given: dict[str, Sequence[float | None]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals}
+    adapters = read.adapter if isinstance(read.adapter, list) else [read.adapter] * count
+    given: dict[str, Sequence[object]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals, "adapter": adapters}
     for name, values in given.items():
         if len(values) != count:
             raise InputError(f"{where}: '{name}' has {len(values)} entries for {count} prompts; give one each")
     return [
         parse_request(
             prompt if isinstance(prompt, dict) else {"prompt": prompt},
-            Defaults(tokens, arrival_s, read.given),
+            Defaults(tokens, arrival_s, read.given, adapter),
             f"{where}: prompt {number}",
         )
-        for number, (prompt, tokens, arrival_s) in enumerate(zip(read.prompts, new_tokens, arrivals, strict=True))
+        for number, (prompt, tokens, arrival_s, adapter) in enumerate(
+            zip(read.prompts, new_tokens, arrivals, adapters, strict=True)
+        )
     ]

@@ -48,7 +48,14 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry(Sampling):
+class _Header(Sampling):
+    """The format of a line for all lines after it."""
+
+    adapter: Text | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry(_Header):
     """The format of a request."""
 
     prompt: TextOrIds | None = None
@@ -75,17 +82,19 @@ def parse_sampling(kind: type[Sampling], content: Mapping[str, Any], where: str)
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for a request of a file that does not say otherwise: its number of new tokens, its arrival time and its
-    sampling parameters by name."""
+    """What holds for a request of a file that does not say otherwise: its number of new tokens, its arrival time, its
+    sampling parameters by name, and its adapter."""
 
     max_tokens: int | None = None
     arrival_s: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
 
 
 def parse_request(content: Mapping[str, Any], defaults: Defaults, where: str) -> PlannedRequest:
     """Return the request that ``content``, an object of a file, describes: ``prompt`` or ``messages``, and where it has
-    them ``arrival_s``, ``priority``, ``ttft_target_ms``, ``max_tokens`` and other fields of :class:`SamplingParams`.
+    them ``arrival_s``, ``adapter``, ``priority``, ``ttft_target_ms``, ``max_tokens`` and other fields of
+    :class:`SamplingParams`.
 
     Raises :class:`InputError` that begins with ``where`` and names the field.
     """
@@ -105,8 +114,9 @@ def parse_request(content: Mapping[str, Any], defaults: Defaults, where: str) ->
         prompt = entry.prompt
         text = check_text(prompt, where) if isinstance(prompt, str) else ""
     sampling = {**defaults.sampling, **entry.given}
+    adapter = entry.adapter or defaults.adapter
     return PlannedRequest(
-        prompt, 0, max_tokens, arrival_s or 0.0, Report(text), sampling, entry.priority, entry.ttft_target_ms
+        prompt, 0, max_tokens, arrival_s or 0.0, Report(text), sampling, adapter, entry.priority, entry.ttft_target_ms
     )
 
 
@@ -130,8 +140,8 @@ def read_request_lines(path: Path) -> list[PlannedRequest]:
         where = f"--workload {path}, line {number}"
         content = _parse_line(line, where)
         if number == 1 and not content.keys() & {"prompt", "messages"}:
-            header: Sampling = parse_sampling(Sampling, content, where)
-            defaults = Defaults(header.max_tokens, None, header.given)
+            header: _Header = parse_sampling(_Header, content, where)
+            defaults = Defaults(header.max_tokens, None, header.given, header.adapter)
         else:
             requests.append(parse_request(content, defaults, where))
     if not requests:

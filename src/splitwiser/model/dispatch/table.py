@@ -10,6 +10,8 @@ from splitwiser.model import attention
 from splitwiser.model.dispatch import bloom, falcon, gpt_neo, gpt_neox_japanese, gptj, mpt, openai_gpt, xglm
 from splitwiser.model.dispatch.base import DispatchedAttention
 
+RECURRENT = "keeps a recurrent state for each request, which the engine cannot serve yet"
+
 # by a class of transformers: given the model, what makes the module that takes the place of one of this class
 REPLACEMENTS: dict[str, Callable[[PreTrainedModel], Callable[[Any], nn.Module]]] = {
     "modeling_bloom.BloomAttention": bloom.make_attention,
@@ -28,11 +30,14 @@ REPLACEMENTS: dict[str, Callable[[PreTrainedModel], Callable[[Any], nn.Module]]]
 def find_dispatch_problem(module: PreTrainedModel) -> str | None:
     """Return why the engine cannot replace the attention of ``module``, in one line; None if it can. ``module`` needs no
     weights."""
+    name = type(module).__name__
+    if module._is_stateful:
+        return f"{name} {RECURRENT}; use --mode generate"
     if module._can_set_attn_implementation() or any(_class_of(part) in REPLACEMENTS for part in module.modules()):
         return None
     return (
-        f"{type(module).__name__} does not dispatch its attention through transformers' attention interface, so the engine "
-        "cannot serve it; use --mode generate"
+        f"{name} does not dispatch its attention through transformers' attention interface, so the engine cannot serve it; "
+        "use --mode generate"
     )
 
 

@@ -1,0 +1,222 @@
+"""Requests with adapters get the tokens that peft's own model gives, whatever adapters the others of a step have."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from splitwiser import LLM, SamplingParams
+from splitwiser.model.adapters.lora import LoraLinear
+from splitwiser.model.kernels.packed_linear import PackedLinear, find_packing_problem
+from splitwiser.request import RequestOutput
+from tests.support.adapters import ADAPTERS, DIFFERENT, LAYERS, make_adapter, peft_tokens
+from tests.support.assertions import refusal
+from tests.support.commands import invoke, only_run, write_workload
+from tests.support.models import POSITIONS, make_tiny
+from tests.support.tokens import prompts_of
+
+PROMPTS = prompts_of([5, 40, 1])
+NEW = 10
+EACH = [*ADAPTERS, "none"]
+
+
+def ask(model: Path, adapters: list[str], named: list[str | None], **options: Any) -> list[RequestOutput]:
+    """The outputs of all prompts with each of the ``named`` adapters, one after the other."""
+    given = {name: make_adapter(name, model) for name in adapters}
+    # a budget that splits the longest prompt
+    with LLM(model, adapters=given, prefill_tokens=24, **options) as llm:
+        return llm.generate(
+            PROMPTS * len(named),
+            SamplingParams(max_tokens=NEW, ignore_eos=True),
+            adapter=[name for name in named for _ in PROMPTS],
+        )
+
+
+def tokens_of(outputs: list[RequestOutput]) -> dict[str | None, list[list[int]]]:
+    found: dict[str | None, list[list[int]]] = {}
+    for output in outputs:
+        found.setdefault(output.adapter, []).append(output.token_ids)
+    return found
+
+
+def expected(model: Path, names: list[str]) -> dict[str | None, list[list[int]]]:
+    return {None if name == "none" else name: peft_tokens(name, model, PROMPTS, NEW) for name in names}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_alone(adapter: str, tiny: Callable[[str], Path]) -> None:
+    model = tiny("llama")
+    outputs = ask(model, [adapter], [None])  # the only one is the default
+    assert tokens_of(outputs) == expected(model, [adapter])
+    assert expected(model, [adapter])[adapter] != peft_tokens("none", model, PROMPTS, NEW)
+
+
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_all_adapters_and_none_in_one_step(architecture: str, tiny: Callable[[str], Path]) -> None:
+    outputs = ask(tiny(architecture), ADAPTERS, list(EACH))
+    assert tokens_of(outputs) == expected(tiny(architecture), EACH)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["generate", pytest.param("mp", marks=pytest.mark.slow), pytest.param("green", marks=pytest.mark.gpu)],
+)
+def test_all_adapters_and_none_in_other_modes(mode: str, tiny: Callable[[str], Path]) -> None:
+    outputs = ask(tiny("opt"), ADAPTERS, list(EACH), mode=mode)
+    assert tokens_of(outputs) == expected(tiny("opt"), EACH)
+
+
+def test_without_compiled_kernels(tiny: Callable[[str], Path]) -> None:
+    outputs = ask(tiny("llama"), ADAPTERS, list(EACH), kernels="plain")
+    assert tokens_of(outputs) == expected(tiny("llama"), EACH)
+
+
+@pytest.mark.slow
+def test_workers_that_own_parts_of_the_pool_share_the_virtual_tokens(tiny: Callable[[str], Path]) -> None:
+    workers = [{"role": "prefill"}, {"role": "decode", "count": 2}]
+    outputs = ask(tiny("llama"), ["prompt", "prefix"], ["prompt", "prefix", "none"], mode="mp", workers=workers)
+    assert tokens_of(outputs) == expected(tiny("llama"), ["prompt", "prefix", "none"])
+    assert len({output.metrics.decode_worker for output in outputs}) == 2
+
+
+@pytest.mark.parametrize("adapter", ["lora", *DIFFERENT])
+def test_merged_into_the_weights(adapter: str, tiny: Callable[[str], Path]) -> None:
+    architecture = "opt" if adapter == "bias" else "llama"  # whose layers have biases
+    outputs = ask(tiny(architecture), [adapter], [None], merge_adapter=True)
+    assert tokens_of(outputs) == expected(tiny(architecture), [adapter])
+
+
+def test_mode_generate_needs_no_merging(tiny: Callable[[str], Path]) -> None:
+    outputs = ask(tiny("llama"), ["dora", "modules_to_save"], ["dora", "modules_to_save", "none"], mode="generate")
+    assert tokens_of(outputs) == expected(tiny("llama"), ["dora", "modules_to_save", "none"])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why"),
+    [
+        ("dora", "it changes model.layers.0.self_attn.q_proj by more than the product of two matrices"),
+        ("modules_to_save", "it replaces weights of lm_head"),
+        ("bias", "it changes the biases of layers (bias: lora_only)"),
+    ],
+)
+def test_what_cannot_be_done_for_single_requests_is_refused(
+    adapter: str, why: str, tiny: Callable[[str], Path]
+) -> None:
+    model = tiny("opt" if adapter == "bias" else "llama")
+    message = refusal(LLM, model, adapters={"a": make_adapter(adapter, model)})
+    assert message == f"--adapter a: {why}, which cannot be done for single requests; --merge_adapter does it for all"
+
+
+@pytest.mark.skipif(find_packing_problem() is not None, reason="linear layers cannot be packed here")
+def test_packed_layers_keep_their_adapters_and_others_stay_fused(tiny: Callable[[str], Path]) -> None:
+    model = tiny("llama")
+    with LLM(model, adapters={"rslora": make_adapter("rslora", model)}, dtype="bfloat16") as llm:
+        parts = list(llm.model.module.modules())
+        described = llm.started.kernels["fused_parts"]
+        with_it, without = (
+            llm.generate([PROMPTS[1]], SamplingParams(max_tokens=NEW, ignore_eos=True), adapter=name)
+            for name in ("rslora", "none")
+        )
+    wrapped = [type(part.base) for part in parts if isinstance(part, LoraLinear)]
+    assert wrapped == [PackedLinear] * 6  # o_proj and gate_proj of three layers
+    assert described.startswith("rms_norm ")
+    assert with_it[0].token_ids != without[0].token_ids
+
+
+def test_an_adapter_that_is_lost_on_the_way_is_noticed(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraLinear, "forward", lambda layer, inputs: layer.base(inputs))
+    message = refusal(LLM, tiny("llama"), adapters={"a": make_adapter("lora", tiny("llama"))})
+    assert message.startswith("--adapter a cannot be served by the engine: it gives other logits than peft's own model")
+
+
+def test_virtual_tokens_count_as_positions_and_in_the_pool(tiny: Callable[[str], Path]) -> None:
+    model = tiny("opt")
+    with LLM(model, adapters={"prompt": make_adapter("prompt", model)}, kv_memory="128KiB") as llm:
+        pool = llm.started.pool
+        assert pool is not None
+        assert pool.nbytes <= 128 << 10
+        room = pool.blocks * pool.block_tokens - 37 % pool.block_tokens
+        needed = f"37 virtual tokens, {room} prompt tokens and 2 new ones need room for {room + 6} tokens"
+        assert needed in refusal(llm.generate, [[5] * room], SamplingParams(max_tokens=2))
+        (output,) = llm.generate([[5] * (room - 1)], SamplingParams(max_tokens=None, ignore_eos=True))
+        assert len(output.token_ids) == 2
+    with LLM(model, adapters={"prompt": make_adapter("prompt", model)}) as llm:
+        longest = POSITIONS - 37
+        message = refusal(llm.generate, [[5] * longest], SamplingParams(max_tokens=2))
+        assert f"need {POSITIONS + 1} positions" in message
+        (output,) = llm.generate([[5] * longest], SamplingParams(max_tokens=None, ignore_eos=True))
+        assert len(output.token_ids) == 1
+
+
+def test_virtual_tokens_before_positions_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make_tiny("llama", tmp_path / "tiny-llama", rope_parameters=rope)
+    message = refusal(LLM, model, adapters={"a": make_adapter("prefix", model)})
+    assert message.startswith(
+        "--adapter a: virtual tokens are not served in a model that rotates positions by the length"
+    )
+
+
+def test_an_unknown_name_is_refused(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), adapters={"a": make_adapter("lora", tiny("opt"))}) as llm:
+        assert refusal(llm.generate, [[5]], adapter="b") == "unknown adapter 'b'; known: a, none"
+        assert refusal(llm.generate, [[5], [6]], adapter=["a"]) == (
+            "adapter has 1 entries for 2 prompts; give one each"
+        )
+
+
+def test_an_adapter_of_another_model_is_refused(tiny: Callable[[str], Path]) -> None:
+    for name in ("lora", "prefix", "prompt"):
+        directory = make_adapter(name, tiny("opt"))
+        message = refusal(LLM, "radiology-opt", adapters={"a": directory})
+        assert message.startswith(f"--adapter a: {directory} does not fit model radiology-opt: ")
+
+
+def test_a_workload_names_adapters(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    model = tiny("opt")
+    workload = write_workload(tmp_path / "w.json", PROMPTS, NEW, adapter=["lora", None, "none"])
+    given = [f"--adapter={name}={make_adapter(name, model)}" for name in ("lora", "prefix")]
+    done = invoke(
+        "run", "--model", model, "--workload", workload, *given, "--use_adapter", "prefix", "--ignore_eos",
+        "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path / "out")
+    rows = pd.read_csv(run / "latency.csv", keep_default_na=False).sort_values("request_id")
+    assert list(rows.adapter) == ["lora", "prefix", ""]
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    assert record["adapters"]["lora"].startswith("LoRA, rank 4, from ")
+    tokens = pd.read_csv(run / "tokens.csv").sort_values("request_id").token_ids
+    made = [[*map(int, text.split())] for text in tokens]
+    assert made == [
+        peft_tokens(name, model, [prompt], NEW)[0]
+        for name, prompt in zip(("lora", "prefix", "none"), PROMPTS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("case_id", "adapter"), [(100, "prefix"), (200, "lora")])
+def test_cases_of_adapters_run_out_of_the_box_and_in_their_style(case_id: int, adapter: str, tmp_path: Path) -> None:
+    done = invoke("run", "--case_id", str(case_id), "--limit", "8", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    assert set(pd.read_csv(run / "latency.csv").adapter) == {adapter}
+    texts = pd.read_csv(run / "generations.csv").summary_gen
+    assert all(text.strip().startswith("1. ") for text in texts)
+
+
+def test_an_adapter_with_missing_weights_is_refused(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    directory = tmp_path / "more"
+    shutil.copytree(make_adapter("lora", tiny("llama")), directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["target_modules"].append("k_proj")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    for mode in ("sequential", "generate"):
+        message = refusal(LLM, tiny("llama"), mode=mode, adapters={"a": directory})
+        assert "k_proj.lora_A" in message
