@@ -29,12 +29,12 @@ def main() -> None:
     """Print the TTFT of short and long prompts under each policy."""
     lengths = np.random.default_rng(0).choice([20, 400], 60, p=[0.8, 0.2])
     prompts = [[7] * length for length in lengths]
-    for policy in ("first_come", "shortest_prompt", "custom_policy:LengthClasses:width=200,ageing_s=30"):
+    for policy in ("first_come", "custom_policy:LengthClasses:width=200"):
         with LLM("radiology-opt", policy=policy, prefill_tokens=512) as llm:
             outputs = llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
         ttft = np.array([output.metrics.ttft_ms for output in outputs])
         short, long = (np.median(ttft[lengths == length]) for length in (20, 400))
-        print(f"{policy:48}  median TTFT: short prompts {short:.1f} ms, long ones {long:.1f} ms")
+        print(f"{policy:38}  median TTFT: short prompts {short:.1f} ms, long ones {long:.1f} ms")
 
 
 if __name__ == "__main__":

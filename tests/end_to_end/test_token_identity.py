@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from splitwiser import LLM, SamplingParams
+from splitwiser import LLM, SamplingParams, constants
 from splitwiser.engine.policy import POLICIES
 from splitwiser.placement.modes import MODES
 from tests.support.tokens import DISPATCHED, LENGTHS, SERVED, prompts_of, references, room_for
@@ -90,7 +90,10 @@ def test_staggered_arrivals_change_no_token(name: str, tiny: Callable[[str], Pat
 
 @pytest.mark.parametrize(
     ("policy", "mode"),
-    [*((policy, "sequential") for policy in POLICIES), ("priority", "mp"), ("shortest_prompt", "mp")],
+    [
+        *((policy, "sequential") for policy in POLICIES if policy != constants.POLICY),
+        pytest.param("priority", "mp", marks=pytest.mark.slow),
+    ],
 )
 def test_the_order_of_requests_changes_no_token(policy: str, mode: str, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS)
