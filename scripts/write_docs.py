@@ -79,9 +79,10 @@ def describe_architectures() -> str:
     parts = [
         "# Architectures\n",
         "Written by `scripts/write_docs.py` from `results/reference/architectures.csv`, which "
-        "`scripts/check_architectures.py` writes. It tries every causal language model and encoder-decoder for text of transformers as a tiny "
-        f"one with random weights, as `splitwiser models --check NAME` does. The {len(served)} architectures below ({classes} "
-        f"classes) gave the tokens of `model.generate`, in float32 and greedy, for {len(identity.LENGTHS)} prompts of "
+        "`scripts/check_architectures.py` writes. It tries every causal language model and encoder-decoder for text of "
+        "transformers as a tiny one with random weights, as `splitwiser models --check NAME` does. The "
+        f"{len(served)} architectures below ({classes} classes) gave the tokens of `model.generate`, in float32 and greedy, "
+        f"for {len(identity.LENGTHS)} prompts of "
         f"{min(identity.LENGTHS)} to {max(identity.LENGTHS)} tokens: packed, in mode `sequential`; split over steps with "
         "arrivals one after another; and so in mode `mp`. *bfloat16* says whether packed logits then are those of each "
         "prompt alone. *packed* is the route: requests lie one after another in a row, without padding.\n",

@@ -272,6 +272,36 @@ def test_a_closed_loop_has_no_arrival_times(tiny: Callable[[str], Path]) -> None
             llm.generate([[3]], max_concurrency=0)
 
 
+def test_requests_of_low_priority_are_served_first_and_none_starves(tiny: Callable[[str], Path]) -> None:
+    prompts, priority = [[5] * 20 for _ in range(4)], [3, 1, 2, 0]
+    orders: list[list[int]] = []
+    for ageing_s in (60, 0):
+        with LLM(tiny("llama"), policy=f"priority:ageing_s={ageing_s}", max_batch=1) as llm:
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True), priority=priority)
+        orders.append([output.request_id for output in sorted(outputs, key=lambda each: each.metrics.token_ns[0])])
+    assert orders == [[3, 1, 2, 0], [0, 1, 2, 3]]
+    assert [output.priority for output in outputs] == priority
+
+
+def test_what_the_policy_does_not_read_is_refused(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), policy="fcfs") as llm:
+        assert llm.config.policy == "first_come"
+        with pytest.raises(InputError, match="priority is for policy priority, and this is first_come"):
+            llm.generate([[3]], priority=[1])
+        with pytest.raises(InputError, match="ttft_target_ms is for policy deadline, and this is first_come"):
+            llm.generate([[3]], ttft_target_ms=[100])
+
+
+def test_priorities_and_targets_that_are_none_are_refused(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), policy="deadline") as llm:
+        with pytest.raises(InputError, match="ttft_target_ms has 1 entries for 2 prompts"):
+            llm.generate([[3], [4]], ttft_target_ms=[5])
+        with pytest.raises(InputError, match="request 1: ttft_target_ms must be more than 0 milliseconds, not 0"):
+            llm.generate([[3], [4]], ttft_target_ms=[None, 0])
+        with pytest.raises(InputError, match=r"request 0: priority must be a whole number, not 1\.5"):
+            llm.make_requests([[3]], priority=[1.5])  # type: ignore[list-item]  # wrong on purpose
+
+
 def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt")) as llm:
         with pytest.raises(InputError, match="sampling_params has 1 entries for 2 prompts"):

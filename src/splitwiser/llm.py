@@ -1,5 +1,6 @@
 """The Python API: a model with an engine, with the names of vLLM's API."""
 
+import math
 import operator
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any, Self, TypeGuard
 import torch
 
 from splitwiser.engine.engine import Engine, Observer, check_fits
+from splitwiser.engine.policy import READ_BY, reads
 from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
@@ -66,8 +68,9 @@ class LLM:
             - ``gpu_id``: the same as device ``cuda:N``.
             - ``load_format``: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.
             - ``kv_memory``: the KV pool's size, such as ``512MiB``, or ``auto``.
-            - ``policy``: the order of admission and prefill: ``first_come``, or ``MODULE:CLASS`` of an importable class
-                with the methods of :class:`~splitwiser.engine.policy.Policy`.
+            - ``policy``: the order of admission and prefill: ``first_come`` (or ``fcfs``), ``shortest_prompt``,
+                ``shortest_remaining``, ``priority``, ``deadline``, or ``MODULE:CLASS`` of an importable class with the
+                methods of :class:`~splitwiser.engine.policy.Policy`; with parameters, ``"priority:ageing_s=5"``.
             - ``max_batch``: maximum number of requests in one decode step.
             - ``batch_size``: rows of a padded batch in mode ``generate``.
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
@@ -166,6 +169,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         arrival_s: Sequence[float] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        ttft_target_ms: Sequence[float | None] | None = None,
     ) -> list[Request]:
         """Tokenise ``prompts`` and return their requests, after taking the memory of the KV pool that they can use at once.
         Arguments and errors are those of :meth:`generate`."""
@@ -177,7 +183,17 @@ class LLM:
         capacity = self._engine.capacity_tokens
         named = [adapter] * len(prompts) if isinstance(adapter, str) or adapter is None else adapter
         adapters = [self._find_adapter(each) for each in named]
-        requests = make_requests(self.model, prompts, sampling_params, arrivals, self.config.seed, capacity, adapters)
+        requests = make_requests(
+            self.model,
+            prompts,
+            sampling_params,
+            arrivals,
+            self.config.seed,
+            capacity,
+            adapters,
+            priority=priority,
+            ttft_target_ms=ttft_target_ms,
+        )
         self._prefault(requests)
         return requests
 
@@ -188,6 +204,8 @@ class LLM:
         *,
         arrival_s: Sequence[float] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        priority: Sequence[int] | None = None,
+        ttft_target_ms: Sequence[float | None] | None = None,
         max_concurrency: int | None = None,
         observer: Observer | None = None,
         use_tqdm: bool = False,
@@ -202,6 +220,10 @@ class LLM:
             arrival_s: arrival time of each prompt, in seconds after the call; by default all arrive at once.
             adapter: name of the adapter of all prompts, or of each: ``none`` is the model alone, None the default
                 (``use_adapter``).
+            priority: a whole number for each prompt: those of the lowest are admitted and prefilled first. Needs policy
+                ``priority``, or one of your own that reads it.
+            ttft_target_ms: the TTFT that each prompt is to have, in milliseconds after its arrival, or None for the
+                policy's own. Needs policy ``deadline``, or one of your own that reads it.
             max_concurrency: if given, this many requests arrive at the call, and each further one when another finishes.
             observer: receives each step and each finished request during the run.
             use_tqdm: whether to show a progress bar.
@@ -212,9 +234,16 @@ class LLM:
             raise InputError("with max_concurrency requests arrive as others finish; leave arrival_s out")
         if max_concurrency is not None and max_concurrency < 1:
             raise InputError(f"max_concurrency must be 1 or more, not {max_concurrency}")
+        for name, given in (("priority", priority), ("ttft_target_ms", ttft_target_ms)):
+            if given is not None and not reads(self.config.policy, name):
+                raise InputError(
+                    f"{name} is for --policy {' or '.join(READ_BY[name])}, and this is {self.config.policy}"
+                )
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
-        requests = self.make_requests(prompts, sampling_params, arrival_s, adapter)
+        requests = self.make_requests(
+            prompts, sampling_params, arrival_s, adapter, priority=priority, ttft_target_ms=ttft_target_ms
+        )
         observer = observer or Observer()
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
             outputs = self.run(requests, watching, time.perf_counter_ns(), max_concurrency)
@@ -290,23 +319,32 @@ def make_requests(
     seed: int,
     capacity_tokens: int | None = None,
     adapters: Sequence[Adapter] | None = None,
+    *,
+    priority: Sequence[int] | None = None,
+    ttft_target_ms: Sequence[float | None] | None = None,
 ) -> list[Request]:
-    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params``, ``arrival_s`` and, if
-    given, ``adapters`` each.
+    """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params``, ``arrival_s`` and,
+    where they are given, of ``adapters``, ``priority`` and ``ttft_target_ms`` each.
 
     A request without its own seed gets one from ``seed`` and its number. Raises :class:`InputError` for a request that
     could never be served by the model or, if given, by a KV pool of ``capacity_tokens`` tokens.
     """
     adapters = [NO_ADAPTER] * len(prompts) if adapters is None else adapters
-    per_prompt = {"sampling_params": sampling_params, "arrival_s": arrival_s, "adapter": adapters}
+    priorities = [0] * len(prompts) if priority is None else priority
+    targets = [None] * len(prompts) if ttft_target_ms is None else ttft_target_ms
+    per_prompt: dict[str, Sequence[Any]] = {
+        "sampling_params": sampling_params, "arrival_s": arrival_s, "adapter": adapters, "priority": priorities,
+        "ttft_target_ms": targets,
+    }  # fmt: skip
     for name, given in per_prompt.items():
         if len(given) != len(prompts):
             raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
     requests = []
-    for number, (prompt, params, arrival, adapter) in enumerate(
-        zip(prompts, sampling_params, arrival_s, adapters, strict=True)
+    for number, (prompt, params, arrival, adapter, rank, target_ms) in enumerate(
+        zip(prompts, *per_prompt.values(), strict=True)
     ):
         check_arrival(arrival, f"request {number}")
+        _check_urgency(rank, target_ms, f"request {number}")
         if params.stop and model.tokenizer is None:
             raise InputError(f"request {number}: stop strings need a tokenizer, and {model.name} has none")
         own_seed = params.seed if params.seed is not None else seed * 1_000_003 + number
@@ -314,10 +352,18 @@ def make_requests(
         if params.max_tokens is None:
             room = _room(model, f"request {number}", len(token_ids), capacity_tokens, adapter)
             params = replace(params, max_tokens=room)
-        request = Request(number, token_ids, params, own_seed, arrival, adapter, model.encodes)
+        request = Request(number, token_ids, params, own_seed, arrival, adapter, model.encodes, rank, target_ms)
         check_fits(request, model, capacity_tokens)
         requests.append(request)
     return requests
+
+
+def _check_urgency(priority: object, ttft_target_ms: float | None, where: str) -> None:
+    """Raise :class:`InputError` for a priority that is no whole number, or a target that is no time."""
+    if not isinstance(priority, int):
+        raise InputError(f"{where}: priority must be a whole number, not {shorten(priority)}")
+    if ttft_target_ms is not None and not 0 < ttft_target_ms < math.inf:
+        raise InputError(f"{where}: ttft_target_ms must be more than 0 milliseconds, not {ttft_target_ms}")
 
 
 def _token_ids(model: LoadedModel, where: str, prompt: PromptInput) -> tuple[int, ...]:

@@ -228,7 +228,8 @@ NO_ADAPTER = Adapter("none")
 class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
     start of the run. ``encoded``: the prompt is read as a whole by an encoder, and the decoder begins with a token of its
-    own."""
+    own. Policies may order waiting requests by ``priority``, the lowest first, and by ``ttft_target_ms``, the TTFT in
+    milliseconds that it is to have."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -237,6 +238,8 @@ class Request:
     arrival_s: float = 0.0
     adapter: Adapter = NO_ADAPTER
     encoded: bool = False
+    priority: int = 0
+    ttft_target_ms: float | None = None
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
@@ -341,6 +344,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt: str | None = None
     adapter: str | None = None
+    priority: int = 0
     finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
 
     def __repr__(self) -> str:

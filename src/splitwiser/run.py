@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from splitwiser.config import RunConfig
+from splitwiser.engine.policy import READ_BY, describe_policy, reads
 from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.files import Status, make_run_directory
 from splitwiser.llm import LLM
@@ -40,7 +41,7 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
     Raises :class:`~splitwiser.errors.InputError` before a folder is created if the input is invalid. However the run ends
     later, its finished requests are in the folder, and ``run.yaml`` there says how it ended.
     """
-    job = job or prepare_job(config, config.seed)
+    job = _note_unread(job or prepare_job(config, config.seed), config)
     before = measure_load()
     with LLM(config=config) as llm:
         reports = [each.report for each in job.requests]
@@ -48,7 +49,14 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
         for note in [*llm.model.notes, *job.notes, *([NO_ROUGE] if scored and not can_score() else [])]:
             tqdm.write(f"note: {note}")
         prompts = job.make_prompts(llm.model, config.seed)
-        requests = llm.make_requests(prompts, job.sampling_params(config), job.arrival_s, job.adapters)
+        requests = llm.make_requests(
+            prompts,
+            job.sampling_params(config),
+            job.arrival_s,
+            job.adapters,
+            priority=job.priority,
+            ttft_target_ms=job.ttft_target_ms,
+        )
         used = {request.adapter.name for request in requests}
         for name in config.adapter_files:
             if name not in used:
@@ -83,6 +91,16 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
             if status != "finished":
                 print(f"{status}; what was finished is in {directory}", file=sys.stderr)
     return RunResult(directory, figures)
+
+
+def _note_unread(job: Job, config: RunConfig) -> Job:
+    """Return ``job`` with a note of what its requests say for policies and the run's does not read."""
+    notes = [
+        f"{name} of the requests changes nothing: it is for --policy {' or '.join(readers)}, and this is {config.policy}"
+        for name, readers in READ_BY.items()
+        if any(getattr(job, name)) and not reads(config.policy, name)
+    ]
+    return replace(job, notes=(*job.notes, *notes))
 
 
 def _memory(llm: LLM) -> dict[str, float | None]:
@@ -136,6 +154,7 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
         },
         "adapters": {name: str(files) for name, files in config.adapter_files.items()},
         "workers": llm.workers,
+        "policy": None if config.layout is None else describe_policy(config.policy),
         "mps": llm.started.mps,
         "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
         "division": llm.started.division,

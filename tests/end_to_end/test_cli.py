@@ -151,6 +151,29 @@ def test_a_workload_of_token_ids_needs_no_tokenizer(tmp_path: Path, tiny: Callab
     assert latency.prefill_start_s[1] >= 0.2
 
 
+@pytest.mark.parametrize(
+    ("policy", "order", "noted"), [("priority:ageing_s=60", [2, 0, 1], False), ("fcfs", [0, 1, 2], True)]
+)
+def test_requests_with_priorities(
+    policy: str, order: list[int], noted: bool, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    prompts = [{"prompt": [5] * 9, "priority": priority} for priority in (1, 2, -1)]
+    workload = write_workload(tmp_path / "urgent.json", prompts)
+    done = invoke(
+        "run", "--model", tiny("llama"), "--workload", workload, "--ignore_eos", "--max_batch", "1", "--policy", policy,
+        "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("note: priority of the requests changes nothing: it is for --policy priority" in done.stdout) == noted
+    directory = only_run(tmp_path / "out")
+    latency = pd.read_csv(directory / "latency.csv").sort_values("first_token_s")
+    assert latency.request_id.tolist() == order
+    assert latency.sort_values("request_id").priority.tolist() == [1, 2, -1]
+    record = yaml.safe_load((directory / "run.yaml").read_text())
+    assert record["configuration"]["policy"] == policy.replace("fcfs", "first_come")
+    assert record["policy"].get("ageing_s") == (None if noted else 60)
+
+
 @pytest.mark.parametrize("mode", ["sequential", "generate"])
 def test_a_trace_is_replayed_with_goodput(mode: str, tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     trace = tmp_path / "conv.csv"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from splitwiser import LLM, SamplingParams
+from splitwiser import LLM, SamplingParams, constants
+from splitwiser.engine.policy import POLICIES
 from splitwiser.placement.modes import MODES
 from tests.support.tokens import (
     DISPATCHED,
@@ -96,6 +97,23 @@ def test_staggered_arrivals_change_no_token(name: str, tiny: Callable[[str], Pat
     with LLM(tiny(name), prefill_tokens=32) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=30), arrival_s=arrivals)
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 30)
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [
+        *((policy, "sequential") for policy in POLICIES if policy != constants.POLICY),
+        pytest.param("priority", "mp", marks=pytest.mark.slow),
+    ],
+)
+def test_the_order_of_requests_changes_no_token(policy: str, mode: str, tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of(LENGTHS)
+    own: dict[str, Any] = {"priority": {"priority": range(len(prompts), 0, -1)}}.get(policy, {})
+    with LLM(
+        tiny("mistral"), mode=mode, policy=policy, prefill_tokens=24, kv_memory=room_for(tiny("mistral"), 144)
+    ) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24), **own)
+    assert [output.token_ids for output in outputs] == references(tiny("mistral"), prompts, 24)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Timed:
 
 
 def serve(decoder: Decoder, request: Request) -> None:
-    decoder.submit(request)
+    decoder.submit(request, 0)
     decoder.admit()
     decoder.receive(Handoff(request.request_id, 7, 1, 2, "prefill-0"))
     while decoder.step():
@@ -54,7 +54,7 @@ def test_blocks_that_requests_share_are_neither_reserved_nor_freed() -> None:
     decoder = Decoder("decode-0", Timed(), allocator, 4, 4)
     adapter = Adapter("a", virtual_tokens=10, blocks=(8, 9, 10), tail_tokens=2)
     for number in range(2):
-        decoder.submit(Request(number, (5,) * 3, SamplingParams(max_tokens=2), seed=0, adapter=adapter))
+        decoder.submit(Request(number, (5,) * 3, SamplingParams(max_tokens=2), seed=0, adapter=adapter), 0)
     tasks = decoder.admit()
     assert [task.blocks for task in tasks] == [(8, 9, 0, 1), (8, 9, 2, 3)]  # 2 + 3 + 1 tokens of their own
     for task in tasks:

@@ -25,7 +25,7 @@ class Scripted:
         self.answers = deque(answers)
         self.submitted: list[int] = []
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, arrival_ns: int) -> None:
         self.submitted.append(request.request_id)
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:

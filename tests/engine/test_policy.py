@@ -1,6 +1,8 @@
 """The decisions of scheduling, and that a worker keeps to a policy's order, whatever it is."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,14 @@ from splitwiser.engine.policy import (
     LeastLoadedRouter,
     PendingPrompt,
     Policy,
+    WaitingRequest,
+    describe_policy,
     find_policy,
+    policy_name,
+    reads,
 )
 from splitwiser.engine.prefill import Prefiller
+from splitwiser.engine.ranked import Deadline, Priority
 from splitwiser.engine.steps import ModelStepper, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker
 from splitwiser.errors import RunError
@@ -34,7 +41,10 @@ def pending(*lengths: int, encoded: bool = False) -> list[PendingPrompt]:
         Request(number, (5,) * length, SamplingParams(max_tokens=2), 0, encoded=encoded)
         for number, length in enumerate(lengths)
     ]
-    return [PendingPrompt(PrefillTask(each, (), "decode-0"), SequenceState(each, ())) for each in requests]
+    return [
+        PendingPrompt(each, 0, task=PrefillTask(each, (), "decode-0", 0), sequence=SequenceState(each, ()))
+        for each in requests
+    ]
 
 
 @pytest.mark.parametrize(
@@ -49,21 +59,21 @@ def pending(*lengths: int, encoded: bool = False) -> list[PendingPrompt]:
 )
 def test_first_come_packs_whole_prompts_in_order(lengths: list[int], budget: int, packed: list[int]) -> None:
     prompts = pending(*lengths)
-    made = FIRST_COME.pack(prompts, budget)
+    made = FIRST_COME.pack(prompts, budget, now_ns=0)
     assert [tokens for _, tokens in made] == packed
     assert [prompt for prompt, _ in made] == prompts[: len(packed)]
 
 
 def test_what_an_encoder_reads_is_not_split() -> None:
-    first = FIRST_COME.pack(prompts := pending(30, 4, 5, encoded=True), 8)
+    first = FIRST_COME.pack(prompts := pending(30, 4, 5, encoded=True), 8, now_ns=0)
     assert [tokens for _, tokens in first] == [30]  # in a step of its own, and nothing else in it
-    assert [tokens for _, tokens in FIRST_COME.pack(prompts[1:], 8)] == [4]
+    assert [tokens for _, tokens in FIRST_COME.pack(prompts[1:], 8, now_ns=0)] == [4]
 
 
 def test_what_a_prompt_has_left_counts() -> None:
     prompts = pending(30, 4)
     prompts[0].done = 26
-    assert [tokens for _, tokens in FIRST_COME.pack(prompts, 8)] == [4, 4]
+    assert [tokens for _, tokens in FIRST_COME.pack(prompts, 8, now_ns=0)] == [4, 4]
 
 
 def test_a_request_goes_to_the_worker_with_the_most_room() -> None:
@@ -77,10 +87,13 @@ def test_a_request_goes_to_the_worker_with_the_most_room() -> None:
 
 def test_a_policy_that_splits_a_source_is_named() -> None:
     class Splits(FirstCome):
-        def pack(self, prompts: Sequence[PendingPrompt], budget: int) -> list[tuple[PendingPrompt, int]]:
+        def pack(self, prompts: Sequence[PendingPrompt], budget: int, now_ns: int) -> list[tuple[PendingPrompt, int]]:
             return [(prompts[0], 1)]
 
     class Unused:
+        def now_ns(self) -> int:
+            return 0
+
         def __getattr__(self, name: str) -> object:
             raise AssertionError(f"{name} is not reached")
 
@@ -93,12 +106,12 @@ def test_a_policy_that_splits_a_source_is_named() -> None:
 class LastCome(FirstCome):
     """The latest first, one prompt a step."""
 
-    def admission_order(self, waiting: Collection[Request]) -> Iterable[Request]:
+    def admission_order(self, waiting: Collection[WaitingRequest], now_ns: int) -> Iterable[WaitingRequest]:
         return reversed(list(waiting))
 
-    def pack(self, prompts: Sequence[PendingPrompt], budget: int) -> list[tuple[PendingPrompt, int]]:
-        latest = max(prompts, key=lambda prompt: prompt.task.request.request_id)
-        return super().pack([latest], budget)
+    def pack(self, prompts: Sequence[PendingPrompt], budget: int, now_ns: int) -> list[tuple[PendingPrompt, int]]:
+        latest = max(prompts, key=lambda prompt: prompt.request.request_id)
+        return super().pack([latest], budget, now_ns)
 
 
 @pytest.mark.parametrize(("policy", "order"), [(FirstCome(), [0, 1, 2, 3]), (LastCome(), [3, 2, 1, 0])])
@@ -123,7 +136,7 @@ def test_workers_keep_to_any_order(
     ]
     for number, prompt in enumerate(prompts_of([25, 26, 27, 25])):
         request = Request(number, tuple(prompt), SamplingParams(max_tokens=3, ignore_eos=True), seed=0)
-        wire.boxes[specs[-1].name].append(Submit(request))
+        wire.boxes[specs[-1].name].append(Submit(request, 0))
     run(*workers)
     reports = [message for message in wire.boxes[PARENT] if isinstance(message, Progress)]
     assert [handoff.request_id for report in reports for handoff in report.handoffs] == order
@@ -132,20 +145,65 @@ def test_workers_keep_to_any_order(
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_each_policy_of_the_table_is_found(name: str) -> None:
-    assert find_policy(name).pack(pending(3), 8)
+    assert find_policy(name).pack(pending(3), 8, now_ns=0)
 
 
 def test_a_class_of_ones_own_is_found_by_its_module() -> None:
     assert isinstance(find_policy(f"{__name__}:LastCome"), LastCome)
 
 
+@dataclass
+class Tuned(LastCome):
+    """A policy of the user's own, with parameters."""
+
+    weight: int = 1
+    share: float = 0.5
+
+
+def test_parameters_are_set_and_the_others_keep_their_defaults() -> None:
+    assert find_policy("deadline:ttft_target_ms=250,ageing_s=inf") == Deadline(math.inf, 250)
+    assert find_policy("priority: ageing_s=5") == Priority(5)
+    assert find_policy(f"{__name__}:Tuned:weight=3") == Tuned(3, 0.5)
+
+
+def test_another_engines_name_is_spelt_as_ours() -> None:
+    assert policy_name("fcfs") == "first_come"
+    assert isinstance(find_policy("fcfs"), FirstCome)
+
+
+def test_a_record_has_all_parameters() -> None:
+    assert describe_policy("priority:ageing_s=5") == {"class": "splitwiser.engine.ranked:Priority", "ageing_s": 5}
+    assert describe_policy("first_come") == {"class": "splitwiser.engine.policy:FirstCome"}
+
+
+def test_what_a_policy_reads_of_requests_is_known() -> None:
+    assert reads("priority:ageing_s=5", "priority")
+    assert reads(f"{__name__}:Tuned", "priority")  # it may
+    assert not reads("fcfs", "priority")
+    assert not reads("priority", "ttft_target_ms")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("last_come", "unknown policy 'last_come'; did you mean first_come? known: first_come, MODULE:CLASS"),
+        ("last_come", "unknown policy 'last_come'; did you mean first_come? known: first_come, shortest_prompt, "),
         ("nowhere:Policy", "policy nowhere:Policy: ModuleNotFoundError: No module named 'nowhere'"),
         ("json:Policy", "policy json:Policy: AttributeError: module 'json' has no attribute 'Policy'"),
         ("collections:OrderedDict", "policy collections:OrderedDict: has no method admission_order"),
+        ("priority:5", "policy priority:5: parameters are given as priority:PARAMETER=VALUE"),
+        ("priority:", "policy priority:: parameters are given as priority:PARAMETER=VALUE"),
+        ("priority:agein_s=5", "policy priority:agein_s=5: unknown parameter 'agein_s'; did you mean ageing_s?"),
+        ("priority:ageing_s=soon", "policy priority:ageing_s=soon: 'ageing_s' must be 0 or more seconds, not 'soon'"),
+        ("priority:ageing_s=-1", "'ageing_s' must be 0 or more seconds, not '-1'"),
+        ("priority:ageing_s=nan", "'ageing_s' must be 0 or more seconds, not 'nan'"),
+        ("priority:ageing_s=1,ageing_s=2", "'ageing_s=2' must be PARAMETER=VALUE, each parameter once"),
+        ("priority:ageing_s=1,", "'' must be PARAMETER=VALUE, each parameter once"),
+        ("deadline:ttft_target_ms=0", "'ttft_target_ms' must be more than 0 milliseconds, not '0'"),
+        ("fcfs:ageing_s=5", "policy fcfs:ageing_s=5: FirstCome has no parameters"),
+        (
+            f"{__name__}:Tuned:weight=x",
+            "'weight' must be a valid integer, unable to parse string as an integer, not 'x'",
+        ),
     ],
 )
 def test_what_is_no_policy_is_refused(name: str, words: str) -> None:

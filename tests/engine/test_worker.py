@@ -42,7 +42,7 @@ class Bench:
     def submit(self, name: str, prompts: list[list[int]], max_tokens: int, first_id: int = 0) -> None:
         for number, prompt in enumerate(prompts, start=first_id):
             params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-            self.wire.boxes[name].append(Submit(Request(number, tuple(prompt), params, seed=number)))
+            self.wire.boxes[name].append(Submit(Request(number, tuple(prompt), params, seed=number), 0))
 
     def reports(self, kind: type[Message]) -> list[Message]:
         return [message for message in self.wire.boxes[PARENT] if isinstance(message, kind)]
@@ -135,7 +135,7 @@ def test_handoffs_carry_the_prefill_times(bench: Bench) -> None:
 def test_requests_wait_in_order_for_blocks(bench: Bench) -> None:
     decoder = bench.decoder("decode-0", count=6)
     for number, length in enumerate([8, 14, 1, 1]):  # with 4 new tokens: 3, 5, 1 and 1 blocks of 4
-        decoder.submit(Request(number, tuple(range(length)), SamplingParams(max_tokens=4, ignore_eos=True), 0))
+        decoder.submit(Request(number, tuple(range(length)), SamplingParams(max_tokens=4, ignore_eos=True), 0), 0)
     assert [task.request.request_id for task in decoder.admit()] == [0]  # the later, smaller ones do not overtake
     assert decoder.admit() == []
     decoder.receive(Handoff(0, 5, 1, 2, "prefill-0"))
@@ -147,7 +147,7 @@ def test_requests_wait_in_order_for_blocks(bench: Bench) -> None:
 def test_max_batch_counts_requests_that_are_being_prefilled(bench: Bench) -> None:
     decoder = bench.decoder("decode-0", max_batch=2)
     for number in range(3):
-        decoder.submit(Request(number, (1, 2), SamplingParams(max_tokens=4, ignore_eos=True), 0))
+        decoder.submit(Request(number, (1, 2), SamplingParams(max_tokens=4, ignore_eos=True), 0), 0)
     assert len(decoder.admit()) == 2
     decoder.receive(Handoff(0, 5, 1, 2, "prefill-0"))
     assert decoder.admit() == []
@@ -155,7 +155,7 @@ def test_max_batch_counts_requests_that_are_being_prefilled(bench: Bench) -> Non
 
 def test_a_request_of_one_token_takes_no_decode_step(bench: Bench) -> None:
     decoder = bench.decoder("decode-0")
-    decoder.submit(Request(0, (1, 2), SamplingParams(max_tokens=1), 0))
+    decoder.submit(Request(0, (1, 2), SamplingParams(max_tokens=1), 0), 0)
     decoder.admit()
     decoder.receive(Handoff(0, 5, 1, 2, "prefill-0"))
     result = decoder.step()

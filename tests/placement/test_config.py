@@ -18,6 +18,8 @@ from tests.support.assertions import assert_says, refusal
         ({"max_batch": 0}, ["max_batch must be 1 or more, not 0"]),
         ({"kv_memory": "much"}, ["kv_memory 'much' is not a size"]),
         ({"mps": "shared"}, ["unknown --mps 'shared'", "private", "existing"]),
+        ({"mode": "generate", "policy": "priority"}, ["mode generate", "policy priority applies to other modes"]),
+        ({"policy": "priority:age=5"}, ["policy priority:age=5: unknown parameter 'age'; did you mean ageing_s?"]),
         ({"mps": "existing"}, ["mps existing goes with mode mps, not with mode sequential"]),
         ({"exclusive": True}, ["exclusive goes with mode mps"]),
         ({"workers": "[{role: mixed}]"}, ["workers are laid out in modes mp, mps, green, not in mode sequential"]),

@@ -26,6 +26,7 @@ STATISTICS = ("mean", "median", "std", "p90", "p99")
         ("request_id", 4),
         ("prompt_tokens", 7),
         ("output_tokens", 4),
+        ("priority", 0),
         ("arrival_s", 0.1),
         ("prefill_start_s", 0.15),
         ("first_token_s", 0.2),

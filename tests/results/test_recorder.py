@@ -119,9 +119,8 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
     [
         (
             "latency.csv",
-            "request_id,prompt_tokens,output_tokens,adapter,arrival_s,prefill_start_s,first_token_s,finish_s,queue_ms,ttft_ms,"
-            "handoff_ms,"
-            "tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,finish_reason,prefill_worker,decode_worker",
+            "request_id,prompt_tokens,output_tokens,adapter,priority,arrival_s,prefill_start_s,first_token_s,finish_s,queue_ms,"
+            "ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,finish_reason,prefill_worker,decode_worker",
         ),
         ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens"),
         ("generations.csv", "request_id,finding,summary_ref,summary_gen"),

@@ -18,8 +18,9 @@ from splitwiser import constants
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peers import ENGINES, PROGRAM, Peer, read_peer, share_with_peers
-from splitwiser.workload.job import prepare_job
+from splitwiser.study.peers import ENGINES, PROGRAM, Peer, check_peer, read_peer, share_with_peers
+from splitwiser.workload.job import Job, prepare_job
+from splitwiser.workload.planned import PlannedRequest
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import only_run, write_workload
 from tests.support.models import make_tiny
@@ -119,6 +120,11 @@ def test_what_a_peer_cannot_do_is_refused_before_anything_runs(
     variants = make_variants({**base, **options}, ["sequential"], [], [f"vllm={environment}"])
     assert_says(refusal(compare, variants, 1, **settings), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_requests_with_an_order_of_their_own_are_not_a_peers() -> None:
+    job = Job("urgent", [PlannedRequest((5,), 0, 4, priority=1)])
+    assert_says(refusal(check_peer, RunConfig(ignore_eos=True), job), "a peer takes requests in an order of its own")
 
 
 # -- comparisons

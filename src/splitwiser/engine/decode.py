@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
-from splitwiser.engine.policy import FIRST_COME, Policy
+from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
@@ -45,31 +46,31 @@ class Decoder:
         self._block_tokens = block_tokens
         self._max_batch = max_batch
         self._policy = policy
-        self._waiting: dict[int, Request] = {}
+        self._waiting: dict[int, WaitingRequest] = {}
         self._admitted: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
         self._handoffs: list[Handoff] = []
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
-    def submit(self, request: Request) -> None:
-        """Queue a request."""
-        self._waiting[request.request_id] = request
+    def submit(self, request: Request, arrival_ns: int) -> None:
+        """Queue a request that arrived at ``arrival_ns`` by the stepper's clock."""
+        self._waiting[request.request_id] = WaitingRequest(request, arrival_ns)
 
     def admit(self) -> list[PrefillTask]:
         """Reserve blocks for as many waiting requests as fit, in the policy's order; return their prefill tasks."""
         tasks: list[PrefillTask] = []
-        if not self._waiting:
+        room = self._max_batch - len(self._admitted) - len(self._running)
+        if not self._waiting or not room:  # ordering takes time
             return tasks
-        for request in self._policy.admission_order(self._waiting.values()):
-            if len(self._admitted) + len(self._running) >= self._max_batch:
-                break
+        for waiting in islice(self._policy.admission_order(self._waiting.values(), self._stepper.now_ns()), room):
+            request = waiting.request
             blocks = self._allocator.allocate(-(-request.max_kv_tokens // self._block_tokens))
             if blocks is None:
                 break
             blocks = [*request.adapter.shared_blocks, *blocks]
             self._admitted[request.request_id] = SequenceState(request, blocks)
-            tasks.append(PrefillTask(request, tuple(blocks), self.name))
+            tasks.append(PrefillTask(request, tuple(blocks), self.name, waiting.arrival_ns))
         for task in tasks:
             del self._waiting[task.request.request_id]
         return tasks

@@ -61,8 +61,8 @@ class Placement(Protocol):
         """Process ids of workers that run outside this process, by name."""
         ...
 
-    def submit(self, request: Request) -> None:
-        """Send a request to a decode worker."""
+    def submit(self, request: Request, arrival_ns: int) -> None:
+        """Send a request that arrived at ``arrival_ns`` to a decode worker."""
         ...
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
@@ -161,7 +161,7 @@ class SplitEngine:
 
     def _submit(self, request: Request, arrival_ns: int) -> None:
         self._open[request.request_id] = _OpenRequest(request, RequestMetrics(arrival_ns), [])
-        self._placement.submit(request)
+        self._placement.submit(request, arrival_ns)
 
     def _record_progress(self, progress: Progress) -> list[RequestOutput]:
         for handoff in progress.handoffs:
@@ -204,6 +204,7 @@ def make_output(
         finish_reason=reason,
         metrics=metrics,
         adapter=None if request.adapter is NO_ADAPTER else request.adapter.name,
+        priority=request.priority,
     )
 
 

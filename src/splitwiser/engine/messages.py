@@ -26,15 +26,16 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new request for a decode worker."""
+    """A new request for a decode worker, and when it arrived, in nanoseconds of the clock of all workers."""
 
     request: Request
+    arrival_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
     """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it, except
-    for the first ones that the requests of an adapter share, which nobody writes to.
+    for the first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
 
     Prefill writes to the request's own blocks until it sends the :class:`Handoff`; from then on decode reads and writes
     them.
@@ -43,6 +44,7 @@ class PrefillTask:
     request: Request
     blocks: tuple[int, ...]
     decode_worker: str
+    arrival_ns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,14 @@ class Prefiller:
 
     def add(self, task: PrefillTask) -> None:
         """Queue a prompt."""
-        self._prompts.append(PendingPrompt(task, SequenceState(task.request, task.blocks)))
+        sequence = SequenceState(task.request, task.blocks)
+        self._prompts.append(PendingPrompt(task.request, task.arrival_ns, task=task, sequence=sequence))
 
     def step(self) -> PrefillResult | None:
         """Run one prefill step and return its result, or None if no prompt waits."""
         if not self._prompts:
             return None
-        packed = self._policy.pack(self._prompts, self._budget)
+        packed = self._policy.pack(self._prompts, self._budget, self._stepper.now_ns())
         if any(tokens < prompt.fewest for prompt, tokens in packed):
             raise RunError(f"{self.name}: the policy splits a prompt that an encoder has to read as a whole")
         chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]

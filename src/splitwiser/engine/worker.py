@@ -112,8 +112,8 @@ class Worker:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Submit(request) if self._decoder:
-                self._decoder.submit(request)
+            case Submit() if self._decoder:
+                self._decoder.submit(message.request, message.arrival_ns)
             case PrefillTask() if self._prefiller:
                 self._prefiller.add(message)
             case Handoff() if self._decoder:

@@ -98,6 +98,7 @@ FIGURES: dict[str, dict[str, Any]] = {
     "lfm2": _WITH_CONVOLUTIONS,
     "lfm2_moe": _WITH_CONVOLUTIONS,
     "mamba2": {"head_dim": 32},
+    "marian": {"decoder_start_token_id": 0},
     "ministral": _OWN_HEAD_SIZE,
     "nemotron": {"num_key_value_heads": 2},
     "zaya": {"num_experts_per_tok": 1},

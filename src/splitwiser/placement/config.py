@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
-from splitwiser.engine.policy import POLICIES, find_policy
+from splitwiser.engine.policy import POLICIES, find_policy, policy_name
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
 from splitwiser.model.catalog import resolve_model
@@ -124,7 +124,9 @@ class EngineConfig(ModelConfig):
         constants.EXCLUSIVE, "mode mps: GPU in compute mode EXCLUSIVE_PROCESS for this run; needs root"
     )
     policy: str = option(
-        constants.POLICY, f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own"
+        constants.POLICY,
+        f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own; with parameters, "
+        "NAME:ageing_s=5",
     )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
@@ -158,6 +160,7 @@ class EngineConfig(ModelConfig):
         if not 0 < self.itl_target_ms < float("inf"):
             raise InputError(f"--itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
+        object.__setattr__(self, "policy", policy_name(self.policy))  # one spelling in records, as of dtype
         find_policy(self.policy)
         if self.policy != constants.POLICY and mode.layout is None:
             raise InputError(

@@ -45,9 +45,9 @@ class InlinePlacement:
         self._transport = transport
         self._threads = OwnThreads(on_cpu)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
-        self._transport.inbox.append(Submit(request))
+        self._transport.inbox.append(Submit(request, arrival_ns))
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""

@@ -106,10 +106,10 @@ class ProcessPlacement(MailPlacement):
         if self._daemon:
             self._daemon.wait_for_clients(self.pids)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
         try:
-            self._send_ends[self._router.choose(request)].send(Submit(request))
+            self._send_ends[self._router.choose(request)].send(Submit(request, arrival_ns))
         except OSError:  # the worker has died; the next poll raises that
             return
 

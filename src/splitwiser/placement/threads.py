@@ -35,9 +35,9 @@ class ThreadPlacement(MailPlacement):
         for thread in self._threads:
             thread.start()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
-        self._inboxes[self._decode].send(Submit(request))
+        self._inboxes[self._decode].send(Submit(request, arrival_ns))
 
     def close(self) -> None:
         """Ask every worker to stop after its current step, and wait for that."""

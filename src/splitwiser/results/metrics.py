@@ -142,6 +142,7 @@ def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": len(output.token_ids),
         "adapter": output.adapter,
+        "priority": output.priority,
         "arrival_s": seconds(metrics.arrival_ns),
         "prefill_start_s": seconds(metrics.prefill_start_ns),
         "first_token_s": seconds(metrics.token_ns[0]),

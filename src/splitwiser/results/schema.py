@@ -296,6 +296,7 @@ LATENCY = (
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
     Column("adapter", "Adapter that the request ran with; empty for the model alone."),
+    Column("priority", "The request's own priority, of which the lowest goes first under policy priority."),
     Column("arrival_s", "Time of arrival, from the run's start.", "s", needed=True),
     Column("prefill_start_s", "Start of the first prefill step, from the run's start.", "s", needed=True),
     Column("first_token_s", "Time of the first token, from the run's start.", "s", needed=True),

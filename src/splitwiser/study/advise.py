@@ -111,7 +111,15 @@ def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     if config.adapters or any(job.adapters):
         raise InputError("advise predicts the model alone; leave --adapter, and cases that need one, out")
     prompts = job.make_prompts(shell, config.seed)
-    return make_requests(shell, prompts, job.sampling_params(config), job.arrival_s, config.seed)
+    return make_requests(
+        shell,
+        prompts,
+        job.sampling_params(config),
+        job.arrival_s,
+        config.seed,
+        priority=job.priority,
+        ttft_target_ms=job.ttft_target_ms,
+    )
 
 
 def predict(

@@ -138,9 +138,9 @@ class _SimulatedPlacement:
         """The simulated time."""
         return round(self._now_s * 1e9)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`: to the worker with the most room."""
-        self.workers[self._router.choose(request)].inbox.append(Submit(request))
+        self.workers[self._router.choose(request)].inbox.append(Submit(request, arrival_ns))
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""

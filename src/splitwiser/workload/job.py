@@ -104,6 +104,16 @@ class Job:
         """When each request arrives, in seconds from the start."""
         return [each.arrival_s for each in self.requests]
 
+    @property
+    def priority(self) -> list[int]:
+        """The priority of each request; the lowest goes first."""
+        return [each.priority for each in self.requests]
+
+    @property
+    def ttft_target_ms(self) -> list[float | None]:
+        """The TTFT that each request is to have, in milliseconds; None for one without a target of its own."""
+        return [each.ttft_target_ms for each in self.requests]
+
 
 def prepare_job(config: WorkloadConfig, seed: int) -> Job:
     """Return the requests that ``config`` asks for, with all that is random drawn by ``seed``. Raises

@@ -1,4 +1,5 @@
-"""A request as workload files write it: a prompt or a chat, with an arrival time and sampling parameters of its own."""
+"""A request as workload files write it: a prompt or a chat, with an arrival time, sampling parameters and an urgency of its
+own."""
 
 import json
 import sys
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Strict
 
 from splitwiser.errors import InputError
@@ -23,6 +24,7 @@ TextOrIds = Annotated[
     must_be("text or a list of token ids, and not empty"),
 ]
 Seconds = Annotated[float, Strict(), Ge(0), Le(sys.float_info.max), must_be("0 or more seconds")]
+_Milliseconds = Annotated[float, Strict(), Gt(0), Le(sys.float_info.max), must_be("more than 0 milliseconds")]
 _Number = Annotated[float, Strict(), must_be("a number")]
 _TokenIds = Annotated[list[Annotated[int, Strict()]], must_be("a list of token ids")]
 _Bias = Annotated[dict[str, Annotated[float, Strict()]], must_be("an object of numbers by token id")]
@@ -68,6 +70,8 @@ class _Entry(_Header):
     prompt: TextOrIds | None = None
     messages: Annotated[list[dict[str, Any]] | None, must_be("a list of messages")] = None
     arrival_s: Seconds | None = None
+    priority: Whole = 0
+    ttft_target_ms: _Milliseconds | None = None
 
 
 def parse_sampling(kind: type[Sampling], content: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401  # a ``kind``
@@ -98,7 +102,8 @@ class Defaults:
 
 def parse_request(content: Mapping[str, Any], defaults: Defaults, where: str) -> PlannedRequest:
     """Return the request that ``content``, an object of a file, describes: ``prompt`` or ``messages``, and where it has
-    them ``arrival_s``, ``adapter``, ``max_tokens`` and other fields of :class:`SamplingParams`.
+    them ``arrival_s``, ``adapter``, ``priority``, ``ttft_target_ms``, ``max_tokens`` and other fields of
+    :class:`SamplingParams`.
 
     Raises :class:`InputError` that begins with ``where`` and names the field.
     """
@@ -119,12 +124,15 @@ def parse_request(content: Mapping[str, Any], defaults: Defaults, where: str) ->
         text = check_text(prompt, where) if isinstance(prompt, str) else ""
     sampling = {**defaults.sampling, **entry.given}
     adapter = entry.adapter or defaults.adapter
-    return PlannedRequest(prompt, 0, max_tokens, arrival_s or 0.0, Report(text), sampling, adapter)
+    return PlannedRequest(
+        prompt, 0, max_tokens, arrival_s or 0.0, Report(text), sampling, adapter,
+        priority=entry.priority, ttft_target_ms=entry.ttft_target_ms,
+    )  # fmt: skip
 
 
 def read_request_lines(path: Path) -> list[PlannedRequest]:
-    """Read a file of one request a line, ``{"prompt": ...}`` or ``{"messages": [...]}`` with ``max_tokens``, ``arrival_s``,
-    ``adapter`` and other sampling parameters. A first line with neither prompt nor messages gives parameters for all lines.
+    """Read a file of one request a line, ``{"prompt": ...}`` or ``{"messages": [...]}`` with the fields of
+    :func:`parse_request`. A first line with neither prompt nor messages gives parameters for all lines.
 
     Raises :class:`InputError` naming the file, the line and the field.
     """
