@@ -64,6 +64,16 @@ BENCHMARKS = {
         "The same requests to a model of Llama's shape with 135 M parameters (`smollm2-135m`).",
         f"--repeats 2 --modes sequential,mp --peer vllm=$VLLM --workload standard {LLAMA}",
     ),
+    "flan-t5-base": Benchmark(
+        "The same requests to an encoder-decoder (FLAN-T5 base, bf16), beside transformers' `generate`.",
+        "--repeats 2 --modes sequential,generate --workload standard --model flan-t5-base --load_format dummy "
+        "--dtype bfloat16",
+    ),
+    "falcon-rw-1b": Benchmark(
+        "Falcon RW 1B (ALiBi, bf16): 16 requests of 100 prompt tokens and 32 new ones, beside transformers' `generate`.",
+        "--repeats 2 --modes sequential,generate --requests 16 --prompt_tokens 100 --output_tokens 32 --model falcon-rw-1b "
+        "--load_format dummy --dtype bfloat16",
+    ),
     "vllm-as-installed": Benchmark(
         "vLLM as installed. It then has a process of its own for its scheduler and reserves a core for it, so of two cores "
         "one computes.",
