@@ -241,7 +241,7 @@ def peers(check: Check) -> Iterator[list[str]]:
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 STAGES = {
     "probe": Stage(
-        45, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS", probe
+        52, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS, graphs", probe
     ),
     "doctor": Stage(42, "which modes work here", doctor),
     "tokens": Stage(80, "every working mode's float32 tokens against those of generate", tokens),

@@ -1,5 +1,5 @@
-"""Probes the GPU features that the modes need: CUDA's start, memory of other processes, green contexts, stream priorities
-and MPS.
+"""Probes the GPU features that the modes need: CUDA's start, memory of other processes, green contexts, stream priorities,
+MPS and CUDA graphs of prefill steps.
 
     PYTHONPATH=src python scripts/gpu_probe.py [NAME...] [--out probe.csv]
 
@@ -40,6 +40,9 @@ GIB = 1 << 30
 PACKAGES = ("torch", "triton", "transformers", "cuda-bindings", "numpy", "pandas", "nvidia-cudnn-cu13", "nvidia-ml-py")
 TOOLS = ("nvidia-smi", "nvidia-cuda-mps-control", "nvidia-cuda-mps-server", "g++", "nvcc", "git")
 SMI = "name,driver_version,compute_mode,mig.mode.current,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
+
+PREFILL_MODEL = "llama-3.2-1b"
+PREFILL_LENGTHS = ((16,), (250,), (1000, 1000), (2040,))  # of the prompts of each timed step
 
 Found = float | int | str | bool
 Say = Callable[..., None]  # name, value and, of a number, its unit
@@ -369,6 +372,36 @@ def _open_memories(memories: "Sequence[SharedMemory]", send: Connection) -> None
         found.append((took, right))
     torch.cuda.synchronize()
     send.send(found)
+
+
+@probe
+def prefill_graphs(say: Say) -> None:
+    """Time prefill steps, launched layer by layer and replayed as CUDA graphs, in turn."""
+    from splitwiser.engine.steps import Chunk, SequenceState, make_stepper, prefill_step
+    from splitwiser.placement.config import EngineConfig
+    from splitwiser.placement.prepare import load, make_pool, prepare
+    from splitwiser.request import Request, SamplingParams
+
+    config = EngineConfig(model=PREFILL_MODEL, load_format="dummy", dtype="bfloat16", device="cuda", kv_memory="1GiB")
+    model = load(config)
+    pool = make_pool(model, prepare(model, config))
+    stepper, described = make_stepper(model, pool, 1, config.prefill_tokens, {"prefill": ()})
+    say("graphs", described["prefill_graphs"])
+    for lengths in PREFILL_LENGTHS:
+        chunks, first = [], 0
+        for length in lengths:
+            blocks = range(first, first + pool.blocks_for(length + 1))
+            request = Request(0, (5,) * length, SamplingParams(max_tokens=2), seed=0)
+            chunks.append(Chunk(SequenceState(request, blocks), 0, length))
+            first = blocks.stop
+        took: dict[str, list[float]] = {"launched": [], "replayed": []}
+        for _ in range(10):
+            for times, graphs in zip(took.values(), (None, stepper.prefill_graphs), strict=True):
+                began = time.perf_counter()
+                prefill_step(model, pool, chunks, graphs)  # returns once the device has finished
+                times.append(time.perf_counter() - began)
+        for name, times in took.items():
+            say(f"{' + '.join(map(str, lengths))} tokens, {name}", 1e3 * statistics.median(times[2:]), "ms")
 
 
 # -- running them

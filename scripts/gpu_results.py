@@ -38,10 +38,7 @@ TOLD = {  # patterns of the findings that the tables show, by probe
     "beside": r"32 queues, .*(alone|beside prefill|beside decode)",
     "mps": r"daemon answers|client at \d+%(: context)?",
     "shared_memory": r".*opened",
-    # of the checks that are kept: by now the tests marked gpu and `splitwiser profile` measure these
-    "decode_attention": r".*(largest relative error|read)",
-    "kernels": r"(?!ended).*",
-    "prefill_attention": r".*length.*",
+    "prefill_graphs": r".*tokens, .*",
 }
 SOFTWARE = {"torch": "pytorch", "transformers": "transformers"}  # the doctor's findings that tell the versions
 TEST_COUNTS = ("tests", "failures", "errors", "skipped")

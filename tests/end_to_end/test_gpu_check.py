@@ -91,6 +91,17 @@ def test_limits_fit_into_the_calls_that_a_machine_is_lent_for() -> None:
 # -- stages
 
 
+def test_a_failed_test_is_printed_as_it_fails(tmp_path: Path) -> None:
+    tests = "def test_first():\n    assert 1 == 2\n\ndef test_second():\n    import os; os._exit(3)\n"
+    (tmp_path / "test_two.py").write_text(tests)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "failures_at_once", "-p", "no:cacheprovider", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT / "scripts")}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3  # cut before any summary
+    assert_says(done.stdout, "FAILED", "::test_first", "assert 1 == 2")
+
+
 def test_stage_that_fails_or_is_cut_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "STOP_S", 0.5)
     stages = {

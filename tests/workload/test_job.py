@@ -248,6 +248,7 @@ def test_reports_can_be_given_as_chats() -> None:
         {"messages": [{"role": "user", "content": text}]} for text in each(plain, "prompt")
     ]
     assert each(chats, "report") == each(plain, "report")
+    assert each(chats, "source") == [None, None]  # so that an encoder-decoder is asked by its template too, or refused
 
 
 def test_chats_of_a_workload_stay_as_they_are_and_token_ids_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Prefill steps of fixed numbers of tokens, captured on a GPU as CUDA graphs and replayed.
 
-On an H100 the layers of a small model are launched more slowly than they are computed: a step of 500 tokens of a model of
-1.2 billion parameters took as long as one of 2,000, five times the time of its products.
+A step of a small model's layers takes longer to launch than to compute: docs/benchmarks.md, "On a GPU", has both times on an
+H100, and the probe ``prefill_graphs`` of scripts/gpu_probe.py measures them.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from splitwiser.model.trials import logits_agree
 MAX_PROMPTS = 16  # in one step; attention launches programs for this many, whether they have work or not
 SMALLEST = 128  # tokens; smaller steps take as long, since they read all weights too
 LARGEST = 8192  # tokens; larger steps compute for so long that launches do not count
+_TRIED = (5, 11)  # lengths of the prompts by which graphs are tried
 PARTS = 8  # at most an eighth of the largest step is padding
 
 
@@ -159,8 +160,12 @@ class PrefillGraphs(Graphs[_FixedPrompts]):
         """Return why the graphs do not serve: their logits for two prompts differ from those of a step without graphs. None
         if they are the same. Overwrites the pool's first blocks."""
         model = self._model
-        prompts = [[(7 * number + 3) % model.vocabulary for number in range(length)] for length in (5, 11)]
-        segments = [Segment((number,), len(prompt), len(prompt)) for number, prompt in enumerate(prompts)]
+        prompts = [[(7 * number + 3) % model.vocabulary for number in range(length)] for length in _TRIED]
+        each = pool.blocks_for(_TRIED[-1] + 1)  # with a slot for what is missing in the step
+        segments = [
+            Segment(range(number * each, (number + 1) * each), len(prompt), len(prompt))
+            for number, prompt in enumerate(prompts)
+        ]
         tokens = [token for prompt in prompts for token in prompt]
         positions = [at for segment in segments for at in segment.positions]
         rows = [end - 1 for end in itertools.accumulate(segment.tokens for segment in segments)]
@@ -196,8 +201,8 @@ def capture_prefill_graphs(
         return None, "none (they are for decoders)"
     if pool.kernels.varlen is None:
         return None, "none (they need the variable-length attention)"
-    if pool.blocks < 2:
-        return None, "none (the KV pool has a single block)"
+    if pool.blocks < len(_TRIED) * pool.blocks_for(_TRIED[-1] + 1):
+        return None, "none (the KV pool has too few blocks to try them)"
     try:
         streams = streams or [torch.cuda.current_stream(model.device)]
         graphs = PrefillGraphs(model, pool, budget, streams)

@@ -98,7 +98,7 @@ def finish_reason(
     last = token_ids[-1]
     if (last in eos_token_ids and not params.ignore_eos) or last in params.stop_token_ids:
         return "stop"
-    if params.stop and _stop_places(params, token_ids, decode):
+    if params.stop and _stop_places(params, token_ids, decode(token_ids), decode):
         return "stop"
     if params.max_tokens is not None and len(token_ids) >= params.max_tokens:
         return "length"
@@ -110,14 +110,13 @@ def final_text(params: SamplingParams, token_ids: Sequence[int], decode: Decode)
     if token_ids[-1] in params.stop_token_ids:
         return decode(token_ids[:-1])
     text = decode(token_ids)
-    places = _stop_places(params, token_ids, decode)
+    places = _stop_places(params, token_ids, text, decode)
     return text[: min(places)] if places else text
 
 
-def _stop_places(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> list[int]:
-    """Return where stop strings begin in the text of ``token_ids``, those left out that end in its first ``min_tokens``
-    tokens."""
-    text = decode(token_ids)
-    held = len(decode(token_ids[: params.min_tokens])) if params.min_tokens else 0
+def _stop_places(params: SamplingParams, token_ids: Sequence[int], text: str, decode: Decode) -> list[int]:
+    """Return where stop strings begin in ``text``, that of ``token_ids``, those left out that end in its first
+    ``min_tokens`` tokens."""
+    held = len(decode(token_ids[: params.min_tokens])) if params.stop and params.min_tokens else 0
     places = (text.find(stop, max(0, held - len(stop) + 1)) for stop in params.stop)
     return [place for place in places if place >= 0]

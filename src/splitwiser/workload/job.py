@@ -121,7 +121,8 @@ def prepare_job(config: WorkloadConfig, seed: int) -> Job:
     job = _SOURCES[config.source](config, seed)
     count = len(job.requests)
     if config.chat_template:
-        job = _changed(job, "prompt", [_as_chat(each.prompt, number) for number, each in enumerate(job.requests)])
+        chats = [_as_chat(each.prompt, number) for number, each in enumerate(job.requests)]
+        job = _changed(_changed(job, "prompt", chats), "source", [None] * count)
     job = _note_own_parameters(job, config)
     if config.output_tokens is not None:
         lengths = parse_lengths("--output_tokens", config.output_tokens).draw(count, _generator(seed, "output lengths"))
@@ -193,12 +194,13 @@ def _note_own_parameters(job: Job, config: WorkloadConfig) -> Job:
     """Return ``job`` with a note of each sampling option that was given and is not used, since requests have their own.
     Raises :class:`InputError` for a request that says when it ends and whose number of tokens is fixed."""
     notes = list(job.notes)
+    own = [(number, each.sampling) for number, each in enumerate(job.requests) if each.sampling]
     for name in PARAMETERS:
-        count = sum(name in each.sampling for each in job.requests)
+        count = sum(name in sampling for _, sampling in own)
         if count and getattr(config, name) != option_fields(WorkloadConfig)[name].default:
             notes.append(f"{name} is as the workload says for {count} of {len(job.requests)} requests")
-    for number, each in enumerate(job.requests):
-        ends = [name for name in ENDS if each.sampling.get(name)]
+    for number, sampling in own:
+        ends = [name for name in ENDS if sampling.get(name)]
         if config.output_tokens is not None and ends:
             raise InputError(
                 f"request {number}: {ends[0]} changes when it ends, and --output_tokens fixes how many tokens it has"
