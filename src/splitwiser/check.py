@@ -3,7 +3,7 @@
 from splitwiser.config import RunConfig
 from splitwiser.model.catalog import check_model
 from splitwiser.model.hub import check_hub, find_file
-from splitwiser.placement.checks import find_missing_gpu, refuse_mode_here
+from splitwiser.placement.checks import check_backend, find_missing_gpu, refuse_mode_here
 from splitwiser.workload.job import Job, prepare_job
 
 
@@ -15,6 +15,7 @@ def check_quickly(config: RunConfig) -> Job:
         check_hub(entry)
     if find_missing_gpu(config.mode):
         refuse_mode_here(config.mode, config.device_name)
+    check_backend(config)
     return prepare_job(config, config.seed)
 
 

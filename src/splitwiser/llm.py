@@ -24,7 +24,6 @@ from splitwiser.model.checkpoint import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.modes import find_mode
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.start import module_of
 from splitwiser.request import (
@@ -51,6 +50,9 @@ class LLM:
 
             - ``models``: YAML file of the models known by name; by default ``configs/models.yaml``.
             - ``mode``: how the two phases are placed: ``generate``, ``sequential``, ``mp``, ``mps`` or ``green``.
+            - ``backend``: what computes: ``hf``, this project's own engine over transformers' models, or ``vllm``.
+            - ``backend_python``: the Python of the back end's environment; by default the one that
+                ``scripts/install_backend.sh`` makes.
             - ``workers``: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
                 ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a name of ``configs/workers``, a YAML file's
                 path or YAML text; empty for one prefill and one decode worker.
@@ -104,7 +106,7 @@ class LLM:
         self._lock = threading.Lock()
         began = time.perf_counter()
         with ExitStack() as undo:  # if a later part fails, undoes the earlier ones
-            self.started: StartedEngine = module_of(find_mode(self.config.mode)).start(self.config, undo)
+            self.started: StartedEngine = module_of(self.config).start(self.config, undo)
             undo.callback(self._engine.close)
             self.model.notes.extend(describe_own_sampling(self.model.own_sampling, self.config.generation_config))
             self._warm_up()
@@ -194,6 +196,9 @@ class LLM:
             priority=priority,
             ttft_target_ms=ttft_target_ms,
         )
+        for request in requests:
+            if problem := self.started.find_request_problem(request):
+                raise InputError(f"request {request.request_id}: {problem}")
         self._prefault(requests)
         return requests
 

@@ -30,7 +30,7 @@ from tests.support.commands import COMMAND, invoke, splitwiser
 from tests.support.processes import wait_for
 
 NAMES = {
-    "python", "pytorch", "transformers", "devices", "device", "driver", "cuda_ipc", "green_contexts", "mps_binary",
+    "python", "pytorch", "transformers", "vllm", "devices", "device", "driver", "cuda_ipc", "green_contexts", "mps_binary",
     "mps_daemon", "processor", "cores", "load", "compiler", "kernel", "main_memory", "shared_memory", "dev_shm",
     "open_files", "hub", "model", "weights_and_pool",
 }  # fmt: skip

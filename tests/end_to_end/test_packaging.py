@@ -15,8 +15,8 @@ from splitwiser import constants
 
 PROJECT = constants.DIR_PROJECT
 SCRIPTS = [
-    "run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/gpu_check.sh", "scripts/install_peer.sh",
-    "scripts/test.sh", "scripts/test_instruction_sets.sh", "scripts/test_stand_in.sh",
+    "run_discrete.sh", "run_discrete_mp.sh", "run_discrete_mps.sh", "scripts/gpu_check.sh", "scripts/install_backend.sh",
+    "scripts/install_peer.sh", "scripts/test.sh", "scripts/test_instruction_sets.sh", "scripts/test_stand_in.sh",
 ]  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_each_run_script_runs_its_mode(mode: str) -> None:
     assert last.endswith(f' run --mode {mode} "$@"')
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "scripts/install_peer.sh"])
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "install" not in script])
 def test_a_script_reached_by_a_link_finds_its_project(script: str, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     python = environment / "bin" / "python"  # says what it is asked to run, and where

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.engine.messages import PrefillTask, Progress, Submit
+from splitwiser.engine.messages import PARENT, PrefillTask, Progress, Submit
 from splitwiser.engine.policy import (
     FIRST_COME,
     POLICIES,
@@ -24,7 +24,7 @@ from splitwiser.engine.policy import (
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.ranked import Deadline, Priority
 from splitwiser.engine.steps import ModelStepper, SequenceState
-from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker
+from splitwiser.engine.worker import SchedulerSettings, build_worker
 from splitwiser.errors import RunError
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import KVPool

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Progress, StepRecord, Submit
+from splitwiser.engine.messages import PARENT, Handoff, Message, PrefillTask, Progress, StepRecord, Submit
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.steps import ModelStepper
-from splitwiser.engine.worker import PARENT, Worker
+from splitwiser.engine.worker import Worker
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import BlockAllocator, KVPool
 from splitwiser.model.loading import LoadedModel, load_model

@@ -25,6 +25,12 @@ from tests.support.assertions import assert_says, refusal
         ({"workers": "[{role: mixed}]"}, ["workers are laid out in modes mp, mps, green, not in mode sequential"]),
         ({"mode": "mp", "workers": [{"role": "cook"}]}, ["'role' must be one of prefill, decode, mixed, not 'cook'"]),
         ({"mode": "green", "workers": "[{role: mixed}]"}, ["mode green has one prefill and one decode worker", "mp"]),
+        ({"backend": "vlm"}, ["unknown backend 'vlm'; did you mean vllm?"]),
+        ({"backend": "vllm", "mode": "generate"}, ["backend vllm runs in modes sequential, mp, not in mode generate"]),
+        ({"backend": "vllm", "policy": "priority"}, ["policy does not go with backend vllm: vLLM schedules by itself"]),
+        ({"backend": "vllm", "use_adapter": "none"}, ["use_adapter does not go with backend vllm: its engines serve"]),
+        ({"backend": "vllm", "mode": "mp", "share": "auto"}, ["share auto does not go with backend vllm"]),
+        ({"backend_python": "x"}, ["backend_python goes with another back end than hf"]),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings: dict[str, Any], said: list[str]) -> None:

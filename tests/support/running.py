@@ -19,12 +19,19 @@ STAGES: dict[str, Callable[[list[str]], bool]] = {  # how far a start is, by the
 class Running:
     """``splitwiser run`` in a session of its own, with a request that lasts and three that are finished."""
 
-    def __init__(self, tmp_path: Path, model: Path, mode: str = "mp", command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        model: Path,
+        mode: str = "mp",
+        command: Sequence[str] = COMMAND,
+        options: Sequence[str | Path] = (),
+    ) -> None:
         self.results = tmp_path / "out"
         workload = write_workload(tmp_path / "w.json", [[5]] * 3 + [[6]], 200, arrival_s=[0, 0, 0, 3600])
         self.process = subprocess.Popen(
             [*command, "run", "--mode", mode, "--model", model, "--workload", workload, "--ignore_eos",
-             "--results", self.results],
+             "--results", self.results, *options],
             stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 from collections import deque
 
-from splitwiser.engine.messages import Message
-from splitwiser.engine.worker import PARENT, Worker
+from splitwiser.engine.messages import PARENT, Message
+from splitwiser.engine.worker import Worker
 
 BLOCK = 4
 

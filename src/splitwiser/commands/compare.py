@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modes", default="", help="variants by mode, such as generate,sequential,mp; the first is the baseline"
     )
+    parser.add_argument("--backends", default="", help="each mode on each of these back ends, such as hf,vllm")
     parser.add_argument(
         "--variant", action="append", default=[], metavar="'NAME: OPTIONS'",
         help="a variant by options of splitwiser run, such as 'four: --mode mp --workers configs/workers/four_mixed.yaml'; "
@@ -40,6 +41,10 @@ def run(options: argparse.Namespace) -> None:
     """Compare the variants; the comparison prints its own table."""
     from splitwiser.study.compare import compare, make_variants
 
-    modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
-    variants = make_variants(given_options(options, RunConfig), modes, options.variant, options.peer)
+    modes, backends = _names(options.modes), _names(options.backends)
+    variants = make_variants(given_options(options, RunConfig), modes, options.variant, options.peer, backends)
     compare(variants, options.repeats, options.minutes, load=options.load, one_process=options.one_process)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -23,6 +23,7 @@ class DoctorConfig:
     max_batch: int = constants.MAX_BATCH
     device: str = constants.DEVICE
     prompt_tokens: str | None = None
+    backend_python: str | None = None
     hub: bool = False
 
     def __post_init__(self) -> None:

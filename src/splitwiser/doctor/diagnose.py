@@ -86,6 +86,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     if pytorch:
         survey.ask_for_gpus_ahead()
     transformers = check("software", "transformers", survey.find_transformers).ok
+    check("software", "vllm", survey.find_vllm, config.backend_python)
     if pytorch:
         _check_syntax(config)
     gpus: list[dict[str, Any]] = check("gpu", "devices", survey.find_gpus).figures.get("devices", [])

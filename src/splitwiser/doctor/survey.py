@@ -13,7 +13,7 @@ import psutil
 
 from splitwiser import constants
 from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, run_command
-from splitwiser.errors import first_line
+from splitwiser.errors import InputError, first_line
 from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
 from splitwiser.text import format_size
@@ -52,6 +52,23 @@ def find_transformers() -> Found:
         return False, f"cannot be imported ({type(error).__name__}: {first_line(error)})", {}
     versions = {"version": transformers.__version__, "accelerate": accelerate.__version__}
     return True, f"{transformers.__version__}, accelerate {accelerate.__version__}", versions
+
+
+def find_vllm(backend_python: str | None) -> Found:
+    """Check whether the back end vLLM has an environment, and return its version and the modes that it runs in. It does not
+    prevent other runs if not."""
+    from splitwiser.placement.modes import BACKENDS
+    from splitwiser.vllm_backend.environment import find_environment
+
+    try:
+        found = find_environment(backend_python)
+    except InputError as error:
+        return None, str(error), {}
+    modes = BACKENDS["vllm"].modes
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "vllm")
+    text = f"{found.versions['vllm']} ({versions}) at {found.python}: modes {', '.join(modes)}"
+    figures = {**found.versions, "python": str(found.python), "modes": list(modes)}
+    return True, f"{text}; {found.note}" if found.note else text, figures
 
 
 # the GPU

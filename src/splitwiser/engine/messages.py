@@ -11,6 +11,7 @@ from typing import Literal
 
 from splitwiser.request import FinishReason, Request
 
+PARENT = "parent"  # the name by which workers send to it
 Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
 
@@ -106,4 +107,9 @@ class Stop:
     """Tells a worker to end after its current step."""
 
 
-Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop
+@dataclass(frozen=True, slots=True)
+class BackendMessage:
+    """Base class of the messages that only workers of another back end exchange."""
+
+
+Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop | BackendMessage

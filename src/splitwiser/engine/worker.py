@@ -10,13 +10,11 @@ from itertools import cycle
 from typing import Protocol
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit, WorkerSpec
+from splitwiser.engine.messages import PARENT, Handoff, Message, PrefillTask, Role, StepRecord, Submit, WorkerSpec
 from splitwiser.engine.policy import FIRST_COME, Policy
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.steps import Stepper
 from splitwiser.model.kv_pool import BlockAllocator
-
-PARENT = "parent"
 
 
 class Transport(Protocol):
@@ -27,7 +25,7 @@ class Transport(Protocol):
         ...
 
     def send(self, to: str, message: Message) -> None:
-        """Send ``message`` to the worker named ``to``, or to :data:`PARENT`."""
+        """Send ``message`` to the worker named ``to``, or to :data:`~splitwiser.engine.messages.PARENT`."""
         ...
 
 

@@ -40,13 +40,19 @@ class SharedMemory:
         else:
             self._fd = os.memfd_create("splitwiser", os.MFD_CLOEXEC)
             os.ftruncate(self._fd, nbytes)
-            tensor = _mapped(self._fd, nbytes)
+            tensor = map_memory(self._fd, nbytes)
         self._open: Callable[[], Tensor] = lambda: tensor
 
     @cached_property
     def tensor(self) -> Tensor:
         """The whole memory as uint8."""
         return self._open()
+
+    @property
+    def fd(self) -> int:
+        """File descriptor of a CPU's memory that is not closed, for a program that it is passed to by number."""
+        assert self._fd is not None
+        return self._fd
 
     def __reduce__(self) -> tuple[Callable[..., "SharedMemory"], tuple[object, ...]]:
         if self._fd is None:
@@ -82,7 +88,8 @@ class _SentFd(Protocol):
     def detach(self) -> int: ...
 
 
-def _mapped(fd: int, nbytes: int) -> Tensor:
+def map_memory(fd: int, nbytes: int) -> Tensor:
+    """Return the first ``nbytes`` bytes of the file ``fd``, mapped as uint8 and shared with all who map it."""
     memory = mmap.mmap(fd, nbytes)
     use_huge_pages(memory)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -99,7 +106,7 @@ def _opened(rebuild: Callable[..., Tensor], arguments: tuple[object, ...]) -> Sh
 def _received(fd: "_SentFd", nbytes: int) -> SharedMemory:
     number = fd.detach()
     try:
-        tensor = _mapped(number, nbytes)
+        tensor = map_memory(number, nbytes)
     finally:
         os.close(number)
     return _opened(lambda: tensor, ())

@@ -6,7 +6,8 @@ from importlib import import_module
 from splitwiser.errors import InputError, first_line
 from splitwiser.machine.cuda_probe import find_driver_problem
 from splitwiser.machine.process import find_children_problem
-from splitwiser.placement.modes import find_mode
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.modes import find_backend, find_mode
 
 
 def find_mode_problem(mode: str, device: str) -> str | None:
@@ -43,6 +44,12 @@ def refuse_mode_here(mode: str, device: str) -> None:
     """Raise :class:`InputError`, with the reason and a mode to use instead, if this machine cannot run ``mode``."""
     if problem := find_mode_problem(mode, device):
         raise InputError(f"mode {mode}: {problem}; use mode {'sequential' if mode == 'mp' else 'mp'}")
+
+
+def check_backend(config: EngineConfig) -> None:
+    """Raise :class:`InputError` if ``config``'s back end is not on this machine."""
+    if package := find_backend(config.backend).package:
+        import_module(f"{package}.environment").check(config)
 
 
 def find_memfd_problem() -> str | None:

@@ -14,9 +14,9 @@ from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_ad
 from splitwiser.model.catalog import resolve_model
 from splitwiser.model.dtypes import dtype_name
 from splitwiser.model.kernels.choose import LOADERS
-from splitwiser.options import Options, check_counts, option
+from splitwiser.options import Options, check_counts, option, option_fields
 from splitwiser.placement.layout import WorkerLayout, parse_layout
-from splitwiser.placement.modes import MODES, Mode, find_mode
+from splitwiser.placement.modes import MODES, Mode, find_backend, find_mode
 from splitwiser.request import NO_ADAPTER
 from splitwiser.text import parse_bytes, parse_device
 
@@ -106,6 +106,12 @@ class EngineConfig(ModelConfig):
     NOT_TAKEN: ClassVar[Mapping[str, str]] = _NOT_TAKEN
 
     mode: str = option(constants.MODE, f"how the phases are placed: {', '.join(MODES)}")
+    backend: str = option(
+        constants.BACKEND, "hf: this project's own engine over transformers' models; vllm: unmodified vLLM's"
+    )
+    backend_python: str | None = option(
+        None, "Python of the back end's environment, by default the one that scripts/install_backend.sh makes"
+    )
     workers: str | Sequence[dict[str, Any]] = option(
         constants.WORKERS,
         "worker layout of modes mp, mps, green: YAML file, name of configs/workers, or text; empty: one of each phase",
@@ -172,6 +178,7 @@ class EngineConfig(ModelConfig):
         if self.layout is not None:
             _check_layout(mode, self.layout, self.share)
         self._check_mps()
+        self._check_backend()
 
     @cached_property
     def layout(self) -> WorkerLayout | None:
@@ -212,6 +219,20 @@ class EngineConfig(ModelConfig):
             raise InputError(f"--merge_adapter merges one LoRA adapter into the model; the adapters are: {given}")
         if self.use_adapter == NO_ADAPTER.name:
             raise InputError("--use_adapter none: a merged adapter runs with every request; leave --merge_adapter out")
+
+    def _check_backend(self) -> None:
+        backend = find_backend(self.backend)
+        if self.backend_python is not None and not backend.python:
+            raise InputError(f"--backend_python goes with another back end than {backend.name}; give --backend vllm")
+        if backend.modes and self.mode not in backend.modes:
+            raise InputError(
+                f"backend {backend.name} runs in modes {', '.join(backend.modes)}, not in mode {self.mode}"
+            )
+        for name, reason in backend.not_taken.items():
+            if getattr(self, name) != option_fields(EngineConfig)[name].default:
+                raise InputError(f"--{name} does not go with backend {backend.name}: {reason}")
+        if backend.modes and self.share == "auto":
+            raise InputError(f"--share auto does not go with backend {backend.name}, whose engines keep their cores")
 
     def _check_mps(self) -> None:
         if self.mps not in MPS_DAEMONS:

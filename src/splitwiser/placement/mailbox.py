@@ -4,6 +4,7 @@ The parent and each worker have an inbox. Other threads put messages into it dir
 through pipes, which a thread of the receiver reads.
 """
 
+import multiprocessing
 import threading
 import time
 from collections import deque
@@ -11,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from splitwiser.engine.messages import Failed, Message, Stop
-from splitwiser.engine.worker import PARENT
+from splitwiser.engine.messages import PARENT, Failed, Message, Stop
 from splitwiser.errors import WorkerLostError
 
 CHECK_S = 0.25  # how often the parent checks its workers
@@ -91,6 +91,27 @@ class Outbox(Protocol):
     def send(self, message: Message, /) -> None:
         """Put a message in."""
         ...
+
+
+def open_pipes(
+    names: Sequence[str],
+) -> tuple[dict[str, dict[str, Pipe]], dict[str, dict[str, Pipe]], dict[str, tuple[Pipe, Pipe]]]:
+    """Open a pipe for every ordered pair of processes.
+
+    Returns the receiving and the sending ends of each worker, by the name of the other process, and the parent's two
+    ends (to and from the worker) by worker.
+    """
+    receive_ends: dict[str, dict[str, Pipe]] = {name: {} for name in names}
+    send_ends: dict[str, dict[str, Pipe]] = {name: {} for name in names}
+    parent_ends = {}
+    for name in names:
+        receive_ends[name][PARENT], to_worker = multiprocessing.Pipe(duplex=False)
+        from_worker, send_ends[name][PARENT] = multiprocessing.Pipe(duplex=False)
+        parent_ends[name] = to_worker, from_worker
+        for other in names:
+            if other != name:
+                receive_ends[other][name], send_ends[name][other] = multiprocessing.Pipe(duplex=False)
+    return receive_ends, send_ends, parent_ends
 
 
 class MailTransport:

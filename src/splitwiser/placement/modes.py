@@ -1,6 +1,10 @@
-"""The table of modes and their properties. A new mode is a row here and a module of this package that starts it."""
+"""The tables of modes, which place the two phases, and of back ends, which compute them.
 
-from dataclasses import dataclass
+A new mode is a row here and a module of this package that starts it; a new back end is a row and a package of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from splitwiser.errors import unknown_name
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout
@@ -54,3 +58,49 @@ def find_mode(name: str) -> Mode:
     if name not in MODES:
         raise unknown_name("mode", name, MODES)
     return MODES[name]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine that modes place.
+
+    ``package`` has the modules ``start`` (:class:`splitwiser.placement.start.ModeModule`), which starts its ``modes``, and
+    ``environment``, whose ``check`` says whether it is on this machine. This project's own engine has none, since each mode
+    has a module of its own. ``not_taken`` are options that must keep their defaults, with the reason. ``python``:
+    it runs in another Python environment.
+    """
+
+    name: str
+    package: str = ""
+    modes: tuple[str, ...] = ()
+    not_taken: Mapping[str, str] = field(default_factory=dict)
+    python: bool = False
+
+
+_ITS_OWN = "vLLM schedules by itself, first come, first served"
+_ALONE = "its engines serve the model alone"
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("hf"),
+        Backend(
+            "vllm",
+            "splitwiser.vllm_backend",
+            ("sequential", "mp"),
+            {
+                "policy": _ITS_OWN,
+                "adapters": _ALONE,
+                "use_adapter": _ALONE,
+                "merge_adapter": _ALONE,
+            },
+            python=True,
+        ),
+    )
+}
+
+
+def find_backend(name: str) -> Backend:
+    """Return the back end called ``name``. Raises :class:`~splitwiser.errors.InputError` if there is none."""
+    if name not in BACKENDS:
+        raise unknown_name("backend", name, BACKENDS)
+    return BACKENDS[name]

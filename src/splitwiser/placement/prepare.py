@@ -1,6 +1,6 @@
 """Preparation that all modes share: load the model, attach the engine to it, choose kernels and plan the KV pool."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.routes import ROUTES
 from splitwiser.placement.config import EngineConfig, ModelConfig
+from splitwiser.request import Request
 
 _COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # names in a run's record
 
@@ -37,7 +38,8 @@ _COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # 
 @dataclass(frozen=True)
 class StartedEngine:
     """A model with a running engine, and facts for the run's record: the KV pool, the kernels in use, the units (cores,
-    multiprocessors) of each worker by level of the division, and the MPS daemon of mode ``mps``."""
+    multiprocessors) of each worker by level of the division, the MPS daemon of mode ``mps``, and another back end.
+    ``find_request_problem`` returns why the engine cannot serve a request that the model has room for, or None."""
 
     model: LoadedModel
     engine: Engine | None  # None once closed
@@ -45,6 +47,8 @@ class StartedEngine:
     kernels: dict[str, str]
     division: list[dict[str, int]]
     mps: dict[str, Any] | None = None
+    backend: dict[str, Any] | None = None
+    find_request_problem: Callable[[Request], str | None] = lambda _: None
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Protocol
 
 import psutil
 import torch
@@ -22,7 +23,6 @@ from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Message, Progress, Ready, Stop, Submit
 from splitwiser.engine.policy import LeastLoadedRouter
-from splitwiser.engine.worker import PARENT
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
@@ -30,7 +30,7 @@ from splitwiser.model.kv_pool import block_nbytes
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import plan_levels
-from splitwiser.placement.mailbox import CHECK_S, MailPlacement, Pipe, PipeInbox
+from splitwiser.placement.mailbox import CHECK_S, MailPlacement, Pipe, PipeInbox, open_pipes
 from splitwiser.placement.mps_daemon import MpsDaemon
 from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare
 from splitwiser.placement.shares import Board
@@ -50,37 +50,50 @@ STOP_S = 5.0  # longest that they may take to stop by themselves
 _context = torch.multiprocessing.get_context("forkserver")
 
 
-class ProcessPlacement(MailPlacement):
-    """Worker processes and the pipes to them; see :class:`splitwiser.engine.engine.Placement`."""
+class WorkerProcess(Protocol):
+    """Interface of a worker's process, as of ``multiprocessing``."""
+
+    name: str
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None before it has started."""
+        ...
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        ...
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, at most ``timeout`` seconds."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end; does nothing if it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """End it; does nothing if it has ended."""
+        ...
+
+
+class SupervisedPlacement(MailPlacement):
+    """Started worker ``processes``, with a heartbeat each on ``board`` in the same order; ``send_ends`` are the pipes to
+    them by name, and ``inbox`` receives what they send. See :class:`splitwiser.engine.engine.Placement`."""
 
     def __init__(
-        self, setups: Sequence[WorkerSetup], parent_ends: dict[str, tuple[Pipe, Pipe]], daemon: MpsDaemon | None
+        self, processes: Sequence[WorkerProcess], send_ends: Mapping[str, Pipe], inbox: PipeInbox, board: Board
     ) -> None:
-        self._daemon = daemon
-        self._send_ends = {name: to_worker for name, (to_worker, _) in parent_ends.items()}
-        self._board = Board.over(setups[0].board.tensor)
-        self._heartbeats = self._board.heartbeats()
-        self._missed_checks = [0] * len(setups)
+        super().__init__(inbox)
+        self._pipe_inbox = inbox
+        self._processes = processes
+        self._send_ends = send_ends
+        self._board = board
+        self._heartbeats = board.heartbeats()
+        self._missed_checks = [0] * len(processes)
         self._next_check_s = 0.0
         self._ready: set[str] = set()
-        self._shared = [*setups[0].module.memories, setups[0].pool]
-        self.graphs: dict[str, str] = {}  # descriptions of the workers' CUDA graphs
-        blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
-        self._router = LeastLoadedRouter(blocks, constants.BLOCK_TOKENS)
-        with _without_main_import():
-            self._processes = [
-                _context.Process(target=worker_main, args=(setup,), name=setup.spec.name, daemon=True)
-                for setup in setups
-            ]
-            for process in self._processes:
-                process.start()
-        for setup in setups:  # a pipe closes only when all copies of an end are closed, and the workers have their own
-            for pipe in [*setup.receive_ends.values(), *setup.send_ends.values()]:
-                pipe.close()
-        self._pipe_inbox = PipeInbox(
-            {name: from_worker for name, (_, from_worker) in parent_ends.items()}, on_closed=lambda _: None
-        )
-        super().__init__(self._pipe_inbox)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -88,7 +101,7 @@ class ProcessPlacement(MailPlacement):
         return {process.name: process.pid or 0 for process in self._processes}
 
     def wait_ready(self) -> None:
-        """Wait until every worker is ready and, with an MPS daemon, its client; shows a progress bar on a terminal.
+        """Wait until every worker is ready; shows a progress bar on a terminal.
 
         Raises :class:`RunError` after :data:`START_S`, :class:`WorkerLostError` if a worker was lost."""
         deadline = time.monotonic() + START_S
@@ -97,21 +110,12 @@ class ProcessPlacement(MailPlacement):
             while waiting:
                 for message in self.poll(time.perf_counter_ns() + int(CHECK_S * 1e9)):
                     if isinstance(message, Ready):
-                        self.graphs |= message.graphs
+                        self._handle_ready(message)
                         waiting.discard(message.worker)
                         self._ready.add(message.worker)
                         bar.update(1)
                 if time.monotonic() > deadline:
                     raise RunError(f"workers {', '.join(sorted(waiting))} were not ready after {START_S:.0f} s")
-        if self._daemon:
-            self._daemon.wait_for_clients(self.pids)
-
-    def submit(self, request: Request, arrival_ns: int) -> None:
-        """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
-        try:
-            self._send_ends[self._router.choose(request)].send(Submit(request, arrival_ns))
-        except OSError:  # the worker has died; the next poll raises that
-            return
 
     @uninterrupted()
     def close(self) -> None:
@@ -130,13 +134,19 @@ class ProcessPlacement(MailPlacement):
         self._join(1.0)
         for pipe in self._send_ends.values():
             pipe.close()
-        for memory in self._shared:
-            memory.forget_receivers()
 
-    def _handle(self, message: Message) -> None:
-        if isinstance(message, Progress):
-            for request_id, _ in message.finished:
-                self._router.release(request_id)
+    def _send(self, to: str, message: Message) -> None:
+        try:
+            self._send_ends[to].send(message)
+        except OSError:  # the worker has died; the next poll raises that
+            return
+
+    def _handle_ready(self, message: Ready) -> None:
+        """Process what a worker says when it is ready."""
+
+    def _find_fault(self) -> str | None:
+        """Return what else has gone wrong that ends the run, or None."""
+        return None
 
     def _join(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -152,7 +162,7 @@ class ProcessPlacement(MailPlacement):
         if time.monotonic() < self._next_check_s:
             return None
         self._next_check_s = time.monotonic() + CHECK_S
-        if self._daemon and (fault := self._daemon.find_fault()):
+        if fault := self._find_fault():
             return WorkerLostError(fault)
         heartbeats = self._board.heartbeats()
         for number, (now, before) in enumerate(zip(heartbeats, self._heartbeats, strict=True)):
@@ -166,6 +176,62 @@ class ProcessPlacement(MailPlacement):
                 state = _process_state(process.pid)
                 return WorkerLostError(f"worker {process.name} (process {process.pid}, {state}) does not answer")
         return None
+
+
+class ProcessPlacement(SupervisedPlacement):
+    """Worker processes and the pipes to them; see :class:`splitwiser.engine.engine.Placement`."""
+
+    def __init__(
+        self, setups: Sequence[WorkerSetup], parent_ends: dict[str, tuple[Pipe, Pipe]], daemon: MpsDaemon | None
+    ) -> None:
+        self._daemon = daemon
+        self._shared = [*setups[0].module.memories, setups[0].pool]
+        self.graphs: dict[str, str] = {}  # descriptions of the workers' CUDA graphs
+        blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
+        self._router = LeastLoadedRouter(blocks, constants.BLOCK_TOKENS)
+        with _without_main_import():
+            processes = [
+                _context.Process(target=worker_main, args=(setup,), name=setup.spec.name, daemon=True)
+                for setup in setups
+            ]
+            for process in processes:
+                process.start()
+        for setup in setups:  # a pipe closes only when all copies of an end are closed, and the workers have their own
+            for pipe in [*setup.receive_ends.values(), *setup.send_ends.values()]:
+                pipe.close()
+        inbox = PipeInbox(
+            {name: from_worker for name, (_, from_worker) in parent_ends.items()}, on_closed=lambda _: None
+        )
+        send_ends = {name: to_worker for name, (to_worker, _) in parent_ends.items()}
+        super().__init__(processes, send_ends, inbox, Board.over(setups[0].board.tensor))
+
+    def wait_ready(self) -> None:
+        """See :meth:`SupervisedPlacement.wait_ready`; with an MPS daemon, every worker is then its client."""
+        super().wait_ready()
+        if self._daemon:
+            self._daemon.wait_for_clients(self.pids)
+
+    def submit(self, request: Request, arrival_ns: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
+        self._send(self._router.choose(request), Submit(request, arrival_ns))
+
+    @uninterrupted()
+    def close(self) -> None:
+        """See :meth:`SupervisedPlacement.close`."""
+        super().close()
+        for memory in self._shared:
+            memory.forget_receivers()
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Progress):
+            for request_id, _ in message.finished:
+                self._router.release(request_id)
+
+    def _handle_ready(self, message: Ready) -> None:
+        self.graphs |= message.graphs
+
+    def _find_fault(self) -> str | None:
+        return self._daemon.find_fault() if self._daemon else None
 
 
 def _describe_exit(exitcode: int) -> str:
@@ -216,7 +282,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     cores = tuple(sorted(os.sched_getaffinity(0)))
     thread_levels = plan_levels(specs, len(cores), config.share)
     Board.over(board.tensor).level = len(thread_levels) // 2
-    receive_ends, send_ends, parent_ends = _pipes([spec.name for spec in specs])
+    receive_ends, send_ends, parent_ends = open_pipes([spec.name for spec in specs])
     setups = [
         WorkerSetup(
             index=number,
@@ -271,27 +337,6 @@ def _check_count(workers: int) -> None:
             f"--workers: {workers:,} processes are more than the {most} that can have pipes to each other; this process may "
             f"open {limit:,} files (ulimit -n)"
         )
-
-
-def _pipes(
-    names: Sequence[str],
-) -> tuple[dict[str, dict[str, Pipe]], dict[str, dict[str, Pipe]], dict[str, tuple[Pipe, Pipe]]]:
-    """Open a pipe for every ordered pair of processes.
-
-    Returns the receiving and the sending ends of each worker, by the name of the other process, and the parent's two
-    ends (to and from the worker) by worker.
-    """
-    receive_ends: dict[str, dict[str, Pipe]] = {name: {} for name in names}
-    send_ends: dict[str, dict[str, Pipe]] = {name: {} for name in names}
-    parent_ends = {}
-    for name in names:
-        receive_ends[name][PARENT], to_worker = _context.Pipe(duplex=False)
-        from_worker, send_ends[name][PARENT] = _context.Pipe(duplex=False)
-        parent_ends[name] = to_worker, from_worker
-        for other in names:
-            if other != name:
-                receive_ends[other][name], send_ends[name][other] = _context.Pipe(duplex=False)
-    return receive_ends, send_ends, parent_ends
 
 
 @contextmanager

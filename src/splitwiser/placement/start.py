@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from splitwiser.machine.process import environment, shorten_socket_paths
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.modes import Mode
+from splitwiser.placement.modes import find_backend, find_mode
 
 if TYPE_CHECKING:
     from splitwiser.placement.prepare import StartedEngine
@@ -25,9 +25,11 @@ class ModeModule(Protocol):
         ...
 
 
-def module_of(mode: Mode) -> ModeModule:
-    """Import and return the module that starts ``mode``; may take seconds."""
-    return cast("ModeModule", import_module(f"splitwiser.placement.{mode.module}"))
+def module_of(config: EngineConfig) -> ModeModule:
+    """Import and return the module that starts ``config``'s mode on its back end; may take seconds."""
+    package = find_backend(config.backend).package
+    name = f"{package}.start" if package else f"splitwiser.placement.{find_mode(config.mode).module}"
+    return cast("ModeModule", import_module(name))
 
 
 def start_fork_server() -> None:

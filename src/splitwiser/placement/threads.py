@@ -8,9 +8,9 @@ from typing import ClassVar, Protocol
 import torch
 
 from splitwiser.engine.engine import SplitEngine
-from splitwiser.engine.messages import Failed, Stop, Submit
+from splitwiser.engine.messages import PARENT, Failed, Stop, Submit
 from splitwiser.engine.steps import make_stepper
-from splitwiser.engine.worker import PARENT, DeviceShare, Worker, build_worker, run_worker
+from splitwiser.engine.worker import DeviceShare, Worker, build_worker, run_worker
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.mailbox import Inbox, MailPlacement, MailTransport

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from splitwiser import constants
-from splitwiser.engine.messages import Failed, Phase, Ready, WorkerSpec
+from splitwiser.engine.messages import PARENT, Failed, Phase, Ready, WorkerSpec
 from splitwiser.engine.steps import make_stepper
-from splitwiser.engine.worker import PARENT, build_worker, run_worker
+from splitwiser.engine.worker import build_worker, run_worker
 from splitwiser.machine.process import keep_freed_memory
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels

@@ -281,6 +281,7 @@ LABELS = (
     Column("run_id", "Name of the run's folder.", short_name="run"),
     Column("model", "Name of the model."),
     Column("case_id", "Prompting recipe of configs/cases.yaml; empty for other requests.", short_name="case"),
+    Column("backend", "What computes: hf, this project's own engine, or vllm."),
     Column("mode", "Placement of the two phases."),
     Column("workers", "The workers and their roles."),
     Column("device", "The device that the model was on."),

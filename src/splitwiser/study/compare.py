@@ -89,12 +89,23 @@ TABLES = {"comparison.csv": COMPARISON, "comparison_summary.csv": SUMMARY, "comp
 
 
 def make_variants(
-    base: Mapping[str, Any], modes: Sequence[str], described: Sequence[str], peers: Sequence[str] = ()
+    base: Mapping[str, Any],
+    modes: Sequence[str],
+    described: Sequence[str],
+    peers: Sequence[str] = (),
+    backends: Sequence[str] = (),
 ) -> list[Variant]:
-    """Return one for each of ``modes``, then one for each of ``described``, such as ``two: --mode mp --workers two.yaml``,
-    and one for each of ``peers``, such as ``vllm=ENVIRONMENT``; all with the options of ``base``, which their own override.
-    Raises :class:`InputError`."""
-    variants = [Variant(mode, {**base, "mode": mode}) for mode in modes]
+    """Return one for each of ``modes`` (on each of ``backends``, if given), then one for each of ``described``, such as
+    ``two: --mode mp --workers two.yaml``, and one for each of ``peers``, such as ``vllm=ENVIRONMENT``; all with the options
+    of ``base``, which their own override. Raises :class:`InputError`."""
+    if backends and not modes:
+        raise InputError("--backends are compared in modes; name them by --modes")
+    variants = [Variant(mode, {**base, "mode": mode}) for mode in modes] if not backends else []
+    variants += [
+        Variant(f"{backend}-{mode}", {**base, "mode": mode, "backend": backend})
+        for backend in backends
+        for mode in modes
+    ]
     for text in described:
         name, colon, options = text.partition(":")
         if not colon or not NAME.fullmatch(name):
@@ -288,7 +299,8 @@ def _check_tokens(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapp
     expected = _read_tokens(folder, reference)
     for row in finished:
         exact = first.config.temperature == 0 and row["dtype"] == reference["dtype"] == "float32"
-        must_match = exact and row["variant"] not in peers and first.name not in peers
+        comparable = row["variant"] not in peers and first.name not in peers
+        must_match = exact and comparable and row["backend"] == reference["backend"]
         difference = compare_tokens(_read_tokens(folder, row), expected)
         yield TokenCheck(
             **asdict(difference),

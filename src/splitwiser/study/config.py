@@ -42,6 +42,8 @@ class AdviseConfig(RunConfig):
     """What to advise on: the options of a run, except those that the advice determines, and these."""
 
     mode: str = constants.MODE  # this and the next, up to batch_size, are not options
+    backend: str = constants.BACKEND
+    backend_python: str | None = None
     workers: str = constants.WORKERS
     share: str = constants.SHARE
     itl_target_ms: float = constants.ITL_TARGET_MS

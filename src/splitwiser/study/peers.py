@@ -162,6 +162,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     row = {
         "run_id": label,
         "model": resolve_model(config.model, config.models).name,
+        "backend": peer.engine,
         "mode": peer.engine,
         "dtype": asked["dtype"],
         "load_format": config.load_format,

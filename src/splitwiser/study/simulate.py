@@ -20,10 +20,10 @@ import torch
 
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
-from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
+from splitwiser.engine.messages import PARENT, Message, Phase, Progress, Submit, WorkerSpec
 from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
 from splitwiser.engine.steps import Chunk, SequenceState
-from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
+from splitwiser.engine.worker import SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
 from splitwiser.placement.cores import claim_threads, plan_levels
 from splitwiser.placement.layout import WorkerLayout

@@ -124,7 +124,7 @@ def own_layout(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Linear, torch.Te
         layer = PackedLinear(plain)
         layer.packed = lying
         monkeypatch.setattr(packed, "_PANELS", {})
-        monkeypatch.setattr(packed, "_open_at", lambda *_: torch.empty(0))
+        monkeypatch.setattr(packed, "open_packed", lambda *_: torch.empty(0))
         monkeypatch.setattr(PackedLinear, "_multiply", multiply)
         return layer
 

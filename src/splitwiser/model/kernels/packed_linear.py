@@ -1,8 +1,8 @@
 """Linear layers of a bfloat16 model on a CPU, with their weights packed once into the layout of oneDNN's matrix products.
 
 PyTorch's own linear layer passes oneDNN the plain weights, which it converts in every call, and adds the bias in a separate
-pass. A packed weight is bytes in a layout that oneDNN chooses, so it can lie in memory that processes share, like any other
-tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same purpose.
+pass. A packed weight is bytes (:mod:`splitwiser.model.kernels.onednn`), so it can lie in memory that processes share, like
+any other tensor.
 
 Small batches (a few rows) are bound by reading the weights and by the overhead of a call. A compiled function of this
 project computes them from the packed bytes, if these are shown to lie in the layout that it reads.
@@ -12,13 +12,13 @@ import copy
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from splitwiser.model.kernels.build import load_native
+from splitwiser.model.kernels.onednn import open_packed, pack_weight
 
 IDENTITY, RELU = ("none", ""), ("relu", "")
 PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what else oneDNN has kernels for
@@ -60,9 +60,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.activation = IDENTITY
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        opaque = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self._layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(opaque).tolist())
-        self.register_buffer("packed", _bytes_of(opaque))
+        packed, self._layout = pack_weight(linear.weight.detach())
+        self.register_buffer("packed", packed)
         self.bias = linear.bias
         self._opened: _Opened | None = None
 
@@ -124,7 +123,7 @@ class PackedLinear(nn.Module):
         """Return the packed weight, opened anew if ``packed`` has moved."""
         address = self.packed.data_ptr()
         if self._opened is None or self._opened.address != address:
-            weight = _open_at(address, (self.out_features, self.in_features), self._layout)
+            weight = open_packed(address, (self.out_features, self.in_features), self._layout, torch.bfloat16)
             self._opened = _Opened(address, weight, None)
             if struct := self._find_struct():
                 self._opened = _Opened(address, weight, struct)
@@ -237,58 +236,3 @@ def _small_batch_functions() -> ctypes.CDLL | None:
     if library is None or library.max_small_rows() == 0:
         return None
     return library
-
-
-# -- calls of PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-
-
-def _bytes_of(opaque: Tensor) -> Tensor:
-    """Return a copy of the bytes of oneDNN's tensor ``opaque``, as uint8."""
-    copied = torch.empty(torch.ops.mkldnn._nbytes(opaque), dtype=torch.uint8)
-    handle = ctypes.c_void_p(_pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(opaque)))
-    address = ctypes.c_void_p()
-    try:
-        _check(_library().aoti_torch_get_data_ptr(handle, ctypes.byref(address)))
-        assert address.value is not None
-        ctypes.memmove(copied.data_ptr(), address.value, copied.nbytes)
-    finally:
-        _check(_library().aoti_torch_delete_tensor_object(handle))
-    return copied
-
-
-def _open_at(address: int, shape: tuple[int, int], layout: bytes) -> Tensor:
-    """Return the tensor of ``shape`` that lies packed at ``address``; it does not own the memory."""
-    library = _library()
-    sizes, strides = (ctypes.c_int64 * 2)(*shape), (ctypes.c_int64 * 2)(shape[1], 1)
-    handle = ctypes.c_void_p()
-    _check(
-        library.aoti_torch_create_tensor_from_blob_v2(
-            ctypes.c_void_p(address), ctypes.c_int64(2), sizes, strides, ctypes.c_int64(0),
-            library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu(), 0, ctypes.byref(handle),
-            library.aoti_torch_layout__mkldnn(), layout, ctypes.c_int64(len(layout)),
-        )
-    )  # fmt: skip
-    opened: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))
-    return opened
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError("PyTorch's C interface refused a call")
-
-
-def _pointer(capsule: object) -> int:
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return int(get(capsule, None))
-
-
-def _capsule(handle: ctypes.c_void_p) -> Any:  # noqa: ANN401  # PyTorch's types say void pointer, but it needs a capsule
-    make = ctypes.pythonapi.PyCapsule_New
-    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return make(handle, None, None)

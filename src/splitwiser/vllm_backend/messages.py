@@ -1,0 +1,126 @@
+"""What the parent and the workers of this back end exchange besides :mod:`splitwiser.engine.messages`; never a tensor.
+
+The messages of one request, where prefill and decode are engines of their own: :class:`SubmitPrefill` (parent to prefill)
+-> :class:`BlockHandoff` (prefill to decode) -> :class:`BlockReturn` (decode to prefill), and
+:class:`~splitwiser.engine.messages.Progress` to the parent as everywhere. A whole engine gets
+:class:`~splitwiser.engine.messages.Submit`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from splitwiser.engine.messages import BackendMessage, Handoff, Ready, Role, WorkerSpec
+from splitwiser.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """An anonymous file of ``nbytes`` bytes that workers map, by its number among the worker's open files."""
+
+    fd: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Settings of every engine. ``kv_bytes`` is the size of its KV cache, the shared one if there is one; ``eager``: the
+    model is not compiled."""
+
+    model: str
+    dtype: str
+    max_batch: int
+    prefill_tokens: int
+    kv_bytes: int
+    eager: bool
+    seed: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup(BackendMessage):
+    """The first message to a worker: everything that it needs to know.
+
+    ``receive`` and ``send`` are the pipes to the other workers by name, by their numbers among its open files. ``weights``
+    is shared by all engines (None: the engine has its own), ``pool`` by prefill and decode engines. Of the pool's blocks an
+    engine owns those from the part ``first`` to the part ``last`` of all.
+    """
+
+    spec: WorkerSpec
+    index: int
+    options: EngineOptions
+    board: SharedFile
+    weights: SharedFile | None
+    pool: SharedFile | None
+    first: float
+    last: float
+    receive: Mapping[str, int]
+    send: Mapping[str, int]
+
+    @property
+    def role(self) -> Role:
+        """Its role."""
+        return self.spec.role
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine(BackendMessage):
+    """Tells a worker to make its engine: one worker after another, since the first one fills the shared weights and two
+    engines that start at once see each other's memory as taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady(Ready):
+    """A worker's engine is ready: it has ``blocks`` blocks of ``block_tokens`` tokens, and takes requests of at most
+    ``longest`` tokens. ``settings`` are its resolved ones, for the run's record."""
+
+    blocks: int
+    block_tokens: int
+    longest: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(BackendMessage):
+    """An engine cannot serve the model in its role, for ``reason``."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitPrefill(BackendMessage):
+    """A new request for a prefill engine, and the decode worker that it goes on to; it arrived at ``arrival_ns``."""
+
+    request: Request
+    arrival_ns: int
+    decode_worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHandoff(BackendMessage):
+    """A prefilled request for a decode engine. ``blocks`` are the numbers of the blocks that hold the K and V of its prompt.
+
+    Prefill has leased them to the decode worker: they stay as they are until the :class:`BlockReturn` of ``lease``.
+    """
+
+    request: Request
+    handoff: Handoff
+    lease: str
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReturn(BackendMessage):
+    """The end of a lease. ``blocks`` are empty blocks that prefill gets for those that decode has taken over; if there are
+    none, decode did not take them, and they are prefill's again."""
+
+    lease: str
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone(BackendMessage):
+    """Put into a worker's own inbox: the process of another ``worker`` has ended."""
+
+    worker: str

@@ -1,0 +1,211 @@
+"""Starts vLLM's engines: one (mode ``sequential``), several whole ones, or prefill and decode engines (mode ``mp``)."""
+
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from splitwiser import constants
+from splitwiser.engine.engine import SplitEngine
+from splitwiser.engine.messages import PARENT
+from splitwiser.errors import InputError
+from splitwiser.machine.memory import free_memory
+from splitwiser.machine.shared_memory import SharedMemory
+from splitwiser.model.catalog import decoders_only, resolve_model
+from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kv_pool import block_nbytes, find_pool_problem, plan_blocks
+from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.placement.checks import refuse_mode_here
+from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.cores import plan_cores, plan_threads
+from splitwiser.placement.mailbox import PipeInbox, open_pipes
+from splitwiser.placement.prepare import StartedEngine
+from splitwiser.placement.shares import Board
+from splitwiser.request import Request
+from splitwiser.text import parse_bytes
+from splitwiser.vllm_backend.environment import PROGRAM, Environment, find_environment, worker_environment
+from splitwiser.vllm_backend.messages import EngineOptions, EngineSetup, SharedFile
+from splitwiser.vllm_backend.placement import EnginePlacement
+from splitwiser.vllm_backend.spawned import SpawnedProcess
+
+
+def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
+    """See :meth:`splitwiser.placement.start.ModeModule.start`."""
+    began = time.perf_counter()
+    environment = find_environment(config.backend_python)
+    refuse_mode_here(config.mode, config.device_name)
+    with tempfile.TemporaryDirectory(prefix="splitwiser-") as folder:  # deleted once the engines have read it
+        model, location = _load(config, Path(folder))
+        if model.encodes:
+            raise decoders_only(model.name)
+        if model.device.type != "cpu" and config.mode != "sequential":
+            raise InputError(
+                f"backend vllm: mode {config.mode} shares memory on a CPU only so far; use mode sequential"
+            )
+        if environment.note:
+            model.notes.append(environment.note)
+        placement = _start_engines(config, model, location, environment)
+    model.load_s = time.perf_counter() - began  # vLLM reads the weights and compiles the model in one
+    engines = placement.engines
+    capacity = (
+        min(ready.longest for ready in engines.values()) - 1
+    )  # vLLM also counts the last token, which is not stored
+    threads = {name: int(ready.settings["threads"]) for name, ready in engines.items()}
+    return StartedEngine(
+        model,
+        SplitEngine(model.decode, placement, capacity),
+        None,
+        dict.fromkeys(("prefill_attention", "decode_attention"), "vLLM's own"),
+        [threads] if model.device.type == "cpu" else [],
+        backend={
+            "name": config.backend,
+            "python": str(environment.python),
+            "versions": environment.versions,
+            "engines": {name: dict(ready.settings) for name, ready in engines.items()},
+        },
+        find_request_problem=lambda request: _find_request_problem(request, config),
+    )
+
+
+def _load(config: EngineConfig, folder: Path) -> tuple[LoadedModel, str]:
+    """Return what is known of the model here, without its weights, and where vLLM reads it from: a checkpoint in ``folder``
+    if there is no other, since its weights are random or a GGUF file's."""
+    entry = resolve_model(config.model, config.models)
+    written = config.load_format == "dummy" or entry.gguf is not None
+    model = load_model(
+        config.model,
+        models=config.models,
+        dtype=config.dtype,
+        device="cpu" if written else config.device_name,
+        load_format=config.load_format,
+        seed=config.seed,
+        weights=written,
+    )
+    if not written:
+        return model, entry.location
+    model.module.save_pretrained(folder)
+    torch.nn.Module.to(model.module, "meta")
+    return model, str(folder)
+
+
+def _start_engines(
+    config: EngineConfig, model: LoadedModel, location: str, environment: Environment
+) -> EnginePlacement:
+    """Start a worker for each engine, and return when all are ready."""
+    specs = config.specs
+    cores = sorted(os.sched_getaffinity(0))
+    parts = [set(cores) for _ in specs] if config.share == "none" else plan_cores(specs, cores)
+    threads = [len(cores) for _ in specs] if config.share == "none" else plan_threads(specs, len(cores))
+    handing_over = any(spec.role != "mixed" for spec in specs)
+    kv_bytes = _plan_kv_bytes(config, model)
+    options = EngineOptions(
+        model=location,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_batch=config.max_batch,
+        prefill_tokens=config.prefill_tokens,
+        kv_bytes=kv_bytes if handing_over else kv_bytes // len(specs),
+        eager=config.kernels == "plain",
+        seed=config.seed,
+        eos_token_ids=model.eos_token_ids,
+    )
+    names = [spec.name for spec in specs]
+    cpu = torch.device("cpu")
+    board = SharedMemory(Board.nbytes(len(specs)), cpu)
+    # the first engine makes it as large as it must be
+    weights = SharedFile(os.memfd_create("splitwiser", os.MFD_CLOEXEC), 0) if len(specs) > 1 else None
+    pool = SharedMemory(kv_bytes, cpu) if handing_over else None
+    receive_ends, send_ends, parent_ends = open_pipes(names)
+    processes = []
+    for number, spec in enumerate(specs):
+        receive, send = (
+            {other: end.fileno() for other, end in ends[spec.name].items()} for ends in (receive_ends, send_ends)
+        )
+        files = [*receive.values(), *send.values(), *(each.fd for each in (board, weights, pool) if each is not None)]
+        command = [str(environment.python), "-P", str(PROGRAM), str(receive.pop(PARENT)), str(send.pop(PARENT))]
+        variables = worker_environment(threads[number], offline=Path(location).exists())
+        processes.append(SpawnedProcess(spec.name, command, variables, parts[number], files))
+        setup = EngineSetup(
+            spec=spec,
+            index=number,
+            options=options,
+            board=_file_of(board),
+            weights=weights,
+            pool=None if pool is None else _file_of(pool),
+            first=number / len(specs),
+            last=(number + 1) / len(specs),
+            receive=receive,
+            send=send,
+        )
+        parent_ends[spec.name][0].send(setup)
+    for ends in (*receive_ends.values(), *send_ends.values()):
+        for (
+            end
+        ) in ends.values():  # a pipe closes only when all copies of an end are closed, and the workers have their own
+            end.close()
+    placement = EnginePlacement(
+        specs,
+        processes,
+        {name: to_worker for name, (to_worker, _) in parent_ends.items()},
+        PipeInbox({name: from_worker for name, (_, from_worker) in parent_ends.items()}, on_closed=lambda _: None),
+        Board.over(board.tensor),
+    )
+    try:
+        placement.wait_ready()
+    except BaseException:
+        placement.close()
+        raise
+    finally:
+        board.close()
+        if pool is not None:
+            pool.close()
+        if weights is not None:
+            os.close(weights.fd)
+    return placement
+
+
+def _file_of(memory: SharedMemory) -> SharedFile:
+    return SharedFile(memory.fd, memory.tensor.nbytes)
+
+
+def _plan_kv_bytes(config: EngineConfig, model: LoadedModel) -> int:
+    """Return the bytes of all engines' KV caches together; with ``auto``, each has room for ``max_batch`` longest requests,
+    if that fits. Raises :class:`InputError` for a size that does not."""
+    available = free_memory(model.device)
+    if config.kv_memory != "auto":
+        if problem := find_pool_problem(config.kv_memory, available):
+            raise InputError(problem)
+        return parse_bytes(config.kv_memory)
+    text = model.module.config.get_text_config()
+    heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = [LayerShape(heads, dim, dim)] * text.num_hidden_layers
+    block_tokens = constants.BLOCK_TOKENS
+    engines = len(config.specs)
+    blocks = plan_blocks(
+        layers,
+        "auto",
+        block_tokens,
+        model.dtype,
+        model.device,
+        config.max_batch,
+        model.longest_request,
+        available // engines,
+    )
+    return engines * blocks * block_nbytes(layers, block_tokens, model.dtype)
+
+
+def _find_request_problem(request: Request, config: EngineConfig) -> str | None:
+    """Return why vLLM's engines cannot serve ``request``, or None."""
+    params = request.params
+    if params.stop:
+        return "stop strings need text, and vLLM's engines make token ids; give stop_token_ids"
+    counts_output = params.presence_penalty or params.frequency_penalty
+    if counts_output and any(spec.role != "mixed" for spec in config.specs):
+        return (
+            "presence_penalty and frequency_penalty count the tokens of the answer, the first of which a decode engine of "
+            "vLLM's takes for the prompt's; use mixed workers"
+        )
+    return None
