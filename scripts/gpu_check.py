@@ -239,6 +239,8 @@ def peers(check: Check) -> Iterator[list[str]]:
 
 
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
+
+
 def vllm(check: Check) -> Iterator[list[str]]:
     """Compare one engine of vLLM, in the environment of its default place, with this project's own."""
     requests: Mapping[str, Any] = QUICK if check.quick else MODELS["125m"]

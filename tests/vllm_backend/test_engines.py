@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
 from splitwiser.run import run
-from tests.support.assertions import assert_says
+from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Seen, Trigger
@@ -114,6 +115,13 @@ def test_what_an_engine_cannot_serve_is_refused_and_the_rest_sampled_by_its_seed
         with pytest.raises(InputError, match="need room for"):
             llm.generate([[5] * 250], SamplingParams(max_tokens=7))
     assert first == second
+
+
+def test_a_model_with_a_recurrent_state_is_refused_by_name(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=128, hidden_size=128, num_hidden_layers=2, state_size=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tiny-mamba")
+    line = refusal(LLM, tmp_path / "tiny-mamba", mode="mp", kv_memory="4MiB", **options)
+    assert_says(line, "tiny-mamba", "MambaSpec", "one group of plain attention; use mixed workers")
 
 
 @pytest.mark.parametrize("killed", ["prefill-0", "decode-0"])

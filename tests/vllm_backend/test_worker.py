@@ -26,7 +26,7 @@ from splitwiser.vllm_backend.worker import Worker
 
 REQUEST = Request(4, (5, 6, 7), SamplingParams(max_tokens=3), seed=0)
 HANDOFF = Handoff(4, 9, 10, 20, "prefill-0")
-OPTIONS = EngineOptions("m", "float32", 8, 64, 1 << 20, True, 0, frozenset({2}))
+OPTIONS = EngineOptions("m", "float32", -1, 8, 64, 1 << 20, True, 0, frozenset({2}))
 
 
 class Made:

@@ -40,7 +40,7 @@ from splitwiser.request import Request
 
 MOST_WORKERS = 120  # the fork server passes at most 256 open files to a worker, which has two for every other
 MISSED_CHECKS = 4  # consecutive checks without a heartbeat after which a worker counts as lost
-START_S = 300.0  # longest that workers may take to start
+START_S = 300.0  # longest that a start may take until the next worker is ready
 STOP_S = 5.0  # longest that they may take to stop by themselves
 
 # forkserver, because a process that has initialised CUDA must not fork, and a child forked after OpenMP has run hangs; and
@@ -114,6 +114,7 @@ class SupervisedPlacement(MailPlacement):
                         waiting.discard(message.worker)
                         self._ready.add(message.worker)
                         bar.update(1)
+                        deadline = time.monotonic() + START_S
                 if time.monotonic() > deadline:
                     raise RunError(f"workers {', '.join(sorted(waiting))} were not ready after {START_S:.0f} s")
 

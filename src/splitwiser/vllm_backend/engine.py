@@ -88,7 +88,7 @@ class Engine:
             model=options.model,
             dtype=options.dtype,
             seed=options.seed,
-            max_model_len=-1,  # as long as the model and the KV cache allow
+            max_model_len=options.longest,
             max_num_seqs=options.max_batch,
             max_num_batched_tokens=max(options.prefill_tokens, options.max_batch),
             kv_cache_memory_bytes=options.kv_bytes,
@@ -124,7 +124,7 @@ class Engine:
         config = self._engine.vllm_config
         return {
             "vllm": vllm.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "platform": type(current_platform).__name__,  # ZenCpuPlatform where AMD's zentorch is installed
             "threads": torch.get_num_threads(),
             "cores": sorted(os.sched_getaffinity(0)),

@@ -9,7 +9,7 @@ import fcntl
 import gc
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,8 +76,9 @@ class SharedLoader(BaseModelLoader):
                 _fill(self._fd, model)
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+        linear = [module for module in model.modules() if _is_linear(module)]
         _bind(model, map_memory(self._fd, os.fstat(self._fd).st_size))
-        _finish(model, model_config.dtype)
+        _finish([module for module in model.modules() if module not in linear], model_config.dtype)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # of what the first engine has read
         model.eval()
@@ -94,12 +95,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
                     yield module, name, tensor
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether vLLM multiplies by the module's weight through its ``cpu_linear``."""
-    method = getattr(module, "quant_method", None)
-    return isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)) and not getattr(
-        module, "_cpu_skip_gemm_dispatch", False
-    )
+def _is_linear(module: Any) -> bool:
+    """Whether vLLM multiplies by the module's weight, which is as it was loaded, through its ``cpu_linear``. It does not by
+    that of a convolution, which has three dimensions."""
+    if not isinstance(getattr(module, "quant_method", None), (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
+        return False
+    return not getattr(module, "_cpu_skip_gemm_dispatch", False) and module.weight.ndim == 2
 
 
 def _fill(fd: int, model: nn.Module) -> None:
@@ -169,12 +170,12 @@ def _bind(model: nn.Module, shared: Tensor) -> None:
     _kept.append(shared)
 
 
-def _finish(model: nn.Module, dtype: torch.dtype) -> None:
-    """Do what vLLM does after loading, except for linear layers, of which it would make packed copies."""
-    modules: list[Any] = list(model.modules())
+def _finish(modules: Sequence[Any], dtype: torch.dtype) -> None:
+    """Do what vLLM does after loading to ``modules``, the model first: all but linear layers, of which it would make packed
+    copies."""
     for module in modules:
         method = getattr(module, "quant_method", None)
-        if isinstance(method, QuantizeMethodBase) and not _is_linear(module):
+        if isinstance(method, QuantizeMethodBase):
             method.process_weights_after_loading(module)
     for module in modules:
         if is_deferred_attention_layer(module):

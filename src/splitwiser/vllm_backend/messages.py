@@ -24,11 +24,13 @@ class SharedFile:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Settings of every engine. ``kv_bytes`` is the size of its KV cache, the shared one if there is one; ``eager``: the
+    """Settings of every engine. ``longest`` is the number of tokens of its longest request, -1 for as many as the model and
+    the KV cache have room for; ``kv_bytes`` is the size of its KV cache, the shared one if there is one. If ``eager``, the
     model is not compiled."""
 
     model: str
     dtype: str
+    longest: int
     max_batch: int
     prefill_tokens: int
     kv_bytes: int

@@ -12,6 +12,7 @@ from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import PARENT
 from splitwiser.errors import InputError
+from splitwiser.machine.device import release_memory
 from splitwiser.machine.memory import free_memory
 from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.model.catalog import decoders_only, resolve_model
@@ -31,14 +32,16 @@ from splitwiser.vllm_backend.messages import EngineOptions, EngineSetup, SharedF
 from splitwiser.vllm_backend.placement import EnginePlacement
 from splitwiser.vllm_backend.spawned import SpawnedProcess
 
+_UNLIMITED = 8192  # tokens of the longest request of a model that has no limit
+
 
 def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
     began = time.perf_counter()
     environment = find_environment(config.backend_python)
     refuse_mode_here(config.mode, config.device_name)
-    with tempfile.TemporaryDirectory(prefix="splitwiser-") as folder:  # deleted once the engines have read it
-        model, location = _load(config, Path(folder))
+    with ExitStack() as until_ready:
+        model, location = _load(config, until_ready)
         if model.encodes:
             raise decoders_only(model.name)
         if model.device.type != "cpu" and config.mode != "sequential":
@@ -50,9 +53,7 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
         placement = _start_engines(config, model, location, environment)
     model.load_s = time.perf_counter() - began  # vLLM reads the weights and compiles the model in one
     engines = placement.engines
-    capacity = (
-        min(ready.longest for ready in engines.values()) - 1
-    )  # vLLM also counts the last token, which is not stored
+    capacity = min(each.longest for each in engines.values()) - 1  # vLLM counts the last token too, which is not stored
     threads = {name: int(ready.settings["threads"]) for name, ready in engines.items()}
     return StartedEngine(
         model,
@@ -70,9 +71,9 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     )
 
 
-def _load(config: EngineConfig, folder: Path) -> tuple[LoadedModel, str]:
-    """Return what is known of the model here, without its weights, and where vLLM reads it from: a checkpoint in ``folder``
-    if there is no other, since its weights are random or a GGUF file's."""
+def _load(config: EngineConfig, until_ready: ExitStack) -> tuple[LoadedModel, str]:
+    """Return what is known of the model here, without its weights, and where vLLM reads it from: a temporary checkpoint,
+    which ``until_ready`` deletes, if there is no other, since its weights are random or a GGUF file's."""
     entry = resolve_model(config.model, config.models)
     written = config.load_format == "dummy" or entry.gguf is not None
     model = load_model(
@@ -86,9 +87,11 @@ def _load(config: EngineConfig, folder: Path) -> tuple[LoadedModel, str]:
     )
     if not written:
         return model, entry.location
+    folder = until_ready.enter_context(tempfile.TemporaryDirectory(prefix="splitwiser-"))
     model.module.save_pretrained(folder)
     torch.nn.Module.to(model.module, "meta")
-    return model, str(folder)
+    release_memory()
+    return model, folder
 
 
 def _start_engines(
@@ -104,6 +107,7 @@ def _start_engines(
     options = EngineOptions(
         model=location,
         dtype=str(model.dtype).removeprefix("torch."),
+        longest=_UNLIMITED if model.max_positions is None else -1,
         max_batch=config.max_batch,
         prefill_tokens=config.prefill_tokens,
         kv_bytes=kv_bytes if handing_over else kv_bytes // len(specs),
