@@ -92,6 +92,11 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
             {},
             ["variant vllm: a peer runs the model alone", "--adapter"],
         ),
+        (
+            {"quantization": "int8", "dtype": "bf16"},
+            {},
+            ["variant vllm: a peer runs the model in --dtype", "--variant"],
+        ),
         ({"temperature": 0.5}, {}, ["variant vllm: a peer chooses tokens greedily"]),
         (
             {"generation_config": "checkpoint"},
