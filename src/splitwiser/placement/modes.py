@@ -92,6 +92,7 @@ BACKENDS = {
                 "adapters": _ALONE,
                 "use_adapter": _ALONE,
                 "merge_adapter": _ALONE,
+                "quantization": "its engines compute in the model's number format",
             },
             python=True,
         ),
