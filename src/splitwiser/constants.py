@@ -11,7 +11,7 @@ MODELS = DIR_CONFIGS / "models.yaml"
 DIR_DATA = DIR_PROJECT / "models" / "data"  # {train,validate,test}.{findings,impression}.tok
 DIR_RESULTS = DIR_PROJECT / "results" if _IN_CHECKOUT else Path("results")  # one folder a run
 
-VLLM_PYTHON = (DIR_PROJECT if _IN_CHECKOUT else Path()) / ".venv-vllm"  # scripts/install_backend.sh vllm makes it
+VLLM_ENVIRONMENT = (DIR_PROJECT if _IN_CHECKOUT else Path()) / ".venv-vllm"  # scripts/install_backend.sh vllm makes it
 
 MODEL = "radiology-opt"  # a name of MODELS, a checkpoint directory, a GGUF file or a hub id
 CASE_ID = 0  # a prompting recipe of CASES: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix

@@ -59,7 +59,7 @@ def test_a_python_that_does_not_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_default_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "VLLM_PYTHON", tmp_path / ".venv-vllm")
+    monkeypatch.setattr(constants, "VLLM_ENVIRONMENT", tmp_path / ".venv-vllm")
     with pytest.raises(InputError, match="no Python environment at"):
         find_environment(None)
     make_python(tmp_path / ".venv-vllm", {"vllm": KNOWN[0]})

@@ -46,10 +46,12 @@ class Environment:
 
 
 def find_environment(backend_python: str | None) -> Environment:
-    """Return the environment of the executable ``backend_python`` (a folder with ``bin/python`` will do), by default the one
-    of :data:`~splitwiser.constants.VLLM_PYTHON`. Raises :class:`InputError` if vLLM is not there or does not work with this
-    back end: an unknown version is tried."""
-    given = constants.VLLM_PYTHON if backend_python is None else Path(backend_python)
+    """Return the environment of the executable ``backend_python``, or of a folder with ``bin/python``; by default that of
+    :data:`~splitwiser.constants.VLLM_ENVIRONMENT`.
+
+    Raises :class:`InputError` if vLLM is not there, or if it does not work with this back end: an unknown version is tried.
+    """
+    given = constants.VLLM_ENVIRONMENT if backend_python is None else Path(backend_python)
     python = given / "bin" / "python" if given.is_dir() else given
     if not python.exists():
         option = f"--backend_python {given}: no Python there" if backend_python else f"no Python environment at {given}"
