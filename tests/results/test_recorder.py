@@ -30,7 +30,7 @@ from tests.support.records import MS, make_output, make_step
 
 REPORTS = [Report("first finding", "first reference"), Report('a "second", finding'), Report("third")]
 LABELS: dict[str, Any] = {
-    "run_id": "a_run", "model": "opt-125m", "case_id": 0, "mode": "mp", "workers": "1 prefill, 1 decode",
+    "run_id": "a_run", "model": "opt-125m", "case_id": 0, "backend": "hf", "mode": "mp", "workers": "1 prefill, 1 decode",
     "device": "cpu", "dtype": "float32", "load_format": "dummy", "request_rate": 2.0, "burstiness": 1.0,
     "max_concurrency": None,
 }  # fmt: skip
@@ -127,7 +127,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         ("tokens.csv", "request_id,prompt_token_ids,token_ids"),
         (
             "throughput.csv",
-            "run_id,model,case_id,mode,workers,device,dtype,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,total_input_tokens,"
+            "run_id,model,case_id,backend,mode,workers,device,dtype,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,total_input_tokens,"
             "total_output_tokens,request_throughput,request_goodput,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"

@@ -10,7 +10,14 @@ from splitwiser.results.schema import ROUGE, throughput_figures
 from splitwiser.results.terminal import columns, run_summary
 from tests.support.records import START_NS, make_output
 
-LABELS = {"model": "opt-125m", "mode": "mp", "device": "cpu", "dtype": "float32", "load_format": "auto"}
+LABELS = {
+    "model": "opt-125m",
+    "backend": "hf",
+    "mode": "mp",
+    "device": "cpu",
+    "dtype": "float32",
+    "load_format": "auto",
+}
 
 
 def summary_of(outputs: list[RequestOutput], **labels: Any) -> dict[str, str]:
@@ -18,6 +25,10 @@ def summary_of(outputs: list[RequestOutput], **labels: Any) -> dict[str, str]:
     figures = {**LABELS, **throughput_figures(outputs, 0, START_NS), **dict.fromkeys(ROUGE), **labels}
     lines = run_summary(figures, Path("/results/a run")).splitlines()
     return {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
+
+
+def test_a_run_over_another_back_end_says_so() -> None:
+    assert summary_of([], backend="vllm")["model"] == "opt-125m, float32 on cpu, mode mp over vllm"
 
 
 def test_columns_start_below_each_other() -> None:

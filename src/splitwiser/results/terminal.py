@@ -36,10 +36,14 @@ def run_summary(figures: dict[str, Any], directory: Path) -> str:
         for subject, group in itertools.groupby(shown_in("run"), key=lambda metric: metric.subject):
             yield subject, ", ".join(f"{each.statistic} {number(each.name, each.unit)}".strip() for each in group)
 
+    over = "" if figures["backend"] == "hf" else f" over {figures['backend']}"
     dummy = " (dummy weights)" if figures["load_format"] == "dummy" else ""
     return columns(
         [
-            ("model", f"{figures['model']}{dummy}, {figures['dtype']} on {figures['device']}, mode {figures['mode']}"),
+            (
+                "model",
+                f"{figures['model']}{dummy}, {figures['dtype']} on {figures['device']}, mode {figures['mode']}{over}",
+            ),
             ("requests", f"{figures['completed']} in {figures['duration']:.2f} s"),
             ("tokens", f"{figures['total_input_tokens']:,} in, {figures['total_output_tokens']:,} out"),
             *shown(),
