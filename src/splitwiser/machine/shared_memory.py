@@ -139,7 +139,7 @@ class SharedModule:
                 place = _view(self.memories[0].tensor, places[key][1], tensor.shape, tensor.dtype)
                 place.copy_(tensor.detach())
                 tensor.data = place
-            _return_freed_memory()
+            return_freed_memory()
         buffer = io.BytesIO()
         _Pickler(buffer, places).dump(module)
         self._skeleton = buffer.getvalue()
@@ -150,7 +150,7 @@ class SharedModule:
         return module
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Make the C library return freed memory to the system; otherwise it keeps that of the moved weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not need it
     if trim is not None:

@@ -12,13 +12,12 @@ from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import PARENT
 from splitwiser.errors import InputError
-from splitwiser.machine.device import release_memory
 from splitwiser.machine.memory import free_memory
-from splitwiser.machine.shared_memory import SharedMemory
+from splitwiser.machine.shared_memory import SharedMemory, return_freed_memory
 from splitwiser.model.catalog import decoders_only, resolve_model
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_pool_problem, plan_blocks
-from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.loading import LoadedModel, load_model, without_bars
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import plan_cores, plan_threads
@@ -88,9 +87,10 @@ def _load(config: EngineConfig, until_ready: ExitStack) -> tuple[LoadedModel, st
     if not written:
         return model, entry.location
     folder = until_ready.enter_context(tempfile.TemporaryDirectory(prefix="splitwiser-"))
-    model.module.save_pretrained(folder)
+    with without_bars():
+        model.module.save_pretrained(folder)
     torch.nn.Module.to(model.module, "meta")
-    release_memory()
+    return_freed_memory()
     return model, folder
 
 
