@@ -34,11 +34,12 @@ _NOT_TAKEN = {
     "tokens are drawn by temperature, top_k, top_p and min_p alone": ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"),
     "here it is min_tokens, the number of new tokens": ("min_new_tokens", "min_length"),
     "here it is stop_token_ids, beside the checkpoint's own end-of-sequence tokens": ("eos_token_id",),
-    "outputs have tokens, text and times alone": ("logprobs", "prompt_logprobs", "output_scores", "output_logits"),
+    "here it is logprobs, of the likeliest tokens": ("output_scores", "output_logits"),
     "text is made without special tokens and without the stop string; token_ids has every token": (
         "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
     ),
 }  # fmt: skip
+MOST_LOGPROBS = 20  # as in vLLM, unless it is told otherwise; messages between workers stay small
 _LIMITS = {"min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}  # as in vLLM
 
 
@@ -64,6 +65,11 @@ class SamplingParams(Options):
     4. ``frequency_penalty``, times how often a token is in the output, and ``presence_penalty``, if it is there at all,
        are subtracted from its logit.
 
+    ``logprobs`` gives the output's ``logprobs``: of each new token its own log-probability, and those of this many of the
+    likeliest tokens, 0 to 20; ``prompt_logprobs`` the same of each prompt token after the first, which an encoder's prompt
+    does not have. They are the logarithm of the softmax of the model's own logits, before all of the above, as vLLM's
+    ``raw_logprobs`` and of transformers' ``output_logits``, in float32. By default neither is computed.
+
     Not taken, of vLLM's parameters and those of transformers' ``generate``:
 
     | not taken | instead, or why |
@@ -80,7 +86,7 @@ class SamplingParams(Options):
     | typical_p, top_h, epsilon_cutoff, eta_cutoff | ``temperature``, ``top_k``, ``top_p`` and ``min_p`` |
     | min_new_tokens, min_length | ``min_tokens`` |
     | eos_token_id | ``stop_token_ids``, beside the checkpoint's own |
-    | logprobs, prompt_logprobs, output_scores, output_logits | outputs have tokens, text and times alone |
+    | output_scores, output_logits | ``logprobs`` |
     | detokenize, skip_special_tokens, spaces_between_special_tokens | ``token_ids`` has every token |
     | include_stop_str_in_output | the same |
 
@@ -103,6 +109,8 @@ class SamplingParams(Options):
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -122,6 +130,12 @@ class SamplingParams(Options):
             raise InputError(f"--min_tokens must be a whole number of 0 or more, not {self.min_tokens}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InputError(f"--min_tokens must be at most max_tokens, {self.max_tokens}, not {self.min_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and (not isinstance(count, int) or not 0 <= count <= MOST_LOGPROBS):
+                raise InputError(
+                    f"{name} must be from 0 to {MOST_LOGPROBS}, how many of the likeliest tokens, or None, not {count!r}"
+                )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(each, str) and each for each in stop):
             raise InputError(f"stop must be a string or a sequence of strings, none of them empty, not {self.stop!r}")
@@ -320,6 +334,20 @@ class RequestMetrics:
         return [(later - earlier) / 1e6 for earlier, later in zip(self.token_ns, self.token_ns[1:], strict=False)]
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The log-probability of a token at one place, in the form of vLLM's. ``rank`` is 1 and as many as there are likelier
+    tokens; ``decoded_token`` is the token's text alone, which is empty for a special token or without a tokenizer."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenChoices = dict[int, Logprob]
+"""Log-probabilities at one place by token id: first of the token that is there, then of the likeliest ones."""
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
     """The completion of a prompt, in the form of vLLM's; ``index`` is always 0, since a prompt has one."""
@@ -328,13 +356,16 @@ class CompletionOutput:
     text: str
     token_ids: Sequence[int]
     finish_reason: FinishReason
+    logprobs: Sequence[TokenChoices] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(repr=False)
 class RequestOutput:
     """The finished result of one request. ``text`` is empty if the model has no tokenizer. ``prompt`` is the text that was
     given, or that the chat template wrote, and None if the prompt was given as token ids. ``adapter`` is None if the model
-    ran without one."""
+    ran without one. ``logprobs`` has an entry for each token, and ``prompt_logprobs`` for each of the prompt, of which the
+    first is None; each is None if it was not asked for."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -345,6 +376,8 @@ class RequestOutput:
     prompt: str | None = None
     adapter: str | None = None
     priority: int = 0
+    logprobs: list[TokenChoices] | None = None
+    prompt_logprobs: list[TokenChoices | None] | None = None
     finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
 
     def __repr__(self) -> str:
@@ -354,6 +387,15 @@ class RequestOutput:
         )
 
     @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole output, the sum of its tokens'; None without ``logprobs``."""
+        if self.logprobs is None:
+            return None
+        return sum(choices[token].logprob for token, choices in zip(self.token_ids, self.logprobs, strict=True))
+
+    @property
     def outputs(self) -> list[CompletionOutput]:
         """The completion as a list of one, as vLLM's ``RequestOutput`` has it."""
-        return [CompletionOutput(0, self.text, self.token_ids, self.finish_reason)]
+        return [
+            CompletionOutput(0, self.text, self.token_ids, self.finish_reason, self.logprobs, self.cumulative_logprob)
+        ]

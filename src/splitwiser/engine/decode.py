@@ -6,6 +6,7 @@ from itertools import islice
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
@@ -90,11 +91,11 @@ class Decoder:
         batch = list(self._running.values())
         if not handoffs and not batch:
             return None
-        tokens: list[int] = []
+        sampled = Sampled([])
         start_ns = self._stepper.now_ns()
         if batch:
-            tokens = self._stepper.decode(batch)
-            for sequence, token in zip(batch, tokens, strict=True):
+            sampled = self._stepper.decode(batch)
+            for sequence, token in zip(batch, sampled.tokens, strict=True):
                 sequence.token_ids.append(token)
         end_ns = self._stepper.now_ns()
         if self._last_end_ns is not None:
@@ -102,9 +103,9 @@ class Decoder:
         ids = [sequence.request.request_id for sequence in batch]
         finished += self._collect_finished(ids)
         self._last_end_ns = end_ns if self._running else None
-        progress = Progress(
-            self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
-        )
+        tokens = tuple(zip(ids, sampled.tokens, strict=True))
+        logprobs = tuple((number, each) for number, each in zip(ids, sampled.logprobs, strict=False) if each)
+        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, tuple(finished), logprobs)
         return DecodeResult(progress, len(batch))
 
     def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from splitwiser.engine.arrivals import Arrivals
-from splitwiser.engine.messages import Message, Progress, StepRecord
+from splitwiser.engine.logprobs import with_text
+from splitwiser.engine.messages import Message, Progress, StepRecord, TokenLogprobs
 from splitwiser.engine.sampling import Decode, final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
@@ -81,7 +82,9 @@ class Placement(Protocol):
 class _OpenRequest:
     request: Request
     metrics: RequestMetrics
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class SplitEngine:
@@ -160,13 +163,16 @@ class SplitEngine:
         raise TypeError(f"the engine cannot handle {message}")
 
     def _submit(self, request: Request, arrival_ns: int) -> None:
-        self._open[request.request_id] = _OpenRequest(request, RequestMetrics(arrival_ns), [])
+        self._open[request.request_id] = _OpenRequest(request, RequestMetrics(arrival_ns))
         self._placement.submit(request, arrival_ns)
 
     def _record_progress(self, progress: Progress) -> list[RequestOutput]:
         for handoff in progress.handoffs:
             opened = self._open[handoff.request_id]
             opened.token_ids.append(handoff.first_token)
+            opened.prompt_logprobs = handoff.prompt_logprobs
+            if handoff.logprobs is not None:
+                opened.logprobs.append(handoff.logprobs)
             opened.metrics.prefill_start_ns = handoff.prefill_start_ns
             opened.metrics.token_ns.append(handoff.first_token_ns)
             opened.metrics.prefill_worker = handoff.prefill_worker
@@ -176,11 +182,21 @@ class SplitEngine:
             opened.token_ids.append(token)
             opened.metrics.token_ns.append(progress.time_ns)
             opened.metrics.decode_start_ns = opened.metrics.decode_start_ns or progress.start_ns
+        for request_id, logprobs in progress.logprobs:
+            self._open[request_id].logprobs.append(logprobs)
         return [self._finish(request_id, reason) for request_id, reason in progress.finished]
 
     def _finish(self, request_id: int, reason: FinishReason) -> RequestOutput:
         opened = self._open.pop(request_id)
-        return make_output(self._decode, opened.request, opened.token_ids, reason, opened.metrics)
+        return make_output(
+            self._decode,
+            opened.request,
+            opened.token_ids,
+            reason,
+            opened.metrics,
+            opened.logprobs,
+            opened.prompt_logprobs,
+        )
 
 
 def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError:
@@ -193,18 +209,28 @@ def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunErr
 
 
 def make_output(
-    decode: Decode, request: Request, token_ids: list[int], reason: FinishReason, metrics: RequestMetrics
+    decode: Decode,
+    request: Request,
+    token_ids: list[int],
+    reason: FinishReason,
+    metrics: RequestMetrics,
+    logprobs: Sequence[TokenLogprobs] = (),
+    prompt_logprobs: Sequence[TokenLogprobs] = (),
 ) -> RequestOutput:
-    """Return the output of a finished request, with its text."""
+    """Return the output of a finished request, with its text, and with the log-probabilities of its tokens and of its
+    prompt's from the second on if it asks for them."""
+    params = request.params
     return RequestOutput(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         token_ids=token_ids,
-        text=final_text(request.params, token_ids, decode),
+        text=final_text(params, token_ids, decode),
         finish_reason=reason,
         metrics=metrics,
         adapter=None if request.adapter is NO_ADAPTER else request.adapter.name,
         priority=request.priority,
+        logprobs=None if params.logprobs is None else with_text(logprobs, decode),
+        prompt_logprobs=None if params.prompt_logprobs is None else [None, *with_text(prompt_logprobs, decode)],
     )
 
 
@@ -224,6 +250,10 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
             raise InputError(
                 f"{where}: {name}token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}"
             )
+    if request.encoded and request.params.prompt_logprobs is not None:
+        raise InputError(
+            f"{where}: prompt_logprobs are of a decoder's prompts, and {model.name} has an encoder read them"
+        )
     virtual, prompt, new = request.adapter.virtual_tokens, len(request.prompt_token_ids), request.max_tokens
     tokens = f"{f'{virtual} virtual tokens, ' if virtual else ''}{prompt} prompt tokens"
     needed = model.positions_needed(virtual + prompt, new)

@@ -13,6 +13,9 @@ from splitwiser.request import FinishReason, Request
 
 Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
+TokenLogprobs = tuple[tuple[int, float, int], ...]
+"""Log-probabilities at one place of a text: token id, log-probability and rank of the token that is there, and of the
+likeliest ones. The rank is 1 and as many as there are likelier tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,23 @@ class PrefillTask:
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A prefilled request with its first token, returned to the decode worker that owns its blocks."""
+    """A prefilled request with its first token, returned to the decode worker that owns its blocks. If the request asks
+    for log-probabilities, they are those of that token, and of the prompt's tokens from the second on."""
 
     request_id: int
     first_token: int
     prefill_start_ns: int
     first_token_ns: int
     prefill_worker: str
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Report of a decode worker: requests handed over since the last report, the next token of each running request by
-    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished."""
+    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished; by request id too,
+    the log-probabilities of the next tokens of those that ask for them."""
 
     worker: str
     start_ns: int
@@ -69,6 +76,7 @@ class Progress:
     handoffs: tuple[Handoff, ...]
     tokens: tuple[tuple[int, int], ...]
     finished: tuple[tuple[int, FinishReason], ...]
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

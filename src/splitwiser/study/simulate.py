@@ -22,6 +22,7 @@ from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
 from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
 from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
@@ -303,16 +304,16 @@ class _CostStepper:
         self._worker = worker
         self._world = world
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
         """See :meth:`splitwiser.engine.steps.Stepper.prefill`."""
         self._worker.step("prefill", self._costs().prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
-        return [_TOKEN for chunk in chunks if chunk.is_last]
+        return Sampled([_TOKEN for chunk in chunks if chunk.is_last])
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         """See :meth:`splitwiser.engine.steps.Stepper.decode`."""
         context = sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
         self._worker.step("decode", self._costs().decode(len(sequences), context))
-        return [_TOKEN] * len(sequences)
+        return Sampled([_TOKEN] * len(sequences))
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`splitwiser.engine.steps.Stepper.finish_reason`."""
