@@ -23,7 +23,7 @@ _NOT_TAKEN = {
     "here it is max_tokens, the number of new tokens": ("max_new_tokens", "max_length"),
     "here it is stop": ("stop_strings",),
     "here temperature 0 is greedy, and above 0 tokens are drawn": ("do_sample",),
-    "a prompt has one output; give the prompt several times, with a seed each": ("n", "best_of", "num_return_sequences"),
+    "here it is n, all of which are returned": ("best_of", "num_return_sequences"),
     "there is no beam search; tokens are greedy or drawn one by one": ("num_beams", "early_stopping", "length_penalty"),
     "logits are changed by the three penalties, logit_bias and min_tokens alone": (
         "no_repeat_ngram_size", "logits_processors", "structured_outputs", "guided_decoding", "encoder_repetition_penalty",
@@ -65,6 +65,9 @@ class SamplingParams(Options):
     4. ``frequency_penalty``, times how often a token is in the output, and ``presence_penalty``, if it is there at all,
        are subtracted from its logit.
 
+    ``n`` samples are generated of the prompt, each a request of its own; the first has the tokens that it would have alone,
+    and the others have seeds that follow from its seed. Greedy samples are all the same.
+
     ``logprobs`` gives the output's ``logprobs``: of each new token its own log-probability, and those of this many of the
     likeliest tokens, 0 to 20; ``prompt_logprobs`` the same of each prompt token after the first, which an encoder's prompt
     does not have. They are the logarithm of the softmax of the model's own logits, before all of the above, as vLLM's
@@ -77,7 +80,7 @@ class SamplingParams(Options):
     | max_new_tokens, max_length | ``max_tokens`` |
     | stop_strings | ``stop`` |
     | do_sample | ``temperature``: 0 is greedy |
-    | n, best_of, num_return_sequences | the prompt several times, with a seed each |
+    | best_of, num_return_sequences | ``n``, all of which are returned |
     | num_beams, early_stopping, length_penalty | there is no beam search |
     | no_repeat_ngram_size, encoder_repetition_penalty, logits_processors | the changes above are all |
     | structured_outputs, guided_decoding, allowed_token_ids, bad_words, bad_words_ids | the same |
@@ -95,6 +98,7 @@ class SamplingParams(Options):
 
     NOT_TAKEN: ClassVar[Mapping[str, str]] = {name: reason for reason, names in _NOT_TAKEN.items() for name in names}
 
+    n: int = 1
     max_tokens: int | None = 16
     temperature: float = constants.TEMPERATURE
     top_k: int = constants.TOP_K
@@ -113,6 +117,8 @@ class SamplingParams(Options):
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.n, int) or self.n < 1:
+            raise InputError(f"--n must be 1 or more samples of each prompt, not {self.n!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens must be 1 or more, or None for all there is room for, not {self.max_tokens}")
         if not self.temperature >= 0:
@@ -134,7 +140,7 @@ class SamplingParams(Options):
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or not 0 <= count <= MOST_LOGPROBS):
                 raise InputError(
-                    f"{name} must be from 0 to {MOST_LOGPROBS}, how many of the likeliest tokens, or None, not {count!r}"
+                    f"--{name} must be from 0 to {MOST_LOGPROBS}, how many of the likeliest tokens, or None, not {count!r}"
                 )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(each, str) and each for each in stop):
@@ -243,7 +249,8 @@ class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
     start of the run. ``encoded``: the prompt is read as a whole by an encoder, and the decoder begins with a token of its
     own. Policies may order waiting requests by ``priority``, the lowest first, and by ``ttft_target_ms``, the TTFT in
-    milliseconds that it is to have."""
+    milliseconds that it is to have. It is number ``sample`` of the samples of prompt number ``prompt_id``; if it
+    ``shares_prompt``, there are others."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -254,6 +261,8 @@ class Request:
     encoded: bool = False
     priority: int = 0
     ttft_target_ms: float | None = None
+    prompt_id: int = 0
+    sample: int = 0
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
@@ -262,6 +271,11 @@ class Request:
             f"Request(request_id={self.request_id}, prompt_tokens={prompt_tokens}, max_tokens={self.max_tokens}, "
             f"arrival_s={self.arrival_s:g}{adapter})"
         )
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether there are other requests of the same prompt."""
+        return self.params.n > 1
 
     @property
     def max_tokens(self) -> int:
@@ -350,7 +364,7 @@ TokenChoices = dict[int, Logprob]
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """The completion of a prompt, in the form of vLLM's; ``index`` is always 0, since a prompt has one."""
+    """A completion of a prompt, in the form of vLLM's; ``index`` is its number among the prompt's samples."""
 
     index: int
     text: str
@@ -365,7 +379,8 @@ class RequestOutput:
     """The finished result of one request. ``text`` is empty if the model has no tokenizer. ``prompt`` is the text that was
     given, or that the chat template wrote, and None if the prompt was given as token ids. ``adapter`` is None if the model
     ran without one. ``logprobs`` has an entry for each token, and ``prompt_logprobs`` for each of the prompt, of which the
-    first is None; each is None if it was not asked for."""
+    first is None; each is None if it was not asked for. Of a prompt with several samples it is the first, number ``sample``
+    0, and ``others`` are the others."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -378,6 +393,9 @@ class RequestOutput:
     priority: int = 0
     logprobs: list[TokenChoices] | None = None
     prompt_logprobs: list[TokenChoices | None] | None = None
+    prompt_id: int = 0
+    sample: int = 0
+    others: list["RequestOutput"] = field(default_factory=list)
     finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
 
     def __repr__(self) -> str:
@@ -395,7 +413,10 @@ class RequestOutput:
 
     @property
     def outputs(self) -> list[CompletionOutput]:
-        """The completion as a list of one, as vLLM's ``RequestOutput`` has it."""
+        """The completions of all samples, as vLLM's ``RequestOutput`` has them."""
         return [
-            CompletionOutput(0, self.text, self.token_ids, self.finish_reason, self.logprobs, self.cumulative_logprob)
+            CompletionOutput(
+                each.sample, each.text, each.token_ids, each.finish_reason, each.logprobs, each.cumulative_logprob
+            )
+            for each in (self, *self.others)
         ]

@@ -230,6 +230,8 @@ def make_output(
         adapter=None if request.adapter is NO_ADAPTER else request.adapter.name,
         priority=request.priority,
         logprobs=None if params.logprobs is None else with_text(logprobs, decode),
+        prompt_id=request.prompt_id,
+        sample=request.sample,
         prompt_logprobs=None if params.prompt_logprobs is None else [None, *with_text(prompt_logprobs, decode)],
     )
 

@@ -43,10 +43,19 @@ def uniform(seed: int, position: int) -> float:
 
     So no generator state is sent from prefill to decode, and other requests have no influence.
     """
+    return (_mix(seed, position) >> 11) / (1 << 53)
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Return the seed of a request that is number ``sample`` of the samples of a prompt whose first has ``seed``."""
+    return _mix(seed, -1 - sample) if sample else seed
+
+
+def _mix(seed: int, position: int) -> int:
     bits = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & _MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = ((bits ^ (bits >> shift)) * factor) & _MASK
-    return ((bits ^ (bits >> 31)) >> 11) / (1 << 53)
+    return bits ^ (bits >> 31)
 
 
 def sample(

@@ -139,6 +139,8 @@ def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
     gaps = metrics.itl_ms
     return {
         "request_id": output.request_id,
+        "prompt_id": output.prompt_id,
+        "sample": output.sample,
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": len(output.token_ids),
         "adapter": output.adapter,

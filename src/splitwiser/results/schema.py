@@ -293,6 +293,8 @@ LABELS = (
 THROUGHPUT = (*LABELS, *METRICS)
 LATENCY = (
     Column("request_id", "Number of the request.", needed=True, short_name="request"),
+    Column("prompt_id", "Number of its prompt; each of a prompt's samples is a request.", short_name="prompt"),
+    Column("sample", "Number of the request among its prompt's samples."),
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
     Column("adapter", "Adapter that the request ran with; empty for the model alone."),
@@ -335,6 +337,12 @@ TOKENS = (
     Column("request_id", "Number of the request.", short_name="request"),
     Column("prompt_token_ids", "Token ids of the prompt, separated by spaces."),
     Column("token_ids", "Token ids of the answer, separated by spaces."),
+    Column(
+        "logprobs",
+        "Log-probabilities at each token of the answer, as a JSON list of objects by token id: first the token's own, then "
+        "those of the likeliest; empty without --logprobs.",
+    ),
+    Column("prompt_logprobs", "The same for the prompt, whose first token has none; empty without --prompt_logprobs."),
 )
 _STEP_FIGURES = (
     Column("ms", "Median time of the step.", "ms", needed=True, short_name="time"),

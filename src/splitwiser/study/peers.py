@@ -60,6 +60,10 @@ def check_peer(config: RunConfig, job: Job) -> None:
         raise InputError(
             "a peer chooses tokens by the model's own logits; leave penalties, --logit_bias and --min_tokens out"
         )
+    if any(each.n > 1 or each.logprobs is not None or each.prompt_logprobs is not None for each in params):
+        raise InputError(
+            "a peer gives one sample of a prompt, and its tokens alone; leave --n, --logprobs and --prompt_logprobs out"
+        )
     if any(each.stop or each.stop_token_ids for each in params):
         raise InputError("a peer generates a fixed number of tokens per request; leave --stop and --stop_token_ids out")
     if config.max_concurrency is None and any(job.arrival_s):
