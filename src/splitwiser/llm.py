@@ -285,6 +285,18 @@ class LLM:
         with self._lock:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
 
+    def cancel(self, request_ids: int | Iterable[int]) -> None:
+        """End requests of the call of :meth:`generate`, :meth:`chat` or :meth:`run` that goes on, from another thread or
+        from its observer. Each has an output with the tokens that it has come to and the finish reason ``cancelled``, and
+        its blocks are free within a step.
+
+        Args:
+            request_ids: the ``request_id`` of one request or of several, which in :meth:`generate` are numbered from 0 in
+                the order of the prompts, each sample of a prompt after the other. Ids of those that have finished, and
+                others, are ignored.
+        """
+        self._engine.cancel([request_ids] if isinstance(request_ids, int) else request_ids)
+
     def _find_adapter(self, name: str | None) -> Adapter:
         """Return the adapter called ``name``, or the default. Raises :class:`InputError`."""
         name = self.config.default_adapter if name is None else name

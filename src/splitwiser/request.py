@@ -12,7 +12,7 @@ from splitwiser.errors import InputError
 from splitwiser.options import Options
 from splitwiser.text import check_text, shorten
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 Prompt = str | Sequence[int]  # text, or token ids
 PromptInput = Prompt | Iterable[int] | Mapping[str, Any]
 """What users give: a prompt, an array or tensor of token ids, vLLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
@@ -300,7 +300,9 @@ class Request:
 class RequestMetrics:
     """Times of the events of one request, in nanoseconds of ``time.perf_counter_ns``, and the latencies derived from them.
 
-    TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it.
+    TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it. A
+    request that was cancelled, at ``cancelled_ns``, has the latencies of the tokens that it had by then, and nan for E2E and
+    for those that need a token if it had none.
     """
 
     arrival_ns: int
@@ -309,6 +311,7 @@ class RequestMetrics:
     decode_start_ns: int | None = None
     prefill_worker: str = ""
     decode_worker: str = ""
+    cancelled_ns: int | None = None
 
     def __repr__(self) -> str:
         if not self.token_ns:
@@ -318,9 +321,14 @@ class RequestMetrics:
         return f"RequestMetrics(tokens={len(self.token_ns)}, {shown})"
 
     @property
+    def finish_ns(self) -> int:
+        """Time of the last token or, of a request that was cancelled, of that."""
+        return self.token_ns[-1] if self.cancelled_ns is None else self.cancelled_ns
+
+    @property
     def queue_ms(self) -> float:
         """Time from the arrival to the start of the first prefill step."""
-        return (self.prefill_start_ns - self.arrival_ns) / 1e6
+        return (self.prefill_start_ns - self.arrival_ns) / 1e6 if self.token_ns else math.nan
 
     @property
     def handoff_ms(self) -> float | None:
@@ -330,17 +338,18 @@ class RequestMetrics:
     @property
     def ttft_ms(self) -> float:
         """Time from the arrival to the first token."""
-        return (self.token_ns[0] - self.arrival_ns) / 1e6
+        return (self.token_ns[0] - self.arrival_ns) / 1e6 if self.token_ns else math.nan
 
     @property
     def e2el_ms(self) -> float:
         """Time from the arrival to the last token."""
-        return (self.token_ns[-1] - self.arrival_ns) / 1e6
+        return (self.token_ns[-1] - self.arrival_ns) / 1e6 if self.cancelled_ns is None else math.nan
 
     @property
     def tpot_ms(self) -> float | None:
         """Mean time per output token after the first; None for a request of one token."""
-        return (self.e2el_ms - self.ttft_ms) / (len(self.token_ns) - 1) if len(self.token_ns) > 1 else None
+        after = len(self.token_ns) - 1
+        return (self.token_ns[-1] - self.token_ns[0]) / 1e6 / after if after > 0 else None
 
     @property
     def itl_ms(self) -> list[float]:

@@ -24,9 +24,17 @@ class Scripted:
     def __init__(self, *answers: Sequence[Message] | Exception) -> None:
         self.answers = deque(answers)
         self.submitted: list[int] = []
+        self.cancelled: list[int] = []
+        self.woken = False
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         self.submitted.append(request.request_id)
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.append(request_id)
+
+    def wake(self) -> None:
+        self.woken = True
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         answer = self.answers.popleft() if self.answers else []

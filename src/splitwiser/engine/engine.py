@@ -1,14 +1,15 @@
 """The parent's loop: submits requests to the workers as they arrive and collects what they report; runs no step itself."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.logprobs import with_text
-from splitwiser.engine.messages import Message, Progress, StepRecord, TokenLogprobs
+from splitwiser.engine.messages import Message, Progress, StepRecord, TokenLogprobs, Wake
 from splitwiser.engine.sampling import Decode, final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
@@ -24,7 +25,7 @@ class Observer:
         """Called when a worker has finished a step."""
 
     def on_output(self, output: RequestOutput) -> None:
-        """Called when a request has finished."""
+        """Called when a request has finished, or has been cancelled."""
 
 
 class Engine(Protocol):
@@ -49,6 +50,12 @@ class Engine(Protocol):
         arrive as others finish (:class:`~splitwiser.engine.arrivals.Arrivals`). Raises :class:`RunError`."""
         ...
 
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """End requests of the run that goes on: each has an output with the tokens that it has come to and the finish reason
+        ``cancelled``, and its blocks are free within a step. May be called from any thread and from an observer; ids of
+        requests that have finished, or that are not in the run, are ignored."""
+        ...
+
     def close(self) -> None:
         """Stop the workers and release their memory."""
         ...
@@ -64,6 +71,14 @@ class Placement(Protocol):
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """Send a request that arrived at ``arrival_ns`` to a decode worker."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """Tell the decode worker of a request that has not finished to end it."""
+        ...
+
+    def wake(self) -> None:
+        """Have :meth:`poll` return soon; may be called from any thread."""
         ...
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
@@ -103,6 +118,7 @@ class SplitEngine:
         self._placement = placement
         self._clock = clock
         self._open: dict[int, _OpenRequest] = {}
+        self._cancels: deque[int] = deque()
         self._interrupted = False
 
     @property
@@ -117,9 +133,15 @@ class SplitEngine:
         if self._interrupted:
             raise RunError("an earlier run was interrupted, and its requests are still in the workers; make a new LLM")
         self._interrupted = True
+        self._cancels.clear()  # of the run before
         outputs = self._run(requests, observer, start_ns, Arrivals(requests, start_ns, max_concurrency, self._clock))
         self._interrupted = False
         return outputs
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """See :meth:`Engine.cancel`."""
+        self._cancels.extend(request_ids)
+        self._placement.wake()
 
     def _run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, arrivals: Arrivals
@@ -137,7 +159,11 @@ class SplitEngine:
             for message in messages:
                 for output in self._handle(message, observer, start_ns):
                     outputs[output.request_id] = output
-                    arrivals.record_finish(output.metrics.token_ns[-1])
+                    arrivals.record_finish(output.metrics.finish_ns)
+            while self._cancels:
+                if unarrived := self._cancel(self._cancels.popleft(), arrivals):
+                    outputs[unarrived.request_id] = unarrived
+                    observer.on_output(unarrived)
         # the record of the last prefill step comes through another pipe than the report that ended the run
         with suppress(WorkerLostError):  # all requests are answered; the next run raises it
             for message in self._placement.poll(self._clock() + _SETTLE_NS):
@@ -154,6 +180,8 @@ class SplitEngine:
             case StepRecord():
                 if message.start_ns >= start_ns:  # else it belongs to the previous run
                     observer.on_step(message)
+                return []
+            case Wake():
                 return []
             case Progress():
                 outputs = self._record_progress(message)
@@ -184,10 +212,21 @@ class SplitEngine:
             opened.metrics.decode_start_ns = opened.metrics.decode_start_ns or progress.start_ns
         for request_id, logprobs in progress.logprobs:
             self._open[request_id].logprobs.append(logprobs)
-        return [self._finish(request_id, reason) for request_id, reason in progress.finished]
+        return [self._finish(request_id, reason, progress) for request_id, reason in progress.finished]
 
-    def _finish(self, request_id: int, reason: FinishReason) -> RequestOutput:
+    def _cancel(self, request_id: int, arrivals: Arrivals) -> RequestOutput | None:
+        """Have a request cancelled. Returns its output if it has not arrived yet, which is empty."""
+        if request_id in self._open:
+            self._placement.cancel(request_id)
+        elif request := arrivals.remove(request_id):
+            now_ns = self._clock()
+            return make_output(self._decode, request, [], "cancelled", RequestMetrics(now_ns, cancelled_ns=now_ns))
+        return None
+
+    def _finish(self, request_id: int, reason: FinishReason, progress: Progress) -> RequestOutput:
         opened = self._open.pop(request_id)
+        if reason == "cancelled":
+            opened.metrics.cancelled_ns = progress.start_ns  # before the step, in which it took no part
         return make_output(
             self._decode,
             opened.request,

@@ -4,8 +4,9 @@ It is the reference for tokens and the baseline for time. Each step is timed fro
 the same files as the others.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -65,8 +66,16 @@ class _Sampler(LogitsProcessor):
 class _StepTracker(StoppingCriteria):
     """Called once a step with all tokens so far: records their times, reports the step and returns which rows are done."""
 
-    def __init__(self, model: LoadedModel, rows: Sequence[_Row], observer: Observer, threads: OwnThreads) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        rows: Sequence[_Row],
+        observer: Observer,
+        threads: OwnThreads,
+        cancelled: Collection[int],
+    ) -> None:
         self._model = model
+        self._cancelled = cancelled
         self._rows = rows
         self._observer = observer
         self._threads = threads
@@ -90,6 +99,8 @@ class _StepTracker(StoppingCriteria):
                 row.finish = finish_reason(
                     row.sequence.params, row.sequence.token_ids, self._model.eos_token_ids, self._model.decode
                 )
+                if row.finish is None and row.sequence.request.request_id in self._cancelled:
+                    row.finish, row.metrics.cancelled_ns = "cancelled", now_ns
         self._observer.on_step(record)
         self._threads.before_step()
         self._step_tokens = sum(row.finish is None for row in self._rows)  # finished rows are still computed
@@ -115,6 +126,8 @@ class GenerateEngine:
         self._one_length = one_length
         self._using = using or self._without_adapter
         self._threads = OwnThreads(model.device.type == "cpu")
+        self._cancelled: set[int] = set()
+        self._woken = threading.Event()
 
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
@@ -122,19 +135,33 @@ class GenerateEngine:
         """See :meth:`splitwiser.engine.engine.Engine.run`."""
         outputs: dict[int, RequestOutput] = {}
         arrivals = Arrivals(requests, start_ns, max_concurrency)
+        self._cancelled.clear()  # of the run before
         try:
             while (next_ns := arrivals.next_ns) is not None:
-                time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
+                if self._woken.wait(max(0, next_ns - time.perf_counter_ns()) / 1e9):
+                    self._woken.clear()
+                    for request in filter(None, map(arrivals.remove, tuple(self._cancelled))):
+                        now_ns = time.perf_counter_ns()
+                        metrics = RequestMetrics(now_ns, cancelled_ns=now_ns)
+                        output = make_output(self._model.decode, request, [], "cancelled", metrics)
+                        outputs[output.request_id] = output
+                        observer.on_output(output)
+                    continue
                 for part in self._split(list(islice(arrivals.due(), self._batch_size))):
                     with self._threads.use():
                         made = self._generate(part, observer)
                     for output in made:
                         outputs[output.request_id] = output
-                        arrivals.record_finish(output.metrics.token_ns[-1])
+                        arrivals.record_finish(output.metrics.finish_ns)
                         observer.on_output(output)
         finally:
             self._threads.release()
         return [outputs[request.request_id] for request in requests]
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """See :meth:`splitwiser.engine.engine.Engine.cancel`; one that has arrived ends with the next step that it is in."""
+        self._cancelled.update(request_ids)
+        self._woken.set()
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.engine.Engine.close`; nothing runs outside this thread."""
@@ -183,6 +210,7 @@ class GenerateEngine:
             each.params.temperature == 0 and not each.params.changes_logits and each.params.logprobs is None
             for each in batch
         )
+        tracker = _StepTracker(self._model, rows, observer, self._threads, self._cancelled)
         forget_lengths(self._model.module)
         with self._using(batch[0].adapter) as generate, _prompt_logprobs(self._model, rows) as keep_logits:
             generate(
@@ -190,7 +218,7 @@ class GenerateEngine:
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([] if plain else [_Sampler(self._model, rows)]),
-                stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
+                stopping_criteria=StoppingCriteriaList([tracker]),
                 **keep_logits,
             )
         return [

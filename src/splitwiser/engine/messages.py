@@ -2,7 +2,9 @@
 
 The messages of one request: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
 :class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once per decode step
-until it has finished. Each worker also sends the parent a :class:`StepRecord` per step.
+until it has finished. One that is cancelled: :class:`Cancel` (parent to decode) and, while its prompt is being prefilled,
+:class:`Drop` (decode to prefill) -> :class:`Dropped`, or a :class:`Handoff` that was on its way (prefill to decode). Each
+worker also sends the parent a :class:`StepRecord` per step.
 """
 
 from collections.abc import Mapping
@@ -36,6 +38,13 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ends a request, wherever it is; nothing happens if it has finished."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillTask:
     """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it, except
     for the first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
@@ -62,6 +71,20 @@ class Handoff:
     prefill_worker: str
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Tells a prefill worker to give up the prompt of a cancelled request, if it has it and has not finished it."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Instead of a :class:`Handoff`: the prompt was given up, and prefill writes no more to its blocks."""
+
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +133,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Tells the parent, which waits for reports, that there are requests to cancel."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Tells a worker to end after its current step."""
 
 
-Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop
+Message = (
+    Submit | Cancel | PrefillTask | Handoff | Drop | Dropped | Progress | StepRecord | Ready | Failed | Wake | Stop
+)

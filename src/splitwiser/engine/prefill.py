@@ -36,6 +36,14 @@ class Prefiller:
         sequence = SequenceState(task.request, task.blocks)
         self._prompts.append(PendingPrompt(task.request, task.arrival_ns, task=task, sequence=sequence))
 
+    def drop(self, request_id: int) -> PrefillTask | None:
+        """Give up the prompt of a cancelled request. Returns its task, or None if there is no such prompt."""
+        dropped = next((prompt for prompt in self._prompts if prompt.request.request_id == request_id), None)
+        if dropped is None:
+            return None
+        self._prompts.remove(dropped)
+        return dropped.task
+
     def step(self) -> PrefillResult | None:
         """Run one prefill step and return its result, or None if no prompt waits."""
         if not self._prompts:

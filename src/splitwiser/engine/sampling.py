@@ -148,7 +148,7 @@ def finish_reason(
 
 def final_text(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> str:
     """Return the text of ``token_ids``, cut before its first stop string, and without a stop token at its end."""
-    if token_ids[-1] in params.stop_token_ids:
+    if token_ids and token_ids[-1] in params.stop_token_ids:
         return decode(token_ids[:-1])
     text = decode(token_ids)
     places = _stop_places(params, token_ids, text, decode)

@@ -20,7 +20,7 @@ import torch
 
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
-from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
+from splitwiser.engine.messages import Cancel, Message, Phase, Progress, Submit, Wake, WorkerSpec
 from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState
@@ -142,6 +142,14 @@ class _SimulatedPlacement:
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`: to the worker with the most room."""
         self.workers[self._router.choose(request)].inbox.append(Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        self.workers[self._router.owner(request_id)].inbox.append(Cancel(request_id))
+
+    def wake(self) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.wake`."""
+        self.outbox.append(Wake())
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""
