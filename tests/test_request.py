@@ -169,6 +169,16 @@ def test_outputs_have_the_shape_of_vllms() -> None:
     assert output.finished
 
 
+def test_a_prompts_samples_are_its_outputs() -> None:
+    first, second = make_output(text="a"), make_output(text="b", cancelled=9)
+    second.sample = 1
+    first.others.append(second)
+    assert [(each.index, each.text, each.finish_reason) for each in first.outputs] == [
+        (0, "a", "length"),
+        (1, "b", "cancelled"),
+    ]
+
+
 LONG = make_output(tokens=tuple(range(100, 1100)), prompt_tokens=3000, text="a long text of many words " * 99)
 
 

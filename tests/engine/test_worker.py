@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Progress, StepRecord, Submit
+from splitwiser.engine.messages import (
+    Cancel,
+    Drop,
+    Dropped,
+    Handoff,
+    Message,
+    PrefillTask,
+    Progress,
+    StepRecord,
+    Submit,
+)
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.steps import ModelStepper
 from splitwiser.engine.worker import PARENT, Worker
@@ -170,3 +180,88 @@ def test_a_worker_refuses_a_message_that_is_not_for_its_role(bench: Bench) -> No
     bench.submit("prefill-0", [[1]], 1)
     with pytest.raises(TypeError, match="prefill-0 \\(prefill\\) cannot handle Submit"):
         worker.step_once()
+
+
+class Pair:
+    """A prefill and a decode worker with one request, of 20 prompt tokens in steps of 8."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.allocator = BlockAllocator(0, bench.pool.blocks)
+        decoder = Decoder("decode-0", bench.stepper, self.allocator, BLOCK, 100)
+        self.prefill = bench.worker("prefill-0", bench.prefiller("prefill-0", budget=8), None)
+        self.decode = bench.worker("decode-0", None, decoder, ("prefill-0",))
+        bench.submit("decode-0", prompts_of([20]), 6)
+
+    def cancel(self) -> None:
+        self.bench.wire.boxes["decode-0"].appendleft(Cancel(0))  # before what is on its way
+
+    def sent(self, kind: type[Message]) -> int:
+        return sum(isinstance(message, kind) for _, message in self.bench.wire.sent)
+
+    @property
+    def is_free(self) -> bool:
+        return self.allocator.free_count == self.allocator.count
+
+    @property
+    def finished(self) -> list[tuple[int, str]]:
+        reports = [report for report in self.bench.reports(Progress) if isinstance(report, Progress)]
+        return [each for report in reports for each in report.finished]
+
+
+def test_cancelled_while_it_waits(bench: Bench) -> None:
+    pair = Pair(bench)
+    bench.wire.boxes["decode-0"].append(Cancel(0))
+    pair.decode.step_once()
+    assert pair.finished == [(0, "cancelled")]
+    assert pair.sent(PrefillTask) == 0
+
+
+def test_cancelled_under_prefill_keeps_its_blocks_until_prefill_lets_go(bench: Bench) -> None:
+    pair = Pair(bench)
+    pair.decode.step_once()
+    pair.prefill.step_once()  # a part of the prompt
+    pair.cancel()
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([], False)
+    assert not pair.prefill.step_once()  # the rest is dropped
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([(0, "cancelled")], True)
+    assert (pair.sent(Dropped), pair.sent(Handoff)) == (1, 0)
+
+
+def test_cancelled_while_its_handoff_is_on_its_way(bench: Bench) -> None:
+    pair = Pair(bench)
+    pair.decode.step_once()
+    while pair.prefill.step_once():
+        continue
+    pair.cancel()
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([(0, "cancelled")], True)
+    assert [len(tokens) for tokens in bench.tokens().values()] == [1]
+    assert pair.sent(Drop) == 1
+    assert not pair.prefill.step_once()  # which has it no more
+    assert pair.sent(Dropped) == 0
+
+
+def test_cancelled_while_it_runs(bench: Bench) -> None:
+    pair = Pair(bench)
+    while len(bench.tokens().get(0, [])) < 3:
+        pair.decode.step_once()
+        pair.prefill.step_once()
+    pair.cancel()
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([(0, "cancelled")], True)
+    assert len(bench.tokens()[0]) == 3
+    pair.cancel()
+    assert not pair.decode.step_once()  # it has finished
+
+
+def test_a_mixed_worker_drops_a_prompt_of_its_own(bench: Bench) -> None:
+    worker = bench.worker("mixed-0", bench.prefiller("mixed-0", budget=8), bench.decoder("mixed-0"))
+    bench.submit("mixed-0", prompts_of([20, 5]), 3)
+    worker.step_once()
+    bench.wire.boxes["mixed-0"].append(Cancel(0))
+    run(worker)
+    finished = [each for report in bench.reports(Progress) if isinstance(report, Progress) for each in report.finished]
+    assert finished == [(0, "cancelled"), (1, "length")]
