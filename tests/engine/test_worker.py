@@ -1,6 +1,7 @@
 """Scheduling, tested without a process: workers of every role in one thread, their messages seen."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from splitwiser.engine.messages import (
     Submit,
 )
 from splitwiser.engine.prefill import Prefiller
-from splitwiser.engine.steps import ModelStepper
+from splitwiser.engine.sampling import Sampled
+from splitwiser.engine.steps import Chunk, ModelStepper, SequenceState
 from splitwiser.engine.worker import PARENT, Worker
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import BlockAllocator, KVPool
 from splitwiser.model.loading import LoadedModel, load_model
-from splitwiser.request import Request, SamplingParams
+from splitwiser.request import FinishReason, Request, SamplingParams
 from tests.support.tokens import prompts_of, references
 from tests.support.workers import BLOCK, Wire, run
 
@@ -265,3 +267,47 @@ def test_a_mixed_worker_drops_a_prompt_of_its_own(bench: Bench) -> None:
     run(worker)
     finished = [each for report in bench.reports(Progress) if isinstance(report, Progress) for each in report.finished]
     assert finished == [(0, "cancelled"), (1, "length")]
+
+
+class Instant:
+    """A stepper that computes nothing."""
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
+        return Sampled([9 for chunk in chunks if chunk.is_last])
+
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
+        return Sampled([9] * len(sequences))
+
+    def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
+        return "length" if sequence.drawn >= sequence.request.max_tokens else None
+
+    def now_ns(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cancels_at_random_between_workers(seed: int) -> None:
+    rng = random.Random(seed)
+    wire, stepper = Wire(), Instant()
+    prefills, decodes = (tuple(f"{role}-{number}" for number in range(2)) for role in ("prefill", "decode"))
+    allocators = [BlockAllocator(first, 12) for first in (0, 12)]
+    workers = [Worker(name, wire.end(name), prefiller=Prefiller(name, stepper, 8)) for name in prefills] + [
+        Worker(name, wire.end(name), decoder=Decoder(name, stepper, allocator, BLOCK, 4), prefill_workers=prefills)
+        for name, allocator in zip(decodes, allocators, strict=True)
+    ]
+    owners = [rng.choice(decodes) for _ in range(12)]
+    for number, owner in enumerate(owners):
+        params = SamplingParams(max_tokens=rng.randrange(1, 9))
+        wire.boxes[owner].append(Submit(Request(number, (5,) * rng.randrange(1, 30), params, seed=0), 0))
+    cancelled = set()
+    for _ in range(300):
+        if rng.random() < 0.1:
+            number = rng.randrange(12)
+            cancelled.add(number)
+            wire.boxes[owners[number]].append(Cancel(number))
+        rng.choice(workers).step_once()
+    run(*workers)
+    finished = [each for _, message in wire.sent if isinstance(message, Progress) for each in message.finished]
+    assert sorted(number for number, _ in finished) == list(range(12))
+    assert {number for number, reason in finished if reason == "cancelled"} <= cancelled
+    assert [allocator.free_count for allocator in allocators] == [12, 12]
