@@ -1,8 +1,8 @@
 """Runs another engine on a workload file and writes the metrics of ``throughput.csv``, for ``splitwiser compare --peer``.
 
-    PYTHONPATH=src ENV/bin/python scripts/peer.py vllm --model DIR --workload FILE --output FILE.json
+    PYTHONPATH=src ENV/bin/python -m splitwiser.study.peer_program vllm --model DIR --workload FILE --output FILE.json
 
-ENV is the peer's own environment, made by scripts/install_peer.sh; from this project it imports only modules that need no
+ENV is the peer's own environment, made by scripts/install_peer.sh; from this package it imports only modules that need no
 more than numpy. Sampling is greedy, every request generates exactly its number of new tokens, and prefix caching is off.
 Loading and a short warm-up come before the measured time and make up ``ready_s`` (without imports, as in a run of
 splitwiser). Environment variables that are already set (VLLM_CPU_...) are kept.
@@ -139,7 +139,7 @@ class HfContinuous:
         self._manager.stop(block=True)
 
 
-PEERS: dict[str, Callable[[str, str, int, int], Engine]] = {"vllm": Vllm, "hf-continuous": HfContinuous}
+ENGINES: dict[str, Callable[[str, str, int, int], Engine]] = {"vllm": Vllm, "hf-continuous": HfContinuous}
 
 
 def serve(
@@ -162,7 +162,9 @@ def serve(
             if not len(token_ids) == len(token_ns) == new_tokens[number]:
                 raise RuntimeError(f"request {number} has {len(token_ids)} tokens instead of {new_tokens[number]}")
             metrics = RequestMetrics(arrival_ns[number], token_ns=token_ns)
-            outputs.append(RequestOutput(number, tuple(prompts[number]), token_ids, "", "length", metrics))
+            outputs.append(
+                RequestOutput(number, tuple(prompts[number]), token_ids, "", "length", metrics, prompt_id=number)
+            )
     return outputs
 
 
@@ -173,7 +175,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     prompts, new_tokens = work["prompts"], work["max_new_tokens"]
     concurrency = options.max_concurrency or len(prompts)
     longest = max(len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True))
-    engine = PEERS[options.peer](options.model, options.dtype, longest, concurrency)
+    engine = ENGINES[options.peer](options.model, options.dtype, longest, concurrency)
     try:
         first, most = WARM_UP
         serve(engine, prompts[:first], [min(most, each) for each in new_tokens[:first]], concurrency)
@@ -197,7 +199,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run a peer; on failure the last line on stderr says why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("peer", choices=ENGINES)
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument(
         "--workload",
