@@ -186,7 +186,11 @@ def _write_tokens(path: Path, workload: Path, answers: list[list[int]]) -> None:
     """Write the token ids of each request's prompt and answer in the format of a run's ``tokens.csv``."""
     prompts = json.loads(workload.read_text(encoding="utf-8"))["prompts"]
     rows = [
-        dict(zip(names(TOKENS), (number, " ".join(map(str, prompt)), " ".join(map(str, answer))), strict=True))
+        {
+            "request_id": number,
+            "prompt_token_ids": " ".join(map(str, prompt)),
+            "token_ids": " ".join(map(str, answer)),
+        }
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     write_rows(path, names(TOKENS), rows)
