@@ -14,6 +14,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.engine.sampling import sample_seed
 from splitwiser.errors import InputError
 from splitwiser.request import RequestOutput
+from tests.support.adapters import make_adapter
 from tests.support.commands import invoke, only_run, write_workload
 from tests.support.tokens import prompts_of, reference_model
 
@@ -80,6 +81,20 @@ def test_prompts_have_log_probabilities_too(mode: str, tiny: Callable[[str], Pat
         made = [each[token].logprob for token, each in zip(prompt[1:], following, strict=True) if each]
         assert made == pytest.approx([expected[at, token].item() for at, token in enumerate(prompt[1:])], abs=1e-4)
         assert all(each is not None and 2 <= len(each) <= 3 for each in following)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_those_behind_an_adapter_are_the_same_in_both_engines(adapter: str, tiny: Callable[[str], Path]) -> None:
+    values = []
+    for mode in ("generate", "sequential"):
+        with LLM(tiny("llama"), mode=mode, adapters={adapter: make_adapter(adapter, tiny("llama"))}) as llm:
+            (output,) = llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=2, prompt_logprobs=0))
+            alone = llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=2, prompt_logprobs=0), adapter="none")[0]
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs != alone.prompt_logprobs
+        values.append([choice.logprob for each in output.prompt_logprobs[1:] if each for choice in each.values()])
+    assert len(values[0]) == 3
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_a_token_has_its_text(chatty: Path) -> None:
