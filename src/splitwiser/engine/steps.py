@@ -131,8 +131,25 @@ def prefill_step(
         adapter = chunk.sequence.request.adapter
         if chunk.start == 0 and adapter.tail_tokens:
             pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
-    rows: list[int] = []  # of the packed tokens, those whose logits are wanted
-    ends: list[int] = []  # of these, the ends of prompts
+    rows, ends = _wanted_rows(chunks)
+    # a graph keeps the logits of the prompts' ends alone
+    logits = graphs.logits(segments, tokens, rows) if graphs and len(rows) <= len(chunks) else None
+    if logits is None:
+        logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
+    logits = _take_prompt_logprobs(logits, ends, chunks)
+    if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
+        if model.device.type == "cuda":
+            torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
+        return Sampled([])
+    ended = [chunk.sequence for chunk in chunks if chunk.is_last]
+    return sample(logits, ended, model.eos_token_ids, model.start_token_id)
+
+
+def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
+    """Return the numbers of the packed tokens of ``chunks`` whose logits are wanted: the ends of prompts, and all of prompts
+    that ask for log-probabilities, or the last if there is none of these; and which of them are the ends."""
+    rows: list[int] = []
+    ends: list[int] = []
     total = 0
     for chunk in chunks:
         after, total = total, total + chunk.tokens
@@ -142,25 +159,14 @@ def prefill_step(
             rows.append(total - 1)
         if chunk.is_last:
             ends.append(len(rows) - 1)
-    rows = rows or [total - 1]
-    # a graph keeps the logits of the prompts' ends alone
-    logits = graphs.logits(segments, tokens, rows) if graphs and len(rows) <= len(chunks) else None
-    if logits is None:
-        logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
-    if len(rows) > len(ends):
-        _add_prompt_logprobs(logits, chunks)
-    if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
-        if model.device.type == "cuda":
-            torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
-        return Sampled([])
-    ended = [chunk.sequence for chunk in chunks if chunk.is_last]
-    logits = logits if len(rows) == len(ends) else logits[torch.tensor(ends, device=logits.device)]
-    return sample(logits, ended, model.eos_token_ids, model.start_token_id)
+    return rows or [total - 1], ends
 
 
-def _add_prompt_logprobs(logits: Tensor, chunks: Sequence[Chunk]) -> None:
+def _take_prompt_logprobs(logits: Tensor, ends: Sequence[int], chunks: Sequence[Chunk]) -> Tensor:
     """Give each sequence that asks for the log-probabilities of its prompt those of the tokens that follow the tokens of its
-    chunk. ``logits`` are of all tokens of these chunks, and of the last ones of others whose prompts end."""
+    chunk. ``logits`` are of the rows of :func:`_wanted_rows`; returns those of the ``ends`` among them."""
+    if len(logits) == len(ends):
+        return logits
     row = 0
     for chunk in chunks:
         sequence, count = chunk.sequence, chunk.sequence.params.prompt_logprobs
@@ -169,10 +175,11 @@ def _add_prompt_logprobs(logits: Tensor, chunks: Sequence[Chunk]) -> None:
             continue
         following = sequence.request.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
         if following:
-            part = logits[row : row + len(following)]
             token_ids = torch.tensor(following, device=logits.device)
+            part = logits[row : row + len(following)]
             sequence.prompt_logprobs += token_logprobs(part, token_ids, [count] * len(following))
         row += chunk.tokens
+    return logits[torch.tensor(ends, dtype=torch.long, device=logits.device)]
 
 
 @torch.inference_mode()
