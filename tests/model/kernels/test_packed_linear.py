@@ -195,7 +195,9 @@ def test_a_run_says_what_computes_products_of_a_few_rows(problem: str | None, mo
     monkeypatch.setattr(packed, "find_small_batch_problem", lambda: problem)
     said = packed.describe()
     assert said.startswith("oneDNN's, weights packed once; products of small batches ")
-    assert said.endswith(f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {packed.max_small_rows()} rows)")
+    assert said.endswith(
+        f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {packed.max_small_rows()} rows)"
+    )
 
 
 @needs_packing
