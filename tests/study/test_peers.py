@@ -12,11 +12,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from transformers import AutoConfig, AutoTokenizer
 
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peer_program import Answer, serve
+from splitwiser.study.peer_program import Answer, _with_tokenizer, serve
 from splitwiser.study.peers import PACKAGE, Peer, check_peer, read_peer, share_with_peers
 from splitwiser.workload.job import Job, prepare_job
 from splitwiser.workload.planned import PlannedRequest
@@ -302,3 +303,11 @@ def test_in_the_closed_loop_a_request_arrives_when_the_last_has_ended() -> None:
 def test_answer_of_another_length_is_a_fault() -> None:
     with pytest.raises(RuntimeError, match="request 0 has 2 tokens instead of 3"):
         serve(OneTokenAStep(short=1), [[1]], [3], 1)
+
+
+def test_openvino_gets_a_checkpoint_with_a_word_for_each_token(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    _with_tokenizer(tiny("llama"), tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert tokenizer("t5 t17").input_ids == [5, 17]
+    assert len(tokenizer) == AutoConfig.from_pretrained(tmp_path / "copy").vocab_size
+    assert (tmp_path / "copy" / "model.safetensors").samefile(tiny("llama") / "model.safetensors")

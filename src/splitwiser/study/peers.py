@@ -21,7 +21,7 @@ from splitwiser.workload.config import WorkloadConfig
 from splitwiser.workload.job import Job
 
 PACKAGE = Path(__file__).resolve().parents[1]
-MODELS = "models"  # a comparison's folder for the checkpoint, while it runs
+MODELS = "models"  # a comparison's folder for the checkpoint and peers' forms of it, while it runs
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
         "dtype": str(dtype).removeprefix("torch."),
         "max_concurrency": config.max_concurrency,
         "goodput": config.goodput,
+        "scratch": folder / MODELS,
         "output": answers,
     }
     stretch = LoadMeter()
