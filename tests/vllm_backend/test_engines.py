@@ -19,7 +19,7 @@ from splitwiser.run import run
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
-from tests.support.observers import Seen, Trigger
+from tests.support.observers import Canceller, Seen, Trigger
 from tests.support.processes import session_of
 from tests.support.running import Running
 from tests.support.tokens import prompts_of, references
@@ -124,6 +124,27 @@ def test_a_model_with_a_recurrent_state_is_refused_by_name(tmp_path: Path, optio
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tiny-mamba")
     line = refusal(LLM, tmp_path / "tiny-mamba", mode="mp", kv_memory="4MiB", **options)
     assert_says(line, "tiny-mamba", "MambaSpec", "one group of plain attention; use mixed workers")
+
+
+@pytest.mark.parametrize("layout", [SPLIT, WHOLE])
+def test_requests_are_cancelled_wherever_they_are_and_no_block_is_lost(
+    layout: Any, wide: Callable[[str], Path], options: dict[str, Any]
+) -> None:
+    rng = random.Random(3)
+    prompts = prompts_of([rng.randint(1, 150) for _ in range(40)], seed=5)
+    reasons: set[str] = set()
+    with LLM(wide("opt"), mode="mp", workers=layout, kv_memory="4MiB", **options) as llm:
+        for seed in range(4):  # ten blocks an engine would not do for what is cancelled here if any stayed taken
+            seen = Canceller(llm, len(prompts), seed)
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=40), observer=seen)
+            assert sorted(output.request_id for output in seen.outputs) == list(range(40))
+            for output, expected in zip(outputs, references(wide("opt"), prompts, 40), strict=True):
+                cancelled = output.finish_reason == "cancelled"
+                assert output.token_ids == (expected[: len(output.token_ids)] if cancelled else expected)
+                reasons.add(output.finish_reason)
+        after = llm.generate(prompts, SamplingParams(max_tokens=40))
+    assert [output.token_ids for output in after] == references(wide("opt"), prompts, 40)
+    assert {"cancelled", "length"} <= reasons
 
 
 @pytest.mark.parametrize("killed", ["prefill-0", "decode-0"])

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from splitwiser.engine.messages import PARENT, Handoff, Message, Progress, StepRecord, Stop, Submit, WorkerSpec
+from splitwiser.engine.messages import PARENT, Cancel, Handoff, Message, Progress, StepRecord, Stop, Submit, WorkerSpec
 from splitwiser.placement.mailbox import Inbox, MailTransport
 from splitwiser.request import Request, SamplingParams
 from splitwiser.vllm_backend.leases import Lender
 from splitwiser.vllm_backend.messages import (
     BlockHandoff,
     BlockReturn,
+    CancelPrefill,
     EngineOptions,
     EngineSetup,
     SharedFile,
@@ -65,6 +66,9 @@ class ScriptedEngine:
 
     def add_prompt(self, request: Request, decode_worker: str) -> None:
         self.added.append((request, decode_worker))
+
+    def cancel(self, request_id: int) -> bool:
+        return request_id == REQUEST.request_id and REQUEST in self.added
 
     def add_handoff(self, message: BlockHandoff) -> None:
         self.added.append(message)
@@ -146,6 +150,17 @@ def test_a_lease_that_ends_makes_prefill_step_so_that_its_blocks_are_free(messag
     seen = run("prefill", [message])
     assert seen["steps"] == 1
     assert seen["lender"].take_ended() == {"lease"}
+
+
+def test_a_cancelled_request_is_reported_where_it_is() -> None:
+    seen = run("mixed", [Submit(REQUEST, 0), Cancel(4), Cancel(5)])
+    (report,) = seen["sent"][PARENT]
+    assert (report.tokens, report.finished) == ((), ((4, "cancelled"),))
+
+
+def test_a_cancel_follows_a_request_that_was_handed_over() -> None:
+    seen = run("prefill", [CancelPrefill(4, "decode-0")])
+    assert seen["sent"] == {PARENT: [], "prefill-0": [], "decode-0": [Cancel(4)]}
 
 
 def test_a_worker_without_room_waits_instead_of_stepping_on() -> None:

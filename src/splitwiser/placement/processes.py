@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
-from splitwiser.engine.messages import Message, Progress, Ready, Stop, Submit
+from splitwiser.engine.messages import Cancel, Message, Progress, Ready, Stop, Submit
 from splitwiser.engine.policy import LeastLoadedRouter
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
@@ -136,18 +136,16 @@ class SupervisedPlacement(MailPlacement):
         for pipe in self._send_ends.values():
             pipe.close()
 
-    def _send(self, to: str, message: Message) -> None:
-        try:
-            self._send_ends[to].send(message)
-        except OSError:  # the worker has died; the next poll raises that
-            return
-
     def _handle_ready(self, message: Ready) -> None:
         """Process what a worker says when it is ready."""
 
     def _find_fault(self) -> str | None:
         """Return what else has gone wrong that ends the run, or None."""
         return None
+
+    def _send(self, worker: str, message: Message) -> None:
+        with suppress(OSError):  # the worker has died; the next poll raises that
+            self._send_ends[worker].send(message)
 
     def _join(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -215,6 +213,10 @@ class ProcessPlacement(SupervisedPlacement):
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
         self._send(self._router.choose(request), Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        self._send(self._router.owner(request_id), Cancel(request_id))
 
     @uninterrupted()
     def close(self) -> None:

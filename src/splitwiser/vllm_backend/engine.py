@@ -159,6 +159,15 @@ class Engine:
         params = self._sampling(request, request.max_tokens - 1, offer, made=1)
         self._add(_Open(request, has_token=True), prompt, params)
 
+    def cancel(self, request_id: int) -> bool:
+        """End a request, whose blocks are then free or go back to prefill. Returns False if it is not in this engine."""
+        name = next((name for name, each in self._open.items() if each.request.request_id == request_id), None)
+        if name is None:
+            return False
+        del self._open[name]
+        self._engine.abort_request([name])
+        return True
+
     def step(self) -> Step | None:
         """Run one step; None if it computed nothing."""
         start_ns = time.perf_counter_ns()

@@ -100,6 +100,15 @@ class SubmitPrefill(BackendMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class CancelPrefill(BackendMessage):
+    """Ends a request of :class:`SubmitPrefill`. A prefill engine that has it no more sends a
+    :class:`~splitwiser.engine.messages.Cancel` to the decode worker, behind the request's handoff."""
+
+    request_id: int
+    decode_worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlockHandoff(BackendMessage):
     """A prefilled request for a decode engine. ``blocks`` are the numbers of the blocks that hold the K and V of its prompt.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from splitwiser.engine.messages import Message, Progress, Ready, Submit, WorkerSpec
+from splitwiser.engine.messages import Cancel, Message, Progress, Ready, Submit, WorkerSpec
 from splitwiser.engine.policy import LeastLoadedRouter
 from splitwiser.errors import InputError, UnsupportedModelError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
@@ -11,7 +11,7 @@ from splitwiser.placement.mailbox import Pipe, PipeInbox
 from splitwiser.placement.processes import SupervisedPlacement
 from splitwiser.placement.shares import Board
 from splitwiser.request import Request
-from splitwiser.vllm_backend.messages import EngineReady, Refused, StartEngine, SubmitPrefill
+from splitwiser.vllm_backend.messages import CancelPrefill, EngineReady, Refused, StartEngine, SubmitPrefill
 from splitwiser.vllm_backend.spawned import SpawnedProcess
 
 
@@ -31,6 +31,7 @@ class EnginePlacement(SupervisedPlacement):
         self._waiting = [spec.name for spec in specs]
         self._specs = specs
         self._prefill_workers = cycle([spec.name for spec in specs if spec.role == "prefill"] or [""])
+        self._prefilled_by: dict[int, str] = {}  # prefill workers of requests that have not finished
         self._router = LeastLoadedRouter({}, 1)
         self.engines: dict[str, EngineReady] = {}
 
@@ -52,9 +53,18 @@ class EnginePlacement(SupervisedPlacement):
         decode = self._router.choose(request)
         prefill = next(self._prefill_workers)
         if prefill:
+            self._prefilled_by[request.request_id] = prefill
             self._send(prefill, SubmitPrefill(request, arrival_ns, decode))
         else:
             self._send(decode, Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        decode, prefill = self._router.owner(request_id), self._prefilled_by.get(request_id)
+        if prefill:
+            self._send(prefill, CancelPrefill(request_id, decode))
+        else:
+            self._send(decode, Cancel(request_id))
 
     @uninterrupted()
     def close(self) -> None:
@@ -73,6 +83,7 @@ class EnginePlacement(SupervisedPlacement):
         if isinstance(message, Progress):
             for request_id, _ in message.finished:
                 self._router.release(request_id)
+                self._prefilled_by.pop(request_id, None)
 
     def _handle_ready(self, message: Ready) -> None:
         assert isinstance(message, EngineReady)

@@ -206,6 +206,8 @@ def _find_request_problem(request: Request, config: EngineConfig) -> str | None:
     params = request.params
     if params.stop:
         return "stop strings need text, and vLLM's engines make token ids; give stop_token_ids"
+    if params.logprobs is not None or params.prompt_logprobs is not None:
+        return "log-probabilities are not taken over from vLLM's engines; leave logprobs and prompt_logprobs out"
     counts_output = params.presence_penalty or params.frequency_penalty
     if counts_output and any(spec.role != "mixed" for spec in config.specs):
         return (

@@ -13,12 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitwiser.engine.messages import PARENT, Failed, Handoff, Message, Progress, StepRecord, Submit
+from splitwiser.engine.messages import PARENT, Cancel, Failed, Handoff, Message, Progress, StepRecord, Submit
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.placement.mailbox import MailTransport, PipeInbox
 from splitwiser.vllm_backend.messages import (
     BlockHandoff,
     BlockReturn,
+    CancelPrefill,
     EngineReady,
     EngineSetup,
     Refused,
@@ -145,6 +146,11 @@ class Worker:
                 handed = Progress(self._name, 0, message.handoff.first_token_ns, (message.handoff,), (), ())
                 self._transport.send(PARENT, handed)
                 self._engine.add_handoff(message)
+            case Cancel():
+                self._cancel(message.request_id)
+            case CancelPrefill():
+                if not self._cancel(message.request_id):
+                    self._transport.send(message.decode_worker, Cancel(message.request_id))
             case BlockReturn() if self._exchange:
                 self._exchange.lender.end(message.lease, message.blocks)
                 return True
@@ -155,6 +161,14 @@ class Worker:
             case _:
                 raise TypeError(f"{self._name} ({self._role}) cannot handle {message}")
         return False
+
+    def _cancel(self, request_id: int) -> bool:
+        """End a request and report it; returns False if this engine does not have it."""
+        if not self._engine.cancel(request_id):
+            return False
+        now_ns = time.perf_counter_ns()
+        self._transport.send(PARENT, Progress(self._name, now_ns, now_ns, (), (), ((request_id, "cancelled"),)))
+        return True
 
     def _report(self, step: "Step") -> None:
         record = StepRecord(self._name, self._role, step.phase, step.start_ns, step.end_ns, step.requests, step.tokens)
