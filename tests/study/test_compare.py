@@ -125,13 +125,15 @@ def test_options_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_mode_on_each_back_end_is_a_variant() -> None:
-    variants = make_variants({"limit": 3}, ["sequential", "mp"], [], (), ["hf", "vllm"])
+    base = {"limit": 3, "backend_python": "there"}
+    variants = make_variants(base, ["sequential", "mp"], [], (), ["hf", "vllm"])
     assert [(each.name, each.options["backend"], each.options["mode"]) for each in variants] == [
         ("hf-sequential", "hf", "sequential"),
         ("hf-mp", "hf", "mp"),
         ("vllm-sequential", "vllm", "sequential"),
         ("vllm-mp", "vllm", "mp"),
     ]
+    assert [each.options["backend_python"] for each in variants] == [None, None, "there", "there"]
     assert_says(refusal(make_variants, {}, [], [], (), ["hf", "vllm"]), "--backends are compared in modes", "--modes")
 
 

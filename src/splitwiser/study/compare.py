@@ -19,6 +19,7 @@ from splitwiser.files import make_run_directory, write_rows
 from splitwiser.machine.stand_in import is_stand_in
 from splitwiser.model.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
+from splitwiser.placement.modes import find_backend
 from splitwiser.results.answer import answer
 from splitwiser.results.busy import describe_busy
 from splitwiser.results.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
@@ -101,11 +102,10 @@ def make_variants(
     if backends and not modes:
         raise InputError("--backends are compared in modes; name them by --modes")
     variants = [Variant(mode, {**base, "mode": mode}) for mode in modes] if not backends else []
-    variants += [
-        Variant(f"{backend}-{mode}", {**base, "mode": mode, "backend": backend})
-        for backend in backends
-        for mode in modes
-    ]
+    for backend in backends:
+        # where another back end lies is nothing to this project's own
+        own = base if find_backend(backend).python else {**base, "backend_python": None}
+        variants += [Variant(f"{backend}-{mode}", {**own, "mode": mode, "backend": backend}) for mode in modes]
     for text in described:
         name, colon, options = text.partition(":")
         if not colon or not NAME.fullmatch(name):
