@@ -79,6 +79,8 @@ class LLM:
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
             - ``generation_config``: ``checkpoint`` takes sampling parameters that a request leaves at their default
                 from the checkpoint's ``generation_config.json``, as ``model.generate`` would; ``none`` does not.
+            - ``quantization``: ``int8`` computes linear layers with whole numbers, on a CPU, and the rest in ``bfloat16``;
+              ``none`` does not.
             - ``kernels``: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             - ``seed``: seed of dummy weights, and of sampling for requests without their own seed.
             - ``adapters``: adapters as peft saves them, by name: ``{"style": "path/to/adapter"}``, or the name of one that
