@@ -93,7 +93,7 @@ def test_tokens_are_those_of_generate_with_blocks_used_again_and_requests_preemp
 def test_a_run_is_recorded_as_any_other(wide: Callable[[str], Path], tmp_path: Path, options: dict[str, Any]) -> None:
     config = RunConfig(
         model=str(wide("llama")), mode="mp", prompt_tokens="20", output_tokens="8", requests=6, ignore_eos=True,
-        results=str(tmp_path), kv_memory="4MiB", load_format="dummy", **options,
+        results=str(tmp_path), load_format="dummy", **options,
     )  # fmt: skip
     result = run(config)
     record = yaml.safe_load((result.directory / "run.yaml").read_text())

@@ -69,7 +69,6 @@ class Engine:
     def __init__(self, setup: EngineSetup, exchange: Exchange | None) -> None:
         options = setup.options
         self._eos = options.eos_token_ids
-        self._role = setup.role
         self._added = 0
         self._open: dict[str, _Open] = {}
         self._scheduled: dict[str, int] = {}  # tokens of each request in the latest step, by vLLM's id
@@ -101,8 +100,7 @@ class Engine:
             **more,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
-        self._core = self._engine.engine_core.engine_core
-        self._scheduler = self._core.scheduler
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._watch_schedule()
         cache = self._engine.vllm_config.cache_config
         self.block_tokens: int = cache.block_size
@@ -116,7 +114,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything: compute, or let go of blocks."""
+        """Whether there are requests that have not finished. Without them, a step only frees blocks whose leases ended."""
         return bool(self._engine.has_unfinished_requests())
 
     def settings(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import PARENT
 from splitwiser.errors import InputError
+from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.machine.shared_memory import SharedMemory, return_freed_memory
 from splitwiser.model.catalog import decoders_only, resolve_model
@@ -47,6 +48,8 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
             raise InputError(
                 f"backend vllm: mode {config.mode} shares memory on a CPU only so far; use mode sequential"
             )
+        if model.device.index:
+            raise InputError(f"backend vllm runs on the first GPU, not on {model.device}; set CUDA_VISIBLE_DEVICES")
         if environment.note:
             model.notes.append(environment.note)
         placement = _start_engines(config, model, location, environment)
@@ -90,6 +93,7 @@ def _load(config: EngineConfig, until_ready: ExitStack) -> tuple[LoadedModel, st
     with without_bars():
         model.module.save_pretrained(folder)
     torch.nn.Module.to(model.module, "meta")
+    model.device = resolve_device(config.device_name)
     return_freed_memory()
     return model, folder
 
@@ -145,9 +149,7 @@ def _start_engines(
         )
         parent_ends[spec.name][0].send(setup)
     for ends in (*receive_ends.values(), *send_ends.values()):
-        for (
-            end
-        ) in ends.values():  # a pipe closes only when all copies of an end are closed, and the workers have their own
+        for end in ends.values():  # the workers have copies of their own, and a pipe closes with the last one
             end.close()
     placement = EnginePlacement(
         specs,
@@ -183,9 +185,10 @@ def _plan_kv_bytes(config: EngineConfig, model: LoadedModel) -> int:
             raise InputError(problem)
         return parse_bytes(config.kv_memory)
     text = model.module.config.get_text_config()
-    heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = [LayerShape(heads, dim, dim)] * text.num_hidden_layers
+    heads: int = getattr(text, "num_attention_heads", None) or 1  # a model without attention has a state of its own
+    dim: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    shape = LayerShape(getattr(text, "num_key_value_heads", None) or heads, dim, dim)
+    layers = [shape] * text.num_hidden_layers
     block_tokens = constants.BLOCK_TOKENS
     engines = len(config.specs)
     blocks = plan_blocks(
