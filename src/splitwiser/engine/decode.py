@@ -1,6 +1,6 @@
 """The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,7 +14,8 @@ from splitwiser.request import FinishReason, Request
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """Result of :meth:`Decoder.step`: the report for the parent, and the batch size of its decode step (0: none ran)."""
+    """Result of a step for the decode side: the report for the parent, and the number of requests in decode (0: no decode
+    step ran)."""
 
     progress: Progress
     requests: int
@@ -50,6 +51,7 @@ class Decoder:
         self._admitted: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
         self._handoffs: list[Handoff] = []
+        self._finished: list[tuple[int, FinishReason]] = []
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
@@ -75,36 +77,49 @@ class Decoder:
             del self._waiting[task.request.request_id]
         return tasks
 
+    @property
+    def running(self) -> int:
+        """Number of requests that a decode step would have."""
+        return len(self._running)
+
     def receive(self, handoff: Handoff) -> None:
-        """Start decoding a prefilled request."""
+        """Start decoding a prefilled request, unless its first token ends it."""
         sequence = self._admitted.pop(handoff.request_id)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
         self._handoffs.append(handoff)
+        self._finished += self._collect_finished([handoff.request_id])
 
-    def step(self) -> DecodeResult | None:
-        """Run one decode step over all running requests and return its result, or None if there is nothing to do. Raises
-        :class:`RunError` if blocks are leaked."""
-        handoffs, self._handoffs = tuple(self._handoffs), []
-        finished = self._collect_finished([handoff.request_id for handoff in handoffs])  # with their first token
-        batch = list(self._running.values())
-        if not handoffs and not batch:
-            return None
-        tokens: list[int] = []
+    def batch(self) -> list[SequenceState]:
+        """Return the requests of the next decode step: all that are running."""
+        return list(self._running.values())
+
+    def step(self, *, decodes: bool = True) -> DecodeResult | None:
+        """Run one decode step over all running requests, unless ``decodes`` is false, and return :meth:`record`'s result."""
+        batch = self.batch() if decodes else []
         start_ns = self._stepper.now_ns()
-        if batch:
-            tokens = self._stepper.decode(batch)
-            for sequence, token in zip(batch, tokens, strict=True):
-                sequence.token_ids.append(token)
-        end_ns = self._stepper.now_ns()
-        if self._last_end_ns is not None:
-            self._on_itl((end_ns - self._last_end_ns) / 1e9)
+        tokens = self._stepper.decode(batch) if batch else []
+        return self.record(batch, tokens, start_ns, self._stepper.now_ns())
+
+    def record(
+        self, batch: Sequence[SequenceState], tokens: Sequence[int], start_ns: int, end_ns: int
+    ) -> DecodeResult | None:
+        """Take the ``tokens`` that a step from ``start_ns`` to ``end_ns`` made for ``batch``. Returns the result, with all
+        that was handed over since the last; None if there is nothing to report. Raises :class:`RunError` if blocks are
+        leaked."""
+        if not batch and not self._handoffs:
+            return None
+        for sequence, token in zip(batch, tokens, strict=True):
+            sequence.token_ids.append(token)
         ids = [sequence.request.request_id for sequence in batch]
-        finished += self._collect_finished(ids)
-        self._last_end_ns = end_ns if self._running else None
-        progress = Progress(
-            self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
-        )
+        if batch:
+            if self._last_end_ns is not None:
+                self._on_itl((end_ns - self._last_end_ns) / 1e9)
+            self._finished += self._collect_finished(ids)
+            self._last_end_ns = end_ns if self._running else None
+        handoffs, self._handoffs = tuple(self._handoffs), []
+        finished, self._finished = tuple(self._finished), []
+        progress = Progress(self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), finished)
         return DecodeResult(progress, len(batch))
 
     def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:

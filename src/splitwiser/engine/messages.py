@@ -13,6 +13,8 @@ from splitwiser.request import FinishReason, Request
 
 Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
+StepPhase = Literal["prefill", "decode", "hybrid"]
+"""What a step computes: one of the phases, or both in one forward."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of one worker, a row of ``steps.csv``. ``tokens`` is the number of tokens whose K and V it computed."""
+    """One step of one worker, a row of ``steps.csv``. ``tokens`` is the number of tokens whose K and V it computed, of which
+    ``decode_tokens`` are of requests in decode."""
 
     worker: str
     role: Role
-    phase: Phase
+    phase: StepPhase
     start_ns: int
     end_ns: int
     requests: int
     tokens: int
+    decode_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

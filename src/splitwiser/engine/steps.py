@@ -1,4 +1,4 @@
-"""One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
+"""The steps of a model over its KV pool, prefill, decode and hybrid, and the interface by which workers run them."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -103,6 +103,10 @@ class Stepper(Protocol):
         """Run a decode step and return the next token of each sequence."""
         ...
 
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[list[int], list[int]]:
+        """Run a prefill step of ``chunks`` and a decode step of ``sequences`` in one; return what each would return."""
+        ...
+
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """Return why ``sequence`` has finished, or None if it has not."""
         ...
@@ -121,18 +125,8 @@ def prefill_step(
     Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order. With ``graphs``
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
-    tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    segments = [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks]
-    for chunk in chunks:
-        adapter = chunk.sequence.request.adapter
-        if chunk.start == 0 and adapter.tail_tokens:
-            pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
-    ends, total = [], 0
-    for chunk in chunks:
-        total += chunk.tokens
-        if chunk.is_last:
-            ends.append(total - 1)
-    rows = ends or [total - 1]
+    segments, tokens, ends = _pack(pool, chunks)
+    rows = ends or [len(tokens) - 1]
     logits = graphs.logits(segments, tokens, rows) if graphs else None
     if logits is None:
         logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
@@ -150,18 +144,54 @@ def decode_step(
 ) -> list[int]:
     """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
 
-    A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
-    With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
+    Of a sequence that :func:`_newest` gives all tokens of, the K and V of all are written. With ``graphs`` the forward is
+    replayed as a CUDA graph instead of launched layer by layer.
     """
-    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
-    new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
-    tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
+    segments, tokens = _newest(model, sequences)
     if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
     else:
         logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
     return sample_tokens(logits, sequences, model.eos_token_ids, model.start_token_id).tolist()
+
+
+@torch.inference_mode()
+def hybrid_step(
+    model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]
+) -> tuple[list[int], list[int]]:
+    """Run :func:`prefill_step` of ``chunks`` and :func:`decode_step` of ``sequences``, at least one each, in one forward, so
+    that the weights are read once; without CUDA graphs. Returns the first token of each sequence whose prompt ends here, and
+    the next one of each of ``sequences``."""
+    segments, tokens, ends = _pack(pool, chunks)
+    newest, last_tokens = _newest(model, sequences)
+    logits = ROUTES[model.kind].hybrid(model, pool, segments, tokens, ends, newest, last_tokens)
+    sampled = [*(chunk.sequence for chunk in chunks if chunk.is_last), *sequences]
+    made = sample_tokens(logits, sampled, model.eos_token_ids, model.start_token_id).tolist()
+    return made[: len(ends)], made[len(ends) :]
+
+
+def _pack(pool: KVPool, chunks: Sequence[Chunk]) -> tuple[list[Segment], list[int], list[int]]:
+    """Return the segments of ``chunks``, their tokens one after another, and the numbers of those that prompts end with. The
+    tokens of adapters that share a block with a prompt are copied there before its first chunk."""
+    tokens: list[int] = []
+    ends = []
+    for chunk in chunks:
+        request = chunk.sequence.request
+        if chunk.start == 0 and request.adapter.tail_tokens:
+            pool.copy_tokens(request.adapter.blocks[-1], chunk.sequence.own_blocks[0], request.adapter.tail_tokens)
+        tokens += request.prompt_token_ids[chunk.start : chunk.end]
+        if chunk.is_last:
+            ends.append(len(tokens) - 1)
+    return [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks], tokens, ends
+
+
+def _newest(model: LoadedModel, sequences: Sequence[SequenceState]) -> tuple[list[Segment], list[int]]:
+    """Return the segments of a decode step over ``sequences``, and their tokens one after another: the last of each, or all
+    of one that has reached the length at which the model computes all K and V anew."""
+    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
+    new = [length if length == model.computed_anew_at else 1 for length in lengths]
+    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
+    return segments, [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
 
 
 @dataclass(frozen=True)
@@ -180,6 +210,10 @@ class ModelStepper:
     def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
         """See :meth:`Stepper.decode`."""
         return decode_step(self.model, self.pool, sequences, self.decode_graphs)
+
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[list[int], list[int]]:
+        """See :meth:`Stepper.hybrid`."""
+        return hybrid_step(self.model, self.pool, chunks, sequences)
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`Stepper.finish_reason`."""

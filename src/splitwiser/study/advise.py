@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from splitwiser.engine.policy import find_policy
+from splitwiser.engine.schedule import find_schedule
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.llm import make_requests
@@ -55,7 +56,7 @@ from splitwiser.study.recommend import (
     rows_of,
     run_options,
 )
-from splitwiser.study.simulate import Machine, Schedule, simulate
+from splitwiser.study.simulate import Machine, Setup, simulate
 from splitwiser.workload.job import prepare_job
 
 TABLES = {
@@ -143,12 +144,19 @@ def predict(
         for placement in measurements.placements:
             for budget in budgets:
                 candidate = Candidate(placement.mode, placement.workers, budget)
-                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend, find_policy(config.policy))
+                setup = Setup(
+                    candidate.layout,
+                    budget,
+                    config.max_batch,
+                    config.lend,
+                    find_policy(config.policy),
+                    find_schedule(config.schedule),
+                )
                 row = candidate.row
                 try:
                     machine = Machine(measurements.costs, measurements.cores, placement.blocks)
                     outputs = simulate(
-                        requests, machine, schedule, placement.conditions, ends, max_concurrency=config.max_concurrency
+                        requests, machine, setup, placement.conditions, ends, max_concurrency=config.max_concurrency
                     )
                     figures = throughput_figures(outputs, 0, 0, targets)
                     row |= {name: figures[name] for name in names(PREDICTED)}
