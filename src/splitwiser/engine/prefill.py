@@ -50,6 +50,8 @@ class Prefiller:
         if not self._prompts:
             return None
         packed = self.pack(self.budget if budget is None else budget)
+        if not packed:
+            return None
         start_ns = self.stepper.now_ns()
         first_tokens = self.stepper.prefill(chunks_of(packed))
         return self.record(packed, first_tokens, start_ns, self.stepper.now_ns())

@@ -4,8 +4,7 @@ A schedule decides between the phases; which prompts a step takes is the policy'
 Another schedule is a class with the method of :class:`Schedule` in a module of its own, and a row in :data:`SCHEDULES`.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from splitwiser.engine.registry import Registry
 
@@ -21,8 +20,7 @@ KEEP_ITL_TARGET = ("hybrid",)
 """The schedules of the table that keep ``--itl_target_ms`` where it is given."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
+class StepTime(NamedTuple):
     """The size of a step that has run, and how long it took: its prompt tokens, its decode tokens (one of each request in
     decode) and its seconds."""
 
@@ -31,8 +29,7 @@ class StepTime:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What a worker has to do: ``waiting`` prompts, and ``running`` requests in decode. ``prefill_tokens`` is
     ``--prefill_tokens`` and ``itl_target_s`` is ``--itl_target_ms`` in seconds, None if it is not given; ``last`` is the
     worker's last step, None before the first."""
@@ -44,8 +41,7 @@ class Work:
     last: StepTime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What a worker runs next: a prefill step of at most ``prefill_tokens`` prompt tokens (0: none), and then, if
     ``decodes``, a decode step of all running requests; with ``together``, both in one forward."""
 
