@@ -1,11 +1,13 @@
 """What a mixed worker runs next, over steps that take a known time."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
-from splitwiser.engine.messages import Message, Progress, StepRecord, Submit
+from splitwiser.engine.messages import Cancel, Message, Progress, StepRecord, Submit
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.schedule import (
     ALTERNATE,
     SCHEDULES,
@@ -36,13 +38,13 @@ class Clocked:
     clock_ns = 0
     slow = 1.0
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
         return self._run(chunks, [])[0]
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         return self._run([], sequences)[1]
 
-    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[list[int], list[int]]:
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
         assert chunks
         assert sequences
         return self._run(chunks, sequences)
@@ -53,11 +55,11 @@ class Clocked:
     def now_ns(self) -> int:
         return self.clock_ns
 
-    def _run(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[list[int], list[int]]:
+    def _run(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
         for chunk in chunks:
             assert chunk.tokens > 0
         self.clock_ns += round((BOTH_MS + TOKEN_MS * sum(chunk.tokens for chunk in chunks)) * self.slow * MS)
-        return [7 for chunk in chunks if chunk.is_last], [9] * len(sequences)
+        return Sampled([7 for chunk in chunks if chunk.is_last]), Sampled([9] * len(sequences))
 
 
 class Bench:
@@ -160,6 +162,19 @@ def test_what_an_encoder_reads_is_whole_in_a_hybrid_step() -> None:
     prompt_tokens = [tokens for _, _, tokens, _ in bench.steps]
     assert prompt_tokens[:3] == [5, 12, 2]  # the third would have had a part of the room behind the second
     assert bench.counts == {0: 6, 1: 6, 2: 6}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cancels_at_random_between_hybrid_steps(seed: int) -> None:
+    rng = random.Random(seed)
+    bench = Bench(Hybrid(), [rng.randrange(1, 30) for _ in range(12)], new=rng.randrange(1, 9))
+    for number in rng.sample(range(12), 6):
+        for _ in range(rng.randrange(4)):
+            bench.worker.step_once()
+        bench.wire.boxes["mixed-0"].append(Cancel(number))
+    run(bench.worker)  # raises if blocks are leaked
+    reports = [report for report in bench.reports(Progress) if isinstance(report, Progress)]
+    assert sorted(number for report in reports for number, _ in report.finished) == list(range(12))
 
 
 def test_a_first_token_of_a_hybrid_step_is_reported_with_it() -> None:

@@ -6,6 +6,7 @@ from itertools import islice
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
@@ -28,7 +29,8 @@ class Decoder:
     admission cannot deadlock. ``policy`` gives the order of admission. ``on_itl`` is called with each time between two
     decode steps, in seconds.
 
-    States of a request: waiting -> admitted (blocks reserved, being prefilled) -> running -> finished (blocks freed).
+    States of a request: waiting -> admitted (blocks reserved, being prefilled) -> running -> finished (blocks freed). One
+    that is cancelled finishes at once, but while it is being prefilled, only once prefill has let go of its blocks.
     """
 
     def __init__(
@@ -51,7 +53,8 @@ class Decoder:
         self._admitted: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
         self._handoffs: list[Handoff] = []
-        self._finished: list[tuple[int, FinishReason]] = []
+        self._cancelled: set[int] = set()  # of those admitted
+        self._finished: list[tuple[int, FinishReason]] = []  # and not yet reported
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
@@ -82,13 +85,38 @@ class Decoder:
         """Number of requests that a decode step would have."""
         return len(self._running)
 
+    def cancel(self, request_id: int) -> bool:
+        """End a request, if it has not finished. Returns whether it is being prefilled: then the prefill workers are to drop
+        it, and it ends when one has, or has handed it over."""
+        if request_id in self._admitted:
+            self._cancelled.add(request_id)
+            return True
+        if self._waiting.pop(request_id, None):
+            self._finished.append((request_id, "cancelled"))
+        elif sequence := self._running.pop(request_id, None):
+            self._end_cancelled(sequence)
+        return False
+
+    def receive_dropped(self, request_id: int) -> None:
+        """End a cancelled request whose prompt was given up."""
+        self._cancelled.discard(request_id)
+        self._end_cancelled(self._admitted.pop(request_id))
+
+    def _end_cancelled(self, sequence: SequenceState) -> None:
+        self._allocator.release(sequence.own_blocks)
+        self._finished.append((sequence.request.request_id, "cancelled"))
+
     def receive(self, handoff: Handoff) -> None:
-        """Start decoding a prefilled request, unless its first token ends it."""
+        """Start decoding a prefilled request, unless it was cancelled meanwhile or its first token ends it."""
         sequence = self._admitted.pop(handoff.request_id)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
         self._handoffs.append(handoff)
-        self._finished += self._collect_finished([handoff.request_id])
+        if handoff.request_id in self._cancelled:
+            self._cancelled.remove(handoff.request_id)
+            self.cancel(handoff.request_id)
+        else:
+            self._collect_finished([handoff.request_id])
 
     def batch(self) -> list[SequenceState]:
         """Return the requests of the next decode step: all that are running."""
@@ -98,40 +126,42 @@ class Decoder:
         """Run one decode step over all running requests, unless ``decodes`` is false, and return :meth:`record`'s result."""
         batch = self.batch() if decodes else []
         start_ns = self._stepper.now_ns()
-        tokens = self._stepper.decode(batch) if batch else []
-        return self.record(batch, tokens, start_ns, self._stepper.now_ns())
+        sampled = self._stepper.decode(batch) if batch else Sampled([])
+        return self.record(batch, sampled, start_ns, self._stepper.now_ns())
 
     def record(
-        self, batch: Sequence[SequenceState], tokens: Sequence[int], start_ns: int, end_ns: int
+        self, batch: Sequence[SequenceState], sampled: Sampled, start_ns: int, end_ns: int
     ) -> DecodeResult | None:
-        """Take the ``tokens`` that a step from ``start_ns`` to ``end_ns`` made for ``batch``. Returns the result, with all
-        that was handed over since the last; None if there is nothing to report. Raises :class:`RunError` if blocks are
-        leaked."""
-        if not batch and not self._handoffs:
-            return None
-        for sequence, token in zip(batch, tokens, strict=True):
+        """Take what a step from ``start_ns`` to ``end_ns`` has ``sampled`` for ``batch``. Returns the result, with all that
+        was handed over or has ended since the last; None if there is nothing to report. Raises :class:`RunError` if blocks
+        are leaked."""
+        for sequence, token in zip(batch, sampled.tokens, strict=True):
             sequence.token_ids.append(token)
         ids = [sequence.request.request_id for sequence in batch]
         if batch:
             if self._last_end_ns is not None:
                 self._on_itl((end_ns - self._last_end_ns) / 1e9)
-            self._finished += self._collect_finished(ids)
-            self._last_end_ns = end_ns if self._running else None
+            self._last_end_ns = end_ns
+            self._collect_finished(ids)
+        if not self._running:
+            self._last_end_ns = None
+        if not batch and not self._handoffs and not self._finished:
+            return None
         handoffs, self._handoffs = tuple(self._handoffs), []
         finished, self._finished = tuple(self._finished), []
-        progress = Progress(self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), finished)
+        tokens = tuple(zip(ids, sampled.tokens, strict=True))
+        logprobs = tuple((number, each) for number, each in zip(ids, sampled.logprobs, strict=False) if each)
+        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, finished, logprobs)
         return DecodeResult(progress, len(batch))
 
-    def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
-        """Remove those of ``request_ids`` that have finished, and free their blocks."""
-        finished = []
+    def _collect_finished(self, request_ids: list[int]) -> None:
+        """Remove those of ``request_ids`` that have finished, and free their blocks. Raises :class:`RunError` if blocks are
+        leaked."""
         for request_id in request_ids:
-            sequence = self._running[request_id]
-            if reason := self._stepper.finish_reason(sequence):
+            if reason := self._stepper.finish_reason(self._running[request_id]):
                 self._allocator.release(self._running.pop(request_id).own_blocks)
-                finished.append((request_id, reason))
+                self._finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(
                 f"{self.name}: {self._allocator.count - self._allocator.free_count} blocks are in use, but no request is"
             )
-        return finished

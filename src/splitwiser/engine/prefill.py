@@ -1,10 +1,11 @@
 """The prefill side of a worker: a queue of prompts, prefilled in steps that the policy packs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from splitwiser.engine.messages import Handoff, PrefillTask
 from splitwiser.engine.policy import FIRST_COME, PendingPrompt, Policy
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState, Stepper
 from splitwiser.errors import RunError
 
@@ -39,6 +40,14 @@ class Prefiller:
         sequence = SequenceState(task.request, task.blocks)
         self._prompts.append(PendingPrompt(task.request, task.arrival_ns, task=task, sequence=sequence))
 
+    def drop(self, request_id: int) -> PrefillTask | None:
+        """Give up the prompt of a cancelled request. Returns its task, or None if there is no such prompt."""
+        dropped = next((prompt for prompt in self._prompts if prompt.request.request_id == request_id), None)
+        if dropped is None:
+            return None
+        self._prompts.remove(dropped)
+        return dropped.task
+
     @property
     def waiting(self) -> int:
         """Number of prompts that wait for prefill, or for the rest of it."""
@@ -53,8 +62,8 @@ class Prefiller:
         if not packed:
             return None
         start_ns = self.stepper.now_ns()
-        first_tokens = self.stepper.prefill(chunks_of(packed))
-        return self.record(packed, first_tokens, start_ns, self.stepper.now_ns())
+        sampled = self.stepper.prefill(chunks_of(packed))
+        return self.record(packed, sampled, start_ns, self.stepper.now_ns())
 
     def pack(self, budget: int, *, fill: bool = False) -> Packed:
         """Return the prompts of the next step, of at most ``budget`` tokens, each with its number of tokens in it.
@@ -78,18 +87,24 @@ class Prefiller:
             others = [prompt for prompt in others if id(prompt) not in chosen]
         return packed
 
-    def record(self, packed: Packed, first_tokens: Sequence[int], start_ns: int, end_ns: int) -> PrefillResult:
-        """Take the ``first_tokens`` of the prompts that ended in a step of ``packed`` from ``start_ns`` to ``end_ns``, in
-        order, and return its result."""
-        firsts = iter(first_tokens)
-        finished = []
+    def record(self, packed: Packed, sampled: Sampled, start_ns: int, end_ns: int) -> PrefillResult:
+        """Take what a step of ``packed`` from ``start_ns`` to ``end_ns`` has ``sampled`` for the prompts that end in it, and
+        return its result."""
         for prompt, tokens in packed:
             prompt.start_ns = prompt.start_ns or start_ns
             prompt.done += tokens
-            if not prompt.left:
-                request_id = prompt.task.request.request_id
-                handoff = Handoff(request_id, next(firsts), prompt.start_ns, end_ns, self.name)
-                finished.append((prompt.task, handoff))
+        ended = [prompt for prompt, _ in packed if not prompt.left]
+        firsts = zip_longest(ended, sampled.tokens, sampled.logprobs)  # log-probabilities only if one asks for them
+        finished = [
+            (
+                prompt.task,
+                Handoff(
+                    prompt.request.request_id, token, prompt.start_ns, end_ns, self.name, logprobs,
+                    tuple(prompt.sequence.prompt_logprobs),
+                ),
+            )
+            for prompt, token, logprobs in firsts
+        ]  # fmt: skip
         self._prompts = [prompt for prompt in self._prompts if prompt.left]
         return PrefillResult(start_ns, end_ns, len(packed), sum(tokens for _, tokens in packed), finished)
 

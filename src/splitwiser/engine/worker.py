@@ -11,7 +11,19 @@ from itertools import cycle
 from typing import Protocol
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Role, StepPhase, StepRecord, Submit, WorkerSpec
+from splitwiser.engine.messages import (
+    Cancel,
+    Drop,
+    Dropped,
+    Handoff,
+    Message,
+    PrefillTask,
+    Role,
+    StepPhase,
+    StepRecord,
+    Submit,
+    WorkerSpec,
+)
 from splitwiser.engine.policy import FIRST_COME, Policy
 from splitwiser.engine.prefill import Prefiller, PrefillResult, chunks_of
 from splitwiser.engine.schedule import ALTERNATE, Schedule, StepTime, Work
@@ -76,7 +88,8 @@ class Worker:
         self._transport = transport
         self._prefiller = prefiller
         self._decoder = decoder
-        self._prefill_workers = cycle(prefill_workers or [name])
+        self._prefill_workers = prefill_workers or [name]
+        self._next_prefill_worker = cycle(self._prefill_workers)
         self._schedule = schedule
         self._itl_target_s = itl_target_s
         self._last: StepTime | None = None
@@ -89,7 +102,7 @@ class Worker:
         prefiller, decoder = self._prefiller, self._decoder
         if decoder:
             for task in decoder.admit():
-                self._send(next(self._prefill_workers), task)
+                self._send(next(self._next_prefill_worker), task)
         waiting = prefiller.waiting if prefiller else 0
         running = decoder.running if decoder else 0
         budget = prefiller.budget if prefiller else 0
@@ -121,13 +134,13 @@ class Worker:
         if not packed or not batch:
             return False
         start_ns = prefiller.stepper.now_ns()
-        first_tokens, tokens = prefiller.stepper.hybrid(chunks_of(packed), batch)
+        firsts, nexts = prefiller.stepper.hybrid(chunks_of(packed), batch)
         end_ns = prefiller.stepper.now_ns()
-        prefilled = prefiller.record(packed, first_tokens, start_ns, end_ns)
+        prefilled = prefiller.record(packed, firsts, start_ns, end_ns)
         self._report_step("hybrid", start_ns, end_ns, prefilled=prefilled, decoded=len(batch))
         for task, handoff in prefilled.finished:
             self._send(task.decode_worker, handoff)  # to itself, so that the report below has it
-        decoded = decoder.record(batch, tokens, start_ns, end_ns)
+        decoded = decoder.record(batch, nexts, start_ns, end_ns)
         assert decoded is not None
         self._send(PARENT, decoded.progress)
         return True
@@ -153,6 +166,15 @@ class Worker:
         match message:
             case Submit() if self._decoder:
                 self._decoder.submit(message.request, message.arrival_ns)
+            case Cancel() if self._decoder:
+                if self._decoder.cancel(message.request_id):
+                    for name in self._prefill_workers:
+                        self._send(name, Drop(message.request_id))
+            case Drop() if self._prefiller:
+                if task := self._prefiller.drop(message.request_id):
+                    self._send(task.decode_worker, Dropped(message.request_id))
+            case Dropped() if self._decoder:
+                self._decoder.receive_dropped(message.request_id)
             case PrefillTask() if self._prefiller:
                 self._prefiller.add(message)
             case Handoff() if self._decoder:
