@@ -48,3 +48,24 @@ def test_hybrid_steps_in_processes(count: int, budget: int, tiny: Callable[[str]
     with LLM(tiny("gemma2"), mode="mp", workers=workers, schedule="hybrid", prefill_tokens=budget) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=24), arrival_s=STAGGERED)
     assert [output.token_ids for output in outputs] == references(tiny("gemma2"), prompts, 24)
+
+
+def test_log_probabilities_of_hybrid_steps_are_those_of_steps_of_one_phase(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([20, 1, 33, 9, 30])
+    asked: list[dict[str, Any]] = [
+        {"logprobs": 1, "prompt_logprobs": 0},
+        {},
+        {"prompt_logprobs": 0},
+        {"logprobs": 1},
+        {},
+    ]
+    params = [SamplingParams(max_tokens=9, ignore_eos=True, **each) for each in asked]
+    made = []
+    for schedule in ("alternate", "hybrid"):
+        with LLM(tiny("llama"), schedule=schedule, prefill_tokens=8) as llm:
+            outputs = llm.generate(prompts, params)
+        places = [each for output in outputs for each in (*(output.logprobs or ()), *(output.prompt_logprobs or ()))]
+        made.append([(token, choice.rank, choice.logprob) for each in places if each for token, choice in each.items()])
+    assert [each[:2] for each in made[0]] == [each[:2] for each in made[1]]
+    assert [each[2] for each in made[0]] == pytest.approx([each[2] for each in made[1]], abs=1e-4)
+    assert len(made[0]) == 2 * 9 + 19 + 32

@@ -214,9 +214,10 @@ def hybrid_step(
         logits = torch.cat([at_ends, logits[len(rows) :]])
     sampling = [*(chunk.sequence for chunk in chunks if chunk.is_last), *sequences]
     sampled = sample(logits, sampling, model.eos_token_ids, model.start_token_id)
-    ended = len(ends)
-    return Sampled(sampled.tokens[:ended], sampled.logprobs[:ended]), Sampled(
-        sampled.tokens[ended:], sampled.logprobs[ended:]
+    firsts, nexts = slice(len(ends)), slice(len(ends), None)
+    return (
+        Sampled(sampled.tokens[firsts], sampled.logprobs[firsts]),
+        Sampled(sampled.tokens[nexts], sampled.logprobs[nexts]),
     )
 
 
