@@ -84,9 +84,10 @@ def test_tokens_are_those_of_generate_with_blocks_used_again_and_requests_preemp
         assert output.token_ids == expected[: len(output.token_ids)]
         assert len(output.token_ids) == len(expected)
     assert sorted(output.request_id for output in seen.outputs) == sorted([*range(64)] * 2)
-    assert {step.phase for step in seen.steps} == {"prefill", "decode"}
+    assert {"prefill", "decode"} <= {step.phase for step in seen.steps}
     if layout is SPLIT:  # decode computes a prompt only for a request that it has preempted
-        assert any(step.phase == "prefill" for step in seen.steps if step.role == "decode")
+        assert any(step.phase != "decode" for step in seen.steps if step.role == "decode")
+        assert all(step.phase == "prefill" for step in seen.steps if step.role == "prefill")
     assert all(step.start_ns < step.end_ns and step.tokens >= step.requests > 0 for step in seen.steps)
 
 

@@ -43,6 +43,7 @@ class Made:
 class Step:
     def __init__(self, *made: Made, phase: str = "decode") -> None:
         self.phase, self.start_ns, self.end_ns, self.requests, self.tokens, self.made = phase, 10, 20, 1, 3, made
+        self.decode_tokens = 0 if phase == "prefill" else 3
 
 
 class ScriptedEngine:
@@ -117,9 +118,9 @@ def test_a_whole_engine_reports_first_tokens_next_ones_and_ends() -> None:
     first = Handoff(4, 7, 10, 20, "me")
     assert seen["added"] == [REQUEST]
     assert seen["sent"][PARENT] == [
-        StepRecord("me", "mixed", "prefill", 10, 20, 1, 3),
+        StepRecord("me", "mixed", "prefill", 10, 20, 1, 3, 0),
         Progress("me", 10, 20, (first,), (), ()),
-        StepRecord("me", "mixed", "decode", 10, 20, 1, 3),
+        StepRecord("me", "mixed", "decode", 10, 20, 1, 3, 3),
         Progress("me", 10, 20, (), ((4, 8),), ((4, "length"),)),
     ]
 

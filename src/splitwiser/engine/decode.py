@@ -1,6 +1,6 @@
 """The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +15,8 @@ from splitwiser.request import FinishReason, Request
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """Result of :meth:`Decoder.step`: the report for the parent, and the batch size of its decode step (0: none ran)."""
+    """Result of a step for the decode side: the report for the parent, and the number of requests in decode (0: no decode
+    step ran)."""
 
     progress: Progress
     requests: int
@@ -53,7 +54,7 @@ class Decoder:
         self._running: dict[int, SequenceState] = {}
         self._handoffs: list[Handoff] = []
         self._cancelled: set[int] = set()  # of those admitted
-        self._ended: list[int] = []  # cancelled, and not yet reported
+        self._finished: list[tuple[int, FinishReason]] = []  # and not yet reported
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
@@ -79,6 +80,11 @@ class Decoder:
             del self._waiting[task.request.request_id]
         return tasks
 
+    @property
+    def running(self) -> int:
+        """Number of requests that a decode step would have."""
+        return len(self._running)
+
     def cancel(self, request_id: int) -> bool:
         """End a request, if it has not finished. Returns whether it is being prefilled: then the prefill workers are to drop
         it, and it ends when one has, or has handed it over."""
@@ -86,7 +92,7 @@ class Decoder:
             self._cancelled.add(request_id)
             return True
         if self._waiting.pop(request_id, None):
-            self._ended.append(request_id)
+            self._finished.append((request_id, "cancelled"))
         elif sequence := self._running.pop(request_id, None):
             self._end_cancelled(sequence)
         return False
@@ -98,10 +104,10 @@ class Decoder:
 
     def _end_cancelled(self, sequence: SequenceState) -> None:
         self._allocator.release(sequence.own_blocks)
-        self._ended.append(sequence.request.request_id)
+        self._finished.append((sequence.request.request_id, "cancelled"))
 
     def receive(self, handoff: Handoff) -> None:
-        """Start decoding a prefilled request, or end it if it was cancelled meanwhile."""
+        """Start decoding a prefilled request, unless it was cancelled meanwhile or its first token ends it."""
         sequence = self._admitted.pop(handoff.request_id)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
@@ -109,44 +115,53 @@ class Decoder:
         if handoff.request_id in self._cancelled:
             self._cancelled.remove(handoff.request_id)
             self.cancel(handoff.request_id)
+        else:
+            self._collect_finished([handoff.request_id])
 
-    def step(self) -> DecodeResult | None:
-        """Run one decode step over all running requests and return its result, or None if there is nothing to do. Raises
-        :class:`RunError` if blocks are leaked."""
-        handoffs, self._handoffs = tuple(self._handoffs), []
-        finished = self._collect_finished([handoff.request_id for handoff in handoffs])  # with their first token
-        finished += [(request_id, "cancelled") for request_id in self._ended]
-        self._ended.clear()
-        batch = list(self._running.values())
-        if not finished and not handoffs and not batch:
-            return None
-        sampled = Sampled([])
+    def batch(self) -> list[SequenceState]:
+        """Return the requests of the next decode step: all that are running."""
+        return list(self._running.values())
+
+    def step(self, *, decodes: bool = True) -> DecodeResult | None:
+        """Run one decode step over all running requests, unless ``decodes`` is false, and return :meth:`record`'s result."""
+        batch = self.batch() if decodes else []
         start_ns = self._stepper.now_ns()
-        if batch:
-            sampled = self._stepper.decode(batch)
-            for sequence, token in zip(batch, sampled.tokens, strict=True):
-                sequence.token_ids.append(token)
-        end_ns = self._stepper.now_ns()
-        if batch and self._last_end_ns is not None:
-            self._on_itl((end_ns - self._last_end_ns) / 1e9)
+        sampled = self._stepper.decode(batch) if batch else Sampled([])
+        return self.record(batch, sampled, start_ns, self._stepper.now_ns())
+
+    def record(
+        self, batch: Sequence[SequenceState], sampled: Sampled, start_ns: int, end_ns: int
+    ) -> DecodeResult | None:
+        """Take what a step from ``start_ns`` to ``end_ns`` has ``sampled`` for ``batch``. Returns the result, with all that
+        was handed over or has ended since the last; None if there is nothing to report. Raises :class:`RunError` if blocks
+        are leaked."""
+        for sequence, token in zip(batch, sampled.tokens, strict=True):
+            sequence.token_ids.append(token)
         ids = [sequence.request.request_id for sequence in batch]
-        finished += self._collect_finished(ids)
-        self._last_end_ns = end_ns if self._running else None
+        if batch:
+            if self._last_end_ns is not None:
+                self._on_itl((end_ns - self._last_end_ns) / 1e9)
+            self._last_end_ns = end_ns
+            self._collect_finished(ids)
+        if not self._running:
+            self._last_end_ns = None
+        if not batch and not self._handoffs and not self._finished:
+            return None
+        handoffs, self._handoffs = tuple(self._handoffs), []
+        finished, self._finished = tuple(self._finished), []
         tokens = tuple(zip(ids, sampled.tokens, strict=True))
         logprobs = tuple((number, each) for number, each in zip(ids, sampled.logprobs, strict=False) if each)
-        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, tuple(finished), logprobs)
+        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, finished, logprobs)
         return DecodeResult(progress, len(batch))
 
-    def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
-        """Remove those of ``request_ids`` that have finished, and free their blocks."""
-        finished: list[tuple[int, FinishReason]] = []
+    def _collect_finished(self, request_ids: list[int]) -> None:
+        """Remove those of ``request_ids`` that have finished, and free their blocks. Raises :class:`RunError` if blocks are
+        leaked."""
         for request_id in request_ids:
-            sequence = self._running.get(request_id)  # None if it was cancelled at its handoff
-            if sequence and (reason := self._stepper.finish_reason(sequence)):
+            if reason := self._stepper.finish_reason(self._running[request_id]):
                 self._allocator.release(self._running.pop(request_id).own_blocks)
-                finished.append((request_id, reason))
+                self._finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(
                 f"{self.name}: {self._allocator.count - self._allocator.free_count} blocks are in use, but no request is"
             )
-        return finished

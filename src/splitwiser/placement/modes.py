@@ -89,6 +89,7 @@ BACKENDS = {
             ("sequential", "mp"),
             {
                 "policy": _ITS_OWN,
+                "schedule": "vLLM computes prompts and tokens in one step",
                 "adapters": _ALONE,
                 "use_adapter": _ALONE,
                 "merge_adapter": _ALONE,

@@ -46,7 +46,8 @@ class AdviseConfig(RunConfig):
     backend_python: str | None = None
     workers: str = constants.WORKERS
     share: str = constants.SHARE
-    itl_target_ms: float = constants.ITL_TARGET_MS
+    itl_target_ms: float | None = None
+    schedule: str = constants.SCHEDULE
     batch_size: int = constants.BATCH_SIZE
     objective: str = option("throughput", f"metric to optimise: {', '.join(OBJECTIVES)}", "advice")
     profile: str | None = option(

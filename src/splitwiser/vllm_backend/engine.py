@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from splitwiser.engine.messages import Phase
+from splitwiser.engine.messages import StepPhase
 from splitwiser.request import FinishReason, Request
 from splitwiser.vllm_backend import connector
 from splitwiser.vllm_backend.connector import Exchange
@@ -44,15 +44,22 @@ class Made:
 
 @dataclass(frozen=True)
 class Step:
-    """A finished step. It is of phase ``prefill`` if it computed any prompt, since vLLM computes prompts and tokens in one
-    step; ``requests`` and ``tokens`` count both."""
+    """A finished step, which may compute prompts and tokens. ``tokens`` is the number of tokens whose K and V it computed.
+    ``decode_tokens`` of them are of requests in decode, which had a token and have lost none of their blocks."""
 
-    phase: Phase
     start_ns: int
     end_ns: int
     requests: int
     tokens: int
+    decode_tokens: int
     made: Sequence[Made]
+
+    @property
+    def phase(self) -> StepPhase:
+        """What it computed."""
+        if 0 < self.decode_tokens < self.tokens:
+            return "hybrid"
+        return "decode" if self.decode_tokens else "prefill"
 
 
 @dataclass
@@ -172,14 +179,15 @@ class Engine:
         outputs = self._engine.step()
         end_ns = time.perf_counter_ns()
         tokens, self._scheduled = self._scheduled, {}
-        phase: Phase = "decode"
+        decode_tokens = 0
         for name, count in tokens.items():
             opened = self._open[_own_id(name)]
             opened.start_ns = opened.start_ns or start_ns
-            if count > 1 or not opened.has_token:
-                phase = "prefill"
+            decode_tokens += count == 1 and opened.has_token
         made = [self._made(output) for output in outputs]
-        return Step(phase, start_ns, end_ns, len(tokens), sum(tokens.values()), made) if tokens else None
+        if not tokens:
+            return None
+        return Step(start_ns, end_ns, len(tokens), sum(tokens.values()), decode_tokens, made)
 
     def _made(self, output: Any) -> Made:
         opened = self._open[output.request_id]

@@ -171,7 +171,16 @@ class Worker:
         return True
 
     def _report(self, step: "Step") -> None:
-        record = StepRecord(self._name, self._role, step.phase, step.start_ns, step.end_ns, step.requests, step.tokens)
+        record = StepRecord(
+            self._name,
+            self._role,
+            step.phase,
+            step.start_ns,
+            step.end_ns,
+            step.requests,
+            step.tokens,
+            step.decode_tokens,
+        )
         self._transport.send(PARENT, record)
         handoffs, tokens, finished = [], [], []
         for made in step.made:
