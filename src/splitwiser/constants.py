@@ -37,6 +37,8 @@ AGEING_S = 10.0  # other policies: seconds of waiting after which a request goes
 TTFT_TARGET_MS = 1000.0  # policy deadline: the TTFT that requests without a target of their own are to have
 PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step; longer prompts are split over steps
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
+RESERVE = False  # reserve KV blocks for the longest answer at admission, instead of preempting where none is free
+PREFIX_CACHING = None  # True: requests that begin alike share KV blocks; None: only with --same_examples
 KV_MEMORY = (
     "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
 )

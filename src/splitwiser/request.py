@@ -273,6 +273,8 @@ class RequestMetrics:
     """Times of the events of one request, in nanoseconds of ``time.perf_counter_ns``, and the latencies derived from them.
 
     TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it.
+    ``cached_tokens`` are prompt tokens whose K and V prefill found; ``preemptions`` counts how often the request lost its
+    blocks and was recomputed.
     """
 
     arrival_ns: int
@@ -281,6 +283,8 @@ class RequestMetrics:
     decode_start_ns: int | None = None
     prefill_worker: str = ""
     decode_worker: str = ""
+    cached_tokens: int = 0
+    preemptions: int = 0
 
     def __repr__(self) -> str:
         if not self.token_ns:

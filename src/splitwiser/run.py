@@ -156,7 +156,14 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
         "workers": llm.workers,
         "policy": None if config.layout is None else describe_policy(config.policy),
         "mps": llm.started.mps,
-        "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
+        "kv_pool": pool
+        and {
+            "blocks": pool.blocks,
+            "block_tokens": pool.block_tokens,
+            "bytes": pool.nbytes,
+            "reserve": config.reserve or llm.model.encodes,
+            "prefix_caching": bool(config.prefix_caching) and not llm.model.encodes,
+        },
         "division": llm.started.division,
         "kernels": llm.started.kernels,
         "load_s": llm.model.load_s,

@@ -1,11 +1,13 @@
 """The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
+from splitwiser.engine.prefixes import Chain, PrefixCache
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
@@ -23,11 +25,19 @@ class DecodeResult:
 class Decoder:
     """Admits requests, at most ``max_batch`` at a time, and decodes them in one batch once they are prefilled.
 
-    All blocks that a request may ever need are reserved at admission, so a running request never waits for another, and
-    admission cannot deadlock. ``policy`` gives the order of admission. ``on_itl`` is called with each time between two
-    decode steps, in seconds.
+    ``policy`` gives the order of admission. ``on_itl`` is called with each time between two decode steps, in seconds.
 
-    States of a request: waiting -> admitted (blocks reserved, being prefilled) -> running -> finished (blocks freed).
+    A request takes blocks as it grows. If none is free, the running request that the policy puts last is preempted: it
+    gives up its blocks, waits again with the output that it has, and is prefilled with that later. So the first one always
+    goes on; and since each prefill gives a token, requests cannot preempt each other for ever. With ``reserve``, and for an
+    encoder-decoder, all blocks that a request may ever need are reserved at admission instead, and nobody is preempted.
+
+    Requests that begin alike share the full blocks of their common beginning if ``prefix_caching`` is on
+    (:class:`~splitwiser.engine.prefixes.PrefixCache`); those that can have more than ``longest_shared`` tokens do not, since
+    their K and V depend on their own lengths.
+
+    States of a request: waiting -> admitted (has blocks, being prefilled) -> running -> finished (blocks freed), and from
+    running back to waiting.
     """
 
     def __init__(
@@ -39,6 +49,10 @@ class Decoder:
         max_batch: int,
         policy: Policy = FIRST_COME,
         on_itl: Callable[[float], None] = lambda _: None,
+        *,
+        reserve: bool = False,
+        prefix_caching: bool = False,
+        longest_shared: float = math.inf,
     ) -> None:
         self.name = name
         self._stepper = stepper
@@ -46,48 +60,151 @@ class Decoder:
         self._block_tokens = block_tokens
         self._max_batch = max_batch
         self._policy = policy
+        self._reserve = reserve
+        self._prefix_caching = prefix_caching
+        self._longest_shared = longest_shared
+        self._prefixes = PrefixCache(allocator, block_tokens, keeps=prefix_caching)
+        self._known: dict[int, WaitingRequest] = {}  # all that have not finished, in order of arrival
         self._waiting: dict[int, WaitingRequest] = {}
         self._admitted: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
+        self._chains: dict[int, Chain] = {}  # of those that share blocks
+        self._steps_with_room = 0  # decode steps for which every running request has blocks
         self._handoffs: list[Handoff] = []
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """Queue a request that arrived at ``arrival_ns`` by the stepper's clock."""
-        self._waiting[request.request_id] = WaitingRequest(request, arrival_ns)
+        waiting = WaitingRequest(request, arrival_ns)
+        self._known[request.request_id] = self._waiting[request.request_id] = waiting
 
     def admit(self) -> list[PrefillTask]:
-        """Reserve blocks for as many waiting requests as fit, in the policy's order; return their prefill tasks."""
+        """Give blocks to as many waiting requests as fit, in the policy's order; return their prefill tasks."""
         tasks: list[PrefillTask] = []
         room = self._max_batch - len(self._admitted) - len(self._running)
         if not self._waiting or not room:  # ordering takes time
             return tasks
         for waiting in islice(self._policy.admission_order(self._waiting.values(), self._stepper.now_ns()), room):
-            request = waiting.request
-            blocks = self._allocator.allocate(-(-request.max_kv_tokens // self._block_tokens))
-            if blocks is None:
+            task = self._admit(waiting)
+            if task is None:
                 break
-            blocks = [*request.adapter.shared_blocks, *blocks]
-            self._admitted[request.request_id] = SequenceState(request, blocks)
-            tasks.append(PrefillTask(request, tuple(blocks), self.name, waiting.arrival_ns))
+            tasks.append(task)
         for task in tasks:
             del self._waiting[task.request.request_id]
         return tasks
 
+    def _admit(self, waiting: WaitingRequest) -> PrefillTask | None:
+        """Return the prefill task of a request with its blocks, None if these are not free."""
+        request = waiting.request
+        sequence = SequenceState(request, (), list(waiting.token_ids))
+        chain = self._prefixes.find(sequence) if self._shares(request) else None
+        found = chain.found if chain else []
+        tokens = request.max_kv_tokens
+        in_flight = len(self._admitted) + len(self._running)
+        spare = 0
+        if not self._reserve and not request.encoded:
+            tokens = min(tokens, request.adapter.tail_tokens + sequence.length + 1)  # the next token has room too
+            spare = in_flight  # who is there already goes on for a while before anyone is preempted
+        self._allocator.share(found)
+        blocks = None
+        missing = -(-tokens // self._block_tokens) - len(found)
+        if missing + spare <= self._allocator.free_count:
+            blocks = self._allocator.allocate(missing)
+        if blocks is None:
+            self._allocator.release(found)
+            return None
+        sequence.blocks = [*request.adapter.shared_blocks, *found, *blocks]
+        self._admitted[request.request_id] = sequence
+        cached, follows = 0, None
+        if chain:
+            cached, follows = chain.tokens, chain.follows
+            self._prefixes.extend(chain, sequence, sequence.length, written=False)
+            self._chains[request.request_id] = chain
+        return PrefillTask(
+            request, tuple(sequence.blocks), self.name, waiting.arrival_ns, tuple(waiting.token_ids), cached, follows
+        )
+
+    def _shares(self, request: Request) -> bool:
+        """Return whether a request shares blocks with others."""
+        return self._prefix_caching and not request.encoded and request.max_kv_tokens <= self._longest_shared
+
     def receive(self, handoff: Handoff) -> None:
         """Start decoding a prefilled request."""
         sequence = self._admitted.pop(handoff.request_id)
+        if handoff.request_id in self._chains:
+            self._prefixes.mark_written(sequence)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
+        self._steps_with_room = min(self._steps_with_room, self._room(sequence))
         self._handoffs.append(handoff)
 
+    def batch(self) -> list[SequenceState]:
+        """Return the running requests that have room for the K and V of their last token, for one decode step over them.
+        They take the blocks that they need, for which others may be preempted."""
+        sequences = list(self._running.values())
+        if self._steps_with_room < 1:
+            sequences = self._make_room()
+        self._steps_with_room -= 1
+        return sequences
+
+    def _make_room(self) -> list[SequenceState]:
+        """Give a block to each running request that needs one, as far as there are blocks; return those that have room."""
+        needing = [number for number, sequence in self._running.items() if not self._room(sequence)]
+        order = list(self._running)
+        if len(needing) > self._allocator.free_count:
+            known = [waiting for number, waiting in self._known.items() if number in self._running]
+            ordered = self._policy.admission_order(known, self._stepper.now_ns())
+            order = [waiting.request.request_id for waiting in ordered]
+            needing.sort(key=order.index)
+        for number in needing:
+            while not self._allocator.free_count and number in self._running and order[-1] != number:
+                self._preempt(order.pop())
+            if number in self._running and self._allocator.free_count:
+                self._grow(self._running[number])
+        rooms = [(sequence, self._room(sequence)) for sequence in self._running.values()]
+        self._steps_with_room = min((room for _, room in rooms), default=0)
+        return [sequence for sequence, room in rooms if room]
+
+    def _room(self, sequence: SequenceState) -> int:
+        """Return for how many more tokens the blocks of a running request have room."""
+        request = sequence.request
+        slots = (len(sequence.blocks) - len(request.adapter.shared_blocks)) * self._block_tokens
+        return slots - request.adapter.tail_tokens - self._stored(sequence)
+
+    def _stored(self, sequence: SequenceState) -> int:
+        """Return the number of tokens of a running request whose K and V are stored: all but the last."""
+        return sequence.request.prefilled_tokens + sequence.drawn - 1
+
+    def _grow(self, sequence: SequenceState) -> None:
+        """Give a running request a block more."""
+        blocks = self._allocator.allocate(1)
+        assert blocks is not None
+        sequence.blocks = [*sequence.blocks, *blocks]  # a new list, by which a step sees that it has changed
+        if chain := self._chains.get(sequence.request.request_id):
+            self._prefixes.extend(chain, sequence, self._stored(sequence), written=True)
+
+    def _preempt(self, number: int) -> None:
+        """Take its blocks from a running request, and let it wait again, with its output so far."""
+        self._known[number].token_ids = self._end(number).token_ids
+        self._waiting = {
+            other: waiting for other, waiting in self._known.items() if other in self._waiting or other == number
+        }
+
+    def _end(self, number: int) -> SequenceState:
+        """Remove a request from those that run, free its blocks, and return what it was."""
+        sequence = self._running.pop(number)
+        if chain := self._chains.pop(number, None):
+            self._prefixes.extend(chain, sequence, self._stored(sequence), written=True)
+        self._prefixes.release(sequence)
+        return sequence
+
     def step(self) -> DecodeResult | None:
-        """Run one decode step over all running requests and return its result, or None if there is nothing to do. Raises
+        """Run one decode step over :meth:`batch` and return its result, or None if there is nothing to do. Raises
         :class:`RunError` if blocks are leaked."""
         handoffs, self._handoffs = tuple(self._handoffs), []
         finished = self._collect_finished([handoff.request_id for handoff in handoffs])  # with their first token
-        batch = list(self._running.values())
+        batch = self.batch()
         if not handoffs and not batch:
             return None
         tokens: list[int] = []
@@ -113,7 +230,8 @@ class Decoder:
         for request_id in request_ids:
             sequence = self._running[request_id]
             if reason := self._stepper.finish_reason(sequence):
-                self._allocator.release(self._running.pop(request_id).own_blocks)
+                self._end(request_id)
+                del self._known[request_id]
                 finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(

@@ -2,7 +2,8 @@
 
 The messages of one request: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
 :class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once per decode step
-until it has finished. Each worker also sends the parent a :class:`StepRecord` per step.
+until it has finished. One that is preempted goes through the middle two again. Each worker also sends the parent a
+:class:`StepRecord` per step.
 """
 
 from collections.abc import Mapping
@@ -34,28 +35,35 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it, except
-    for the first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
+    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has given it, except for the
+    first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
 
     Prefill writes to the request's own blocks until it sends the :class:`Handoff`; from then on decode reads and writes
-    them.
+    them. It leaves out those that hold the first ``cached_tokens`` tokens: the prefill of another request has filled them
+    or, if its number is ``follows``, is to fill them first. A request that was preempted has the output ``token_ids``
+    already, which are prefilled with its prompt.
     """
 
     request: Request
     blocks: tuple[int, ...]
     decode_worker: str
     arrival_ns: int
+    token_ids: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A prefilled request with its first token, returned to the decode worker that owns its blocks."""
+    """A prefilled request with its first token, or its next one after a preemption, returned to the decode worker that owns
+    its blocks. ``cached_tokens`` are those of its :class:`PrefillTask`."""
 
     request_id: int
     first_token: int
     prefill_start_ns: int
     first_token_ns: int
     prefill_worker: str
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

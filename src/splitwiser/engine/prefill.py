@@ -21,7 +21,8 @@ class PrefillResult:
 
 class Prefiller:
     """Prefills queued prompts in steps of at most ``budget`` tokens, packed by ``policy``; a longer prompt of an
-    encoder-decoder has a step of its own. Writes only to the blocks that each task names."""
+    encoder-decoder has a step of its own. Writes only to the blocks that each task names. A prompt that shares blocks with
+    one that is still to fill them waits until it has."""
 
     def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
@@ -32,14 +33,25 @@ class Prefiller:
 
     def add(self, task: PrefillTask) -> None:
         """Queue a prompt."""
-        sequence = SequenceState(task.request, task.blocks)
-        self._prompts.append(PendingPrompt(task.request, task.arrival_ns, task=task, sequence=sequence))
+        output = list(task.token_ids)
+        self._prompts.append(
+            PendingPrompt(
+                task.request,
+                task.arrival_ns,
+                task.cached_tokens,
+                output,
+                task=task,
+                sequence=SequenceState(task.request, task.blocks, output),
+                follows=next((each for each in self._prompts if each.request.request_id == task.follows), None),
+            )
+        )
 
     def step(self) -> PrefillResult | None:
         """Run one prefill step and return its result, or None if no prompt waits."""
         if not self._prompts:
             return None
-        packed = self._policy.pack(self._prompts, self._budget, self._stepper.now_ns())
+        ready = [prompt for prompt in self._prompts if prompt.is_ready]
+        packed = self._policy.pack(ready, self._budget, self._stepper.now_ns())
         if any(tokens < prompt.fewest for prompt, tokens in packed):
             raise RunError(f"{self.name}: the policy splits a prompt that an encoder has to read as a whole")
         chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]
@@ -51,8 +63,10 @@ class Prefiller:
             prompt.start_ns = prompt.start_ns or start_ns
             prompt.done += tokens
             if not prompt.left:
-                request_id = prompt.task.request.request_id
-                handoff = Handoff(request_id, next(first_tokens), prompt.start_ns, end_ns, self.name)
+                task = prompt.task
+                handoff = Handoff(
+                    task.request.request_id, next(first_tokens), prompt.start_ns, end_ns, self.name, task.cached_tokens
+                )
                 finished.append((prompt.task, handoff))
         self._prompts = [prompt for prompt in self._prompts if prompt.left]
         return PrefillResult(start_ns, end_ns, len(packed), sum(tokens for _, tokens in packed), finished)

@@ -37,11 +37,27 @@ class SequenceState:
         """Its blocks without the shared ones."""
         return self.blocks[len(self.request.adapter.shared_blocks) :]
 
-    def segment(self, end: int, tokens: int) -> Segment:
-        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output."""
+    @property
+    def length(self) -> int:
+        """Number of tokens of its prompt and output."""
+        return len(self.request.prompt_token_ids) + len(self.token_ids)
+
+    def tokens(self, start: int, end: int) -> Sequence[int]:
+        """Return the tokens from number ``start`` to before ``end`` of its prompt and output."""
+        prompt = self.request.prompt_token_ids
+        if end <= len(prompt):
+            return prompt[start:end]
+        return [*prompt[start:], *self.token_ids[max(0, start - len(prompt)) : end - len(prompt)]]
+
+    def segment(self, end: int, tokens: int, anew_at: int | None = None) -> Segment:
+        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output.
+        ``anew_at`` is the length at which the model computes the K and V of all tokens together, as of a prompt."""
         adapter = self.request.adapter
-        before, prompt = adapter.virtual_tokens, len(self.request.prompt_token_ids)
-        return Segment(self.blocks, before + end, tokens, before + prompt, adapter.lora)
+        together = len(self.request.prompt_token_ids)
+        if anew_at is not None and together < anew_at <= self.length:
+            together = anew_at
+        before = adapter.virtual_tokens
+        return Segment(self.blocks, before + end, tokens, before + together, adapter.lora)
 
     @property
     def params(self) -> SamplingParams:
@@ -66,16 +82,17 @@ class SequenceState:
             self._counts = TokenCounts(before, self.request.max_tokens)
         return self._counts.after(self.token_ids)
 
-    def newest(self, count: int) -> Segment:
-        """Return the last ``count`` tokens as a decode step's part."""
+    def newest(self, count: int, anew_at: int | None = None) -> Segment:
+        """Return the last ``count`` tokens as a decode step's part; ``anew_at`` is as for :meth:`segment`."""
         request = self.request
-        newest = self.segment(request.prefilled_tokens + self.drawn, count)
+        newest = self.segment(request.prefilled_tokens + self.drawn, count, anew_at)
         return replace(newest, first=len(request.prompt_token_ids)) if request.encoded else newest
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a sequence's prompt: ``tokens`` tokens from position ``start`` on."""
+    """A part of a sequence's prompt, which for one that is recomputed its output follows: ``tokens`` tokens from position
+    ``start`` on."""
 
     sequence: SequenceState
     start: int
@@ -88,15 +105,15 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the prompt ends with this chunk, so that its step gives the first output token."""
-        return self.end == len(self.sequence.request.prompt_token_ids)
+        """Whether the sequence ends with this chunk, so that its step gives the next output token."""
+        return self.end == self.sequence.length
 
 
 class Stepper(Protocol):
     """Interface of what runs the steps that a worker schedules."""
 
     def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Run a prefill step and return the first token of each sequence whose prompt ends in it, in order."""
+        """Run a prefill step and return the next token of each sequence that ends in it, in order."""
         ...
 
     def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
@@ -118,11 +135,11 @@ def prefill_step(
 ) -> list[int]:
     """Compute K and V of ``chunks``, packed in one row without padding, and write them to their blocks.
 
-    Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order. With ``graphs``
+    Returns, once the device has finished, the next token of each sequence that ends here, in order. With ``graphs``
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
-    tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    segments = [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks]
+    tokens = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.end)]
+    segments = [chunk.sequence.segment(chunk.end, chunk.tokens, model.computed_anew_at) for chunk in chunks]
     for chunk in chunks:
         adapter = chunk.sequence.request.adapter
         if chunk.start == 0 and adapter.tail_tokens:
@@ -155,7 +172,7 @@ def decode_step(
     """
     lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
     new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
+    segments = [each.newest(count, model.computed_anew_at) for each, count in zip(sequences, new, strict=True)]
     tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
     if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
@@ -227,4 +244,4 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
 
 def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
     """Return the last ``count`` tokens of a sequence's prompt and output."""
-    return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]
+    return sequence.token_ids[-1:] if count == 1 else sequence.tokens(sequence.length - count, sequence.length)

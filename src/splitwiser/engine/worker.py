@@ -3,6 +3,7 @@
 A worker does not know whether it runs inline, in a thread or in a process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Worker:
         self._prefiller = prefiller
         self._decoder = decoder
         self._prefill_workers = cycle(prefill_workers or [name])
+        self._prefilling: dict[int, str] = {}  # which worker prefills a request
 
     def step_once(self) -> bool:
         """Handle new messages, then run at most one prefill and one decode step. Returns whether any step ran."""
@@ -80,7 +82,10 @@ class Worker:
         ran = False
         if self._decoder:
             for task in self._decoder.admit():
-                self._send(next(self._prefill_workers), task)
+                # a prompt goes to the worker that is still to fill blocks which it shares
+                worker = self._prefilling.get(task.follows) if task.follows is not None else None
+                worker = self._prefilling[task.request.request_id] = worker or next(self._prefill_workers)
+                self._send(worker, task)
         if self._prefiller and (prefilled := self._prefiller.step()):
             ran = True
             self._send(
@@ -117,6 +122,7 @@ class Worker:
             case PrefillTask() if self._prefiller:
                 self._prefiller.add(message)
             case Handoff() if self._decoder:
+                self._prefilling.pop(message.request_id, None)
                 self._decoder.receive(message)
             case _:
                 raise TypeError(f"{self.name} ({self.role}) cannot handle {message}")
@@ -124,13 +130,16 @@ class Worker:
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """Limits of a worker's steps: requests per decode step, prompt tokens per prefill step and tokens per KV block; and
-    its scheduling policy."""
+    """Limits of a worker's steps: requests per decode step, prompt tokens per prefill step and tokens per KV block; its
+    scheduling policy; and how it gives out blocks, as :class:`~splitwiser.engine.decode.Decoder` says."""
 
     max_batch: int
     prefill_tokens: int
     block_tokens: int
     policy: Policy = FIRST_COME
+    reserve: bool = False
+    prefix_caching: bool = False
+    longest_shared: float = math.inf
 
 
 def build_worker(
@@ -153,7 +162,16 @@ def build_worker(
     prefiller = Prefiller(name, stepper, scheduling.prefill_tokens, scheduling.policy)
     allocator = BlockAllocator(own_blocks.start, len(own_blocks))
     decoder = Decoder(
-        name, stepper, allocator, scheduling.block_tokens, scheduling.max_batch, scheduling.policy, on_itl
+        name,
+        stepper,
+        allocator,
+        scheduling.block_tokens,
+        scheduling.max_batch,
+        scheduling.policy,
+        on_itl,
+        reserve=scheduling.reserve,
+        prefix_caching=scheduling.prefix_caching,
+        longest_shared=scheduling.longest_shared,
     )
     return Worker(
         name,

@@ -35,7 +35,7 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
     "scheduling_policy": "here it is policy",
     "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
     "block_size": "BLOCK_TOKENS in constants.py",
-    "enable_prefix_caching": "prompts share no blocks",
+    "enable_prefix_caching": "here it is prefix_caching",
     "enforce_eager": "here it is kernels, auto or plain",
     "quantization": "a checkpoint says itself how it is quantised",
     "kv_cache_dtype": "K and V have the model's dtype",
@@ -128,6 +128,15 @@ class EngineConfig(ModelConfig):
         f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own; with parameters, "
         "NAME:ageing_s=5",
     )
+    reserve: bool = option(
+        constants.RESERVE,
+        "reserve KV blocks for the longest answer when a request is admitted; else it takes them as it grows, and the last "
+        "one is preempted and recomputed where none is free",
+    )
+    prefix_caching: bool | None = option(
+        constants.PREFIX_CACHING,
+        "requests that begin alike share the KV blocks of their beginning; by default only with --same_examples",
+    )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
     generation_config: str = option(
@@ -166,6 +175,9 @@ class EngineConfig(ModelConfig):
             raise InputError(
                 f"mode {mode.name} runs transformers' own engine; --policy {self.policy} applies to other modes"
             )
+        for name in ("reserve", "prefix_caching"):
+            if getattr(self, name) and mode.layout is None:
+                raise InputError(f"mode {mode.name} runs transformers' own engine; --{name} applies to other modes")
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
             raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")

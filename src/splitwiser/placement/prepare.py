@@ -28,6 +28,7 @@ from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.rotary import length_without_scaling
 from splitwiser.model.routes import ROUTES
 from splitwiser.placement.config import EngineConfig, ModelConfig
 
@@ -79,10 +80,16 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
     )
 
 
-def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
-    """Return the limits and the policy of ``config`` that workers schedule by."""
+def scheduler_settings(config: EngineConfig, model: LoadedModel) -> SchedulerSettings:
+    """Return the limits and the policy of ``config`` that workers schedule the requests of ``model`` by."""
     return SchedulerSettings(
-        config.max_batch, config.prefill_tokens, constants.BLOCK_TOKENS, find_policy(config.policy)
+        config.max_batch,
+        config.prefill_tokens,
+        constants.BLOCK_TOKENS,
+        find_policy(config.policy),
+        config.reserve,
+        bool(config.prefix_caching),
+        length_without_scaling(model.module),
     )
 
 
@@ -93,6 +100,8 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     :class:`~splitwiser.model.routes.Route`'s ``attach``, of
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
+    if model.encodes and config.prefix_caching:
+        model.notes.append("prefix caching is for decoders: an encoder reads each source as a whole")
     adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
     unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
     route = ROUTES[model.kind]

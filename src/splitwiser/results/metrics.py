@@ -140,7 +140,9 @@ def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
     return {
         "request_id": output.request_id,
         "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": metrics.cached_tokens,
         "output_tokens": len(output.token_ids),
+        "preemptions": metrics.preemptions,
         "adapter": output.adapter,
         "priority": output.priority,
         "arrival_s": seconds(metrics.arrival_ns),

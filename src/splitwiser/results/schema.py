@@ -294,7 +294,9 @@ THROUGHPUT = (*LABELS, *METRICS)
 LATENCY = (
     Column("request_id", "Number of the request.", needed=True, short_name="request"),
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
+    Column("cached_tokens", "Prompt tokens whose keys and values were found in the KV pool.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
+    Column("preemptions", "How often the request lost its KV blocks to another and was recomputed."),
     Column("adapter", "Adapter that the request ran with; empty for the model alone."),
     Column("priority", "The request's own priority, of which the lowest goes first under policy priority."),
     Column("arrival_s", "Time of arrival, from the run's start.", "s", needed=True),

@@ -143,7 +143,15 @@ def predict(
         for placement in measurements.placements:
             for budget in budgets:
                 candidate = Candidate(placement.mode, placement.workers, budget)
-                schedule = Schedule(candidate.layout, budget, config.max_batch, config.lend, find_policy(config.policy))
+                schedule = Schedule(
+                    candidate.layout,
+                    budget,
+                    config.max_batch,
+                    config.lend,
+                    find_policy(config.policy),
+                    config.reserve,
+                    bool(config.prefix_caching),
+                )
                 row = candidate.row
                 try:
                     machine = Machine(measurements.costs, measurements.cores, placement.blocks)

@@ -76,6 +76,8 @@ class Schedule:
     max_batch: int
     lend: bool = True
     policy: Policy = FIRST_COME
+    reserve: bool = False
+    prefix_caching: bool = False
 
 
 def simulate(
@@ -209,8 +211,14 @@ class _SimulatedWorker:
         self._stepped = False
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
+        schedule = world.schedule
         scheduling = SchedulerSettings(
-            world.schedule.max_batch, world.schedule.prefill_tokens, world.machine.block_tokens, world.schedule.policy
+            schedule.max_batch,
+            schedule.prefill_tokens,
+            world.machine.block_tokens,
+            schedule.policy,
+            schedule.reserve,
+            schedule.prefix_caching,
         )
         self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
