@@ -71,7 +71,7 @@ class LLM:
             - ``policy``: the order of admission and prefill: ``first_come`` (or ``fcfs``), ``shortest_prompt``,
                 ``shortest_remaining``, ``priority``, ``deadline``, or ``MODULE:CLASS`` of an importable class with the
                 methods of :class:`~splitwiser.engine.policy.Policy`; with parameters, ``"priority:ageing_s=5"``.
-            - ``reserve``: whether to reserve KV blocks for a request's longest answer at admission. Otherwise it takes blocks
+            - ``reserve``: whether to reserve KV blocks for a request's longest answer at admission. Else it takes blocks
                 as it grows; where none is free, the one that the policy puts last is preempted, to be recomputed later.
             - ``prefix_caching``: whether prompts that begin alike share the KV blocks of their beginning, also with those of
                 earlier calls.
