@@ -1,7 +1,7 @@
 """The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 
@@ -69,7 +69,8 @@ class Decoder:
         self._admitted: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
         self._chains: dict[int, Chain] = {}  # of those that share blocks
-        self._steps_with_room = 0  # decode steps for which every running request has blocks
+        self._batches = 0
+        self._due: dict[int, dict[int, None]] = {}  # before which batch which requests need a block, in order
         self._handoffs: list[Handoff] = []
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
@@ -136,35 +137,45 @@ class Decoder:
             self._prefixes.mark_written(sequence)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
-        self._steps_with_room = min(self._steps_with_room, self._room(sequence))
+        self._expect(sequence, self._batches + self._room(sequence))
         self._handoffs.append(handoff)
 
     def batch(self) -> list[SequenceState]:
-        """Return the running requests that have room for the K and V of their last token, for one decode step over them.
-        They take the blocks that they need, for which others may be preempted."""
-        sequences = list(self._running.values())
-        if self._steps_with_room < 1:
-            sequences = self._make_room()
-        self._steps_with_room -= 1
-        return sequences
+        """Return the running requests that have room for the K and V of their last token; each call is followed by one
+        decode step over them. They take the blocks that they need, for which others may be preempted."""
+        due = self._due.pop(self._batches, None)
+        self._batches += 1
+        if due is None:
+            return list(self._running.values())
+        left_out = self._give_blocks(due)
+        return [sequence for number, sequence in self._running.items() if number not in left_out]
 
-    def _make_room(self) -> list[SequenceState]:
-        """Give a block to each running request that needs one, as far as there are blocks; return those that have room."""
-        needing = [number for number, sequence in self._running.items() if not self._room(sequence)]
-        order = list(self._running)
+    def _give_blocks(self, due: Collection[int]) -> set[int]:
+        """Give a block to each of the requests ``due`` that runs and needs one; return those for which there was none."""
+        running = self._running
+        needing = [number for number in due if number in running and not self._room(running[number])]
+        order = needing
         if len(needing) > self._allocator.free_count:
-            known = [waiting for number, waiting in self._known.items() if number in self._running]
+            known = [waiting for number, waiting in self._known.items() if number in running]
             ordered = self._policy.admission_order(known, self._stepper.now_ns())
             order = [waiting.request.request_id for waiting in ordered]
             needing.sort(key=order.index)
+        left_out = set()
         for number in needing:
-            while not self._allocator.free_count and number in self._running and order[-1] != number:
+            while not self._allocator.free_count and order[-1] != number and number in running:
                 self._preempt(order.pop())
-            if number in self._running and self._allocator.free_count:
-                self._grow(self._running[number])
-        rooms = [(sequence, self._room(sequence)) for sequence in self._running.values()]
-        self._steps_with_room = min((room for _, room in rooms), default=0)
-        return [sequence for sequence, room in rooms if room]
+            if number not in running:
+                continue
+            if self._allocator.free_count:
+                self._grow(running[number])
+            else:  # it is the last: others will hand over, finish, or take its blocks
+                left_out.add(number)
+                self._expect(running[number], self._batches)
+        return left_out
+
+    def _expect(self, sequence: SequenceState, batch: int) -> None:
+        """Look at a running request before the batch number ``batch``, for which it may need a block."""
+        self._due.setdefault(batch, {})[sequence.request.request_id] = None
 
     def _room(self, sequence: SequenceState) -> int:
         """Return for how many more tokens the blocks of a running request have room."""
@@ -181,6 +192,7 @@ class Decoder:
         blocks = self._allocator.allocate(1)
         assert blocks is not None
         sequence.blocks = [*sequence.blocks, *blocks]  # a new list, by which a step sees that it has changed
+        self._expect(sequence, self._batches - 1 + self._block_tokens)
         if chain := self._chains.get(sequence.request.request_id):
             self._prefixes.extend(chain, sequence, self._stored(sequence), written=True)
 

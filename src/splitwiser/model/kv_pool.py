@@ -131,12 +131,13 @@ class BlockAllocator:
         """Return the numbers of ``count`` blocks, now with one reference each; None if fewer are free."""
         if count > self.free_count:
             return None
-        while len(self._free) < count:
+        while len(self._free) < count:  # the least recently used
             oldest = next(iter(self._kept))
             self.on_reuse(oldest)
             self.forget(oldest)
         blocks = [self._free.pop() for _ in range(count)]
-        self._references.update(dict.fromkeys(blocks, 1))
+        for block in blocks:
+            self._references[block] = 1
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
