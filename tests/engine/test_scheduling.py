@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="needs the extra dev")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

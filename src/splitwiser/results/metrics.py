@@ -70,6 +70,11 @@ def request_goodput(run: Served) -> float | None:
     return run.rate(sum(meets(output.metrics, run.targets) for output in run.outputs)) if run.targets else None
 
 
+def requests_in_flight(run: Served) -> float | None:
+    """Return how many requests were between their first token and their last, on average over the duration."""
+    return run.rate(sum(output.metrics.token_ns[-1] - output.metrics.token_ns[0] for output in run.outputs) / 1e9)
+
+
 def output_throughput(run: Served) -> float | None:
     """Return the generated tokens per second."""
     return run.rate(total_output_tokens(run))

@@ -214,6 +214,13 @@ METRICS: tuple[Metric, ...] = (
         objective="goodput",
     ),
     Metric(
+        "requests_in_flight",
+        "Requests between their first token and their last, on average over the duration.",
+        "requests",
+        compute=metrics.requests_in_flight,
+        more_is_better=True,
+    ),
+    Metric(
         "output_throughput",
         "Generated tokens per second of the duration.",
         "tokens/s",
