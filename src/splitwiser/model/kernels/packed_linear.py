@@ -25,11 +25,11 @@ PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what els
 
 
 class LinearStruct(ctypes.Structure):
-    """A packed layer as csrc/layer.cpp's ``Linear``: addresses of its weight and bias (0: none), its sizes, the outputs per
-    panel of its weight, and its inputs with their padding."""
+    """A layer as csrc/linear.h's ``Linear``: addresses of its weight, its bias (0: none) and, of an int8 weight, its scales
+    and offsets, its sizes, the outputs per panel of its weight, and its inputs with their padding."""
 
     _fields_: ClassVar = [
-        ("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets")),
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
         ("panel", ctypes.c_int64), ("padded_inputs", ctypes.c_int64),
     ]  # fmt: skip
@@ -77,6 +77,11 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """A tensor of the weight's shape and dtype, filled with not-a-number."""
         return torch.full((), float("nan"), dtype=torch.bfloat16).expand(self.out_features, self.in_features)
+
+    def unpacked(self) -> Tensor:
+        """Return the weight as it was, (out features, in features)."""
+        plain: Tensor = self._open().weight.to_dense()
+        return plain
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., in features) to (..., out features)."""
@@ -150,7 +155,7 @@ class PackedLinear(nn.Module):
             return None
         bias = None if self.bias is None else self.bias.data_ptr()
         sizes = self.in_features, self.out_features, self.activation == RELU, panel, padded_inputs
-        return LinearStruct(self.packed.data_ptr(), bias, *sizes)
+        return LinearStruct(self.packed.data_ptr(), bias, None, None, *sizes)
 
     def _lies_in_panels(self, panel: int) -> bool:
         """Whether the weight, read in panels of ``panel`` outputs, gives oneDNN's product. Compared without bias and

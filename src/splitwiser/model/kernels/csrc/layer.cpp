@@ -1,7 +1,7 @@
 // A whole decoder layer for a small batch (a few rows) in one call: so little is computed that the time is that of reading the
 // weights and of the calls themselves.
 //
-// Weights are read in oneDNN's layout for bfloat16 dot products: panels of outputs (64 for AVX-512, 32 for AMX); in a panel,
+// Weights are int8 (int8.cpp), or read in oneDNN's layout for bfloat16 dot products: panels of outputs (64 for AVX-512, 32 for AMX); in a panel,
 // for each pair of inputs, the pair's weights for all outputs of the panel. Outputs are padded to whole panels, and inputs as
 // far as oneDNN chooses. Python shows that a weight has this layout before it passes it here.
 
@@ -13,6 +13,7 @@
 
 #include "bfloat16.h"
 #include "functions.h"
+#include "linear.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_BF16_DOT 1
@@ -29,13 +30,6 @@
 #endif
 
 extern "C" {
-
-// A linear layer, packed_linear.py's LinearStruct; bias may be null. panel: outputs per panel, a multiple of 16;
-// padded_inputs: inputs with their padding, an even number.
-struct Linear {
-    const void *packed, *bias;
-    int64_t inputs, outputs, relu, panel, padded_inputs;
-};
 
 struct Norm {
     const void* weight;
@@ -189,6 +183,7 @@ void multiply_block_amx(const bfloat16* x, int64_t stride, const OutputBlock& bl
 // y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual
 // may be null or y.
 void multiply(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
+    if (p.scales) return multiply_int8(&p, x, residual, y, rows, threads);
     const int64_t pairs = p.inputs / 2;
     const auto* bias = static_cast<const bfloat16*>(p.bias);
 #pragma omp parallel num_threads(threads) if (threads > 1)
