@@ -87,6 +87,17 @@ def test_a_request_takes_blocks_as_it_grows() -> None:
     assert used == [2] * 4 + [3] * 4 + [4] * 2 + [0]  # 4 tokens and those whose K and V the steps store
 
 
+def test_a_batch_that_no_step_follows_changes_nothing() -> None:
+    allocator = BlockAllocator(0, 8)
+    decoder = Decoder("decode-0", Timed(), allocator, 4, 4)
+    decoder.submit(request(0, 4, 12), 0)
+    hand_over(decoder, decoder.admit())
+    used = []
+    while decoder.batch() and decoder.step():
+        used.append(8 - allocator.free_count)
+    assert used == [2] * 4 + [3] * 4 + [4] * 2 + [0]
+
+
 def test_admission_leaves_a_block_for_each_request_that_is_there() -> None:
     decoder = Decoder("decode-0", Timed(), BlockAllocator(0, 6), 4, 4)
     for number in range(3):

@@ -141,8 +141,8 @@ class Decoder:
         self._handoffs.append(handoff)
 
     def batch(self) -> list[SequenceState]:
-        """Return the running requests that have room for the K and V of their last token; each call is followed by one
-        decode step over them. They take the blocks that they need, for which others may be preempted."""
+        """Return the running requests that have room for the K and V of their last token, for a step. They take the blocks
+        that they need, for which others may be preempted."""
         due = self._due.pop(self._batches, None)
         self._batches += 1
         if due is None:
@@ -152,8 +152,12 @@ class Decoder:
 
     def _give_blocks(self, due: Collection[int]) -> set[int]:
         """Give a block to each of the requests ``due`` that runs and needs one; return those for which there was none."""
-        running = self._running
-        needing = [number for number in due if number in running and not self._room(running[number])]
+        running, needing = self._running, []
+        for number in due:
+            if number in running and (room := self._room(running[number])):  # no step followed an earlier batch
+                self._expect(running[number], self._batches - 1 + room)
+            elif number in running:
+                needing.append(number)
         order = needing
         if len(needing) > self._allocator.free_count:
             known = [waiting for number, waiting in self._known.items() if number in running]
