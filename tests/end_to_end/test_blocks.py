@@ -95,6 +95,30 @@ def test_a_conversation_goes_on_with_the_blocks_of_its_last_answer(tiny: Callabl
     assert tokens_of([second]) == references(tiny("llama"), [longer], 9)
 
 
+def test_samples_of_a_prompt_share_it_without_prefix_caching(tiny: Callable[[str], Path]) -> None:
+    (prompt,) = prompts_of([40])
+    params = SamplingParams(n=3, temperature=1, max_tokens=9, seed=4)
+    with LLM(tiny("llama")) as llm:
+        (first,), (second,) = llm.generate([prompt], params), llm.generate([prompt], params)
+        alone = llm.generate([prompt], SamplingParams(temperature=1, max_tokens=9, seed=4))
+    for output in (first, second):  # nothing is kept for the second call
+        assert [each.metrics.cached_tokens for each in (output, *output.others)] == [0, 32, 32]
+    assert first.token_ids == alone[0].token_ids
+    assert [each.token_ids for each in first.others] == [each.token_ids for each in second.others]
+
+
+@pytest.mark.usefixtures("preempt_at_random")
+def test_log_probabilities_are_whole_though_a_prompt_was_found_or_preempted(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([40]) * 3
+    params = SamplingParams(max_tokens=20, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    with LLM(tiny("llama"), prefix_caching=True) as llm:
+        llm.generate(prompts, SamplingParams(max_tokens=20))
+        outputs = llm.generate(prompts, params)
+    assert [output.metrics.cached_tokens for output in outputs] == [0] * 3
+    assert any(output.metrics.preemptions for output in outputs)
+    assert [(len(output.prompt_logprobs or ()), len(output.logprobs or ())) for output in outputs] == [(40, 20)] * 3
+
+
 def test_nothing_is_kept_without_prefix_caching(tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of([64]) * 2
     with LLM(tiny("llama")) as llm:

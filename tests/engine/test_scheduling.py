@@ -1,5 +1,5 @@
-"""Whatever arrives, in whatever order workers get to run: every request is answered once and with the right tokens, nobody
-reads what was overwritten, and in the end all blocks are free."""
+"""Whatever arrives and is cancelled, in whatever order workers get to run: every request is answered once and with the right
+tokens, nobody reads what was overwritten, and in the end all blocks are free."""
 
 import random
 from collections import Counter
@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import PrefillTask, Progress, Submit
+from splitwiser.engine.messages import Cancel, PrefillTask, Progress, Submit
 from splitwiser.engine.policy import LeastLoadedRouter, find_policy
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, Worker, build_worker
 from splitwiser.placement.layout import parse_layout
 from splitwiser.request import NO_ADAPTER, Adapter, FinishReason, Request, SamplingParams
-from tests.support.workers import BLOCK, Wire
+from tests.support.workers import BLOCK, Wire, run
 
 LAYOUTS = [
     "[{role: mixed}]",
@@ -42,18 +43,18 @@ class Remembering:
         self.pool: dict[int, int] = {}
         self.clock_ns = 0
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
         self.clock_ns += S
         for chunk in chunks:
             assert chunk.tokens, f"{chunk.sequence.request} has nothing to compute, and so no logits"
             self._compute(chunk.sequence, chunk.start, chunk.end)
-        return [following(chunk.sequence) for chunk in chunks if chunk.is_last]
+        return Sampled([following(chunk.sequence) for chunk in chunks if chunk.is_last])
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         self.clock_ns += S
         for sequence in sequences:
             self._compute(sequence, sequence.length - 1, sequence.length)
-        return [following(sequence) for sequence in sequences]
+        return Sampled([following(sequence) for sequence in sequences])
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         return "length" if sequence.drawn >= self.ends[sequence.request.request_id] else None
@@ -119,10 +120,16 @@ def note_admissions(decoder: Decoder) -> list[PrefillTask]:
 
 
 def serve(
-    requests: list[tuple[Request, int, int]], layout: str, scheduling: SchedulerSettings, part: int, seed: int
-) -> tuple[dict[int, list[int]], list[list[PrefillTask]]]:
+    requests: list[tuple[Request, int, int]],
+    layout: str,
+    scheduling: SchedulerSettings,
+    part: int,
+    seed: int,
+    cancels: float = 0,
+) -> tuple[dict[int, list[int]], set[int], list[list[PrefillTask]]]:
     """Serve ``requests`` by workers that get to run in an order drawn with ``seed``, those that decode with ``part`` blocks
-    each. Return the tokens of each, and what was admitted by each decode worker."""
+    each; ``cancels`` is the chance before each step that a request is cancelled. Return the tokens of each, which were
+    cancelled, and what was admitted by each decode worker."""
     rng, wire, specs = random.Random(seed), Wire(), parse_layout(layout).workers
     stepper = Remembering({request.request_id: end for request, end, _ in requests})
     owners = [spec.name for spec in specs if spec.role != "prefill"]
@@ -134,25 +141,31 @@ def serve(
     decoders = [worker._decoder for worker in workers if worker._decoder]
     admitted = [note_admissions(decoder) for decoder in decoders]
     router = LeastLoadedRouter(dict.fromkeys(owners, part), BLOCK)
-    waiting, tokens, finished = list(requests), dict[int, list[int]](), Counter[int]()
-    idle = 0
+    waiting, places, cancelled, idle = list(requests), dict[int, str](), set[int](), 0
+    tokens: dict[int, list[int]] = {request.request_id: [] for request, *_ in requests}
+    finished: Counter[int] = Counter()
     while idle < 50:
         while waiting and (waiting[0][2] * S <= stepper.clock_ns or idle > 10):
             request = waiting.pop(0)[0]
-            wire.boxes[router.choose(request)].append(Submit(request, stepper.clock_ns))
+            places[request.request_id] = router.choose(request)
+            wire.boxes[places[request.request_id]].append(Submit(request, stepper.clock_ns))
+        if places and rng.random() < cancels:
+            number = rng.choice(list(places))  # which may have finished
+            wire.boxes[places[number]].append(Cancel(number))
         idle = 0 if rng.choice(workers).step_once() else idle + 1
         for message in take(wire, Progress):
             for handoff in message.handoffs:
-                tokens.setdefault(handoff.request_id, []).append(handoff.first_token)
+                tokens[handoff.request_id].append(handoff.first_token)
             for number, token in message.tokens:
                 tokens[number].append(token)
-            finished.update(number for number, _ in message.finished)
-            for number, _ in message.finished:
+            for number, reason in message.finished:
+                finished[number] += 1
                 router.release(number)
+                cancelled |= {number} if reason == "cancelled" else set()
     assert finished == Counter(request.request_id for request, *_ in requests)
     assert all(decoder._allocator.free_count == part for decoder in decoders)
     assert not any(decoder._allocator._references or decoder._known for decoder in decoders)
-    return tokens, admitted
+    return tokens, cancelled, admitted
 
 
 def take(wire: Wire, kind: type[Progress]) -> list[Progress]:
@@ -173,6 +186,7 @@ def take(wire: Wire, kind: type[Progress]) -> list[Progress]:
     reserve=st.booleans(),
     caching=st.booleans(),
     seed=st.integers(0, 1000),
+    cancels=st.sampled_from([0, 0.02, 0.2]),
 )
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_every_request_is_answered_once_and_all_blocks_are_free_in_the_end(
@@ -185,11 +199,15 @@ def test_every_request_is_answered_once_and_all_blocks_are_free_in_the_end(
     reserve: bool,
     caching: bool,
     seed: int,
+    cancels: float,
 ) -> None:
     largest = max(-(-request.max_kv_tokens // BLOCK) for request, *_ in requests)
     scheduling = SchedulerSettings(batch, budget, BLOCK, find_policy(policy), reserve, caching, longest_shared=30)
-    tokens, admitted = serve(requests, layout, scheduling, largest + spare, seed)
-    assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}
+    tokens, cancelled, admitted = serve(requests, layout, scheduling, largest + spare, seed, cancels)
+    for request, end, _ in requests:
+        number = request.request_id
+        made = len(tokens[number]) if number in cancelled else end
+        assert tokens[number] == expected(request, made)
     ageing_s = float(policy.partition("ageing_s=")[2] or 0)
     for tasks in admitted:
         arrivals = {task.request.request_id: task.arrival_ns for task in reversed(tasks)}  # in order of first admission
@@ -214,7 +232,7 @@ def test_the_cases_drawn_are_of_all_kinds() -> None:
         for number in range(12)
     ]
     scheduling = SchedulerSettings(8, 6, BLOCK, prefix_caching=True)
-    tokens, (admitted,) = serve(requests, LAYOUTS[1], scheduling, 24, seed=0)
+    tokens, _, (admitted,) = serve(requests, LAYOUTS[1], scheduling, 24, seed=0)
     assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}
     assert any(task.token_ids for task in admitted)
     assert any(task.follows is not None for task in admitted)
@@ -235,3 +253,31 @@ def test_a_prompt_that_shares_goes_to_the_worker_that_fills_the_blocks(caching: 
     workers[-1].step_once()
     places = [to for to, message in wire.sent if isinstance(message, PrefillTask)]
     assert len(set(places)) == (1 if caching else 2)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits for its blocks", "comes later"])
+def test_who_begins_like_a_cancelled_prompt_is_not_left_without_its_blocks(waits: bool) -> None:
+    wire, specs = Wire(), parse_layout("[{role: prefill}, {role: decode}]").workers
+    stepper, scheduling = Remembering({0: 2, 1: 2}), SchedulerSettings(8, 4, BLOCK, prefix_caching=True)
+    prefill, decode = (
+        build_worker(specs, index, wire.end(spec.name), stepper, range(40), scheduling)
+        for index, spec in enumerate(specs)
+    )
+    first, second = (Request(number, (*range(12), number), SamplingParams(max_tokens=2), 0) for number in range(2))
+    wire.boxes["decode-0"].append(Submit(first, 0))
+    if waits:
+        wire.boxes["decode-0"].append(Submit(second, 0))
+    decode.step_once()
+    prefill.step_once()  # four tokens of the first
+    wire.boxes["decode-0"].append(Cancel(0))
+    decode.step_once()
+    if not waits:
+        wire.boxes["decode-0"].append(Submit(second, 0))
+        decode.step_once()
+    run(prefill, decode)
+    reports = take(wire, Progress)
+    assert dict(each for report in reports for each in report.finished) == {0: "cancelled", 1: "length"}
+    (handoff,) = (handoff for report in reports for handoff in report.handoffs if handoff.request_id == 1)
+    assert handoff.cached_tokens == (12 if waits else 0)
+    assert decode._decoder is not None
+    assert decode._decoder._allocator.free_count == 40

@@ -8,6 +8,7 @@ from itertools import islice
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
 from splitwiser.engine.prefixes import Chain, PrefixCache
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
@@ -32,12 +33,13 @@ class Decoder:
     goes on; and since each prefill gives a token, requests cannot preempt each other for ever. With ``reserve``, and for an
     encoder-decoder, all blocks that a request may ever need are reserved at admission instead, and nobody is preempted.
 
-    Requests that begin alike share the full blocks of their common beginning if ``prefix_caching`` is on
-    (:class:`~splitwiser.engine.prefixes.PrefixCache`); those that can have more than ``longest_shared`` tokens do not, since
-    their K and V depend on their own lengths.
+    Requests that begin alike share the full blocks of their common beginning if ``prefix_caching`` is on, or if they are
+    samples of one prompt (:class:`~splitwiser.engine.prefixes.PrefixCache`); those that can have more than
+    ``longest_shared`` tokens do not, since their K and V depend on their own lengths.
 
     States of a request: waiting -> admitted (has blocks, being prefilled) -> running -> finished (blocks freed), and from
-    running back to waiting.
+    running back to waiting. One that is cancelled finishes at once, but while it is being prefilled, only once prefill has
+    let go of its blocks.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Decoder:
         self._batches = 0
         self._due: dict[int, dict[int, None]] = {}  # before which batch which requests need a block, in order
         self._handoffs: list[Handoff] = []
+        self._cancelled: set[int] = set()  # of those admitted
+        self._ended: list[int] = []  # cancelled, and not yet reported
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
@@ -127,11 +131,40 @@ class Decoder:
         )
 
     def _shares(self, request: Request) -> bool:
-        """Return whether a request shares blocks with others."""
-        return self._prefix_caching and not request.encoded and request.max_kv_tokens <= self._longest_shared
+        """Return whether a request shares blocks. One that asks for its prompt's log-probabilities has to compute it."""
+        return (
+            (self._prefix_caching or request.shares_prompt)
+            and not request.encoded
+            and request.params.prompt_logprobs is None
+            and request.max_kv_tokens <= self._longest_shared
+        )
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request, if it has not finished. Returns whether it is being prefilled: then the prefill worker is to drop
+        it, and it ends when that has, or has handed it over."""
+        if sequence := self._admitted.get(request_id):
+            self._cancelled.add(request_id)
+            if self._chains.pop(request_id, None):
+                self._prefixes.forget_unwritten(sequence)  # before anyone who finds them would wait for them
+            return True
+        if request_id in self._known:
+            if not self._waiting.pop(request_id, None):
+                self._end(request_id)
+            self._end_cancelled(request_id)
+        return False
+
+    def receive_dropped(self, request_id: int) -> None:
+        """End a cancelled request whose prompt was given up."""
+        self._cancelled.discard(request_id)
+        self._prefixes.release(self._admitted.pop(request_id))
+        self._end_cancelled(request_id)
+
+    def _end_cancelled(self, request_id: int) -> None:
+        del self._known[request_id]
+        self._ended.append(request_id)
 
     def receive(self, handoff: Handoff) -> None:
-        """Start decoding a prefilled request."""
+        """Start decoding a prefilled request, or end it if it was cancelled meanwhile."""
         sequence = self._admitted.pop(handoff.request_id)
         if handoff.request_id in self._chains:
             self._prefixes.mark_written(sequence)
@@ -139,6 +172,9 @@ class Decoder:
         self._running[handoff.request_id] = sequence
         self._expect(sequence, self._batches + self._room(sequence))
         self._handoffs.append(handoff)
+        if handoff.request_id in self._cancelled:
+            self._cancelled.remove(handoff.request_id)
+            self.cancel(handoff.request_id)
 
     def batch(self) -> list[SequenceState]:
         """Return the running requests that have room for the K and V of their last token, for a step. They take the blocks
@@ -220,32 +256,34 @@ class Decoder:
         :class:`RunError` if blocks are leaked."""
         handoffs, self._handoffs = tuple(self._handoffs), []
         finished = self._collect_finished([handoff.request_id for handoff in handoffs])  # with their first token
+        finished += [(request_id, "cancelled") for request_id in self._ended]
+        self._ended.clear()
         batch = self.batch()
-        if not handoffs and not batch:
+        if not finished and not handoffs and not batch:
             return None
-        tokens: list[int] = []
+        sampled = Sampled([])
         start_ns = self._stepper.now_ns()
         if batch:
-            tokens = self._stepper.decode(batch)
-            for sequence, token in zip(batch, tokens, strict=True):
+            sampled = self._stepper.decode(batch)
+            for sequence, token in zip(batch, sampled.tokens, strict=True):
                 sequence.token_ids.append(token)
         end_ns = self._stepper.now_ns()
-        if self._last_end_ns is not None:
+        if batch and self._last_end_ns is not None:
             self._on_itl((end_ns - self._last_end_ns) / 1e9)
         ids = [sequence.request.request_id for sequence in batch]
         finished += self._collect_finished(ids)
         self._last_end_ns = end_ns if self._running else None
-        progress = Progress(
-            self.name, start_ns, end_ns, handoffs, tuple(zip(ids, tokens, strict=True)), tuple(finished)
-        )
+        tokens = tuple(zip(ids, sampled.tokens, strict=True))
+        logprobs = tuple((number, each) for number, each in zip(ids, sampled.logprobs, strict=False) if each)
+        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, tuple(finished), logprobs)
         return DecodeResult(progress, len(batch))
 
     def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
         """Remove those of ``request_ids`` that have finished, and free their blocks."""
-        finished = []
+        finished: list[tuple[int, FinishReason]] = []
         for request_id in request_ids:
-            sequence = self._running[request_id]
-            if reason := self._stepper.finish_reason(sequence):
+            sequence = self._running.get(request_id)  # None if it was cancelled at its handoff
+            if sequence and (reason := self._stepper.finish_reason(sequence)):
                 self._end(request_id)
                 del self._known[request_id]
                 finished.append((request_id, reason))

@@ -2,8 +2,9 @@
 
 The messages of one request: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
 :class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once per decode step
-until it has finished. One that is preempted goes through the middle two again. Each worker also sends the parent a
-:class:`StepRecord` per step.
+until it has finished. One that is preempted goes through the middle two again. One that is cancelled: :class:`Cancel`
+(parent to decode) and, while its prompt is being prefilled, :class:`Drop` (decode to prefill) -> :class:`Dropped`, or a
+:class:`Handoff` that was on its way (prefill to decode). Each worker also sends the parent a :class:`StepRecord` per step.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from splitwiser.request import FinishReason, Request
 
 Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
+TokenLogprobs = tuple[tuple[int, float, int], ...]
+"""Log-probabilities at one place of a text: token id, log-probability and rank of the token that is there, and of the
+likeliest ones. The rank is 1 and as many as there are likelier tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Submit:
 
     request: Request
     arrival_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ends a request, wherever it is; nothing happens if it has finished."""
+
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,8 @@ class PrefillTask:
 @dataclass(frozen=True, slots=True)
 class Handoff:
     """A prefilled request with its first token, or its next one after a preemption, returned to the decode worker that owns
-    its blocks. ``cached_tokens`` are those of its :class:`PrefillTask`."""
+    its blocks. ``cached_tokens`` are those of its :class:`PrefillTask`. If the request asks for log-probabilities, they are
+    those of that token, and of the prompt's tokens from the second on."""
 
     request_id: int
     first_token: int
@@ -64,12 +76,30 @@ class Handoff:
     first_token_ns: int
     prefill_worker: str
     cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Tells a prefill worker to give up the prompt of a cancelled request, if it has it, has not finished it, and no other
+    prompt waits for what it fills."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Instead of a :class:`Handoff`: the prompt was given up, and prefill writes no more to its blocks."""
+
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Report of a decode worker: requests handed over since the last report, the next token of each running request by
-    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished."""
+    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished; by request id too,
+    the log-probabilities of the next tokens of those that ask for them."""
 
     worker: str
     start_ns: int
@@ -77,6 +107,7 @@ class Progress:
     handoffs: tuple[Handoff, ...]
     tokens: tuple[tuple[int, int], ...]
     finished: tuple[tuple[int, FinishReason], ...]
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +141,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Tells the parent, which waits for reports, that there are requests to cancel."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Tells a worker to end after its current step."""
 
 
-Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop
+Message = (
+    Submit | Cancel | PrefillTask | Handoff | Drop | Dropped | Progress | StepRecord | Ready | Failed | Wake | Stop
+)

@@ -11,7 +11,18 @@ from itertools import cycle
 from typing import Protocol
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit, WorkerSpec
+from splitwiser.engine.messages import (
+    Cancel,
+    Drop,
+    Dropped,
+    Handoff,
+    Message,
+    PrefillTask,
+    Role,
+    StepRecord,
+    Submit,
+    WorkerSpec,
+)
 from splitwiser.engine.policy import FIRST_COME, Policy
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.steps import Stepper
@@ -119,10 +130,19 @@ class Worker:
         match message:
             case Submit() if self._decoder:
                 self._decoder.submit(message.request, message.arrival_ns)
+            case Cancel() if self._decoder:
+                if self._decoder.cancel(message.request_id):
+                    self._send(self._prefilling[message.request_id], Drop(message.request_id))
+            case Drop() if self._prefiller:
+                if task := self._prefiller.drop(message.request_id):
+                    self._send(task.decode_worker, Dropped(message.request_id))
+            case Dropped() if self._decoder:
+                del self._prefilling[message.request_id]
+                self._decoder.receive_dropped(message.request_id)
             case PrefillTask() if self._prefiller:
                 self._prefiller.add(message)
             case Handoff() if self._decoder:
-                self._prefilling.pop(message.request_id, None)
+                del self._prefilling[message.request_id]
                 self._decoder.receive(message)
             case _:
                 raise TypeError(f"{self.name} ({self.role}) cannot handle {message}")

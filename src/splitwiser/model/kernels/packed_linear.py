@@ -4,8 +4,8 @@ PyTorch's own linear layer passes oneDNN the plain weights, which it converts in
 pass. A packed weight is bytes in a layout that oneDNN chooses, so it can lie in memory that processes share, like any other
 tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same purpose.
 
-Small batches (a few rows) are bound by reading the weights and by the overhead of a call. A compiled function of this
-project computes them from the packed bytes, if these are shown to lie in the layout that it reads.
+Small batches are bound by reading the weights and by the overhead of a call. A compiled function of this project computes
+them from the packed bytes, if these are shown to lie in the layout that it reads.
 """
 
 import copy
@@ -230,8 +230,8 @@ def find_small_batch_problem() -> str | None:
 def describe() -> str:
     """Return what computes packed layers, for a run's record."""
     problem = find_small_batch_problem()
-    small = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()})"
-    return f"oneDNN's, weights packed once; products of a few rows {small}"
+    small = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()} rows)"
+    return f"oneDNN's, weights packed once; products of small batches {small}"
 
 
 @cache

@@ -1,7 +1,8 @@
-// Products with int8 weights: 64 of the processor's multiplications an instruction (AVX-512 VNNI), and half the bytes of bfloat16.
+// Products with int8 weights: 64 multiplications an instruction (AVX-512 VNNI), and half the bytes of bfloat16.
 //
 // A weight is an integer from -127 to 127 times its output's scale, and an input one times its row's scale, which is found when
-// the product is computed. Weights lie in panels of 64 outputs; in a panel, for each four inputs, the four weights of each output.
+// the product is computed. Weights lie in panels of 64 outputs; in a panel, for each four inputs, the four weights of each
+// output.
 // The instruction multiplies unsigned bytes by signed ones. So inputs are stored plus 128, and 128 times the sum of an output's
 // weights, its offset, is subtracted from the sums, which are exact in 32 bits.
 
@@ -14,9 +15,8 @@
 #include "functions.h"
 #include "linear.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if HAS_AVX512 && defined(__AVX512VNNI__)
 #define HAS_INT8_DOT 1
-#include <immintrin.h>
 #else
 #define HAS_INT8_DOT 0
 #endif
@@ -27,23 +27,7 @@ extern "C" int supports_int8() { return HAS_INT8_DOT; }
 
 namespace {
 
-// A block is as many rows of inputs as have sums that fit the registers, by a panel of outputs; threads share groups of blocks.
-constexpr int64_t LANES = 16, PARTS = 4, PANEL = PARTS * LANES, ROWS = 6, GROUP = 16 * ROWS;
 constexpr float LARGEST = 127;
-
-__mmask16 first_lanes(int64_t count) {
-    return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(count, 0)) - 1);
-}
-
-__m512 load(const bfloat16* from, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
-}
-
-void save(bfloat16* to, __mmask16 mask, __m512 x) {  // rounded to nearest, ties to even
-    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
 
 // Stores `inputs` numbers of x as integers plus 128, and 128 (zero) as far as `padded`; returns their scale.
 float quantise(const bfloat16* x, int64_t inputs, int64_t padded, uint8_t* to) {
@@ -60,13 +44,13 @@ float quantise(const bfloat16* x, int64_t inputs, int64_t padded, uint8_t* to) {
 }
 
 template <int COUNT>
-void multiply_block(const uint8_t* x, int64_t stride, const int8_t* weights, int64_t quads, int32_t (*sums)[PANEL]) {
+void multiply_block(const uint8_t* x, int64_t stride, const int8_t* weights, int64_t quads, int32_t (*sums)[BLOCK]) {
     __m512i sum[COUNT][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_si512();
     for (int64_t quad = 0; quad < quads; ++quad) {
         __m512i weight[PARTS];
-        for (int j = 0; j < PARTS; ++j) weight[j] = _mm512_loadu_si512(weights + (quad * PANEL + j * LANES) * 4);
+        for (int j = 0; j < PARTS; ++j) weight[j] = _mm512_loadu_si512(weights + (quad * BLOCK + j * LANES) * 4);
         for (int r = 0; r < COUNT; ++r) {
             int32_t four;
             std::memcpy(&four, x + r * stride + 4 * quad, sizeof four);
@@ -78,7 +62,7 @@ void multiply_block(const uint8_t* x, int64_t stride, const int8_t* weights, int
 }
 
 void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const int8_t* weights, int64_t quads,
-                   int32_t (*sums)[PANEL]) {
+                   int32_t (*sums)[BLOCK]) {
     switch (rows) {
         case 1: return multiply_block<1>(x, stride, weights, quads, sums);
         case 2: return multiply_block<2>(x, stride, weights, quads, sums);
@@ -97,9 +81,9 @@ extern "C" void multiply_int8(const Linear* linear, const void* x, const void* r
                               int64_t threads) {
     const Linear& p = *linear;
     const auto *from = static_cast<const bfloat16*>(x), *added = static_cast<const bfloat16*>(residual);
-    const auto* bias = static_cast<const bfloat16*>(p.bias);
     auto* to = static_cast<bfloat16*>(y);
-    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + PANEL - 1) / PANEL, groups = (rows + GROUP - 1) / GROUP;
+    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK;
+    const int64_t group = rows_of_task(rows, panels, threads), groups = (rows + group - 1) / group;
     thread_local std::vector<uint8_t> quantised_memory;
     thread_local std::vector<float> scales_memory;
     quantised_memory.resize(rows * p.padded_inputs);
@@ -112,27 +96,23 @@ extern "C" void multiply_int8(const Linear* linear, const void* x, const void* r
         for (int64_t row = 0; row < rows; ++row)
             scales[row] = quantise(from + row * p.inputs, p.inputs, p.padded_inputs, quantised + row * p.padded_inputs);
 #pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t group = 0; group < groups; ++group)
+        for (int64_t task = 0; task < groups; ++task)
             for (int64_t panel = 0; panel < panels; ++panel) {
-                const auto* weights = static_cast<const int8_t*>(p.packed) + panel * PANEL * p.padded_inputs;
-                const int64_t end = std::min(rows, (group + 1) * GROUP);
-                for (int64_t first = group * GROUP; first < end; first += ROWS) {
-                    int32_t sums[ROWS][PANEL];
+                const auto* weights = static_cast<const int8_t*>(p.packed) + panel * BLOCK * p.padded_inputs;
+                const int64_t end = std::min(rows, (task + 1) * group);
+                for (int64_t first = task * group; first < end; first += ROWS) {
+                    int32_t sums[ROWS][BLOCK];
                     const int64_t count = std::min(ROWS, end - first);
                     multiply_rows(count, quantised + first * p.padded_inputs, p.padded_inputs, weights, quads, sums);
                     for (int64_t r = 0; r < count; ++r)
-                        for (int64_t j = 0; j < PANEL; j += LANES) {
-                            const int64_t output = panel * PANEL + j, at = (first + r) * p.outputs + output;
-                            const __mmask16 mask = first_lanes(p.outputs - output);
-                            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + j),
-                                                                 _mm512_loadu_si512(p.offsets + output));
-                            const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scales[first + r]),
-                                                               _mm512_loadu_ps(p.scales + output));
-                            __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-                            if (bias) total = _mm512_add_ps(total, load(bias + output, mask));
-                            if (added) total = _mm512_add_ps(total, load(added + at, mask));
-                            if (p.relu) total = _mm512_max_ps(total, _mm512_setzero_ps());
-                            save(to + at, mask, total);
+                        for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES) {
+                            const int64_t output = panel * BLOCK + j;
+                            const __m512i offset = _mm512_loadu_si512(p.offsets + output);
+                            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + j), offset);
+                            const __m512 row_scale = _mm512_set1_ps(scales[first + r]);
+                            const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p.scales + output));
+                            const __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+                            finish(p, total, added, to, (first + r) * p.outputs, output);
                         }
                 }
             }
