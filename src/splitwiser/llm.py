@@ -77,6 +77,10 @@ class LLM:
                 ``decode_first``, ``hybrid`` (a chunk of the prompts and the decode tokens of all running requests in one
                 step), or ``MODULE:CLASS`` of an importable class with the method of
                 :class:`~splitwiser.engine.schedule.Schedule`.
+            - ``reserve``: whether to reserve KV blocks for a request's longest answer at admission. Else it takes blocks
+                as it grows; where none is free, the one that the policy puts last is preempted, to be recomputed later.
+            - ``prefix_caching``: whether prompts that begin alike share the KV blocks of their beginning, also with those of
+                earlier calls.
             - ``max_batch``: maximum number of requests in one decode step.
             - ``batch_size``: rows of a padded batch in mode ``generate``.
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step; with schedule ``hybrid``, maximum

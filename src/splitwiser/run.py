@@ -159,7 +159,14 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
         "policy": None if config.layout is None else describe_policy(config.policy),
         "schedule": describe_schedule(config.schedule) if config.mixes else None,
         "mps": llm.started.mps,
-        "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
+        "kv_pool": pool
+        and {
+            "blocks": pool.blocks,
+            "block_tokens": pool.block_tokens,
+            "bytes": pool.nbytes,
+            "reserve": config.reserve or llm.model.encodes,
+            "prefix_caching": bool(config.prefix_caching) and not llm.model.encodes,
+        },
         "division": llm.started.division,
         "kernels": llm.started.kernels,
         "load_s": llm.model.load_s,

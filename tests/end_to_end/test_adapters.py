@@ -83,6 +83,30 @@ def test_all_adapters_and_none_in_hybrid_steps(budget: int, tiny: Callable[[str]
     assert tokens_of(outputs) == expected(tiny("llama"), EACH)
 
 
+@pytest.mark.usefixtures("preempt_at_random")
+def test_each_adapter_has_its_own_beginnings(tiny: Callable[[str], Path]) -> None:
+    model, names = tiny("llama"), ["lora", "prefix", "prompt", "none"]  # 10 and 37 virtual tokens
+    common, *ends = prompts_of([50, 1, 2, 30])
+    prompts = [[*common, *end] for end in ends]
+    with LLM(
+        model,
+        adapters={name: make_adapter(name, model) for name in names[:-1]},
+        use_adapter="none",
+        prefix_caching=True,
+        prefill_tokens=24,
+    ) as llm:
+        outputs = llm.generate(
+            prompts * len(names),
+            SamplingParams(max_tokens=10, ignore_eos=True),
+            adapter=[name for name in names for _ in prompts],
+        )
+    expected = [tokens for name in names for tokens in peft_tokens(name, model, prompts, 10)]
+    assert [output.token_ids for output in outputs] == expected
+    # own blocks begin with what of the virtual tokens fills none: 0, 10, 5 and 0 of 16
+    cached = [output.metrics.cached_tokens for output in outputs]
+    assert cached == [0, 48, 48, 0, 38, 38, 0, 43, 43, 0, 48, 48]
+
+
 def test_without_compiled_kernels(tiny: Callable[[str], Path]) -> None:
     outputs = ask(tiny("llama"), ADAPTERS, list(EACH), kernels="plain")
     assert tokens_of(outputs) == expected(tiny("llama"), EACH)

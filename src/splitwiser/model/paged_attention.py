@@ -16,10 +16,10 @@ from splitwiser.model.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class Segment:
-    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. Its
-    prompt has ``prompt`` tokens, by default no more than those. ``lora`` is the number of the LoRA adapter that they run
-    with, 0 for none. The new tokens attend to those from number ``first`` on: with an encoder-decoder, the source's come
-    before."""
+    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. The
+    first ``prompt`` of all its tokens are its prompt, by default the whole context. ``lora`` is the number of the LoRA
+    adapter that they run with, 0 for none. The new tokens attend to those from number ``first`` on: with an encoder-decoder,
+    the source's come before."""
 
     blocks: Sequence[int]
     context: int
@@ -108,8 +108,8 @@ class PagedAttention(AttentionStep):
 
     def lengths(self, positions: Tensor) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.lengths`; a prompt that is split over steps counts whole in
-        each."""
-        lengths = [max(each.context, each.prompt) for each in self.segments for _ in range(each.tokens)]
+        each, and a token after it has the length that the request had when the token was its last."""
+        lengths = [max(at + 1, each.prompt or each.context) for each in self.segments for at in each.places]
         return torch.tensor(lengths, device=self.device).view_as(positions)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:

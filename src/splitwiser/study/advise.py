@@ -155,6 +155,8 @@ def predict(
             config.lend,
             find_policy(config.policy),
             find_schedule(candidate.schedule or config.schedule),
+            reserve=config.reserve,
+            prefix_caching=bool(config.prefix_caching),
         )
         row = candidate.row
         try:
