@@ -83,7 +83,8 @@ def request_goodput(run: Served) -> float | None:
 
 def requests_in_flight(run: Served) -> float | None:
     """Return how many requests were between their first token and their last, on average over the duration."""
-    return run.rate(sum(output.metrics.token_ns[-1] - output.metrics.token_ns[0] for output in run.outputs) / 1e9)
+    times = [output.metrics.token_ns for output in run.outputs if output.metrics.token_ns]
+    return run.rate(sum(own[-1] - own[0] for own in times) / 1e9)
 
 
 def output_throughput(run: Served) -> float | None:
