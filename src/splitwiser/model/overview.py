@@ -48,10 +48,8 @@ def describe_model(entry: CatalogEntry, models: str | Path) -> Overview:
 
 
 def find_adapters(module: PreTrainedModel) -> str:
-    """Return whether ``module`` is served with adapters: yes, no, or LoRA alone."""
-    if module.config.is_encoder_decoder:
-        return "no"
-    return "LoRA" if depends_on_length(module) else "yes"
+    """Return with which adapters ``module`` is served: yes for all kinds, or LoRA alone."""
+    return "LoRA" if module.config.is_encoder_decoder or depends_on_length(module) else "yes"
 
 
 def find_route(module: PreTrainedModel) -> str:

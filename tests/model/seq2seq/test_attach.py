@@ -47,7 +47,7 @@ def test_a_model_that_cannot_be_served_is_refused_in_one_line(
 
 
 def test_sources_that_see_each_other_are_noticed(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_one(lengths: list[int], device: torch.device) -> EncoderStep:
+    def as_one(lengths: list[int], device: torch.device, _: torch.Tensor | None) -> EncoderStep:
         return EncoderStep([sum(lengths)], device)
 
     monkeypatch.setattr("splitwiser.model.seq2seq.forward.EncoderStep", as_one)
