@@ -111,4 +111,7 @@ def check_decoder(model: str | Path, models: str | Path = constants.MODELS) -> N
 
 def decoders_only(name: str) -> UnsupportedModelError:
     """Return the error for the model ``name`` where only decoders are measured."""
-    return UnsupportedModelError(f"model {name} is an encoder-decoder; profile, advise and peers take decoders only")
+    return UnsupportedModelError(
+        f"model {name} is an encoder-decoder; profile and advise take decoders only, since they count and predict steps in "
+        "which every token passes through the same layers"
+    )

@@ -8,10 +8,10 @@ from typing import Any
 
 from splitwiser import constants
 from splitwiser.config import RunConfig
-from splitwiser.errors import InputError, unknown_name
+from splitwiser.errors import InputError, UnsupportedModelError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
-from splitwiser.model.catalog import decoders_only, resolve_model
+from splitwiser.model.catalog import resolve_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
@@ -93,7 +93,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
         weights=written,
     )
     if model.encodes:
-        raise decoders_only(model.name)
+        raise UnsupportedModelError(f"model {model.name} is an encoder-decoder, which no peer serves; leave --peer out")
     prompts, params = job.make_prompts(model, config.seed), job.sampling_params(config)
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
     workload = folder / f"{job.label}.json"
