@@ -20,7 +20,7 @@ from splitwiser.engine.policy import READ_BY, reads
 from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
-from splitwiser.model.checkpoint import describe_own_sampling
+from splitwiser.model.checkpoints.checkpoint import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig

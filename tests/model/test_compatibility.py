@@ -12,10 +12,11 @@ from torch import Tensor
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import compatibility, trials
+from splitwiser.model.checkpoints.configuration import DTYPES
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.loading import DTYPES, LoadedModel, load_model
+from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.models import POSITIONS, make_tiny
 
 

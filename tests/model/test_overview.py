@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from splitwiser import constants
-from splitwiser.model.catalog import load_catalog
+from splitwiser.model.checkpoints.catalog import load_catalog
 from splitwiser.model.overview import Overview, describe_model
 
 CATALOG = load_catalog(constants.MODELS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from splitwiser.model.loading import auto_class
+from splitwiser.model.checkpoints.weights import auto_class
 
 pytest.importorskip("peft", reason="needs the extra adapters")
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from splitwiser.model.loading import auto_class, without_bars
+from splitwiser.model.checkpoints.configuration import without_bars
+from splitwiser.model.checkpoints.weights import auto_class
 
 VOCABULARY = 151
 POSITIONS = 256

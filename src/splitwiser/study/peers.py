@@ -11,7 +11,7 @@ from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, UnsupportedModelError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
@@ -125,7 +125,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     """Run ``peer`` on the model and workload file that ``config`` names, in a process with its own environment. Its
     tokens go to ``folder/runs/<label>``, its output to ``folder/logs/<label>.log``; ``show`` is called with its progress.
     The outcome has the columns of ``throughput.csv`` that a peer has values for."""
-    from splitwiser.model.loading import plan_model  # imports PyTorch
+    from splitwiser.model.checkpoints.configuration import plan_model  # imports PyTorch
 
     directory, log = folder / "runs" / label, folder / "logs" / f"{label}.log"
     directory.mkdir(parents=True)

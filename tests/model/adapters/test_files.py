@@ -8,7 +8,7 @@ import pytest
 
 from splitwiser.model.adapters import files
 from splitwiser.model.adapters.files import AdaptersGiven, find_adapters
-from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.checkpoints.catalog import CatalogEntry
 from tests.support.assertions import assert_says, refusal
 
 MODEL = CatalogEntry("mine")

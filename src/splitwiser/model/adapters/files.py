@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from splitwiser.errors import InputError, first_line, unknown_name
-from splitwiser.model.catalog import CatalogEntry, Kind
+from splitwiser.model.checkpoints.catalog import CatalogEntry, Kind
 from splitwiser.request import NO_ADAPTER
 from splitwiser.text import read_text
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from splitwiser import constants
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, load_catalog, resolve_model
-from splitwiser.model.loading import auto_class
+from splitwiser.model.checkpoints.catalog import EMBEDDED_MODEL, CatalogEntry, load_catalog, resolve_model
+from splitwiser.model.checkpoints.weights import auto_class
 from tests.support.assertions import assert_says, refusal
 
 MODELS = constants.MODELS
