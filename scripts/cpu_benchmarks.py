@@ -74,6 +74,11 @@ BENCHMARKS = {
         "--repeats 2 --modes sequential,generate --requests 16 --prompt_tokens 100 --output_tokens 32 --model falcon-rw-1b "
         "--load_format dummy --dtype bfloat16",
     ),
+    "falcon-rw-1b-64": Benchmark(
+        "The same model with 64 such requests, beside vLLM too.",
+        "--repeats 2 --modes sequential,generate --peer vllm=$VLLM --requests 64 --prompt_tokens 100 --output_tokens 32 "
+        "--model falcon-rw-1b --load_format dummy --dtype bfloat16",
+    ),
     "vllm-as-installed": Benchmark(
         "vLLM as installed. It then has a process of its own for its scheduler and reserves a core for it, so of two cores "
         "one computes.",

@@ -232,7 +232,7 @@ def test_an_adapter_of_another_model_is_refused(tiny: Callable[[str], Path]) -> 
 def test_a_workload_names_adapters(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     model = tiny("opt")
     workload = write_workload(tmp_path / "w.json", PROMPTS, NEW, adapter=["lora", None, "none"])
-    given = [f"--adapter={name}={make_adapter(name, model)}" for name in ("lora", "prefix")]
+    given = [f"--adapter={name}={make_adapter(name, model)}" for name in ("lora", "prefix", "prompt")]
     done = invoke(
         "run", "--model", model, "--workload", workload, *given, "--use_adapter", "prefix", "--ignore_eos",
         "--results", tmp_path / "out",
@@ -243,6 +243,8 @@ def test_a_workload_names_adapters(tmp_path: Path, tiny: Callable[[str], Path]) 
     assert list(rows.adapter) == ["lora", "prefix", ""]
     record = yaml.safe_load((run / "run.yaml").read_text())
     assert record["adapters"]["lora"].startswith("LoRA, rank 4, from ")
+    assert record["requests"]["notes"] == ["no request uses adapter prompt"]
+    assert "note: no request uses adapter prompt" in done.stdout
     tokens = pd.read_csv(run / "tokens.csv").sort_values("request_id").token_ids
     made = [[*map(int, text.split())] for text in tokens]
     assert made == [

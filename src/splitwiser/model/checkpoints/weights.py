@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -38,8 +39,20 @@ def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.d
         raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
     except Exception as error:  # inconsistent figures raise various errors
         raise cannot_be_made(entry, error) from error
-    module.tie_weights()
+    tie_weights(module)
     return module
+
+
+def tie_weights(module: PreTrainedModel) -> None:
+    """Tie the weights that a checkpoint of ``module``'s configuration ties.
+
+    transformers ties the output layer of every T5 to its embeddings until it reads a checkpoint with an output layer. Those
+    of models that do not scale the decoder's outputs, such as FLAN-T5, have one: here it gets weights of its own, zeros.
+    """
+    module.tie_weights()
+    if getattr(module.config, "scale_decoder_outputs", True) is False:
+        head = module.get_output_embeddings()
+        head.weight = nn.Parameter(torch.zeros_like(head.weight))
 
 
 def weights_nbytes(module: PreTrainedModel) -> int:
@@ -53,16 +66,17 @@ def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> No
 
     They are made directly on ``device``, so there is never a second copy.
     """
-    module.tie_weights()
+    tie_weights(module)
     for name, parameter in list(module.named_parameters()):
         set_module_tensor_to_device(module, name, device, value=torch.zeros_like(parameter, device=device))
-    module.tie_weights()
+    tie_weights(module)
     torch.nn.Module.to(module, device)  # the buffers
     for part in module.modules():
         part.__dict__.pop("_is_hf_initialized", None)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         module.init_weights()
+        tie_weights(module)
         with torch.no_grad():
             for parameter in module.parameters():
                 if parameter.ndim > 1 and not parameter.any():
