@@ -1,21 +1,20 @@
 """Runs the comparisons of docs/benchmarks.md on a CPU, keeps their rows in results/reference, and writes the tables.
 
-    python scripts/cpu_benchmarks.py --vllm ~/peers/vllm       # all; name some to run only these
+    python scripts/cpu_benchmarks.py --peers ~/peers           # all; name some to run only these
     python scripts/cpu_benchmarks.py --tables                  # only write the tables from the rows that are kept
 
-Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. It takes about half an hour.
+Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. It takes about an hour. The folder
+of ``--peers`` holds the environments of scripts/install_peer.sh, each under its name there.
 """
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +39,33 @@ FIGURES = {
 }
 
 
+# ours, whose dtype is bfloat16, and the engines that a user would run instead
+INT8 = "--variant 'int8: --quantization int8'"
+BEST_PEERS = "--peer vllm=$PEERS/vllm --peer openvino=$PEERS/openvino --peer openvino-int8=$PEERS/openvino"
+INSTALLED_PEERS = "--peer vllm-installed=$PEERS/vllm --peer openvino-installed=$PEERS/openvino"
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """A comparison: what it shows, and the options of ``splitwiser compare``; ``environment`` is set for all its runs."""
+    """A comparison: what it shows, and the options of ``splitwiser compare``."""
 
     about: str
     options: str
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
         """The command that repeats it."""
-        variables = "".join(f"{name}={value} " for name, value in self.environment.items())
-        return f"{variables}splitwiser compare {self.options}"
+        return f"splitwiser compare {self.options}"
 
 
 BENCHMARKS = {
     "standard-opt-125m": Benchmark(
         "OPT-125m in bf16 (random weights): 64 requests at once, about 14,000 prompt tokens, 64 new tokens each.",
-        f"--modes sequential,generate,mp --peer vllm=$VLLM --workload standard {OPT}",
+        f"--repeats 2 --modes sequential,generate,mp {INT8} {BEST_PEERS} {INSTALLED_PEERS} --workload standard {OPT}",
     ),
     "standard-smollm2-135m": Benchmark(
         "The same requests to a model of Llama's shape with 135 M parameters (`smollm2-135m`).",
-        f"--repeats 2 --modes sequential,mp --peer vllm=$VLLM --workload standard {LLAMA}",
+        f"--repeats 2 --modes sequential,mp {INT8} {BEST_PEERS} --workload standard {LLAMA}",
     ),
     "flan-t5-base": Benchmark(
         "The same requests to an encoder-decoder (FLAN-T5 base, bf16), beside transformers' `generate`.",
@@ -76,26 +79,20 @@ BENCHMARKS = {
     ),
     "falcon-rw-1b-64": Benchmark(
         "The same model with 64 such requests, beside vLLM too.",
-        "--repeats 2 --modes sequential,generate --peer vllm=$VLLM --requests 64 --prompt_tokens 100 --output_tokens 32 "
-        "--model falcon-rw-1b --load_format dummy --dtype bfloat16",
-    ),
-    "vllm-as-installed": Benchmark(
-        "vLLM as installed. It then has a process of its own for its scheduler and reserves a core for it, so of two cores "
-        "one computes.",
-        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload standard {OPT}",
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 100 "
+        "--output_tokens 32 --model falcon-rw-1b --load_format dummy --dtype bfloat16",
     ),
     "long-prompts": Benchmark(
         "16 requests of about 1,500 prompt tokens with 16 new ones.",
-        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload long_prompts {OPT}",
+        f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload long_prompts {OPT}",
     ),
     "long-outputs": Benchmark(
         "48 requests of about 32 prompt tokens with 256 new ones.",
-        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload long_outputs {OPT}",
+        f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload long_outputs {OPT}",
     ),
     "single": Benchmark(
         "6 requests of about 128 prompt tokens with 128 new ones, each after the one before.",
-        f"--repeats 2 --modes sequential --peer vllm=$VLLM --workload single {OPT}",
+        f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload single {OPT}",
     ),
     "load-60": Benchmark(
         "The standard requests, as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
@@ -108,13 +105,13 @@ BENCHMARKS = {
 }
 
 
-def measure(name: str, vllm: str) -> None:
+def measure(name: str, peers: str) -> None:
     """Run the benchmark ``name`` and keep its rows and the record of where it ran."""
     benchmark = BENCHMARKS[name]
     with tempfile.TemporaryDirectory() as results:
-        options = [word.replace("$VLLM", vllm) for word in shlex.split(benchmark.options)]
+        options = [word.replace("$PEERS", peers) for word in shlex.split(benchmark.options)]
         command = [sys.executable, "-m", "splitwiser", "compare", *options, "--results", results]
-        subprocess.run(command, env={**os.environ, **benchmark.environment}, check=True)
+        subprocess.run(command, check=True)
         (folder,) = Path(results).glob("compare_*")
         record = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
         shutil.copy(folder / "comparison.csv", _rows(name))
@@ -155,6 +152,8 @@ def section() -> str:
                 f"```bash\n{records[name]['command']}\n```",
                 markdown(table(rows)),
             ]
+            if versions := _versions(rows):
+                blocks.append(f"{versions}.")
     return "\n\n".join(blocks)
 
 
@@ -162,6 +161,12 @@ def best() -> str:
     """Return the table of the README."""
     made = table(read_rows(_rows("standard-opt-125m")))
     return markdown(made[["variant", "tokens/s", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "sequential over it"]])
+
+
+def _versions(rows: pd.DataFrame) -> str:
+    """Return the version and the settings of each peer."""
+    peers = rows[rows["version"].notna()].drop_duplicates("variant")
+    return "; ".join(f"{variant}: {version}" for variant, version in peers[["variant", "version"]].to_numpy())
 
 
 def _range(values: "pd.Series[float]") -> str:
@@ -181,14 +186,14 @@ def main() -> None:
     """Measure what is asked for, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; none: all")
-    parser.add_argument("--vllm", default="", help="vLLM's environment, made by scripts/install_peer.sh")
+    parser.add_argument("--peers", default="", help="folder of the peers' environments")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args()
     for name in options.names:
         if name not in BENCHMARKS:
             raise unknown_name("benchmark", name, BENCHMARKS)
     for name in () if options.tables else options.names or BENCHMARKS:
-        measure(name, options.vllm)
+        measure(name, options.peers)
     write_sections(PROJECT, {"cpu-best": best(), "cpu": section()})
 
 

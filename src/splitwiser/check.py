@@ -18,10 +18,9 @@ def check_quickly(config: RunConfig) -> Job:
     return prepare_job(config, config.seed)
 
 
-def check(config: RunConfig) -> Job:
-    """Return the job of ``config``. Raises the :class:`~splitwiser.errors.InputError` of :func:`splitwiser.run.run`, as far
-    as errors can be found before the model is loaded."""
-    job = check_quickly(config)
+def check_thoroughly(config: RunConfig) -> None:
+    """Check what :func:`check_quickly` leaves and what can be found before the model is loaded; imports PyTorch. Raises
+    :class:`~splitwiser.errors.InputError`."""
     refuse_mode_here(config.mode, config.device_name)
     from splitwiser.model.checkpoints.configuration import plan_model
 
@@ -32,4 +31,3 @@ def check(config: RunConfig) -> Job:
         device=config.device_name,
         load_format=config.load_format,
     )
-    return job

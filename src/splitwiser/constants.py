@@ -46,6 +46,7 @@ ADAPTERS = (
 )
 MERGE_ADAPTER = False  # merge the one LoRA adapter into the weights, for all requests
 
+QUANTIZATION = "none"  # int8 computes linear layers in whole numbers, on a CPU; none in DTYPE
 KERNELS = "auto"  # auto compiles what is faster so, where there is a compiler; plain uses PyTorch alone
 
 TEMPERATURE = 0.0  # 0 is greedy; above, tokens are drawn at random

@@ -49,6 +49,7 @@ MISTAKES = {
     "compare --modes sequential,mp --model nope": "unknown model 'nope'",
     "compare --modes sequential,mp --case_id 77": "unknown case '77'",
     "compare --modes sequential,mp --variant a:--foo": "unknown option '--foo'",
+    "compare --modes sequential,mp,generate --variant a:--model=nope": "variant a: unknown model 'nope'",
     "sweep missing.yaml": "missing.yaml: no such file",
     "report missing": "missing: no such folder",
     "profile --model nope": "unknown model 'nope'",

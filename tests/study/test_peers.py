@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import peer
 import pytest
 import yaml
+from transformers import AutoConfig, AutoTokenizer
 
-from splitwiser import constants
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peers import ENGINES, PROGRAM, Peer, check_peer, read_peer, share_with_peers
+from splitwiser.study.peer_program import Answer, _with_tokenizer, serve
+from splitwiser.study.peers import PACKAGE, Peer, check_peer, read_peer, share_with_peers
 from splitwiser.workload.job import Job, prepare_job
 from splitwiser.workload.planned import PlannedRequest
 from tests.support.assertions import assert_says, refusal
@@ -27,10 +27,10 @@ from tests.support.models import make_tiny
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
-# the stand-ins are asked as scripts/peer.py is: the engine, then --name=value; what they were asked is their version
+# asked as the program is: -m, its name and the engine, then --name=value; what a stand-in was asked is its version
 ANSWERS = """
 import json, pathlib, sys
-asked = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[3:])
+asked = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[4:])
 work = json.loads(pathlib.Path(asked["workload"]).read_text())
 config = json.loads((pathlib.Path(asked["model"]) / "config.json").read_text())
 answers = {
@@ -66,10 +66,6 @@ def test_an_encoder_decoder_is_refused(tiny: Callable[[str], Path], tmp_path: Pa
     assert message == "model tiny-t5 is an encoder-decoder, which no peer serves; leave --peer out"
 
 
-def test_the_engines_are_those_of_the_program() -> None:
-    assert set(ENGINES) == set(peer.PEERS)
-
-
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -96,6 +92,11 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
             {"adapters": "lora", "model": "radiology-opt"},
             {},
             ["variant vllm: a peer runs the model alone", "--adapter"],
+        ),
+        (
+            {"quantization": "int8", "dtype": "bf16"},
+            {},
+            ["variant vllm: a peer runs the model in --dtype", "--variant"],
         ),
         ({"temperature": 0.5}, {}, ["variant vllm: a peer chooses tokens greedily"]),
         (
@@ -257,7 +258,7 @@ class OneTokenAStep:
         self._asked[number] = new_tokens - self._short
         self.most = max(self.most, len(self.running))
 
-    def collect(self) -> Iterator[peer.Answer]:
+    def collect(self) -> Iterator[Answer]:
         for number in list(self.running):
             self.running[number] += 1
             if self.running[number] == self._asked[number]:
@@ -269,19 +270,17 @@ class OneTokenAStep:
 
 
 def test_the_program_needs_nothing_but_numpy_until_its_engine_starts() -> None:
-    path = os.pathsep.join([str(PROGRAM.parent), str(constants.DIR_PROJECT / "src")])
     others = ("torch", "transformers", "pandas", "yaml", "tqdm", "pydantic", "psutil", "matplotlib")
-    code = f"import sys; sys.modules |= dict.fromkeys({others}); import peer"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    code = f"import sys; sys.modules |= dict.fromkeys({others}); from splitwiser.study import peer_program"
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 5])
 def test_requests_in_flight_are_as_many_as_asked_for(concurrency: int) -> None:
     engine = OneTokenAStep()
-    outputs = peer.serve(engine, [[1], [2, 3], [4], [5], [6]], [3, 1, 4, 1, 5], concurrency)
+    outputs = serve(engine, [[1], [2, 3], [4], [5], [6]], [3, 1, 4, 1, 5], concurrency)
     assert engine.most == concurrency
     assert engine.order == [0, 1, 2, 3, 4]
     made = {output.request_id: (output.prompt_token_ids, len(output.token_ids)) for output in outputs}
@@ -289,16 +288,24 @@ def test_requests_in_flight_are_as_many_as_asked_for(concurrency: int) -> None:
 
 
 def test_requests_that_come_at_once_have_one_arrival() -> None:
-    outputs = peer.serve(OneTokenAStep(), [[1], [2], [3]], [2, 2, 2], 3)
+    outputs = serve(OneTokenAStep(), [[1], [2], [3]], [2, 2, 2], 3)
     assert len({output.metrics.arrival_ns for output in outputs}) == 1
 
 
 def test_in_the_closed_loop_a_request_arrives_when_the_last_has_ended() -> None:
-    arrivals = [output.metrics.arrival_ns for output in peer.serve(OneTokenAStep(), [[1], [2], [3]], [2, 2, 2], 1)]
+    arrivals = [output.metrics.arrival_ns for output in serve(OneTokenAStep(), [[1], [2], [3]], [2, 2, 2], 1)]
     assert arrivals == sorted(set(arrivals))
     assert len(arrivals) == 3
 
 
 def test_answer_of_another_length_is_a_fault() -> None:
     with pytest.raises(RuntimeError, match="request 0 has 2 tokens instead of 3"):
-        peer.serve(OneTokenAStep(short=1), [[1]], [3], 1)
+        serve(OneTokenAStep(short=1), [[1]], [3], 1)
+
+
+def test_openvino_gets_a_checkpoint_with_a_word_for_each_token(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    _with_tokenizer(tiny("llama"), tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert tokenizer("t5 t17").input_ids == [5, 17]
+    assert len(tokenizer) == AutoConfig.from_pretrained(tmp_path / "copy").vocab_size
+    assert (tmp_path / "copy" / "model.safetensors").samefile(tiny("llama") / "model.safetensors")

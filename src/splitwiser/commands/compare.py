@@ -4,6 +4,7 @@ import argparse
 
 from splitwiser.config import RunConfig
 from splitwiser.options import add_options, given_options
+from splitwiser.study.peer_program import ENGINES
 
 DESCRIPTION = "Every run is a fresh process, unless --one_process is given; a round runs each variant once."
 USAGE = "--modes MODE,MODE... [options of splitwiser run, for all variants]"
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--peer", action="append", default=[], metavar="ENGINE=ENVIRONMENT",
-        help="another engine (vllm or hf-continuous) in an environment of scripts/install_peer.sh, or its Python; may be "
+        help=f"another engine ({', '.join(ENGINES)}) in an environment of scripts/install_peer.sh, or its Python; may be "
         "repeated",
     )  # fmt: skip
     parser.add_argument(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from splitwiser.engine.penalties import PenalisedRequest, change_logits
+from splitwiser.model.kernels.greedy import likeliest
 from splitwiser.request import FinishReason, SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -51,8 +52,7 @@ def sample_tokens(
     """
     if any(request.params.changes_logits for request in requests):
         logits = change_logits(logits, requests, eos_token_ids, start_token_id)
-    # PyTorch's argmax of half precisions takes five times as long on a CPU
-    tokens = (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
+    tokens = likeliest(logits)
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if rows:
         sampled = torch.tensor(rows, device=logits.device)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.forward import forward
 from splitwiser.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, TorchNorm, find_compile_problem
+from splitwiser.model.kernels.int8_linear import Int8Linear
 from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable
 
 # gates x / (1 + exp(-(linear * x + cubic * x^3))): SiLU, GELU's form with tanh, and the quick form of GELU
@@ -75,7 +76,9 @@ def describe_parts(module: nn.Module) -> str:
     }  # fmt: skip
     parts = list(module.modules())
     counts = Counter(names[type(part)] for part in parts if type(part) in names)
-    counts["activation"] = sum(isinstance(part, PackedLinear) and part.activation != IDENTITY for part in parts)
+    counts["activation"] = sum(
+        isinstance(part, PackedLinear | Int8Linear) and part.activation != IDENTITY for part in parts
+    )
     described = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     missing = None if next(module.parameters()).is_cuda else find_compile_problem()
     return described or f"none ({missing or 'no module of the model matches one'})"

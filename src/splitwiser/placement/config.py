@@ -22,6 +22,7 @@ from splitwiser.text import parse_bytes, parse_device
 
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("none", "checkpoint")
+QUANTIZATIONS = ("none", "int8")
 _PARALLEL = "one device serves the whole model"
 _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is here instead, or why it is not
     "tensor_parallel_size": _PARALLEL,
@@ -37,7 +38,6 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
     "block_size": "BLOCK_TOKENS in constants.py",
     "enable_prefix_caching": "prompts share no blocks",
     "enforce_eager": "here it is kernels, auto or plain",
-    "quantization": "a checkpoint says itself how it is quantised",
     "kv_cache_dtype": "K and V have the model's dtype",
     "trust_remote_code": "models run with transformers' own code alone",
     "tokenizer": "it is the checkpoint's own",
@@ -128,6 +128,10 @@ class EngineConfig(ModelConfig):
         f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own; with parameters, "
         "NAME:ageing_s=5",
     )
+    quantization: str = option(
+        constants.QUANTIZATION,
+        "int8: weights and inputs of linear layers as whole numbers, on a CPU, the rest in --dtype bfloat16; none",
+    )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
     generation_config: str = option(
@@ -153,6 +157,8 @@ class EngineConfig(ModelConfig):
         check_counts(self, "max_batch", "batch_size")
         if self.generation_config not in GENERATION_CONFIGS:
             raise unknown_name("--generation_config", self.generation_config, GENERATION_CONFIGS)
+        if self.quantization not in QUANTIZATIONS:
+            raise unknown_name("--quantization", self.quantization, QUANTIZATIONS)
         if self.adapters or self.use_adapter or self.merge_adapter:
             self._check_adapters()
         if self.share not in SHARES:
@@ -166,6 +172,8 @@ class EngineConfig(ModelConfig):
             raise InputError(
                 f"mode {mode.name} runs transformers' own engine; --policy {self.policy} applies to other modes"
             )
+        if self.quantization != "none":
+            self._check_quantization(mode)
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
             raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")
@@ -212,6 +220,16 @@ class EngineConfig(ModelConfig):
             raise InputError(f"--merge_adapter merges one LoRA adapter into the model; the adapters are: {given}")
         if self.use_adapter == NO_ADAPTER.name:
             raise InputError("--use_adapter none: a merged adapter runs with every request; leave --merge_adapter out")
+
+    def _check_quantization(self, mode: Mode) -> None:
+        if mode.layout is None:
+            raise InputError(f"mode {mode.name} runs transformers' own engine; --quantization applies to other modes")
+        if self.dtype not in ("auto", "bfloat16"):
+            raise InputError(
+                f"--quantization {self.quantization} needs --dtype bfloat16 for the rest, not {self.dtype}"
+            )
+        if self.kernels == "plain":
+            raise InputError(f"--quantization {self.quantization} needs --kernels auto")
 
     def _check_mps(self) -> None:
         if self.mps not in MPS_DAEMONS:

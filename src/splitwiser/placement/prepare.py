@@ -23,14 +23,17 @@ from splitwiser.model.adapters.serving import (
 )
 from splitwiser.model.dispatch.table import describe_route
 from splitwiser.model.fusing import describe_parts
+from splitwiser.model.kernels import int8_linear as int8
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.paged_attention import Segment
 from splitwiser.model.routes import ROUTES
 from splitwiser.placement.config import EngineConfig, ModelConfig
 
+PROBE_TOKENS = 32  # of the prompt that shows what int8 weights change
 _COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # names in a run's record
 
 
@@ -96,7 +99,10 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
     unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
     route = ROUTES[model.kind]
+    if config.quantization != "none" and unpacked:
+        raise InputError(f"--quantization {config.quantization}: {unpacked}")
     layers = route.attach(model, pack=unfused is None, remember=True)
+    quantised = _quantise(model, layers) if config.quantization != "none" else None
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     on_gpu = model.device.type == "cuda"
     refused = route.try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if on_gpu else {}
@@ -125,7 +131,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         keep_freed_memory()
     described = {
         "route": describe_route(model.module),
-        "linear_layers": f"PyTorch's own ({unpacked})" if unpacked else packed.describe(),
+        "linear_layers": quantised or (f"PyTorch's own ({unpacked})" if unpacked else packed.describe()),
         "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }
@@ -146,6 +152,31 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
     )
     write_virtual_tokens(pool, model.adapters, prepared.adapters)
     return pool
+
+
+def _quantise(model: LoadedModel, layers: Sequence[LayerShape]) -> str:
+    """Give ``model`` int8 weights; returns what computes them and what that changes, for the run's record."""
+    before = _probe_logits(model, layers)
+    count = int8.quantise_linears(model.module)
+    after = _probe_logits(model, layers)
+    error = float((after - before).norm() / before.norm())
+    same = float((after.argmax(dim=-1) == before.argmax(dim=-1)).float().mean())
+    return (
+        f"{int8.describe()}, int8, {count} layers; over {PROBE_TOKENS} random tokens logits change by {error:.1%} (relative "
+        f"norm), and {same:.0%} of the likeliest tokens stay"
+    )
+
+
+@torch.inference_mode()
+def _probe_logits(model: LoadedModel, layers: Sequence[LayerShape]) -> Tensor:
+    """Return logits of a prompt of random tokens, the same ones each time: (rows, vocabulary), a row for each token of a
+    decoder and one for an encoder-decoder."""
+    tokens = torch.randint(model.vocabulary, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = -(-(PROBE_TOKENS + model.encodes) // constants.BLOCK_TOKENS)
+    pool = KVPool(layers, blocks, constants.BLOCK_TOKENS, model.dtype, model.device)
+    prompt = Segment(range(blocks), PROBE_TOKENS, PROBE_TOKENS, PROBE_TOKENS)
+    rows = [PROBE_TOKENS - 1] if model.encodes else range(PROBE_TOKENS)
+    return ROUTES[model.kind].prefill(model, pool, [prompt], tokens, rows).float()
 
 
 def _why_not_fused(model: LoadedModel, kernels: str) -> str | None:

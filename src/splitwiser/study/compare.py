@@ -5,14 +5,14 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from splitwiser.check import check
+from splitwiser.check import check_quickly, check_thoroughly
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import make_run_directory, write_rows
@@ -187,15 +187,13 @@ def compare(
 def _check_same_question(variants: Sequence[Variant], load: float | None) -> Job:
     asked: dict[str, Any] = {}
     for variant in variants:
-        try:
+        with _naming(variant):
             config = variant.config
             if load is not None:
                 check_load(load, config)
-            job = check(config)
+            job = check_quickly(config)
             if variant.peer is not None:
                 check_peer(config, job)
-        except InputError as error:
-            raise InputError(f"variant {variant.name}: {error.cli_message}") from error
         asks = {name: getattr(config, name) for name in ASKED}
         asks |= {"requests": job, "sampling": job.sampling_params(config)}
         asked = asked or asks
@@ -205,9 +203,21 @@ def _check_same_question(variants: Sequence[Variant], load: float | None) -> Job
                     f"variant {variant.name} differs from {variants[0].name} in its {name}; all variants must use one model "
                     "and the same requests (splitwiser sweep varies them)"
                 )
+    for variant in variants:  # after what needs no PyTorch was checked of all
+        with _naming(variant):
+            check_thoroughly(variant.config)
     requests = asked["requests"]
     assert isinstance(requests, Job)
     return requests
+
+
+@contextmanager
+def _naming(variant: Variant) -> Iterator[None]:
+    """Have errors in the context begin with the variant's name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"variant {variant.name}: {error.cli_message}") from error
 
 
 def _turns(variants: Sequence[Variant], rounds: int, last_start_s: float) -> Iterator[tuple[int, Variant]]:

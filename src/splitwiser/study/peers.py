@@ -1,12 +1,13 @@
-"""Runs other engines as variants of a comparison, by ``scripts/peer.py`` in the engine's own environment."""
+"""Runs other engines as variants of a comparison, by :mod:`splitwiser.study.peer_program` in the engine's own
+environment."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, UnsupportedModelError, unknown_name
 from splitwiser.files import write_rows
@@ -15,12 +16,12 @@ from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
+from splitwiser.study.peer_program import ENGINES
 from splitwiser.workload.config import WorkloadConfig
 from splitwiser.workload.job import Job
 
-ENGINES = ("vllm", "hf-continuous")  # of scripts/peer.py, which this process cannot import
-PROGRAM = constants.DIR_PROJECT / "scripts" / "peer.py"
-MODELS = "models"  # a comparison's folder for the checkpoint, while it runs
+PACKAGE = Path(__file__).resolve().parents[1]
+MODELS = "models"  # a comparison's folder for the checkpoint and peers' forms of it, while it runs
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ def read_peer(text: str) -> Peer:
     """Read ``ENGINE=ENVIRONMENT``, a folder with ``bin/python`` or a Python executable. Raises :class:`InputError`."""
     engine, _, where = text.partition("=")
     if engine not in ENGINES:
-        raise unknown_name("peer", engine, ENGINES)
-    if not PROGRAM.exists():
-        raise InputError("--peer needs scripts/peer.py of a checkout, which an installed package does not have")
+        raise unknown_name("peer", engine, list(ENGINES))
     python = Path(where) if Path(where).is_file() else Path(where) / "bin" / "python"
     if not python.exists():
         raise InputError(f"--peer {text}: no bin/python there; scripts/install_peer.sh creates an environment")
@@ -51,6 +50,8 @@ def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     if config.adapters or any(job.adapters):
         raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
+    if config.quantization != "none":
+        raise InputError("a peer runs the model in --dtype; give --quantization in a --variant of its own")
     params = job.sampling_params(config)
     if config.generation_config != "none":
         raise InputError("a peer chooses tokens greedily by the model's own logits; leave --generation_config out")
@@ -143,15 +144,19 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
         "dtype": str(dtype).removeprefix("torch."),
         "max_concurrency": config.max_concurrency,
         "goodput": config.goodput,
+        "scratch": folder / MODELS,
         "output": answers,
     }
-    command = [
-        "env", f"PYTHONPATH={constants.DIR_PROJECT / 'src'}", *(["CUDA_VISIBLE_DEVICES="] if device.type == "cpu" else []),
-        str(peer.python), str(PROGRAM), peer.engine,
-        *(f"--{name}={value}" for name, value in asked.items() if value is not None),
-    ]  # fmt: skip
     stretch = LoadMeter()
-    code = run_process(command, log, show)
+    with TemporaryDirectory(prefix="splitwiser-peer-") as alone:
+        # beside an installed package lie others, which must not come before those of the peer's environment
+        Path(alone, "splitwiser").symlink_to(PACKAGE)
+        command = [
+            "env", f"PYTHONPATH={alone}", *(["CUDA_VISIBLE_DEVICES="] if device.type == "cpu" else []),
+            str(peer.python), "-m", "splitwiser.study.peer_program", peer.engine,
+            *(f"--{name}={value}" for name, value in asked.items() if value is not None),
+        ]  # fmt: skip
+        code = run_process(command, log, show)
     load = MachineLoad(during=stretch.end())
     if code or not answers.exists():
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from splitwiser.check import check
+from splitwiser.check import check_quickly, check_thoroughly
 from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError, unknown_name
 from splitwiser.files import read_yaml, write_rows
@@ -234,12 +234,22 @@ def _check_points(grid: Sweep) -> None:
             raise InputError(
                 f"{point.file}, {point} is the same as point {numbers[point.key]}; 'repeats' runs points again"
             )
-        try:
+        with _naming(point):
             if grid.load is not None:
                 check_load(grid.load, point.config)
-            check(point.config)
-        except InputError as error:
-            raise InputError(f"{point.file}, {point}: {error}") from error
+            check_quickly(point.config)
+    for point in grid.points:  # after what needs no PyTorch was checked of all
+        with _naming(point):
+            check_thoroughly(point.config)
+
+
+@contextlib.contextmanager
+def _naming(point: Point) -> Iterator[None]:
+    """Have errors in the context begin with the point's file and settings."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{point.file}, {point}: {error}") from error
 
 
 def _measure_capacities(grid: Sweep, folder: Path, execute: Execute | None) -> dict[str, float]:

@@ -4,8 +4,8 @@ PyTorch's own linear layer passes oneDNN the plain weights, which it converts in
 pass. A packed weight is bytes in a layout that oneDNN chooses, so it can lie in memory that processes share, like any other
 tensor; PyTorch opens it there through the C interface that its ahead-of-time compiler uses for the same purpose.
 
-Small batches (a few rows) are bound by reading the weights and by the overhead of a call. A compiled function of this
-project computes them from the packed bytes, if these are shown to lie in the layout that it reads.
+Small batches are bound by reading the weights and by the overhead of a call. A compiled function of this project computes
+them from the packed bytes, if these are shown to lie in the layout that it reads.
 """
 
 import copy
@@ -25,11 +25,11 @@ PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what els
 
 
 class LinearStruct(ctypes.Structure):
-    """A packed layer as csrc/layer.cpp's ``Linear``: addresses of its weight and bias (0: none), its sizes, the outputs per
-    panel of its weight, and its inputs with their padding."""
+    """A layer as csrc/linear.h's ``Linear``: addresses of its weight, its bias (0: none) and, of an int8 weight, its scales
+    and offsets, its sizes, the outputs per panel of its weight, and its inputs with their padding."""
 
     _fields_: ClassVar = [
-        ("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets")),
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
         ("panel", ctypes.c_int64), ("padded_inputs", ctypes.c_int64),
     ]  # fmt: skip
@@ -77,6 +77,11 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """A tensor of the weight's shape and dtype, filled with not-a-number."""
         return torch.full((), float("nan"), dtype=torch.bfloat16).expand(self.out_features, self.in_features)
+
+    def unpacked(self) -> Tensor:
+        """Return the weight as it was, (out features, in features)."""
+        plain: Tensor = self._open().weight.to_dense()
+        return plain
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., in features) to (..., out features)."""
@@ -150,7 +155,7 @@ class PackedLinear(nn.Module):
             return None
         bias = None if self.bias is None else self.bias.data_ptr()
         sizes = self.in_features, self.out_features, self.activation == RELU, panel, padded_inputs
-        return LinearStruct(self.packed.data_ptr(), bias, *sizes)
+        return LinearStruct(self.packed.data_ptr(), bias, None, None, *sizes)
 
     def _lies_in_panels(self, panel: int) -> bool:
         """Whether the weight, read in panels of ``panel`` outputs, gives oneDNN's product. Compared without bias and
@@ -225,8 +230,8 @@ def find_small_batch_problem() -> str | None:
 def describe() -> str:
     """Return what computes packed layers, for a run's record."""
     problem = find_small_batch_problem()
-    small = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()})"
-    return f"oneDNN's, weights packed once; products of a few rows {small}"
+    small = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()} rows)"
+    return f"oneDNN's, weights packed once; products of small batches {small}"
 
 
 @cache

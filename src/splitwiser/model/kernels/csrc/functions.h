@@ -12,10 +12,13 @@ extern "C" {
 
 int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim);
 int max_small_rows();
+int supports_int8();
+void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y);
 void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
               int64_t threads);
+void argmax(const void* x, int64_t* tokens, int64_t rows, int64_t width, int64_t threads);
 void gate(const void* x, void* y, float linear, float cubic, int64_t rows, int64_t width, int64_t threads);
 void rotate_heads(void* joint, const void* cosines, const void* sines, int64_t angles_in_float32, const void* query_weight,
                   const void* key_weight, float offset, float epsilon, int64_t rows, int64_t width, int64_t heads,

@@ -122,3 +122,21 @@ extern "C" void rotate_heads(void* joint, const void* cosines, const void* sines
         rotate(own, static_cast<const bfloat16*>(cosines), static_cast<const bfloat16*>(sines), of_query, of_key, offset,
                epsilon, rows, width, heads, kv_heads, head_dim, rotary, angles, threads);
 }
+
+// tokens[row] = the place of the largest number of the row, the first of equal ones; x is (rows, width). As integers with the sign
+// of their value, the bits of numbers that are not NaN are in the order of the numbers (-0 comes before 0).
+extern "C" void argmax(const void* x, int64_t* tokens, int64_t rows, int64_t width, int64_t threads) {
+    const auto* from = static_cast<const int16_t*>(x);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1 && rows * width > WORTH_THREADS)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int16_t* numbers = from + row * width;
+        int16_t most = INT16_MIN;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < width; ++i) {
+            const int16_t ordered = static_cast<int16_t>(numbers[i] ^ ((numbers[i] >> 15) & 0x7fff));
+            most = std::max(most, ordered);
+        }
+        const auto largest = static_cast<int16_t>(most ^ ((most >> 15) & 0x7fff));
+        tokens[row] = std::find(numbers, numbers + width, largest) - numbers;
+    }
+}

@@ -1,9 +1,9 @@
-// A whole decoder layer for a small batch (a few rows) in one call: so little is computed that the time is that of reading the
-// weights and of the calls themselves.
+// Products of small batches, and a whole decoder layer for one in a single call: with a few rows so little is computed that the
+// time is that of reading the weights and of the calls themselves.
 //
-// Weights are read in oneDNN's layout for bfloat16 dot products: panels of outputs (64 for AVX-512, 32 for AMX); in a panel,
-// for each pair of inputs, the pair's weights for all outputs of the panel. Outputs are padded to whole panels, and inputs as
-// far as oneDNN chooses. Python shows that a weight has this layout before it passes it here.
+// Weights are int8 (int8.cpp), or bfloat16 in the layout that oneDNN has for its dot products: panels of outputs (64 for AVX-512,
+// 32 for AMX); in a panel, for each pair of inputs, the pair's weights for all outputs of the panel. Outputs are padded to whole
+// panels, and inputs as far as oneDNN chooses. Python shows that a weight has this layout before it passes it here.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,10 +13,10 @@
 
 #include "bfloat16.h"
 #include "functions.h"
+#include "linear.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if HAS_AVX512 && defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
-#include <immintrin.h>
 #else
 #define HAS_BF16_DOT 0
 #endif
@@ -29,13 +29,6 @@
 #endif
 
 extern "C" {
-
-// A linear layer, packed_linear.py's LinearStruct; bias may be null. panel: outputs per panel, a multiple of 16;
-// padded_inputs: inputs with their padding, an even number.
-struct Linear {
-    const void *packed, *bias;
-    int64_t inputs, outputs, relu, panel, padded_inputs;
-};
 
 struct Norm {
     const void* weight;
@@ -64,8 +57,8 @@ namespace {
 
 #if HAS_BF16_DOT
 
-// Largest numbers of rows: with AVX-512 six, whose sums fill the registers; with AMX those of a tile.
-constexpr int64_t MAX_ROWS_DOT = 6, MAX_ROWS_AMX = 16, LANES = 16, PARTS = 4, BLOCK = PARTS * LANES;
+// Largest numbers of rows: with AVX-512 as many as took less time here than with oneDNN; with AMX those of a tile.
+constexpr int64_t MAX_ROWS_DOT = 128, MAX_ROWS_AMX = 16;
 
 // A block of outputs: where each part's weights of the first pair lie, and the distance from one pair's to the next.
 struct OutputBlock {
@@ -85,22 +78,22 @@ OutputBlock block_of(const Linear& p, int64_t first) {
     return block;
 }
 
-template <int ROWS>
+template <int COUNT>
 void multiply_block(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t pairs, float (*sums)[BLOCK]) {
-    __m512 sum[ROWS][PARTS];
+    __m512 sum[COUNT][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < pairs; ++pair) {
         __m512bh weight[PARTS];
         for (int j = 0; j < PARTS; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(block.parts[j] + pair * block.step);
-        for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < COUNT; ++r) {
             int32_t both;
             std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
             for (int j = 0; j < PARTS; ++j)
                 sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < COUNT; ++r)
         for (int j = 0; j < PARTS; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
 }
 
@@ -112,7 +105,7 @@ void multiply_block_dot(const bfloat16* x, int64_t stride, const OutputBlock& bl
         case 3: return multiply_block<3>(x, stride, block, pairs, sums);
         case 4: return multiply_block<4>(x, stride, block, pairs, sums);
         case 5: return multiply_block<5>(x, stride, block, pairs, sums);
-        default: return multiply_block<6>(x, stride, block, pairs, sums);
+        default: return multiply_block<ROWS>(x, stride, block, pairs, sums);
     }
 }
 
@@ -189,35 +182,40 @@ void multiply_block_amx(const bfloat16* x, int64_t stride, const OutputBlock& bl
 // y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual
 // may be null or y.
 void multiply(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
-    const int64_t pairs = p.inputs / 2;
-    const auto* bias = static_cast<const bfloat16*>(p.bias);
+    if (p.scales) return multiply_int8(&p, x, residual, y, rows, threads);
+    const int64_t pairs = p.inputs / 2, blocks = (p.outputs + BLOCK - 1) / BLOCK;
+    bool in_tiles = false;
+#if HAS_AMX
+    in_tiles = may_use_amx();
+#endif
+    const int64_t group = in_tiles ? rows : rows_of_task(rows, blocks, threads), groups = (rows + group - 1) / group;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #if HAS_AMX
         std::optional<Tiles> tiles;
-        if (may_use_amx()) tiles.emplace(rows, pairs);
+        if (in_tiles) tiles.emplace(rows, pairs);
 #endif
-#pragma omp for schedule(static) nowait
-        for (int64_t first = 0; first < p.outputs; first += BLOCK) {
-            float sums[MAX_ROWS_AMX][BLOCK];
-            const OutputBlock block = block_of(p, first);
+#pragma omp for schedule(static) collapse(2) nowait
+        for (int64_t task = 0; task < groups; ++task)
+            for (int64_t number = 0; number < blocks; ++number) {
+                const OutputBlock block = block_of(p, number * BLOCK);
+                const int64_t end = std::min(rows, (task + 1) * group), step = in_tiles ? rows : ROWS;
+                for (int64_t first = task * group; first < end; first += step) {
+                    float sums[MAX_ROWS_AMX][BLOCK];
+                    const int64_t count = std::min(step, end - first);
 #if HAS_AMX
-            if (tiles)
-                multiply_block_amx(x, p.inputs, block, pairs, sums);
-            else
+                    if (in_tiles)
+                        multiply_block_amx(x, p.inputs, block, pairs, sums);
+                    else
 #endif
-                multiply_block_dot(x, p.inputs, block, rows, pairs, sums);
-            const int64_t count = std::min(BLOCK, p.outputs - first);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t i = 0; i < count; ++i) {
-                    const int64_t at = r * p.outputs + first + i;
-                    float sum = sums[r][i];
-                    if (bias) sum += to_float(bias[first + i]);
-                    if (residual) sum += to_float(residual[at]);
-                    if (p.relu) sum = std::max(sum, 0.0f);
-                    y[at] = to_bfloat16(sum);
+                        multiply_block_dot(x + first * p.inputs, p.inputs, block, count, pairs, sums);
+                    for (int64_t r = 0; r < count; ++r)
+                        for (int64_t j = 0; j < BLOCK && number * BLOCK + j < p.outputs; j += LANES) {
+                            const __m512 sum = _mm512_loadu_ps(sums[r] + j);
+                            finish(p, sum, residual, y, (first + r) * p.outputs, number * BLOCK + j);
+                        }
                 }
-        }
+            }
     }
 }
 
@@ -258,11 +256,11 @@ extern "C" void layer_small_batch(const Layer* layer, const Step* step, const vo
     const auto* from = static_cast<const bfloat16*>(x);
     auto* to = static_cast<bfloat16*>(y);
 
-    rms_norm(from, l.input.weight, normed, l.input.offset, l.input.epsilon, s.rows, width, 1);
+    rms_norm(from, l.input.weight, normed, l.input.offset, l.input.epsilon, s.rows, width, s.threads);
     multiply(l.qkv, normed, nullptr, joint, s.rows, s.threads);
     rotate_heads(joint, s.cosines, s.sines, s.angles_in_float32, l.query.weight, l.key.weight, l.query.offset,
                  l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.half_angles ? 2 * s.angles : s.angles,
-                 s.angles, 1);
+                 s.angles, s.threads);
     const char* keys = reinterpret_cast<const char*>(joint + own_width);
     store(keys, keys + kv_width * size, s.slots, static_cast<char*>(s.keys), static_cast<char*>(s.values), s.rows,
           joint_width * size, joint_width * size, kv_width * size, kv_width * size, 1);
@@ -270,9 +268,9 @@ extern "C" void layer_small_batch(const Layer* layer, const Step* step, const vo
               joint_width, s.rows, l.heads, l.kv_heads, l.head_dim, l.head_dim, s.block_tokens, s.table_width, l.scaling,
               l.softcap, s.threads);
     multiply(l.o, attended, from, to, s.rows, s.threads);
-    rms_norm(to, l.post.weight, normed, l.post.offset, l.post.epsilon, s.rows, width, 1);
+    rms_norm(to, l.post.weight, normed, l.post.offset, l.post.epsilon, s.rows, width, s.threads);
     multiply(l.gate_up, normed, nullptr, gate_up, s.rows, s.threads);
-    gate(gate_up, gated, l.linear, l.cubic, s.rows, inner, 1);
+    gate(gate_up, gated, l.linear, l.cubic, s.rows, inner, s.threads);
     multiply(l.down, gated, to, to, s.rows, s.threads);
 }
 
