@@ -77,7 +77,10 @@ def test_limits_themselves_are_fine(settings: dict[str, Any]) -> None:
             {"logit_bias": {5: 101}},
             "logit_bias must give token ids of 0 or more a number from -100 to 100, not 101 to 5",
         ),
-        ({"n": 2}, "'n' is no option of SamplingParams: a prompt has one output"),
+        ({"n": 0}, "n must be 1 or more samples of each prompt, not 0"),
+        ({"best_of": 2}, "'best_of' is no option of SamplingParams: here it is n"),
+        ({"logprobs": 21}, "logprobs must be from 0 to 20, how many of the likeliest tokens, or None, not 21"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be from 0 to 20"),
     ],
 )
 def test_a_wrong_parameter_is_named_with_what_would_be_right(settings: dict[str, Any], message: str) -> None:
@@ -164,6 +167,16 @@ def test_outputs_have_the_shape_of_vllms() -> None:
     assert (completion.index, completion.text, completion.finish_reason) == (0, "some words", "stop")
     assert completion.token_ids == output.token_ids
     assert output.finished
+
+
+def test_a_prompts_samples_are_its_outputs() -> None:
+    first, second = make_output(text="a"), make_output(text="b", cancelled=9)
+    second.sample = 1
+    first.others.append(second)
+    assert [(each.index, each.text, each.finish_reason) for each in first.outputs] == [
+        (0, "a", "length"),
+        (1, "b", "cancelled"),
+    ]
 
 
 LONG = make_output(tokens=tuple(range(100, 1100)), prompt_tokens=3000, text="a long text of many words " * 99)

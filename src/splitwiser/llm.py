@@ -18,6 +18,7 @@ import torch
 from splitwiser.engine.engine import Engine, Observer, check_fits
 from splitwiser.engine.policy import READ_BY, reads
 from splitwiser.engine.progress_bar import ProgressBar
+from splitwiser.engine.sampling import sample_seed
 from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
 from splitwiser.model.checkpoints.checkpoint import describe_own_sampling
@@ -76,6 +77,8 @@ class LLM:
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
             - ``generation_config``: ``checkpoint`` takes sampling parameters that a request leaves at their default
                 from the checkpoint's ``generation_config.json``, as ``model.generate`` would; ``none`` does not.
+            - ``quantization``: ``int8`` computes linear layers with whole numbers, on a CPU, and the rest in ``bfloat16``;
+              ``none`` does not.
             - ``kernels``: ``auto`` compiles faster kernels if there is a compiler; ``plain`` uses only PyTorch.
             - ``seed``: seed of dummy weights, and of sampling for requests without their own seed.
             - ``adapters``: adapters as peft saves them, by name: ``{"style": "path/to/adapter"}``, or the name of one that
@@ -210,7 +213,8 @@ class LLM:
         observer: Observer | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Generate an output for every prompt and return the outputs in the same order.
+        """Generate an output for every prompt and return the outputs in the same order. Each of a prompt's samples (``n`` of
+        its sampling parameters) is a request of its own; the output is that of the first, with the ``others``.
 
         Args:
             prompts: strings, or token ids in lists, arrays or tensors, or vLLM's ``{"prompt": text}`` and
@@ -251,9 +255,13 @@ class LLM:
         observer = observer or Observer()
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
             outputs = self.run(requests, watching, time.perf_counter_ns(), max_concurrency)
-        for output, prompt in zip(outputs, prompts, strict=True):
-            output.prompt = _text(prompt)
-        return outputs
+        for output in outputs:
+            output.prompt = _text(prompts[output.prompt_id])
+        firsts = [output for output in outputs if output.sample == 0]
+        for output in outputs:
+            if output.sample:
+                firsts[output.prompt_id].others.append(output)
+        return firsts
 
     def chat(
         self,
@@ -282,6 +290,18 @@ class LLM:
         runs at a time; waiting for another's run counts as waiting time of the requests."""
         with self._lock:
             return self._engine.run(requests, observer, start_ns, max_concurrency)
+
+    def cancel(self, request_ids: int | Iterable[int]) -> None:
+        """End requests of the call of :meth:`generate`, :meth:`chat` or :meth:`run` that goes on, from another thread or
+        from its observer. Each has an output with the tokens that it has come to and the finish reason ``cancelled``, and
+        its blocks are free within a step.
+
+        Args:
+            request_ids: the ``request_id`` of one request or of several, which in :meth:`generate` are numbered from 0 in
+                the order of the prompts, each sample of a prompt after the other. Ids of those that have finished, and
+                others, are ignored.
+        """
+        self._engine.cancel([request_ids] if isinstance(request_ids, int) else request_ids)
 
     def _find_adapter(self, name: str | None) -> Adapter:
         """Return the adapter called ``name``, or the default. Raises :class:`InputError`."""
@@ -330,7 +350,8 @@ def make_requests(
     """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params``, ``arrival_s`` and,
     where they are given, of ``adapters``, ``priority`` and ``ttft_target_ms`` each.
 
-    A request without its own seed gets one from ``seed`` and its number. Raises :class:`InputError` for a request that
+    There is a request for each sample of a prompt (``n``), one after another. A prompt without its own seed gets one from
+    ``seed`` and its number. Raises :class:`InputError` for a request that
     could never be served by the model or, if given, by a KV pool of ``capacity_tokens`` tokens.
     """
     adapters = [NO_ADAPTER] * len(prompts) if adapters is None else adapters
@@ -343,7 +364,7 @@ def make_requests(
     for name, given in per_prompt.items():
         if len(given) != len(prompts):
             raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
-    requests = []
+    requests: list[Request] = []
     for number, (prompt, params, arrival, adapter, rank, target_ms) in enumerate(
         zip(prompts, *per_prompt.values(), strict=True)
     ):
@@ -356,9 +377,14 @@ def make_requests(
         if params.max_tokens is None:
             room = _room(model, f"request {number}", len(token_ids), capacity_tokens, adapter)
             params = replace(params, max_tokens=room)
-        request = Request(number, token_ids, params, own_seed, arrival, adapter, model.encodes, rank, target_ms)
+        request = Request(
+            len(requests), token_ids, params, own_seed, arrival, adapter, model.encodes, rank, target_ms, number
+        )
         check_fits(request, model, capacity_tokens)
         requests.append(request)
+        for sample in range(1, params.n):
+            seed_of_sample = sample_seed(own_seed, sample)
+            requests.append(replace(request, request_id=len(requests), seed=seed_of_sample, sample=sample))
     return requests
 
 

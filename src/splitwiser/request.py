@@ -12,7 +12,7 @@ from splitwiser.errors import InputError
 from splitwiser.options import Options
 from splitwiser.text import check_text, shorten
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 Prompt = str | Sequence[int]  # text, or token ids
 PromptInput = Prompt | Iterable[int] | Mapping[str, Any]
 """What users give: a prompt, an array or tensor of token ids, vLLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
@@ -23,7 +23,7 @@ _NOT_TAKEN = {
     "here it is max_tokens, the number of new tokens": ("max_new_tokens", "max_length"),
     "here it is stop": ("stop_strings",),
     "here temperature 0 is greedy, and above 0 tokens are drawn": ("do_sample",),
-    "a prompt has one output; give the prompt several times, with a seed each": ("n", "best_of", "num_return_sequences"),
+    "here it is n, all of which are returned": ("best_of", "num_return_sequences"),
     "there is no beam search; tokens are greedy or drawn one by one": ("num_beams", "early_stopping", "length_penalty"),
     "logits are changed by the three penalties, logit_bias and min_tokens alone": (
         "no_repeat_ngram_size", "logits_processors", "structured_outputs", "guided_decoding", "encoder_repetition_penalty",
@@ -34,11 +34,12 @@ _NOT_TAKEN = {
     "tokens are drawn by temperature, top_k, top_p and min_p alone": ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"),
     "here it is min_tokens, the number of new tokens": ("min_new_tokens", "min_length"),
     "here it is stop_token_ids, beside the checkpoint's own end-of-sequence tokens": ("eos_token_id",),
-    "outputs have tokens, text and times alone": ("logprobs", "prompt_logprobs", "output_scores", "output_logits"),
+    "here it is logprobs, of the likeliest tokens": ("output_scores", "output_logits"),
     "text is made without special tokens and without the stop string; token_ids has every token": (
         "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
     ),
 }  # fmt: skip
+MOST_LOGPROBS = 20  # as in vLLM, unless it is told otherwise; messages between workers stay small
 _LIMITS = {"min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}  # as in vLLM
 
 
@@ -64,6 +65,14 @@ class SamplingParams(Options):
     4. ``frequency_penalty``, times how often a token is in the output, and ``presence_penalty``, if it is there at all,
        are subtracted from its logit.
 
+    ``n`` samples are generated of the prompt, each a request of its own; the first has the tokens that it would have alone,
+    and the others have seeds that follow from its seed. Greedy samples are all the same.
+
+    ``logprobs`` gives the output's ``logprobs``: of each new token its own log-probability, and those of this many of the
+    likeliest tokens, 0 to 20; ``prompt_logprobs`` the same of each prompt token after the first, which an encoder's prompt
+    does not have. They are the logarithm of the softmax of the model's own logits, before all of the above, as vLLM's
+    ``raw_logprobs`` and of transformers' ``output_logits``, in float32. By default neither is computed.
+
     Not taken, of vLLM's parameters and those of transformers' ``generate``:
 
     | not taken | instead, or why |
@@ -71,7 +80,7 @@ class SamplingParams(Options):
     | max_new_tokens, max_length | ``max_tokens`` |
     | stop_strings | ``stop`` |
     | do_sample | ``temperature``: 0 is greedy |
-    | n, best_of, num_return_sequences | the prompt several times, with a seed each |
+    | best_of, num_return_sequences | ``n``, all of which are returned |
     | num_beams, early_stopping, length_penalty | there is no beam search |
     | no_repeat_ngram_size, encoder_repetition_penalty, logits_processors | the changes above are all |
     | structured_outputs, guided_decoding, allowed_token_ids, bad_words, bad_words_ids | the same |
@@ -80,7 +89,7 @@ class SamplingParams(Options):
     | typical_p, top_h, epsilon_cutoff, eta_cutoff | ``temperature``, ``top_k``, ``top_p`` and ``min_p`` |
     | min_new_tokens, min_length | ``min_tokens`` |
     | eos_token_id | ``stop_token_ids``, beside the checkpoint's own |
-    | logprobs, prompt_logprobs, output_scores, output_logits | outputs have tokens, text and times alone |
+    | output_scores, output_logits | ``logprobs`` |
     | detokenize, skip_special_tokens, spaces_between_special_tokens | ``token_ids`` has every token |
     | include_stop_str_in_output | the same |
 
@@ -89,6 +98,7 @@ class SamplingParams(Options):
 
     NOT_TAKEN: ClassVar[Mapping[str, str]] = {name: reason for reason, names in _NOT_TAKEN.items() for name in names}
 
+    n: int = 1
     max_tokens: int | None = 16
     temperature: float = constants.TEMPERATURE
     top_k: int = constants.TOP_K
@@ -103,8 +113,12 @@ class SamplingParams(Options):
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.n, int) or self.n < 1:
+            raise InputError(f"--n must be 1 or more samples of each prompt, not {self.n!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens must be 1 or more, or None for all there is room for, not {self.max_tokens}")
         if not self.temperature >= 0:
@@ -122,6 +136,12 @@ class SamplingParams(Options):
             raise InputError(f"--min_tokens must be a whole number of 0 or more, not {self.min_tokens}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InputError(f"--min_tokens must be at most max_tokens, {self.max_tokens}, not {self.min_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and (not isinstance(count, int) or not 0 <= count <= MOST_LOGPROBS):
+                raise InputError(
+                    f"--{name} must be from 0 to {MOST_LOGPROBS}, how many of the likeliest tokens, or None, not {count!r}"
+                )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(each, str) and each for each in stop):
             raise InputError(f"stop must be a string or a sequence of strings, none of them empty, not {self.stop!r}")
@@ -229,7 +249,8 @@ class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
     start of the run. ``encoded``: the prompt is read as a whole by an encoder, and the decoder begins with a token of its
     own. Policies may order waiting requests by ``priority``, the lowest first, and by ``ttft_target_ms``, the TTFT in
-    milliseconds that it is to have."""
+    milliseconds that it is to have. It is number ``sample`` of the samples of prompt number ``prompt_id``; if it
+    ``shares_prompt``, there are others."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -240,6 +261,8 @@ class Request:
     encoded: bool = False
     priority: int = 0
     ttft_target_ms: float | None = None
+    prompt_id: int = 0
+    sample: int = 0
 
     def __repr__(self) -> str:
         prompt_tokens = len(self.prompt_token_ids)
@@ -248,6 +271,11 @@ class Request:
             f"Request(request_id={self.request_id}, prompt_tokens={prompt_tokens}, max_tokens={self.max_tokens}, "
             f"arrival_s={self.arrival_s:g}{adapter})"
         )
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether there are other requests of the same prompt."""
+        return self.params.n > 1
 
     @property
     def max_tokens(self) -> int:
@@ -272,7 +300,9 @@ class Request:
 class RequestMetrics:
     """Times of the events of one request, in nanoseconds of ``time.perf_counter_ns``, and the latencies derived from them.
 
-    TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it.
+    TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it. A
+    request that was cancelled, at ``cancelled_ns``, has the latencies of the tokens that it had by then, and nan for E2E and
+    for those that need a token if it had none.
     """
 
     arrival_ns: int
@@ -281,6 +311,7 @@ class RequestMetrics:
     decode_start_ns: int | None = None
     prefill_worker: str = ""
     decode_worker: str = ""
+    cancelled_ns: int | None = None
 
     def __repr__(self) -> str:
         if not self.token_ns:
@@ -290,9 +321,14 @@ class RequestMetrics:
         return f"RequestMetrics(tokens={len(self.token_ns)}, {shown})"
 
     @property
+    def finish_ns(self) -> int:
+        """Time of the last token or, of a request that was cancelled, of that."""
+        return self.token_ns[-1] if self.cancelled_ns is None else self.cancelled_ns
+
+    @property
     def queue_ms(self) -> float:
         """Time from the arrival to the start of the first prefill step."""
-        return (self.prefill_start_ns - self.arrival_ns) / 1e6
+        return (self.prefill_start_ns - self.arrival_ns) / 1e6 if self.token_ns else math.nan
 
     @property
     def handoff_ms(self) -> float | None:
@@ -302,17 +338,18 @@ class RequestMetrics:
     @property
     def ttft_ms(self) -> float:
         """Time from the arrival to the first token."""
-        return (self.token_ns[0] - self.arrival_ns) / 1e6
+        return (self.token_ns[0] - self.arrival_ns) / 1e6 if self.token_ns else math.nan
 
     @property
     def e2el_ms(self) -> float:
         """Time from the arrival to the last token."""
-        return (self.token_ns[-1] - self.arrival_ns) / 1e6
+        return (self.token_ns[-1] - self.arrival_ns) / 1e6 if self.cancelled_ns is None else math.nan
 
     @property
     def tpot_ms(self) -> float | None:
         """Mean time per output token after the first; None for a request of one token."""
-        return (self.e2el_ms - self.ttft_ms) / (len(self.token_ns) - 1) if len(self.token_ns) > 1 else None
+        after = len(self.token_ns) - 1
+        return (self.token_ns[-1] - self.token_ns[0]) / 1e6 / after if after > 0 else None
 
     @property
     def itl_ms(self) -> list[float]:
@@ -320,21 +357,39 @@ class RequestMetrics:
         return [(later - earlier) / 1e6 for earlier, later in zip(self.token_ns, self.token_ns[1:], strict=False)]
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The log-probability of a token at one place, in the form of vLLM's. ``rank`` is 1 and as many as there are likelier
+    tokens; ``decoded_token`` is the token's text alone, which is empty for a special token or without a tokenizer."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenChoices = dict[int, Logprob]
+"""Log-probabilities at one place by token id: first of the token that is there, then of the likeliest ones."""
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
-    """The completion of a prompt, in the form of vLLM's; ``index`` is always 0, since a prompt has one."""
+    """A completion of a prompt, in the form of vLLM's; ``index`` is its number among the prompt's samples."""
 
     index: int
     text: str
     token_ids: Sequence[int]
     finish_reason: FinishReason
+    logprobs: Sequence[TokenChoices] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(repr=False)
 class RequestOutput:
     """The finished result of one request. ``text`` is empty if the model has no tokenizer. ``prompt`` is the text that was
     given, or that the chat template wrote, and None if the prompt was given as token ids. ``adapter`` is None if the model
-    ran without one."""
+    ran without one. ``logprobs`` has an entry for each token, and ``prompt_logprobs`` for each of the prompt, of which the
+    first is None; each is None if it was not asked for. Of a prompt with several samples it is the first, number ``sample``
+    0, and ``others`` are the others."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -345,6 +400,11 @@ class RequestOutput:
     prompt: str | None = None
     adapter: str | None = None
     priority: int = 0
+    logprobs: list[TokenChoices] | None = None
+    prompt_logprobs: list[TokenChoices | None] | None = None
+    prompt_id: int = 0
+    sample: int = 0
+    others: list["RequestOutput"] = field(default_factory=list)
     finished: ClassVar[bool] = True  # as vLLM's, which also returns parts
 
     def __repr__(self) -> str:
@@ -354,6 +414,18 @@ class RequestOutput:
         )
 
     @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole output, the sum of its tokens'; None without ``logprobs``."""
+        if self.logprobs is None:
+            return None
+        return sum(choices[token].logprob for token, choices in zip(self.token_ids, self.logprobs, strict=True))
+
+    @property
     def outputs(self) -> list[CompletionOutput]:
-        """The completion as a list of one, as vLLM's ``RequestOutput`` has it."""
-        return [CompletionOutput(0, self.text, self.token_ids, self.finish_reason)]
+        """The completions of all samples, as vLLM's ``RequestOutput`` has them."""
+        return [
+            CompletionOutput(
+                each.sample, each.text, each.token_ids, each.finish_reason, each.logprobs, each.cumulative_logprob
+            )
+            for each in (self, *self.others)
+        ]

@@ -62,7 +62,7 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
             directory,
             Record(directory / "run.yaml", _record(config, llm, job, requests), llm.model.device),
             _labels(config, llm, directory.name),
-            reports,
+            [reports[request.prompt_id] for request in requests],
             targets=None if config.goodput is None else parse_goodput(config.goodput),
             scored=scored and can_score(),
             before=before,

@@ -16,6 +16,7 @@ import yaml
 
 import splitwiser as splitwiser_package
 from splitwiser.engine import steps
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
@@ -538,7 +539,7 @@ def test_a_fault_in_the_run_gets_exit_code_1_and_keeps_what_was_finished(
     workload = write_workload(tmp_path / "two.json", [[5], [6]], 4, arrival_s=[0, 0.5])
     prefill_step = steps.prefill_step
 
-    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], *_: object) -> list[int]:
+    def failing(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], *_: object) -> Sampled:
         if chunks[0].sequence.request.prompt_token_ids == (6,):
             raise RuntimeError("the device is gone")
         return prefill_step(model, pool, chunks)

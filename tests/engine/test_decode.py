@@ -6,6 +6,7 @@ import pytest
 
 from splitwiser.engine.decode import Decoder
 from splitwiser.engine.messages import Handoff
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.request import Adapter, FinishReason, Request, SamplingParams
@@ -17,12 +18,12 @@ class Timed:
 
     clock_ns = 0
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
         raise AssertionError(f"a decoder prefills nothing, such as {chunks}")
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         self.clock_ns += 10 * MS
-        return [9] * len(sequences)
+        return Sampled([9] * len(sequences))
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         return "length" if sequence.drawn >= sequence.request.max_tokens else None

@@ -60,13 +60,15 @@ def tokens_of(model: LoadedModel, pool: KVPool, graphs: DecodeGraphs | None) -> 
     request = Request(9, (5, 6, 7), sequences[0].params, 0, encoded=model.encodes)
     last = SequenceState(request, list(sequences[2].blocks))
     for sequence in sequences:
-        sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, len(sequence.request.prompt_token_ids))])
+        sequence.token_ids += prefill_step(
+            model, pool, [Chunk(sequence, 0, len(sequence.request.prompt_token_ids))]
+        ).tokens
     running = list(sequences)
     for step in range(12):
         if step == 6:
             running[2] = last
-            last.token_ids += prefill_step(model, pool, [Chunk(last, 0, 3)])
-        for sequence, token in zip(running, decode_step(model, pool, running, graphs), strict=True):
+            last.token_ids += prefill_step(model, pool, [Chunk(last, 0, 3)]).tokens
+        for sequence, token in zip(running, decode_step(model, pool, running, graphs).tokens, strict=True):
             sequence.token_ids.append(token)
     return [sequence.token_ids for sequence in [*sequences, last]]
 
@@ -97,11 +99,11 @@ def test_fixed_steps_add_each_requests_own_adapter(tiny: Callable[[str], Path]) 
             blocks = [*request.adapter.shared_blocks, *range(number * 10, number * 10 + 10)]
             sequences.append(SequenceState(request, blocks))
         chunks = [Chunk(each, 0, len(each.request.prompt_token_ids)) for each in sequences]
-        made = [prefill_step(model, pool, chunks)]
+        made = [prefill_step(model, pool, chunks).tokens]
         for _ in range(7):
             for sequence, token in zip(sequences, made[-1], strict=True):
                 sequence.token_ids.append(token)
-            made.append(decode_step(model, pool, sequences, graphs))
+            made.append(decode_step(model, pool, sequences, graphs).tokens)
     assert [list(tokens) for tokens in zip(*made, strict=True)] == expected
 
 
@@ -144,10 +146,10 @@ def test_layers_share_what_a_mask_means(tiny: Callable[[str], Path], monkeypatch
     model, pool = loaded(tiny("mistral"))  # three layers under one window
     graphs = DecodeGraphs(model, pool, max_batch=1)
     (sequence,) = in_flight([[5, 6, 7]], 4)
-    sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, 3)])
+    sequence.token_ids += prefill_step(model, pool, [Chunk(sequence, 0, 3)]).tokens
     monkeypatch.setattr(Mask, "__call__", noting)
     for steps in (1, 2):
-        sequence.token_ids += decode_step(model, pool, [sequence], graphs)
+        sequence.token_ids += decode_step(model, pool, [sequence], graphs).tokens
         assert len(asked) == 2 * steps  # whether it can be served, and where each token's view begins
         assert len(set(map(id, asked))) == steps  # each forward brings its own
 

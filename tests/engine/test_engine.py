@@ -24,9 +24,17 @@ class Scripted:
     def __init__(self, *answers: Sequence[Message] | Exception) -> None:
         self.answers = deque(answers)
         self.submitted: list[int] = []
+        self.cancelled: list[int] = []
+        self.woken = False
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         self.submitted.append(request.request_id)
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.append(request_id)
+
+    def wake(self) -> None:
+        self.woken = True
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         answer = self.answers.popleft() if self.answers else []
@@ -142,6 +150,31 @@ def test_a_lost_worker_leaves_the_unanswered_by_id() -> None:
     ids = ", ".join(map(str, range(1, 21)))
     assert str(caught.value) == f"worker decode-0 was killed by SIGKILL; not answered: requests {ids} and 9 more"
     assert caught.value.__notes__ == ["where"]
+
+
+def test_a_cancel_is_passed_on_and_ends_the_request_before_the_step() -> None:
+    first = Progress("decode-0", 2_500, 3_000, (Handoff(0, 7, 1_000, 2_000, "prefill-0"),), ((0, 8),), ())
+    ended = Progress("decode-0", 3_100, 4_000, (), (), ((0, "cancelled"),))
+    placement = Scripted([first], [ended])
+    engine = SplitEngine(decode, placement, 100)
+
+    class Cancels(Seen):
+        def on_step(self, record: StepRecord) -> None:
+            engine.cancel([0, 5])
+
+    placement.answers[0] = [first, StepRecord("decode-0", "decode", "decode", 2_500, 3_000, 1, 1)]
+    (output,) = engine.run([request(0)], Cancels(), 0)
+    assert placement.cancelled == [0]
+    assert placement.woken
+    assert (output.token_ids, output.finish_reason, output.metrics.cancelled_ns) == ([7, 8], "cancelled", 3_100)
+
+
+def test_a_cancel_before_the_run_is_forgotten() -> None:
+    placement = Scripted([answered(0)])
+    engine = SplitEngine(decode, placement, 100)
+    engine.cancel([0])
+    (output,) = engine.run([request(0)], Seen(), 0)
+    assert (output.finish_reason, placement.cancelled) == ("length", [])
 
 
 # the last token that a request makes takes no position and no room

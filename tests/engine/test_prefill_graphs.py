@@ -108,12 +108,12 @@ def test_fixed_steps_add_each_requests_own_adapter(tiny: Callable[[str], Path]) 
     attach_adapters(model, list(find_adapters(given, CatalogEntry("tiny")).values()), merge=False)
     layers, kernels = attach_engine(model), PoolKernels(varlen=attend_by_request)
     pool = KVPool(layers, BLOCKS, BLOCK, model.dtype, model.device, kernels=kernels)
-    without = prefill_step(model, pool, whole(sequences_of([40, 1, 13])))
+    without = prefill_step(model, pool, whole(sequences_of([40, 1, 13]))).tokens
     sequences = sequences_of([40, 1, 13])
     for sequence, number in zip(sequences, (2, 0, 1), strict=True):
         sequence.request = replace(sequence.request, adapter=Adapter("any", lora=number))
-    expected = prefill_step(model, pool, whole(sequences))
-    assert prefill_step(model, pool, whole(sequences), PrefillGraphs(model, pool, BUDGET)) == expected
+    expected = prefill_step(model, pool, whole(sequences)).tokens
+    assert prefill_step(model, pool, whole(sequences), PrefillGraphs(model, pool, BUDGET)).tokens == expected
     assert [one == other for one, other in zip(expected, without, strict=True)] == [False, True, False]
 
 
@@ -122,12 +122,12 @@ def test_fixed_steps_add_each_requests_own_adapter(tiny: Callable[[str], Path]) 
 def test_fixed_steps_compute_the_same(name: str, lengths: list[int], tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny(name))
     sequences = sequences_of(lengths)
-    expected = prefill_step(model, pool, whole(sequences))
+    expected = prefill_step(model, pool, whole(sequences)).tokens
     stored = [layer.clone() for layer in (*pool.keys, *pool.values)]
     for layer in (*pool.keys, *pool.values):
         layer.zero_()
     graphs = PrefillGraphs(model, pool, BUDGET)
-    assert prefill_step(model, pool, whole(sequences), graphs) == expected
+    assert prefill_step(model, pool, whole(sequences), graphs).tokens == expected
     prompts = torch.zeros(BLOCKS * BLOCK, dtype=torch.bool)
     after = prompts.clone()  # the slots after a prompt's last token, of which one takes what is not asked for
     for sequence in sequences:
@@ -157,10 +157,10 @@ def test_steps_that_no_fixed_one_takes(tiny: Callable[[str], Path]) -> None:
 def test_a_step_falls_back_where_no_fixed_one_takes_it(tiny: Callable[[str], Path]) -> None:
     model, pool = loaded(tiny("opt"))
     (sequence,) = sequences_of([40])
-    expected = prefill_step(model, pool, whole([sequence]))
+    expected = prefill_step(model, pool, whole([sequence])).tokens
     graphs = PrefillGraphs(model, pool, BUDGET)
-    assert prefill_step(model, pool, [Chunk(sequence, 0, 24)], graphs) == []
-    assert prefill_step(model, pool, [Chunk(sequence, 24, 16)], graphs) == expected
+    assert prefill_step(model, pool, [Chunk(sequence, 0, 24)], graphs).tokens == []
+    assert prefill_step(model, pool, [Chunk(sequence, 24, 16)], graphs).tokens == expected
 
 
 def test_each_token_knows_the_length_of_its_prompt(tiny: Callable[[str], Path]) -> None:

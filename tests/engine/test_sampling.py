@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitwiser.engine import sampling
 from splitwiser.engine.penalties import TokenCounts
-from splitwiser.engine.sampling import final_text, finish_reason, uniform
+from splitwiser.engine.sampling import final_text, finish_reason, sample_seed, uniform
 from splitwiser.request import SamplingParams
 
 LOGITS = (1.5, -0.5, 3.0, 0.0, 2.25, -2.0, 0.75, 1.0)
@@ -406,3 +406,9 @@ def test_text_is_cut_before_the_first_stop_string(stop: tuple[str, ...], text: s
 )
 def test_text_ends_where_the_request_did(settings: dict[str, Any], text: str) -> None:
     assert final_text(SamplingParams(**settings), ids("abcabc"), decode) == text
+
+
+def test_samples_of_a_seed_have_seeds_of_their_own() -> None:
+    seeds = {sample_seed(seed, sample) for seed in range(100) for sample in range(50)}
+    assert len(seeds) == 5000
+    assert all(sample_seed(seed, 0) == seed for seed in range(100))

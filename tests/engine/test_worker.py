@@ -1,19 +1,31 @@
 """Scheduling, tested without a process: workers of every role in one thread, their messages seen."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Progress, StepRecord, Submit
+from splitwiser.engine.messages import (
+    Cancel,
+    Drop,
+    Dropped,
+    Handoff,
+    Message,
+    PrefillTask,
+    Progress,
+    StepRecord,
+    Submit,
+)
 from splitwiser.engine.prefill import Prefiller
-from splitwiser.engine.steps import ModelStepper
+from splitwiser.engine.sampling import Sampled
+from splitwiser.engine.steps import Chunk, ModelStepper, SequenceState
 from splitwiser.engine.worker import PARENT, Worker
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import BlockAllocator, KVPool
 from splitwiser.model.loading import LoadedModel, load_model
-from splitwiser.request import Request, SamplingParams
+from splitwiser.request import FinishReason, Request, SamplingParams
 from tests.support.tokens import prompts_of, references
 from tests.support.workers import BLOCK, Wire, run
 
@@ -170,3 +182,132 @@ def test_a_worker_refuses_a_message_that_is_not_for_its_role(bench: Bench) -> No
     bench.submit("prefill-0", [[1]], 1)
     with pytest.raises(TypeError, match="prefill-0 \\(prefill\\) cannot handle Submit"):
         worker.step_once()
+
+
+class Pair:
+    """A prefill and a decode worker with one request, of 20 prompt tokens in steps of 8."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.allocator = BlockAllocator(0, bench.pool.blocks)
+        decoder = Decoder("decode-0", bench.stepper, self.allocator, BLOCK, 100)
+        self.prefill = bench.worker("prefill-0", bench.prefiller("prefill-0", budget=8), None)
+        self.decode = bench.worker("decode-0", None, decoder, ("prefill-0",))
+        bench.submit("decode-0", prompts_of([20]), 6)
+
+    def cancel(self) -> None:
+        self.bench.wire.boxes["decode-0"].appendleft(Cancel(0))  # before what is on its way
+
+    def sent(self, kind: type[Message]) -> int:
+        return sum(isinstance(message, kind) for _, message in self.bench.wire.sent)
+
+    @property
+    def is_free(self) -> bool:
+        return self.allocator.free_count == self.allocator.count
+
+    @property
+    def finished(self) -> list[tuple[int, str]]:
+        reports = [report for report in self.bench.reports(Progress) if isinstance(report, Progress)]
+        return [each for report in reports for each in report.finished]
+
+
+def test_cancelled_while_it_waits(bench: Bench) -> None:
+    pair = Pair(bench)
+    bench.wire.boxes["decode-0"].append(Cancel(0))
+    pair.decode.step_once()
+    assert pair.finished == [(0, "cancelled")]
+    assert pair.sent(PrefillTask) == 0
+
+
+def test_cancelled_under_prefill_keeps_its_blocks_until_prefill_lets_go(bench: Bench) -> None:
+    pair = Pair(bench)
+    pair.decode.step_once()
+    pair.prefill.step_once()  # a part of the prompt
+    pair.cancel()
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([], False)
+    assert not pair.prefill.step_once()  # the rest is dropped
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([(0, "cancelled")], True)
+    assert (pair.sent(Dropped), pair.sent(Handoff)) == (1, 0)
+
+
+def test_cancelled_while_its_handoff_is_on_its_way(bench: Bench) -> None:
+    pair = Pair(bench)
+    pair.decode.step_once()
+    while pair.prefill.step_once():
+        continue
+    pair.cancel()
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([(0, "cancelled")], True)
+    assert [len(tokens) for tokens in bench.tokens().values()] == [1]
+    assert pair.sent(Drop) == 1
+    assert not pair.prefill.step_once()  # which has it no more
+    assert pair.sent(Dropped) == 0
+
+
+def test_cancelled_while_it_runs(bench: Bench) -> None:
+    pair = Pair(bench)
+    while len(bench.tokens().get(0, [])) < 3:
+        pair.decode.step_once()
+        pair.prefill.step_once()
+    pair.cancel()
+    pair.decode.step_once()
+    assert (pair.finished, pair.is_free) == ([(0, "cancelled")], True)
+    assert len(bench.tokens()[0]) == 3
+    pair.cancel()
+    assert not pair.decode.step_once()  # it has finished
+
+
+def test_a_mixed_worker_drops_a_prompt_of_its_own(bench: Bench) -> None:
+    worker = bench.worker("mixed-0", bench.prefiller("mixed-0", budget=8), bench.decoder("mixed-0"))
+    bench.submit("mixed-0", prompts_of([20, 5]), 3)
+    worker.step_once()
+    bench.wire.boxes["mixed-0"].append(Cancel(0))
+    run(worker)
+    finished = [each for report in bench.reports(Progress) if isinstance(report, Progress) for each in report.finished]
+    assert finished == [(0, "cancelled"), (1, "length")]
+
+
+class Instant:
+    """A stepper that computes nothing."""
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
+        return Sampled([9 for chunk in chunks if chunk.is_last])
+
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
+        return Sampled([9] * len(sequences))
+
+    def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
+        return "length" if sequence.drawn >= sequence.request.max_tokens else None
+
+    def now_ns(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cancels_at_random_between_workers(seed: int) -> None:
+    rng = random.Random(seed)
+    wire, stepper = Wire(), Instant()
+    prefills, decodes = (tuple(f"{role}-{number}" for number in range(2)) for role in ("prefill", "decode"))
+    allocators = [BlockAllocator(first, 12) for first in (0, 12)]
+    workers = [Worker(name, wire.end(name), prefiller=Prefiller(name, stepper, 8)) for name in prefills] + [
+        Worker(name, wire.end(name), decoder=Decoder(name, stepper, allocator, BLOCK, 4), prefill_workers=prefills)
+        for name, allocator in zip(decodes, allocators, strict=True)
+    ]
+    owners = [rng.choice(decodes) for _ in range(12)]
+    for number, owner in enumerate(owners):
+        params = SamplingParams(max_tokens=rng.randrange(1, 9))
+        wire.boxes[owner].append(Submit(Request(number, (5,) * rng.randrange(1, 30), params, seed=0), 0))
+    cancelled = set()
+    for _ in range(300):
+        if rng.random() < 0.1:
+            number = rng.randrange(12)
+            cancelled.add(number)
+            wire.boxes[owners[number]].append(Cancel(number))
+        rng.choice(workers).step_once()
+    run(*workers)
+    finished = [each for _, message in wire.sent if isinstance(message, Progress) for each in message.finished]
+    assert sorted(number for number, _ in finished) == list(range(12))
+    assert {number for number, reason in finished if reason == "cancelled"} <= cancelled
+    assert [allocator.free_count for allocator in allocators] == [12, 12]

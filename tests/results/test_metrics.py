@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from splitwiser.request import RequestOutput
 from splitwiser.results.goodput import parse_goodput
 from splitwiser.results.metrics import latency_row, meets
 from splitwiser.results.schema import LATENCY, names, throughput_figures
@@ -112,7 +113,7 @@ def test_throughput_column_of_two_worked_requests(column: str, value: float) -> 
 
 def test_throughput_columns_are_those_documented() -> None:
     counts = [
-        "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
+        "duration", "completed", "failed", "cancelled", "total_input_tokens", "total_output_tokens", "request_throughput",
         "request_goodput", "output_throughput", "total_token_throughput",
     ]  # fmt: skip
     metrics = ("ttft", "tpot", "itl", "e2el", "handoff")
@@ -131,7 +132,14 @@ def test_duration_ends_with_the_last_token_of_any_request() -> None:
 
 def test_no_requests_leave_counts_of_zero_and_figures_of_none() -> None:
     figures = throughput_figures([], 2, START_NS)
-    counts = {"duration": 0, "completed": 0, "failed": 2, "total_input_tokens": 0, "total_output_tokens": 0}
+    counts = {
+        "duration": 0,
+        "completed": 0,
+        "failed": 2,
+        "cancelled": 0,
+        "total_input_tokens": 0,
+        "total_output_tokens": 0,
+    }
     assert figures == {column: counts.get(column) for column in figures}
 
 
@@ -140,6 +148,46 @@ def test_requests_of_one_token_have_no_figures_between_tokens() -> None:
     empty = {column for column, value in figures.items() if value is None}
     missing = {f"{statistic}_{metric}_ms" for metric in ("tpot", "itl", "handoff") for statistic in STATISTICS}
     assert empty == missing | {"request_goodput"}
+
+
+# one that had two tokens, and one that had none
+CANCELLED = (
+    make_output(6, arrival=100, prefill=150, decode=215, tokens=(200, 250), cancelled=280),
+    make_output(7, arrival=100, tokens=(), cancelled=400),
+)
+
+
+def test_cancelled_requests_count_as_far_as_they_came() -> None:
+    figures = throughput_figures([WORKED, *CANCELLED], 0, START_NS, {"ttft": 1000.0})
+    alone = throughput_figures([WORKED], 0, START_NS, {"ttft": 1000.0})
+    changed = {name: value for name, value in figures.items() if value != pytest.approx(alone[name])}
+    assert {name: changed[name] for name in changed if "_itl_" not in name and "_tpot_" not in name} == {
+        "cancelled": 2,
+        "total_output_tokens": 6,
+        "output_throughput": 6 / 0.3,
+        "total_token_throughput": 13 / 0.3,
+    }
+    assert changed["mean_itl_ms"] == (30 + 10 + 60 + 50) / 4
+    assert (figures["completed"], figures["request_goodput"]) == (1, 1 / 0.3)
+
+
+@pytest.mark.parametrize(
+    ("output", "finish_s", "empty"),
+    [
+        (CANCELLED[0], 0.28, {"adapter", "e2el_ms"}),
+        (
+            CANCELLED[1],
+            0.4,
+            {"adapter", "prefill_start_s", "first_token_s", "queue_ms", "ttft_ms", "handoff_ms", "tpot_ms", "itl_p50_ms",
+             "itl_p99_ms", "e2el_ms"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_row_of_a_cancelled_request(output: RequestOutput, finish_s: float, empty: set[str]) -> None:
+    row = latency_row(output, START_NS)
+    assert row["finish_s"] == pytest.approx(finish_s)
+    assert row["finish_reason"] == "cancelled"
+    assert {column for column, value in row.items() if value is None} == empty
 
 
 def random_times(seed: int) -> list[list[int]]:

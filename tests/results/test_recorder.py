@@ -119,15 +119,15 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
     [
         (
             "latency.csv",
-            "request_id,prompt_tokens,output_tokens,adapter,priority,arrival_s,prefill_start_s,first_token_s,finish_s,queue_ms,"
-            "ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,finish_reason,prefill_worker,decode_worker",
+            "request_id,prompt_id,sample,prompt_tokens,output_tokens,adapter,priority,arrival_s,prefill_start_s,first_token_s,"
+            "finish_s,queue_ms,ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,finish_reason,prefill_worker,decode_worker",
         ),
         ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens"),
         ("generations.csv", "request_id,finding,summary_ref,summary_gen"),
-        ("tokens.csv", "request_id,prompt_token_ids,token_ids"),
+        ("tokens.csv", "request_id,prompt_token_ids,token_ids,logprobs,prompt_logprobs"),
         (
             "throughput.csv",
-            "run_id,model,case_id,mode,workers,device,dtype,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,total_input_tokens,"
+            "run_id,model,case_id,mode,workers,device,dtype,quantization,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,cancelled,total_input_tokens,"
             "total_output_tokens,request_throughput,request_goodput,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"
@@ -201,8 +201,10 @@ def test_tokens_stand_beside_their_prompt(tmp_path: Path) -> None:
     recorder.on_output(make_output(1, tokens=(1, 2), prompt_tokens=4, start_ns=start_ns))
     recorder.finish("finished", MEMORY)
     assert rows(tmp_path / "run" / "tokens.csv") == [
-        {"request_id": "1", "prompt_token_ids": "0 1 2 3", "token_ids": "9 9"}
-    ]
+        {
+            "request_id": "1", "prompt_token_ids": "0 1 2 3", "token_ids": "9 9", "logprobs": "", "prompt_logprobs": ""
+        }
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

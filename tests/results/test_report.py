@@ -99,6 +99,13 @@ def test_requests_in_flight_by_state() -> None:
     }
 
 
+def test_a_request_that_was_cancelled_without_a_token_waits_until_then() -> None:
+    row = {"request_id": 3, "output_tokens": 0, "arrival_s": 1.0, "finish_s": 3.0, "handoff_ms": None}
+    states = in_flight(pd.DataFrame([row]).reindex(columns=LATENCY.columns), np.array([0.0, 1.5, 3.5]))
+    assert states["waiting"].tolist() == [0, 1, 0]
+    assert states["in prefill"].tolist() == states["generating"].tolist() == [0, 0, 0]
+
+
 def test_gaps_between_tokens_follow_from_the_steps() -> None:
     assert inter_token_gaps(STEPS, LATENCY) == pytest.approx([1000, 1000, 1000, 1000, 1500])
 
@@ -608,6 +615,17 @@ def test_a_killed_run_is_shown_with_its_status(show: Callable[..., Page], run: P
     assert "run.yaml says 'running': it is still running or was killed." in page.text
     assert "2 requests had finished" in page.text
     assert len(page.frame("part1-requests")) == 2
+
+
+def test_a_page_says_how_many_were_cancelled(show: Callable[..., Page], run: Path) -> None:
+    latency = read(run / "latency.csv")
+    latency.loc[0, ["prefill_start_s", "first_token_s", "queue_ms", "ttft_ms", "handoff_ms", "e2el_ms"]] = None
+    latency.loc[0, "finish_reason"] = "cancelled"
+    latency.to_csv(run / "latency.csv", index=False)
+    read(run / "throughput.csv").assign(cancelled=1).to_csv(run / "throughput.csv", index=False)
+    page = show(run)
+    assert "1 requests were cancelled" in page.text
+    assert len(page.frame("part1-requests")) == len(latency)
 
 
 def test_the_page_of_a_stand_in_says_so(run: Path) -> None:

@@ -29,7 +29,7 @@ def test_an_architecture_that_is_refused_is_no_proof() -> None:
 
 
 def test_tokens_that_differ_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitwiser.engine.steps.sample_tokens", lambda logits, *_: logits.argmin(dim=-1))
+    monkeypatch.setattr("splitwiser.engine.sampling.sample_tokens", lambda logits, *_: logits.argmin(dim=-1))
     proof = prove(tiny_config("llama"), ["packed"])
     assert proof.shown == ()
     assert proof.problem.startswith("packed: of a prompt of 1 tokens, new token 1 is ")

@@ -105,6 +105,8 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
             ["variant vllm: a peer chooses tokens greedily", "--generation_config"],
         ),
         ({"presence_penalty": 0.5}, {}, ["variant vllm: a peer chooses tokens by the model's own logits"]),
+        ({"n": 2}, {}, ["variant vllm: a peer gives one sample of a prompt", "--n"]),
+        ({"logprobs": 0}, {}, ["variant vllm: a peer gives one sample of a prompt", "--logprobs"]),
         ({"stop_token_ids": "7"}, {}, ["variant vllm: a peer generates a fixed number", "--stop_token_ids"]),
         ({"request_rate": 2.0}, {}, ["variant vllm: a peer takes requests that arrive at once", "--max_concurrency"]),
         ({"ignore_eos": False}, {}, ["variant vllm: a peer generates a fixed number", "--ignore_eos"]),

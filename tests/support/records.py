@@ -19,9 +19,11 @@ def make_output(
     prompt_tokens: int = 3,
     text: str = "",
     reason: FinishReason = "length",
+    cancelled: int | None = None,
     start_ns: int = START_NS,
 ) -> RequestOutput:
-    """An answered request; times in milliseconds from ``start_ns``, ``tokens`` holds the time of each."""
+    """A request that was answered, or ``cancelled`` then; times in milliseconds from ``start_ns``, ``tokens`` holds the time
+    of each."""
     metrics = RequestMetrics(
         start_ns + arrival * MS,
         prefill_start_ns=start_ns + prefill * MS,
@@ -29,7 +31,9 @@ def make_output(
         decode_start_ns=None if decode is None else start_ns + decode * MS,
         prefill_worker="prefill-0",
         decode_worker="decode-1",
+        cancelled_ns=None if cancelled is None else start_ns + cancelled * MS,
     )
+    reason = reason if cancelled is None else "cancelled"
     return RequestOutput(request_id, tuple(range(prompt_tokens)), [9] * len(tokens), text, reason, metrics)
 
 

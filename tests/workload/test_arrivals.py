@@ -100,6 +100,17 @@ def ids(arrivals: Arrivals) -> list[int]:
     return [each.request_id for each, _ in arrivals.due()]
 
 
+@pytest.mark.parametrize("removed", range(5))
+def test_the_others_keep_their_times_when_one_is_removed(removed: int) -> None:
+    arrivals = Arrivals([request(number, (7 * number) % 5) for number in range(5)], 0, clock=lambda: 10**10)
+    next(arrivals.due())  # of request 0
+    found = arrivals.remove(removed)
+    assert (found and found.request_id) == (removed or None)
+    assert [(each.request_id, moment / 10**9) for each, moment in arrivals.due()] == [
+        (number, seconds) for number, seconds in ((3, 1), (1, 2), (4, 3), (2, 4)) if number != removed
+    ]
+
+
 def test_open_loop_keeps_arrival_times_however_late_it_is_asked() -> None:
     long_ago = time.perf_counter_ns() - 10**10
     arrivals = Arrivals([request(0, 2.0), request(1, 0.5), request(2, 3600.0)], long_ago)

@@ -77,7 +77,7 @@ FINE = {"prompt": "a", "max_tokens": 2}
         ({**FINE, "messages": CHAT}, "needs 'prompt' or 'messages', and one of them alone"),
         ({**FINE, "prompt": ""}, "'prompt' must be text or a list of token ids, and not empty, not ''"),
         ({**FINE, "temprature": 1}, "unknown key 'temprature'; did you mean temperature?"),
-        ({**FINE, "n": 2}, "'n' is not taken: a prompt has one output"),
+        ({**FINE, "best_of": 2}, "'best_of' is not taken: here it is n"),
         ({**FINE, "max_new_tokens": 2}, "'max_new_tokens' is not taken: here it is max_tokens"),
         ({**FINE, "max_tokens": 0}, "'max_tokens' must be a whole number of 1 or more, not 0"),
         ({**FINE, "top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),

@@ -46,6 +46,17 @@ class Arrivals:
         while self.next_ns is not None and self.next_ns <= self._clock():
             yield self._waiting.popleft(), heapq.heappop(self._times_ns)
 
+    def remove(self, request_id: int) -> Request | None:
+        """Remove the request with ``request_id`` and return it; None if it has arrived or there is none."""
+        for place, request in enumerate(self._waiting):
+            if request.request_id == request_id:
+                del self._waiting[place]
+                if not self._closed:
+                    self._times_ns.sort()  # in the order of the requests, and still a heap
+                    del self._times_ns[place]
+                return request
+        return None
+
     def record_finish(self, finish_ns: int) -> None:
         """Note that a request finished at ``finish_ns``: in a closed loop the next one arrives then."""
         if self._closed:

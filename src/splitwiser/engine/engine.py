@@ -1,13 +1,15 @@
 """The parent's loop: submits requests to the workers as they arrive and collects what they report; runs no step itself."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from splitwiser.engine.arrivals import Arrivals
-from splitwiser.engine.messages import Message, Progress, StepRecord
+from splitwiser.engine.logprobs import with_text
+from splitwiser.engine.messages import Message, Progress, StepRecord, TokenLogprobs, Wake
 from splitwiser.engine.sampling import Decode, final_text
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.model.loading import LoadedModel
@@ -23,7 +25,7 @@ class Observer:
         """Called when a worker has finished a step."""
 
     def on_output(self, output: RequestOutput) -> None:
-        """Called when a request has finished."""
+        """Called when a request has finished, or has been cancelled."""
 
 
 class Engine(Protocol):
@@ -48,6 +50,12 @@ class Engine(Protocol):
         arrive as others finish (:class:`~splitwiser.engine.arrivals.Arrivals`). Raises :class:`RunError`."""
         ...
 
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """End requests of the run that goes on: each has an output with the tokens that it has come to and the finish reason
+        ``cancelled``, and its blocks are free within a step. May be called from any thread and from an observer; ids of
+        requests that have finished, or that are not in the run, are ignored."""
+        ...
+
     def close(self) -> None:
         """Stop the workers and release their memory."""
         ...
@@ -63,6 +71,14 @@ class Placement(Protocol):
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """Send a request that arrived at ``arrival_ns`` to a decode worker."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """Tell the decode worker of a request that has not finished to end it."""
+        ...
+
+    def wake(self) -> None:
+        """Have :meth:`poll` return soon; may be called from any thread."""
         ...
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
@@ -81,7 +97,9 @@ class Placement(Protocol):
 class _OpenRequest:
     request: Request
     metrics: RequestMetrics
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class SplitEngine:
@@ -100,6 +118,7 @@ class SplitEngine:
         self._placement = placement
         self._clock = clock
         self._open: dict[int, _OpenRequest] = {}
+        self._cancels: deque[int] = deque()
         self._interrupted = False
 
     @property
@@ -114,9 +133,15 @@ class SplitEngine:
         if self._interrupted:
             raise RunError("an earlier run was interrupted, and its requests are still in the workers; make a new LLM")
         self._interrupted = True
+        self._cancels.clear()  # of the run before
         outputs = self._run(requests, observer, start_ns, Arrivals(requests, start_ns, max_concurrency, self._clock))
         self._interrupted = False
         return outputs
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """See :meth:`Engine.cancel`."""
+        self._cancels.extend(request_ids)
+        self._placement.wake()
 
     def _run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, arrivals: Arrivals
@@ -134,7 +159,11 @@ class SplitEngine:
             for message in messages:
                 for output in self._handle(message, observer, start_ns):
                     outputs[output.request_id] = output
-                    arrivals.record_finish(output.metrics.token_ns[-1])
+                    arrivals.record_finish(output.metrics.finish_ns)
+            while self._cancels:
+                if unarrived := self._cancel(self._cancels.popleft(), arrivals):
+                    outputs[unarrived.request_id] = unarrived
+                    observer.on_output(unarrived)
         # the record of the last prefill step comes through another pipe than the report that ended the run
         with suppress(WorkerLostError):  # all requests are answered; the next run raises it
             for message in self._placement.poll(self._clock() + _SETTLE_NS):
@@ -152,6 +181,8 @@ class SplitEngine:
                 if message.start_ns >= start_ns:  # else it belongs to the previous run
                     observer.on_step(message)
                 return []
+            case Wake():
+                return []
             case Progress():
                 outputs = self._record_progress(message)
                 for output in outputs:
@@ -160,13 +191,16 @@ class SplitEngine:
         raise TypeError(f"the engine cannot handle {message}")
 
     def _submit(self, request: Request, arrival_ns: int) -> None:
-        self._open[request.request_id] = _OpenRequest(request, RequestMetrics(arrival_ns), [])
+        self._open[request.request_id] = _OpenRequest(request, RequestMetrics(arrival_ns))
         self._placement.submit(request, arrival_ns)
 
     def _record_progress(self, progress: Progress) -> list[RequestOutput]:
         for handoff in progress.handoffs:
             opened = self._open[handoff.request_id]
             opened.token_ids.append(handoff.first_token)
+            opened.prompt_logprobs = handoff.prompt_logprobs
+            if handoff.logprobs is not None:
+                opened.logprobs.append(handoff.logprobs)
             opened.metrics.prefill_start_ns = handoff.prefill_start_ns
             opened.metrics.token_ns.append(handoff.first_token_ns)
             opened.metrics.prefill_worker = handoff.prefill_worker
@@ -176,11 +210,32 @@ class SplitEngine:
             opened.token_ids.append(token)
             opened.metrics.token_ns.append(progress.time_ns)
             opened.metrics.decode_start_ns = opened.metrics.decode_start_ns or progress.start_ns
-        return [self._finish(request_id, reason) for request_id, reason in progress.finished]
+        for request_id, logprobs in progress.logprobs:
+            self._open[request_id].logprobs.append(logprobs)
+        return [self._finish(request_id, reason, progress) for request_id, reason in progress.finished]
 
-    def _finish(self, request_id: int, reason: FinishReason) -> RequestOutput:
+    def _cancel(self, request_id: int, arrivals: Arrivals) -> RequestOutput | None:
+        """Have a request cancelled. Returns its output if it has not arrived yet, which is empty."""
+        if request_id in self._open:
+            self._placement.cancel(request_id)
+        elif request := arrivals.remove(request_id):
+            now_ns = self._clock()
+            return make_output(self._decode, request, [], "cancelled", RequestMetrics(now_ns, cancelled_ns=now_ns))
+        return None
+
+    def _finish(self, request_id: int, reason: FinishReason, progress: Progress) -> RequestOutput:
         opened = self._open.pop(request_id)
-        return make_output(self._decode, opened.request, opened.token_ids, reason, opened.metrics)
+        if reason == "cancelled":
+            opened.metrics.cancelled_ns = progress.start_ns  # before the step, in which it took no part
+        return make_output(
+            self._decode,
+            opened.request,
+            opened.token_ids,
+            reason,
+            opened.metrics,
+            opened.logprobs,
+            opened.prompt_logprobs,
+        )
 
 
 def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunError:
@@ -193,18 +248,30 @@ def _name_unanswered(lost: WorkerLostError, unanswered: Sequence[int]) -> RunErr
 
 
 def make_output(
-    decode: Decode, request: Request, token_ids: list[int], reason: FinishReason, metrics: RequestMetrics
+    decode: Decode,
+    request: Request,
+    token_ids: list[int],
+    reason: FinishReason,
+    metrics: RequestMetrics,
+    logprobs: Sequence[TokenLogprobs] = (),
+    prompt_logprobs: Sequence[TokenLogprobs] = (),
 ) -> RequestOutput:
-    """Return the output of a finished request, with its text."""
+    """Return the output of a finished request, with its text, and with the log-probabilities of its tokens and of its
+    prompt's from the second on if it asks for them."""
+    params = request.params
     return RequestOutput(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         token_ids=token_ids,
-        text=final_text(request.params, token_ids, decode),
+        text=final_text(params, token_ids, decode),
         finish_reason=reason,
         metrics=metrics,
         adapter=None if request.adapter is NO_ADAPTER else request.adapter.name,
         priority=request.priority,
+        logprobs=None if params.logprobs is None else with_text(logprobs, decode),
+        prompt_id=request.prompt_id,
+        sample=request.sample,
+        prompt_logprobs=None if params.prompt_logprobs is None else [None, *with_text(prompt_logprobs, decode)],
     )
 
 
@@ -224,6 +291,10 @@ def check_fits(request: Request, model: LoadedModel, capacity_tokens: int | None
             raise InputError(
                 f"{where}: {name}token id {wrong[0]} is not in {model.name}'s vocabulary of {model.vocabulary}"
             )
+    if request.encoded and request.params.prompt_logprobs is not None:
+        raise InputError(
+            f"{where}: prompt_logprobs are of a decoder's prompts, and {model.name} has an encoder read them"
+        )
     virtual, prompt, new = request.adapter.virtual_tokens, len(request.prompt_token_ids), request.max_tokens
     tokens = f"{f'{virtual} virtual tokens, ' if virtual else ''}{prompt} prompt tokens"
     needed = model.positions_needed(virtual + prompt, new)

@@ -4,12 +4,13 @@ It is the reference for tokens and the baseline for time. Each step is timed fro
 the same files as the others.
 """
 
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from splitwiser.engine.arrivals import Arrivals
 from splitwiser.engine.engine import Observer, make_output
-from splitwiser.engine.messages import Phase, StepRecord
-from splitwiser.engine.sampling import finish_reason, sample_tokens
+from splitwiser.engine.logprobs import token_logprobs
+from splitwiser.engine.messages import Phase, StepRecord, TokenLogprobs
+from splitwiser.engine.sampling import finish_reason, sample
 from splitwiser.engine.steps import SequenceState
 from splitwiser.machine.fair_share import OwnThreads
+from splitwiser.model.forward import takes_rows
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.rotary import forget_lengths
 from splitwiser.request import Adapter, FinishReason, Request, RequestMetrics, RequestOutput
@@ -39,10 +42,11 @@ class _Row:
     sequence: SequenceState
     metrics: RequestMetrics
     finish: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class _Sampler(LogitsProcessor):
-    """Keeps of each row's logits only the token that :func:`sample_tokens` chooses, so that tokens are those of the other
+    """Keeps of each row's logits only the token that :func:`sample` chooses, so that tokens are those of the other
     modes (transformers draws a whole batch from one generator, penalises its padding and has settings by batch)."""
 
     def __init__(self, model: LoadedModel, rows: Sequence[_Row]) -> None:
@@ -51,15 +55,27 @@ class _Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         model, sequences = self._model, [row.sequence for row in self._rows]
-        kept = sample_tokens(scores, sequences, model.eos_token_ids, model.start_token_id)
+        sampled = sample(scores, sequences, model.eos_token_ids, model.start_token_id)
+        for row, logprobs in zip(self._rows, sampled.logprobs, strict=False):
+            if logprobs and row.finish is None:
+                row.logprobs.append(logprobs)
+        kept = torch.tensor(sampled.tokens, device=scores.device)
         return torch.full_like(scores, float("-inf")).scatter(-1, kept.unsqueeze(-1), 0.0)
 
 
 class _StepTracker(StoppingCriteria):
     """Called once a step with all tokens so far: records their times, reports the step and returns which rows are done."""
 
-    def __init__(self, model: LoadedModel, rows: Sequence[_Row], observer: Observer, threads: OwnThreads) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        rows: Sequence[_Row],
+        observer: Observer,
+        threads: OwnThreads,
+        cancelled: Collection[int],
+    ) -> None:
         self._model = model
+        self._cancelled = cancelled
         self._rows = rows
         self._observer = observer
         self._threads = threads
@@ -83,6 +99,8 @@ class _StepTracker(StoppingCriteria):
                 row.finish = finish_reason(
                     row.sequence.params, row.sequence.token_ids, self._model.eos_token_ids, self._model.decode
                 )
+                if row.finish is None and row.sequence.request.request_id in self._cancelled:
+                    row.finish, row.metrics.cancelled_ns = "cancelled", now_ns
         self._observer.on_step(record)
         self._threads.before_step()
         self._step_tokens = sum(row.finish is None for row in self._rows)  # finished rows are still computed
@@ -108,6 +126,8 @@ class GenerateEngine:
         self._one_length = one_length
         self._using = using or self._without_adapter
         self._threads = OwnThreads(model.device.type == "cpu")
+        self._cancelled: set[int] = set()
+        self._woken = threading.Event()
 
     def run(
         self, requests: Sequence[Request], observer: Observer, start_ns: int, max_concurrency: int | None = None
@@ -115,19 +135,33 @@ class GenerateEngine:
         """See :meth:`splitwiser.engine.engine.Engine.run`."""
         outputs: dict[int, RequestOutput] = {}
         arrivals = Arrivals(requests, start_ns, max_concurrency)
+        self._cancelled.clear()  # of the run before
         try:
             while (next_ns := arrivals.next_ns) is not None:
-                time.sleep(max(0, next_ns - time.perf_counter_ns()) / 1e9)
+                if self._woken.wait(max(0, next_ns - time.perf_counter_ns()) / 1e9):
+                    self._woken.clear()
+                    for request in filter(None, map(arrivals.remove, tuple(self._cancelled))):
+                        now_ns = time.perf_counter_ns()
+                        metrics = RequestMetrics(now_ns, cancelled_ns=now_ns)
+                        output = make_output(self._model.decode, request, [], "cancelled", metrics)
+                        outputs[output.request_id] = output
+                        observer.on_output(output)
+                    continue
                 for part in self._split(list(islice(arrivals.due(), self._batch_size))):
                     with self._threads.use():
                         made = self._generate(part, observer)
                     for output in made:
                         outputs[output.request_id] = output
-                        arrivals.record_finish(output.metrics.token_ns[-1])
+                        arrivals.record_finish(output.metrics.finish_ns)
                         observer.on_output(output)
         finally:
             self._threads.release()
         return [outputs[request.request_id] for request in requests]
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """See :meth:`splitwiser.engine.engine.Engine.cancel`; one that has arrived ends with the next step that it is in."""
+        self._cancelled.update(request_ids)
+        self._woken.set()
 
     def close(self) -> None:
         """See :meth:`splitwiser.engine.engine.Engine.close`; nothing runs outside this thread."""
@@ -172,19 +206,51 @@ class GenerateEngine:
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max(request.max_tokens for request in batch), pad_token_id=0
         )
-        plain = all(each.params.temperature == 0 and not each.params.changes_logits for each in batch)
+        plain = all(
+            each.params.temperature == 0 and not each.params.changes_logits and each.params.logprobs is None
+            for each in batch
+        )
+        tracker = _StepTracker(self._model, rows, observer, self._threads, self._cancelled)
         forget_lengths(self._model.module)
-        with self._using(batch[0].adapter) as generate:
+        with self._using(batch[0].adapter) as generate, _prompt_logprobs(self._model, rows) as keep_logits:
             generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([] if plain else [_Sampler(self._model, rows)]),
-                stopping_criteria=StoppingCriteriaList([_StepTracker(self._model, rows, observer, self._threads)]),
+                stopping_criteria=StoppingCriteriaList([tracker]),
+                **keep_logits,
             )
         return [
             make_output(
-                self._model.decode, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics
+                self._model.decode, row.sequence.request, row.sequence.token_ids, row.finish or "length", row.metrics,
+                row.logprobs, row.sequence.prompt_logprobs,
             )
             for row in rows
-        ]
+        ]  # fmt: skip
+
+
+@contextmanager
+def _prompt_logprobs(model: LoadedModel, rows: Sequence[_Row]) -> Iterator[dict[str, int]]:
+    """Context in which the first forward, that of the prompts, gives the rows that ask for it the log-probabilities of their
+    prompts. Yields what ``generate`` needs to be told so that the forward has the logits of all tokens."""
+    asking = [
+        (number, row.sequence) for number, row in enumerate(rows) if row.sequence.params.prompt_logprobs is not None
+    ]
+    if not asking:
+        yield {}
+        return
+
+    def keep(_module: object, _given: object, output: Any) -> None:  # noqa: ANN401  # the model's own class of output
+        hook.remove()
+        for number, sequence in asking:
+            following = torch.tensor(sequence.request.prompt_token_ids[1:], device=model.device)
+            logits = output.logits[number, -1 - len(following) : -1]  # prompts are padded on the left
+            counts = [sequence.params.prompt_logprobs or 0] * len(following)
+            sequence.prompt_logprobs += token_logprobs(logits, following, counts)
+
+    hook = model.module.register_forward_hook(keep)
+    try:
+        yield {"logits_to_keep": 0} if takes_rows(model.module) else {}
+    finally:
+        hook.remove()

@@ -2,7 +2,9 @@
 
 The messages of one request: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
 :class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once per decode step
-until it has finished. Each worker also sends the parent a :class:`StepRecord` per step.
+until it has finished. One that is cancelled: :class:`Cancel` (parent to decode) and, while its prompt is being prefilled,
+:class:`Drop` (decode to prefill) -> :class:`Dropped`, or a :class:`Handoff` that was on its way (prefill to decode). Each
+worker also sends the parent a :class:`StepRecord` per step.
 """
 
 from collections.abc import Mapping
@@ -13,6 +15,9 @@ from splitwiser.request import FinishReason, Request
 
 Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
+TokenLogprobs = tuple[tuple[int, float, int], ...]
+"""Log-probabilities at one place of a text: token id, log-probability and rank of the token that is there, and of the
+likeliest ones. The rank is 1 and as many as there are likelier tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,13 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ends a request, wherever it is; nothing happens if it has finished."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillTask:
     """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it, except
     for the first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
@@ -49,19 +61,37 @@ class PrefillTask:
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A prefilled request with its first token, returned to the decode worker that owns its blocks."""
+    """A prefilled request with its first token, returned to the decode worker that owns its blocks. If the request asks
+    for log-probabilities, they are those of that token, and of the prompt's tokens from the second on."""
 
     request_id: int
     first_token: int
     prefill_start_ns: int
     first_token_ns: int
     prefill_worker: str
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Tells a prefill worker to give up the prompt of a cancelled request, if it has it and has not finished it."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Instead of a :class:`Handoff`: the prompt was given up, and prefill writes no more to its blocks."""
+
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Report of a decode worker: requests handed over since the last report, the next token of each running request by
-    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished."""
+    request id (computed by the step from ``start_ns`` to ``time_ns``), and the requests that finished; by request id too,
+    the log-probabilities of the next tokens of those that ask for them."""
 
     worker: str
     start_ns: int
@@ -69,6 +99,7 @@ class Progress:
     handoffs: tuple[Handoff, ...]
     tokens: tuple[tuple[int, int], ...]
     finished: tuple[tuple[int, FinishReason], ...]
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +133,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Tells the parent, which waits for reports, that there are requests to cancel."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Tells a worker to end after its current step."""
 
 
-Message = Submit | PrefillTask | Handoff | Progress | StepRecord | Ready | Failed | Stop
+Message = (
+    Submit | Cancel | PrefillTask | Handoff | Drop | Dropped | Progress | StepRecord | Ready | Failed | Wake | Stop
+)

@@ -207,6 +207,10 @@ class LeastLoadedRouter:
         self._reserved[request.request_id] = name, blocks
         return name
 
+    def owner(self, request_id: int) -> str:
+        """Return the name of the worker that was chosen for a request which has not finished."""
+        return self._reserved[request_id][0]
+
     def release(self, request_id: int) -> None:
         """Count the blocks of a finished request as free again."""
         name, blocks = self._reserved.pop(request_id)

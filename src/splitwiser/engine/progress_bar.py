@@ -55,7 +55,7 @@ class ProgressBar(Observer):
         request = self._open.pop(output.request_id)
         self._add(request, -1)
         self._finished_tokens += len(output.token_ids)
-        if not request.params.is_exact:
+        if not request.params.is_exact and output.finish_reason != "cancelled":
             self._early_tokens += len(output.token_ids)
             self._early_maximum += request.max_tokens
         self._show(1)

@@ -4,11 +4,14 @@ Tokens are greedy, or drawn so that they depend only on the request's own seed. 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from splitwiser.engine.logprobs import token_logprobs
+from splitwiser.engine.messages import TokenLogprobs
 from splitwiser.engine.penalties import PenalisedRequest, change_logits
 from splitwiser.model.kernels.greedy import likeliest
 from splitwiser.request import FinishReason, SamplingParams
@@ -27,15 +30,53 @@ class SampledRequest(PenalisedRequest, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of each request of a step, in order; and its log-probabilities, None for a request that does not ask
+    for them, or nothing at all if none does."""
+
+    tokens: list[int]
+    logprobs: Sequence[TokenLogprobs | None] = ()
+
+
 def uniform(seed: int, position: int) -> float:
     """Return a random number in [0, 1) that depends only on ``seed`` and ``position`` (splitmix64, Steele et al. 2014).
 
     So no generator state is sent from prefill to decode, and other requests have no influence.
     """
+    return (_mix(seed, position) >> 11) / (1 << 53)
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Return the seed of a request that is number ``sample`` of the samples of a prompt whose first has ``seed``."""
+    return _mix(seed, -1 - sample) if sample else seed
+
+
+def _mix(seed: int, position: int) -> int:
     bits = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & _MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = ((bits ^ (bits >> shift)) * factor) & _MASK
-    return ((bits ^ (bits >> 31)) >> 11) / (1 << 53)
+    return bits ^ (bits >> 31)
+
+
+def sample(
+    logits: Tensor,
+    requests: Sequence[SampledRequest],
+    eos_token_ids: Collection[int],
+    start_token_id: int | None,
+) -> Sampled:
+    """Return the tokens of :func:`sample_tokens`, once the device has finished, with the log-probabilities that requests ask
+    for, which are of ``logits`` as they are given."""
+    tokens = sample_tokens(logits, requests, eos_token_ids, start_token_id)
+    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+    if not rows:
+        return Sampled(tokens.tolist())
+    asked = torch.tensor(rows, device=logits.device)
+    counts = [requests[row].params.logprobs or 0 for row in rows]
+    logprobs: list[TokenLogprobs | None] = [None] * len(requests)
+    for row, each in zip(rows, token_logprobs(logits[asked], tokens[asked], counts), strict=True):
+        logprobs[row] = each
+    return Sampled(tokens.tolist(), logprobs)
 
 
 def sample_tokens(
@@ -107,7 +148,7 @@ def finish_reason(
 
 def final_text(params: SamplingParams, token_ids: Sequence[int], decode: Decode) -> str:
     """Return the text of ``token_ids``, cut before its first stop string, and without a stop token at its end."""
-    if token_ids[-1] in params.stop_token_ids:
+    if token_ids and token_ids[-1] in params.stop_token_ids:
         return decode(token_ids[:-1])
     text = decode(token_ids)
     places = _stop_places(params, token_ids, text, decode)

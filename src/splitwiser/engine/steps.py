@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from splitwiser.engine.decode_graphs import DecodeGraphs, capture_decode_graphs
-from splitwiser.engine.messages import Phase
+from splitwiser.engine.logprobs import token_logprobs
+from splitwiser.engine.messages import Phase, TokenLogprobs
 from splitwiser.engine.penalties import TokenCounts
 from splitwiser.engine.prefill_graphs import PrefillGraphs, capture_prefill_graphs
-from splitwiser.engine.sampling import finish_reason, sample_tokens
+from splitwiser.engine.sampling import Sampled, finish_reason, sample
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import Segment
@@ -25,11 +26,13 @@ WARM_UP_SOURCE = 512  # tokens of one source: with a bias its attention takes me
 
 @dataclass(eq=False)
 class SequenceState:
-    """State of a request in the KV pool: its blocks, the shared ones of its adapter first, and its output tokens so far."""
+    """State of a request in the KV pool: its blocks, the shared ones of its adapter first, its output tokens so far, and the
+    log-probabilities of its prompt's tokens, from the second on, as far as they are computed and if it asks for them."""
 
     request: Request
     blocks: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     _counts: TokenCounts | None = None
 
     @property
@@ -95,11 +98,12 @@ class Chunk:
 class Stepper(Protocol):
     """Interface of what runs the steps that a worker schedules."""
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Run a prefill step and return the first token of each sequence whose prompt ends in it, in order."""
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
+        """Run a prefill step and return the first token of each sequence whose prompt ends in it, in order. Sequences that
+        ask for the log-probabilities of their prompt get those of the chunks."""
         ...
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         """Run a decode step and return the next token of each sequence."""
         ...
 
@@ -115,7 +119,7 @@ class Stepper(Protocol):
 @torch.inference_mode()
 def prefill_step(
     model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], graphs: PrefillGraphs | None = None
-) -> list[int]:
+) -> Sampled:
     """Compute K and V of ``chunks``, packed in one row without padding, and write them to their blocks.
 
     Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order. With ``graphs``
@@ -127,27 +131,61 @@ def prefill_step(
         adapter = chunk.sequence.request.adapter
         if chunk.start == 0 and adapter.tail_tokens:
             pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
-    ends, total = [], 0
-    for chunk in chunks:
-        total += chunk.tokens
-        if chunk.is_last:
-            ends.append(total - 1)
-    rows = ends or [total - 1]
-    logits = graphs.logits(segments, tokens, rows) if graphs else None
+    rows, ends = _wanted_rows(chunks)
+    # a graph keeps the logits of the prompts' ends alone
+    logits = graphs.logits(segments, tokens, rows) if graphs and len(rows) <= len(chunks) else None
     if logits is None:
         logits = ROUTES[model.kind].prefill(model, pool, segments, tokens, rows)
+    logits = _take_prompt_logprobs(logits, ends, chunks)
     if not ends:  # only middle parts of prompts: no result is read back, so synchronise explicitly
         if model.device.type == "cuda":
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
-        return []
+        return Sampled([])
     ended = [chunk.sequence for chunk in chunks if chunk.is_last]
-    return sample_tokens(logits, ended, model.eos_token_ids, model.start_token_id).tolist()
+    return sample(logits, ended, model.eos_token_ids, model.start_token_id)
+
+
+def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
+    """Return the numbers of the packed tokens of ``chunks`` whose logits are wanted: the ends of prompts, and all of prompts
+    that ask for log-probabilities, or the last if there is none of these; and which of them are the ends."""
+    rows: list[int] = []
+    ends: list[int] = []
+    total = 0
+    for chunk in chunks:
+        after, total = total, total + chunk.tokens
+        if chunk.sequence.params.prompt_logprobs is not None:
+            rows += range(after, total)
+        elif chunk.is_last:
+            rows.append(total - 1)
+        if chunk.is_last:
+            ends.append(len(rows) - 1)
+    return rows or [total - 1], ends
+
+
+def _take_prompt_logprobs(logits: Tensor, ends: Sequence[int], chunks: Sequence[Chunk]) -> Tensor:
+    """Give each sequence that asks for the log-probabilities of its prompt those of the tokens that follow the tokens of its
+    chunk. ``logits`` are of the rows of :func:`_wanted_rows`; returns those of the ``ends`` among them."""
+    if len(logits) == len(ends):
+        return logits
+    row = 0
+    for chunk in chunks:
+        sequence, count = chunk.sequence, chunk.sequence.params.prompt_logprobs
+        if count is None:
+            row += chunk.is_last
+            continue
+        following = sequence.request.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
+        if following:
+            token_ids = torch.tensor(following, device=logits.device)
+            part = logits[row : row + len(following)]
+            sequence.prompt_logprobs += token_logprobs(part, token_ids, [count] * len(following))
+        row += chunk.tokens
+    return logits[torch.tensor(ends, dtype=torch.long, device=logits.device)]
 
 
 @torch.inference_mode()
 def decode_step(
     model: LoadedModel, pool: KVPool, sequences: Sequence[SequenceState], graphs: DecodeGraphs | None = None
-) -> list[int]:
+) -> Sampled:
     """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
 
     A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
@@ -161,7 +199,7 @@ def decode_step(
         logits = graphs.logits(segments, tokens)
     else:
         logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
-    return sample_tokens(logits, sequences, model.eos_token_ids, model.start_token_id).tolist()
+    return sample(logits, sequences, model.eos_token_ids, model.start_token_id)
 
 
 @dataclass(frozen=True)
@@ -173,11 +211,11 @@ class ModelStepper:
     decode_graphs: DecodeGraphs | None = None
     prefill_graphs: PrefillGraphs | None = None
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
         """See :meth:`Stepper.prefill`."""
         return prefill_step(self.model, self.pool, chunks, self.prefill_graphs)
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         """See :meth:`Stepper.decode`."""
         return decode_step(self.model, self.pool, sequences, self.decode_graphs)
 

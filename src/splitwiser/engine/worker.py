@@ -10,7 +10,18 @@ from itertools import cycle
 from typing import Protocol
 
 from splitwiser.engine.decode import Decoder
-from splitwiser.engine.messages import Handoff, Message, PrefillTask, Role, StepRecord, Submit, WorkerSpec
+from splitwiser.engine.messages import (
+    Cancel,
+    Drop,
+    Dropped,
+    Handoff,
+    Message,
+    PrefillTask,
+    Role,
+    StepRecord,
+    Submit,
+    WorkerSpec,
+)
 from splitwiser.engine.policy import FIRST_COME, Policy
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.steps import Stepper
@@ -71,7 +82,8 @@ class Worker:
         self._transport = transport
         self._prefiller = prefiller
         self._decoder = decoder
-        self._prefill_workers = cycle(prefill_workers or [name])
+        self._prefill_workers = prefill_workers or [name]
+        self._next_prefill_worker = cycle(self._prefill_workers)
 
     def step_once(self) -> bool:
         """Handle new messages, then run at most one prefill and one decode step. Returns whether any step ran."""
@@ -80,7 +92,7 @@ class Worker:
         ran = False
         if self._decoder:
             for task in self._decoder.admit():
-                self._send(next(self._prefill_workers), task)
+                self._send(next(self._next_prefill_worker), task)
         if self._prefiller and (prefilled := self._prefiller.step()):
             ran = True
             self._send(
@@ -114,6 +126,15 @@ class Worker:
         match message:
             case Submit() if self._decoder:
                 self._decoder.submit(message.request, message.arrival_ns)
+            case Cancel() if self._decoder:
+                if self._decoder.cancel(message.request_id):
+                    for name in self._prefill_workers:
+                        self._send(name, Drop(message.request_id))
+            case Drop() if self._prefiller:
+                if task := self._prefiller.drop(message.request_id):
+                    self._send(task.decode_worker, Dropped(message.request_id))
+            case Dropped() if self._decoder:
+                self._decoder.receive_dropped(message.request_id)
             case PrefillTask() if self._prefiller:
                 self._prefiller.add(message)
             case Handoff() if self._decoder:

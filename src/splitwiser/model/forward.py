@@ -51,7 +51,7 @@ def forward(
     ``token_ids``, ``positions`` and ``rows`` are numbers, or int64 tensors on the model's device of one dimension.
     """
     kept = torch.as_tensor(rows, device=module.device)
-    keeps = "logits_to_keep" in _parameters(type(module).forward)
+    keeps = takes_rows(module)
     with on_device(module), serving(step):
         output = module(
             input_ids=torch.as_tensor(token_ids, device=module.device)[None],
@@ -62,6 +62,11 @@ def forward(
         )
     logits: Tensor = output.logits[0]
     return logits if keeps else logits[kept]
+
+
+def takes_rows(module: PreTrainedModel) -> bool:
+    """Return whether the forward of ``module`` can be told of which tokens it is to compute logits; else it does of all."""
+    return "logits_to_keep" in _parameters(type(module).forward)
 
 
 def on_device(module: PreTrainedModel) -> AbstractContextManager[object]:

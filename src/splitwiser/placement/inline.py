@@ -1,5 +1,6 @@
 """Mode ``sequential``: one mixed worker that runs its steps in the parent's own thread."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 from splitwiser.engine.engine import SplitEngine
-from splitwiser.engine.messages import Message, Submit
+from splitwiser.engine.messages import Cancel, Message, Submit
 from splitwiser.engine.steps import make_stepper
 from splitwiser.engine.worker import Worker, build_worker
 from splitwiser.errors import RunError
@@ -44,10 +45,19 @@ class InlinePlacement:
         self._worker = worker
         self._transport = transport
         self._threads = OwnThreads(on_cpu)
+        self._woken = threading.Event()
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
         self._transport.inbox.append(Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        self._transport.inbox.append(Cancel(request_id))
+
+    def wake(self) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.wake`."""
+        self._woken.set()
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""
@@ -57,7 +67,8 @@ class InlinePlacement:
             self._threads.release()
             if until_ns is None:
                 raise RunError(f"{self._worker.name}: requests are waiting, but none can be run")
-            time.sleep(max(0, until_ns - time.perf_counter_ns()) / 1e9)
+            self._woken.wait(max(0, until_ns - time.perf_counter_ns()) / 1e9)
+        self._woken.clear()
         messages, self._transport.outbox = self._transport.outbox, []
         return messages
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from splitwiser.engine.messages import Failed, Message, Stop
+from splitwiser.engine.messages import Failed, Message, Stop, Wake
 from splitwiser.engine.worker import PARENT
 from splitwiser.errors import WorkerLostError
 
@@ -129,6 +129,10 @@ class MailPlacement:
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
         self._lost: WorkerLostError | None = None
+
+    def wake(self) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.wake`."""
+        self._inbox.send(Wake())
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`; a lost worker is noticed within about a second.

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import psutil
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
-from splitwiser.engine.messages import Message, Progress, Ready, Stop, Submit
+from splitwiser.engine.messages import Cancel, Message, Progress, Ready, Stop, Submit
 from splitwiser.engine.policy import LeastLoadedRouter
 from splitwiser.engine.worker import PARENT
 from splitwiser.errors import InputError, RunError, WorkerLostError
@@ -108,10 +108,11 @@ class ProcessPlacement(MailPlacement):
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
-        try:
-            self._send_ends[self._router.choose(request)].send(Submit(request, arrival_ns))
-        except OSError:  # the worker has died; the next poll raises that
-            return
+        self._send(self._router.choose(request), Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        self._send(self._router.owner(request_id), Cancel(request_id))
 
     @uninterrupted()
     def close(self) -> None:
@@ -137,6 +138,10 @@ class ProcessPlacement(MailPlacement):
         if isinstance(message, Progress):
             for request_id, _ in message.finished:
                 self._router.release(request_id)
+
+    def _send(self, worker: str, message: Message) -> None:
+        with suppress(OSError):  # the worker has died; the next poll raises that
+            self._send_ends[worker].send(message)
 
     def _join(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

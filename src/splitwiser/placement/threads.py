@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from splitwiser.engine.engine import SplitEngine
-from splitwiser.engine.messages import Failed, Stop, Submit
+from splitwiser.engine.messages import Cancel, Failed, Stop, Submit
 from splitwiser.engine.steps import make_stepper
 from splitwiser.engine.worker import PARENT, DeviceShare, Worker, build_worker, run_worker
 from splitwiser.model.loading import LoadedModel
@@ -38,6 +38,10 @@ class ThreadPlacement(MailPlacement):
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`."""
         self._inboxes[self._decode].send(Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        self._inboxes[self._decode].send(Cancel(request_id))
 
     def close(self) -> None:
         """Ask every worker to stop after its current step, and wait for that."""

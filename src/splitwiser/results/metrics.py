@@ -23,6 +23,11 @@ class Served:
     targets: Mapping[str, float] | None = None
     _pooled: dict[Samples, list[float]] = field(default_factory=dict, repr=False)
 
+    @property
+    def answers(self) -> list[RequestOutput]:
+        """The outputs of requests that were not cancelled."""
+        return [output for output in self.outputs if output.finish_reason != "cancelled"]
+
     def pool(self, samples: Samples) -> list[float]:
         """Return the ``samples`` of all outputs; they are computed once and then kept."""
         if samples not in self._pooled:
@@ -36,13 +41,19 @@ class Served:
 
 
 def duration(run: Served) -> float:
-    """Return the seconds from the run's start to the last token; 0 if no request was answered."""
-    return (max((output.metrics.token_ns[-1] for output in run.outputs), default=run.start_ns) - run.start_ns) / 1e9
+    """Return the seconds from the run's start to the last token; 0 if there is none."""
+    ends = (output.metrics.token_ns[-1] for output in run.outputs if output.metrics.token_ns)
+    return (max(ends, default=run.start_ns) - run.start_ns) / 1e9
 
 
 def completed(run: Served) -> int:
     """Return the number of requests that were answered."""
-    return len(run.outputs)
+    return len(run.answers)
+
+
+def cancelled(run: Served) -> int:
+    """Return the number of requests that were cancelled."""
+    return len(run.outputs) - len(run.answers)
 
 
 def failed(run: Served) -> int:
@@ -52,7 +63,7 @@ def failed(run: Served) -> int:
 
 def total_input_tokens(run: Served) -> int:
     """Return the number of prompt tokens of all answered requests."""
-    return sum(len(output.prompt_token_ids) for output in run.outputs)
+    return sum(len(output.prompt_token_ids) for output in run.answers)
 
 
 def total_output_tokens(run: Served) -> int:
@@ -67,7 +78,7 @@ def request_throughput(run: Served) -> float | None:
 
 def request_goodput(run: Served) -> float | None:
     """Return the requests per second that meet all targets (:func:`meets`); None without targets."""
-    return run.rate(sum(meets(output.metrics, run.targets) for output in run.outputs)) if run.targets else None
+    return run.rate(sum(meets(output.metrics, run.targets) for output in run.answers)) if run.targets else None
 
 
 def output_throughput(run: Served) -> float | None:
@@ -81,8 +92,8 @@ def total_token_throughput(run: Served) -> float | None:
 
 
 def ttft(metrics: RequestMetrics) -> list[float]:
-    """Return the time to first token (TTFT) in ms, as a list of one."""
-    return [metrics.ttft_ms]
+    """Return the time to first token (TTFT) in ms, as a list of one; empty without a token."""
+    return [metrics.ttft_ms] if metrics.token_ns else []
 
 
 def tpot(metrics: RequestMetrics) -> list[float]:
@@ -96,8 +107,8 @@ def itl(metrics: RequestMetrics) -> Sequence[float]:
 
 
 def e2el(metrics: RequestMetrics) -> list[float]:
-    """Return the time from arrival to the last token in ms, as a list of one."""
-    return [metrics.e2el_ms]
+    """Return the time from arrival to the last token in ms, as a list of one; empty for a cancelled request."""
+    return [metrics.e2el_ms] if metrics.cancelled_ns is None else []
 
 
 def handoff(metrics: RequestMetrics) -> list[float]:
@@ -130,8 +141,9 @@ def meets(metrics: RequestMetrics, targets: Mapping[str, float]) -> bool:
 
 def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
     """Return one request's row of ``latency.csv``; columns in ``_s`` are seconds since ``start_ns``. Values that need
-    two tokens are None for a single token."""
+    two tokens are None for a single token, as are those that a cancelled request has not come to."""
     metrics = output.metrics
+    begun = bool(metrics.token_ns)
 
     def seconds(moment_ns: int) -> float:
         return (moment_ns - start_ns) / 1e9
@@ -139,21 +151,23 @@ def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
     gaps = metrics.itl_ms
     return {
         "request_id": output.request_id,
+        "prompt_id": output.prompt_id,
+        "sample": output.sample,
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": len(output.token_ids),
         "adapter": output.adapter,
         "priority": output.priority,
         "arrival_s": seconds(metrics.arrival_ns),
-        "prefill_start_s": seconds(metrics.prefill_start_ns),
-        "first_token_s": seconds(metrics.token_ns[0]),
-        "finish_s": seconds(metrics.token_ns[-1]),
-        "queue_ms": metrics.queue_ms,
-        "ttft_ms": metrics.ttft_ms,
+        "prefill_start_s": seconds(metrics.prefill_start_ns) if begun else None,
+        "first_token_s": seconds(metrics.token_ns[0]) if begun else None,
+        "finish_s": seconds(metrics.finish_ns),
+        "queue_ms": metrics.queue_ms if begun else None,
+        "ttft_ms": metrics.ttft_ms if begun else None,
         "handoff_ms": metrics.handoff_ms,
         "tpot_ms": metrics.tpot_ms,
         "itl_p50_ms": statistic("p50", gaps),
         "itl_p99_ms": statistic("p99", gaps),
-        "e2el_ms": metrics.e2el_ms,
+        "e2el_ms": metrics.e2el_ms if metrics.cancelled_ns is None else None,
         "finish_reason": output.finish_reason,
         "prefill_worker": metrics.prefill_worker,
         "decode_worker": metrics.decode_worker,

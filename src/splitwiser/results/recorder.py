@@ -1,6 +1,7 @@
 """Writes a run's files while it runs, so that a killed run keeps the results of its finished requests."""
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from splitwiser.engine.messages import StepRecord
 from splitwiser.errors import RunError, first_line
 from splitwiser.files import CsvTable, Status, append_row, replaced_atomically, write_rows
 from splitwiser.machine.load import Load, LoadMeter, MachineLoad
-from splitwiser.request import RequestOutput
+from splitwiser.request import RequestOutput, TokenChoices
 from splitwiser.results.metrics import latency_row
 from splitwiser.results.record import Record
 from splitwiser.results.rouge import rouge
@@ -93,6 +94,8 @@ class RunRecorder(Observer):
                 "request_id": output.request_id,
                 "prompt_token_ids": " ".join(map(str, output.prompt_token_ids)),
                 "token_ids": " ".join(map(str, output.token_ids)),
+                "logprobs": _as_json(output.logprobs),
+                "prompt_logprobs": _as_json(output.prompt_logprobs),
             }
         )
 
@@ -180,3 +183,10 @@ class RunRecorder(Observer):
         with contextlib.ExitStack() as each:  # so that an error in one table does not stop the others
             for table in (self._tokens, self._generations, self._step_table, self._latency):
                 each.callback(table.flush)
+
+
+def _as_json(logprobs: Sequence[TokenChoices | None] | None) -> str | None:
+    """Return log-probabilities as ``tokens.csv`` has them: a list of an object for each token, by token id."""
+    if logprobs is None:
+        return None
+    return json.dumps([each and {token: round(one.logprob, 6) for token, one in each.items()} for each in logprobs])

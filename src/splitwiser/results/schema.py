@@ -21,14 +21,15 @@ UNIT_ENDINGS = {"ms": "_ms", "s": "_s", "MB": "_mb", "W": "_w", "%": "_percent"}
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a CSV file. The report requires those that are ``needed``; a needed column with a unit holds numbers.
-    ``short_name`` names it in a sentence if the column's name does not."""
+    """A column of a CSV file. The report requires those that are ``needed``; a needed column with a unit holds numbers, in
+    every row unless it ``may_be_empty``. ``short_name`` names it in a sentence if the column's name does not."""
 
     name: str
     description: str
     unit: str = ""
     needed: bool = False
     short_name: str = ""
+    may_be_empty: bool = False
 
     @property
     def subject(self) -> str:
@@ -192,10 +193,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("duration", "Time from the run's start to its last token.", "s", compute=metrics.duration),
     Metric("completed", "Requests that were answered.", "requests", compute=metrics.completed),
     Metric("failed", "Requests that were not answered.", "requests", compute=metrics.failed),
+    Metric("cancelled", "Requests that were cancelled, which are neither.", "requests", compute=metrics.cancelled),
     Metric(
         "total_input_tokens", "Prompt tokens of all answered requests.", "tokens", compute=metrics.total_input_tokens
     ),
-    Metric("total_output_tokens", "Generated tokens of all requests.", "tokens", compute=metrics.total_output_tokens),
+    Metric(
+        "total_output_tokens",
+        "Generated tokens of all requests, cancelled ones included.",
+        "tokens",
+        compute=metrics.total_output_tokens,
+    ),
     Metric(
         "request_throughput",
         "Answered requests per second of the duration.",
@@ -294,24 +301,33 @@ LABELS = (
 THROUGHPUT = (*LABELS, *METRICS)
 LATENCY = (
     Column("request_id", "Number of the request.", needed=True, short_name="request"),
+    Column("prompt_id", "Number of its prompt; each of a prompt's samples is a request.", short_name="prompt"),
+    Column("sample", "Number of the request among its prompt's samples."),
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
     Column("adapter", "Adapter that the request ran with; empty for the model alone."),
     Column("priority", "The request's own priority, of which the lowest goes first under policy priority."),
     Column("arrival_s", "Time of arrival, from the run's start.", "s", needed=True),
-    Column("prefill_start_s", "Start of the first prefill step, from the run's start.", "s", needed=True),
-    Column("first_token_s", "Time of the first token, from the run's start.", "s", needed=True),
-    Column("finish_s", "Time of the last token, from the run's start.", "s", needed=True),
+    Column(
+        "prefill_start_s",
+        "Start of the first prefill step, from the run's start; this and all that follows from tokens is empty for a "
+        "request that was cancelled before it had one.",
+        "s",
+        needed=True,
+        may_be_empty=True,
+    ),
+    Column("first_token_s", "Time of the first token, from the run's start.", "s", needed=True, may_be_empty=True),
+    Column("finish_s", "Time of the last token or of the cancel, from the run's start.", "s", needed=True),
     Column("queue_ms", "Time from arrival to the first prefill step.", "ms"),
-    Column("ttft_ms", "Time from arrival to the first token.", "ms", needed=True, short_name="TTFT"),
+    Column("ttft_ms", "Time from arrival to the first token.", "ms", needed=True, short_name="TTFT", may_be_empty=True),
     Column("handoff_ms", "Time from the first token to the first decode step; empty for one token.", "ms"),
     Column("tpot_ms", "Mean time per token after the first; empty for one token.", "ms", short_name="TPOT"),
     Column("itl_p50_ms", "Median time between two tokens; empty for one token.", "ms", short_name="ITL p50"),
     Column(
         "itl_p99_ms", "99th percentile of the time between two tokens; empty for one token.", "ms", short_name="ITL p99"
     ),
-    Column("e2el_ms", "Time from arrival to the last token.", "ms", short_name="E2E"),
-    Column("finish_reason", "Why the answer ended: stop (an end-of-sequence token) or length."),
+    Column("e2el_ms", "Time from arrival to the last token; empty for a cancelled request.", "ms", short_name="E2E"),
+    Column("finish_reason", "Why the answer ended: stop (an end-of-sequence token), length or cancelled."),
     Column("prefill_worker", "Worker that ran the prompt."),
     Column("decode_worker", "Worker that generated the tokens after the first."),
 )
@@ -336,6 +352,12 @@ TOKENS = (
     Column("request_id", "Number of the request.", short_name="request"),
     Column("prompt_token_ids", "Token ids of the prompt, separated by spaces."),
     Column("token_ids", "Token ids of the answer, separated by spaces."),
+    Column(
+        "logprobs",
+        "Log-probabilities at each token of the answer, as a JSON list of objects by token id: first the token's own, then "
+        "those of the likeliest; empty without --logprobs.",
+    ),
+    Column("prompt_logprobs", "The same for the prompt, whose first token has none; empty without --prompt_logprobs."),
 )
 _STEP_FIGURES = (
     Column("ms", "Median time of the step.", "ms", needed=True, short_name="time"),

@@ -214,10 +214,11 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
 
 
 def _sample_params(request: Request) -> SamplingParams:
-    if not request.params.is_exact:
-        return request.params
+    params = dataclasses.replace(request.params, n=1)  # each sample of a prompt is a request already
+    if not params.is_exact:
+        return params
     most = min(request.max_tokens, _SAMPLE_TOKENS)
-    return dataclasses.replace(request.params, max_tokens=most, min_tokens=min(request.params.min_tokens, most))
+    return dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
 
 
 def read_measurements(directory: Path, shell: LoadedModel) -> Measurements:

@@ -23,7 +23,7 @@ from splitwiser.results.answer import answer
 from splitwiser.results.busy import describe_busy
 from splitwiser.results.paired import Made, SummaryRow, TokenDifference, compare_tokens, summarise
 from splitwiser.results.record import Record, read_environment
-from splitwiser.results.schema import METRIC, TOKENS, Column, column, columns_of, names
+from splitwiser.results.schema import METRIC, Column, column, columns_of, names
 from splitwiser.results.terminal import columns
 from splitwiser.study.capacity import check_load, measure_capacity, rate_at
 from splitwiser.study.fresh_runs import (
@@ -312,7 +312,8 @@ def _check_tokens(folder: Path, variants: Sequence[Variant], rows: Sequence[Mapp
 def _read_tokens(folder: Path, row: Mapping[str, Any]) -> dict[int, Made]:
     path = folder / "runs" / row["run_id"] / "tokens.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return {int(number): (prompt, made) for number, prompt, made in table[list(names(TOKENS))].to_numpy()}
+    columns = table[["request_id", "prompt_token_ids", "token_ids"]]
+    return {int(number): (prompt, made) for number, prompt, made in columns.to_numpy()}
 
 
 def _token_lines(checks: Sequence[TokenCheck], first: str) -> Iterator[tuple[str, bool]]:

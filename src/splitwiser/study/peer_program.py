@@ -289,7 +289,9 @@ def serve(
             if not len(token_ids) == len(token_ns) == new_tokens[number]:
                 raise RuntimeError(f"request {number} has {len(token_ids)} tokens instead of {new_tokens[number]}")
             metrics = RequestMetrics(arrival_ns[number], token_ns=token_ns)
-            outputs.append(RequestOutput(number, tuple(prompts[number]), token_ids, "", "length", metrics))
+            outputs.append(
+                RequestOutput(number, tuple(prompts[number]), token_ids, "", "length", metrics, prompt_id=number)
+            )
     return outputs
 
 

@@ -61,6 +61,10 @@ def check_peer(config: RunConfig, job: Job) -> None:
         raise InputError(
             "a peer chooses tokens by the model's own logits; leave penalties, --logit_bias and --min_tokens out"
         )
+    if any(each.n > 1 or each.logprobs is not None or each.prompt_logprobs is not None for each in params):
+        raise InputError(
+            "a peer gives one sample of a prompt, and its tokens alone; leave --n, --logprobs and --prompt_logprobs out"
+        )
     if any(each.stop or each.stop_token_ids for each in params):
         raise InputError("a peer generates a fixed number of tokens per request; leave --stop and --stop_token_ids out")
     if config.max_concurrency is None and any(job.arrival_s):
@@ -183,7 +187,11 @@ def _write_tokens(path: Path, workload: Path, answers: list[list[int]]) -> None:
     """Write the token ids of each request's prompt and answer in the format of a run's ``tokens.csv``."""
     prompts = json.loads(workload.read_text(encoding="utf-8"))["prompts"]
     rows = [
-        dict(zip(names(TOKENS), (number, " ".join(map(str, prompt)), " ".join(map(str, answer))), strict=True))
+        {
+            "request_id": number,
+            "prompt_token_ids": " ".join(map(str, prompt)),
+            "token_ids": " ".join(map(str, answer)),
+        }
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     write_rows(path, names(TOKENS), rows)

@@ -20,8 +20,9 @@ import torch
 
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
-from splitwiser.engine.messages import Message, Phase, Progress, Submit, WorkerSpec
+from splitwiser.engine.messages import Cancel, Message, Phase, Progress, Submit, Wake, WorkerSpec
 from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
@@ -141,6 +142,14 @@ class _SimulatedPlacement:
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`: to the worker with the most room."""
         self.workers[self._router.choose(request)].inbox.append(Submit(request, arrival_ns))
+
+    def cancel(self, request_id: int) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.cancel`."""
+        self.workers[self._router.owner(request_id)].inbox.append(Cancel(request_id))
+
+    def wake(self) -> None:
+        """See :meth:`splitwiser.engine.engine.Placement.wake`."""
+        self.outbox.append(Wake())
 
     def poll(self, until_ns: int | None) -> Sequence[Message]:
         """See :meth:`splitwiser.engine.engine.Placement.poll`."""
@@ -303,16 +312,16 @@ class _CostStepper:
         self._worker = worker
         self._world = world
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
         """See :meth:`splitwiser.engine.steps.Stepper.prefill`."""
         self._worker.step("prefill", self._costs().prefill([(chunk.start, chunk.tokens) for chunk in chunks]))
-        return [_TOKEN for chunk in chunks if chunk.is_last]
+        return Sampled([_TOKEN for chunk in chunks if chunk.is_last])
 
-    def decode(self, sequences: Sequence[SequenceState]) -> list[int]:
+    def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         """See :meth:`splitwiser.engine.steps.Stepper.decode`."""
         context = sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
         self._worker.step("decode", self._costs().decode(len(sequences), context))
-        return [_TOKEN] * len(sequences)
+        return Sampled([_TOKEN] * len(sequences))
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`splitwiser.engine.steps.Stepper.finish_reason`."""

@@ -20,8 +20,8 @@ from splitwiser.workload.trace import parse_slice
 Source = Literal["case", "workload", "trace", "synthetic"]
 
 PARAMETERS = (  # of sampling that are options for all requests
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
-    "min_tokens", "ignore_eos", "stop", "stop_token_ids",
+    "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "logprobs", "prompt_logprobs",
 )  # fmt: skip
 ENDS = ("min_tokens", "stop", "stop_token_ids")  # which say nothing where a request's number of tokens is fixed
 MOST_REQUESTS = 10_000_000  # of synthetic requests, which are all in memory at once
@@ -96,6 +96,7 @@ class WorkloadConfig(Options):
     max_concurrency: int | None = option(
         None, "closed loop: N requests at a time, the next arrives when one finishes", "arrivals"
     )
+    n: int = option(SamplingParams.n, "samples of each prompt, each a request of its own", "sampling")
     temperature: float = option(constants.TEMPERATURE, "0 is greedy; above, tokens are drawn at random", "sampling")
     top_k: int = option(constants.TOP_K, "draw among the K likeliest tokens; 0: all", "sampling")
     top_p: float = option(
@@ -129,6 +130,14 @@ class WorkloadConfig(Options):
     )
     stop_token_ids: str | None = option(
         None, "a token id that ends a request, beside the model's own; several as a JSON list: [13, 198]", "sampling"
+    )
+    logprobs: int | None = option(
+        SamplingParams.logprobs,
+        "write log-probabilities of each new token and of this many of the likeliest, up to 20, to tokens.csv",
+        "sampling",
+    )
+    prompt_logprobs: int | None = option(
+        SamplingParams.prompt_logprobs, "as --logprobs, of the prompt's tokens after the first", "sampling"
     )
 
     def __post_init__(self) -> None:

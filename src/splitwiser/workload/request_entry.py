@@ -34,6 +34,7 @@ _Bias = Annotated[dict[str, Annotated[float, Strict()]], must_be("an object of n
 class Sampling:
     """Fields of :class:`SamplingParams` as a file gives them, None where it does not."""
 
+    n: AtLeastOne | None = None
     max_tokens: AtLeastOne | None = None
     temperature: _Number | None = None
     top_k: Whole | None = None
@@ -48,6 +49,8 @@ class Sampling:
     stop: Annotated[Text | list[Text] | None, must_be("text or a list of texts")] = None
     stop_token_ids: _TokenIds | None = None
     ignore_eos: Annotated[Annotated[bool, Strict()] | None, must_be("true or false")] = None
+    logprobs: AtLeastZero | None = None
+    prompt_logprobs: AtLeastZero | None = None
 
     @property
     def given(self) -> dict[str, Any]:

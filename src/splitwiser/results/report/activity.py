@@ -107,9 +107,12 @@ def busy_seconds(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_flight(latency: pd.DataFrame, moments: FloatArray) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the numbers of requests that are waiting, in prefill (up to the first token) and generating at ``moments``."""
+    """Return the numbers of requests that are waiting, in prefill (up to the first token) and generating at ``moments``. One
+    that was cancelled without a token waits until then."""
     passed = {
-        column: np.searchsorted(np.sort(latency[column].to_numpy(dtype=float)), moments, side="right")
+        column: np.searchsorted(
+            np.sort(latency[column].fillna(latency.finish_s).to_numpy(dtype=float)), moments, side="right"
+        )
         for column in ("arrival_s", "prefill_start_s", "first_token_s", "finish_s")
     }
     return {

@@ -2,9 +2,10 @@
 sweep, a profile or an advice."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -193,15 +194,19 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _read_columns(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     needed = [column for column in columns if column.needed]
-    numbers = [column.name for column in needed if column.unit]
+    numbers = {column.name: column.may_be_empty for column in needed if column.unit}
     return _read_table(path, required=[column.name for column in needed], numbers=numbers)
 
 
 def _read_table(
-    path: Path, *, required: Sequence[str], numbers: Sequence[str] = (), optional: bool = False
+    path: Path,
+    *,
+    required: Sequence[str],
+    numbers: Mapping[str, bool] = MappingProxyType({}),
+    optional: bool = False,
 ) -> pd.DataFrame:
     """Return the CSV file at ``path`` without a last row that was cut off by a kill; an empty table if an ``optional`` file
-    is missing. Raises :class:`InputError`."""
+    is missing. ``numbers`` are columns of numbers, and whether there may be none in a row. Raises :class:`InputError`."""
     if optional and not path.exists():
         return pd.DataFrame(columns=list(required))
     try:
@@ -214,8 +219,8 @@ def _read_table(
     for name in required:
         if name not in table:
             raise InputError(f"{path}: has no column '{name}'; needed: {', '.join(required)}")
-    for name in numbers:
-        wrong = table.index[pd.to_numeric(table[name], errors="coerce").isna()]
+    for name, may_be_empty in numbers.items():
+        wrong = table.index[pd.to_numeric(table[name], errors="coerce").isna() & ~(table[name].isna() & may_be_empty)]
         if len(wrong):
             row = int(wrong[0])
             raise InputError(f"{path}: row {row + 1} has '{table[name].iloc[row]!s}' as {name}; a number is needed")

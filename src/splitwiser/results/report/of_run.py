@@ -89,6 +89,12 @@ def _run_warnings(run: Run) -> list[str]:
     failed = run.figures.get("failed", 0)
     if failed > 0:
         warnings.append(f"{cell(failed).text} requests were not answered; run.yaml lists them.")
+    cancelled = run.figures.get("cancelled", 0)
+    if cancelled > 0:
+        warnings.append(
+            f"{cell(cancelled).text} requests were cancelled: their tokens and times count as far as they came, and their "
+            "E2E does not."
+        )
     if note := busy_note(run.figures):
         warnings.append(f"The machine was busy: {note}.")
     model = run.record.get("model")
