@@ -70,6 +70,14 @@ def find_slots(pool: KVPool, segments: Sequence[Segment], device: torch.device) 
     return torch.tensor(slots, device=device)
 
 
+def find_loras(segments: Sequence[Segment], device: torch.device) -> Tensor | None:
+    """Return the number of the LoRA adapter of each new token of ``segments``; see
+    :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
+    if not any(segment.lora for segment in segments):
+        return None
+    return torch.tensor([segment.lora for segment in segments for _ in segment.places], device=device)
+
+
 class PagedAttention(AttentionStep):
     """The attention of one step: where its tokens lie in the pool and which requests they belong to.
 
@@ -98,9 +106,7 @@ class PagedAttention(AttentionStep):
     @cached_property
     def loras(self) -> Tensor | None:
         """See :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
-        if not any(segment.lora for segment in self.segments):
-            return None
-        return torch.tensor([segment.lora for segment in self.segments for _ in segment.positions], device=self.device)
+        return find_loras(self.segments, self.device)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """See :meth:`~splitwiser.model.attention.AttentionStep.store`; writes into the pool's layer."""

@@ -12,7 +12,7 @@ from splitwiser.engine.policy import POLICIES, find_policy, policy_name
 from splitwiser.engine.schedule import SCHEDULES, find_schedule, keeps_itl_target
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.model.dtypes import dtype_name
 from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import Options, check_counts, option
