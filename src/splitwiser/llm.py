@@ -57,7 +57,8 @@ class LLM:
                 path or YAML text; empty for one prefill and one decode worker.
             - ``share``: how the workers of modes ``mp`` (on a CPU) and ``green`` divide the device: ``fixed`` by their
                 shares, ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
-            - ``itl_target_ms``: target of share ``auto`` for the time between two tokens, in milliseconds.
+            - ``itl_target_ms``: target for the time between two tokens, in milliseconds, which share ``auto`` keeps (by
+                default 50) or schedule ``hybrid`` (by default none).
             - ``lend``: whether an idle worker lends its share of the device to the others, step by step.
             - ``decode_priority``: whether a GPU runs decode's kernels before prefill's when both wait: by the priority of
                 streams in mode ``green``, of clients in mode ``mps``.
@@ -72,13 +73,18 @@ class LLM:
             - ``policy``: the order of admission and prefill: ``first_come`` (or ``fcfs``), ``shortest_prompt``,
                 ``shortest_remaining``, ``priority``, ``deadline``, or ``MODULE:CLASS`` of an importable class with the
                 methods of :class:`~splitwiser.engine.policy.Policy`; with parameters, ``"priority:ageing_s=5"``.
+            - ``schedule``: what a mixed worker, such as mode ``sequential``'s, runs next: ``alternate``, ``prefill_first``,
+                ``decode_first``, ``hybrid`` (a chunk of the prompts and the decode tokens of all running requests in one
+                step), or ``MODULE:CLASS`` of an importable class with the method of
+                :class:`~splitwiser.engine.schedule.Schedule`.
             - ``reserve``: whether to reserve KV blocks for a request's longest answer at admission. Else it takes blocks
                 as it grows; where none is free, the one that the policy puts last is preempted, to be recomputed later.
             - ``prefix_caching``: whether prompts that begin alike share the KV blocks of their beginning, also with those of
                 earlier calls.
             - ``max_batch``: maximum number of requests in one decode step.
             - ``batch_size``: rows of a padded batch in mode ``generate``.
-            - ``prefill_tokens``: maximum number of prompt tokens in one prefill step.
+            - ``prefill_tokens``: maximum number of prompt tokens in one prefill step; with schedule ``hybrid``, maximum
+                number of all tokens in one step.
             - ``generation_config``: ``checkpoint`` takes sampling parameters that a request leaves at their default
                 from the checkpoint's ``generation_config.json``, as ``model.generate`` would; ``none`` does not.
             - ``quantization``: ``int8`` computes linear layers with whole numbers, on a CPU, and the rest in ``bfloat16``;

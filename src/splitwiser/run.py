@@ -11,6 +11,7 @@ from tqdm import tqdm
 from splitwiser.config import RunConfig
 from splitwiser.engine.policy import READ_BY, describe_policy, reads
 from splitwiser.engine.progress_bar import ProgressBar
+from splitwiser.engine.schedule import describe_schedule
 from splitwiser.files import Status, make_run_directory
 from splitwiser.llm import LLM
 from splitwiser.machine.describe import name_device, peak_memory_mb
@@ -156,6 +157,7 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
         "adapters": {name: str(files) for name, files in config.adapter_files.items()},
         "workers": llm.workers,
         "policy": None if config.layout is None else describe_policy(config.policy),
+        "schedule": describe_schedule(config.schedule) if config.mixes else None,
         "mps": llm.started.mps,
         "kv_pool": pool
         and {

@@ -95,6 +95,18 @@ def test_each_adapter_has_its_own_beginnings(tiny: Callable[[str], Path]) -> Non
     assert cached == [0, 48, 48, 0, 38, 38, 0, 43, 43, 0, 48, 48]
 
 
+@pytest.mark.parametrize("budget", [1, 24])
+def test_all_adapters_and_none_in_hybrid_steps(budget: int, tiny: Callable[[str], Path]) -> None:
+    given = {name: make_adapter(name, tiny("llama")) for name in ADAPTERS}
+    with LLM(tiny("llama"), adapters=given, schedule="hybrid", prefill_tokens=budget) as llm:
+        outputs = llm.generate(
+            PROMPTS * len(EACH),
+            SamplingParams(max_tokens=NEW, ignore_eos=True),
+            adapter=[name for name in EACH for _ in PROMPTS],
+        )
+    assert tokens_of(outputs) == expected(tiny("llama"), EACH)
+
+
 def test_without_compiled_kernels(tiny: Callable[[str], Path]) -> None:
     outputs = ask(tiny("llama"), ADAPTERS, list(EACH), kernels="plain")
     assert tokens_of(outputs) == expected(tiny("llama"), EACH)

@@ -27,6 +27,9 @@ class Timed:
         self.clock_ns += 10 * MS
         return Sampled([9] * len(sequences))
 
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
+        return self.prefill(chunks), self.decode(sequences)
+
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         return "length" if sequence.drawn >= sequence.request.max_tokens else None
 

@@ -82,14 +82,14 @@ def test_decode_starts_with_its_first_step() -> None:
 
 
 def test_a_step_record_that_comes_after_the_last_answer_is_kept() -> None:
-    late = StepRecord("prefill-0", "prefill", "prefill", 1_000, 2_000, 1, 2)
+    late = StepRecord("prefill-0", "prefill", "prefill", 1_000, 2_000, 1, 2, 0)
     seen = Seen()
     SplitEngine(decode, Scripted([answered(0)], [late]), 100).run([request(0)], seen, 0)
     assert seen.steps == [late]
 
 
 def test_a_step_record_of_the_run_before_is_dropped() -> None:
-    early = StepRecord("prefill-0", "prefill", "prefill", -10, -5, 1, 2)
+    early = StepRecord("prefill-0", "prefill", "prefill", -10, -5, 1, 2, 0)
     seen = Seen()
     SplitEngine(decode, Scripted([early], [answered(0)]), 100).run([request(0)], seen, 0)
     assert seen.steps == []
@@ -162,7 +162,7 @@ def test_a_cancel_is_passed_on_and_ends_the_request_before_the_step() -> None:
         def on_step(self, record: StepRecord) -> None:
             engine.cancel([0, 5])
 
-    placement.answers[0] = [first, StepRecord("decode-0", "decode", "decode", 2_500, 3_000, 1, 1)]
+    placement.answers[0] = [first, StepRecord("decode-0", "decode", "decode", 2_500, 3_000, 1, 1, 0)]
     (output,) = engine.run([request(0)], Cancels(), 0)
     assert placement.cancelled == [0]
     assert placement.woken

@@ -53,3 +53,9 @@ def test_all_is_forwarded_and_the_last_state_stays(capsys: pytest.CaptureFixture
     last = capsys.readouterr().err.split("\r")[-1]
     assert last.startswith("sequential: 100%")
     assert "1/1 requests, 4 tokens" in last
+
+
+def test_a_hybrid_step_makes_its_decode_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(Seen(), requests(SamplingParams(max_tokens=100)), "sequential") as bar:
+        bar.on_step(make_step("mixed-0", "hybrid", 0, 1, tokens=20, decode_tokens=3))
+    assert "0/1 requests, 3 tokens" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from splitwiser.engine.ranked import Deadline, Priority, Ranked, ShortestPrompt,
 from splitwiser.engine.steps import SequenceState
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerLayout
 from splitwiser.request import Request, RequestOutput, SamplingParams
-from splitwiser.study.simulate import Conditions, Machine, Schedule, simulate
+from splitwiser.study.simulate import Conditions, Machine, Setup, simulate
 from splitwiser.study.step_times import StepCosts
 
 RANKED = [name for name in POLICIES if name != "first_come"]
@@ -83,7 +83,7 @@ def served(
     decode step 20 ms; blocks of four tokens, prefill steps of at most eight."""
     costs = StepCosts((0.010, 0.001, 0, 0, 0), ((1, 0.020, 0),))
     machine = Machine({1: costs}, cores=None, blocks=blocks, block_tokens=4)
-    return simulate(requests, machine, Schedule(layout, 8, batch, policy=policy), Conditions())
+    return simulate(requests, machine, Setup(layout, 8, batch, policy=policy), Conditions())
 
 
 def test_a_large_request_gets_its_blocks_though_small_ones_keep_coming() -> None:

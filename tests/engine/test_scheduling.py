@@ -16,6 +16,7 @@ from splitwiser.engine.decode import Decoder
 from splitwiser.engine.messages import Cancel, PrefillTask, Progress, Submit
 from splitwiser.engine.policy import LeastLoadedRouter, find_policy
 from splitwiser.engine.sampling import Sampled
+from splitwiser.engine.schedule import SCHEDULES, find_schedule
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, Worker, build_worker
 from splitwiser.placement.layout import parse_layout
@@ -24,6 +25,7 @@ from tests.support.workers import BLOCK, Wire, run
 
 LAYOUTS = [
     "[{role: mixed}]",
+    "[{role: mixed, count: 2}]",
     "[{role: prefill}, {role: decode}]",
     "[{role: prefill, count: 2}, {role: decode, count: 2}]",
 ]
@@ -55,6 +57,9 @@ class Remembering:
         for sequence in sequences:
             self._compute(sequence, sequence.length - 1, sequence.length)
         return Sampled([following(sequence) for sequence in sequences])
+
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
+        return self.prefill(chunks), self.decode(sequences)
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         return "length" if sequence.drawn >= self.ends[sequence.request.request_id] else None
@@ -180,6 +185,7 @@ def take(wire: Wire, kind: type[Progress]) -> list[Progress]:
     requests=st.integers(1, 12).flatmap(arriving),
     layout=st.sampled_from(LAYOUTS),
     policy=st.sampled_from(POLICIES),
+    schedule=st.sampled_from(list(SCHEDULES)),
     spare=st.integers(0, 20),
     batch=st.integers(1, 8),
     budget=st.integers(1, 40),
@@ -193,6 +199,7 @@ def test_every_request_is_answered_once_and_all_blocks_are_free_in_the_end(
     requests: list[tuple[Request, int, int]],
     layout: str,
     policy: str,
+    schedule: str,
     spare: int,
     batch: int,
     budget: int,
@@ -202,7 +209,16 @@ def test_every_request_is_answered_once_and_all_blocks_are_free_in_the_end(
     cancels: float,
 ) -> None:
     largest = max(-(-request.max_kv_tokens // BLOCK) for request, *_ in requests)
-    scheduling = SchedulerSettings(batch, budget, BLOCK, find_policy(policy), reserve, caching, longest_shared=30)
+    scheduling = SchedulerSettings(
+        batch,
+        budget,
+        BLOCK,
+        find_policy(policy),
+        find_schedule(schedule),
+        reserve=reserve,
+        prefix_caching=caching,
+        longest_shared=30,
+    )
     tokens, cancelled, admitted = serve(requests, layout, scheduling, largest + spare, seed, cancels)
     for request, end, _ in requests:
         number = request.request_id
@@ -232,7 +248,7 @@ def test_the_cases_drawn_are_of_all_kinds() -> None:
         for number in range(12)
     ]
     scheduling = SchedulerSettings(8, 6, BLOCK, prefix_caching=True)
-    tokens, _, (admitted,) = serve(requests, LAYOUTS[1], scheduling, 24, seed=0)
+    tokens, _, (admitted,) = serve(requests, LAYOUTS[2], scheduling, 24, seed=0)
     assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}
     assert any(task.token_ids for task in admitted)
     assert any(task.follows is not None for task in admitted)
@@ -281,3 +297,13 @@ def test_who_begins_like_a_cancelled_prompt_is_not_left_without_its_blocks(waits
     assert handoff.cached_tokens == (12 if waits else 0)
     assert decode._decoder is not None
     assert decode._decoder._allocator.free_count == 40
+
+
+def test_a_prompt_goes_on_if_all_in_decode_wait_for_its_blocks() -> None:
+    requests = [
+        (Request(0, (1, 2, 3, 4), SamplingParams(max_tokens=14), 0), 14, 0),
+        (Request(1, (5,) * 12, SamplingParams(max_tokens=2), 0), 2, 1),
+    ]
+    scheduling = SchedulerSettings(8, 1, BLOCK, schedule=find_schedule("decode_first"))
+    tokens, *_ = serve(requests, LAYOUTS[0], scheduling, 7, seed=0)
+    assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}

@@ -278,6 +278,9 @@ class Instant:
     def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         return Sampled([9] * len(sequences))
 
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
+        return self.prefill(chunks), self.decode(sequences)
+
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         return "length" if sequence.drawn >= sequence.request.max_tokens else None
 

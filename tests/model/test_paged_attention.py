@@ -14,7 +14,7 @@ from splitwiser.model.attention import AttentionOptions, Mask
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool
-from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.paged_attention import HybridAttention, PagedAttention, Segment
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 6, 2, 8, 5, 4
 
@@ -205,3 +205,51 @@ def test_all_prompts_go_to_one_call_that_knows_what_is_asked(
     step.update(new, new, 0)
     step.attend(query, new, new, mask, OPTIONS[option])
     assert called.windows == windows
+
+
+class Recorded:
+    """The compiled kernel, or zeros, with the number of tokens and of requests of each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.calls.append((len(query), len(tables)))
+        return torch.full((len(query), HEADS, values.shape[3]), float(len(self.calls)))
+
+
+def test_a_hybrid_step_decodes_by_the_decode_kernel_and_prefills_by_the_other() -> None:
+    cpu, decode, prefill = torch.device("cpu"), Recorded(), Recorded()
+    kernels = PoolKernels(decode=decode, prefill=prefill)
+    pool = KVPool([LayerShape(KV_HEADS, KEY_DIM, KEY_DIM)], 20, BLOCK, torch.float32, cpu, kernels=kernels)
+    chunks = [Segment(range(4), 14, 14), Segment(range(4, 8), 9, 5)]
+    decoding = [Segment(range(8 + n, 20, 4), 3 + n, 1) for n in range(4)]
+    step = HybridAttention(pool, chunks, decoding, cpu)
+    query, new = torch.randn(1, HEADS, 23, KEY_DIM), torch.randn(1, KV_HEADS, 23, KEY_DIM)
+    step.update(new, new, 0)
+    output = step.attend(query, new, new, MASKS["causal"], OPTIONS["plain"])
+    assert (prefill.calls, decode.calls) == ([(19, 2)], [(4, 4)])
+    assert output.shape == (1, 23, HEADS, KEY_DIM)
+    assert step.kernel_inputs(0, MASKS["causal"]) is None  # a whole layer in one call is for decode steps
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("chunks", [[(7, 7), (9, 4)], [(9, 1)]], ids=["parts", "one token"])
+def test_a_hybrid_step_attends_as_its_parts_do(chunks: list[tuple[int, int]], option: str, kernels: str) -> None:
+    sizes = [*chunks, (2, 1), (30, 1), (5, 1)]
+    pool = pool_of(VALUE_DIM, 40, torch.float32, kernels)
+    cpu, new_tokens = torch.device("cpu"), sum(tokens for _, tokens in sizes)
+    pool.write(0, torch.arange(160), torch.randn(160, KV_HEADS, KEY_DIM), torch.randn(160, KV_HEADS, VALUE_DIM))
+    free = iter(range(40))
+    segments = [Segment([next(free) for _ in range(8)], context, tokens) for context, tokens in sizes]
+    query, key = torch.randn(1, HEADS, new_tokens, KEY_DIM), torch.randn(1, KV_HEADS, new_tokens, KEY_DIM)
+    value = torch.randn(1, KV_HEADS, new_tokens, VALUE_DIM)
+    made = []
+    for step in (
+        HybridAttention(pool, segments[: len(chunks)], segments[len(chunks) :], cpu),
+        PagedAttention(pool, segments, cpu),
+    ):
+        step.update(key, value, 0)
+        made.append(step.attend(query, key, value, MASKS["window"], OPTIONS[option]))
+    torch.testing.assert_close(made[0], made[1], atol=1e-5, rtol=1e-5)

@@ -65,6 +65,7 @@ def test_requests_of_all_lengths_in_one_step_are_rotated_as_each_alone(name: str
     alone = tokens(directory, prompts, mode="generate", batch_size=1)
     assert tokens(directory, prompts) == alone
     assert tokens(directory, prompts, prefill_tokens=24) == alone  # splits most prompts
+    assert tokens(directory, prompts, prefill_tokens=24, schedule="hybrid") == alone
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[NEW] * (name in ONLY_NEW)) for name in SCALED])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from splitwiser import constants
 from splitwiser.placement.config import EngineConfig
 from tests.support.assertions import assert_says, refusal
 
@@ -25,6 +26,14 @@ from tests.support.assertions import assert_says, refusal
         ),
         ({"mode": "generate", "prefix_caching": True}, ["mode generate", "--prefix_caching applies to other modes"]),
         ({"policy": "priority:age=5"}, ["policy priority:age=5: unknown parameter 'age'; did you mean ageing_s?"]),
+        ({"schedule": "hybird"}, ["unknown schedule 'hybird'; did you mean hybrid?"]),
+        (
+            {"schedule": "prefill_first", "mode": "mp"},
+            ["schedule prefill_first is for mixed workers", "mode mp has none"],
+        ),
+        ({"schedule": "decode_first", "mode": "generate"}, ["schedule decode_first is for mixed workers", "generate"]),
+        ({"itl_target_ms": 20, "schedule": "prefill_first"}, ["itl_target_ms 20 is kept by --share auto or by --sch"]),
+        ({"itl_target_ms": 20, "mode": "mp"}, ["itl_target_ms 20 is kept by --share auto or by --schedule hybrid"]),
         ({"quantization": "int4"}, ["unknown --quantization 'int4'", "int8"]),
         ({"quantization": "int8"}, ["quantization int8 needs", "dtype bfloat16 for the rest, not float32"]),
         ({"quantization": "int8", "dtype": "bf16", "kernels": "plain"}, ["quantization int8 needs", "kernels auto"]),
@@ -63,3 +72,11 @@ def test_share_auto_is_refused_where_it_cannot_be(mode: str, workers: str, said:
 )
 def test_workers_are_those_laid_out_or_the_modes_own(settings: dict[str, Any], names: list[str]) -> None:
     assert [spec.name for spec in EngineConfig(**settings).specs] == names
+
+
+def test_a_target_is_for_share_auto_or_hybrid_steps() -> None:
+    mixed = "[{role: mixed, count: 2}]"
+    assert EngineConfig(schedule="hybrid", itl_target_ms=20).mixes
+    assert EngineConfig(mode="mp", workers=mixed, schedule="hybrid", itl_target_ms=20).mixes
+    auto = [EngineConfig(mode="mp", share="auto", itl_target_ms=target_ms) for target_ms in (None, 20)]
+    assert [each.auto_itl_target_s for each in auto] == [constants.ITL_TARGET_MS / 1e3, 0.02]

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 from matplotlib.transforms import Bbox
 
 from splitwiser.results.report import plots
@@ -40,6 +41,14 @@ STEPS = pd.DataFrame(
 LATENCY = pd.DataFrame(
     {"arrival_s": [0.0, 0.5], "prefill_start_s": [0.0, 2.5], "first_token_s": [2.0, 4.5], "finish_s": [4.0, 6.0]}
 )
+HYBRID = pd.DataFrame(
+    [
+        ("mixed-0", "prefill", 0.0, 2.0, 2, 100, 0),
+        ("mixed-0", "hybrid", 2.0, 3.0, 6, 60, 5),
+        ("mixed-0", "decode", 3.0, 6.0, 40, 40, 40),
+    ],
+    columns=[*STEPS.columns, "decode_tokens"],
+)
 POINTS = pd.DataFrame(
     [
         ("prefill", "prefill", "2048", 300.0, 0.9),
@@ -55,6 +64,8 @@ COLOURS = colours_of(["sequential", "generate", LONG, "mp"])
 MANY = [f"{LONG}, {number}" for number in range(8)]
 DRAWN: dict[str, Callable[[Path], object]] = {
     "timeline": lambda _: draw_timeline({"sequential": STEPS, "mp": STEPS}, (0.0, 6.0), titled=True),
+    "timeline of hybrid steps": lambda _: draw_timeline({"sequential": HYBRID}, (0.0, 6.0)),
+    "progress of hybrid steps": lambda _: draw_progress(HYBRID, LATENCY),
     "progress": lambda _: draw_progress(STEPS, LATENCY),
     "distributions": lambda _: draw_distributions(
         {"mp": 1e3 + RNG.random(3), "generate": RNG.random(900) * 1500, LONG: np.array([4.0])}, "ms", "TTFT", COLOURS
@@ -73,6 +84,7 @@ DRAWN: dict[str, Callable[[Path], object]] = {
     "roofline": lambda _: draw_roofline(POINTS, 1.2, 17.0),
     "saved roofline": lambda folder: save_roofline(folder / "roofline.png", POINTS, 1.2, 17.0, "opt-125m"),
     "saved timeline": lambda folder: save_timeline(folder / "timeline.png", STEPS, "a run"),
+    "saved timeline of hybrid steps": lambda folder: save_timeline(folder / "timeline.png", HYBRID, "a run"),
 }  # fmt: skip
 
 
@@ -174,3 +186,24 @@ def test_a_variant_has_one_colour_in_every_picture() -> None:
     assert colours["sequential"] in both
     assert colours["sequential"] not in alone
     assert colours["mp"] in alone
+
+
+def test_progress_divides_the_tokens_of_hybrid_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, prefill, _ = drawn("progress of hybrid steps", tmp_path, monkeypatch).axes
+    made = []
+    for axes in (decode, prefill):
+        (bars,) = axes.patches
+        assert isinstance(bars, StepPatch)
+        values, edges, _ = bars.get_data()
+        made.append(round(float((values * np.diff(edges)).sum()), 6))
+    assert made == [5 + 40, 100 + 55]
+
+
+def test_the_saved_timeline_shows_the_requests_in_decode_of_hybrid_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes, batches = drawn("saved timeline of hybrid steps", tmp_path, monkeypatch).axes
+    assert [label.get_text() for label in lanes.get_yticklabels()] == [
+        "mixed-0\nprefill", "mixed-0\nhybrid", "mixed-0\ndecode"
+    ]  # fmt: skip
+    assert list(np.asarray(batches.get_lines()[0].get_ydata())) == [5, 40]

@@ -123,7 +123,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
             "prefill_start_s,first_token_s,finish_s,queue_ms,ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,"
             "finish_reason,prefill_worker,decode_worker",
         ),
-        ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens"),
+        ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens,decode_tokens"),
         ("generations.csv", "request_id,finding,summary_ref,summary_gen"),
         ("tokens.csv", "request_id,prompt_token_ids,token_ids,logprobs,prompt_logprobs"),
         (
@@ -179,9 +179,9 @@ def test_steps_count_from_the_start_of_the_run(tmp_path: Path) -> None:
     recorder.finish("finished", MEMORY)
     assert rows(tmp_path / "run" / "steps.csv") == [
         {"worker": "p0", "role": "prefill", "phase": "prefill", "start_s": "0.01", "end_s": "0.06", "requests": "3",
-         "tokens": "9"},
+         "tokens": "9", "decode_tokens": "0"},
         {"worker": "d0", "role": "decode", "phase": "decode", "start_s": "0.06", "end_s": "0.08", "requests": "3",
-         "tokens": "3"},
+         "tokens": "3", "decode_tokens": "3"},
     ]  # fmt: skip
 
 

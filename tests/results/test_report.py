@@ -23,6 +23,7 @@ from splitwiser.results.report.activity import (
     Overlap,
     PhaseActivity,
     accumulated,
+    decode_tokens,
     durations,
     in_flight,
     inter_token_gaps,
@@ -79,6 +80,28 @@ def test_overlap_of_the_phases() -> None:
 def test_steps_of_one_phase_that_overlap_each_other_count_once() -> None:
     twice = pd.concat([STEPS, STEPS.assign(worker="other")])
     assert PhaseActivity(twice).overlap() == PhaseActivity(STEPS).overlap()
+
+
+HYBRID = pd.DataFrame(
+    [
+        ("mixed-0", "prefill", 0.0, 2.0, 2, 100, 0),
+        ("mixed-0", "hybrid", 2.0, 3.0, 3, 32, 2),
+        ("mixed-0", "hybrid", 3.0, 4.0, 3, 32, 2),
+        ("mixed-0", "decode", 5.0, 6.0, 1, 1, 1),
+    ],
+    columns=["worker", "phase", "start_s", "end_s", "requests", "tokens", "decode_tokens"],
+)
+
+
+def test_a_hybrid_step_is_of_both_phases() -> None:
+    assert PhaseActivity(HYBRID).overlap() == Overlap(prefill_s=4.0, decode_s=3.0, both_s=2.0, either_s=5.0)
+    last = LATENCY.assign(first_token_s=[2.0, 2.0, 4.0], handoff_ms=[0.0, 0.0, 1000.0], decode_worker="mixed-0")
+    assert inter_token_gaps(HYBRID, last) == pytest.approx([1000, 1000, 1000, 1000, 2000])
+
+
+def test_decode_tokens_of_runs_before_hybrid_steps_are_those_of_decode_steps() -> None:
+    assert decode_tokens(STEPS).tolist() == [0, 2, 0, 2, 1]
+    assert decode_tokens(HYBRID).tolist() == [0, 2, 2, 1]
 
 
 def test_close_up_shows_the_most_overlap() -> None:

@@ -86,7 +86,7 @@ def test_trace_has_an_event_a_step_in_microseconds(tmp_path: Path) -> None:
 
 def test_trace_says_what_each_step_took(tmp_path: Path) -> None:
     events = [event for event in trace_of(TWO, tmp_path) if event["ph"] == "X"]
-    assert events[0]["args"] == {"requests": 3, "tokens": 200, "role": "prefill"}
+    assert events[0]["args"] == {"requests": 3, "tokens": 200, "decode_tokens": 0, "role": "prefill"}
 
 
 def test_trace_names_each_lane_once(tmp_path: Path) -> None:

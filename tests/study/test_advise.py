@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results.schema import OBJECTIVES, names
 from splitwiser.study.advise import advise
-from splitwiser.study.candidates import PLACEMENTS, Candidate, placements, short_profile
+from splitwiser.study.candidates import CANDIDATE, PLACEMENTS, SCHEDULES, Candidate, placements, short_profile
 from splitwiser.study.config import AdviseConfig
 from splitwiser.study.recommend import (
     AIM,
@@ -89,7 +90,8 @@ def advised(advice: Advice) -> Candidate:
 
 
 def predicted(advice: Advice, figure: str) -> dict[str, float]:
-    return {str(row["mode"]): float(row[figure]) for row in advice.table.to_dict("records")}
+    rows = advice.table[advice.table.schedule != "hybrid"]
+    return {str(row["mode"]): float(row[figure]) for row in rows.to_dict("records")}
 
 
 def test_where_phases_do_not_hinder_each_other_they_are_split(on_record: Callable[..., Advice]) -> None:
@@ -107,6 +109,14 @@ def test_where_side_by_side_is_slower_than_in_turns_they_are_not(on_record: Call
     assert_says(" ".join(advice.reasons), "Output throughput", "worse", "ITL p99", "(predicted)")
     said = advice_summary(advice)
     assert_says(said, "Advice: do not split the phases", "mps is not possible here", str(advice.command))
+
+
+def test_hybrid_steps_are_predicted_beside_steps_in_turn(on_record: Callable[..., Advice]) -> None:
+    # a prompt token takes 1 ms, a decode step 20 ms however many requests: beside a chunk of 20 tokens or more it is free
+    advice = on_record(beside=2.5)
+    of_schedule = advice.table[advice.table["mode"] == "sequential"].set_index("schedule")["output_throughput"]
+    assert of_schedule["hybrid"] > 1.03 * of_schedule["alternate"]
+    assert advised(advice).schedule == "hybrid"
 
 
 def test_what_is_best_depends_on_what_for(on_record: Callable[..., Advice]) -> None:
@@ -164,27 +174,30 @@ def test_the_files_of_an_advice(on_record: Callable[..., Advice]) -> None:
     advice = on_record(beside=1.0)
     assert advice.directory.name.startswith("advise_tiny-opt_")
     predictions = pd.read_csv(advice.directory / "predictions.csv", keep_default_na=False)
-    assert predictions["mode"].tolist() == ["sequential", "mp", "mps"]
-    assert predictions["not_possible"].tolist()[2].startswith("needs an NVIDIA GPU")
+    assert predictions["mode"].tolist() == ["sequential", "sequential", "mp", "mps"]
+    assert predictions["schedule"].fillna("").tolist() == [*SCHEDULES, "", ""]
+    assert predictions["not_possible"].tolist()[-1].startswith("needs an NVIDIA GPU")
     record = yaml.safe_load((advice.directory / "advice.yaml").read_text())
     assert (record["status"], record["split"], record["command"]) == ("finished", True, advice.command)
     assert record["reasons"] == advice.reasons
     assert record["requests"]["count"] == 24
-    assert pd.read_csv(advice.directory / "advice.csv")["mode"].tolist() == ["sequential", "mp", "mps"]
+    assert pd.read_csv(advice.directory / "advice.csv")["mode"].tolist() == predictions["mode"].tolist()
 
 
 def test_smaller_prefill_budgets_are_predicted_too(on_record: Callable[..., Advice]) -> None:
     advice = on_record(beside=1.0, prefill_tokens=600)
     budgets = advice.table.dropna(subset="prefill_tokens").groupby("mode")["prefill_tokens"].apply(sorted).to_dict()
-    assert budgets == {"sequential": [256, 512, 600], "mp": [256, 512, 600]}
+    assert budgets == {"sequential": sorted([256, 512, 600] * len(SCHEDULES)), "mp": [256, 512, 600]}
 
 
 NO_CHECKS = pd.DataFrame(columns=list(names(CHECKS)))
-CANDIDATES = [("sequential", "", 128), ("mp", "", 128), ("mp", SPLIT, 128), ("sequential", "", 256)]
+CANDIDATES = [
+    ("sequential", "", 128, "alternate"), ("mp", "", 128, ""), ("mp", SPLIT, 128, ""), ("sequential", "", 256, "hybrid")
+]  # fmt: skip
 
 
 def table(values: list[float], figure: str = "output_throughput") -> pd.DataFrame:
-    rows = pd.DataFrame(CANDIDATES, columns=["mode", "workers", "prefill_tokens"])
+    rows = pd.DataFrame(CANDIDATES, columns=list(names(CANDIDATE)))
     return rows.assign(**dict.fromkeys(names(PREDICTED), 1.0), not_possible=None).assign(**{figure: values})
 
 
@@ -196,7 +209,7 @@ def checks(values: dict[int, list[float]], predictions: pd.DataFrame, busy: obje
                 predicted = predictions[figure].iloc[place]
                 of_figure = value if figure == "output_throughput" else predicted
                 rows.append(
-                    dict(zip(("mode", "workers", "prefill_tokens"), CANDIDATES[place], strict=True))
+                    dict(zip(names(CANDIDATE), CANDIDATES[place], strict=True))
                     | {"round": number, "figure": figure, "predicted": predicted, "measured": of_figure,
                        "error": relative_error(predicted, of_figure), "run_id": f"{place}-{number}",
                        "machine_busy": busy if number else False}
@@ -313,6 +326,8 @@ def test_the_options_of_a_run_say_what_differs_from_its_defaults() -> None:
         "model": "m", "mode": "mp", "workers": SPLIT, "lend": False, "workload": "w x.json", "limit": 5,
         "ignore_eos": True, "prefill_tokens": 256,
     }  # fmt: skip
+    other = next(name for name in SCHEDULES if name != constants.SCHEDULE)
+    assert run_options(config, Candidate("sequential", "", 256, other))["schedule"] == other
     assert run_options(AdviseConfig(), Candidate("sequential", "", RunConfig().prefill_tokens)) == {
         "mode": "sequential"
     }

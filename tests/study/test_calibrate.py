@@ -44,20 +44,35 @@ def test_steps_are_taken_apart_into_chunks_and_contexts() -> None:
     assert [(step.batch, step.context) for step in sized] == [(0, 0), (1, 4), (0, 0), (2, 5 + 6)]
 
 
-def test_a_real_runs_steps_are_all_sized(tiny: Callable[[str], Path]) -> None:
+def test_a_hybrid_step_is_taken_apart_and_counts_for_both_phases() -> None:
+    recording = Recording()
+    # prompts of 3 and 5 tokens; the first decodes beside the second's last 4
+    recording.on_step(make_step("mixed-0", "prefill", 0, 10, tokens=4))
+    recording.on_step(make_step("mixed-0", "hybrid", 10, 58, tokens=5, decode_tokens=1))
+    for number, tokens, length in ((0, (10, 58), 3), (1, (58,), 5)):
+        output = make_output(number, tokens=tokens, prompt_tokens=length)
+        output.metrics.prefill_worker = output.metrics.decode_worker = "mixed-0"
+        recording.on_output(output)
+    hybrid = size_steps(recording)[1]
+    assert (hybrid.chunks, hybrid.batch, hybrid.context) == (((1, 4),), 1, 4)
+    assert hybrid.predicted(ONE) == pytest.approx(0.020)  # longer than 15 ms for the products of 5 tokens
+    conditions = conditions_of([hybrid], {1: ONE}, ONE_MIXED, None, lend=True)
+    assert [conditions.prefill_alone, conditions.decode_alone] == pytest.approx([2.4, 2.4])
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "hybrid"])
+def test_a_real_runs_steps_are_all_sized(schedule: str, tiny: Callable[[str], Path]) -> None:
     recording = Recording()
     prompts = [list(range(1, 2 + (11 * n) % 50)) for n in range(12)]
     params = [SamplingParams(max_tokens=1 + n % 6, ignore_eos=True) for n in range(12)]
-    with LLM(tiny("opt"), mode="sequential", kv_memory="2MiB", prefill_tokens=40) as llm:
+    with LLM(tiny("opt"), mode="sequential", kv_memory="2MiB", prefill_tokens=40, schedule=schedule) as llm:
         llm.generate(prompts, params, observer=recording)
     sized = size_steps(recording)
     assert len(sized) == len(recording.steps)
     for step in sized:
-        if step.record.phase == "prefill":
-            assert sum(tokens for _, tokens in step.chunks) == step.record.tokens
-            assert len(step.chunks) == step.record.requests
-        else:
-            assert step.batch == step.record.requests
+        assert sum(tokens for _, tokens in step.chunks) == step.record.tokens - step.record.decode_tokens
+        assert step.batch == step.record.decode_tokens
+        assert len(step.chunks) + step.batch == step.record.requests
     assert any(start for step in sized for start, _ in step.chunks)
 
 

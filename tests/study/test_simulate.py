@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from splitwiser import LLM
+from splitwiser.engine.schedule import SCHEDULES, Hybrid, find_schedule
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerGroup, WorkerLayout
 from splitwiser.request import Request, RequestOutput, SamplingParams
-from splitwiser.study.simulate import Conditions, Machine, Schedule, simulate
+from splitwiser.study.simulate import Conditions, Machine, Setup, simulate
 from splitwiser.study.step_times import StepCosts
 from tests.support.assertions import assert_says, refusal
 from tests.support.observers import Seen
@@ -42,8 +43,8 @@ def token_ms(
     output_tokens: Mapping[int, int] | None = None,
 ) -> list[list[float]]:
     """When each request's tokens come."""
-    schedule = Schedule(layout, prefill_tokens, max_batch, lend)
-    outputs = simulate(requests, machine, schedule, conditions, output_tokens)
+    setup = Setup(layout, prefill_tokens, max_batch, lend)
+    outputs = simulate(requests, machine, setup, conditions, output_tokens)
     return [[moment / 1e6 for moment in output.metrics.token_ns] for output in outputs]
 
 
@@ -114,7 +115,7 @@ def test_steps_take_longer_behind_more_tokens() -> None:
 def test_room_of_what_ended_is_room_again() -> None:
     two = WorkerLayout((WorkerGroup("mixed", 2),))
     batch = [request(0, 500), request(1, 5), request(2, 5, arrival_s=9), request(3, 5, arrival_s=9)]
-    outputs = simulate(batch, DEVICE, Schedule(two, 1000, 64), PLAIN)
+    outputs = simulate(batch, DEVICE, Setup(two, 1000, 64), PLAIN)
     assert [output.metrics.decode_worker for output in outputs] == ["mixed-0", "mixed-1"] * 2
 
 
@@ -144,7 +145,7 @@ def test_a_request_that_ends_early_makes_room() -> None:
 def test_a_request_that_never_fits_is_refused() -> None:
     small = Machine({1: ONE_THREAD}, cores=None, blocks=3, block_tokens=4)
     two = WorkerLayout((WorkerGroup("mixed", 2),))  # each owns one block
-    message = refusal(simulate, PAIR, small, Schedule(two, 6, 64), PLAIN)
+    message = refusal(simulate, PAIR, small, Setup(two, 6, 64), PLAIN)
     assert_says(message, "room for 7 tokens", "owns 4", "kv_memory")
 
 
@@ -166,7 +167,7 @@ CONDITIONS = Conditions(1.1, 1.2, 1.7, 1.5, 0.001)
 def test_every_token_comes_once_and_blocks_are_never_over_committed(layout: WorkerLayout, seed: int) -> None:
     machine = Machine({1: ONE_THREAD, 2: TWO_THREADS}, cores=2, blocks=120, block_tokens=8)
     requests, seen = workload(seed), Seen()
-    outputs = simulate(requests, machine, Schedule(layout, 64, 8, reserve=True), CONDITIONS, observer=seen)
+    outputs = simulate(requests, machine, Setup(layout, 64, 8, reserve=True), CONDITIONS, observer=seen)
     assert [len(output.token_ids) for output in outputs] == [each.max_tokens for each in requests]
     for output, each in zip(outputs, requests, strict=True):
         times = [each.arrival_s * 1e9, output.metrics.prefill_start_ns, *output.metrics.token_ns]
@@ -190,14 +191,31 @@ def test_every_token_comes_once_and_blocks_are_never_over_committed(layout: Work
             assert len(at_once) <= 8
 
 
+def test_hybrid_steps_last_as_predicted() -> None:
+    # prefill 0-16 of 5 tokens and 1; hybrid: 2 more and the first's token: 10 + 3 < 20, so 16-36; decode to 56 and 76
+    setup = Setup(ONE_MIXED, 6, 64, schedule=Hybrid())
+    outputs = simulate([request(0, 6), request(1, 3)], DEVICE, setup, PLAIN)
+    assert [[moment / 1e6 for moment in output.metrics.token_ns] for output in outputs] == [[16, 36, 56], [36, 56, 76]]
+
+
+def test_an_itl_target_is_kept_in_simulated_time() -> None:
+    setup = Setup(ONE_MIXED, 1000, 64, schedule=Hybrid(), itl_target_s=0.040)
+    seen = Seen()
+    simulate([request(0, 6, new=100), request(1, 900, arrival_s=0.02)], DEVICE, setup, PLAIN, observer=seen)
+    lasted = [(step.end_ns - step.start_ns) / 1e6 for step in seen.steps if step.phase == "hybrid"]
+    assert len(lasted) > 20
+    assert 36 < lasted[20] <= 40
+    assert max(lasted) <= 40
+
+
 def ends(outputs: Sequence[RequestOutput]) -> list[float]:
     return [output.metrics.token_ns[-1] / 1e9 for output in outputs]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_run_is_the_same_each_time(layout: WorkerLayout) -> None:
-    schedule = Schedule(layout, 64, 8)
-    first, second = (ends(simulate(workload(3), TWO_CORES, schedule, CONDITIONS)) for _ in range(2))
+    setup = Setup(layout, 64, 8)
+    first, second = (ends(simulate(workload(3), TWO_CORES, setup, CONDITIONS)) for _ in range(2))
     assert first == second
 
 
@@ -205,33 +223,41 @@ def test_a_run_is_the_same_each_time(layout: WorkerLayout) -> None:
 def test_half_the_speed_takes_twice_the_time(layout: WorkerLayout) -> None:
     slow = StepCosts((0.020, 0.002, 0, 0, 0), ((1, 0.040, 0),))
     requests = [request(n, 10 + n) for n in range(12)]
-    schedule = Schedule(layout, 64, 4)
-    fast_ends = ends(simulate(requests, DEVICE, schedule, PLAIN))
-    slow_ends = ends(simulate(requests, Machine({1: slow}, None, 1000), schedule, PLAIN))
+    setup = Setup(layout, 64, 4)
+    fast_ends = ends(simulate(requests, DEVICE, setup, PLAIN))
+    slow_ends = ends(simulate(requests, Machine({1: slow}, None, 1000), setup, PLAIN))
     assert slow_ends == pytest.approx([2 * end for end in fast_ends])
 
 
 def test_more_interference_never_ends_a_run_sooner() -> None:
-    schedule = Schedule(ONE_OF_EACH, 64, 8)
+    setup = Setup(ONE_OF_EACH, 64, 8)
     last = [
-        max(ends(simulate(workload(4), DEVICE, schedule, Conditions(1, 1, beside, beside))))
+        max(ends(simulate(workload(4), DEVICE, setup, Conditions(1, 1, beside, beside))))
         for beside in (1.0, 1.3, 2.0, 4.0)
     ]
     assert last == sorted(last)
     assert last[0] < last[-1]
 
 
-def test_the_schedule_is_the_real_engines(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_is_the_real_engines(schedule: str, tiny: Callable[[str], Path]) -> None:
     """Which steps ran, with how many requests and tokens: in mode sequential that does not depend on time."""
     prompts = [list(range(1, 2 + (7 * n) % 60)) for n in range(30)]
     params = [SamplingParams(max_tokens=1 + n % 9, ignore_eos=True) for n in range(30)]
     real, predicted = Seen(), Seen()
-    with LLM(tiny("opt"), mode="sequential", kv_memory="400KiB", max_batch=6, prefill_tokens=40) as llm:
+    with LLM(
+        tiny("opt"), mode="sequential", kv_memory="400KiB", max_batch=6, prefill_tokens=40, schedule=schedule
+    ) as llm:
         llm.generate(prompts, params, observer=real)
         assert llm.started.pool is not None
         machine = Machine({1: ONE_THREAD}, None, llm.started.pool.blocks)
         requests = llm.make_requests(prompts, params)
-    simulate(requests, machine, Schedule(ONE_MIXED, 40, 6), Conditions(), observer=predicted)
-    steps = [[(step.phase, step.requests, step.tokens) for step in seen.steps] for seen in (real, predicted)]
+    setup = Setup(ONE_MIXED, 40, 6, schedule=find_schedule(schedule))
+    simulate(requests, machine, setup, Conditions(), observer=predicted)
+    steps = [
+        [(step.phase, step.requests, step.tokens, step.decode_tokens) for step in seen.steps]
+        for seen in (real, predicted)
+    ]
     assert steps[1] == steps[0]
-    assert len({step.requests for step in real.steps if step.phase == "decode"}) > 3
+    assert len({step.decode_tokens for step in real.steps}) > 2
+    assert any(step.phase == "hybrid" for step in real.steps) == (schedule == "hybrid")

@@ -105,3 +105,17 @@ def test_each_thread_count_has_costs_of_its_own() -> None:
 def test_a_profile_of_one_phase_is_refused() -> None:
     other = DECODE.assign(threads=2)
     assert_says(refusal(fit_costs, PREFILL, pd.concat([DECODE, other])), "no rows of one phase for 2 threads")
+
+
+@pytest.mark.parametrize(
+    ("chunk", "products"),
+    [
+        (300, STEP + 316 * TOKEN),  # decode tokens are as many more rows
+        (50, 0.028),  # reading the weights for 16 rows takes longer than the products of 66
+    ],
+)
+def test_a_hybrid_step_reads_the_weights_once(costs: StepCosts, chunk: int, products: float) -> None:
+    attention = CHUNK + LATER_PAIR * (chunk * 500 + chunk * (chunk + 1) / 2)
+    expected = products + attention + 16 * 400e-6 * 1
+    assert costs.hybrid([(500, chunk)], 16, 16 * 400) == pytest.approx(expected)
+    assert costs.hybrid([(500, chunk)], 16, 16 * 400) < costs.prefill([(500, chunk)]) + costs.decode(16, 16 * 400)

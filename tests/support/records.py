@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from splitwiser.engine.messages import Phase, Role, StepRecord
+from splitwiser.engine.messages import Role, StepPhase, StepRecord
 from splitwiser.request import FinishReason, RequestMetrics, RequestOutput
 
 MS = 1_000_000  # nanoseconds
@@ -39,14 +39,17 @@ def make_output(
 
 def make_step(
     worker: str,
-    phase: Phase,
+    phase: StepPhase,
     start: int,
     end: int,
     *,
     requests: int = 1,
     tokens: int = 1,
+    decode_tokens: int = 0,
     role: Role = "mixed",
     start_ns: int = START_NS,
 ) -> StepRecord:
-    """A step from ``start`` to ``end``, in milliseconds from ``start_ns``."""
-    return StepRecord(worker, role, phase, start_ns + start * MS, start_ns + end * MS, requests, tokens)
+    """A step from ``start`` to ``end``, in milliseconds from ``start_ns``; ``decode_tokens`` are those of a hybrid step."""
+    begin, finish = start_ns + start * MS, start_ns + end * MS
+    of_decode = {"prefill": 0, "decode": tokens}.get(phase, decode_tokens)
+    return StepRecord(worker, role, phase, begin, finish, requests, tokens, of_decode)

@@ -1,7 +1,7 @@
 """The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,7 +17,8 @@ from splitwiser.request import FinishReason, Request
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """Result of :meth:`Decoder.step`: the report for the parent, and the batch size of its decode step (0: none ran)."""
+    """Result of a step for the decode side: the report for the parent, and the number of requests in decode (0: no decode
+    step ran)."""
 
     progress: Progress
     requests: int
@@ -75,7 +76,7 @@ class Decoder:
         self._due: dict[int, dict[int, None]] = {}  # before which batch which requests need a block, in order
         self._handoffs: list[Handoff] = []
         self._cancelled: set[int] = set()  # of those admitted
-        self._ended: list[int] = []  # cancelled, and not yet reported
+        self._finished: list[tuple[int, FinishReason]] = []  # and not yet reported
         self._on_itl = on_itl
         self._last_end_ns: int | None = None
 
@@ -98,6 +99,11 @@ class Decoder:
         for task in tasks:
             del self._waiting[task.request.request_id]
         return tasks
+
+    @property
+    def running(self) -> int:
+        """Number of requests that a decode step would have."""
+        return len(self._running)
 
     def _admit(self, waiting: WaitingRequest) -> PrefillTask | None:
         """Return the prefill task of a request with its blocks, None if these are not free."""
@@ -161,10 +167,10 @@ class Decoder:
 
     def _end_cancelled(self, request_id: int) -> None:
         del self._known[request_id]
-        self._ended.append(request_id)
+        self._finished.append((request_id, "cancelled"))
 
     def receive(self, handoff: Handoff) -> None:
-        """Start decoding a prefilled request, or end it if it was cancelled meanwhile."""
+        """Start decoding a prefilled request, unless it was cancelled meanwhile or its first token ends it."""
         sequence = self._admitted.pop(handoff.request_id)
         if handoff.request_id in self._chains:
             self._prefixes.mark_written(sequence)
@@ -175,6 +181,8 @@ class Decoder:
         if handoff.request_id in self._cancelled:
             self._cancelled.remove(handoff.request_id)
             self.cancel(handoff.request_id)
+        else:
+            self._collect_finished([handoff.request_id])
 
     def batch(self) -> list[SequenceState]:
         """Return the running requests that have room for the K and V of their last token, for a step. They take the blocks
@@ -251,44 +259,47 @@ class Decoder:
         self._prefixes.release(sequence)
         return sequence
 
-    def step(self) -> DecodeResult | None:
-        """Run one decode step over :meth:`batch` and return its result, or None if there is nothing to do. Raises
-        :class:`RunError` if blocks are leaked."""
-        handoffs, self._handoffs = tuple(self._handoffs), []
-        finished = self._collect_finished([handoff.request_id for handoff in handoffs])  # with their first token
-        finished += [(request_id, "cancelled") for request_id in self._ended]
-        self._ended.clear()
-        batch = self.batch()
-        if not finished and not handoffs and not batch:
-            return None
-        sampled = Sampled([])
+    def step(self, *, decodes: bool = True) -> DecodeResult | None:
+        """Run one decode step over :meth:`batch`, unless ``decodes`` is false, and return :meth:`record`'s result."""
+        batch = self.batch() if decodes else []
         start_ns = self._stepper.now_ns()
-        if batch:
-            sampled = self._stepper.decode(batch)
-            for sequence, token in zip(batch, sampled.tokens, strict=True):
-                sequence.token_ids.append(token)
-        end_ns = self._stepper.now_ns()
-        if batch and self._last_end_ns is not None:
-            self._on_itl((end_ns - self._last_end_ns) / 1e9)
+        sampled = self._stepper.decode(batch) if batch else Sampled([])
+        return self.record(batch, sampled, start_ns, self._stepper.now_ns())
+
+    def record(
+        self, batch: Sequence[SequenceState], sampled: Sampled, start_ns: int, end_ns: int
+    ) -> DecodeResult | None:
+        """Take what a step from ``start_ns`` to ``end_ns`` has ``sampled`` for ``batch``. Returns the result, with all that
+        was handed over or has ended since the last; None if there is nothing to report. Raises :class:`RunError` if blocks
+        are leaked."""
+        for sequence, token in zip(batch, sampled.tokens, strict=True):
+            sequence.token_ids.append(token)
         ids = [sequence.request.request_id for sequence in batch]
-        finished += self._collect_finished(ids)
-        self._last_end_ns = end_ns if self._running else None
+        if batch:
+            if self._last_end_ns is not None:
+                self._on_itl((end_ns - self._last_end_ns) / 1e9)
+            self._last_end_ns = end_ns
+            self._collect_finished(ids)
+        if not self._running:
+            self._last_end_ns = None
+        if not batch and not self._handoffs and not self._finished:
+            return None
+        handoffs, self._handoffs = tuple(self._handoffs), []
+        finished, self._finished = tuple(self._finished), []
         tokens = tuple(zip(ids, sampled.tokens, strict=True))
         logprobs = tuple((number, each) for number, each in zip(ids, sampled.logprobs, strict=False) if each)
-        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, tuple(finished), logprobs)
+        progress = Progress(self.name, start_ns, end_ns, handoffs, tokens, finished, logprobs)
         return DecodeResult(progress, len(batch))
 
-    def _collect_finished(self, request_ids: list[int]) -> list[tuple[int, FinishReason]]:
-        """Remove those of ``request_ids`` that have finished, and free their blocks."""
-        finished: list[tuple[int, FinishReason]] = []
+    def _collect_finished(self, request_ids: list[int]) -> None:
+        """Remove those of ``request_ids`` that have finished, and free their blocks. Raises :class:`RunError` if blocks are
+        leaked."""
         for request_id in request_ids:
-            sequence = self._running.get(request_id)  # None if it was cancelled at its handoff
-            if sequence and (reason := self._stepper.finish_reason(sequence)):
+            if reason := self._stepper.finish_reason(self._running[request_id]):
                 self._end(request_id)
                 del self._known[request_id]
-                finished.append((request_id, reason))
+                self._finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(
                 f"{self.name}: {self._allocator.count - self._allocator.free_count} blocks are in use, but no request is"
             )
-        return finished

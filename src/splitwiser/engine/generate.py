@@ -88,7 +88,10 @@ class _StepTracker(StoppingCriteria):
         tokens = input_ids[:, -1].tolist()  # synchronises with the device
         now_ns = time.perf_counter_ns()
         phase: Phase = "decode" if any(row.sequence.token_ids for row in self._rows) else "prefill"
-        record = StepRecord(WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens)
+        record = StepRecord(
+            WORKER, "mixed", phase, self._last_ns, now_ns, len(self._rows), self._step_tokens,
+            self._step_tokens if phase == "decode" else 0,
+        )  # fmt: skip
         self._last_ns = now_ns
         for row, token in zip(self._rows, tokens, strict=True):
             if row.finish is None:

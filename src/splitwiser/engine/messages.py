@@ -15,6 +15,8 @@ from splitwiser.request import FinishReason, Request
 
 Role = Literal["prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
+StepPhase = Literal["prefill", "decode", "hybrid"]
+"""What a step computes: one of the phases, or both in one forward."""
 TokenLogprobs = tuple[tuple[int, float, int], ...]
 """Log-probabilities at one place of a text: token id, log-probability and rank of the token that is there, and of the
 likeliest ones. The rank is 1 and as many as there are likelier tokens."""
@@ -112,15 +114,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of one worker, a row of ``steps.csv``. ``tokens`` is the number of tokens whose K and V it computed."""
+    """One step of one worker, a row of ``steps.csv``. ``tokens`` is the number of tokens whose K and V it computed, of which
+    ``decode_tokens`` are of requests in decode."""
 
     worker: str
     role: Role
-    phase: Phase
+    phase: StepPhase
     start_ns: int
     end_ns: int
     requests: int
     tokens: int
+    decode_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

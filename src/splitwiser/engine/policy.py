@@ -5,15 +5,12 @@ impose no order of their own. Another policy is a class with the methods of :cla
 in :data:`POLICIES`; one that ranks requests is a subclass of :class:`splitwiser.engine.ranked.Ranked`.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from splitwiser.engine.messages import PrefillTask
-from splitwiser.errors import InputError, first_line, unknown_name
-from splitwiser.formats import parse_as
+from splitwiser.engine.registry import Registry
 from splitwiser.request import Request
 
 if TYPE_CHECKING:  # a configuration is checked without importing torch
@@ -120,82 +117,19 @@ def pack_in_order(prompts: Iterable[PendingPrompt], budget: int) -> list[tuple[P
     return packed
 
 
-def policy_name(given: str) -> str:
-    """Return ``given``, a value of ``--policy``, with the policy's name as :data:`POLICIES` spells it."""
-    name, colon, parameters = _split(given)
-    return f"{SPELLINGS.get(name, name)}{colon}{parameters}"
+_REGISTRY: Registry[Policy] = Registry(
+    "policy", POLICIES, "splitwiser.engine.policy.Policy", ("admission_order", "pack"), SPELLINGS
+)
+policy_name = _REGISTRY.spelt
+find_policy = _REGISTRY.find
+describe_policy = _REGISTRY.describe
 
 
 def reads(policy: str, field: str) -> bool:
     """Return whether ``policy``, a value of ``--policy``, orders requests by their ``field`` of :data:`READ_BY`. A class of
     the user's own is taken to."""
-    name, _, _ = _split(policy_name(policy))
+    name = _REGISTRY.name(policy)
     return name not in POLICIES or name in READ_BY[field]
-
-
-def find_policy(given: str) -> Policy:
-    """Return the policy ``NAME`` or ``NAME:PARAMETER=VALUE,...``. The name is a key of :data:`POLICIES`, or ``MODULE:CLASS``
-    for a class that Python can import; the parameters are fields of its class, which is then a dataclass.
-
-    Raises :class:`~splitwiser.errors.InputError` if there is none, if a parameter is unknown or invalid, or if the policy
-    lacks a method of :class:`Policy`.
-    """
-    name, _, parameters = _split(policy_name(given))
-    module, colon, class_name = POLICIES.get(name, name).partition(":")
-    if not colon:
-        raise unknown_name("policy", name, [*POLICIES, "MODULE:CLASS"])
-    if module in POLICIES:
-        raise InputError(f"--policy {given}: parameters are given as {module}:PARAMETER=VALUE,...")
-    try:
-        kind = getattr(import_module(module), class_name)
-        policy: Policy = _make(kind, parameters, f"--policy {given}") if parameters else kind()
-    except InputError:
-        raise
-    except Exception as error:  # a user's module may raise anything
-        raise InputError(f"--policy {given}: {type(error).__name__}: {first_line(error)}") from error
-    for method in ("admission_order", "pack"):
-        if not callable(getattr(policy, method, None)):
-            raise InputError(
-                f"--policy {given}: has no method {method}; splitwiser.engine.policy.Policy says what it does"
-            )
-    return policy
-
-
-def describe_policy(given: str) -> dict[str, object]:
-    """Return the class of :func:`find_policy`'s policy and all of its parameters, for the run's record."""
-    policy = find_policy(given)
-    kind = type(policy)
-    return {"class": f"{kind.__module__}:{kind.__qualname__}"} | {
-        name: getattr(policy, name) for name in _parameter_names(kind)
-    }
-
-
-def _split(given: str) -> tuple[str, str, str]:
-    """Return the name, the colon and the parameters of ``NAME:PARAMETER=VALUE,...``, whose name may be ``MODULE:CLASS``."""
-    name, *parameters = re.split(r":\s*(?=\w*=)", given, maxsplit=1)
-    return name, ":" if parameters else "", "".join(parameters)
-
-
-def _make(kind: type, parameters: str, where: str) -> Any:  # noqa: ANN401  # a ``kind``
-    """Return an instance of ``kind`` with the ``parameters`` of its name. Raises :class:`InputError`, beginning with
-    ``where``."""
-    values: dict[str, str] = {}
-    for each in parameters.split(","):
-        name, equals, value = each.strip().partition("=")
-        if not equals or name in values:
-            raise InputError(f"{where}: '{each}' must be PARAMETER=VALUE, each parameter once")
-        values[name] = value
-    known = _parameter_names(kind)
-    unknown = [name for name in values if name not in known]
-    if unknown and not known:
-        raise InputError(f"{where}: {kind.__name__} has no parameters")
-    if unknown:
-        raise InputError(f"{where}: {unknown_name('parameter', unknown[0], known)}")
-    return parse_as(kind, values, where)
-
-
-def _parameter_names(kind: type) -> list[str]:
-    return [each.name for each in fields(kind)] if is_dataclass(kind) else []
 
 
 class LeastLoadedRouter:

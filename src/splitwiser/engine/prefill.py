@@ -5,8 +5,12 @@ from itertools import zip_longest
 
 from splitwiser.engine.messages import Handoff, PrefillTask
 from splitwiser.engine.policy import FIRST_COME, PendingPrompt, Policy
+from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, SequenceState, Stepper
 from splitwiser.errors import RunError
+
+Packed = list[tuple[PendingPrompt, int]]
+"""The prompts of a step, each with its number of tokens in it."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Prefiller:
 
     def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
-        self._stepper = stepper
-        self._budget = budget
+        self.stepper = stepper
+        self.budget = budget
         self._policy = policy
         self._prompts: list[PendingPrompt] = []
 
@@ -56,18 +60,48 @@ class Prefiller:
         self._prompts.remove(dropped)
         return dropped.task
 
-    def step(self) -> PrefillResult | None:
-        """Run one prefill step and return its result, or None if no prompt waits."""
+    @property
+    def waiting(self) -> int:
+        """Number of prompts that wait for prefill, or for the rest of it."""
+        return len(self._prompts)
+
+    def step(self, budget: int | None = None) -> PrefillResult | None:
+        """Run one prefill step of ``budget`` tokens, by default the worker's, and return its result, or None if no prompt
+        waits."""
         if not self._prompts:
             return None
-        ready = [prompt for prompt in self._prompts if prompt.is_ready]
-        packed = self._policy.pack(ready, self._budget, self._stepper.now_ns())
-        if any(tokens < prompt.fewest for prompt, tokens in packed):
-            raise RunError(f"{self.name}: the policy splits a prompt that an encoder has to read as a whole")
-        chunks = [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]
-        start_ns = self._stepper.now_ns()
-        sampled = self._stepper.prefill(chunks)
-        end_ns = self._stepper.now_ns()
+        packed = self.pack(self.budget if budget is None else budget)
+        if not packed:
+            return None
+        start_ns = self.stepper.now_ns()
+        sampled = self.stepper.prefill(chunks_of(packed))
+        return self.record(packed, sampled, start_ns, self.stepper.now_ns())
+
+    def pack(self, budget: int, *, fill: bool = False) -> Packed:
+        """Return the prompts of the next step, of at most ``budget`` tokens, each with its number of tokens in it.
+
+        The policy packs them; with ``fill``, it goes on with the others until the budget is used up, and so may split one
+        more. Raises :class:`RunError` if the policy splits what an encoder has to read as a whole.
+        """
+        now_ns, room, others = self.stepper.now_ns(), budget, [prompt for prompt in self._prompts if prompt.is_ready]
+        packed: Packed = []
+        while others and room > 0:
+            more = self._policy.pack(others, room, now_ns)
+            if any(tokens < prompt.fewest for prompt, tokens in more):
+                raise RunError(f"{self.name}: the policy splits a prompt that an encoder has to read as a whole")
+            used = sum(tokens for _, tokens in more)
+            if packed and used > room:  # an encoder's, which waits for a step of its own
+                break
+            packed += more
+            if not fill:
+                break
+            chosen, room = {id(prompt) for prompt, _ in more}, room - used
+            others = [prompt for prompt in others if id(prompt) not in chosen]
+        return packed
+
+    def record(self, packed: Packed, sampled: Sampled, start_ns: int, end_ns: int) -> PrefillResult:
+        """Take what a step of ``packed`` from ``start_ns`` to ``end_ns`` has ``sampled`` for the prompts that end in it, and
+        return its result."""
         for prompt, tokens in packed:
             prompt.start_ns = prompt.start_ns or start_ns
             prompt.done += tokens
@@ -85,3 +119,8 @@ class Prefiller:
         ]  # fmt: skip
         self._prompts = [prompt for prompt in self._prompts if prompt.left]
         return PrefillResult(start_ns, end_ns, len(packed), sum(tokens for _, tokens in packed), finished)
+
+
+def chunks_of(packed: Packed) -> list[Chunk]:
+    """Return the chunks of a step of ``packed``."""
+    return [Chunk(prompt.sequence, prompt.done, tokens) for prompt, tokens in packed]

@@ -44,10 +44,10 @@ class ProgressBar(Observer):
         self._bar.close()
 
     def on_step(self, record: StepRecord) -> None:
-        """Count the tokens of a decode step."""
+        """Count the tokens that a step makes of requests in decode."""
         self._observer.on_step(record)
-        if record.phase == "decode":
-            self._show(record.tokens)
+        if record.decode_tokens:
+            self._show(record.decode_tokens)
 
     def on_output(self, output: RequestOutput) -> None:
         """Count the first token, which comes from prefill, and expect of the open requests what this one needed."""

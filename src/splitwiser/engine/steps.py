@@ -1,4 +1,4 @@
-"""One prefill step and one decode step of a model over its KV pool, and the interface by which workers run them."""
+"""The steps of a model over its KV pool, prefill, decode and hybrid, and the interface by which workers run them."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -130,6 +130,10 @@ class Stepper(Protocol):
         """Run a decode step and return the next token of each sequence."""
         ...
 
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
+        """Run a prefill step of ``chunks`` and a decode step of ``sequences`` in one; return what each would return."""
+        ...
+
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """Return why ``sequence`` has finished, or None if it has not."""
         ...
@@ -148,13 +152,9 @@ def prefill_step(
     Returns, once the device has finished, the next token of each sequence that ends here, in order. With ``graphs``
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
-    tokens = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.end)]
-    segments = [chunk.sequence.segment(chunk.end, chunk.tokens, model.computed_anew_at) for chunk in chunks]
-    for chunk in chunks:
-        adapter = chunk.sequence.request.adapter
-        if chunk.start == 0 and adapter.tail_tokens:
-            pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
+    segments, tokens = _pack(model, pool, chunks)
     rows, ends = _wanted_rows(chunks)
+    rows = rows or [len(tokens) - 1]
     # a graph keeps the logits of the prompts' ends alone
     logits = graphs.logits(segments, tokens, rows) if graphs and len(rows) <= len(chunks) else None
     if logits is None:
@@ -170,7 +170,7 @@ def prefill_step(
 
 def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
     """Return the numbers of the packed tokens of ``chunks`` whose logits are wanted: the ends of prompts, and all of prompts
-    that ask for log-probabilities, or the last if there is none of these; and which of them are the ends."""
+    that ask for log-probabilities; and which of them are the ends."""
     rows: list[int] = []
     ends: list[int] = []
     total = 0
@@ -182,7 +182,7 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
             rows.append(total - 1)
         if chunk.is_last:
             ends.append(len(rows) - 1)
-    return rows or [total - 1], ends
+    return rows, ends
 
 
 def _take_prompt_logprobs(logits: Tensor, ends: Sequence[int], chunks: Sequence[Chunk]) -> Tensor:
@@ -211,18 +211,57 @@ def decode_step(
 ) -> Sampled:
     """Write K and V of each sequence's last token to the pool and return its next token, once the device has finished.
 
-    A sequence that has reached the length at which the model computes all K and V anew has those of all its tokens written.
-    With ``graphs`` the forward is replayed as a CUDA graph instead of launched layer by layer.
+    Of a sequence that :func:`_newest` gives all tokens of, the K and V of all are written. With ``graphs`` the forward is
+    replayed as a CUDA graph instead of launched layer by layer.
     """
-    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
-    new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [each.newest(count, model.computed_anew_at) for each, count in zip(sequences, new, strict=True)]
-    tokens = [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
+    segments, tokens = _newest(model, sequences)
     if graphs and len(tokens) == len(sequences):
         logits = graphs.logits(segments, tokens)
     else:
         logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
     return sample(logits, sequences, model.eos_token_ids, model.start_token_id)
+
+
+@torch.inference_mode()
+def hybrid_step(
+    model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]
+) -> tuple[Sampled, Sampled]:
+    """Run :func:`prefill_step` of ``chunks`` and :func:`decode_step` of ``sequences``, at least one each, in one forward, so
+    that the weights are read once; without CUDA graphs. Returns the results of both."""
+    segments, tokens = _pack(model, pool, chunks)
+    newest, last_tokens = _newest(model, sequences)
+    rows, ends = _wanted_rows(chunks)
+    logits = ROUTES[model.kind].hybrid(model, pool, segments, tokens, rows, newest, last_tokens)
+    if len(rows) > len(ends):
+        at_ends = _take_prompt_logprobs(logits[: len(rows)], ends, chunks)
+        logits = torch.cat([at_ends, logits[len(rows) :]])
+    sampling = [*(chunk.sequence for chunk in chunks if chunk.is_last), *sequences]
+    sampled = sample(logits, sampling, model.eos_token_ids, model.start_token_id)
+    firsts, nexts = slice(len(ends)), slice(len(ends), None)
+    return (
+        Sampled(sampled.tokens[firsts], sampled.logprobs[firsts]),
+        Sampled(sampled.tokens[nexts], sampled.logprobs[nexts]),
+    )
+
+
+def _pack(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> tuple[list[Segment], list[int]]:
+    """Return the segments of ``chunks``, and their tokens one after another. The tokens of adapters that share a block with
+    a prompt are copied there before its first chunk."""
+    for chunk in chunks:
+        adapter = chunk.sequence.request.adapter
+        if chunk.start == 0 and adapter.tail_tokens:
+            pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
+    tokens = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.end)]
+    return [chunk.sequence.segment(chunk.end, chunk.tokens, model.computed_anew_at) for chunk in chunks], tokens
+
+
+def _newest(model: LoadedModel, sequences: Sequence[SequenceState]) -> tuple[list[Segment], list[int]]:
+    """Return the segments of a decode step over ``sequences``, and their tokens one after another: the last of each, or all
+    of one that has reached the length at which the model computes all K and V anew."""
+    lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
+    new = [length if length == model.computed_anew_at else 1 for length in lengths]
+    segments = [each.newest(count, model.computed_anew_at) for each, count in zip(sequences, new, strict=True)]
+    return segments, [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
 
 
 @dataclass(frozen=True)
@@ -241,6 +280,10 @@ class ModelStepper:
     def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         """See :meth:`Stepper.decode`."""
         return decode_step(self.model, self.pool, sequences, self.decode_graphs)
+
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
+        """See :meth:`Stepper.hybrid`."""
+        return hybrid_step(self.model, self.pool, chunks, sequences)
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`Stepper.finish_reason`."""

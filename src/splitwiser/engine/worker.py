@@ -6,6 +6,7 @@ A worker does not know whether it runs inline, in a thread or in a process.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Protocol
@@ -19,13 +20,16 @@ from splitwiser.engine.messages import (
     Message,
     PrefillTask,
     Role,
+    StepPhase,
     StepRecord,
     Submit,
     WorkerSpec,
 )
 from splitwiser.engine.policy import FIRST_COME, Policy
-from splitwiser.engine.prefill import Prefiller
+from splitwiser.engine.prefill import Prefiller, PrefillResult, chunks_of
+from splitwiser.engine.schedule import ALTERNATE, Schedule, StepTime, Work
 from splitwiser.engine.steps import Stepper
+from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
 
 PARENT = "parent"
@@ -67,7 +71,7 @@ class DeviceShare(Protocol):
 
 
 class Worker:
-    """Schedules and runs steps when there is work. A ``mixed`` worker alternates one prefill step and one decode step."""
+    """Runs steps when there is work: what next, ``schedule`` decides, which a ``mixed`` worker has a choice in."""
 
     def __init__(
         self,
@@ -77,6 +81,8 @@ class Worker:
         prefiller: Prefiller | None = None,
         decoder: Decoder | None = None,
         prefill_workers: Sequence[str] = (),
+        schedule: Schedule = ALTERNATE,
+        itl_target_s: float | None = None,
     ) -> None:
         self.name = name
         self.role: Role = "mixed" if prefiller and decoder else "prefill" if prefiller else "decode"
@@ -85,40 +91,82 @@ class Worker:
         self._decoder = decoder
         self._prefill_workers = cycle(prefill_workers or [name])
         self._prefilling: dict[int, str] = {}  # which worker prefills a request
+        self._schedule = schedule
+        self._itl_target_s = itl_target_s
+        self._last: StepTime | None = None
 
     def step_once(self) -> bool:
-        """Handle new messages, then run at most one prefill and one decode step. Returns whether any step ran."""
+        """Handle new messages, then run what the schedule plans: at most one prefill and one decode step, or both in one.
+        Returns whether any step ran. Raises :class:`RunError` if the schedule plans nothing and there is work."""
         for message in self._transport.receive():
             self._handle(message)
-        ran = False
-        if self._decoder:
-            for task in self._decoder.admit():
+        prefiller, decoder = self._prefiller, self._decoder
+        if decoder:
+            for task in decoder.admit():
                 # a prompt goes to the worker that is still to fill blocks which it shares
                 worker = self._prefilling.get(task.follows) if task.follows is not None else None
                 worker = self._prefilling[task.request.request_id] = worker or next(self._prefill_workers)
                 self._send(worker, task)
-        if self._prefiller and (prefilled := self._prefiller.step()):
-            ran = True
-            self._send(
-                PARENT,
-                StepRecord(
-                    self.name, self.role, "prefill",
-                    prefilled.start_ns, prefilled.end_ns, prefilled.requests, prefilled.tokens,
-                ),
-            )  # fmt: skip
-            for task, handoff in prefilled.finished:
-                self._send(task.decode_worker, handoff)
-        if self._decoder and (decoded := self._decoder.step()):
-            ran = True
-            progress = decoded.progress
+        waiting = prefiller.waiting if prefiller else 0
+        running = decoder.running if decoder else 0
+        budget = prefiller.budget if prefiller else 0
+        plan = self._schedule.plan(Work(waiting, running, budget, self._itl_target_s, self._last))
+        if (waiting or running) and not (waiting and plan.prefill_tokens) and not (running and plan.decodes):
+            raise RunError(
+                f"{self.name}: the schedule plans no step while {waiting} prompts wait and {running} requests are in decode"
+            )
+        if plan.together and prefiller and decoder and self._run_hybrid(prefiller, decoder, plan.prefill_tokens):
+            return True
+        prefilled = self._run_prefill(plan.prefill_tokens)
+        decoded = decoder.step(decodes=plan.decodes) if decoder else None
+        if decoded:
             if decoded.requests:
-                record = StepRecord(
-                    self.name, self.role, "decode",
-                    progress.start_ns, progress.time_ns, decoded.requests, decoded.requests,
-                )  # fmt: skip
-                self._send(PARENT, record)
-            self._send(PARENT, progress)
-        return ran
+                self._report_step(
+                    "decode", decoded.progress.start_ns, decoded.progress.time_ns, decoded=decoded.requests
+                )
+            self._send(PARENT, decoded.progress)
+        if not prefilled and not decoded:  # who is in decode waits for blocks that prompts have
+            prefilled = self._run_prefill(budget)
+        return bool(prefilled or decoded)
+
+    def _run_prefill(self, budget: int) -> bool:
+        """Run a prefill step of at most ``budget`` tokens. Returns whether there were a budget and prompts for it."""
+        prefilled = self._prefiller.step(budget) if self._prefiller and budget else None
+        if prefilled is None:
+            return False
+        self._report_step("prefill", prefilled.start_ns, prefilled.end_ns, prefilled=prefilled)
+        for task, handoff in prefilled.finished:
+            self._send(task.decode_worker, handoff)
+        return True
+
+    def _run_hybrid(self, prefiller: Prefiller, decoder: Decoder, budget: int) -> bool:
+        """Run a step of at most ``budget`` prompt tokens and of all running requests in one forward. Returns False, and runs
+        none, if there are no prompts or no requests for it."""
+        packed, batch = prefiller.pack(budget, fill=True), decoder.batch()
+        if not packed or not batch:
+            return False
+        start_ns = prefiller.stepper.now_ns()
+        firsts, nexts = prefiller.stepper.hybrid(chunks_of(packed), batch)
+        end_ns = prefiller.stepper.now_ns()
+        prefilled = prefiller.record(packed, firsts, start_ns, end_ns)
+        self._report_step("hybrid", start_ns, end_ns, prefilled=prefilled, decoded=len(batch))
+        for task, handoff in prefilled.finished:
+            self._send(task.decode_worker, handoff)  # to itself, so that the report below has it
+        decoded = decoder.record(batch, nexts, start_ns, end_ns)
+        assert decoded is not None
+        self._send(PARENT, decoded.progress)
+        return True
+
+    def _report_step(
+        self, phase: StepPhase, start_ns: int, end_ns: int, *, prefilled: PrefillResult | None = None, decoded: int = 0
+    ) -> None:
+        """Tell the parent of a step over the prompts of ``prefilled`` and ``decoded`` requests in decode."""
+        requests, tokens = (prefilled.requests, prefilled.tokens) if prefilled else (0, 0)
+        self._last = StepTime(tokens, decoded, (end_ns - start_ns) / 1e9)
+        record = StepRecord(
+            self.name, self.role, phase, start_ns, end_ns, requests + decoded, tokens + decoded, decoded
+        )
+        self._send(PARENT, record)
 
     def _send(self, to: str, message: Message) -> None:
         if to == self.name:
@@ -150,13 +198,16 @@ class Worker:
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """Limits of a worker's steps: requests per decode step, prompt tokens per prefill step and tokens per KV block; its
-    scheduling policy; and how it gives out blocks, as :class:`~splitwiser.engine.decode.Decoder` says."""
+    """Limits of a worker's steps: requests per decode step, tokens per step with prompts and tokens per KV block; its
+    scheduling policy and, for a ``mixed`` worker, its schedule and the ITL that this is to keep, in seconds; and how it
+    gives out blocks, as :class:`~splitwiser.engine.decode.Decoder` says."""
 
     max_batch: int
     prefill_tokens: int
     block_tokens: int
     policy: Policy = FIRST_COME
+    schedule: Schedule = ALTERNATE
+    itl_target_s: float | None = None
     reserve: bool = False
     prefix_caching: bool = False
     longest_shared: float = math.inf
@@ -199,6 +250,8 @@ def build_worker(
         prefiller=None if role == "decode" else prefiller,
         decoder=None if role == "prefill" else decoder,
         prefill_workers=prefillers[first:] + prefillers[:first],
+        schedule=deepcopy(scheduling.schedule) if role == "mixed" else ALTERNATE,
+        itl_target_s=scheduling.itl_target_s,
     )
 
 

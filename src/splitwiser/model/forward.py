@@ -1,4 +1,4 @@
-"""One forward of a model over packed tokens, as prefill steps, decode steps and CUDA graphs run it."""
+"""One forward of a model over packed tokens, as prefill, decode and hybrid steps and CUDA graphs run it."""
 
 import inspect
 import itertools
@@ -14,7 +14,7 @@ from splitwiser.model.attention import AttentionStep, serving
 from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.paged_attention import HybridAttention, PagedAttention, Segment
 
 
 def prefill_logits(
@@ -31,6 +31,24 @@ def decode_logits(model: LoadedModel, pool: KVPool, segments: Sequence[Segment],
     of each: (requests, vocabulary)."""
     ends = [end - 1 for end in itertools.accumulate(segment.tokens for segment in segments)]
     return prefill_logits(model, pool, segments, token_ids, ends)
+
+
+def hybrid_logits(
+    model: LoadedModel,
+    pool: KVPool,
+    chunks: Sequence[Segment],
+    prompt_tokens: Sequence[int],
+    ends: Sequence[int],
+    decoding: Sequence[Segment],
+    last_tokens: Sequence[int],
+) -> Tensor:
+    """Store K and V of ``prompt_tokens``, the new tokens of ``chunks`` one after another, and of ``last_tokens``, those of
+    ``decoding``. Returns the logits of those ``prompt_tokens`` whose numbers are ``ends`` and then those after the last
+    token of each of ``decoding``: (ends and requests, vocabulary)."""
+    positions = [position for segment in (*chunks, *decoding) for position in segment.positions]
+    last = [len(prompt_tokens) + end - 1 for end in itertools.accumulate(segment.tokens for segment in decoding)]
+    step = HybridAttention(pool, chunks, decoding, model.device)
+    return forward(model.module, step, [*prompt_tokens, *last_tokens], positions, [*ends, *last])
 
 
 def fixed_logits(model: LoadedModel, step: FixedStep) -> Tensor:

@@ -83,13 +83,17 @@ class PagedAttention(AttentionStep):
         self.pool = pool
         self.segments = segments
         self.device = device
-        self._slots = find_slots(pool, segments, device)
         self._layer = -1  # whose K and V the running attention is over
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
         self._windows: dict[Mask, int | None] = {}
         self._tables: dict[int, Tensor] = {}
         self._decoding = all(segment.tokens == 1 and segment.context > 1 for segment in segments)
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """The slots of the step's tokens, (tokens,)."""
+        return find_slots(self.pool, self.segments, self.device)
 
     @cached_property
     def loras(self) -> Tensor | None:
@@ -113,7 +117,14 @@ class PagedAttention(AttentionStep):
         not a :class:`~splitwiser.model.attention.Mask`."""
         if not isinstance(mask, Mask):
             raise UnsupportedModelError(f"a layer was given {type(mask).__name__} for a mask")
-        self._layer = self.attended_layer(key)
+        return self.attend_at(self.attended_layer(key), query, key, value, mask, options)
+
+    def attend_at(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions
+    ) -> Tensor:
+        """Attend over the stored K and V of ``layer``; otherwise as
+        :meth:`~splitwiser.model.attention.AttentionStep.attend`."""
+        self._layer = layer
         kernel = self.pool.kernels.decode if self._decoding else self.pool.kernels.prefill
         if kernel and options.expand is None and (starts := self._first_seen(mask)) is not None:
             return kernel(
@@ -308,6 +319,29 @@ class PagedAttention(AttentionStep):
             torch.tensor(tables, device=self.device),
             torch.tensor([self.segments[row].context for row in rows], device=self.device),
         )
+
+
+class HybridAttention(PagedAttention):
+    """The attention of a hybrid step: its first tokens, of ``chunks``, attend as those of a prefill step, and the last ones,
+    of ``decoding``, as those of a decode step. K and V of all are stored before any of them attends."""
+
+    def __init__(
+        self, pool: KVPool, chunks: Sequence[Segment], decoding: Sequence[Segment], device: torch.device
+    ) -> None:
+        super().__init__(pool, [*chunks, *decoding], device)
+        self._split = sum(segment.tokens for segment in chunks)
+        self._parts = PagedAttention(pool, chunks, device), PagedAttention(pool, decoding, device)
+
+    def attend_at(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: AttentionOptions
+    ) -> Tensor:
+        """See :meth:`PagedAttention.attend_at`."""
+        if self._decoding:  # each chunk is of one token
+            return super().attend_at(layer, query, key, value, mask, options)
+        parts = zip(
+            self._parts, *(each.tensor_split((self._split,), dim=2) for each in (query, key, value)), strict=True
+        )
+        return torch.cat([part.attend_at(layer, *tensors, mask, options) for part, *tensors in parts], dim=1)
 
 
 def first_seen(mask: Mask, positions: Tensor) -> Tensor | None:

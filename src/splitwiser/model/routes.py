@@ -34,8 +34,9 @@ class Route:
 
     ``attach`` makes a model attend through the pool, ``try_kernels`` says which kernels cannot serve it, and
     ``padding_changes_tokens`` whether mode ``generate`` may pad its prompts. ``prefill`` takes segments with the tokens of
-    all, one after another, and the numbers of the tokens whose logits are wanted; ``decode`` one token of each segment, and
-    ``fixed`` a step that holds its own inputs. All three store K and V in the pool and return logits, (rows, vocabulary).
+    all, one after another, and the numbers of the tokens whose logits are wanted; ``decode`` one token of each segment;
+    ``hybrid`` what both take, for one step of both; and ``fixed`` a step that holds its own inputs. All store K and V in the
+    pool and return logits, (rows, vocabulary).
     ``prefill_attention`` says for the run's record what attends in prefill, None if the kernels of the pool do.
     """
 
@@ -44,6 +45,9 @@ class Route:
     padding_changes_tokens: Callable[[LoadedModel], bool]
     prefill: Callable[[LoadedModel, KVPool, Sequence[Segment], Sequence[int], Sequence[int]], Tensor]
     decode: Callable[[LoadedModel, KVPool, Sequence[Segment], Sequence[int]], Tensor]
+    hybrid: Callable[
+        [LoadedModel, KVPool, Sequence[Segment], Sequence[int], Sequence[int], Sequence[Segment], Sequence[int]], Tensor
+    ]
     fixed: Callable[[LoadedModel, FixedDecodeStep], Tensor]
     prefill_attention: str | None = None
 
@@ -55,6 +59,7 @@ ROUTES: dict[Kind, Route] = {
         compatibility.padding_changes_tokens,
         forward.prefill_logits,
         forward.decode_logits,
+        forward.hybrid_logits,
         forward.fixed_logits,
     ),
     "encoder-decoder": Route(
@@ -63,6 +68,7 @@ ROUTES: dict[Kind, Route] = {
         seq2seq_attach.padding_changes_tokens,
         seq2seq_forward.prefill_logits,
         seq2seq_forward.decode_logits,
+        seq2seq_forward.hybrid_logits,
         seq2seq_forward.fixed_logits,
         "torch.nn.functional.scaled_dot_product_attention, one source at a time",
     ),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.engine.policy import POLICIES, find_policy, policy_name
+from splitwiser.engine.schedule import SCHEDULES, find_schedule, keeps_itl_target
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
 from splitwiser.model.catalog import resolve_model
@@ -31,8 +32,9 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
     "gpu_memory_utilization": "kv_memory gives the KV pool's size, such as 4GiB",
     "kv_cache_memory_bytes": "here it is kv_memory, such as 4GiB",
     "max_num_seqs": "here it is max_batch",
-    "max_num_batched_tokens": "here it is prefill_tokens, for the prompt tokens of a prefill step",
-    "enable_chunked_prefill": "prompts longer than prefill_tokens are always split, except those of an encoder-decoder",
+    "max_num_batched_tokens": "here it is prefill_tokens, for the prompt tokens of a prefill step or all of a hybrid one",
+    "enable_chunked_prefill": "here it is schedule='hybrid'; prompts longer than prefill_tokens are always split, except "
+    "those of an encoder-decoder",
     "scheduling_policy": "here it is policy",
     "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
     "block_size": "BLOCK_TOKENS in constants.py",
@@ -65,7 +67,10 @@ class ModelConfig(Options):
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
     load_format: str = option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
     kv_memory: str = option(constants.KV_MEMORY, "size of the KV pool, such as 512MiB, or auto")
-    prefill_tokens: int = option(constants.PREFILL_TOKENS, "most prompt tokens in one prefill step")
+    prefill_tokens: int = option(
+        constants.PREFILL_TOKENS,
+        "most prompt tokens in one prefill step; with schedule hybrid, most tokens in one step",
+    )
     kernels: str = option(
         constants.KERNELS, "auto compiles what is faster so, where there is a compiler; plain does not"
     )
@@ -114,7 +119,11 @@ class EngineConfig(ModelConfig):
         constants.SHARE,
         "how workers divide the device: fixed, by their shares; auto, by --itl_target_ms (mp on a CPU, green); none",
     )
-    itl_target_ms: float = option(constants.ITL_TARGET_MS, "share auto: what decode keeps between two tokens")
+    itl_target_ms: float | None = option(
+        None,
+        "what decode keeps between two tokens: with share auto by its part of the device (if not given, "
+        f"{constants.ITL_TARGET_MS:g}), with schedule hybrid by the size of chunks (if not given, as --prefill_tokens says)",
+    )
     lend: bool = option(constants.LEND, "idle workers lend their part of the device, step by step")
     decode_priority: bool = option(
         constants.DECODE_PRIORITY, "on a GPU, decode's kernels go before prefill's (modes mps, green)"
@@ -127,6 +136,10 @@ class EngineConfig(ModelConfig):
         constants.POLICY,
         f"order of admission and prefill: {', '.join(POLICIES)}, or MODULE:CLASS of your own; with parameters, "
         "NAME:ageing_s=5",
+    )
+    schedule: str = option(
+        constants.SCHEDULE,
+        f"what mixed workers, such as mode sequential's, run next: {', '.join(SCHEDULES)}, or MODULE:CLASS of your own",
     )
     reserve: bool = option(
         constants.RESERVE,
@@ -172,7 +185,7 @@ class EngineConfig(ModelConfig):
             self._check_adapters()
         if self.share not in SHARES:
             raise unknown_name("--share", self.share, SHARES)
-        if not 0 < self.itl_target_ms < float("inf"):
+        if self.itl_target_ms is not None and not 0 < self.itl_target_ms < float("inf"):
             raise InputError(f"--itl_target_ms must be more than 0 milliseconds, not {self.itl_target_ms}")
         mode = find_mode(self.mode)
         object.__setattr__(self, "policy", policy_name(self.policy))  # one spelling in records, as of dtype
@@ -181,6 +194,7 @@ class EngineConfig(ModelConfig):
             raise InputError(
                 f"mode {mode.name} runs transformers' own engine; --policy {self.policy} applies to other modes"
             )
+        find_schedule(self.schedule)
         for name in ("reserve", "prefix_caching"):
             if getattr(self, name) and mode.layout is None:
                 raise InputError(f"mode {mode.name} runs transformers' own engine; --{name} applies to other modes")
@@ -191,6 +205,19 @@ class EngineConfig(ModelConfig):
             raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")
         if self.layout is not None:
             _check_layout(mode, self.layout, self.share)
+        if self.schedule != constants.SCHEDULE and not self.mixes:
+            raise InputError(
+                f"--schedule {self.schedule} is for mixed workers, which do both phases (mode sequential, or --workers "
+                f"'[{{role: mixed}}]'), and mode {mode.name} has none here"
+            )
+        if (
+            self.itl_target_ms is not None
+            and self.share != "auto"
+            and not (self.mixes and keeps_itl_target(self.schedule))
+        ):
+            raise InputError(
+                f"--itl_target_ms {self.itl_target_ms:g} is kept by --share auto or by --schedule hybrid; choose one of them"
+            )
         self._check_mps()
 
     @cached_property
@@ -202,6 +229,16 @@ class EngineConfig(ModelConfig):
     def specs(self) -> tuple[WorkerSpec, ...]:
         """Workers of the layout; empty in mode ``generate``."""
         return self.layout.workers if self.layout else ()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there are mixed workers, so that there is something to schedule."""
+        return any(spec.role == "mixed" for spec in self.specs)
+
+    @property
+    def auto_itl_target_s(self) -> float:
+        """What share ``auto`` keeps between two tokens, in seconds."""
+        return (constants.ITL_TARGET_MS if self.itl_target_ms is None else self.itl_target_ms) / 1e3
 
     @cached_property
     def adapter_files(self) -> dict[str, AdapterFiles]:

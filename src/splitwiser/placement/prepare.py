@@ -10,6 +10,7 @@ from torch import Tensor
 from splitwiser import constants
 from splitwiser.engine.engine import Engine
 from splitwiser.engine.policy import find_policy
+from splitwiser.engine.schedule import find_schedule
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.errors import InputError
 from splitwiser.machine.process import keep_freed_memory
@@ -84,12 +85,14 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
 
 
 def scheduler_settings(config: EngineConfig, model: LoadedModel) -> SchedulerSettings:
-    """Return the limits and the policy of ``config`` that workers schedule the requests of ``model`` by."""
+    """Return the limits, the policy and the schedule of ``config`` that workers serve ``model`` by."""
     return SchedulerSettings(
         config.max_batch,
         config.prefill_tokens,
         constants.BLOCK_TOKENS,
         find_policy(config.policy),
+        find_schedule(config.schedule),
+        None if config.itl_target_ms is None else config.itl_target_ms / 1e3,
         config.reserve,
         bool(config.prefix_caching),
         length_without_scaling(model.module),

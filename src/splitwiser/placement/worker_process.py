@@ -136,7 +136,7 @@ def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:
     if config.share == "auto" and setup.index == roles.index("decode"):
         units = [sum(threads for threads, role in zip(level, roles, strict=True) if role == "decode")
                  for level in setup.thread_levels]  # fmt: skip
-        auto = AutoLevel(units, board.level, config.itl_target_ms / 1e3)
+        auto = AutoLevel(units, board.level, config.auto_itl_target_s)
     prefill = [number for number, role in enumerate(roles) if role == "prefill"]
     return WorkerShare(board, setup.index, config.lend, auto, prefill)
 

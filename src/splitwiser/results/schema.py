@@ -343,11 +343,12 @@ LATENCY = (
 STEPS = (
     Column("worker", "Name of the worker.", needed=True),
     Column("role", "Role of the worker: prefill, decode or mixed."),
-    Column("phase", "prefill or decode.", needed=True),
+    Column("phase", "prefill, decode, or hybrid: both in one forward.", needed=True),
     Column("start_s", "Start of the step, from the run's start.", "s", needed=True),
     Column("end_s", "End of the step, from the run's start.", "s", needed=True),
     Column("requests", "Requests in the step.", "requests", needed=True),
     Column("tokens", "Tokens whose keys and values the step computed.", "tokens", needed=True),
+    Column("decode_tokens", "Those of them that are of requests in decode; the others are of prompts.", "tokens"),
 )
 GENERATIONS = (
     Column("request_id", "Number of the request.", needed=True, short_name="request"),

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from splitwiser.engine.messages import Phase, StepRecord
+from splitwiser.engine.messages import StepPhase, StepRecord
 
-PHASE_COLOURS: dict[Phase, str] = {"prefill": "#d1495b", "decode": "#2e86ab"}
+PHASE_COLOURS: dict[StepPhase, str] = {"prefill": "#d1495b", "hybrid": "#8e5ea2", "decode": "#2e86ab"}
 
 
 def step_row(step: StepRecord, start_ns: int) -> dict[str, Any]:
@@ -20,12 +20,14 @@ def step_row(step: StepRecord, start_ns: int) -> dict[str, Any]:
         "end_s": (step.end_ns - start_ns) / 1e9,
         "requests": step.requests,
         "tokens": step.tokens,
+        "decode_tokens": step.decode_tokens,
     }
 
 
-def lanes(steps: Sequence[StepRecord]) -> list[tuple[str, Phase]]:
+def lanes(steps: Sequence[StepRecord]) -> list[tuple[str, StepPhase]]:
     """Return the (worker, phase) pairs that ran steps, in the order of the timeline from top to bottom."""
-    return sorted({(step.worker, step.phase) for step in steps}, key=lambda lane: (lane[1] == "decode", lane[0]))
+    order = list(PHASE_COLOURS)
+    return sorted({(step.worker, step.phase) for step in steps}, key=lambda lane: (order.index(lane[1]), lane[0]))
 
 
 def write_trace(path: Path, steps: Sequence[StepRecord], start_ns: int) -> None:
@@ -44,7 +46,12 @@ def write_trace(path: Path, steps: Sequence[StepRecord], start_ns: int) -> None:
             "tid": numbers[step.worker, step.phase],
             "ts": (step.start_ns - start_ns) / 1e3,
             "dur": (step.end_ns - step.start_ns) / 1e3,
-            "args": {"requests": step.requests, "tokens": step.tokens, "role": step.role},
+            "args": {
+                "requests": step.requests,
+                "tokens": step.tokens,
+                "decode_tokens": step.decode_tokens,
+                "role": step.role,
+            },
         }
         for step in steps
     ]

@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from splitwiser.engine.policy import find_policy
+from splitwiser.engine.schedule import find_schedule
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.llm import make_requests
@@ -34,8 +35,8 @@ from splitwiser.study.candidates import (
     BUDGETS,
     OUTPUT_TOKENS,
     PLACEMENTS,
-    Candidate,
     Measurements,
+    candidates_of,
     measure_placements,
     read_measurements,
     short_profile,
@@ -55,7 +56,7 @@ from splitwiser.study.recommend import (
     rows_of,
     run_options,
 )
-from splitwiser.study.simulate import Machine, Schedule, simulate
+from splitwiser.study.simulate import Machine, Setup, simulate
 from splitwiser.workload.job import prepare_job
 
 TABLES = {
@@ -127,7 +128,7 @@ def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
 def predict(
     config: AdviseConfig, requests: Sequence[Request], measurements: Measurements, directory: Path
 ) -> pd.DataFrame:
-    """Simulate every placement with every prefill budget; returns the rows of ``predictions.csv``. Raises
+    """Simulate every placement with every prefill budget and schedule; returns the rows of ``predictions.csv``. Raises
     :class:`InputError` if no placement can run the workload or the objective has no value."""
     table = CsvTable(directory / "predictions.csv", names(PREDICTIONS))
     targets = None if config.goodput is None else parse_goodput(config.goodput)
@@ -141,32 +142,34 @@ def predict(
     # the configured budget comes first, so that it wins ties
     budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(measurements.placements) * len(budgets), desc="predictions", unit="run") as bar:
-        for placement in measurements.placements:
-            for budget in budgets:
-                candidate = Candidate(placement.mode, placement.workers, budget)
-                schedule = Schedule(
-                    candidate.layout,
-                    budget,
-                    config.max_batch,
-                    config.lend,
-                    find_policy(config.policy),
-                    config.reserve,
-                    bool(config.prefix_caching),
-                )
-                row = candidate.row
-                try:
-                    machine = Machine(measurements.costs, measurements.cores, placement.blocks)
-                    outputs = simulate(
-                        requests, machine, schedule, placement.conditions, ends, max_concurrency=config.max_concurrency
-                    )
-                    figures = throughput_figures(outputs, 0, 0, targets)
-                    row |= {name: figures[name] for name in names(PREDICTED)}
-                except InputError as error:
-                    row["not_possible"] = str(error)
-                rows.append(row)
-                table.write(row)
-                bar.update()
+    candidates = [
+        (placement, candidate)
+        for placement in measurements.placements
+        for candidate in candidates_of(placement.mode, placement.workers, budgets)
+    ]
+    for placement, candidate in tqdm(candidates, desc="predictions", unit="run"):
+        setup = Setup(
+            candidate.layout,
+            candidate.prefill_tokens,
+            config.max_batch,
+            config.lend,
+            find_policy(config.policy),
+            find_schedule(candidate.schedule or config.schedule),
+            reserve=config.reserve,
+            prefix_caching=bool(config.prefix_caching),
+        )
+        row = candidate.row
+        try:
+            machine = Machine(measurements.costs, measurements.cores, placement.blocks)
+            outputs = simulate(
+                requests, machine, setup, placement.conditions, ends, max_concurrency=config.max_concurrency
+            )
+            figures = throughput_figures(outputs, 0, 0, targets)
+            row |= {name: figures[name] for name in names(PREDICTED)}
+        except InputError as error:
+            row["not_possible"] = str(error)
+        rows.append(row)
+        table.write(row)
     if all("not_possible" in row for row in rows):
         raise InputError(str(rows[0]["not_possible"]))
     objective = OBJECTIVES[config.objective].name

@@ -40,7 +40,8 @@ class Recording(Observer):
 
 @dataclass(frozen=True)
 class SizedStep:
-    """A step that ran and its size: the chunks of a prefill step, or the batch and total context of a decode step."""
+    """A step that ran and its size: the chunks of a prefill step, or the batch and total context of a decode step; a hybrid
+    step has both."""
 
     record: StepRecord
     chunks: tuple[Chunk, ...] = ()
@@ -54,7 +55,15 @@ class SizedStep:
 
     def predicted(self, costs: StepCosts) -> float:
         """Return its duration in seconds as predicted by ``costs``."""
+        if self.chunks and self.batch:
+            return costs.hybrid(self.chunks, self.batch, self.context)
         return costs.prefill(self.chunks) if self.chunks else costs.decode(self.batch, self.context)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that it is of."""
+        sizes: dict[Phase, int] = {"prefill": len(self.chunks), "decode": self.batch}
+        return tuple(phase for phase, size in sizes.items() if size)
 
 
 def size_steps(recording: Recording) -> list[SizedStep]:
@@ -74,10 +83,11 @@ def size_steps(recording: Recording) -> list[SizedStep]:
     cut = {worker: _Row(lengths) for worker, lengths in rows.items()}
     sized = []
     for record in sorted(recording.steps, key=lambda each: each.start_ns):
-        if record.phase == "prefill":
-            sized.append(SizedStep(record, chunks=tuple(cut[record.worker].take(record.tokens))))
-        elif contexts := decoded.get((record.worker, record.end_ns)):
-            sized.append(SizedStep(record, batch=len(contexts), context=sum(contexts)))
+        prompt_tokens = record.tokens - record.decode_tokens
+        chunks = tuple(cut[record.worker].take(prompt_tokens)) if prompt_tokens else ()
+        contexts = decoded.get((record.worker, record.end_ns), []) if record.decode_tokens else []
+        if chunks or contexts:
+            sized.append(SizedStep(record, chunks, len(contexts), sum(contexts)))
     return sized
 
 
@@ -122,7 +132,8 @@ def conditions_of(
         beside = overlap >= _BESIDE
         own = threads[step.record.worker]
         count = max(own, cores or 1) if lend and not beside else own
-        seconds[step.record.phase, beside].append((step.seconds, step.predicted(nearest_costs(costs, count))))
+        for phase in step.phases:
+            seconds[phase, beside].append((step.seconds, step.predicted(nearest_costs(costs, count))))
 
     def factor(phase: Phase, beside: bool) -> float:
         pairs = seconds[phase, beside] or seconds[phase, not beside]

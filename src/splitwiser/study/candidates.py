@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from splitwiser.study.step_times import StepCosts, fit_costs
 
 BUDGETS = (256, 512, 1024)  # prefill tokens per step that are predicted besides the configured number
 
+SCHEDULES = ("alternate", "hybrid")  # that are predicted for mixed workers
+
 _SHARES = (25, 50, 75)  # percent for prefill; decode gets the rest
 _SAMPLE = 16  # requests of a calibration run
 _SAMPLE_TOKENS = 64  # most new tokens of each; more would add no information
@@ -42,11 +44,17 @@ _GPU_MODES = [mode.name for mode in MODES.values() if mode.needs_gpu]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mode, workers and prefill budget to run the workload with."""
+    """A mode, workers, prefill budget and, for mixed workers, a schedule to run the workload with."""
 
     mode: str = column("Placement of the two phases.")
     workers: str = column("Layout of the workers, as --workers takes it; empty for the mode's own.")
-    prefill_tokens: int = column("Maximum prompt tokens in one prefill step.", "tokens")
+    prefill_tokens: int = column("Maximum prompt tokens in one prefill step, or of all in a hybrid one.", "tokens")
+    schedule: str = column("What mixed workers run next (--schedule); empty without any.", default="")
+
+    @classmethod
+    def of(cls, row: Mapping[Hashable, Any]) -> "Candidate":
+        """Return the candidate that has the columns of ``row``."""
+        return cls(str(row["mode"]), str(row["workers"]), int(row["prefill_tokens"]), str(row["schedule"]))
 
     @property
     def layout(self) -> WorkerLayout:
@@ -65,12 +73,13 @@ class Candidate:
 
     def __str__(self) -> str:
         workers = f" with {self.workers}" if self.workers else ""
-        return f"{self.mode}{workers}, {self.prefill_tokens} prefill tokens a step"
+        schedule = f", {self.schedule}" if self.schedule else ""
+        return f"{self.mode}{workers}{schedule}, {self.prefill_tokens} prefill tokens a step"
 
 
 CANDIDATE = columns_of(Candidate)
 PLACEMENTS = (
-    *(each for each in CANDIDATE if each.name != "prefill_tokens"),
+    *(each for each in CANDIDATE if each.name in ("mode", "workers")),
     Column("blocks", "Blocks of the KV pool.", "blocks"),
     *columns_of(Conditions),
     Column("steps", "Steps that the factors were computed from.", "steps"),
@@ -159,6 +168,14 @@ def placements(device: str, cores: int) -> list[tuple[str, str]]:
             seen.append(threads)
             found.append(("mp", workers))
     return found
+
+
+def candidates_of(mode: str, workers: str, budgets: Sequence[int]) -> list[Candidate]:
+    """Return the candidates of a placement, with each of ``budgets`` and, if it has mixed workers, of :data:`SCHEDULES`."""
+    mixes = any(spec.role == "mixed" for spec in Candidate(mode, workers, 1).layout.workers)
+    return [
+        Candidate(mode, workers, budget, schedule) for schedule in (SCHEDULES if mixes else ("",)) for budget in budgets
+    ]
 
 
 def measure_placements(config: AdviseConfig, requests: Sequence[Request], directory: Path) -> None:

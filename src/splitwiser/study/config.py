@@ -44,7 +44,8 @@ class AdviseConfig(RunConfig):
     mode: str = constants.MODE  # this and the next, up to batch_size, are not options
     workers: str = constants.WORKERS
     share: str = constants.SHARE
-    itl_target_ms: float = constants.ITL_TARGET_MS
+    itl_target_ms: float | None = None
+    schedule: str = constants.SCHEDULE
     batch_size: int = constants.BATCH_SIZE
     objective: str = option("throughput", f"metric to optimise: {', '.join(OBJECTIVES)}", "advice")
     profile: str | None = option(

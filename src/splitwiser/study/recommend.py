@@ -156,10 +156,7 @@ def _busy_checks(checks: pd.DataFrame) -> list[str]:
     if "machine_busy" not in checks:
         return []
     runs = checks[checks["machine_busy"].astype(str) == "True"].drop_duplicates("run_id")
-    return [
-        f"the check of {Candidate(str(mode), str(workers), int(budget))} in round {int(number) + 1}"
-        for mode, workers, budget, number in runs[[*names(CANDIDATE), "round"]].itertuples(index=False)
-    ]
+    return [f"the check of {Candidate.of(row)} in round {int(row['round']) + 1}" for row in runs.to_dict("records")]
 
 
 def median_errors(checks: pd.DataFrame) -> dict[str, float]:
@@ -175,8 +172,8 @@ def join_measured(predictions: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFra
         table[f"measured_{name}"] = float("nan")
         table[f"error_{name}"] = float("nan")
     for key, rows in checks.groupby([*names(CANDIDATE), "figure"]):
-        mode, workers, budget, name = map(str, key)
-        place = rows_of(table, Candidate(mode, workers, int(budget)))
+        *candidate, name = map(str, key)
+        place = rows_of(table, Candidate.of(dict(zip(names(CANDIDATE), candidate, strict=True))))
         measured = float(rows["measured"].median())
         table.loc[place, f"measured_{name}"] = measured
         table.loc[place, f"error_{name}"] = relative_error(float(table.loc[place, name].iloc[0]), measured)
@@ -193,7 +190,7 @@ def relative_error(predicted: float | None, measured: float | None) -> float | N
 def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
     """Return the options of ``splitwiser run`` for ``candidate`` on the workload of ``config``, without those at their
     defaults."""
-    changed = candidate.row
+    changed = {name: value for name, value in candidate.row.items() if value != ""}
     options = option_fields(RunConfig)
     values = {name: changed.get(name, getattr(config, name)) for name in options}
     return {name: value for name, value in values.items() if name == "mode" or value != options[name].default}
@@ -201,7 +198,7 @@ def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
 
 def advice_summary(advice: Advice) -> str:
     """Return the table for the terminal, the recommendation and its reasons."""
-    heading = ["mode", "workers", "prefill"]
+    heading = ["mode", "workers", "schedule", "prefill"]
     for metric in shown_in("advise"):
         heading += [metric.heading, "run", "error"]
     rows, missing = [heading], []
@@ -212,7 +209,7 @@ def advice_summary(advice: Advice) -> str:
                 " ".join(filter(None, [row["mode"], workers])) + f" is not possible here: {row['not_possible']}"
             )
             continue
-        cells = [row["mode"], workers, f"{row['prefill_tokens']:.0f}"]
+        cells = [row["mode"], workers, row["schedule"], f"{row['prefill_tokens']:.0f}"]
         for name in names(shown_in("advise")):
             cells += [_cell(row[name]), _cell(row[f"measured_{name}"]), _cell(row[f"error_{name}"], "+.0%")]
         rows.append(cells)
@@ -231,10 +228,7 @@ def _ranked(table: pd.DataFrame, objective: str, column: str | None = None) -> l
     metric = OBJECTIVES[objective]
     by = column or metric.name
     rows = table[table[by].notna()].sort_values(by, ascending=not metric.more_is_better, kind="stable")
-    return [
-        Candidate(str(mode), str(workers), int(budget))
-        for mode, workers, budget in rows[list(names(CANDIDATE))].itertuples(index=False)
-    ]
+    return [Candidate.of(row) for row in rows.to_dict("records")]
 
 
 def rows_of(table: pd.DataFrame, candidate: Candidate) -> "pd.Series[bool]":
@@ -243,4 +237,5 @@ def rows_of(table: pd.DataFrame, candidate: Candidate) -> "pd.Series[bool]":
         (table["mode"] == candidate.mode)
         & (table["workers"] == candidate.workers)
         & (table["prefill_tokens"] == candidate.prefill_tokens)
+        & (table["schedule"] == candidate.schedule)
     )

@@ -20,9 +20,10 @@ import torch
 
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
-from splitwiser.engine.messages import Cancel, Message, Phase, Progress, Submit, Wake, WorkerSpec
+from splitwiser.engine.messages import Cancel, Message, Progress, StepPhase, Submit, Wake, WorkerSpec
 from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
 from splitwiser.engine.sampling import Sampled
+from splitwiser.engine.schedule import ALTERNATE, Schedule
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import PARENT, SchedulerSettings, build_worker, run_worker
 from splitwiser.errors import InputError, RunError
@@ -50,8 +51,10 @@ class Conditions:
     decode_beside: float = column("Factor on the time of a decode step concurrent with another worker's.", default=1.0)
     gap_s: float = column("Time between two iterations of a worker.", "s", default=0.0)
 
-    def factor(self, phase: Phase, beside: bool) -> float:
-        """Return the factor on the time of a step of ``phase``."""
+    def factor(self, phase: StepPhase, beside: bool) -> float:
+        """Return the factor on the time of a step of ``phase``: of a hybrid one, the mean of both phases'."""
+        if phase == "hybrid":
+            return (self.factor("prefill", beside) + self.factor("decode", beside)) / 2
         if phase == "prefill":
             return self.prefill_beside if beside else self.prefill_alone
         return self.decode_beside if beside else self.decode_alone
@@ -69,7 +72,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Setup:
     """The set-up of a simulated run: its workers (one ``mixed`` worker is mode ``sequential``) and the engine's options."""
 
     layout: WorkerLayout
@@ -77,6 +80,8 @@ class Schedule:
     max_batch: int
     lend: bool = True
     policy: Policy = FIRST_COME
+    schedule: Schedule = ALTERNATE
+    itl_target_s: float | None = None
     reserve: bool = False
     prefix_caching: bool = False
 
@@ -84,7 +89,7 @@ class Schedule:
 def simulate(
     requests: Sequence[Request],
     machine: Machine,
-    schedule: Schedule,
+    setup: Setup,
     conditions: Conditions,
     output_tokens: Mapping[int, int] | None = None,
     observer: Observer | None = None,
@@ -98,14 +103,14 @@ def simulate(
     lengths = {request.request_id: request.max_tokens for request in requests} | dict(output_tokens or {})
     # stop strings and end-of-sequence cannot be predicted: a request ends at its length
     plain = [replace(each, params=SamplingParams(max_tokens=each.max_tokens)) for each in requests]
-    owners = sum(spec.role != "prefill" for spec in schedule.layout.workers)
+    owners = sum(spec.role != "prefill" for spec in setup.layout.workers)
     most = max(request.max_kv_tokens for request in requests)
     if -(-most // machine.block_tokens) > machine.blocks // owners:
         raise InputError(
             f"a request needs room for {most} tokens in the KV pool, of which each worker that decodes owns "
             f"{machine.blocks // owners * machine.block_tokens}; raise --kv_memory"
         )
-    placement = _SimulatedPlacement(machine, schedule, conditions, lengths)
+    placement = _SimulatedPlacement(machine, setup, conditions, lengths)
     try:
         engine = SplitEngine(_no_text, placement, machine.blocks * machine.block_tokens, placement.now_ns)
         return engine.run(plain, observer or Observer(), 0, max_concurrency)
@@ -119,14 +124,12 @@ class _SimulatedPlacement:
 
     pids: ClassVar[dict[str, int]] = {}
 
-    def __init__(
-        self, machine: Machine, schedule: Schedule, conditions: Conditions, lengths: Mapping[int, int]
-    ) -> None:
+    def __init__(self, machine: Machine, setup: Setup, conditions: Conditions, lengths: Mapping[int, int]) -> None:
         self.machine = machine
-        self.schedule = schedule
+        self.setup = setup
         self.lengths = lengths
         self.outbox: list[Message] = []
-        self.specs = schedule.layout.workers
+        self.specs = setup.layout.workers
         self.board = Board.over(torch.zeros(Board.nbytes(len(self.specs)), dtype=torch.uint8))
         self.levels = plan_levels(self.specs, machine.cores, "fixed") if machine.cores else [[0] * len(self.specs)]
         self.gap_s = conditions.gap_s
@@ -211,23 +214,25 @@ class _SimulatedWorker:
         self.stopped = False  # never: the simulation ends its thread instead
         self.is_idle = True
         self.left_s = 0.0
-        self.phase: Phase | None = None
+        self.phase: StepPhase | None = None
         self.step_threads = 0
         self._world = world
-        self._share = WorkerShare(world.board, place, world.schedule.lend)
+        self._share = WorkerShare(world.board, place, world.setup.lend)
         self._error: BaseException | None = None
         self._ended = False
         self._stepped = False
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
-        schedule = world.schedule
+        setup = world.setup
         scheduling = SchedulerSettings(
-            schedule.max_batch,
-            schedule.prefill_tokens,
+            setup.max_batch,
+            setup.prefill_tokens,
             world.machine.block_tokens,
-            schedule.policy,
-            schedule.reserve,
-            schedule.prefix_caching,
+            setup.policy,
+            setup.schedule,
+            setup.itl_target_s,
+            setup.reserve,
+            setup.prefix_caching,
         )
         self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)
@@ -243,7 +248,7 @@ class _SimulatedWorker:
         """See :meth:`splitwiser.engine.worker.Transport.send`; messages take no time."""
         (self._world.outbox if to == PARENT else self._world.workers[to].inbox).append(message)
 
-    def step(self, phase: Phase, seconds: float) -> None:
+    def step(self, phase: StepPhase, seconds: float) -> None:
         """Spend the time of a step of ``phase`` that takes ``seconds`` if nothing runs concurrently."""
         self._stepped = True
         self.phase = phase
@@ -327,9 +332,14 @@ class _CostStepper:
 
     def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
         """See :meth:`splitwiser.engine.steps.Stepper.decode`."""
-        context = sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
-        self._worker.step("decode", self._costs().decode(len(sequences), context))
+        self._worker.step("decode", self._costs().decode(len(sequences), _context(sequences)))
         return Sampled([_TOKEN] * len(sequences))
+
+    def hybrid(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> tuple[Sampled, Sampled]:
+        """See :meth:`splitwiser.engine.steps.Stepper.hybrid`."""
+        sizes = [(chunk.start, chunk.tokens) for chunk in chunks]
+        self._worker.step("hybrid", self._costs().hybrid(sizes, len(sequences), _context(sequences)))
+        return Sampled([_TOKEN for chunk in chunks if chunk.is_last]), Sampled([_TOKEN] * len(sequences))
 
     def finish_reason(self, sequence: SequenceState) -> FinishReason | None:
         """See :meth:`splitwiser.engine.steps.Stepper.finish_reason`."""
@@ -341,6 +351,11 @@ class _CostStepper:
 
     def _costs(self) -> StepCosts:
         return nearest_costs(self._world.machine.costs, self._worker.step_threads)
+
+
+def _context(sequences: Sequence[SequenceState]) -> int:
+    """Return the number of tokens that ``sequences`` have in the pool together."""
+    return sum(len(each.request.prompt_token_ids) + each.drawn for each in sequences)
 
 
 def _no_text(_: Sequence[int]) -> str:

@@ -10,6 +10,13 @@ that of a token's matrix products, ``c`` and ``d`` of a prompt's attention, and 
 **Decode.** For each batch size in the profile, a straight line in the total context; between two batch sizes, linear in
 the batch at the same mean context; beyond the largest, extrapolated from the last two.
 
+**Hybrid.** The tokens of ``batch`` requests in decode join the matrix products of a prefill step, and weights are read
+once. So the products take as long as those of as many prompt tokens, or as long as reading the weights, whichever is longer
+(the roofline model, by which Sarathi-Serve, arXiv 2403.02310, explains that decode tokens cost little beside a chunk).
+Attention is that of both:
+
+    max(a + b (sum(n) + batch), decode without context) + c, d and e as above + decode's time for its context
+
 Coefficients are not negative and minimise the sum of squared *relative* errors, so that a short step counts as much as a
 long one.
 """
@@ -49,6 +56,15 @@ class StepCosts:
         above = next((place for place, (size, _) in enumerate(moments) if size >= batch), len(moments) - 1)
         (low, at_low), (high, at_high) = moments[above - 1], moments[above]
         return at_low + max(0.0, at_high - at_low) * (batch - low) / (high - low)
+
+    def hybrid(self, chunks: Sequence[Chunk], batch: int, context: float) -> float:
+        """Return the predicted seconds of a step over ``chunks`` and of ``batch`` requests in decode, as for
+        :meth:`decode`."""
+        fixed, per_token, *attention = self.prefill_coefficients
+        _, tokens, *sizes = _prefill_features(chunks)
+        without_context = self.decode(batch, 0)
+        products = max(fixed + per_token * (tokens + batch), without_context)
+        return products + float(np.dot(attention, sizes)) + self.decode(batch, context) - without_context
 
 
 def fit_costs(prefill: pd.DataFrame, decode: pd.DataFrame) -> dict[int, StepCosts]:

@@ -36,6 +36,21 @@ def decode_logits(
     return decode(model.module, step, token_ids, no_states(model.module))
 
 
+def hybrid_logits(
+    model: LoadedModel,
+    pool: KVPool,
+    sources: Sequence[Segment],
+    source_tokens: Sequence[int],
+    ends: Sequence[int],
+    decoding: Sequence[Segment],
+    last_tokens: Sequence[int],
+) -> Tensor:
+    """Run :func:`prefill_logits` of ``sources`` and :func:`decode_logits` of ``decoding`` one after the other, and return
+    the logits of both: the encoder has weights of its own, so that most of one forward would not be shared with decode."""
+    first = prefill_logits(model, pool, sources, source_tokens, ends)
+    return torch.cat([first, decode_logits(model, pool, decoding, last_tokens)])
+
+
 def fixed_logits(model: LoadedModel, step: FixedDecodeStep) -> Tensor:
     """Return the logits after each token of ``step``, (requests, vocabulary)."""
     return decode(

@@ -44,9 +44,17 @@ def span(steps: pd.DataFrame, latency: pd.DataFrame) -> float:
     return max(moments, default=0.0)
 
 
+def decode_tokens(steps: pd.DataFrame) -> FloatArray:
+    """Return the tokens of each step that are of requests in decode."""
+    if "decode_tokens" in steps:
+        return steps.decode_tokens.to_numpy(dtype=float)
+    # a run of before there were hybrid steps
+    return np.where(steps.phase == "decode", steps.tokens.to_numpy(dtype=float), 0.0)
+
+
 @dataclass(frozen=True)
 class Overlap:
-    """Seconds during which a prefill step ran, a decode step ran, both ran, and either ran."""
+    """Seconds during which prefill ran, decode ran, both ran, and either ran; a hybrid step runs both."""
 
     prefill_s: float
     decode_s: float
@@ -65,7 +73,7 @@ class PhaseActivity:
             phase: np.searchsorted(np.sort(starts[of_phase]), middles)
             > np.searchsorted(np.sort(ends[of_phase]), middles)
             for phase in ("prefill", "decode")
-            for of_phase in [(steps.phase == phase).to_numpy()]
+            for of_phase in [steps.phase.isin((phase, "hybrid")).to_numpy()]
         }
         self._prefill, self._decode = running["prefill"], running["decode"]
 
@@ -131,7 +139,7 @@ def inter_token_gaps(steps: pd.DataFrame, latency: pd.DataFrame) -> FloatArray |
     """
     if "handoff_ms" not in latency or "decode_worker" not in latency:
         return None
-    decode = steps[steps.phase == "decode"].sort_values("start_s", kind="stable")
+    decode = steps[steps.phase.isin(("decode", "hybrid"))].sort_values("start_s", kind="stable")
     clocks = {worker: _times(rows) for worker, rows in decode.groupby("worker")}
     nothing = np.empty(0), np.empty(0)
     asked = latency[latency.output_tokens > 1]

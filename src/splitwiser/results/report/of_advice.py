@@ -12,7 +12,7 @@ from splitwiser.results.report.page import NOTHING, Part, Pictures, Section, Tex
 from splitwiser.results.report.plots import draw_predictions, error_in_words, shown
 from splitwiser.results.schema import METRIC, METRICS
 
-CANDIDATE = ("mode", "workers", "prefill_tokens")  # the columns that name a placement
+CANDIDATE = ("mode", "workers", "prefill_tokens", "schedule")  # the columns that name a placement
 
 
 def advice_part(advice: Advice, name: str) -> list[Part]:

@@ -250,9 +250,15 @@ def _workers(run: Run, name: str) -> list[Block]:
         "neither": whole - overlap.either_s,
     }
     rows = [[cell(phase), cell(seconds), cell(seconds / whole * 100)] for phase, seconds in times.items()]
+    caption = "Time during which the phases were active; in a hybrid step both are."
     return [
         frame_table(f"{name}-workers", f"From steps.csv; shares are of {shown(whole)} s.", busy, WORKERS),
-        Table(f"{name}-overlap", "Time during which the phases were active.", ("Active", "Time, s", "Share, %"), rows),
+        Table(
+            f"{name}-overlap",
+            caption,
+            ("Active", "Time, s", "Share, %"),
+            rows,
+        ),
     ]
 
 

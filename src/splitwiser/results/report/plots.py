@@ -25,7 +25,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from splitwiser.engine.messages import Phase
-from splitwiser.results.report.activity import FloatArray, durations, in_flight, rates, span
+from splitwiser.results.report.activity import FloatArray, decode_tokens, durations, in_flight, rates, span
 from splitwiser.results.timeline import PHASE_COLOURS
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#9a7d0a")
@@ -118,10 +118,13 @@ def save_timeline(path: Path, steps: pd.DataFrame, title: str) -> None:
     with _figure(_WIDE, 2.6 + 0.45 * rows, 2, (rows, 1.6)) as (figure, (lanes, batches)):
         _draw_lanes(lanes, steps, window, bin_s, "steps")
         lanes.set_title(title)
-        decode = steps[steps.phase == "decode"]
-        for (worker, own), colour in zip(decode.groupby("worker"), itertools.cycle(COLOURS), strict=False):
-            batches.step(own.start_s, own.requests, where="post", label=worker, color=colour, linewidth=1.2)
-        batches.set_ylabel("requests\nin a decode step")
+        # a padded batch has requests that have ended too
+        sized = steps.assign(batch=steps.requests.where(steps.phase == "decode", decode_tokens(steps)))
+        for (worker, own), colour in zip(
+            sized[sized.batch > 0].groupby("worker"), itertools.cycle(COLOURS), strict=False
+        ):
+            batches.step(own.start_s, own.batch, where="post", label=worker, color=colour, linewidth=1.2)
+        batches.set_ylabel("requests\nin decode")
         batches.set_ylim(bottom=0)
         batches.yaxis.set_major_locator(MaxNLocator(integer=True))
         if batches.get_lines():
@@ -158,7 +161,7 @@ def _draw_lanes(
     edges = np.linspace(*window, BINS + 1)
     for row, (worker, phase) in enumerate(lanes):
         own = steps[(steps.worker == worker) & (steps.phase == phase)]
-        colour = PHASE_COLOURS["decode" if phase == "decode" else "prefill"]
+        colour = _phase_colour(phase)
         if bin_s is not None:
             share = np.clip(rates(own, durations(own), edges), 0, 1)
             axes.stairs(row + 0.4 - 0.8 * share, edges, baseline=row + 0.4, fill=True, color=colour)
@@ -180,10 +183,11 @@ def draw_progress(steps: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, floa
     the SVG and the seconds of a bin."""
     edges = np.linspace(0, span(steps, latency) or 1.0, BINS // 2 + 1)
     with _figure(_WIDE, 5.2, 3) as (figure, (decode, prefill, requests)):
-        for axes, phase in ((decode, "decode"), (prefill, "prefill")):
-            own = steps[steps.phase == phase]
-            made = np.maximum(rates(own, own.tokens.to_numpy(dtype=float), edges), 0)
-            axes.stairs(made, edges, fill=True, color=PHASE_COLOURS["decode" if phase == "decode" else "prefill"])
+        of_decode = decode_tokens(steps)
+        of_prefill = steps.tokens.to_numpy(dtype=float) - of_decode
+        for axes, phase, tokens in ((decode, "decode", of_decode), (prefill, "prefill", of_prefill)):
+            made = np.maximum(rates(steps, tokens, edges), 0)
+            axes.stairs(made, edges, fill=True, color=_phase_colour(phase))
             axes.set_ylabel(f"{phase},\ntokens/s")
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -438,15 +442,20 @@ def shown(value: float) -> str:
 
 
 def _lanes(steps: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return the (worker, phase) pairs of ``steps``, prefill first."""
+    """Return the (worker, phase) pairs of ``steps``, prefill first and decode last."""
     pairs = {(str(worker), str(phase)) for worker, phase in zip(steps.worker, steps.phase, strict=True)}
-    return sorted(pairs, key=lambda lane: (lane[1] == "decode", lane[0]))
+    return sorted(pairs, key=lambda lane: (lane[1] == "decode", lane[1] == "hybrid", lane[0]))
+
+
+def _phase_colour(phase: str) -> str:
+    return next((colour for known, colour in PHASE_COLOURS.items() if known == phase), PHASE_COLOURS["prefill"])
 
 
 def _tip(step: Mapping[Any, object]) -> str:
     start, end = (float(str(step[column])) for column in ("start_s", "end_s"))
+    of_decode = f" ({step['decode_tokens']} of decode)" if step["phase"] == "hybrid" else ""
     return (
-        f"{step['worker']} {step['phase']}: {step['requests']} requests, {step['tokens']} tokens, "
+        f"{step['worker']} {step['phase']}: {step['requests']} requests, {step['tokens']} tokens{of_decode}, "
         f"{start:.4f} to {end:.4f} s ({shown((end - start) * 1e3)} ms)"
     )
 
