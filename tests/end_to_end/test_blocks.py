@@ -40,6 +40,17 @@ def test_requests_preempted_at_random(name: str, caching: bool, tiny: Callable[[
         assert times == sorted(times)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.usefixtures("preempt_at_random")
+def test_preempted_and_shared_in_hybrid_steps(name: str, tiny: Callable[[str], Path]) -> None:
+    prompts = alike(8, seed=2)
+    with LLM(tiny(name), schedule="hybrid", prefill_tokens=13, prefix_caching=True) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+    assert tokens_of(outputs) == references(tiny(name), prompts, 24)
+    assert any(output.metrics.cached_tokens for output in outputs)
+    assert any(output.metrics.preemptions for output in outputs)
+
+
 @pytest.mark.usefixtures("preempt_at_random")
 def test_sampled_and_penalised_tokens_stay_the_same(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

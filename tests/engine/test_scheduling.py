@@ -25,6 +25,7 @@ from tests.support.workers import BLOCK, Wire, run
 
 LAYOUTS = [
     "[{role: mixed}]",
+    "[{role: mixed, count: 2}]",
     "[{role: prefill}, {role: decode}]",
     "[{role: prefill, count: 2}, {role: decode, count: 2}]",
 ]
@@ -247,7 +248,7 @@ def test_the_cases_drawn_are_of_all_kinds() -> None:
         for number in range(12)
     ]
     scheduling = SchedulerSettings(8, 6, BLOCK, prefix_caching=True)
-    tokens, _, (admitted,) = serve(requests, LAYOUTS[1], scheduling, 24, seed=0)
+    tokens, _, (admitted,) = serve(requests, LAYOUTS[2], scheduling, 24, seed=0)
     assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}
     assert any(task.token_ids for task in admitted)
     assert any(task.follows is not None for task in admitted)
@@ -296,3 +297,13 @@ def test_who_begins_like_a_cancelled_prompt_is_not_left_without_its_blocks(waits
     assert handoff.cached_tokens == (12 if waits else 0)
     assert decode._decoder is not None
     assert decode._decoder._allocator.free_count == 40
+
+
+def test_a_prompt_goes_on_if_all_in_decode_wait_for_its_blocks() -> None:
+    requests = [
+        (Request(0, (1, 2, 3, 4), SamplingParams(max_tokens=14), 0), 14, 0),
+        (Request(1, (5,) * 12, SamplingParams(max_tokens=2), 0), 2, 1),
+    ]
+    scheduling = SchedulerSettings(8, 1, BLOCK, schedule=find_schedule("decode_first"))
+    tokens, *_ = serve(requests, LAYOUTS[0], scheduling, 7, seed=0)
+    assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}

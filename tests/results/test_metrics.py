@@ -175,6 +175,7 @@ def test_cancelled_requests_count_as_far_as_they_came() -> None:
     assert {name: changed[name] for name in changed if "_itl_" not in name and "_tpot_" not in name} == {
         "cancelled": 2,
         "total_output_tokens": 6,
+        "requests_in_flight": pytest.approx(0.5),
         "output_throughput": 6 / 0.3,
         "total_token_throughput": 13 / 0.3,
     }

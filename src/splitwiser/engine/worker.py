@@ -117,7 +117,7 @@ class Worker:
             )
         if plan.together and prefiller and decoder and self._run_hybrid(prefiller, decoder, plan.prefill_tokens):
             return True
-        prefilled = self._run_prefill(plan.prefill_tokens) if plan.prefill_tokens else False
+        prefilled = self._run_prefill(plan.prefill_tokens)
         decoded = decoder.step(decodes=plan.decodes) if decoder else None
         if decoded:
             if decoded.requests:
@@ -125,13 +125,13 @@ class Worker:
                     "decode", decoded.progress.start_ns, decoded.progress.time_ns, decoded=decoded.requests
                 )
             self._send(PARENT, decoded.progress)
-        elif running and not prefilled and waiting:  # nobody in decode has a block for the next token until these are
+        if not prefilled and not decoded:  # who is in decode waits for blocks that prompts have
             prefilled = self._run_prefill(budget)
-        return prefilled or decoded is not None
+        return bool(prefilled or decoded)
 
     def _run_prefill(self, budget: int) -> bool:
-        """Run a prefill step of ``budget`` tokens and hand over what it finished. Returns whether there were prompts."""
-        prefilled = self._prefiller.step(budget) if self._prefiller else None
+        """Run a prefill step of at most ``budget`` tokens. Returns whether there were a budget and prompts for it."""
+        prefilled = self._prefiller.step(budget) if self._prefiller and budget else None
         if prefilled is None:
             return False
         self._report_step("prefill", prefilled.start_ns, prefilled.end_ns, prefilled=prefilled)

@@ -85,7 +85,7 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
 
 
 def scheduler_settings(config: EngineConfig, model: LoadedModel) -> SchedulerSettings:
-    """Return the limits, the policy and the schedule of ``config`` that workers schedule the requests of ``model`` by."""
+    """Return the limits, the policy and the schedule of ``config`` that workers serve ``model`` by."""
     return SchedulerSettings(
         config.max_batch,
         config.prefill_tokens,
