@@ -95,6 +95,11 @@ BENCHMARKS = {
         f"--load 0.6 {PLACED}",
     ),
     "vllm-placed-80": Benchmark("The same at 80%.", f"--load 0.8 {PLACED}"),
+    "falcon-rw-1b-64": Benchmark(
+        "The same model with 64 such requests, beside vLLM too.",
+        "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 100 "
+        "--output_tokens 32 --model falcon-rw-1b --load_format dummy --dtype bfloat16",
+    ),
     "long-prompts": Benchmark(
         "16 requests of about 1,500 prompt tokens with 16 new ones.",
         f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload long_prompts {OPT}",

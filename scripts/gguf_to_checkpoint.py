@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from splitwiser.errors import InputError
-from splitwiser.model.gguf_file import is_gguf
+from splitwiser.model.checkpoints.gguf_file import is_gguf
 from splitwiser.model.loading import load_model
 
 

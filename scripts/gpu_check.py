@@ -126,16 +126,14 @@ def needs_modes(check: Check) -> Iterator[list[str]]:
         yield from doctor(check)
 
 
-def tokens(check: Check) -> Iterator[list[str]]:
-    """Compare every mode's float32 tokens."""
+def tokens(stage: str, options: str, check: Check) -> Iterator[list[str]]:
+    """Compare every mode's float32 tokens, of the requests that the ``options`` of a run name."""
     yield from needs_modes(check)
     modes = ["generate", *(mode for mode in ("mp", "green", "mps", "sequential") if mode in check.modes)]
-    limit = 40
-    if check.quick:
-        modes, limit = [modes[0], modes[-1]], 2
     yield splitwiser(
-        "compare", "--modes", ",".join(modes), "--model", "radiology-opt", "--dtype", "float32", "--limit", str(limit),
-        "--repeats", "1", "--results", str(check.folder("tokens")), *together(check),
+        "compare", "--modes", ",".join([modes[0], modes[-1]] if check.quick else modes), "--dtype", "float32",
+        *options.format(limit=2 if check.quick else 40).split(), "--repeats", "1",
+        "--results", str(check.folder(stage)), *together(check),
     )  # fmt: skip
 
 
@@ -238,6 +236,19 @@ def peers(check: Check) -> Iterator[list[str]]:
         )  # fmt: skip
 
 
+# what is asked of the modes by the stages that compare tokens
+TOKENS = {
+    "tokens": ("", "--model radiology-opt --limit {limit}"),
+    "tokens-t5": (
+        ", of an encoder-decoder",
+        "--model t5-small --load_format dummy --requests {limit} --prompt_tokens uniform:1:200 --output_tokens 8 "
+        "--kv_memory 256MiB",
+    ),
+    "tokens-adapters": (
+        ", with LoRA, prefix tuning and none in one step",
+        "--model radiology-opt --adapter lora,prefix --workload examples/adapters.jsonl",
+    ),
+}
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 
 
@@ -256,7 +267,12 @@ STAGES = {
         52, "features that the modes need: CUDA's start, shared memory, green contexts, priorities, MPS, graphs", probe
     ),
     "doctor": Stage(42, "which modes work here", doctor),
-    "tokens": Stage(80, "every working mode's float32 tokens against those of generate", tokens),
+    **{
+        stage: Stage(
+            80, f"every working mode's float32 tokens against those of generate{of}", partial(tokens, stage, options)
+        )
+        for stage, (of, options) in TOKENS.items()
+    },
     "tests": Stage(LONG_S, "the tests marked gpu that start no processes", tests),
     "tests-processes": Stage(LONG_S, "the other tests marked gpu", process_tests),
     **{

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from splitwiser.engine.decode import Decoder
+from splitwiser.engine.steps import SequenceState
 from splitwiser.errors import InputError
 from splitwiser.study import fresh_runs
 from splitwiser.vllm_backend.environment import find_environment
@@ -60,6 +63,21 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.fixture
+def preempt_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each decode step, requests lose their blocks with a chance of one in eight each, all but one at most."""
+    rng, batch = random.Random(0), Decoder.batch
+
+    def disturbed(decoder: Decoder) -> list[SequenceState]:
+        running = list(decoder._running)
+        for number in rng.sample(running, len(running))[1:]:
+            if rng.random() < 1 / 8:
+                decoder._preempt(number)
+        return batch(decoder)
+
+    monkeypatch.setattr(Decoder, "batch", disturbed)
 
 
 @pytest.fixture(scope="module")

@@ -208,3 +208,32 @@ def test_the_only_adapter_is_the_default(settings: dict[str, Any], default: str)
 )
 def test_settings_of_adapters_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
     assert refusal(RunConfig, **settings) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "caches"),
+    [
+        ({}, None),
+        ({"case_id": 4}, None),  # examples are drawn for each report afresh
+        ({"case_id": 4, "same_examples": True}, True),
+        ({"case_id": 4, "same_examples": True, "prefix_caching": False}, False),
+        ({"case_id": 4, "same_examples": True, "mode": "generate"}, None),
+        ({"prompt_tokens": "5", "prefix_caching": True}, True),
+    ],
+)
+def test_prefix_caching_is_on_where_all_prompts_begin_alike(settings: dict[str, Any], caches: bool | None) -> None:
+    assert RunConfig(**settings).prefix_caching is caches
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"same_examples": True}, "--same_examples: case 0 (null prompt) has no in-context examples"),
+        (
+            {"same_examples": True, "prompt_tokens": "5"},
+            "--same_examples is for cases with in-context examples; give --case_id alone",
+        ),
+    ],
+)
+def test_examples_that_nobody_has_are_refused(settings: dict[str, Any], message: str) -> None:
+    assert refusal(RunConfig, **settings) == message

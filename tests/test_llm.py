@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
 ) -> None:
     monkeypatch.setattr("splitwiser.model.loading.free_memory", lambda _: 1000)
     monkeypatch.setattr("splitwiser.model.loading.draw_weights", pytest.fail)
-    monkeypatch.setattr("splitwiser.model.loading._read_checkpoint", pytest.fail)
+    monkeypatch.setattr("splitwiser.model.loading.read_weights", pytest.fail)
     line = (
         r"its weights in float16 take 0\.0 GiB, and 0\.0 GiB are available on cpu; a smaller dtype or model is needed"
     )
@@ -190,7 +190,7 @@ def test_a_pool_that_does_not_fit_beside_the_weights_is_refused_before_they_are_
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitwiser.model.loading.free_memory", lambda _: 2 << 30)
-    monkeypatch.setattr("splitwiser.model.loading._read_checkpoint", pytest.fail)
+    monkeypatch.setattr("splitwiser.model.loading.read_weights", pytest.fail)
     with pytest.raises(
         InputError, match=r"kv_memory '2GiB' is more than the 2\.0 GiB that are available beside the weights"
     ):
@@ -576,6 +576,20 @@ def test_a_chat_is_the_prompt_that_the_template_writes(mode: str, chatty: Path) 
     assert "edema" in one.text
     assert one.token_ids == plain.token_ids == both[0].token_ids == form.token_ids
     assert [len(output.token_ids) for output in both[1:]] == [1]
+
+
+def test_the_template_writes_a_chat_once(chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[object] = []
+    with LLM(chatty) as llm:
+        write = llm.model.write_chat
+
+        def noted(messages: Any, where: str) -> str:
+            written.append(messages)
+            return write(messages, where)
+
+        monkeypatch.setattr(llm.model, "write_chat", noted)
+        llm.chat([{"role": "user", "content": FINDING}], SamplingParams(max_tokens=1))
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Checks of a run that need no loaded model: before the seconds that importing PyTorch takes, and before many runs."""
 
 from splitwiser.config import RunConfig
-from splitwiser.model.catalog import check_model
-from splitwiser.model.hub import check_hub, find_file
+from splitwiser.model.checkpoints.catalog import check_model
+from splitwiser.model.checkpoints.hub import check_hub, find_file
 from splitwiser.placement.checks import check_backend, find_missing_gpu, refuse_mode_here
 from splitwiser.workload.job import Job, prepare_job
 
@@ -23,7 +23,7 @@ def check_thoroughly(config: RunConfig) -> None:
     """Check what :func:`check_quickly` leaves and what can be found before the model is loaded; imports PyTorch. Raises
     :class:`~splitwiser.errors.InputError`."""
     refuse_mode_here(config.mode, config.device_name)
-    from splitwiser.model.loading import plan_model
+    from splitwiser.model.checkpoints.configuration import plan_model
 
     plan_model(
         config.model,

@@ -7,6 +7,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.options import option
 from splitwiser.placement.config import EngineConfig
+from splitwiser.placement.modes import find_backend, find_mode
 from splitwiser.results.goodput import parse_goodput
 from splitwiser.workload.cases import Case, get_case
 from splitwiser.workload.config import WorkloadConfig
@@ -26,6 +27,11 @@ class RunConfig(WorkloadConfig, EngineConfig):
         WorkloadConfig.__post_init__(self)
         if self.source == "case":
             self._check_case(get_case(Path(self.cases), self.case_id))
+        shares = (
+            find_mode(self.mode).layout is not None and "prefix_caching" not in find_backend(self.backend).not_taken
+        )
+        if self.prefix_caching is None and self.same_examples and shares:
+            object.__setattr__(self, "prefix_caching", True)
         check_results(self.results)
         if self.goodput is not None:
             parse_goodput(self.goodput)
@@ -33,6 +39,8 @@ class RunConfig(WorkloadConfig, EngineConfig):
     def _check_case(self, case: Case) -> None:
         """Set the adapter of a case that runs with one, if none is given: the one that comes with the model. Raises
         :class:`InputError` unless requests then have an adapter of the case's kind."""
+        if self.same_examples and not case.examples:
+            raise InputError(f"--same_examples: case {case.case_id} ({case.description}) has no in-context examples")
         if case.method == "discrete":
             return
         kind = case.method.upper()

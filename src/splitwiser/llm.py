@@ -21,7 +21,7 @@ from splitwiser.engine.progress_bar import ProgressBar
 from splitwiser.engine.sampling import sample_seed
 from splitwiser.errors import InputError, check_keywords, unknown_name
 from splitwiser.machine.device import release_memory
-from splitwiser.model.checkpoint import describe_own_sampling
+from splitwiser.model.checkpoints.checkpoint import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
@@ -79,6 +79,10 @@ class LLM:
                 ``decode_first``, ``hybrid`` (a chunk of the prompts and the decode tokens of all running requests in one
                 step), or ``MODULE:CLASS`` of an importable class with the method of
                 :class:`~splitwiser.engine.schedule.Schedule`.
+            - ``reserve``: whether to reserve KV blocks for a request's longest answer at admission. Else it takes blocks
+                as it grows; where none is free, the one that the policy puts last is preempted, to be recomputed later.
+            - ``prefix_caching``: whether prompts that begin alike share the KV blocks of their beginning, also with those of
+                earlier calls.
             - ``max_batch``: maximum number of requests in one decode step.
             - ``batch_size``: rows of a padded batch in mode ``generate``.
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step; with schedule ``hybrid``, maximum
@@ -256,6 +260,10 @@ class LLM:
                 )
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
+        prompts = [
+            _write_chat(self.model, f"request {number}", prompt) if _is_chat(prompt) else prompt
+            for number, prompt in enumerate(prompts)
+        ]
         requests = self.make_requests(
             prompts, sampling_params, arrival_s, adapter, priority=priority, ttft_target_ms=ttft_target_ms
         )
@@ -263,7 +271,7 @@ class LLM:
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
             outputs = self.run(requests, watching, time.perf_counter_ns(), max_concurrency)
         for output in outputs:
-            output.prompt = _text(self.model, prompts[output.prompt_id])
+            output.prompt = _text(prompts[output.prompt_id])
         firsts = [output for output in outputs if output.sample == 0]
         for output in outputs:
             if output.sample:
@@ -405,9 +413,10 @@ def _check_urgency(priority: object, ttft_target_ms: float | None, where: str) -
 
 def _token_ids(model: LoadedModel, where: str, prompt: PromptInput) -> tuple[int, ...]:
     if _is_chat(prompt):
-        text = _write_chat(model, where, prompt)
-        assert model.tokenizer is not None  # it has written the text, with all special tokens that there should be
-        return tuple(model.tokenizer(text, add_special_tokens=False).input_ids)
+        prompt = _write_chat(model, where, prompt)
+    if isinstance(prompt, _ChatText):
+        assert model.tokenizer is not None  # it has written the text
+        return tuple(model.tokenizer(str(prompt), add_special_tokens=False).input_ids)
     given = _unwrap(prompt, where) if isinstance(prompt, Mapping) else prompt
     if not isinstance(given, str):
         try:
@@ -425,18 +434,22 @@ def _is_chat(prompt: PromptInput) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(prompt, Mapping) and "messages" in prompt
 
 
-def _write_chat(model: LoadedModel, where: str, chat: Mapping[str, Any]) -> str:
+class _ChatText(str):
+    """A chat as its model's template wrote it, with all special tokens that there should be."""
+
+    __slots__ = ()
+
+
+def _write_chat(model: LoadedModel, where: str, chat: Mapping[str, Any]) -> _ChatText:
     """Return ``chat`` as the text that the model answers. Raises :class:`InputError`."""
     check_keywords(f"key of {where}'s chat", chat, ("messages",))
-    return model.write_chat(check_messages(chat["messages"], where), where)
+    return _ChatText(model.write_chat(check_messages(chat["messages"], where), where))
 
 
-def _text(model: LoadedModel, prompt: PromptInput) -> str | None:
+def _text(prompt: PromptInput) -> str | None:
     """Return the text of a prompt that was served; None if it was given as token ids."""
-    if _is_chat(prompt):
-        return _write_chat(model, "the prompt", prompt)
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-    return text if isinstance(text, str) else None
+    return str(text) if isinstance(text, str) else None
 
 
 def _unwrap(prompt: Mapping[str, Any], where: str) -> str | Iterable[int]:

@@ -302,7 +302,8 @@ class RequestMetrics:
 
     TTFT counts from the arrival, so it includes waiting. TPOT is (E2E - TTFT) / (output tokens - 1), as vLLM defines it. A
     request that was cancelled, at ``cancelled_ns``, has the latencies of the tokens that it had by then, and nan for E2E and
-    for those that need a token if it had none.
+    for those that need a token if it had none. ``cached_tokens`` are prompt tokens whose K and V prefill found;
+    ``preemptions`` counts how often the request lost its blocks and was recomputed.
     """
 
     arrival_ns: int
@@ -311,6 +312,8 @@ class RequestMetrics:
     decode_start_ns: int | None = None
     prefill_worker: str = ""
     decode_worker: str = ""
+    cached_tokens: int = 0
+    preemptions: int = 0
     cancelled_ns: int | None = None
 
     def __repr__(self) -> str:

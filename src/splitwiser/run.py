@@ -58,10 +58,6 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
             priority=job.priority,
             ttft_target_ms=job.ttft_target_ms,
         )
-        used = {request.adapter.name for request in requests}
-        for name in config.adapter_files:
-            if name not in used:
-                tqdm.write(f"note: no request uses adapter {name}")
         directory = make_run_directory(Path(config.results), llm.model.name, job.label, config.mode)
         recorder = RunRecorder(
             directory,
@@ -95,12 +91,15 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
 
 
 def _note_unread(job: Job, config: RunConfig) -> Job:
-    """Return ``job`` with a note of what its requests say for policies and the run's does not read."""
+    """Return ``job`` with a note of what its requests say for policies and the run's does not read, and of adapters that
+    none of them has."""
     notes = [
         f"{name} of the requests changes nothing: it is for --policy {' or '.join(readers)}, and this is {config.policy}"
         for name, readers in READ_BY.items()
         if any(getattr(job, name)) and not reads(config.policy, name)
     ]
+    used = {config.default_adapter if name is None else name for name in job.adapters}
+    notes += [f"no request uses adapter {name}" for name in config.adapter_files if name not in used]
     return replace(job, notes=(*job.notes, *notes))
 
 
@@ -161,7 +160,14 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
         "schedule": describe_schedule(config.schedule) if config.mixes else None,
         "mps": llm.started.mps,
         "backend": llm.started.backend,
-        "kv_pool": pool and {"blocks": pool.blocks, "block_tokens": pool.block_tokens, "bytes": pool.nbytes},
+        "kv_pool": pool
+        and {
+            "blocks": pool.blocks,
+            "block_tokens": pool.block_tokens,
+            "bytes": pool.nbytes,
+            "reserve": config.reserve or llm.model.encodes,
+            "prefix_caching": bool(config.prefix_caching) and not llm.model.encodes,
+        },
         "division": llm.started.division,
         "kernels": llm.started.kernels,
         "load_s": llm.model.load_s,

@@ -22,7 +22,7 @@ from splitwiser.llm import LLM
 from splitwiser.machine import cgroup
 from splitwiser.machine import load as machine_load
 from splitwiser.machine.load import Load
-from splitwiser.model.catalog import EMBEDDED_MODEL, resolve_model
+from splitwiser.model.checkpoints.catalog import EMBEDDED_MODEL, resolve_model
 from splitwiser.model.kernels.interface import AttentionKernel, PoolKernels
 from splitwiser.placement.modes import MODES
 from tests.support.assertions import refusal

@@ -14,7 +14,7 @@ from splitwiser import LLM, SamplingParams
 from splitwiser.model.adapters.lora import LoraLinear
 from splitwiser.model.kernels.packed_linear import PackedLinear, find_packing_problem
 from splitwiser.request import RequestOutput
-from tests.support.adapters import ADAPTERS, DIFFERENT, LAYERS, make_adapter, peft_tokens
+from tests.support.adapters import ADAPTERS, DECODERS, DIFFERENT, ENCODER_DECODERS, make_adapter, peft_tokens
 from tests.support.assertions import refusal
 from tests.support.commands import invoke, only_run, write_workload
 from tests.support.models import POSITIONS, make_tiny
@@ -56,10 +56,42 @@ def test_an_adapter_alone(adapter: str, tiny: Callable[[str], Path]) -> None:
     assert expected(model, [adapter])[adapter] != peft_tokens("none", model, PROMPTS, NEW)
 
 
-@pytest.mark.parametrize("architecture", LAYERS)
+@pytest.mark.parametrize("architecture", DECODERS)
 def test_all_adapters_and_none_in_one_step(architecture: str, tiny: Callable[[str], Path]) -> None:
     outputs = ask(tiny(architecture), ADAPTERS, list(EACH))
     assert tokens_of(outputs) == expected(tiny(architecture), EACH)
+
+
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
+def test_loras_and_none_in_one_step_of_an_encoder_decoder(architecture: str, tiny: Callable[[str], Path]) -> None:
+    names = ["lora", "rslora", "none"]
+    outputs = ask(tiny(architecture), names[:2], list(names))
+    assert tokens_of(outputs) == expected(tiny(architecture), names)
+    assert len({str(tokens) for tokens in expected(tiny(architecture), names).values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "merged"),
+    [
+        ("generate", False),
+        ("generate", True),
+        ("sequential", True),
+        pytest.param("mp", False, marks=pytest.mark.slow),
+        pytest.param("green", False, marks=pytest.mark.gpu),
+    ],
+)
+def test_a_lora_of_an_encoder_decoder_in_other_modes(mode: str, merged: bool, tiny: Callable[[str], Path]) -> None:
+    outputs = ask(tiny("t5"), ["lora"], ["lora"] if merged else ["lora", "none"], mode=mode, merge_adapter=merged)
+    assert tokens_of(outputs) == expected(tiny("t5"), ["lora"] if merged else ["lora", "none"])
+
+
+def test_sources_of_one_token_alone_have_their_own_adapters(tiny: Callable[[str], Path]) -> None:
+    model, prompts = tiny("t5"), [[5], [6], [7]]  # then a step has as many answers as tokens of sources
+    names = ["lora", "none", "rslora"]
+    with LLM(model, adapters={name: make_adapter(name, model) for name in ("lora", "rslora")}) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW, ignore_eos=True), adapter=names)
+    pairs = zip(names, prompts, strict=True)
+    assert [each.token_ids for each in outputs] == [peft_tokens(name, model, [each], NEW)[0] for name, each in pairs]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +113,30 @@ def test_all_adapters_and_none_in_hybrid_steps(budget: int, tiny: Callable[[str]
             adapter=[name for name in EACH for _ in PROMPTS],
         )
     assert tokens_of(outputs) == expected(tiny("llama"), EACH)
+
+
+@pytest.mark.usefixtures("preempt_at_random")
+def test_each_adapter_has_its_own_beginnings(tiny: Callable[[str], Path]) -> None:
+    model, names = tiny("llama"), ["lora", "prefix", "prompt", "none"]  # 10 and 37 virtual tokens
+    common, *ends = prompts_of([50, 1, 2, 30])
+    prompts = [[*common, *end] for end in ends]
+    with LLM(
+        model,
+        adapters={name: make_adapter(name, model) for name in names[:-1]},
+        use_adapter="none",
+        prefix_caching=True,
+        prefill_tokens=24,
+    ) as llm:
+        outputs = llm.generate(
+            prompts * len(names),
+            SamplingParams(max_tokens=10, ignore_eos=True),
+            adapter=[name for name in names for _ in prompts],
+        )
+    expected = [tokens for name in names for tokens in peft_tokens(name, model, prompts, 10)]
+    assert [output.token_ids for output in outputs] == expected
+    # own blocks begin with what of the virtual tokens fills none: 0, 10, 5 and 0 of 16
+    cached = [output.metrics.cached_tokens for output in outputs]
+    assert cached == [0, 48, 48, 0, 38, 38, 0, 43, 43, 0, 48, 48]
 
 
 def test_without_compiled_kernels(tiny: Callable[[str], Path]) -> None:
@@ -177,9 +233,21 @@ def test_virtual_tokens_before_positions_that_depend_on_the_length_are_refused(t
 
 
 @pytest.mark.parametrize("mode", ["generate", "sequential"])
-def test_an_adapter_of_an_encoder_decoder_is_refused(mode: str, tiny: Callable[[str], Path]) -> None:
-    message = refusal(LLM, tiny("t5"), mode=mode, adapters={"a": make_adapter("lora", tiny("llama"))})
-    assert "is an encoder-decoder, and adapters are served with decoders alone" in message
+@pytest.mark.parametrize("adapter", ["prefix", "prompt", "p-tuning"])
+def test_virtual_tokens_of_an_encoder_decoder_are_refused(mode: str, adapter: str, tiny: Callable[[str], Path]) -> None:
+    message = refusal(LLM, tiny("t5"), mode=mode, adapters={"a": make_adapter(adapter, tiny("t5"))})
+    kind = {"prefix": "prefix tuning", "prompt": "prompt tuning"}.get(adapter, adapter)
+    assert message.startswith(f"--adapter a: {kind} is not served with encoder-decoders")
+
+
+@pytest.mark.parametrize(("made_for", "needed"), [("llama", "t5"), ("t5", "llama")])
+def test_an_adapter_for_another_kind_of_model_is_refused(
+    made_for: str, needed: str, tiny: Callable[[str], Path]
+) -> None:
+    message = refusal(LLM, tiny(needed), adapters={"a": make_adapter("lora", tiny(made_for))})
+    tasks = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+    assert f"is made for the task {tasks[made_for]}" in message
+    assert message.endswith(f"one for {tasks[needed]} is needed")
 
 
 def test_an_unknown_name_is_refused(tiny: Callable[[str], Path]) -> None:
@@ -200,7 +268,7 @@ def test_an_adapter_of_another_model_is_refused(tiny: Callable[[str], Path]) -> 
 def test_a_workload_names_adapters(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     model = tiny("opt")
     workload = write_workload(tmp_path / "w.json", PROMPTS, NEW, adapter=["lora", None, "none"])
-    given = [f"--adapter={name}={make_adapter(name, model)}" for name in ("lora", "prefix")]
+    given = [f"--adapter={name}={make_adapter(name, model)}" for name in ("lora", "prefix", "prompt")]
     done = invoke(
         "run", "--model", model, "--workload", workload, *given, "--use_adapter", "prefix", "--ignore_eos",
         "--results", tmp_path / "out",
@@ -211,6 +279,8 @@ def test_a_workload_names_adapters(tmp_path: Path, tiny: Callable[[str], Path]) 
     assert list(rows.adapter) == ["lora", "prefix", ""]
     record = yaml.safe_load((run / "run.yaml").read_text())
     assert record["adapters"]["lora"].startswith("LoRA, rank 4, from ")
+    assert record["requests"]["notes"] == ["no request uses adapter prompt"]
+    assert "note: no request uses adapter prompt" in done.stdout
     tokens = pd.read_csv(run / "tokens.csv").sort_values("request_id").token_ids
     made = [[*map(int, text.split())] for text in tokens]
     assert made == [

@@ -552,7 +552,12 @@ def test_pages_have_the_tables_of_the_newest_check() -> None:
 
 
 @pytest.mark.usefixtures("runs_here")
-def test_the_tokens_of_two_modes_are_compared_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stage", "requests"), [("tokens", "2"), ("tokens-adapters", "12")])
+def test_the_tokens_of_two_modes_are_compared_and_summed_up(
+    stage: str, requests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+
     def run_here(command: Sequence[str], log: Path, *_: object) -> str:
         assert list(command[:3]) == gpu_check.splitwiser()
         done = invoke(*command[3:])
@@ -563,9 +568,9 @@ def test_the_tokens_of_two_modes_are_compared_and_summed_up(tmp_path: Path, monk
     check = Check(tmp_path / "work", quick=True)
     works = {"modes": [{"mode": mode, "works": mode != "mps"} for mode in MODES]}
     (check.folder("doctor") / "doctor.json").write_text(json.dumps(works))
-    assert run(tmp_path, {"tokens": gpu_check.STAGES["tokens"]}, quick=True) == []
-    shown = [line.split() for line in gpu_check.summarise(check, ["tokens"])]
-    assert ["sequential", "2", "0", "0"] in shown  # two requests, no other tokens, no other prompts
+    assert run(tmp_path, {stage: gpu_check.STAGES[stage]}, quick=True) == []
+    shown = [line.split() for line in gpu_check.summarise(check, [stage])]
+    assert ["sequential", requests, "0", "0"] in shown  # no other tokens, no other prompts
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from splitwiser.results.report import STAND_IN_WARNING, write_report
+from tests.support.adapters import make_adapter, peft_tokens
 from tests.support.assertions import assert_says
 from tests.support.commands import only_run, write_workload
 from tests.support.stand_in.build import Ran, StandIn
@@ -30,7 +31,8 @@ import json, sys
 from splitwiser import LLM, SamplingParams
 asked = json.loads(sys.argv[1])
 with LLM(asked["model"], dtype="float32", **asked["settings"]) as llm:
-    outputs = llm.generate(asked["prompts"], SamplingParams(max_tokens=asked["new_tokens"]))
+    params = SamplingParams(max_tokens=asked["new_tokens"], ignore_eos="adapter" in asked)
+    outputs = llm.generate(asked["prompts"], params, adapter=asked.get("adapter"))
     print(json.dumps({"tokens": [output.token_ids for output in outputs], "kernels": llm.started.kernels}))
 """
 
@@ -80,6 +82,37 @@ def test_a_mode_makes_the_tokens_of_generate(
     if settings["mode"] != "generate":
         assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
         assert "captured" in ran.log
+
+
+@pytest.mark.parametrize(("architecture", "mode"), [("t5", "sequential"), ("bart", "mp"), ("t5", "mps")])
+def test_an_encoder_decoder_makes_the_tokens_of_generate(
+    architecture: str, mode: str, on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    model, prompts = tiny(architecture), prompts_of(LENGTHS)
+    asked = {"model": str(model), "settings": {"device": "cuda", "max_batch": 8, "mode": mode}, "prompts": prompts}
+    made = printed(run_script(on_stand_in, GENERATE, json.dumps({**asked, "new_tokens": NEW_TOKENS})))
+    assert made["tokens"] == references(model, prompts, NEW_TOKENS)
+    assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("mode", ["sequential", "mp", "mps"])  # green is marked gpu, see below
+def test_adapters_of_one_step_make_the_tokens_of_peft(
+    architecture: str, mode: str, on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    adapters = ["lora", "rslora", "none"] if architecture == "t5" else ["lora", "prefix", "prompt", "none"]
+    model, prompts = tiny(architecture), prompts_of([5, 40, 1])
+    given = {name: str(make_adapter(name, model)) for name in adapters if name != "none"}
+    asked = {
+        "model": str(model),
+        "settings": {"device": "cuda", "max_batch": 8, "mode": mode, "adapters": given},
+        "prompts": prompts * len(adapters),
+        "adapter": [name for name in adapters for _ in prompts],
+        "new_tokens": 6,
+    }
+    made = printed(run_script(on_stand_in, GENERATE, json.dumps(asked)))
+    assert made["tokens"] == [tokens for name in adapters for tokens in peft_tokens(name, model, prompts, 6)]
+    assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
 
 
 def test_workers_of_mode_mps_know_daemon_and_share_when_cuda_starts(
@@ -219,6 +252,7 @@ def test_green_contexts_that_are_not_permitted_are_told_before_a_run(on_stand_in
         "placement/test_processes.py -k not_depend_on_the_workers",
         "placement/test_mps_daemon.py",
         "test_llm.py",
+        "end_to_end/test_adapters.py",
         "end_to_end/test_token_identity.py -k green",
     ],
 )
@@ -234,7 +268,18 @@ def test_what_needs_a_gpu_passes(tests: str, on_stand_in: StandIn) -> None:
 
 @pytest.mark.parametrize(
     "stage",
-    ["doctor", "tokens", "tests", "tests-processes", "compare-125m", "compare-125m-60", "interference", "paper"],
+    [
+        "doctor",
+        "tokens",
+        "tokens-t5",
+        "tokens-adapters",
+        "tests",
+        "tests-processes",
+        "compare-125m",
+        "compare-125m-60",
+        "interference",
+        "paper",
+    ],
 )
 def test_a_stage_of_the_check_ends_with_its_results(stage: str, on_stand_in: StandIn, tmp_path: Path) -> None:
     """All but the probes, which are of a device's physics, and the peers, whose processes do without the emulator."""

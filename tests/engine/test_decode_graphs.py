@@ -125,14 +125,14 @@ def test_tables_are_sent_only_where_the_batch_changes(
     sent: list[int] = []
     load_tables = FixedDecodeStep._load_tables
 
-    def noting(step: FixedDecodeStep, blocks: Sequence[Sequence[int]]) -> None:
-        sent.append(len(blocks))
-        load_tables(step, blocks)
+    def noting(step: FixedDecodeStep, rows: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
+        sent.append(len(rows))
+        load_tables(step, rows, blocks)
 
     monkeypatch.setattr(FixedDecodeStep, "_load_tables", noting)
     model, pool = loaded(tiny("opt"))
     tokens_of(model, pool, DecodeGraphs(model, pool, max_batch=8))
-    assert sent == [8, 8]  # twelve steps, and one request takes another's place half-way
+    assert sent == [8, 1]  # twelve steps, and one request takes another's place half-way
 
 
 def test_layers_share_what_a_mask_means(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from splitwiser.model import attention
 from splitwiser.model.adapters.files import find_adapters
 from splitwiser.model.adapters.serving import attach_adapters
 from splitwiser.model.attention import AttentionOptions, Mask
-from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.checkpoints.catalog import CatalogEntry
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.choose import load_kernels

@@ -71,6 +71,11 @@ def test_the_chats_are_read() -> None:
     assert {each.new_tokens for each in requests} == {60}
 
 
+def test_the_requests_with_adapters_name_those_of_the_embedded_model() -> None:
+    requests = read_request_lines(EXAMPLES / "adapters.jsonl")
+    assert {each.adapter for each in requests} == {"lora", "prefix", "none"}
+
+
 @pytest.mark.slow
 def test_custom_policy() -> None:
     lines = run("custom_policy").splitlines()

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from splitwiser import LLM, SamplingParams
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.model import compatibility, trials
+from splitwiser.model import attach, trials
+from splitwiser.model.checkpoints.configuration import DTYPES
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens, try_kernels
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.loading import DTYPES, LoadedModel, load_model
+from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.models import POSITIONS, make_tiny
 
 
@@ -90,11 +91,11 @@ def test_refuses_a_model_that_is_wrong_in_one_kind_of_step(tokens: int, tiny: Ca
 
 
 def test_refuses_parts_that_are_fused_wrongly(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fuse_wrongly(module: torch.nn.Module) -> None:
+    def fuse_wrongly(module: torch.nn.Module, *_: object) -> None:
         module.get_parameter("model.norm.weight").data.neg_()
 
-    monkeypatch.setattr("splitwiser.model.compatibility.fuse_parts", fuse_wrongly)
-    monkeypatch.setattr("splitwiser.model.compatibility.pack_linears", lambda _: None)
+    monkeypatch.setattr("splitwiser.model.attach.fuse_parts", fuse_wrongly)
+    monkeypatch.setattr("splitwiser.model.attach.pack_linears", lambda _: None)
     model = load_model(tiny("llama"), dtype="bfloat16", device="cpu", load_format="auto")
     with pytest.raises(UnsupportedModelError, match="its logits change when its modules are fused"):
         attach_engine(model, pack=True)
@@ -183,7 +184,7 @@ def test_a_model_that_makes_more_of_rounding_is_measured_by_that(
 
 
 def test_no_rounding_excuses_all_differences(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compatibility, "_find_rounding", lambda *_: 10.0)
+    monkeypatch.setattr(attach, "_find_rounding", lambda *_: 10.0)
     model = load_model(tiny("opt"), dtype="bfloat16", device="cpu", load_format="auto")
     layer = model.module.model.decoder.layers[1]
     assert isinstance(layer, torch.nn.Module)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from splitwiser.config import RunConfig
+from splitwiser.model.checkpoints.configuration import DTYPES
 from splitwiser.model.dtypes import SPELLINGS, dtype_name
-from splitwiser.model.loading import DTYPES
 from tests.support.assertions import refusal
 
 

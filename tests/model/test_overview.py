@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from splitwiser import constants
-from splitwiser.model.catalog import load_catalog
+from splitwiser.model.checkpoints.catalog import load_catalog
 from splitwiser.model.overview import Overview, describe_model
 
 CATALOG = load_catalog(constants.MODELS)
@@ -29,9 +29,9 @@ def test_parameters_and_bytes_are_those_of_the_model(name: str, parameters: int,
     assert describe_model(CATALOG[name], constants.MODELS) == Overview(parameters, 2 * parameters, route, "yes")
 
 
-def test_an_encoder_decoder_is_served_without_adapters() -> None:
+def test_an_encoder_decoder_is_served_with_lora() -> None:
     found = describe_model(CATALOG["t5-small"], constants.MODELS)
-    assert (found.route, found.adapters) == ("packed, encoder-decoder", "no")
+    assert (found.route, found.adapters) == ("packed, encoder-decoder", "LoRA")
 
 
 def test_a_model_that_is_refused_is_counted_and_said_why(tmp_path: Path) -> None:

@@ -68,6 +68,21 @@ def test_requests_of_all_lengths_in_one_step_are_rotated_as_each_alone(name: str
     assert tokens(directory, prompts, prefill_tokens=24, schedule="hybrid") == alone
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[NEW] * (name in ONLY_NEW)) for name in SCALED])
+@pytest.mark.usefixtures("preempt_at_random")
+def test_preempted_requests_and_those_that_begin_alike(name: str, tmp_path: Path) -> None:
+    model = make(name, tmp_path)
+    beginning = prompts_of([90])[0]
+    prompts = [beginning[:length] for length in (40, 40, 50, 60, 63, 64, 90)]  # across the original length of 64
+    alone = tokens(model, prompts, mode="generate", batch_size=1)
+    with LLM(model, prefix_caching=True, prefill_tokens=24) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS))
+    assert [output.token_ids for output in outputs] == alone
+    assert any(output.metrics.preemptions for output in outputs)
+    cached = [output.metrics.cached_tokens for output in outputs]
+    assert cached == [0, 32, 32, 0, 0, 0, 0]  # only those that stay below it share
+
+
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_mode_generate_does_not_let_requests_change_each_other(name: str, tmp_path: Path) -> None:
     directory, prompts = make(name, tmp_path), prompts_of([90, 66])  # the long one first

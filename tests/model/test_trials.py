@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.model import compatibility, trials
+from splitwiser.model import attach, compatibility, trials
 from splitwiser.model.compatibility import attach_engine, padding_changes_tokens
 from splitwiser.model.forward import forward
 from splitwiser.model.fusing import _Recorder, describe_parts
@@ -164,7 +164,7 @@ def test_a_refused_model_is_tried_again_and_stays_refused(
     tiny: Callable[[str], Path], tried: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(compatibility, "agree", lambda *_: False)
+        patch.setattr(attach, "agree", lambda *_: False)
         for _ in range(2):
             tried.clear()
             with pytest.raises(UnsupportedModelError, match="do not give the same logits"):

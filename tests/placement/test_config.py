@@ -20,6 +20,11 @@ from tests.support.assertions import assert_says, refusal
         ({"kv_memory": "much"}, ["kv_memory 'much' is not a size"]),
         ({"mps": "shared"}, ["unknown --mps 'shared'", "private", "existing"]),
         ({"mode": "generate", "policy": "priority"}, ["mode generate", "policy priority applies to other modes"]),
+        (
+            {"mode": "generate", "reserve": True},
+            ["mode generate runs transformers' own engine; --reserve applies to other"],
+        ),
+        ({"mode": "generate", "prefix_caching": True}, ["mode generate", "--prefix_caching applies to other modes"]),
         ({"policy": "priority:age=5"}, ["policy priority:age=5: unknown parameter 'age'; did you mean ageing_s?"]),
         ({"schedule": "hybird"}, ["unknown schedule 'hybird'; did you mean hybrid?"]),
         (

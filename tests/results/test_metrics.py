@@ -114,11 +114,22 @@ def test_throughput_column_of_two_worked_requests(column: str, value: float) -> 
 def test_throughput_columns_are_those_documented() -> None:
     counts = [
         "duration", "completed", "failed", "cancelled", "total_input_tokens", "total_output_tokens", "request_throughput",
-        "request_goodput", "output_throughput", "total_token_throughput",
+        "request_goodput", "requests_in_flight", "output_throughput", "total_token_throughput",
     ]  # fmt: skip
     metrics = ("ttft", "tpot", "itl", "e2el", "handoff")
     statistics = [f"{statistic}_{metric}_ms" for metric in metrics for statistic in STATISTICS]
     assert list(throughput_figures([WORKED], 0, START_NS)) == counts + statistics
+
+
+def test_requests_in_flight_are_those_between_their_first_and_last_token() -> None:
+    outputs = [
+        make_output(0, tokens=(100, 500, 900)),
+        make_output(1, tokens=(200, 400)),
+        make_output(2, tokens=(1000,)),
+    ]
+    assert throughput_figures(outputs, 0, START_NS)["requests_in_flight"] == pytest.approx(
+        1.0
+    )  # 800 and 200 of 1,000 ms
 
 
 def test_duration_counts_from_the_start_and_not_from_the_first_arrival() -> None:
@@ -164,6 +175,7 @@ def test_cancelled_requests_count_as_far_as_they_came() -> None:
     assert {name: changed[name] for name in changed if "_itl_" not in name and "_tpot_" not in name} == {
         "cancelled": 2,
         "total_output_tokens": 6,
+        "requests_in_flight": pytest.approx(0.5),
         "output_throughput": 6 / 0.3,
         "total_token_throughput": 13 / 0.3,
     }

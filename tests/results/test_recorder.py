@@ -119,8 +119,9 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
     [
         (
             "latency.csv",
-            "request_id,prompt_id,sample,prompt_tokens,output_tokens,adapter,priority,arrival_s,prefill_start_s,first_token_s,"
-            "finish_s,queue_ms,ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,finish_reason,prefill_worker,decode_worker",
+            "request_id,prompt_id,sample,prompt_tokens,cached_tokens,output_tokens,preemptions,adapter,priority,arrival_s,"
+            "prefill_start_s,first_token_s,finish_s,queue_ms,ttft_ms,handoff_ms,tpot_ms,itl_p50_ms,itl_p99_ms,e2el_ms,"
+            "finish_reason,prefill_worker,decode_worker",
         ),
         ("steps.csv", "worker,role,phase,start_s,end_s,requests,tokens,decode_tokens"),
         ("generations.csv", "request_id,finding,summary_ref,summary_gen"),
@@ -128,7 +129,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         (
             "throughput.csv",
             "run_id,model,case_id,backend,mode,workers,device,dtype,quantization,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,cancelled,total_input_tokens,"
-            "total_output_tokens,request_throughput,request_goodput,output_throughput,total_token_throughput,"
+            "total_output_tokens,request_throughput,request_goodput,requests_in_flight,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"
                 for metric in ("ttft", "tpot", "itl", "e2el", "handoff")

@@ -63,7 +63,7 @@ def make_environment(directory: Path, program: str) -> Path:
 def test_an_encoder_decoder_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     config = RunConfig(model=str(tiny("t5")), workload=str(write_workload(tmp_path / "mine.json", PROMPTS)))
     message = refusal(share_with_peers, config, prepare_job(config, 0), tmp_path)
-    assert message == "model tiny-t5 is an encoder-decoder; profile, advise and peers take decoders only"
+    assert message == "model tiny-t5 is an encoder-decoder, which no peer serves; leave --peer out"
 
 
 @pytest.mark.parametrize(

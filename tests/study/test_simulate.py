@@ -167,7 +167,7 @@ CONDITIONS = Conditions(1.1, 1.2, 1.7, 1.5, 0.001)
 def test_every_token_comes_once_and_blocks_are_never_over_committed(layout: WorkerLayout, seed: int) -> None:
     machine = Machine({1: ONE_THREAD, 2: TWO_THREADS}, cores=2, blocks=120, block_tokens=8)
     requests, seen = workload(seed), Seen()
-    outputs = simulate(requests, machine, Setup(layout, 64, 8), CONDITIONS, observer=seen)
+    outputs = simulate(requests, machine, Setup(layout, 64, 8, reserve=True), CONDITIONS, observer=seen)
     assert [len(output.token_ids) for output in outputs] == [each.max_tokens for each in requests]
     for output, each in zip(outputs, requests, strict=True):
         times = [each.arrival_s * 1e9, output.metrics.prefill_start_ns, *output.metrics.token_ns]

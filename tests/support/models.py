@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from splitwiser import constants
-from splitwiser.model.catalog import EMBEDDED_MODEL
+from splitwiser.model.checkpoints.catalog import EMBEDDED_MODEL
 from splitwiser.model.tiny import POSITIONS as POSITIONS
 from splitwiser.model.tiny import VOCABULARY as VOCABULARY
 from splitwiser.model.tiny import save_tiny, tiny_config

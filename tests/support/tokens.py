@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from splitwiser.model.checkpoints.weights import auto_class
 from splitwiser.model.kv_pool import block_nbytes
-from splitwiser.model.loading import auto_class, load_model
+from splitwiser.model.loading import load_model
 from splitwiser.model.routes import ROUTES
 from tests.support.models import VOCABULARY
 

@@ -115,6 +115,17 @@ def test_examples_are_drawn_afresh_for_each_report() -> None:
     assert len({tuple(numbers_drawn(prompt)) for prompt in prompts}) > 15
 
 
+def test_the_same_examples_are_drawn_for_all_but_themselves() -> None:
+    reports = [*ASKED[:3], *MANY, *ASKED[3:]]
+    prompts = get_case(CASES, 4).prompts(reports, MANY, seed=0, same=True)
+    drawn = [tuple(numbers_drawn(prompt)[:4]) for prompt in prompts]
+    common = drawn[0]
+    assert [each for each, report in zip(drawn, reports, strict=True) if report in ASKED] == [common] * len(ASKED)
+    others = {number: each for number, each in enumerate(drawn[3:53]) if each != common}
+    assert sorted(others) == sorted(common)
+    assert all(number not in each for number, each in others.items())
+
+
 def test_every_training_report_can_be_drawn() -> None:
     prompts = get_case(CASES, 4).prompts(ASKED * 5, MANY, seed=0)
     assert {number for prompt in prompts for number in numbers_drawn(prompt)} == set(range(len(MANY)))

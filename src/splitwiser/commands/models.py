@@ -6,7 +6,7 @@ from pathlib import Path
 
 from splitwiser.config import RunConfig
 from splitwiser.errors import RunError
-from splitwiser.model.catalog import CatalogEntry, load_catalog
+from splitwiser.model.checkpoints.catalog import CatalogEntry, load_catalog
 from splitwiser.options import add_options
 from splitwiser.results.terminal import columns
 from splitwiser.text import format_size

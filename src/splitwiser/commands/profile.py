@@ -2,7 +2,7 @@
 
 import argparse
 
-from splitwiser.model.catalog import check_decoder
+from splitwiser.model.checkpoints.catalog import check_decoder
 from splitwiser.options import add_options, given_options
 from splitwiser.study.config import ProfileConfig
 

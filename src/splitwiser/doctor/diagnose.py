@@ -15,7 +15,7 @@ from splitwiser.doctor import survey
 from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.probe import ProbeError, ask, ask_ahead, stopping_probes
 from splitwiser.errors import InputError, first_line
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.placement.modes import MODES
 from splitwiser.results.terminal import columns
 

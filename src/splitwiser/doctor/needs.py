@@ -10,14 +10,16 @@ from splitwiser import constants
 from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.survey import Found
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
-from splitwiser.model.catalog import CatalogEntry, resolve_model
-from splitwiser.model.checkpoint import WEIGHT_FILES, find_checkpoint_problem
+from splitwiser.model.checkpoints.catalog import CatalogEntry, resolve_model
+from splitwiser.model.checkpoints.checkpoint import WEIGHT_FILES, find_checkpoint_problem
+from splitwiser.model.checkpoints.configuration import plan_model
+from splitwiser.model.checkpoints.hub import find_file, not_available
+from splitwiser.model.checkpoints.tokenizer import has_tokenizer_files, load_tokenizer
+from splitwiser.model.checkpoints.weights import weights_nbytes, without_memory
 from splitwiser.model.dispatch.table import find_dispatch_problem
-from splitwiser.model.hub import find_file, not_available
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
-from splitwiser.model.loading import longest_request, max_positions, plan_model, weights_nbytes, without_memory
-from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
+from splitwiser.model.loading import longest_request, max_positions
 from splitwiser.text import format_size, parse_bytes
 
 DOWNLOAD = "not in the local cache, so a run downloads it first"

@@ -1,11 +1,13 @@
 """The decode side of a worker: owns KV blocks, admits requests, runs batched decode steps and frees the blocks."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
+from splitwiser.engine.prefixes import Chain, PrefixCache
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
@@ -25,12 +27,20 @@ class DecodeResult:
 class Decoder:
     """Admits requests, at most ``max_batch`` at a time, and decodes them in one batch once they are prefilled.
 
-    All blocks that a request may ever need are reserved at admission, so a running request never waits for another, and
-    admission cannot deadlock. ``policy`` gives the order of admission. ``on_itl`` is called with each time between two
-    decode steps, in seconds.
+    ``policy`` gives the order of admission. ``on_itl`` is called with each time between two decode steps, in seconds.
 
-    States of a request: waiting -> admitted (blocks reserved, being prefilled) -> running -> finished (blocks freed). One
-    that is cancelled finishes at once, but while it is being prefilled, only once prefill has let go of its blocks.
+    A request takes blocks as it grows. If none is free, the running request that the policy puts last is preempted: it
+    gives up its blocks, waits again with the output that it has, and is prefilled with that later. So the first one always
+    goes on; and since each prefill gives a token, requests cannot preempt each other for ever. With ``reserve``, and for an
+    encoder-decoder, all blocks that a request may ever need are reserved at admission instead, and nobody is preempted.
+
+    Requests that begin alike share the full blocks of their common beginning if ``prefix_caching`` is on, or if they are
+    samples of one prompt (:class:`~splitwiser.engine.prefixes.PrefixCache`); those that can have more than
+    ``longest_shared`` tokens do not, since their K and V depend on their own lengths.
+
+    States of a request: waiting -> admitted (has blocks, being prefilled) -> running -> finished (blocks freed), and from
+    running back to waiting. One that is cancelled finishes at once, but while it is being prefilled, only once prefill has
+    let go of its blocks.
     """
 
     def __init__(
@@ -42,6 +52,10 @@ class Decoder:
         max_batch: int,
         policy: Policy = FIRST_COME,
         on_itl: Callable[[float], None] = lambda _: None,
+        *,
+        reserve: bool = False,
+        prefix_caching: bool = False,
+        longest_shared: float = math.inf,
     ) -> None:
         self.name = name
         self._stepper = stepper
@@ -49,9 +63,17 @@ class Decoder:
         self._block_tokens = block_tokens
         self._max_batch = max_batch
         self._policy = policy
+        self._reserve = reserve
+        self._prefix_caching = prefix_caching
+        self._longest_shared = longest_shared
+        self._prefixes = PrefixCache(allocator, block_tokens, keeps=prefix_caching)
+        self._known: dict[int, WaitingRequest] = {}  # all that have not finished, in order of arrival
         self._waiting: dict[int, WaitingRequest] = {}
         self._admitted: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
+        self._chains: dict[int, Chain] = {}  # of those that share blocks
+        self._batches = 0
+        self._due: dict[int, dict[int, None]] = {}  # before which batch which requests need a block, in order
         self._handoffs: list[Handoff] = []
         self._cancelled: set[int] = set()  # of those admitted
         self._finished: list[tuple[int, FinishReason]] = []  # and not yet reported
@@ -60,57 +82,101 @@ class Decoder:
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """Queue a request that arrived at ``arrival_ns`` by the stepper's clock."""
-        self._waiting[request.request_id] = WaitingRequest(request, arrival_ns)
+        waiting = WaitingRequest(request, arrival_ns)
+        self._known[request.request_id] = self._waiting[request.request_id] = waiting
 
     def admit(self) -> list[PrefillTask]:
-        """Reserve blocks for as many waiting requests as fit, in the policy's order; return their prefill tasks."""
+        """Give blocks to as many waiting requests as fit, in the policy's order; return their prefill tasks."""
         tasks: list[PrefillTask] = []
         room = self._max_batch - len(self._admitted) - len(self._running)
         if not self._waiting or not room:  # ordering takes time
             return tasks
         for waiting in islice(self._policy.admission_order(self._waiting.values(), self._stepper.now_ns()), room):
-            request = waiting.request
-            blocks = self._allocator.allocate(-(-request.max_kv_tokens // self._block_tokens))
-            if blocks is None:
+            task = self._admit(waiting)
+            if task is None:
                 break
-            blocks = [*request.adapter.shared_blocks, *blocks]
-            self._admitted[request.request_id] = SequenceState(request, blocks)
-            tasks.append(PrefillTask(request, tuple(blocks), self.name, waiting.arrival_ns))
+            tasks.append(task)
         for task in tasks:
             del self._waiting[task.request.request_id]
         return tasks
 
     @property
     def running(self) -> int:
-        """Number of requests that a decode step would have."""
+        """Number of requests in decode."""
         return len(self._running)
 
+    def _admit(self, waiting: WaitingRequest) -> PrefillTask | None:
+        """Return the prefill task of a request with its blocks, None if these are not free."""
+        request = waiting.request
+        sequence = SequenceState(request, (), list(waiting.token_ids))
+        chain = self._prefixes.find(sequence) if self._shares(request) else None
+        found = chain.found if chain else []
+        tokens = request.max_kv_tokens
+        in_flight = len(self._admitted) + len(self._running)
+        spare = 0
+        if not self._reserve and not request.encoded:
+            tokens = min(tokens, request.adapter.tail_tokens + sequence.length + 1)  # the next token has room too
+            spare = in_flight  # who is there already goes on for a while before anyone is preempted
+        self._allocator.share(found)
+        blocks = None
+        missing = -(-tokens // self._block_tokens) - len(found)
+        if missing + spare <= self._allocator.free_count:
+            blocks = self._allocator.allocate(missing)
+        if blocks is None:
+            self._allocator.release(found)
+            return None
+        sequence.blocks = [*request.adapter.shared_blocks, *found, *blocks]
+        self._admitted[request.request_id] = sequence
+        cached, follows = 0, None
+        if chain:
+            cached, follows = chain.tokens, chain.follows
+            self._prefixes.extend(chain, sequence, sequence.length, written=False)
+            self._chains[request.request_id] = chain
+        return PrefillTask(
+            request, tuple(sequence.blocks), self.name, waiting.arrival_ns, tuple(waiting.token_ids), cached, follows
+        )
+
+    def _shares(self, request: Request) -> bool:
+        """Return whether a request shares blocks. One that asks for its prompt's log-probabilities has to compute it."""
+        return (
+            (self._prefix_caching or request.shares_prompt)
+            and not request.encoded
+            and request.params.prompt_logprobs is None
+            and request.max_kv_tokens <= self._longest_shared
+        )
+
     def cancel(self, request_id: int) -> bool:
-        """End a request, if it has not finished. Returns whether it is being prefilled: then the prefill workers are to drop
-        it, and it ends when one has, or has handed it over."""
-        if request_id in self._admitted:
+        """End a request, if it has not finished. Returns whether it is being prefilled: then the prefill worker is to drop
+        it, and it ends when that has, or has handed it over."""
+        if sequence := self._admitted.get(request_id):
             self._cancelled.add(request_id)
+            if self._chains.pop(request_id, None):
+                self._prefixes.forget_unwritten(sequence)  # before anyone who finds them would wait for them
             return True
-        if self._waiting.pop(request_id, None):
-            self._finished.append((request_id, "cancelled"))
-        elif sequence := self._running.pop(request_id, None):
-            self._end_cancelled(sequence)
+        if request_id in self._known:
+            if not self._waiting.pop(request_id, None):
+                self._end(request_id)
+            self._end_cancelled(request_id)
         return False
 
     def receive_dropped(self, request_id: int) -> None:
         """End a cancelled request whose prompt was given up."""
         self._cancelled.discard(request_id)
-        self._end_cancelled(self._admitted.pop(request_id))
+        self._prefixes.release(self._admitted.pop(request_id))
+        self._end_cancelled(request_id)
 
-    def _end_cancelled(self, sequence: SequenceState) -> None:
-        self._allocator.release(sequence.own_blocks)
-        self._finished.append((sequence.request.request_id, "cancelled"))
+    def _end_cancelled(self, request_id: int) -> None:
+        del self._known[request_id]
+        self._finished.append((request_id, "cancelled"))
 
     def receive(self, handoff: Handoff) -> None:
         """Start decoding a prefilled request, unless it was cancelled meanwhile or its first token ends it."""
         sequence = self._admitted.pop(handoff.request_id)
+        if handoff.request_id in self._chains:
+            self._prefixes.mark_written(sequence)
         sequence.token_ids.append(handoff.first_token)
         self._running[handoff.request_id] = sequence
+        self._expect(sequence, self._batches + self._room(sequence))
         self._handoffs.append(handoff)
         if handoff.request_id in self._cancelled:
             self._cancelled.remove(handoff.request_id)
@@ -119,11 +185,82 @@ class Decoder:
             self._collect_finished([handoff.request_id])
 
     def batch(self) -> list[SequenceState]:
-        """Return the requests of the next decode step: all that are running."""
-        return list(self._running.values())
+        """Return the running requests that have room for the K and V of their last token, for a step. They take the blocks
+        that they need, for which others may be preempted."""
+        due = self._due.pop(self._batches, None)
+        self._batches += 1
+        if due is None:
+            return list(self._running.values())
+        left_out = self._give_blocks(due)
+        return [sequence for number, sequence in self._running.items() if number not in left_out]
+
+    def _give_blocks(self, due: Collection[int]) -> set[int]:
+        """Give a block to each of the requests ``due`` that runs and needs one; return those for which there was none."""
+        running, needing = self._running, []
+        for number in due:
+            if number in running and (room := self._room(running[number])):  # no step followed an earlier batch
+                self._expect(running[number], self._batches - 1 + room)
+            elif number in running:
+                needing.append(number)
+        order = needing
+        if len(needing) > self._allocator.free_count:
+            known = [waiting for number, waiting in self._known.items() if number in running]
+            ordered = self._policy.admission_order(known, self._stepper.now_ns())
+            order = [waiting.request.request_id for waiting in ordered]
+            needing.sort(key=order.index)
+        left_out = set()
+        for number in needing:
+            while not self._allocator.free_count and order[-1] != number and number in running:
+                self._preempt(order.pop())
+            if number not in running:
+                continue
+            if self._allocator.free_count:
+                self._grow(running[number])
+            else:  # it is the last: others will hand over, finish, or take its blocks
+                left_out.add(number)
+                self._expect(running[number], self._batches)
+        return left_out
+
+    def _expect(self, sequence: SequenceState, batch: int) -> None:
+        """Look at a running request before the batch number ``batch``, for which it may need a block."""
+        self._due.setdefault(batch, {})[sequence.request.request_id] = None
+
+    def _room(self, sequence: SequenceState) -> int:
+        """Return for how many more tokens the blocks of a running request have room."""
+        request = sequence.request
+        slots = (len(sequence.blocks) - len(request.adapter.shared_blocks)) * self._block_tokens
+        return slots - request.adapter.tail_tokens - self._stored(sequence)
+
+    def _stored(self, sequence: SequenceState) -> int:
+        """Return the number of tokens of a running request whose K and V are stored: all but the last."""
+        return sequence.request.prefilled_tokens + sequence.drawn - 1
+
+    def _grow(self, sequence: SequenceState) -> None:
+        """Give a running request a block more."""
+        blocks = self._allocator.allocate(1)
+        assert blocks is not None
+        sequence.blocks = [*sequence.blocks, *blocks]  # a new list, by which a step sees that it has changed
+        self._expect(sequence, self._batches - 1 + self._block_tokens)
+        if chain := self._chains.get(sequence.request.request_id):
+            self._prefixes.extend(chain, sequence, self._stored(sequence), written=True)
+
+    def _preempt(self, number: int) -> None:
+        """Take its blocks from a running request, and let it wait again, with its output so far."""
+        self._known[number].token_ids = self._end(number).token_ids
+        self._waiting = {
+            other: waiting for other, waiting in self._known.items() if other in self._waiting or other == number
+        }
+
+    def _end(self, number: int) -> SequenceState:
+        """Remove a request from those that run, free its blocks, and return what it was."""
+        sequence = self._running.pop(number)
+        if chain := self._chains.pop(number, None):
+            self._prefixes.extend(chain, sequence, self._stored(sequence), written=True)
+        self._prefixes.release(sequence)
+        return sequence
 
     def step(self, *, decodes: bool = True) -> DecodeResult | None:
-        """Run one decode step over all running requests, unless ``decodes`` is false, and return :meth:`record`'s result."""
+        """Run one decode step over :meth:`batch`, unless ``decodes`` is false, and return :meth:`record`'s result."""
         batch = self.batch() if decodes else []
         start_ns = self._stepper.now_ns()
         sampled = self._stepper.decode(batch) if batch else Sampled([])
@@ -159,7 +296,8 @@ class Decoder:
         leaked."""
         for request_id in request_ids:
             if reason := self._stepper.finish_reason(self._running[request_id]):
-                self._allocator.release(self._running.pop(request_id).own_blocks)
+                self._end(request_id)
+                del self._known[request_id]
                 self._finished.append((request_id, reason))
         if not self._admitted and not self._running and self._allocator.free_count != self._allocator.count:
             raise RunError(

@@ -197,14 +197,18 @@ class SplitEngine:
     def _record_progress(self, progress: Progress) -> list[RequestOutput]:
         for handoff in progress.handoffs:
             opened = self._open[handoff.request_id]
+            metrics = opened.metrics
+            if opened.token_ids:  # it was preempted, and goes on
+                metrics.preemptions += 1
+            else:
+                metrics.prefill_start_ns = handoff.prefill_start_ns
+                metrics.prefill_worker, metrics.decode_worker = handoff.prefill_worker, progress.worker
+                metrics.cached_tokens = handoff.cached_tokens
+                opened.prompt_logprobs = handoff.prompt_logprobs
             opened.token_ids.append(handoff.first_token)
-            opened.prompt_logprobs = handoff.prompt_logprobs
+            metrics.token_ns.append(handoff.first_token_ns)
             if handoff.logprobs is not None:
                 opened.logprobs.append(handoff.logprobs)
-            opened.metrics.prefill_start_ns = handoff.prefill_start_ns
-            opened.metrics.token_ns.append(handoff.first_token_ns)
-            opened.metrics.prefill_worker = handoff.prefill_worker
-            opened.metrics.decode_worker = progress.worker
         for request_id, token in progress.tokens:
             opened = self._open[request_id]
             opened.token_ids.append(token)

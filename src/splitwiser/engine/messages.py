@@ -2,9 +2,9 @@
 
 The messages of one request: :class:`Submit` (parent to decode) -> :class:`PrefillTask` (decode to prefill) ->
 :class:`Handoff` (prefill to decode) -> :class:`Progress` (decode to parent), once per decode step
-until it has finished. One that is cancelled: :class:`Cancel` (parent to decode) and, while its prompt is being prefilled,
-:class:`Drop` (decode to prefill) -> :class:`Dropped`, or a :class:`Handoff` that was on its way (prefill to decode). Each
-worker also sends the parent a :class:`StepRecord` per step.
+until it has finished. One that is preempted goes through the middle two again. One that is cancelled: :class:`Cancel`
+(parent to decode) and, while its prompt is being prefilled, :class:`Drop` (decode to prefill) -> :class:`Dropped`, or a
+:class:`Handoff` that was on its way (prefill to decode). Each worker also sends the parent a :class:`StepRecord` per step.
 """
 
 from collections.abc import Mapping
@@ -49,36 +49,44 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has reserved for it, except
-    for the first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
+    """A prompt to prefill into ``blocks``, which the decode worker ``decode_worker`` owns and has given it, except for the
+    first ones that the requests of an adapter share, which nobody writes to. Its request arrived at ``arrival_ns``.
 
     Prefill writes to the request's own blocks until it sends the :class:`Handoff`; from then on decode reads and writes
-    them.
+    them. It leaves out those that hold the first ``cached_tokens`` tokens: the prefill of another request has filled them
+    or, if its number is ``follows``, is to fill them first. A request that was preempted has the output ``token_ids``
+    already, which are prefilled with its prompt.
     """
 
     request: Request
     blocks: tuple[int, ...]
     decode_worker: str
     arrival_ns: int
+    token_ids: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A prefilled request with its first token, returned to the decode worker that owns its blocks. If the request asks
-    for log-probabilities, they are those of that token, and of the prompt's tokens from the second on."""
+    """A prefilled request with its first token, or its next one after a preemption, returned to the decode worker that owns
+    its blocks. ``cached_tokens`` are those of its :class:`PrefillTask`. If the request asks for log-probabilities, they are
+    those of that token, and of the prompt's tokens from the second on."""
 
     request_id: int
     first_token: int
     prefill_start_ns: int
     first_token_ns: int
     prefill_worker: str
+    cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Tells a prefill worker to give up the prompt of a cancelled request, if it has it and has not finished it."""
+    """Tells a prefill worker to give up the prompt of a cancelled request, if it has it, has not finished it, and no other
+    prompt waits for what it fills."""
 
     request_id: int
 

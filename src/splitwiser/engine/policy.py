@@ -35,25 +35,34 @@ READ_BY = {"priority": ("priority",), "ttft_target_ms": ("deadline",)}
 @dataclass(eq=False)
 class WaitingRequest:
     """A request that waits for blocks or for prefill. It arrived at ``arrival_ns``, in nanoseconds of the clock of all
-    workers; ``done`` of its prompt tokens have been prefilled."""
+    workers; ``done`` of its tokens have been prefilled. One that was preempted has the output ``token_ids`` already, which
+    are prefilled with its prompt."""
 
     request: Request
     arrival_ns: int
     done: int = 0
+    token_ids: Sequence[int] = ()
 
     @property
     def left(self) -> int:
-        """Number of prompt tokens that are still to be prefilled."""
-        return len(self.request.prompt_token_ids) - self.done
+        """Number of tokens that are still to be prefilled."""
+        return len(self.request.prompt_token_ids) + len(self.token_ids) - self.done
 
 
 @dataclass(eq=False, kw_only=True)
 class PendingPrompt(WaitingRequest):
-    """A request that has its blocks and waits for prefill; its first prefill step began at ``start_ns`` (0: none has)."""
+    """A request that has its blocks and waits for prefill; its first prefill step began at ``start_ns`` (0: none has). It
+    begins with tokens that ``follows`` is to prefill first, if that is not None."""
 
     task: PrefillTask
     sequence: "SequenceState"
     start_ns: int = 0
+    follows: "PendingPrompt | None" = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the tokens are prefilled that another prompt is to prefill first."""
+        return self.follows is None or self.follows.done >= self.task.cached_tokens
 
     @property
     def fewest(self) -> int:
@@ -67,13 +76,14 @@ class Policy(Protocol):
     def admission_order(self, waiting: Collection[WaitingRequest], now_ns: int) -> Iterable[WaitingRequest]:
         """Return ``waiting``, which is in order of arrival, in the order in which requests are to get blocks.
 
-        Admission stops at the first request that does not fit, so that later ones cannot starve it."""
+        Admission stops at the first request that does not fit, so that later ones cannot starve it. Where requests that run
+        need more blocks than are free, they are asked for in the same way, and the last one is preempted."""
         ...
 
     def pack(self, prompts: Sequence[PendingPrompt], budget: int, now_ns: int) -> list[tuple[PendingPrompt, int]]:
         """Return the prompts of the next prefill step, each with its number of tokens in that step (``fewest`` to ``left``).
 
-        ``prompts`` are all that wait, in order of admission; if there are any, at least one must be chosen. All tokens
+        ``prompts`` are all that can go on, in order of admission; if there are any, at least one must be chosen. All tokens
         together are at most ``budget``, but a prompt of which no part fits may have a step of its own."""
         ...
 
@@ -123,9 +133,10 @@ def reads(policy: str, field: str) -> bool:
 
 
 class LeastLoadedRouter:
-    """Assigns each request to the decode worker with the most unreserved blocks.
+    """Assigns each request to the decode worker with the most blocks that its requests cannot come to need.
 
-    ``blocks`` gives the number of blocks that each decode worker owns, by name.
+    ``blocks`` gives the number of blocks that each decode worker owns, by name. The prefixes that it holds do not count: if
+    all requests begin alike, they would all go to one worker, where each computes their beginning only once.
     """
 
     def __init__(self, blocks: Mapping[str, int], block_tokens: int) -> None:
@@ -134,7 +145,7 @@ class LeastLoadedRouter:
         self._reserved: dict[int, tuple[str, int]] = {}
 
     def choose(self, request: Request) -> str:
-        """Return the name of the worker for ``request``, and count the request's blocks as reserved there."""
+        """Return the name of the worker for ``request``, and count the most blocks that it can need as in use there."""
         name = max(self._free, key=self._free.__getitem__)
         blocks = -(-request.max_kv_tokens // self._block_tokens)
         self._free[name] -= blocks

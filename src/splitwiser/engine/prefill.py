@@ -26,7 +26,8 @@ class PrefillResult:
 
 class Prefiller:
     """Prefills queued prompts in steps of at most ``budget`` tokens, packed by ``policy``; a longer prompt of an
-    encoder-decoder has a step of its own. Writes only to the blocks that each task names."""
+    encoder-decoder has a step of its own. Writes only to the blocks that each task names. A prompt that shares blocks with
+    one that is still to fill them waits until it has."""
 
     def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
@@ -37,13 +38,24 @@ class Prefiller:
 
     def add(self, task: PrefillTask) -> None:
         """Queue a prompt."""
-        sequence = SequenceState(task.request, task.blocks)
-        self._prompts.append(PendingPrompt(task.request, task.arrival_ns, task=task, sequence=sequence))
+        output = list(task.token_ids)
+        self._prompts.append(
+            PendingPrompt(
+                task.request,
+                task.arrival_ns,
+                task.cached_tokens,
+                output,
+                task=task,
+                sequence=SequenceState(task.request, task.blocks, output),
+                follows=next((each for each in self._prompts if each.request.request_id == task.follows), None),
+            )
+        )
 
     def drop(self, request_id: int) -> PrefillTask | None:
-        """Give up the prompt of a cancelled request. Returns its task, or None if there is no such prompt."""
+        """Give up the prompt of a cancelled request. Returns its task, or None if there is no such prompt, or if another one
+        waits for what it fills."""
         dropped = next((prompt for prompt in self._prompts if prompt.request.request_id == request_id), None)
-        if dropped is None:
+        if dropped is None or any(prompt.follows is dropped and not prompt.is_ready for prompt in self._prompts):
             return None
         self._prompts.remove(dropped)
         return dropped.task
@@ -71,7 +83,8 @@ class Prefiller:
         The policy packs them; with ``fill``, it goes on with the others until the budget is used up, and so may split one
         more. Raises :class:`RunError` if the policy splits what an encoder has to read as a whole.
         """
-        now_ns, room, others = self.stepper.now_ns(), budget, self._prompts
+        now_ns, room = self.stepper.now_ns(), budget
+        others = [prompt for prompt in self._prompts if prompt.is_ready]
         packed: Packed = []
         while others and room > 0:
             more = self._policy.pack(others, room, now_ns)
@@ -99,8 +112,8 @@ class Prefiller:
             (
                 prompt.task,
                 Handoff(
-                    prompt.request.request_id, token, prompt.start_ns, end_ns, self.name, logprobs,
-                    tuple(prompt.sequence.prompt_logprobs),
+                    prompt.request.request_id, token, prompt.start_ns, end_ns, self.name, prompt.task.cached_tokens,
+                    logprobs, tuple(prompt.sequence.prompt_logprobs),
                 ),
             )
             for prompt, token, logprobs in firsts

@@ -40,11 +40,33 @@ class SequenceState:
         """Its blocks without the shared ones."""
         return self.blocks[len(self.request.adapter.shared_blocks) :]
 
-    def segment(self, end: int, tokens: int) -> Segment:
-        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output."""
+    @property
+    def asked_of_prompt(self) -> int | None:
+        """Of how many of the likeliest tokens its prefill is to give log-probabilities at each place of the prompt; None for
+        none, also if it was preempted, since it has given them."""
+        return None if self.token_ids else self.params.prompt_logprobs
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of its prompt and output."""
+        return len(self.request.prompt_token_ids) + len(self.token_ids)
+
+    def tokens(self, start: int, end: int) -> Sequence[int]:
+        """Return the tokens from number ``start`` to before ``end`` of its prompt and output."""
+        prompt = self.request.prompt_token_ids
+        if end <= len(prompt):
+            return prompt[start:end]
+        return [*prompt[start:], *self.token_ids[max(0, start - len(prompt)) : end - len(prompt)]]
+
+    def segment(self, end: int, tokens: int, anew_at: int | None = None) -> Segment:
+        """Return the part of a step that computes the ``tokens`` tokens up to number ``end`` of its prompt and output.
+        ``anew_at`` is the length at which the model computes the K and V of all tokens together, as of a prompt."""
         adapter = self.request.adapter
-        before, prompt = adapter.virtual_tokens, len(self.request.prompt_token_ids)
-        return Segment(self.blocks, before + end, tokens, before + prompt, adapter.lora)
+        together = len(self.request.prompt_token_ids)
+        if anew_at is not None and together < anew_at <= self.length:
+            together = anew_at
+        before = adapter.virtual_tokens
+        return Segment(self.blocks, before + end, tokens, before + together, adapter.lora)
 
     @property
     def params(self) -> SamplingParams:
@@ -69,16 +91,17 @@ class SequenceState:
             self._counts = TokenCounts(before, self.request.max_tokens)
         return self._counts.after(self.token_ids)
 
-    def newest(self, count: int) -> Segment:
-        """Return the last ``count`` tokens as a decode step's part."""
+    def newest(self, count: int, anew_at: int | None = None) -> Segment:
+        """Return the last ``count`` tokens as a decode step's part; ``anew_at`` is as for :meth:`segment`."""
         request = self.request
-        newest = self.segment(request.prefilled_tokens + self.drawn, count)
+        newest = self.segment(request.prefilled_tokens + self.drawn, count, anew_at)
         return replace(newest, first=len(request.prompt_token_ids)) if request.encoded else newest
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a sequence's prompt: ``tokens`` tokens from position ``start`` on."""
+    """A part of a sequence's prompt, which for one that is recomputed its output follows: ``tokens`` tokens from position
+    ``start`` on."""
 
     sequence: SequenceState
     start: int
@@ -91,16 +114,16 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the prompt ends with this chunk, so that its step gives the first output token."""
-        return self.end == len(self.sequence.request.prompt_token_ids)
+        """Whether the sequence ends with this chunk, so that its step gives the next output token."""
+        return self.end == self.sequence.length
 
 
 class Stepper(Protocol):
     """Interface of what runs the steps that a worker schedules."""
 
     def prefill(self, chunks: Sequence[Chunk]) -> Sampled:
-        """Run a prefill step and return the first token of each sequence whose prompt ends in it, in order. Sequences that
-        ask for the log-probabilities of their prompt get those of the chunks."""
+        """Run a prefill step and return the next token of each sequence that ends in it, in order. Sequences that ask for
+        the log-probabilities of their prompt get those of the chunks."""
         ...
 
     def decode(self, sequences: Sequence[SequenceState]) -> Sampled:
@@ -126,10 +149,10 @@ def prefill_step(
 ) -> Sampled:
     """Compute K and V of ``chunks``, packed in one row without padding, and write them to their blocks.
 
-    Returns, once the device has finished, the first token of each sequence whose prompt ends here, in order. With ``graphs``
+    Returns, once the device has finished, the next token of each sequence that ends here, in order. With ``graphs``
     the forward is replayed as a CUDA graph, where one takes these chunks, instead of launched layer by layer.
     """
-    segments, tokens = _pack(pool, chunks)
+    segments, tokens = _pack(model, pool, chunks)
     rows, ends = _wanted_rows(chunks)
     rows = rows or [len(tokens) - 1]
     # a graph keeps the logits of the prompts' ends alone
@@ -153,7 +176,7 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
     total = 0
     for chunk in chunks:
         after, total = total, total + chunk.tokens
-        if chunk.sequence.params.prompt_logprobs is not None:
+        if chunk.sequence.asked_of_prompt is not None:
             rows += range(after, total)
         elif chunk.is_last:
             rows.append(total - 1)
@@ -169,7 +192,7 @@ def _take_prompt_logprobs(logits: Tensor, ends: Sequence[int], chunks: Sequence[
         return logits
     row = 0
     for chunk in chunks:
-        sequence, count = chunk.sequence, chunk.sequence.params.prompt_logprobs
+        sequence, count = chunk.sequence, chunk.sequence.asked_of_prompt
         if count is None:
             row += chunk.is_last
             continue
@@ -205,7 +228,7 @@ def hybrid_step(
 ) -> tuple[Sampled, Sampled]:
     """Run :func:`prefill_step` of ``chunks`` and :func:`decode_step` of ``sequences``, at least one each, in one forward, so
     that the weights are read once; without CUDA graphs. Returns the results of both."""
-    segments, tokens = _pack(pool, chunks)
+    segments, tokens = _pack(model, pool, chunks)
     newest, last_tokens = _newest(model, sequences)
     rows, ends = _wanted_rows(chunks)
     logits = ROUTES[model.kind].hybrid(model, pool, segments, tokens, rows, newest, last_tokens)
@@ -221,23 +244,24 @@ def hybrid_step(
     )
 
 
-def _pack(pool: KVPool, chunks: Sequence[Chunk]) -> tuple[list[Segment], list[int]]:
+def _pack(model: LoadedModel, pool: KVPool, chunks: Sequence[Chunk]) -> tuple[list[Segment], list[int]]:
     """Return the segments of ``chunks``, and their tokens one after another. The tokens of adapters that share a block with
     a prompt are copied there before its first chunk."""
     for chunk in chunks:
         adapter = chunk.sequence.request.adapter
         if chunk.start == 0 and adapter.tail_tokens:
             pool.copy_tokens(adapter.blocks[-1], chunk.sequence.own_blocks[0], adapter.tail_tokens)
-    tokens = [token for chunk in chunks for token in chunk.sequence.request.prompt_token_ids[chunk.start : chunk.end]]
-    return [chunk.sequence.segment(chunk.end, chunk.tokens) for chunk in chunks], tokens
+    tokens = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.end)]
+    return [chunk.sequence.segment(chunk.end, chunk.tokens, model.computed_anew_at) for chunk in chunks], tokens
 
 
 def _newest(model: LoadedModel, sequences: Sequence[SequenceState]) -> tuple[list[Segment], list[int]]:
     """Return the segments of a decode step over ``sequences``, and their tokens one after another: the last of each, or all
     of one that has reached the length at which the model computes all K and V anew."""
+    anew_at = model.computed_anew_at
     lengths = [each.request.prefilled_tokens + each.drawn for each in sequences]
-    new = [length if length == model.computed_anew_at else 1 for length in lengths]
-    segments = [each.newest(count) for each, count in zip(sequences, new, strict=True)]
+    new = [length if length == anew_at else 1 for length in lengths]
+    segments = [each.newest(count, anew_at) for each, count in zip(sequences, new, strict=True)]
     return segments, [token for each, count in zip(sequences, new, strict=True) for token in _last_tokens(each, count)]
 
 
@@ -308,4 +332,4 @@ def warm_up_prefill(model: LoadedModel, pool: KVPool, budget: int, streams: Sequ
 
 def _last_tokens(sequence: SequenceState, count: int) -> Sequence[int]:
     """Return the last ``count`` tokens of a sequence's prompt and output."""
-    return sequence.token_ids[-1:] if count == 1 else [*sequence.request.prompt_token_ids, *sequence.token_ids][-count:]
+    return sequence.token_ids[-1:] if count == 1 else sequence.tokens(sequence.length - count, sequence.length)

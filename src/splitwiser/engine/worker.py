@@ -3,6 +3,7 @@
 A worker does not know whether it runs inline, in a thread or in a process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -87,8 +88,8 @@ class Worker:
         self._transport = transport
         self._prefiller = prefiller
         self._decoder = decoder
-        self._prefill_workers = prefill_workers or [name]
-        self._next_prefill_worker = cycle(self._prefill_workers)
+        self._prefill_workers = cycle(prefill_workers or [name])
+        self._prefilling: dict[int, str] = {}  # which worker prefills a request
         self._schedule = schedule
         self._itl_target_s = itl_target_s
         self._last: StepTime | None = None
@@ -101,7 +102,10 @@ class Worker:
         prefiller, decoder = self._prefiller, self._decoder
         if decoder:
             for task in decoder.admit():
-                self._send(next(self._next_prefill_worker), task)
+                # a prompt goes to the worker that is still to fill blocks which it shares
+                worker = self._prefilling.get(task.follows) if task.follows is not None else None
+                worker = self._prefilling[task.request.request_id] = worker or next(self._prefill_workers)
+                self._send(worker, task)
         waiting = prefiller.waiting if prefiller else 0
         running = decoder.running if decoder else 0
         budget = prefiller.budget if prefiller else 0
@@ -112,11 +116,7 @@ class Worker:
             )
         if plan.together and prefiller and decoder and self._run_hybrid(prefiller, decoder, plan.prefill_tokens):
             return True
-        prefilled = prefiller.step(plan.prefill_tokens) if prefiller and plan.prefill_tokens else None
-        if prefilled:
-            self._report_step("prefill", prefilled.start_ns, prefilled.end_ns, prefilled=prefilled)
-            for task, handoff in prefilled.finished:
-                self._send(task.decode_worker, handoff)
+        prefilled = self._run_prefill(plan.prefill_tokens)
         decoded = decoder.step(decodes=plan.decodes) if decoder else None
         if decoded:
             if decoded.requests:
@@ -124,7 +124,19 @@ class Worker:
                     "decode", decoded.progress.start_ns, decoded.progress.time_ns, decoded=decoded.requests
                 )
             self._send(PARENT, decoded.progress)
+        if not prefilled and not decoded:  # who is in decode waits for blocks that prompts have
+            prefilled = self._run_prefill(budget)
         return bool(prefilled or decoded)
+
+    def _run_prefill(self, budget: int) -> bool:
+        """Run a prefill step of at most ``budget`` tokens. Returns whether there were a budget and prompts for it."""
+        prefilled = self._prefiller.step(budget) if self._prefiller and budget else None
+        if prefilled is None:
+            return False
+        self._report_step("prefill", prefilled.start_ns, prefilled.end_ns, prefilled=prefilled)
+        for task, handoff in prefilled.finished:
+            self._send(task.decode_worker, handoff)
+        return True
 
     def _run_hybrid(self, prefiller: Prefiller, decoder: Decoder, budget: int) -> bool:
         """Run a step of at most ``budget`` prompt tokens and of all running requests in one forward. Returns False, and runs
@@ -167,16 +179,17 @@ class Worker:
                 self._decoder.submit(message.request, message.arrival_ns)
             case Cancel() if self._decoder:
                 if self._decoder.cancel(message.request_id):
-                    for name in self._prefill_workers:
-                        self._send(name, Drop(message.request_id))
+                    self._send(self._prefilling[message.request_id], Drop(message.request_id))
             case Drop() if self._prefiller:
                 if task := self._prefiller.drop(message.request_id):
                     self._send(task.decode_worker, Dropped(message.request_id))
             case Dropped() if self._decoder:
+                del self._prefilling[message.request_id]
                 self._decoder.receive_dropped(message.request_id)
             case PrefillTask() if self._prefiller:
                 self._prefiller.add(message)
             case Handoff() if self._decoder:
+                del self._prefilling[message.request_id]
                 self._decoder.receive(message)
             case _:
                 raise TypeError(f"{self.name} ({self.role}) cannot handle {message}")
@@ -185,7 +198,8 @@ class Worker:
 @dataclass(frozen=True)
 class SchedulerSettings:
     """Limits of a worker's steps: requests per decode step, tokens per step with prompts and tokens per KV block; its
-    scheduling policy and, for a ``mixed`` worker, its schedule and the ITL that this is to keep, in seconds."""
+    scheduling policy and, for a ``mixed`` worker, its schedule and the ITL that this is to keep, in seconds; and how it
+    gives out blocks, as :class:`~splitwiser.engine.decode.Decoder` says."""
 
     max_batch: int
     prefill_tokens: int
@@ -193,6 +207,9 @@ class SchedulerSettings:
     policy: Policy = FIRST_COME
     schedule: Schedule = ALTERNATE
     itl_target_s: float | None = None
+    reserve: bool = False
+    prefix_caching: bool = False
+    longest_shared: float = math.inf
 
 
 def build_worker(
@@ -215,7 +232,16 @@ def build_worker(
     prefiller = Prefiller(name, stepper, scheduling.prefill_tokens, scheduling.policy)
     allocator = BlockAllocator(own_blocks.start, len(own_blocks))
     decoder = Decoder(
-        name, stepper, allocator, scheduling.block_tokens, scheduling.max_batch, scheduling.policy, on_itl
+        name,
+        stepper,
+        allocator,
+        scheduling.block_tokens,
+        scheduling.max_batch,
+        scheduling.policy,
+        on_itl,
+        reserve=scheduling.reserve,
+        prefix_caching=scheduling.prefix_caching,
+        longest_shared=scheduling.longest_shared,
     )
     return Worker(
         name,

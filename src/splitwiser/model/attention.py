@@ -136,6 +136,13 @@ class AttentionStep(StepCache, ABC):
         token has one."""
         return None
 
+    def loras_of(self, rows: int) -> Tensor | None:
+        """Return :attr:`loras` for the ``rows`` rows that a layer is given, one for each of the step's tokens. Raises
+        :class:`UnsupportedModelError` for another number, since the adapters of the rows are then unknown."""
+        if self.loras is not None and rows != len(self.loras):
+            raise UnsupportedModelError(f"a layer with LoRA has {rows} rows in a step of {len(self.loras)} tokens")
+        return self.loras
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store this step's K and V of a layer, each of shape (1, kv_heads, tokens, head size), and return them."""
         self.store(layer_idx, key, value)
@@ -187,10 +194,10 @@ def current_step() -> AttentionStep:
     return _step.get()
 
 
-def current_loras() -> Tensor | None:
-    """Return :attr:`AttentionStep.loras` of the current step; None outside of a ``with serving`` block."""
+def current_loras(rows: int) -> Tensor | None:
+    """Return :meth:`AttentionStep.loras_of` of the current step; None outside of a ``with serving`` block."""
     step = _step.get(None)
-    return step.loras if step else None
+    return None if step is None else step.loras_of(rows)
 
 
 def attention_function(

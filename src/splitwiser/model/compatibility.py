@@ -1,33 +1,29 @@
-"""Attaches the engine to a model, or refuses the model with the reason if the engine cannot serve it exactly."""
+"""Attaches the engine to a decoder, or refuses it with the reason if the engine cannot serve it exactly."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from splitwiser.errors import UnsupportedModelError, first_line
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.model import attach as attach_module
 from splitwiser.model import attention
+from splitwiser.model.attach import Attachment, Comparison, attach, cannot_be_served
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache
 from splitwiser.model.dispatch.alibi import alibi_from, has_alibi
 from splitwiser.model.dispatch.table import RECURRENT, dispatch_attention, find_dispatch_problem
 from splitwiser.model.forward import cache_argument, forward
-from splitwiser.model.fusing import fuse_parts
+from splitwiser.model.fusing import run_decoder
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import PagedAttention, Segment
 from splitwiser.model.rotary import depends_on_length, serve_lengths
-from splitwiser.model.trials import BOUNDS, FAR_BOUNDS, PADDED_BOUNDS, Trial, agree, padding_keeps_logits, probe_prompts
+from splitwiser.model.trials import BOUNDS, FAR_BOUNDS, PADDED_BOUNDS, agree, padding_keeps_logits, probe_prompts
 
-# A model may make more of rounding than that: then twice what it makes of its embeddings being rounded differently, up to a
-# quarter of the largest logit, beyond which nothing would be shown.
-_MOST_ROUNDING = 0.25
-_ROUNDINGS = 3
 # what a model asks of its cache beside K and V, by a part of the method's name
 _INDEXED = "keeps an index of all tokens, by which it chooses those that it attends to, which the engine cannot serve"
 _UNSERVED_STATE = {"conv_state": RECURRENT, "recurrent_state": RECURRENT, "indexer": _INDEXED}
@@ -35,9 +31,8 @@ _FAR = 2**17  # the last position that is tried if a model has no limit
 
 
 def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = False) -> list[LayerShape]:
-    """Make ``model`` attend through the KV pool, and return the shape of what each of its layers stores there. With
-    ``pack``, its modules are fused and, on a CPU, its linear layers packed, and the check of the logits covers that. With
-    ``remember``, what an earlier load of the same model found is not tried again (:mod:`splitwiser.model.trials`).
+    """Make ``model``, a decoder, attend through the KV pool; see :func:`splitwiser.model.attach.attach`, whose arguments and
+    result these are.
 
     Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
     must dispatch its attention through transformers' interface, or through a module of
@@ -45,116 +40,42 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     exactly once, with a causal mask; and prompts packed in one row must give the logits that the model's own attention gives
     for each alone, at the first positions and up to the last that the model supports.
     """
-    module = model.module
-    name = type(module).__name__
-    if problem := find_dispatch_problem(module):
-        raise UnsupportedModelError(problem)
-    trial = Trial(model, f"attach, packed: {pack}") if remember else None
+    return attach(_DECODER, model, pack=pack, remember=remember)
+
+
+def try_kernels(
+    model: LoadedModel, layers: Sequence[LayerShape], kernels: PoolKernels, block_tokens: int
+) -> dict[str, str]:
+    """See :func:`splitwiser.model.attach.try_kernels`."""
+    return attach_module.try_kernels(_DECODER, model, layers, kernels, block_tokens)
+
+
+def _compare(model: LoadedModel) -> list[Comparison]:
     prompts = probe_prompts(model)
-    try:
-        with torch.inference_mode():
-            if trial and trial.outcome:
-                _attach(module)
-                if pack:
-                    fuse_parts(module, trial.outcome["fused"])
-                    pack_linears(module)
-                return [LayerShape(*layer) for layer in trial.outcome["layers"]]
-            starts = _probe_starts(model, len(prompts[0]))
-            expected = [_own_logits(model, prompt) for prompt in prompts]
-            expected_far = [_own_logits(model, prompts[0], start, start) for start in starts]
-            _attach(module)
-            layers = _probe_layers(model, prompts[0])
-            served = _served_logits(model, layers, prompts)
-            served_far = _far_logits(model, prompts[0], starts)
-            choices = fuse_parts(module) if pack else []
-            if pack:
-                pack_linears(module)
-            fused = _served_logits(model, layers, prompts) if pack else served
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # any error of the model's forward means that it cannot be served
-        raise UnsupportedModelError(f"{name} {_cause(error)}; use --mode generate") from error
-    bound, far_bound = BOUNDS[model.dtype], FAR_BOUNDS[model.dtype]
-    trials = [(served, expected), (served_far, expected_far), (fused, expected)]
-    if model.dtype != torch.float32 and not all(agree(each, own, bound) for ours, own in trials for each in ours):
-        rounding = _find_rounding(model, layers, prompts, fused)
-        bound = far_bound = max(bound, min(2 * rounding, _MOST_ROUNDING))
-    if not all(agree(each, expected, bound) for each in served):
-        raise UnsupportedModelError(
-            f"{name}: two packed prompts do not give the same logits as each alone, so the engine would give wrong "
-            "tokens; use --mode generate"
-        )
-    if not all(agree(each, expected_far, far_bound) for each in served_far):
-        raise UnsupportedModelError(
-            f"{name}: at later positions packed prompts do not give the same logits as each alone, so the engine would "
-            "give wrong tokens; use --mode generate"
-        )
-    # fused modules round less often than the model's own, which adds up over the layers
-    if not all(agree(each, expected, 3 * bound) for each in fused):
-        raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
-    if trial:
-        trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
-    return layers
+    starts = _probe_starts(model, len(prompts[0]))
+    own = [_own_logits(model, prompt) for prompt in prompts]
+    far = [_own_logits(model, prompts[0], start, start) for start in starts]
+    return [
+        Comparison("two packed prompts", own, lambda layers: _served_logits(model, layers, prompts), BOUNDS),
+        Comparison(
+            "at later positions packed prompts", far, lambda _: _far_logits(model, prompts[0], starts), FAR_BOUNDS
+        ),
+    ]
 
 
-@torch.inference_mode()
-def _find_rounding(
-    model: LoadedModel, layers: Sequence[LayerShape], prompts: Sequence[list[int]], logits: Sequence[Tensor]
-) -> float:
-    """Return by how much ``logits``, those of :func:`_served_logits`, change at most, relative to the largest, when each
-    number of the embeddings is one rounding larger or smaller: what the model makes of rounding alone."""
-    random = torch.Generator().manual_seed(0)
-
-    def round_differently(_: torch.nn.Module, __: object, embedded: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, embedded.shape, generator=random).to(embedded) * 2 - 1
-        return embedded * (1 + torch.finfo(embedded.dtype).eps * signs)
-
-    hook = model.module.get_input_embeddings().register_forward_hook(round_differently)
-    try:
-        again = [each for _ in range(_ROUNDINGS) for each in _served_logits(model, layers, prompts)]
-    finally:
-        hook.remove()
-    pairs = zip(again, [*logits] * _ROUNDINGS, strict=True)
-    return max(float(((new - old).abs().amax(-1) / old.abs().amax(-1)).max()) for new, old in pairs)
-
-
-def _cause(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     """Return why a model cannot be served whose forward raised ``error``, to follow its name."""
     if isinstance(error, AttributeError) and isinstance(error.obj, StepCache):
         return next(
             (why for part, why in _UNSERVED_STATE.items() if part in str(error.name)),
             f"asks its cache for {error.name}, which the engine's does not have",
         )
-    return f"cannot be served by the engine ({type(error).__name__}: {first_line(error)})"
+    return cannot_be_served(error)
 
 
-def _attach(module: PreTrainedModel) -> None:
-    dispatch_attention(module)
-    serve_lengths(module)
-
-
-def try_kernels(
-    model: LoadedModel, layers: Sequence[LayerShape], kernels: PoolKernels, block_tokens: int
-) -> dict[str, str]:
-    """Return why ``kernels.decode`` or ``kernels.varlen`` cannot serve ``model``, which the engine is attached to: one line
-    each, by the name of the field of :class:`~splitwiser.model.kernels.interface.PoolKernels`. Both are tried on two prompts
-    of over two blocks."""
-    length = min(2 * block_tokens + 5, model.max_positions or sys.maxsize)
-    prompts = [[(7 * number + 3) % model.vocabulary for number in range(start, start + length)] for start in (0, 11)]
-    refused = {}
-    with torch.inference_mode():
-        expected = _served_logits(model, layers, prompts)
-        for name in ("decode", "varlen"):
-            if (kernel := getattr(kernels, name)) is None:
-                continue
-            try:
-                logits = _served_logits(model, layers, prompts, PoolKernels(**{name: kernel}), block_tokens)
-            except Exception as error:  # Triton's errors derive from Exception alone
-                refused[name] = f"{type(error).__name__}: {first_line(error)}"
-            else:
-                if not all(map(agree, logits, expected, [BOUNDS[model.dtype]] * len(logits))):
-                    refused[name] = "its logits differ from PyTorch's"
-    return refused
+def _replace_attention(model: LoadedModel) -> None:
+    dispatch_attention(model.module)
+    serve_lengths(model.module)
 
 
 @torch.inference_mode()
@@ -273,13 +194,11 @@ class _PositionedPrompts(AttentionStep):
         ).transpose(1, 2)
 
 
-def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
+def _probe_layers(model: LoadedModel) -> list[LayerShape]:
+    prompt = probe_prompts(model)[0]
     own_cache = DynamicCache(config=model.module.config.get_text_config())
     probe = _LayerProbe([getattr(layer, "sliding_window", None) for layer in own_cache.layers])
-    try:
-        forward(model.module, probe, prompt, range(len(prompt)), [len(prompt) - 1])
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{type(model.module).__name__}: {error}; use --mode generate") from error
+    forward(model.module, probe, prompt, range(len(prompt)), [len(prompt) - 1])
     layers = model.module.config.get_text_config().num_hidden_layers
     stored = [layer for event, layer in probe.events if event == "stores"]
     attentions = len(probe.events) - len(stored)
@@ -290,9 +209,8 @@ def _probe_layers(model: LoadedModel, prompt: list[int]) -> list[LayerShape]:
     )
     if stored != list(range(len(stored))) or attentions != layers or not attends_next:
         raise UnsupportedModelError(
-            f"{type(model.module).__name__}: in a forward of its {layers} layers, K and V are stored {len(stored)} times "
-            f"and attended to {attentions} times, where each layer must attend once, to those that it has just stored or "
-            "that an earlier layer has; use --mode generate"
+            f"in a forward of its {layers} layers, K and V are stored {len(stored)} times and attended to {attentions} "
+            "times, where each layer must attend once, to those that it has just stored or that an earlier layer has"
         )
     return [probe.stored[layer] for layer in stored]
 
@@ -364,3 +282,16 @@ def _served_logits(
         return forward(model.module, attention_step, tokens, positions, ends).float()
 
     return step(0), step(length // 2), step(length - 1)
+
+
+_DECODER = Attachment(
+    find_problem=find_dispatch_problem,
+    compare=_compare,
+    replace_attention=_replace_attention,
+    probe_layers=_probe_layers,
+    run=run_decoder,
+    embeddings=lambda module: [module.get_input_embeddings()],
+    explain=_explain,
+    kernels=("decode", "varlen"),
+    packed_logits=_served_logits,
+)

@@ -47,7 +47,7 @@ class FixedDecodeStep(FixedStep):
         super().__init__()
         self.size = size
         self.pool = pool
-        self._members: list[Sequence[int]] = []
+        self._members: list[Sequence[int]] = [()] * size
         self._host = torch.zeros(6 * size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(6 * size, dtype=torch.int64, device=device)
         self._staged = self._host.split(size)
@@ -62,7 +62,7 @@ class FixedDecodeStep(FixedStep):
         self._lengths.fill_(1 + int(sources))
 
     def load(self, segments: Sequence[Segment], tokens: Sequence[int]) -> None:
-        """Copy the next step's inputs into the buffers: one copy, and a second for the block tables if the batch changed."""
+        """Copy the next step's inputs into the buffers: one copy, and two for the block tables that changed."""
         repeated = self.size - len(segments)
         size = self.pool.block_tokens
         staged_tokens, positions, slots, firsts, lengths, loras = self._staged
@@ -79,17 +79,22 @@ class FixedDecodeStep(FixedStep):
             staged.copy_(torch.tensor([*numbers, *[numbers[-1]] * repeated]))
         self._device.copy_(self._host, non_blocking=True)
         members = [segment.blocks for segment in segments]
-        if [*map(id, members)] != [*map(id, self._members)]:  # a request keeps its blocks: tables change with the batch
-            self._load_tables([*members, *members[-1:] * repeated])
+        members += members[-1:] * repeated
+        # a request that gets another block has another list of them
+        changed = [row for row, (own, old) in enumerate(zip(members, self._members, strict=True)) if own is not old]
+        if changed:
+            self._load_tables(changed, [members[row] for row in changed])
             self._members = members
 
-    def _load_tables(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Write the block tables' columns that are in use; the rest is never read."""
+    def _load_tables(self, rows: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
+        """Write the block tables of ``rows``, the columns that are in use; the rest is never read."""
         most = max(map(len, blocks))
-        columns = torch.tensor([[*row, *[0] * (most - len(row))] for row in blocks])
+        columns, places = torch.tensor([[*row, *[0] * (most - len(row))] for row in blocks]), torch.tensor(rows)
         if self._tables.is_cuda:
-            columns = columns.pin_memory().to(self._tables.device, non_blocking=True)
-        self._tables[:, :most] = columns
+            columns, places = (
+                each.pin_memory().to(self._tables.device, non_blocking=True) for each in (columns, places)
+            )
+        self._tables[places, :most] = columns
 
     def begin(self) -> None:
         """See :meth:`FixedStep.begin`."""

@@ -1,7 +1,7 @@
 """The paged KV pool: the preallocated KV cache of all requests in blocks, the allocator of its blocks, and its size."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,36 +107,76 @@ def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.d
 
 
 class BlockAllocator:
-    """Allocates the ``count`` blocks of the pool from number ``first`` on. It has one owner, a decode worker; no other
-    worker allocates or releases these blocks."""
+    """Allocates the ``count`` blocks of the pool from number ``first`` on, and counts the references to each. It has one
+    owner, a decode worker; no other worker allocates or releases these blocks.
+
+    A block without references is free. One that was marked by :meth:`keep` keeps its K and V for as long as others are free:
+    those that were released last are overwritten last, and ``on_reuse`` is called with the number of each before it is.
+    """
 
     def __init__(self, first: int, count: int) -> None:
         self.count = count
+        self.on_reuse: Callable[[int], None] = lambda _: None
         self._free = list(range(first + count - 1, first - 1, -1))
-        self._used: set[int] = set()
+        self._references: dict[int, int] = {}
+        self._marked: set[int] = set()
+        self._kept: dict[int, None] = {}  # free and marked, in order of release
 
     @property
     def free_count(self) -> int:
         """Number of free blocks."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Return the numbers of ``count`` blocks, now in use; None if fewer are free."""
-        if count > len(self._free):
+        """Return the numbers of ``count`` blocks, now with one reference each; None if fewer are free."""
+        if count > self.free_count:
             return None
+        while len(self._free) < count:  # the least recently used
+            oldest = next(iter(self._kept))
+            self.on_reuse(oldest)
+            self.forget(oldest)
         blocks = [self._free.pop() for _ in range(count)]
-        self._used.update(blocks)
+        for block in blocks:
+            self._references[block] = 1
         return blocks
 
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add a reference to each of ``blocks``, which are in use or marked."""
+        for block in blocks:
+            self._kept.pop(block, None)
+            self._references[block] = self._references.get(block, 0) + 1
+
     def release(self, blocks: Sequence[int]) -> None:
-        """Free ``blocks``. Raises ValueError if one is not in use."""
+        """Take a reference from each of ``blocks``. Raises ValueError if one is not in use."""
         released: set[int] = set()
         for block in blocks:
-            if block not in self._used or block in released:
+            if block not in self._references or block in released:
                 raise ValueError(f"blocks [{block}] are not in use; a block is freed once")
             released.add(block)
-        self._used -= released
-        self._free.extend(reversed(blocks))
+        for block in reversed(blocks):  # what a request read first is kept longest: more requests begin with it
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            del self._references[block]
+            if block in self._marked:
+                self._kept[block] = None
+            else:
+                self._free.append(block)
+
+    def keep(self, block: int) -> None:
+        """Mark a block in use, so that what it holds is kept after its release."""
+        self._marked.add(block)
+
+    def forget(self, block: int) -> None:
+        """Undo :meth:`keep`."""
+        self._marked.discard(block)
+        if block in self._kept:
+            del self._kept[block]
+            self._free.append(block)
+
+    def is_used(self, block: int) -> bool:
+        """Whether a block has a reference."""
+        return block in self._references
 
 
 _LONGEST_REQUEST = 8192  # tokens per request at most, assumed if the pool's size is chosen automatically

@@ -1,57 +1,33 @@
 """Loads an unmodified model of transformers: a checkpoint, or its architecture with random weights."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    GenerationConfig,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from splitwiser import constants
-from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
-from splitwiser.machine.device import resolve_device
+from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.machine.memory import free_memory
-from splitwiser.model.catalog import EMBEDDED_MODEL, CatalogEntry, Kind, check_model, resolve_model
-from splitwiser.model.checkpoint import (
-    describe_files,
-    find_checkpoint_problem,
-    find_eos_problem,
-    own_sampling,
-    unapplied_settings,
-)
-from splitwiser.model.dtypes import SPELLINGS, dtype_name
-from splitwiser.model.gguf_file import add_missing_settings, describe_conversion, read_header
-from splitwiser.model.hub import check_hub, not_available, only_files_of
+from splitwiser.model.checkpoints.catalog import EMBEDDED_MODEL, CatalogEntry, Kind, resolve_model
+from splitwiser.model.checkpoints.checkpoint import describe_files, own_sampling, unapplied_settings
+from splitwiser.model.checkpoints.configuration import DTYPES, plan_model
+from splitwiser.model.checkpoints.gguf_file import describe_conversion, read_header
+from splitwiser.model.checkpoints.tokenizer import has_tokenizer_files, load_tokenizer
+from splitwiser.model.checkpoints.weights import draw_weights, read_weights, weights_nbytes, without_memory
 from splitwiser.model.kv_pool import find_memory_problem
 from splitwiser.model.rotary import last_length, length_computed_anew, rotary_parameters
-from splitwiser.model.tokenizer import has_tokenizer_files, load_tokenizer
 from splitwiser.request import Adapter
-
-T = TypeVar("T")
 
 LoadFormat = Literal["auto", "dummy"]
 
 # what configurations call the number of positions, and the length that a model without a limit was trained with
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
 _UNLIMITED = {"bloom": 2048}
-_INITIAL_DEVIATION = 0.02  # of most models' weights
 
 
 @dataclass
@@ -151,36 +127,6 @@ class LoadedModel:
         return str(made)
 
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SPELLINGS if name != "auto"}
-
-
-def resolve_dtype(dtype: str, config: PreTrainedConfig) -> torch.dtype:
-    """Return the torch dtype named ``dtype``, in any spelling; ``auto`` is the checkpoint's own. Raises :class:`InputError`
-    for an unknown name and :class:`UnsupportedModelError` if the checkpoint's own is not supported."""
-    name = dtype_name(dtype)
-    if name == "auto":
-        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        if own not in DTYPES.values():
-            raise UnsupportedModelError(
-                f"--dtype auto: the checkpoint's own type is {own}, which is not served; give one of {', '.join(DTYPES)}"
-            )
-        return own
-    return DTYPES[name]
-
-
-def plan_model(
-    model: str | Path, *, models: str | Path = constants.MODELS, dtype: str, device: str, load_format: str
-) -> tuple[CatalogEntry, torch.device, PreTrainedConfig, torch.dtype]:
-    """Return what :func:`load_model` would load with the same arguments: the catalogue's entry, device, configuration and
-    dtype. Raises :class:`InputError`."""
-    entry = check_model(model, models)
-    place = resolve_device(device)
-    config = _dummy_config(entry) if load_format == "dummy" else _checkpoint_config(entry)
-    if problem := find_eos_problem(config.get_text_config()):
-        raise UnsupportedModelError(f"model {entry.name}: its configuration's {problem}")
-    return entry, place, config, resolve_dtype(dtype, config)
-
-
 def load_model(
     model: str | Path,
     *,
@@ -216,7 +162,7 @@ def load_model(
         draw_weights(module, place, seed)
     elif weights:
         reading = time.perf_counter()
-        module = _read_checkpoint(entry, config, weights_dtype, place)
+        module = read_weights(entry, config, weights_dtype, place)
         if entry.gguf:
             notes += describe_conversion(read_header(entry.gguf), config, module.dtype, time.perf_counter() - reading)
         if module.dtype not in DTYPES.values():
@@ -252,163 +198,6 @@ def load_model(
         no_text=no_text,
         start_token_id=start_token_id,
     )
-
-
-def draw_weights(module: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Give ``module``, built without memory, the random weights of its own initialisation, drawn with ``seed``. Matrices
-    that it leaves to the constructors of their layers (GPT's) are drawn too.
-
-    They are made directly on ``device``, so there is never a second copy.
-    """
-    module.tie_weights()
-    for name, parameter in list(module.named_parameters()):
-        set_module_tensor_to_device(module, name, device, value=torch.zeros_like(parameter, device=device))
-    module.tie_weights()
-    torch.nn.Module.to(module, device)  # the buffers
-    for part in module.modules():
-        part.__dict__.pop("_is_hf_initialized", None)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        module.init_weights()
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1 and not parameter.any():
-                    parameter.normal_(0, _INITIAL_DEVIATION)
-
-
-def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the architecture of ``config`` with its weights on the meta device. Raises :class:`UnsupportedModelError`."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            module: PreTrainedModel = auto_class(config).from_config(
-                config, dtype=dtype, attn_implementation=_own_attention(config)
-            )
-    except ValueError as error:  # transformers has no model of this kind that generates text
-        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
-    except Exception as error:  # inconsistent figures raise various errors
-        raise _cannot_be_made(entry, error) from error
-    module.tie_weights()
-    return module
-
-
-def auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401  # transformers' classes are not annotated
-    """Return the class of transformers that makes models of ``config``'s kind."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _cannot_be_made(entry: CatalogEntry, error: Exception) -> UnsupportedModelError:
-    """Return the error for whatever exception a library raises over a checkpoint's files."""
-    return UnsupportedModelError(
-        f"model {entry.name}: cannot be built from {entry.location}: {type(error).__name__}: {first_line(error)}"
-    )
-
-
-def weights_nbytes(module: PreTrainedModel) -> int:
-    """Return the bytes of all weights, tied ones counted once."""
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _dummy_config(entry: CatalogEntry) -> PreTrainedConfig:
-    if entry.config:
-        figures = dict(entry.config)
-        kind = figures.pop("model_type")
-        if kind not in CONFIG_MAPPING:
-            problem = unknown_name("model_type", kind, CONFIG_MAPPING)
-            raise UnsupportedModelError(f"model {entry.name}: {problem.cli_message}")
-        try:
-            built: PreTrainedConfig = AutoConfig.for_model(kind, **figures)
-        except Exception as error:  # inconsistent figures raise various errors
-            raise _cannot_be_made(entry, error) from error
-        return built
-    return _checkpoint_config(entry)
-
-
-def _own_attention(config: PreTrainedConfig) -> str | None:
-    """Return the attention implementation that is used without the engine: None for transformers' choice, except for
-    soft-capped scores, which its fused function ignores in version 5.17."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-def _from_cache_or_hub(entry: CatalogEntry, load: Callable[[bool], T]) -> T:
-    """Return ``load(local_files_only)`` from this machine or, if it is not there, from the hub. Raises
-    :class:`InputError`."""
-    try:
-        with without_bars():
-            return load(True)
-    except OSError as error:
-        if not entry.hub:
-            raise InputError(
-                f"model {entry.name}: cannot be read from {entry.location}: {first_line(error)}"
-            ) from error
-    check_hub(entry)
-    try:
-        return load(False)
-    except (OSError, RuntimeError) as error:
-        raise InputError(not_available(entry, first_line(error))) from error
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep transformers from showing progress bars: files of this machine take no time that needs one."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _checkpoint_config(entry: CatalogEntry) -> PreTrainedConfig:
-    def load(local_files_only: bool) -> PreTrainedConfig:
-        with only_files_of(entry) as place:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(**place, local_files_only=local_files_only)
-        if entry.gguf:
-            add_missing_settings(config, read_header(entry.gguf))
-        return config
-
-    try:
-        return _from_cache_or_hub(entry, load)
-    except ValueError as error:  # transformers does not know the architecture
-        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
-    except InputError:
-        raise
-    except Exception as error:
-        raise _cannot_be_made(entry, error) from error
-
-
-def _read_checkpoint(
-    entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    def load(local_files_only: bool) -> PreTrainedModel:
-        with only_files_of(entry) as place:
-            made: Any = auto_class(config).from_pretrained(
-                **place,
-                output_loading_info=True,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation=_own_attention(config),
-                local_files_only=local_files_only,
-                quantization_config=GgufConfig(dequantize=True) if entry.gguf else None,
-            )
-        module: PreTrainedModel = made[0]
-        if missing := sorted(made[1]["missing_keys"]):  # transformers would initialise them at random
-            raise InputError(
-                f"model {entry.name}: {entry.location} lacks {len(missing)} of the model's weights, such as {missing[0]}"
-            )
-        return module
-
-    if problem := find_checkpoint_problem(entry, config, device):
-        raise UnsupportedModelError(problem)
-    try:
-        return _from_cache_or_hub(entry, load)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise UnsupportedModelError(f"model {entry.name}: {first_line(error)}") from error
-    except Exception as error:
-        raise _cannot_be_made(entry, error) from error
 
 
 def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

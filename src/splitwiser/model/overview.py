@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from splitwiser.errors import SplitwiserError, UnsupportedModelError
-from splitwiser.model.catalog import CatalogEntry, check_model
+from splitwiser.model.checkpoints.catalog import CatalogEntry, check_model
+from splitwiser.model.checkpoints.configuration import plan_model
+from splitwiser.model.checkpoints.hub import find_file
+from splitwiser.model.checkpoints.weights import weights_nbytes, without_memory
 from splitwiser.model.dispatch.table import describe_route, dispatch_attention, find_dispatch_problem
-from splitwiser.model.hub import find_file
-from splitwiser.model.loading import plan_model, weights_nbytes, without_memory
 from splitwiser.model.rotary import depends_on_length
 
 
@@ -48,10 +49,8 @@ def describe_model(entry: CatalogEntry, models: str | Path) -> Overview:
 
 
 def find_adapters(module: PreTrainedModel) -> str:
-    """Return whether ``module`` is served with adapters: yes, no, or LoRA alone."""
-    if module.config.is_encoder_decoder:
-        return "no"
-    return "LoRA" if depends_on_length(module) else "yes"
+    """Return with which adapters ``module`` is served: yes for all kinds, or LoRA alone."""
+    return "LoRA" if module.config.is_encoder_decoder or depends_on_length(module) else "yes"
 
 
 def find_route(module: PreTrainedModel) -> str:

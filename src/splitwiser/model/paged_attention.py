@@ -16,10 +16,10 @@ from splitwiser.model.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class Segment:
-    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. Its
-    prompt has ``prompt`` tokens, by default no more than those. ``lora`` is the number of the LoRA adapter that they run
-    with, 0 for none. The new tokens attend to those from number ``first`` on: with an encoder-decoder, the source's come
-    before."""
+    """One request's part of a step: ``tokens`` new tokens, with which its first ``context`` tokens lie in ``blocks``. The
+    first ``prompt`` of all its tokens are its prompt, by default the whole context. ``lora`` is the number of the LoRA
+    adapter that they run with, 0 for none. The new tokens attend to those from number ``first`` on: with an encoder-decoder,
+    the source's come before."""
 
     blocks: Sequence[int]
     context: int
@@ -70,6 +70,14 @@ def find_slots(pool: KVPool, segments: Sequence[Segment], device: torch.device) 
     return torch.tensor(slots, device=device)
 
 
+def find_loras(segments: Sequence[Segment], device: torch.device) -> Tensor | None:
+    """Return the number of the LoRA adapter of each new token of ``segments``; see
+    :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
+    if not any(segment.lora for segment in segments):
+        return None
+    return torch.tensor([segment.lora for segment in segments for _ in segment.places], device=device)
+
+
 class PagedAttention(AttentionStep):
     """The attention of one step: where its tokens lie in the pool and which requests they belong to.
 
@@ -98,9 +106,7 @@ class PagedAttention(AttentionStep):
     @cached_property
     def loras(self) -> Tensor | None:
         """See :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
-        if not any(segment.lora for segment in self.segments):
-            return None
-        return torch.tensor([segment.lora for segment in self.segments for _ in segment.positions], device=self.device)
+        return find_loras(self.segments, self.device)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """See :meth:`~splitwiser.model.attention.AttentionStep.store`; writes into the pool's layer."""
@@ -108,8 +114,8 @@ class PagedAttention(AttentionStep):
 
     def lengths(self, positions: Tensor) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.lengths`; a prompt that is split over steps counts whole in
-        each."""
-        lengths = [max(each.context, each.prompt) for each in self.segments for _ in range(each.tokens)]
+        each, and a token after it has the length that the request had when the token was its last."""
+        lengths = [max(at + 1, each.prompt or each.context) for each in self.segments for at in each.places]
         return torch.tensor(lengths, device=self.device).view_as(positions)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:

@@ -5,6 +5,7 @@ one. With requests packed in one row, each token has to be rotated as in a forwa
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,14 @@ def serve_lengths(module: PreTrainedModel) -> None:
 def depends_on_length(module: PreTrainedModel) -> bool:
     """Return whether positions are rotated by the length of a request."""
     return next(_length_dependent(module), None) is not None
+
+
+def length_without_scaling(module: PreTrainedModel) -> float:
+    """Return the length up to which a request's positions are rotated alike, whatever its length; infinite if all are."""
+    scalings = (
+        _find_scaling(own, *layer_type) for _, _, own in _length_dependent(module) for layer_type in _layer_types(own)
+    )
+    return min((scaling[1] for scaling in scalings if scaling), default=math.inf)
 
 
 def forget_lengths(module: PreTrainedModel) -> None:

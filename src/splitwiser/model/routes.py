@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from splitwiser.model import compatibility, forward
-from splitwiser.model.catalog import Kind
+from splitwiser.model.checkpoints.catalog import Kind
 from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from splitwiser.model.loading import auto_class, without_bars
+from splitwiser.model.checkpoints.configuration import without_bars
+from splitwiser.model.checkpoints.weights import auto_class, tie_weights
 
 VOCABULARY = 151
 POSITIONS = 256
@@ -178,8 +178,7 @@ def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
     """Save a model of ``config`` with random weights, drawn wide enough that tokens differ clearly."""
     torch.manual_seed(seed)
     module: PreTrainedModel = auto_class(config).from_config(config)
-    if getattr(config, "scale_decoder_outputs", True) is False:  # T5's, whose checkpoints then tie no output layer
-        module.lm_head.weight = nn.Parameter(module.lm_head.weight.detach().clone())
+    tie_weights(module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2:

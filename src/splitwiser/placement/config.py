@@ -12,7 +12,7 @@ from splitwiser.engine.policy import POLICIES, find_policy, policy_name
 from splitwiser.engine.schedule import SCHEDULES, find_schedule, keeps_itl_target
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.model.dtypes import dtype_name
 from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import Options, check_counts, option, option_fields
@@ -38,7 +38,7 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
     "scheduling_policy": "here it is policy",
     "max_model_len": "a request may use all positions of the model; kv_memory limits the pool",
     "block_size": "BLOCK_TOKENS in constants.py",
-    "enable_prefix_caching": "prompts share no blocks",
+    "enable_prefix_caching": "here it is prefix_caching",
     "enforce_eager": "here it is kernels, auto or plain",
     "kv_cache_dtype": "K and V have the model's dtype",
     "trust_remote_code": "models run with transformers' own code alone",
@@ -147,6 +147,15 @@ class EngineConfig(ModelConfig):
         constants.SCHEDULE,
         f"what mixed workers, such as mode sequential's, run next: {', '.join(SCHEDULES)}, or MODULE:CLASS of your own",
     )
+    reserve: bool = option(
+        constants.RESERVE,
+        "reserve KV blocks for the longest answer when a request is admitted; else it takes them as it grows, and the last "
+        "one is preempted and recomputed where none is free",
+    )
+    prefix_caching: bool | None = option(
+        constants.PREFIX_CACHING,
+        "requests that begin alike share the KV blocks of their beginning; by default only with --same_examples",
+    )
     quantization: str = option(
         constants.QUANTIZATION,
         "int8: weights and inputs of linear layers as whole numbers, on a CPU, the rest in --dtype bfloat16; none",
@@ -192,6 +201,9 @@ class EngineConfig(ModelConfig):
                 f"mode {mode.name} runs transformers' own engine; --policy {self.policy} applies to other modes"
             )
         find_schedule(self.schedule)
+        for name in ("reserve", "prefix_caching"):
+            if getattr(self, name) and mode.layout is None:
+                raise InputError(f"mode {mode.name} runs transformers' own engine; --{name} applies to other modes")
         if self.quantization != "none":
             self._check_quantization(mode)
         if self.workers and not mode.laid_out:

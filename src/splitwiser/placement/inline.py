@@ -84,7 +84,7 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     pool = make_pool(model, prepared)
     transport = InlineTransport()
     stepper, graphs = make_stepper(model, pool, config.max_batch, config.prefill_tokens, {"prefill": (), "decode": ()})
-    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduler_settings(config))
+    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduler_settings(config, model))
     placement = InlinePlacement(worker, transport, model.device.type == "cpu")
     engine = SplitEngine(model.decode, placement, pool.blocks * pool.block_tokens)
     return StartedEngine(model, engine, pool, prepared.described | graphs, [])

@@ -31,6 +31,7 @@ from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import Segment
+from splitwiser.model.rotary import length_without_scaling
 from splitwiser.model.routes import ROUTES
 from splitwiser.placement.config import EngineConfig, ModelConfig
 from splitwiser.request import Request
@@ -87,8 +88,8 @@ def load(config: ModelConfig, device: str | None = None) -> LoadedModel:
     )
 
 
-def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
-    """Return the limits, the policy and the schedule of ``config`` that workers go by."""
+def scheduler_settings(config: EngineConfig, model: LoadedModel) -> SchedulerSettings:
+    """Return the limits, the policy and the schedule of ``config`` that workers serve ``model`` by."""
     return SchedulerSettings(
         config.max_batch,
         config.prefill_tokens,
@@ -96,6 +97,9 @@ def scheduler_settings(config: EngineConfig) -> SchedulerSettings:
         find_policy(config.policy),
         find_schedule(config.schedule),
         None if config.itl_target_ms is None else config.itl_target_ms / 1e3,
+        config.reserve,
+        bool(config.prefix_caching),
+        length_without_scaling(model.module),
     )
 
 
@@ -106,6 +110,8 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     :class:`~splitwiser.model.routes.Route`'s ``attach``, of
     :func:`splitwiser.model.kv_pool.plan_blocks` and :func:`splitwiser.model.kernels.choose.load_kernels`.
     """
+    if model.encodes and config.prefix_caching:
+        model.notes.append("prefix caching is for decoders: an encoder reads each source as a whole")
     adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
     unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
     route = ROUTES[model.kind]

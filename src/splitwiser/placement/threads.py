@@ -98,7 +98,7 @@ def start_threads(model: LoadedModel, config: EngineConfig, division: Division) 
             transports[spec.name],
             stepper,
             range(pool.blocks),
-            scheduler_settings(config),
+            scheduler_settings(config, model),
             division.observe,
         )
         for number, spec in enumerate(specs)

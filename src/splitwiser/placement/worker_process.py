@@ -115,7 +115,13 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
     phases: list[Phase] = ["prefill", "decode"] if spec.role == "mixed" else [spec.role]
     stepper, graphs = make_stepper(model, pool, config.max_batch, config.prefill_tokens, dict.fromkeys(phases, ()))
     worker = build_worker(
-        config.specs, setup.index, transport, stepper, setup.own_blocks, scheduler_settings(config), share.observe
+        config.specs,
+        setup.index,
+        transport,
+        stepper,
+        setup.own_blocks,
+        scheduler_settings(config, model),
+        share.observe,
     )
     cpu_share.before_step()
     transport.send(PARENT, Ready(spec.name, graphs))

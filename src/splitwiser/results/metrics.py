@@ -81,6 +81,12 @@ def request_goodput(run: Served) -> float | None:
     return run.rate(sum(meets(output.metrics, run.targets) for output in run.answers)) if run.targets else None
 
 
+def requests_in_flight(run: Served) -> float | None:
+    """Return how many requests were between their first token and their last, on average over the duration."""
+    times = [output.metrics.token_ns for output in run.outputs if output.metrics.token_ns]
+    return run.rate(sum(own[-1] - own[0] for own in times) / 1e9)
+
+
 def output_throughput(run: Served) -> float | None:
     """Return the generated tokens per second."""
     return run.rate(total_output_tokens(run))
@@ -154,7 +160,9 @@ def latency_row(output: RequestOutput, start_ns: int) -> dict[str, Any]:
         "prompt_id": output.prompt_id,
         "sample": output.sample,
         "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": metrics.cached_tokens,
         "output_tokens": len(output.token_ids),
+        "preemptions": metrics.preemptions,
         "adapter": output.adapter,
         "priority": output.priority,
         "arrival_s": seconds(metrics.arrival_ns),

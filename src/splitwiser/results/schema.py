@@ -221,6 +221,13 @@ METRICS: tuple[Metric, ...] = (
         objective="goodput",
     ),
     Metric(
+        "requests_in_flight",
+        "Requests between their first token and their last, on average over the duration.",
+        "requests",
+        compute=metrics.requests_in_flight,
+        more_is_better=True,
+    ),
+    Metric(
         "output_throughput",
         "Generated tokens per second of the duration.",
         "tokens/s",
@@ -305,7 +312,9 @@ LATENCY = (
     Column("prompt_id", "Number of its prompt; each of a prompt's samples is a request.", short_name="prompt"),
     Column("sample", "Number of the request among its prompt's samples."),
     Column("prompt_tokens", "Tokens of the prompt.", "tokens"),
+    Column("cached_tokens", "Prompt tokens whose keys and values were found in the KV pool.", "tokens"),
     Column("output_tokens", "Tokens of the answer.", "tokens", needed=True),
+    Column("preemptions", "How often the request lost its KV blocks to another and was recomputed."),
     Column("adapter", "Adapter that the request ran with; empty for the model alone."),
     Column("priority", "The request's own priority, of which the lowest goes first under policy priority."),
     Column("arrival_s", "Time of arrival, from the run's start.", "s", needed=True),

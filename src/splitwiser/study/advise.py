@@ -24,7 +24,7 @@ from splitwiser.errors import InputError, RunError
 from splitwiser.files import CsvTable, make_directory, write_rows
 from splitwiser.llm import make_requests
 from splitwiser.machine.device import resolve_device
-from splitwiser.model.catalog import decoders_only
+from splitwiser.model.checkpoints.catalog import decoders_only
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.options import option_fields
 from splitwiser.request import Request
@@ -155,6 +155,8 @@ def predict(
             config.lend,
             find_policy(config.policy),
             find_schedule(candidate.schedule or config.schedule),
+            reserve=config.reserve,
+            prefix_caching=bool(config.prefix_caching),
         )
         row = candidate.row
         try:

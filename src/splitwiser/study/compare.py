@@ -17,7 +17,7 @@ from splitwiser.config import RunConfig
 from splitwiser.errors import InputError, RunError
 from splitwiser.files import make_run_directory, write_rows
 from splitwiser.machine.stand_in import is_stand_in
-from splitwiser.model.catalog import resolve_model
+from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.options import split_options, to_arguments
 from splitwiser.placement.modes import find_backend
 from splitwiser.results.answer import answer

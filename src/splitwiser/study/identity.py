@@ -15,9 +15,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from splitwiser import constants
 from splitwiser.errors import SplitwiserError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.llm import LLM
-from splitwiser.model.catalog import load_catalog
+from splitwiser.model.checkpoints.catalog import load_catalog
+from splitwiser.model.checkpoints.configuration import plan_model
 from splitwiser.model.kernels.packed_linear import find_packing_problem
-from splitwiser.model.loading import LoadedModel, LoadFormat, load_model, plan_model
+from splitwiser.model.loading import LoadedModel, LoadFormat, load_model
 from splitwiser.model.overview import find_route
 from splitwiser.model.routes import ROUTES
 from splitwiser.model.tiny import VOCABULARY, save_tiny, shrink, tiny_config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
-from splitwiser.model.catalog import decoders_only
+from splitwiser.model.checkpoints.catalog import decoders_only
 from splitwiser.model.forward import forward
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel

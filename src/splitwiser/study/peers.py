@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from splitwiser.config import RunConfig
-from splitwiser.errors import InputError, unknown_name
+from splitwiser.errors import InputError, UnsupportedModelError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
-from splitwiser.model.catalog import decoders_only, resolve_model
+from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
@@ -98,7 +98,7 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
         weights=written,
     )
     if model.encodes:
-        raise decoders_only(model.name)
+        raise UnsupportedModelError(f"model {model.name} is an encoder-decoder, which no peer serves; leave --peer out")
     prompts, params = job.make_prompts(model, config.seed), job.sampling_params(config)
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
     workload = folder / f"{job.label}.json"
@@ -130,7 +130,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     """Run ``peer`` on the model and workload file that ``config`` names, in a process with its own environment. Its
     tokens go to ``folder/runs/<label>``, its output to ``folder/logs/<label>.log``; ``show`` is called with its progress.
     The outcome has the columns of ``throughput.csv`` that a peer has values for."""
-    from splitwiser.model.loading import plan_model  # imports PyTorch
+    from splitwiser.model.checkpoints.configuration import plan_model  # imports PyTorch
 
     directory, log = folder / "runs" / label, folder / "logs" / f"{label}.log"
     directory.mkdir(parents=True)

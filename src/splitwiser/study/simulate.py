@@ -82,6 +82,8 @@ class Setup:
     policy: Policy = FIRST_COME
     schedule: Schedule = ALTERNATE
     itl_target_s: float | None = None
+    reserve: bool = False
+    prefix_caching: bool = False
 
 
 def simulate(
@@ -229,6 +231,8 @@ class _SimulatedWorker:
             setup.policy,
             setup.schedule,
             setup.itl_target_s,
+            setup.reserve,
+            setup.prefix_caching,
         )
         self._worker = build_worker(world.specs, place, self, _CostStepper(self, world), range(part), scheduling)
         self._thread = threading.Thread(target=self._live, name=f"simulated {spec.name}", daemon=True)

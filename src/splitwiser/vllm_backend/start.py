@@ -15,10 +15,11 @@ from splitwiser.errors import InputError
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
 from splitwiser.machine.shared_memory import SharedMemory, return_freed_memory
-from splitwiser.model.catalog import decoders_only, resolve_model
+from splitwiser.model.checkpoints.catalog import decoders_only, resolve_model
+from splitwiser.model.checkpoints.configuration import without_bars
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_pool_problem, plan_blocks
-from splitwiser.model.loading import LoadedModel, load_model, without_bars
+from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import plan_cores, plan_threads

@@ -52,10 +52,14 @@ class Case:
             question = "\n\n".join(map(self.example, examples)) + "\n" + question
         return f"{self.start_prefix}\n{question}" if self.start_prefix else question
 
-    def prompts(self, reports: Sequence[Report], training: Sequence[Report], seed: int) -> list[str]:
+    def prompts(
+        self, reports: Sequence[Report], training: Sequence[Report], seed: int, *, same: bool = False
+    ) -> list[str]:
         """Return one prompt per report, in order. The in-context examples of each are drawn from ``training`` without
-        repeats and without the report itself, by a generator seeded with ``seed``. Raises :class:`InputError`."""
+        repeats and without the report itself, by a generator seeded with ``seed``; with ``same`` they are the first report's
+        for all others that are not among them. Raises :class:`InputError`."""
         rng = random.Random(seed)
+        common: list[Report] = []
         prompts = []
         for report in reports:
             others = [example for example in training if example.finding != report.finding]
@@ -63,7 +67,10 @@ class Case:
                 raise InputError(
                     f"case {self.case_id} draws {self.examples} examples, but the training set has {len(others)} reports"
                 )
-            prompts.append(self.prompt_text(report.finding, rng.sample(others, self.examples)))
+            shares = common and report.finding not in {example.finding for example in common}
+            drawn = common if shares else rng.sample(others, self.examples)
+            common = drawn if same and not common else common
+            prompts.append(self.prompt_text(report.finding, drawn))
         return prompts
 
 

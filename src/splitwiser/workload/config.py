@@ -33,6 +33,11 @@ class WorkloadConfig(Options):
 
     case_id: int = option(constants.CASE_ID, "prompting recipe of --cases", "requests")
     cases: str = option(str(constants.CASES), "YAML file of the prompting recipes", "requests")
+    same_examples: bool = option(
+        False,
+        "draw a case's in-context examples once for all reports, not for each afresh, so that all prompts begin alike",
+        "requests",
+    )
     data: str = option(
         str(constants.DIR_DATA),
         "reports: directory of .tok sets, .jsonl, .csv or .parquet file, or a datasets name",
@@ -173,6 +178,8 @@ class WorkloadConfig(Options):
     def _check_requests(self) -> None:
         if self.requests is not None and self.requests > MOST_REQUESTS:
             raise InputError(f"--requests must be {MOST_REQUESTS:,} or less, not {self.requests:,}")
+        if self.same_examples and self.source != "case":
+            raise InputError("--same_examples is for cases with in-context examples; give --case_id alone")
         if self.trace is None and (self.trace_slice is not None or self.trace_speed != 1):
             raise InputError("--trace_slice and --trace_speed apply to a trace; give its file with --trace")
         if not 0 < self.trace_speed < math.inf:

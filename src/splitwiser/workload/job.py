@@ -145,7 +145,9 @@ def _from_case(config: WorkloadConfig, seed: int) -> Job:
     case = get_case(Path(config.cases), config.case_id)
     reports = load_reports(config.data, config.split, config.finding_column, config.impression_column)[: config.limit]
     training = load_tok(constants.DIR_DATA, "train") if case.examples else []
-    prompts, sources = (each.prompts(reports, training, seed) for each in (case, case.for_encoder))
+    prompts, sources = (
+        each.prompts(reports, training, seed, same=config.same_examples) for each in (case, case.for_encoder)
+    )
     requests = [
         PlannedRequest(prompt, 0, case.max_new_tokens, report=report, source=source)
         for report, prompt, source in zip(reports, prompts, sources, strict=True)

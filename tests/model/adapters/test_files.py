@@ -8,7 +8,7 @@ import pytest
 
 from splitwiser.model.adapters import files
 from splitwiser.model.adapters.files import AdaptersGiven, find_adapters
-from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.checkpoints.catalog import CatalogEntry
 from tests.support.assertions import assert_says, refusal
 
 MODEL = CatalogEntry("mine")
@@ -46,7 +46,7 @@ def test_a_name_alone_is_an_adapter_that_comes_with_the_model(tmp_path: Path) ->
     ("config", "part"),
     [
         ({"peft_type": "IA3"}, "unknown kind of adapter 'IA3'; known: LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "is made for the task SEQ_2_SEQ_LM; one for CAUSAL_LM is needed"),
+        ({"task_type": "SEQ_CLS"}, "is made for the task SEQ_CLS; one for CAUSAL_LM or SEQ_2_SEQ_LM is needed"),
         ({"peft_type": "P_TUNING", "num_virtual_tokens": 0}, "must be a whole number of 1 or more, not 0"),
     ],
 )

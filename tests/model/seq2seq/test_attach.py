@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from splitwiser.errors import UnsupportedModelError
+from splitwiser.model import trials
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.packed_linear import PackedLinear, find_packing_problem
 from splitwiser.model.loading import LoadedModel, load_model
@@ -47,7 +48,7 @@ def test_a_model_that_cannot_be_served_is_refused_in_one_line(
 
 
 def test_sources_that_see_each_other_are_noticed(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_one(lengths: list[int], device: torch.device) -> EncoderStep:
+    def as_one(lengths: list[int], device: torch.device, _: torch.Tensor | None) -> EncoderStep:
         return EncoderStep([sum(lengths)], device)
 
     monkeypatch.setattr("splitwiser.model.seq2seq.forward.EncoderStep", as_one)
@@ -63,6 +64,26 @@ def test_answers_at_wrong_positions_are_noticed(tiny: Callable[[str], Path], mon
     monkeypatch.setattr(attach, "replace_parts", wrong)
     with pytest.raises(UnsupportedModelError, match="two packed sources do not give the same logits as each alone"):
         attach_engine(load(tiny("bart")))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_that_makes_more_of_rounding_is_measured_by_that(
+    dtype: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trials.BOUNDS, getattr(torch, dtype), 1e-6)  # as if packing had rounded differently
+    assert attach_engine(load(tiny("t5"), dtype)) == T5_LAYERS
+
+
+def test_no_rounding_excuses_all_differences(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny("t5"), "bfloat16")
+
+    def spoil(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output.flip(-1) if output.shape[1] == 10 else output  # the tokens of two sources
+
+    model.module.get_submodule("encoder.final_layer_norm").register_forward_hook(spoil)
+    monkeypatch.setattr("splitwiser.model.attach._find_rounding", lambda *_: 10.0)
+    with pytest.raises(UnsupportedModelError, match="two packed sources do not give the same logits as each alone"):
+        attach_engine(model)
 
 
 @PACKS

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from splitwiser.errors import InputError, first_line, unknown_name
-from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.checkpoints.catalog import CatalogEntry, Kind
 from splitwiser.request import NO_ADAPTER
 from splitwiser.text import read_text
 
@@ -19,6 +19,8 @@ KINDS = {
     "P_TUNING": "p-tuning",
 }
 """The kinds that are served, by peft's name."""
+TASKS: dict[Kind, str] = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+"""What adapters are made for, by peft's name and the kind of model."""
 OWN = "adapters"  # in the directory of a checkpoint: one folder for each adapter that comes with it
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -112,8 +114,8 @@ def _read(name: str, directory: Path) -> AdapterFiles:
         raise InputError(f"{where}: {CONFIG} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     if kind not in KINDS:
         raise InputError(f"{where}: {unknown_name('kind of adapter', kind, KINDS)}")
-    if task not in (None, "CAUSAL_LM"):
-        raise InputError(f"{where}: is made for the task {task}; one for CAUSAL_LM is needed")
+    if task not in (None, *TASKS.values()):
+        raise InputError(f"{where}: is made for the task {task}; one for {' or '.join(TASKS.values())} is needed")
     if kind != "LORA" and not (isinstance(virtual_tokens, int) and virtual_tokens > 0):
         raise InputError(f"{where}: num_virtual_tokens must be a whole number of 1 or more, not {virtual_tokens!r}")
     return AdapterFiles(name, directory, config)

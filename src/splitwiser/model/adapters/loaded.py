@@ -25,11 +25,12 @@ KeysValues = list[tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class LoadedAdapter:
     """``parts`` of LoRA by the path of the layer within the model, or the ``keys_values`` of virtual tokens; neither if it
-    is merged into the model's weights. ``logits`` are those that peft's own model gives after ``prompt``, float32 of shape
-    (vocabulary,)."""
+    is merged into the model's weights. ``logits`` are those that peft's own model gives in a prefill step of ``prompt`` and
+    in a decode step of the token ``next_token``, float32 of shape (2, vocabulary)."""
 
     files: AdapterFiles
     prompt: Sequence[int]
+    next_token: int
     logits: Tensor
     parts: Mapping[str, LoraPart] = field(default_factory=dict)
     keys_values: KeysValues = field(default_factory=list)

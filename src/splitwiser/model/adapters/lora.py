@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.adapters.loaded import LoraPart
 from splitwiser.model.attention import current_loras
 
@@ -42,15 +41,13 @@ class LoraLinear(nn.Module):
         return weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map (..., in features) to (..., out features). Raises :class:`UnsupportedModelError` if a row of ``inputs`` is no
-        token of the step, since its adapter is then unknown."""
+        """Map (..., in features) to (..., out features). Raises the error of
+        :meth:`~splitwiser.model.attention.AttentionStep.loras_of`."""
         output: Tensor = self.base(inputs)
-        loras = current_loras()
+        rows = inputs.flatten(0, -2)
+        loras = current_loras(len(rows))
         if loras is None:
             return output
-        rows = inputs.flatten(0, -2)
-        if len(rows) != len(loras):
-            raise UnsupportedModelError(f"a layer with LoRA has {len(rows)} rows in a step of {len(loras)} tokens")
         kept = (self.owners == loras[:, None]) * self.scaling
         return torch.addmm(output.flatten(0, -2), linear(rows, self.down) * kept, self.up).view_as(output)
 

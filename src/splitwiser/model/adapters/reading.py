@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from splitwiser.errors import InputError, first_line
-from splitwiser.model.adapters.files import AdapterFiles
+from splitwiser.model.adapters.files import TASKS, AdapterFiles
 from splitwiser.model.adapters.loaded import KeysValues, LoadedAdapter, LoraPart
 from splitwiser.model.forward import cache_argument
 from splitwiser.model.loading import LoadedModel
@@ -26,7 +27,7 @@ with warnings.catch_warnings():  # what peft says about packages that adapters d
     from peft.utils.other import AuxiliaryTrainingWrapper
 
 NAME = "served"  # of an adapter within peft, which does not take every name that a user may give
-_PROMPT = 6  # tokens of the prompt by which adapters are tried
+_TOKENS = 6  # of a request by which adapters are tried
 
 
 @torch.inference_mode()
@@ -34,16 +35,16 @@ def load_adapter(model: LoadedModel, files: AdapterFiles, merge: bool) -> Loaded
     """Read an adapter for ``model``, whose attention must still be its own, and leave the model as it was or, if ``merge``,
     with the adapter in its weights. Raises :class:`InputError` for one that does not fit the model and, unless ``merge``,
     for a LoRA adapter that does more than add to the outputs of linear layers."""
-    prompt = [(7 * number + 3) % model.vocabulary for number in range(_PROMPT)]
+    *prompt, next_token = [(7 * number + 3) % model.vocabulary for number in range(_TOKENS)]
     with fitting(model, files):
         opened = open_peft(model, files)
-        logits = _logits(opened, prompt)
+        tried = LoadedAdapter(files, prompt, next_token, _logits(model, opened, prompt, next_token))
         if files.virtual_tokens:
-            return LoadedAdapter(files, prompt, logits, keys_values=_keys_values(model, opened, files.virtual_tokens))
+            return replace(tried, keys_values=_keys_values(model, opened, files.virtual_tokens))
         if merge:
             model.module = opened.merge_and_unload().requires_grad_(False)
             _forget(model)
-            return LoadedAdapter(files, prompt, logits)
+            return tried
         if problem := _find_separation_problem(model, opened):
             raise InputError(
                 f"--adapter {files.name}: {problem}, which cannot be done for single requests; --merge_adapter does it for "
@@ -52,16 +53,23 @@ def load_adapter(model: LoadedModel, files: AdapterFiles, merge: bool) -> Loaded
         parts = _parts(opened)
         opened.unload()
         _forget(model)
-        return LoadedAdapter(files, prompt, logits, parts)
+        return replace(tried, parts=parts)
 
 
 @contextmanager
 def fitting(model: LoadedModel, files: AdapterFiles) -> Iterator[None]:
     """Within, whatever peft raises over ``files`` becomes an :class:`InputError` that names them. Raises it, too, for an
-    encoder-decoder."""
-    if model.encodes:
+    adapter of another kind of model, and for virtual tokens of an encoder-decoder."""
+    task = files.config.get("task_type")
+    if task not in (None, TASKS[model.kind]):
         raise InputError(
-            f"--adapter {files.name}: model {model.name} is an encoder-decoder, and adapters are served with decoders alone"
+            f"--adapter {files.name}: {files.directory} is made for the task {task}, and model {model.name} is of kind "
+            f"{model.kind}; one for {TASKS[model.kind]} is needed"
+        )
+    if model.encodes and files.virtual_tokens:
+        raise InputError(
+            f"--adapter {files.name}: {files.kind_name} is not served with encoder-decoders, which compute with virtual "
+            f"tokens anew for each source, so that requests cannot share them; model {model.name} takes LoRA"
         )
     try:
         with warnings.catch_warnings():
@@ -92,10 +100,14 @@ def _forget(model: LoadedModel) -> None:
     vars(model.module).pop("peft_config", None)
 
 
-def _logits(opened: PeftModel, prompt: Sequence[int]) -> Tensor:
-    ids = torch.tensor([prompt], device=opened.device)
-    logits: Tensor = opened(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return logits[0, -1].float()
+def _logits(model: LoadedModel, opened: PeftModel, prompt: Sequence[int], next_token: int) -> Tensor:
+    """Return :attr:`LoadedAdapter.logits`: those after the prompt and after the next token or, of an encoder-decoder, whose
+    prompt is the source, after the token that answers begin with and after the next."""
+    read, answer = (prompt, [model.start_token_id, next_token]) if model.encodes else ([*prompt, next_token], None)
+    ids = torch.tensor([read], device=opened.device)
+    decoded = {"decoder_input_ids": torch.tensor([answer], device=opened.device)} if answer else {}
+    logits: Tensor = opened(input_ids=ids, attention_mask=torch.ones_like(ids), **decoded).logits
+    return logits[0, -2:].float()
 
 
 def _find_separation_problem(model: LoadedModel, opened: PeftModel) -> str | None:

@@ -4,18 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.adapters.files import AdapterFiles
 from splitwiser.model.adapters.loaded import KeysValues, LoadedAdapter
 from splitwiser.model.adapters.lora import add_lora
-from splitwiser.model.forward import forward
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.paged_attention import PagedAttention, Segment
+from splitwiser.model.paged_attention import Segment
 from splitwiser.model.rotary import depends_on_length
+from splitwiser.model.routes import ROUTES
+from splitwiser.model.trials import agree
 from splitwiser.request import Adapter
 
 # relative to the largest logit: half precisions differ by rounding, beside which an adapter of small effect is not seen
@@ -88,7 +88,7 @@ def try_adapters(
     kernels: PoolKernels,
 ) -> None:
     """Raise :class:`InputError` unless ``model``, which the engine is attached to, gives with each of its adapters the
-    logits that peft's own model gives, in a prefill step and in a decode step after another one."""
+    logits that peft's own model gives, in a prefill step and in a decode step after it."""
     for each in loaded:
         name = each.files.name
         try:
@@ -122,8 +122,9 @@ def _find_problem(
     kernels: PoolKernels,
 ) -> str | None:
     """Return how logits with ``adapter``, computed over a small pool, differ from peft's; None if they do not."""
-    prompt = loaded.prompt
-    own = range(-(-(adapter.tail_tokens + len(prompt)) // block_tokens))
+    prompt, encoded = loaded.prompt, model.encodes
+    context = adapter.virtual_tokens + len(prompt)
+    own = range(-(-(adapter.tail_tokens + len(prompt) + 1 + encoded) // block_tokens))
     adapter = replace(adapter, blocks=tuple(range(len(own), len(own) + len(adapter.blocks))))
     pool = KVPool(
         layers, len(own), block_tokens, model.dtype, model.device, kernels=kernels, shared_blocks=len(adapter.blocks)
@@ -131,17 +132,12 @@ def _find_problem(
     write_virtual_tokens(pool, {adapter.name: adapter}, [loaded])
     if adapter.tail_tokens:
         pool.copy_tokens(adapter.blocks[-1], own[0], adapter.tail_tokens)
-
-    def logits(start: int, end: int) -> Tensor:
-        context = adapter.virtual_tokens + end
-        segment = Segment([*adapter.shared_blocks, *own], context, end - start, lora=adapter.lora)
-        step = PagedAttention(pool, [segment], model.device)
-        return forward(model.module, step, prompt[start:end], segment.positions, [end - start - 1])[0].float()
-
-    whole = logits(0, len(prompt))
-    logits(0, len(prompt) - 1)
-    last = logits(len(prompt) - 1, len(prompt))
-    bound = _BOUNDS[model.dtype] * loaded.logits.abs().max()
-    if all(bool((given - loaded.logits).abs().max() <= bound) for given in (whole, last)):
+    route = ROUTES[model.kind]
+    whole = Segment([*adapter.shared_blocks, *own], context, len(prompt), lora=adapter.lora)
+    # an encoder-decoder's answer begins behind the source, with a token of its own
+    one = replace(whole, context=context + 1 + encoded, tokens=1, first=context if encoded else 0)
+    first = route.prefill(model, pool, [whole], prompt, [len(prompt) - 1])
+    second = route.decode(model, pool, [one], [loaded.next_token])
+    if agree(torch.cat([first, second]).float(), loaded.logits, _BOUNDS[model.dtype]):
         return None
     return "it gives other logits than peft's own model"

@@ -1,35 +1,34 @@
 """Attaches the engine to an encoder-decoder, or refuses it with the reason if the engine cannot serve it exactly."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from splitwiser.errors import UnsupportedModelError, first_line
+from splitwiser.errors import UnsupportedModelError
+from splitwiser.model import attach as attach_module
 from splitwiser.model import attention
+from splitwiser.model.attach import Attachment, Comparison, attach, cannot_be_served
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.forward import cache_argument
-from splitwiser.model.fusing import fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.paged_attention import Segment
 from splitwiser.model.seq2seq.forward import decode, decode_logits, encode, prefill_logits, start_token_of
 from splitwiser.model.seq2seq.parts import replace_parts
 from splitwiser.model.seq2seq.steps import EncoderStep, PackedStep, is_view_of_source
-from splitwiser.model.trials import BOUNDS, Trial, agree, padding_keeps_logits, probe_prompts
+from splitwiser.model.trials import BOUNDS, padding_keeps_logits, probe_prompts
 
 _ANSWER = 4  # tokens of an answer that are tried
 
 
 def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = False) -> list[LayerShape]:
-    """Make ``model``, an encoder-decoder, attend through the KV pool; see
-    :func:`splitwiser.model.compatibility.attach_engine`, whose arguments and result these are.
+    """Make ``model``, an encoder-decoder, attend through the KV pool; see :func:`splitwiser.model.attach.attach`, whose
+    arguments and result these are.
 
     Raises :class:`UnsupportedModelError` with the reason unless the engine is shown to serve the model exactly: the class
     must dispatch its attention through transformers' interface; each layer of the decoder must store K and V of the answer
@@ -37,63 +36,14 @@ def attach_engine(model: LoadedModel, *, pack: bool = False, remember: bool = Fa
     row, with answers of different lengths decoded together, must give the logits that the model's own attention gives for
     each alone.
     """
-    module = model.module
-    name = type(module).__name__
-    if problem := find_dispatch_problem(module) or _find_capacity_problem(module):
-        raise UnsupportedModelError(problem)
-    trial = Trial(model, f"attach, packed: {pack}") if remember else None
-    sources = probe_prompts(model)
-    try:
-        with torch.inference_mode():
-            if trial and trial.outcome:
-                _dispatch(model)
-                if pack:
-                    fuse_parts(module, trial.outcome["fused"], _run_both_halves)
-                    pack_linears(module)
-                return [LayerShape(*layer) for layer in trial.outcome["layers"]]
-            expected = [_own_logits(model, source) for source in sources]
-            _dispatch(model)
-            layers = _probe_layers(model, sources[0])
-            served = _served_logits(model, layers, sources)
-            choices = fuse_parts(module, None, _run_both_halves) if pack else []
-            if pack:
-                pack_linears(module)
-            fused = _served_logits(model, layers, sources) if pack else served
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name}: {error}; use --mode generate") from error
-    except Exception as error:  # any error of the model's forward means that it cannot be served
-        raise UnsupportedModelError(
-            f"{name} cannot be served by the engine; use --mode generate ({type(error).__name__}: {first_line(error)})"
-        ) from error
-    bound = BOUNDS[model.dtype]
-    if not agree(served, expected, bound):
-        raise UnsupportedModelError(
-            f"{name}: two packed sources do not give the same logits as each alone, so the engine would give wrong tokens; "
-            "use --mode generate"
-        )
-    if not agree(fused, expected, 3 * bound):  # fused modules round less often, which adds up over the layers
-        raise UnsupportedModelError(f"{name}: its logits change when its modules are fused; use --kernels plain")
-    if trial:
-        trial.remember({"layers": [astuple(layer) for layer in layers], "fused": choices})
-    return layers
+    return attach(_ENCODER_DECODER, model, pack=pack, remember=remember)
 
 
 def try_kernels(
     model: LoadedModel, layers: Sequence[LayerShape], kernels: PoolKernels, block_tokens: int
 ) -> dict[str, str]:
-    """Return why ``kernels.decode`` cannot serve ``model``; see :func:`splitwiser.model.compatibility.try_kernels`. No other
-    kernel attends for an encoder-decoder."""
-    length = 2 * block_tokens + 5
-    sources = [[(7 * number + 3) % model.vocabulary for number in range(start, start + length)] for start in (0, 11)]
-    if kernels.decode is None:
-        return {}
-    with torch.inference_mode():
-        expected = _served_logits(model, layers, sources, block_tokens=block_tokens)
-        try:
-            logits = _served_logits(model, layers, sources, PoolKernels(decode=kernels.decode), block_tokens)
-        except Exception as error:  # Triton's errors derive from Exception alone
-            return {"decode": f"{type(error).__name__}: {first_line(error)}"}
-    return {} if agree(logits, expected, BOUNDS[model.dtype]) else {"decode": "its logits differ from PyTorch's"}
+    """See :func:`splitwiser.model.attach.try_kernels`."""
+    return attach_module.try_kernels(_ENCODER_DECODER, model, layers, kernels, block_tokens)
 
 
 @torch.inference_mode()
@@ -107,7 +57,9 @@ def padding_changes_tokens(model: LoadedModel) -> bool:
         return True
 
 
-def _find_capacity_problem(module: PreTrainedModel) -> str | None:
+def _find_problem(module: PreTrainedModel) -> str | None:
+    if problem := find_dispatch_problem(module):
+        return problem
     if getattr(module.config, "expert_capacity", None) is None:
         return None
     return (
@@ -116,11 +68,21 @@ def _find_capacity_problem(module: PreTrainedModel) -> str | None:
     )
 
 
-def _dispatch(model: LoadedModel) -> None:
+def _compare(model: LoadedModel) -> list[Comparison]:
+    sources = probe_prompts(model)
+    own = [_own_logits(model, source) for source in sources]
+    return [Comparison("two packed sources", own, lambda layers: [_served_logits(model, layers, sources)], BOUNDS)]
+
+
+def _replace_attention(model: LoadedModel) -> None:
     module = model.module
-    for part in (module, module.get_encoder(), module.get_decoder()):  # T5's halves have configurations of their own
+    for part in (module, *_halves(module)):  # T5's halves have configurations of their own
         part.set_attn_implementation(attention.NAME)
-    replace_parts(model.module, model.max_positions)
+    replace_parts(module, model.max_positions)
+
+
+def _halves(module: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module.get_encoder(), module.get_decoder()]
 
 
 class _Positioned(PackedStep):
@@ -178,7 +140,8 @@ class _ProbeCache(StepCache):
         return key, value
 
 
-def _probe_layers(model: LoadedModel, source: list[int]) -> list[LayerShape]:
+def _probe_layers(model: LoadedModel) -> list[LayerShape]:
+    source = probe_prompts(model)[0]
     states = encode(model.module, EncoderStep([len(source)], model.device), source)
     probe = _DecoderProbe(model.device)
     decode(model.module, probe, [start_token_of(model)], states)
@@ -250,3 +213,16 @@ def _served_logits(
     while waiting := [number for number, rows in enumerate(logits) if len(rows) < _ANSWER]:
         step(waiting)
     return [torch.stack(rows).float() for rows in logits]
+
+
+_ENCODER_DECODER = Attachment(
+    find_problem=_find_problem,
+    compare=_compare,
+    replace_attention=_replace_attention,
+    probe_layers=_probe_layers,
+    run=_run_both_halves,
+    embeddings=lambda module: {half.get_input_embeddings() for half in _halves(module)},
+    explain=cannot_be_served,
+    kernels=("decode",),
+    packed_logits=_served_logits,
+)

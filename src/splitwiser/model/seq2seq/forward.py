@@ -13,7 +13,7 @@ from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.forward import cache_argument, on_device
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.paged_attention import Segment
+from splitwiser.model.paged_attention import Segment, find_loras
 from splitwiser.model.seq2seq.steps import DecoderStep, EncoderStep, FixedSources, PackedStep, paged_step
 
 
@@ -22,8 +22,9 @@ def prefill_logits(
 ) -> Tensor:
     """Encode the sources of ``segments``, whole prompts packed as ``token_ids``, store their K and V and those of the
     decoder's first token, and return the logits after it: (requests, vocabulary)."""
-    states = encode(model.module, EncoderStep([each.tokens for each in segments], model.device), token_ids)
-    starts = [Segment(each.blocks, each.context + 1, 1, first=each.context) for each in segments]
+    lengths = [each.tokens for each in segments]
+    states = encode(model.module, EncoderStep(lengths, model.device, find_loras(segments, model.device)), token_ids)
+    starts = [Segment(each.blocks, each.context + 1, 1, lora=each.lora, first=each.context) for each in segments]
     step = paged_step(pool, starts, model.device, stores_sources=True)
     return decode(model.module, step, [start_token_of(model)] * len(segments), states)
 

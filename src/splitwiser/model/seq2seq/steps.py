@@ -18,7 +18,7 @@ from splitwiser.errors import UnsupportedModelError
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
 from splitwiser.model.fixed_step import FixedDecodeStep
 from splitwiser.model.kv_pool import KVPool
-from splitwiser.model.paged_attention import PagedAttention, Segment, find_slots
+from splitwiser.model.paged_attention import PagedAttention, Segment, find_loras, find_slots
 
 _CAUSAL = Mask(causal_mask_function)
 _SCORES_AT_ONCE = 2**24  # numbers: those of a long source would take gigabytes
@@ -38,16 +38,23 @@ class PackedStep(AttentionStep):
 class EncoderStep(PackedStep):
     """The attention of an encoder over packed sources of ``lengths`` tokens: each token sees all of its own source.
 
-    Nothing is stored: the encoder's K and V are of no use once its states are computed.
+    Nothing is stored: the encoder's K and V are of no use once its states are computed. ``loras`` are the numbers of the
+    tokens' adapters.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, loras: Tensor | None = None) -> None:
         super().__init__()
+        self._loras = loras
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         self._lengths = lengths
         self._device = device
         self._table: Tensor | None = None  # the current layer's bias, and what it is for sources of these lengths
         self._biases: dict[int, Tensor] = {}
+
+    @property
+    def loras(self) -> Tensor | None:
+        """See :attr:`~splitwiser.model.attention.AttentionStep.loras`."""
+        return self._loras
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """See :meth:`~splitwiser.model.attention.AttentionStep.store`; nothing is kept."""
@@ -100,7 +107,8 @@ class EncoderStep(PackedStep):
 
 
 class SourceCache(AttentionStep):
-    """The part of a :class:`DecoderStep` that attends to the sources, whose K and V lie in ``pool``."""
+    """The part of a :class:`DecoderStep` that attends to the sources, whose K and V lie in ``pool``. Its ``loras`` are those
+    of the sources' tokens, where these are stored."""
 
     pool: KVPool
 
@@ -137,6 +145,17 @@ class DecoderStep(EncoderDecoderCache, PackedStep):  # type: ignore[misc]  # tra
         self.self_attention_cache, self.cross_attention_cache = answer, source  # type: ignore[assignment]
         self.is_updated = {} if stores_sources else dict.fromkeys(range(len(source.pool.keys)), True)
 
+    @property
+    def loras(self) -> Tensor | None:
+        """See :attr:`~splitwiser.model.attention.AttentionStep.loras`: those of the answers' tokens."""
+        return self._answer.loras
+
+    def loras_of(self, rows: int) -> Tensor | None:
+        """See :meth:`~splitwiser.model.attention.AttentionStep.loras_of`. A layer is given the answers' tokens or, to make K
+        and V of them, the states of all sources; if these are as many, each source has one token, and both are the same."""
+        sources = self._source.loras
+        return sources if sources is not None and rows == len(sources) else super().loras_of(rows)
+
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """See :meth:`~splitwiser.model.attention.AttentionStep.store`; the model asks the parts to."""
         self._answer.store(layer, key, value)
@@ -172,7 +191,8 @@ class _PagedSources(SourceCache, PagedAttention):
         PagedAttention.__init__(self, pool, [Segment(each.blocks, each.first, 1) for each in segments], device)
         self._decoding = True  # sources of one token too
         if stores:
-            self._slots = find_slots(pool, [Segment(each.blocks, each.first, each.first) for each in segments], device)
+            whole = [Segment(each.blocks, each.first, each.first, lora=each.lora) for each in segments]
+            self._slots, self.loras = find_slots(pool, whole, device), find_loras(whole, device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """See :meth:`~splitwiser.model.attention.AttentionStep.attend`."""

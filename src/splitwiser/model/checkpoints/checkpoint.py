@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 
 from splitwiser.errors import first_line
-from splitwiser.model.catalog import CatalogEntry
-from splitwiser.model.hub import find_file
+from splitwiser.model.checkpoints.catalog import CatalogEntry
+from splitwiser.model.checkpoints.hub import find_file
 from splitwiser.text import shorten
 
 WEIGHT_FILES = (

@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import constants
 
 from splitwiser.errors import InputError
-from splitwiser.model import hub
-from splitwiser.model.catalog import CatalogEntry
-from splitwiser.model.hub import check_hub
-from splitwiser.model.loading import plan_model
+from splitwiser.model.checkpoints import hub
+from splitwiser.model.checkpoints.catalog import CatalogEntry
+from splitwiser.model.checkpoints.configuration import plan_model
+from splitwiser.model.checkpoints.hub import check_hub
 
 ENTRY = CatalogEntry("model", hub="nobody/no-such-model")
 

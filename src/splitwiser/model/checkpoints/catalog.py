@@ -9,7 +9,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError, UnsupportedModelError, first_line, unknown_name
 from splitwiser.files import read_entries
 from splitwiser.formats import Text, must_be, parse_as
-from splitwiser.model.gguf_file import check_gguf, is_gguf
+from splitwiser.model.checkpoints.gguf_file import check_gguf, is_gguf
 
 Kind = Literal["decoder", "encoder-decoder"]
 EMBEDDED_MODEL = "radiology-opt"
@@ -94,7 +94,7 @@ def resolve_model(model: str | Path, models: str | Path = constants.MODELS) -> C
 
 def check_model(model: str | Path, models: str | Path = constants.MODELS) -> CatalogEntry:
     """Return the entry for ``model``; see :func:`resolve_model`. Raises those of
-    :func:`splitwiser.model.gguf_file.check_gguf`, too."""
+    :func:`splitwiser.model.checkpoints.gguf_file.check_gguf`, too."""
     entry = resolve_model(model, models)
     if entry.gguf:
         check_gguf(entry.gguf)
@@ -111,4 +111,7 @@ def check_decoder(model: str | Path, models: str | Path = constants.MODELS) -> N
 
 def decoders_only(name: str) -> UnsupportedModelError:
     """Return the error for the model ``name`` where only decoders are measured."""
-    return UnsupportedModelError(f"model {name} is an encoder-decoder; profile, advise and peers take decoders only")
+    return UnsupportedModelError(
+        f"model {name} is an encoder-decoder; profile and advise take decoders only, since they count and predict steps in "
+        "which every token passes through the same layers"
+    )

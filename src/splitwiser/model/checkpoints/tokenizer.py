@@ -3,10 +3,10 @@
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from splitwiser.errors import first_line
-from splitwiser.model.catalog import CatalogEntry
-from splitwiser.model.checkpoint import find_pointer
-from splitwiser.model.gguf_file import complete_tokenizer, read_header
-from splitwiser.model.hub import check_hub, find_file, only_files_of
+from splitwiser.model.checkpoints.catalog import CatalogEntry
+from splitwiser.model.checkpoints.checkpoint import find_pointer
+from splitwiser.model.checkpoints.gguf_file import complete_tokenizer, read_header
+from splitwiser.model.checkpoints.hub import check_hub, find_file, only_files_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from splitwiser import LLM, SamplingParams
 from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.needs import find_needs
-from splitwiser.model import gguf_file
-from splitwiser.model.catalog import check_model, resolve_model
-from splitwiser.model.checkpoint import describe_files
-from splitwiser.model.gguf_file import read_header
+from splitwiser.model.checkpoints import gguf_file
+from splitwiser.model.checkpoints.catalog import check_model, resolve_model
+from splitwiser.model.checkpoints.checkpoint import describe_files
+from splitwiser.model.checkpoints.gguf_file import read_header
 from splitwiser.model.loading import LoadedModel, load_model
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import invoke

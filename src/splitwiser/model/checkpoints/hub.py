@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from splitwiser.errors import InputError, first_line
-from splitwiser.model.catalog import CatalogEntry
+from splitwiser.model.checkpoints.catalog import CatalogEntry
 
 CONNECT_S = 2.0  # longest that the hub may take to accept a connection
 

@@ -14,15 +14,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 from splitwiser import LLM
 from splitwiser.doctor.config import DoctorConfig
 from splitwiser.doctor.needs import find_needs
-from splitwiser.model.catalog import resolve_model
-from splitwiser.model.checkpoint import (
+from splitwiser.model.checkpoints.catalog import resolve_model
+from splitwiser.model.checkpoints.checkpoint import (
     describe_own_sampling,
     find_eos_problem,
     find_weights_problem,
     own_sampling,
     unapplied_settings,
 )
-from splitwiser.model.loading import DTYPES, load_model
+from splitwiser.model.checkpoints.configuration import DTYPES
+from splitwiser.model.loading import load_model
 from tests.support.assertions import assert_says, refusal
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
