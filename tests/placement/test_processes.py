@@ -375,7 +375,7 @@ def test_an_exception_in_a_worker_is_reported_with_its_traceback(tiny: Callable[
         trigger = Trigger("prefill", lambda: placement_of(llm)._send_ends["decode-0"].send(nobodys))
         with pytest.raises(RunError, match="worker decode-0 failed: KeyError: 99; not answered: requests 0") as caught:
             llm.generate([[5]], SamplingParams(max_tokens=250, ignore_eos=True), observer=trigger)
-    assert "in receive" in "".join(caught.value.__notes__)
+    assert "in _handle" in "".join(caught.value.__notes__)
 
 
 # interrupted and terminated runs: test_mps_daemon.py, whose runs are these with a daemon beside, and test_cli.py
