@@ -1,7 +1,6 @@
 """Other engines in a comparison, with stand-ins for their environments, and what the process of a peer does."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -16,9 +15,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
+from splitwiser.elsewhere import PROGRAM
 from splitwiser.study.compare import compare, make_variants
 from splitwiser.study.peer_program import Answer, _with_tokenizer, serve
-from splitwiser.study.peers import PACKAGE, Peer, check_peer, read_peer, share_with_peers
+from splitwiser.study.peers import Peer, check_peer, read_peer, share_with_peers
 from splitwiser.workload.job import Job, prepare_job
 from splitwiser.workload.planned import PlannedRequest
 from tests.support.assertions import assert_says, refusal
@@ -27,10 +27,10 @@ from tests.support.models import make_tiny
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
-# asked as the program is: -m, its name and the engine, then --name=value; what a stand-in was asked is its version
+# asked as elsewhere.py is: the module and the engine, then --name=value; what a stand-in was asked is its version
 ANSWERS = """
 import json, pathlib, sys
-asked = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[4:])
+asked = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[5:])
 work = json.loads(pathlib.Path(asked["workload"]).read_text())
 config = json.loads((pathlib.Path(asked["model"]) / "config.json").read_text())
 answers = {
@@ -273,9 +273,13 @@ class OneTokenAStep:
 
 def test_the_program_needs_nothing_but_numpy_until_its_engine_starts() -> None:
     others = ("torch", "transformers", "pandas", "yaml", "tqdm", "pydantic", "psutil", "matplotlib")
-    code = f"import sys; sys.modules |= dict.fromkeys({others}); from splitwiser.study import peer_program"
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    code = f"""
+import runpy, sys
+sys.modules |= dict.fromkeys({others})
+sys.argv[1:] = ["splitwiser.study.peer_program"]
+runpy.run_path("{PROGRAM}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,6 +1,6 @@
 """Runs another engine on a workload file and writes the metrics of ``throughput.csv``, for ``splitwiser compare --peer``.
 
-    PYTHONPATH=src ENV/bin/python -m splitwiser.study.peer_program vllm --model DIR --workload FILE --output FILE.json
+    ENV/bin/python src/splitwiser/elsewhere.py splitwiser.study.peer_program vllm --model DIR --workload FILE ...
 
 ENV is the peer's own environment, made by scripts/install_peer.sh; from this package it imports only modules that need no
 more than numpy. Sampling is greedy, every request generates exactly its number of new tokens, and prefix caching is off.
@@ -323,7 +323,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run a peer; on failure the last line on stderr says why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=ENGINES)
@@ -345,14 +345,10 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="file for the metrics and token ids, as one JSON object"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         figures = measure(options)
     except Exception as error:
         traceback.print_exc()
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
     options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from splitwiser.config import RunConfig
+from splitwiser.elsewhere import PROGRAM
 from splitwiser.errors import InputError, UnsupportedModelError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
@@ -20,7 +20,6 @@ from splitwiser.study.peer_program import ENGINES
 from splitwiser.workload.config import WorkloadConfig
 from splitwiser.workload.job import Job
 
-PACKAGE = Path(__file__).resolve().parents[1]
 MODELS = "models"  # a comparison's folder for the checkpoint and peers' forms of it, while it runs
 
 
@@ -151,16 +150,13 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
         "scratch": folder / MODELS,
         "output": answers,
     }
+    command = [
+        "env", "-u", "PYTHONPATH", *(["CUDA_VISIBLE_DEVICES="] if device.type == "cpu" else []),
+        str(peer.python), "-P", str(PROGRAM), "splitwiser.study.peer_program", peer.engine,
+        *(f"--{name}={value}" for name, value in asked.items() if value is not None),
+    ]  # fmt: skip
     stretch = LoadMeter()
-    with TemporaryDirectory(prefix="splitwiser-peer-") as alone:
-        # beside an installed package lie others, which must not come before those of the peer's environment
-        Path(alone, "splitwiser").symlink_to(PACKAGE)
-        command = [
-            "env", f"PYTHONPATH={alone}", *(["CUDA_VISIBLE_DEVICES="] if device.type == "cpu" else []),
-            str(peer.python), "-m", "splitwiser.study.peer_program", peer.engine,
-            *(f"--{name}={value}" for name, value in asked.items() if value is not None),
-        ]  # fmt: skip
-        code = run_process(command, log, show)
+    code = run_process(command, log, show)
     load = MachineLoad(during=stretch.end())
     if code or not answers.exists():
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

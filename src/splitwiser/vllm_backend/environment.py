@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 from splitwiser import constants
+from splitwiser.elsewhere import PROGRAM
 from splitwiser.errors import InputError
 from splitwiser.placement.config import EngineConfig
 
 KNOWN = ("0.32.0",)  # versions of vLLM that the tests have run with
-PROGRAM = Path(__file__).with_name("program.py")
 INSTALL = "scripts/install_backend.sh vllm"
 ASK_S = 60.0  # longest that asking for versions may take
 PROBE_S = 300.0  # longest that importing vLLM may take
@@ -83,7 +83,7 @@ def _look_into(python: Path) -> Environment:
 def _probe(python: Path) -> str | None:
     """Return why the modules that run in vLLM's environment cannot be imported there, in one line; None if they can."""
     try:
-        _ask(python, [str(PROGRAM), "probe"], PROBE_S)
+        _ask(python, [str(PROGRAM), "splitwiser.vllm_backend.engine"], PROBE_S)
     except subprocess.CalledProcessError as error:
         said: list[str] = error.stderr.strip().splitlines()
         return said[-1] if said else f"exit code {error.returncode}"

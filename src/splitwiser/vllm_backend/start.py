@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from splitwiser import constants
+from splitwiser.elsewhere import PROGRAM
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import PARENT
 from splitwiser.errors import InputError
@@ -28,7 +29,7 @@ from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.shares import Board
 from splitwiser.request import Request
 from splitwiser.text import parse_bytes
-from splitwiser.vllm_backend.environment import PROGRAM, Environment, find_environment, worker_environment
+from splitwiser.vllm_backend.environment import Environment, find_environment, worker_environment
 from splitwiser.vllm_backend.messages import EngineOptions, EngineSetup, SharedFile
 from splitwiser.vllm_backend.placement import EnginePlacement
 from splitwiser.vllm_backend.spawned import SpawnedProcess
@@ -133,7 +134,8 @@ def _start_engines(
             {other: end.fileno() for other, end in ends[spec.name].items()} for ends in (receive_ends, send_ends)
         )
         files = [*receive.values(), *send.values(), *(each.fd for each in (board, weights, pool) if each is not None)]
-        command = [str(environment.python), "-P", str(PROGRAM), str(receive.pop(PARENT)), str(send.pop(PARENT))]
+        pipes = str(receive.pop(PARENT)), str(send.pop(PARENT))
+        command = [str(environment.python), "-P", str(PROGRAM), "splitwiser.vllm_backend.worker", *pipes]
         variables = worker_environment(threads[number], offline=Path(location).exists())
         processes.append(SpawnedProcess(spec.name, command, variables, parts[number], files))
         setup = EngineSetup(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 0.1  # how often a worker shows that it is alive
 
 
-def worker_main(receive: int, send: int) -> None:
-    """Main function of a worker process, with the numbers of its two pipes to the parent."""
+def main(pipes: Sequence[str]) -> None:
+    """Main function of a worker process, with the numbers of its two ``pipes`` to the parent: that to receive from and that
+    to send to."""
+    receive, send = map(int, pipes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     from_parent, to_parent = _open(receive, readable=True), _open(send, readable=False)
     setup = from_parent.recv()
