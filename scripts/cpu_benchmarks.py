@@ -29,10 +29,9 @@ RECORD = REFERENCE / "benchmarks.json"
 OPT = "--model opt-125m --load_format dummy --dtype bfloat16"
 LLAMA = "--model smollm2-135m --load_format dummy --dtype bfloat16"
 ENGINES = "--backend vllm --backend_python $PEERS/vllm"
-PLACED = (  # this project's own engine, and one, two and three whole engines of vLLM's, and a prefill and a decode engine
-    f"--repeats 3 --modes sequential,mp --variant 'vllm-one: {ENGINES}' "
+PLACED = (  # this project's own engine, and one and two whole engines of vLLM's, and a prefill and a decode engine
+    f"--repeats 2 --modes sequential,mp --variant 'vllm-one: {ENGINES}' "
     f"--variant 'vllm-two: {ENGINES} --mode mp --workers \"[{{role: mixed, count: 2}}]\"' "
-    f"--variant 'vllm-three: {ENGINES} --mode mp --workers \"[{{role: mixed, count: 3}}]\"' "
     f"--variant 'vllm-split: {ENGINES} --mode mp' --workload standard {OPT}"
 )
 FIGURES = {
@@ -41,6 +40,7 @@ FIGURES = {
     "p99_ttft_ms": "TTFT p99 ms",
     "median_itl_ms": "ITL p50 ms",
     "p99_itl_ms": "ITL p99 ms",
+    "requests_in_flight": "in flight",
     "peak_memory_mb": "memory MB",
     "ready_s": "ready s",
 }
@@ -65,6 +65,10 @@ class Benchmark:
         return f"splitwiser compare {self.options}"
 
 
+SCHEDULES = (
+    "--variant 'alternate: --schedule alternate' --variant 'hybrid: --schedule hybrid' "
+    "--variant 'hybrid512: --schedule hybrid --prefill_tokens 512'"
+)
 BENCHMARKS = {
     "standard-opt-125m": Benchmark(
         "OPT-125m in bf16 (random weights): 64 requests at once, about 14,000 prompt tokens, 64 new tokens each.",
@@ -85,7 +89,7 @@ BENCHMARKS = {
         "--load_format dummy --dtype bfloat16",
     ),
     "vllm-placed": Benchmark(
-        "vLLM's engines in this project's placements: one, two and three whole engines over one copy of the weights, and a "
+        "vLLM's engines in this project's placements: one engine, two whole engines over one copy of the weights, and a "
         "prefill and a decode engine over one KV pool. Memory counts what is shared once: N private copies would take N "
         "times that of one engine.",
         PLACED,
@@ -115,6 +119,22 @@ BENCHMARKS = {
     "load-60": Benchmark(
         "The standard requests, as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
         f"--modes sequential,mp --load 0.6 --workload standard {OPT}",
+    ),
+    "schedules": Benchmark(
+        "The standard requests under `--schedule alternate`, and under `hybrid` with steps of up to 2,048 and 512 tokens.",
+        f"{SCHEDULES} --workload standard {OPT}",
+    ),
+    "schedules-long-prompts": Benchmark(
+        "The same on 16 requests of about 1,500 prompt tokens.", f"{SCHEDULES} --workload long_prompts {OPT}"
+    ),
+    "prefix-caching": Benchmark(
+        "64 reports, each behind the same four examples, with prefix caching and without.",
+        "--variant 'shared: --prefix_caching' --variant 'alone: --no-prefix_caching' --case_id 4 --same_examples --limit 64 "
+        f"--max_new_tokens 64 {OPT}",
+    ),
+    "kv-blocks": Benchmark(
+        "200 reports whose answers end early, in a KV pool of 8 MiB: blocks as requests grow, and all reserved at admission.",
+        "--variant 'on-demand: --no-reserve' --variant 'reserved: --reserve' --case_id 0 --kv_memory 8MiB",
     ),
     "embedded": Benchmark(
         "The embedded model (2.2 M parameters, float32) over the 200 test reports: mostly the cost of a step itself.",
