@@ -133,7 +133,7 @@ BENCHMARKS = {
         f"--max_new_tokens 64 {OPT}",
     ),
     "kv-blocks": Benchmark(
-        "200 reports whose answers end early, in a KV pool of 8 MiB: blocks as requests grow, and all reserved at admission.",
+        "200 reports whose answers end early, in a pool of 8 MiB: blocks as requests grow, and all reserved at admission.",
         "--variant 'on-demand: --no-reserve' --variant 'reserved: --reserve' --case_id 0 --kv_memory 8MiB",
     ),
     "embedded": Benchmark(
