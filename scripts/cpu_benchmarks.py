@@ -9,6 +9,7 @@ of ``--peers`` holds the environments of scripts/install_peer.sh, each under its
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import yaml
 from gpu_results import PROJECT, markdown, number, read_rows, write_sections
 
 from splitwiser.errors import unknown_name
+from splitwiser.machine.describe import git_commit
 
 REFERENCE = PROJECT / "results" / "reference" / "cpu-2-cores"
 RECORD = REFERENCE / "benchmarks.json"
@@ -230,6 +232,8 @@ def main() -> None:
     for name in options.names:
         if name not in BENCHMARKS:
             raise unknown_name("benchmark", name, BENCHMARKS)
+    if commit := git_commit():  # the rows of one benchmark are no change to the next
+        os.environ["SPLITWISER_COMMIT"] = commit
     for name in () if options.tables else options.names or BENCHMARKS:
         measure(name, options.peers)
     write_sections(PROJECT, {"cpu-best": best(), "cpu": section()})

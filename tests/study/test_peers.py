@@ -17,7 +17,7 @@ from splitwiser.cli import main
 from splitwiser.config import RunConfig
 from splitwiser.elsewhere import PROGRAM
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peer_program import Answer, _with_tokenizer, serve
+from splitwiser.study.peer_program import ENGINES, Answer, Asked, _with_tokenizer, serve
 from splitwiser.study.peers import Peer, check_peer, read_peer, share_with_peers
 from splitwiser.workload.job import Job, prepare_job
 from splitwiser.workload.planned import PlannedRequest
@@ -307,6 +307,19 @@ def test_in_the_closed_loop_a_request_arrives_when_the_last_has_ended() -> None:
 def test_answer_of_another_length_is_a_fault() -> None:
     with pytest.raises(RuntimeError, match="request 0 has 2 tokens instead of 3"):
         serve(OneTokenAStep(short=1), [[1]], [3], 1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"), [("vllm-zentorch", "zentorch is not installed"), ("vllm", "zentorch is installed")]
+)
+def test_vllm_runs_with_zentorch_only_where_it_is_meant_to(
+    engine: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None if engine == "vllm-zentorch" else object())
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # which it sets
+    with pytest.raises(RuntimeError, match=says):
+        ENGINES[engine](Asked("model", "bfloat16", 10, 1, tmp_path))
 
 
 def test_openvino_gets_a_checkpoint_with_a_word_for_each_token(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from splitwiser.engine.logprobs import token_logprobs
 from splitwiser.engine.messages import TokenLogprobs
 from splitwiser.engine.penalties import PenalisedRequest, change_logits
 from splitwiser.model.kernels.greedy import likeliest
+from splitwiser.model.kernels.interface import LikeliestKernel
 from splitwiser.request import FinishReason, SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -64,10 +65,11 @@ def sample(
     requests: Sequence[SampledRequest],
     eos_token_ids: Collection[int],
     start_token_id: int | None,
+    kernel: LikeliestKernel | None = None,
 ) -> Sampled:
     """Return the tokens of :func:`sample_tokens`, once the device has finished, with the log-probabilities that requests ask
     for, which are of ``logits`` as they are given."""
-    tokens = sample_tokens(logits, requests, eos_token_ids, start_token_id)
+    tokens = sample_tokens(logits, requests, eos_token_ids, start_token_id, kernel)
     rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
     if not rows:
         return Sampled(tokens.tolist())
@@ -84,16 +86,17 @@ def sample_tokens(
     requests: Sequence[SampledRequest],
     eos_token_ids: Collection[int],
     start_token_id: int | None,
+    kernel: LikeliestKernel | None = None,
 ) -> Tensor:
     """Return the next token of each request: int64 of shape (requests,), on the logits' device.
 
     ``logits`` has shape (requests, vocabulary); they are changed first where a request asks for it, by the model's
-    ``eos_token_ids`` and ``start_token_id``. Greedy requests get the largest logit; for the others the cumulative
-    distribution, in vocabulary order, is inverted at :func:`uniform` of their seed and position.
+    ``eos_token_ids`` and ``start_token_id``. Greedy requests get the largest logit, found by ``kernel`` if there is one; for
+    the others the cumulative distribution, in vocabulary order, is inverted at :func:`uniform` of their seed and position.
     """
     if any(request.params.changes_logits for request in requests):
         logits = change_logits(logits, requests, eos_token_ids, start_token_id)
-    tokens = likeliest(logits)
+    tokens = (kernel or likeliest)(logits)
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if rows:
         sampled = torch.tensor(rows, device=logits.device)

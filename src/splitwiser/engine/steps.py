@@ -165,7 +165,7 @@ def prefill_step(
             torch.cuda.current_stream(model.device).synchronize()  # not the whole device, where decode may be running
         return Sampled([])
     ended = [chunk.sequence for chunk in chunks if chunk.is_last]
-    return sample(logits, ended, model.eos_token_ids, model.start_token_id)
+    return sample(logits, ended, model.eos_token_ids, model.start_token_id, pool.kernels.likeliest)
 
 
 def _wanted_rows(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
@@ -219,7 +219,7 @@ def decode_step(
         logits = graphs.logits(segments, tokens)
     else:
         logits = ROUTES[model.kind].decode(model, pool, segments, tokens)
-    return sample(logits, sequences, model.eos_token_ids, model.start_token_id)
+    return sample(logits, sequences, model.eos_token_ids, model.start_token_id, pool.kernels.likeliest)
 
 
 @torch.inference_mode()
@@ -236,7 +236,7 @@ def hybrid_step(
         at_ends = _take_prompt_logprobs(logits[: len(rows)], ends, chunks)
         logits = torch.cat([at_ends, logits[len(rows) :]])
     sampling = [*(chunk.sequence for chunk in chunks if chunk.is_last), *sequences]
-    sampled = sample(logits, sampling, model.eos_token_ids, model.start_token_id)
+    sampled = sample(logits, sampling, model.eos_token_ids, model.start_token_id, pool.kernels.likeliest)
     firsts, nexts = slice(len(ends)), slice(len(ends), None)
     return (
         Sampled(sampled.tokens[firsts], sampled.logprobs[firsts]),

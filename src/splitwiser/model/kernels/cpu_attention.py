@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from splitwiser.model.kernels.build import load_native
+from splitwiser.model.kernels.greedy import CpuLikeliest
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -82,7 +83,8 @@ def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
     supports_prefill = all(
         library.attention_supports_prefill(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
     )
-    return PoolKernels(attention, attention if supports_prefill else None, CpuStore(library)), {
+    prefill = attention if supports_prefill else None
+    return PoolKernels(attention, prefill, CpuStore(library), likeliest=CpuLikeliest(library)), {
         "prefill_attention": compiled
         if supports_prefill
         else f"{fused} (attention.cpp does it in bfloat16 on AVX-512)",

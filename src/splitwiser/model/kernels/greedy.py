@@ -1,27 +1,29 @@
 """The likeliest token of each request."""
 
-from functools import cache
+import ctypes
 
 import torch
 from torch import Tensor
 
-from splitwiser.model.kernels.build import load_native
-
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Return the place of the largest number of each row of ``logits``, (rows, vocabulary), the first of equal ones: int64,
-    (rows,), on the same device.
-
-    PyTorch's argmax of half precisions takes five times as long on a CPU as that of float32. A compiled one reads bfloat16
-    as it is; others are converted.
-    """
-    if logits.is_cuda or logits.dtype == torch.float32:
-        return logits.argmax(dim=-1)
-    if logits.dtype != torch.bfloat16 or not logits.is_contiguous() or not (library := _library()):
-        return logits.float().argmax(dim=-1)
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    library.argmax(logits.data_ptr(), tokens.data_ptr(), *logits.shape, torch.get_num_threads())
-    return tokens
+    """See :class:`~splitwiser.model.kernels.interface.LikeliestKernel`. By PyTorch, whose argmax of half precisions takes
+    five times as long on a CPU as that of float32."""
+    return (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
 
 
-_library = cache(lambda: load_native()[0])
+class CpuLikeliest:
+    """The function ``argmax`` of csrc/fused.cpp, which reads bfloat16 as it is, as a
+    :class:`~splitwiser.model.kernels.interface.LikeliestKernel`; logits of other types are PyTorch's."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function = library.argmax
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """See :meth:`splitwiser.model.kernels.interface.LikeliestKernel.__call__`."""
+        if logits.dtype != torch.bfloat16:
+            return likeliest(logits)
+        logits = logits.contiguous()
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        self._function(logits.data_ptr(), tokens.data_ptr(), *logits.shape, torch.get_num_threads())
+        return tokens

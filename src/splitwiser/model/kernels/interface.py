@@ -1,4 +1,4 @@
-"""The interfaces of the kernels that read and write the KV pool; PyTorch computes where there is none."""
+"""The interfaces of the kernels that steps over the KV pool call; PyTorch computes where there is none."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,12 +77,22 @@ class VarlenKernel(Protocol):
         ...
 
 
+class LikeliestKernel(Protocol):
+    """Finds the likeliest tokens."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the place of the largest number of each row of ``logits``, (rows, vocabulary), the first of equal ones:
+        int64, (rows,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class PoolKernels:
     """The attention kernels of decode steps and of prefill steps (``prefill`` over the pool, ``varlen`` over contiguous
-    K and V), and the kernel that stores; PyTorch computes where one is None."""
+    K and V), the kernel that stores, and the one that finds a step's greedy tokens; PyTorch computes where one is None."""
 
     decode: AttentionKernel | None = None
     prefill: AttentionKernel | None = None
     store: StoreKernel | None = None
     varlen: VarlenKernel | None = None
+    likeliest: LikeliestKernel | None = None
