@@ -78,7 +78,7 @@ def attach(how: Attachment, model: LoadedModel, *, pack: bool = False, remember:
     name = type(module).__name__
     if problem := how.find_problem(module):
         raise UnsupportedModelError(problem)
-    trial = Trial(model, f"attach, packed: {pack}") if remember else None
+    trial = Trial(model, f"attach, packed: {pack}", compiled=pack) if remember else None
     known = trial.outcome if trial else None
     try:
         with torch.inference_mode():
