@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
         (
             str(case.case_id),
             case.description,
-            "" if case.method == "discrete" else "the model's own, or --adapter NAME=DIRECTORY",
+            "" if case.kind is None else "the model's own, or --adapter NAME=DIRECTORY",
         )
         for case in load_cases(Path(options.cases)).values()
     ]
