@@ -85,10 +85,11 @@ BENCHMARKS = {
         "--repeats 2 --modes sequential,generate --workload standard --model flan-t5-base --load_format dummy "
         "--dtype bfloat16",
     ),
-    "falcon-rw-1b": Benchmark(
-        "Falcon RW 1B (ALiBi, bf16): 16 requests of 100 prompt tokens and 32 new ones, beside transformers' `generate`.",
-        "--repeats 2 --modes sequential,generate --requests 16 --prompt_tokens 100 --output_tokens 32 --model falcon-rw-1b "
-        "--load_format dummy --dtype bfloat16",
+    "falcon-rw-1b-64": Benchmark(
+        "Falcon RW 1B (ALiBi, bf16): 64 requests at once of 50 prompt tokens and 16 new ones, beside transformers' "
+        "`generate` and vLLM.",
+        "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 50 "
+        "--output_tokens 16 --model falcon-rw-1b --load_format dummy --dtype bfloat16",
     ),
     "vllm-placed": Benchmark(
         "vLLM's engines in this project's placements: one engine, two whole engines over one copy of the weights, and a "
@@ -101,11 +102,6 @@ BENCHMARKS = {
         f"--load 0.6 {PLACED}",
     ),
     "vllm-placed-80": Benchmark("The same at 80%.", f"--load 0.8 {PLACED}"),
-    "falcon-rw-1b-64": Benchmark(
-        "The same model with 64 such requests, beside vLLM too.",
-        "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 100 "
-        "--output_tokens 32 --model falcon-rw-1b --load_format dummy --dtype bfloat16",
-    ),
     "long-prompts": Benchmark(
         "16 requests of about 1,500 prompt tokens with 16 new ones.",
         f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload long_prompts {OPT}",
