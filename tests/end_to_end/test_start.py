@@ -33,8 +33,7 @@ def imported(folder: Path, *arguments: str) -> tuple[int, list[str], str]:
 TABLES_AND_PLOTS = ["pandas", "matplotlib", "datasets", "nltk", "scipy.stats"]
 MISTAKES = {
     "run --model nope": "unknown model 'nope'",
-    "profile --model t5-base": "model t5-base is an encoder-decoder",
-    "advise --model t5-base": "model t5-base is an encoder-decoder",
+    "advise --model t5-base": "model t5-base is an encoder-decoder, and splitwiser advise takes decoders only",
     "run --model .": "no config.json",
     "run --case_id 77": "unknown case '77'",
     "run --data missing.csv": "--data missing.csv: no such file",
