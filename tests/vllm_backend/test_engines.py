@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WIDE: dict[str, dict[str, Any]] = {  # vLLM has kernels for heads of 32 numbers or more
     "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
-    "llama": {"hidden_size": 128},
+    "llama": {"hidden_size": 128, "max_position_embeddings": 640},
     "qwen3": {"hidden_size": 128, "head_dim": 32},
 }
 WHOLE = [{"role": "mixed", "count": 2}]
@@ -89,6 +89,26 @@ def test_tokens_are_those_of_generate_with_blocks_used_again_and_requests_preemp
         assert any(step.phase != "decode" for step in seen.steps if step.role == "decode")
         assert all(step.phase == "prefill" for step in seen.steps if step.role == "prefill")
     assert all(step.start_ns < step.end_ns and step.tokens >= step.requests > 0 for step in seen.steps)
+
+
+@pytest.mark.parametrize("layout", [None, WHOLE, SPLIT, TWO_OF_EACH])
+def test_prompts_that_begin_alike(layout: Any, wide: Callable[[str], Path], options: dict[str, Any]) -> None:
+    rng = random.Random(6)
+    common = prompts_of([400, 300], seed=6)
+    ends = prompts_of([rng.randint(1, 60) for _ in range(40)], seed=7)
+    prompts = [[*rng.choice(common)[: rng.randint(1, 400)], *end] for end in ends]
+    prompts += [common[0][:256], common[0][:256]]  # full blocks, of which the last token is computed anyway
+    if layout is not None:
+        options |= {"mode": "mp", "workers": layout}
+    # 21 blocks of 128 tokens an engine, of which a request needs up to five: they are used again, and decode runs out of them
+    memory = f"{4 * (1 if layout is None else 4 if layout is TWO_OF_EACH else 2)}MiB"
+    with LLM(wide("llama"), kv_memory=memory, prefix_caching=True, prefill_tokens=100, **options) as llm:
+        first, second = (llm.generate(prompts, SamplingParams(max_tokens=100)) for _ in range(2))
+    for outputs in (first, second):
+        assert [output.token_ids for output in outputs] == references(wide("llama"), prompts, 100)
+        cached = [output.metrics.cached_tokens for output in outputs]
+        assert {128, 256} <= set(cached) <= {0, 128, 256, 384}
+        assert all(count < len(prompt) for count, prompt in zip(cached, prompts, strict=True))
 
 
 def test_a_run_is_recorded_as_any_other(wide: Callable[[str], Path], tmp_path: Path, options: dict[str, Any]) -> None:

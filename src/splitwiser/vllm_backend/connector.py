@@ -1,7 +1,8 @@
 """vLLM's KV connector between prefill and decode engines over one KV pool: blocks are handed over by their numbers.
 
 The KV caches of all these engines lie in the same memory, in the same layout, and each allocates from its own share of the
-blocks (:mod:`splitwiser.vllm_backend.leases`). vLLM makes two connectors in each engine, one beside its scheduler and one
+blocks (:mod:`splitwiser.vllm_backend.leases`). Blocks that prefill's prefix cache knows stay its own: decode copies what is in
+them. vLLM makes two connectors in each engine, one beside its scheduler and one
 beside its model; here both are in one process and share an :class:`Exchange`. Runs in vLLM's environment.
 """
 
@@ -84,6 +85,14 @@ class SharedPoolConnector(KVConnectorBase_V1):
                 f"model {vllm_config.model_config.model}: its KV cache is of {len(groups)} groups of layers ({kinds}), and "
                 "prefill hands over to decode one group of plain attention; use mixed workers"
             )
+        self._pages = [  # of each layer and block, which lie in every engine's cache in the same places
+            self._exchange.pool.as_strided(
+                (len(tensor.layers), kv_cache_config.num_blocks, groups[0].kv_cache_spec.page_size_bytes),
+                (tensor.layer_stride, tensor.block_stride, 1),
+                tensor.offset,
+            )
+            for tensor in kv_cache_config.kv_cache_tensors
+        ]
 
     # -- beside the model
 
@@ -139,11 +148,15 @@ class SharedPoolConnector(KVConnectorBase_V1):
         return request.num_tokens - 1 - num_computed_tokens, False  # prefill drew the last one, and did not read it
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Take the blocks over that were handed over, and return as many empty ones."""
+        """Copy the blocks that prefill keeps, take the others over that were handed over, and return as many empty ones."""
         if num_external_tokens == 0 or request.request_id not in self._waiting:
             return
         offer = request.kv_transfer_params
-        given = exchange(blocks.blocks[0], offer["blocks"])
+        own, offered, kept = blocks.blocks[0], offer["blocks"], offer["kept"]
+        for block, number in zip(own, offered[:kept], strict=False):
+            for pages in self._pages:
+                pages[:, block.block_id].copy_(pages[:, number])
+        given = exchange(own[kept:], offered[kept:])
         self._waiting.remove(request.request_id)
         self._exchange.send(offer["prefill_worker"], BlockReturn(offer["lease"], given))
 
@@ -163,8 +176,15 @@ class SharedPoolConnector(KVConnectorBase_V1):
             return False, None
         blocks = self._kv_cache_manager.get_blocks(request.request_id).blocks[0]
         used = list(blocks[: -(-request.num_computed_tokens // self._block_tokens)])
-        self._exchange.lender.lend(request.request_id, used, params["decode_worker"])
-        return True, {"lease": request.request_id, "blocks": [block.block_id for block in used]}
+        kept = len(used)
+        while kept and self._kv_cache_manager.block_pool.is_block_writable(used[kept - 1]):
+            kept -= 1  # neither cached nor another request's, as are all full blocks with prefix caching
+        self._exchange.lender.lend(request.request_id, used[kept:], params["decode_worker"])
+        return True, {
+            "lease": request.request_id,
+            "blocks": tuple(block.block_id for block in used),
+            "kept": kept,
+        }
 
 
 def _offer(request: Any) -> bool:

@@ -30,7 +30,8 @@ LOAD_FORMAT = "splitwiser"
 class Made:
     """What a step made of one request: its new token, whether that is its first, and why it has finished (None: it has not).
 
-    ``start_ns`` is the start of the first step that computed it. ``lease`` is what the connector says of a prompt whose
+    ``start_ns`` is the start of the first step that computed it, ``cached_tokens`` is the number of tokens of its prompt that
+    were not computed, since earlier requests had the same. ``lease`` is what the connector says of a prompt whose
     blocks it has leased to ``decode_worker``, and None for all else."""
 
     request: Request
@@ -38,6 +39,7 @@ class Made:
     is_first: bool
     reason: FinishReason | None
     start_ns: int
+    cached_tokens: int
     lease: Mapping[str, Any] | None
     decode_worker: str
 
@@ -99,7 +101,8 @@ class Engine:
             max_num_batched_tokens=max(options.prefill_tokens, options.max_batch),
             kv_cache_memory_bytes=options.kv_bytes,
             enforce_eager=options.eager,
-            enable_prefix_caching=False,  # a block that others share cannot be handed over
+            # decode's blocks change their numbers, by which vLLM's cache would go on to find them
+            enable_prefix_caching=options.prefix_caching and setup.role != "decode",
             async_scheduling=False,  # a step's tokens are known when it ends
             skip_tokenizer_init=True,
             generation_config="vllm",
@@ -159,7 +162,12 @@ class Engine:
     def add_handoff(self, message: BlockHandoff) -> None:
         """Add a request that prefill has made the first token of."""
         request, first = message.request, message.handoff
-        offer = {"lease": message.lease, "blocks": message.blocks, "prefill_worker": first.prefill_worker}
+        offer = {
+            "lease": message.lease,
+            "blocks": message.blocks,
+            "kept": message.kept,
+            "prefill_worker": first.prefill_worker,
+        }
         prompt = (*request.prompt_token_ids, first.first_token)
         params = self._sampling(request, request.max_tokens - 1, offer, made=1)
         self._add(_Open(request, has_token=True), prompt, params)
@@ -200,7 +208,8 @@ class Engine:
         (token,) = completion.token_ids
         is_first, opened.has_token = not opened.has_token, True
         lease = output.kv_transfer_params
-        return Made(opened.request, token, is_first, reason, opened.start_ns, lease, opened.decode_worker)
+        cached = output.num_cached_tokens
+        return Made(opened.request, token, is_first, reason, opened.start_ns, cached, lease, opened.decode_worker)
 
     def _add(self, opened: _Open, prompt: Sequence[int], params: SamplingParams) -> None:
         self._added += 1

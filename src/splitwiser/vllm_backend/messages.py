@@ -26,7 +26,7 @@ class SharedFile:
 class EngineOptions:
     """Settings of every engine. ``longest`` is the number of tokens of its longest request, -1 for as many as the model and
     the KV cache have room for; ``kv_bytes`` is the size of its KV cache, the shared one if there is one. If ``eager``, the
-    model is not compiled."""
+    model is not compiled. With ``prefix_caching``, all engines but those of role decode keep prompts' blocks."""
 
     model: str
     dtype: str
@@ -37,6 +37,7 @@ class EngineOptions:
     eager: bool
     seed: int
     eos_token_ids: frozenset[int]
+    prefix_caching: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +113,15 @@ class CancelPrefill(BackendMessage):
 class BlockHandoff(BackendMessage):
     """A prefilled request for a decode engine. ``blocks`` are the numbers of the blocks that hold the K and V of its prompt.
 
-    Prefill has leased them to the decode worker: they stay as they are until the :class:`BlockReturn` of ``lease``.
+    Prefill has leased them to the decode worker: they stay as they are until the :class:`BlockReturn` of ``lease``. The
+    first ``kept`` of them prefill keeps, and decode copies them; the others it may take over.
     """
 
     request: Request
     handoff: Handoff
     lease: str
     blocks: tuple[int, ...]
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)

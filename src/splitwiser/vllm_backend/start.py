@@ -57,6 +57,8 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
         placement = _start_engines(config, model, location, environment)
     model.load_s = time.perf_counter() - began  # vLLM reads the weights and compiles the model in one
     engines = placement.engines
+    if config.prefix_caching and not any(ready.settings["prefix_caching"] for ready in engines.values()):
+        model.notes.append("vLLM does not keep the blocks of this kind of model for prompts that begin alike")
     capacity = min(each.longest for each in engines.values()) - 1  # vLLM counts the last token too, which is not stored
     threads = {name: int(ready.settings["threads"]) for name, ready in engines.items()}
     return StartedEngine(
@@ -120,6 +122,7 @@ def _start_engines(
         eager=config.kernels == "plain",
         seed=config.seed,
         eos_token_ids=model.eos_token_ids,
+        prefix_caching=bool(config.prefix_caching),
     )
     names = [spec.name for spec in specs]
     cpu = torch.device("cpu")

@@ -188,10 +188,9 @@ class Worker:
         handoffs, tokens, finished = [], [], []
         for made in step.made:
             request_id = made.request.request_id
-            first = Handoff(request_id, made.token, made.start_ns, step.end_ns, self._name)
+            first = Handoff(request_id, made.token, made.start_ns, step.end_ns, self._name, made.cached_tokens)
             if made.lease is not None:
-                blocks = tuple(made.lease["blocks"])
-                self._transport.send(made.decode_worker, BlockHandoff(made.request, first, made.lease["lease"], blocks))
+                self._transport.send(made.decode_worker, BlockHandoff(made.request, first, **made.lease))
                 continue
             if made.is_first:
                 handoffs.append(first)
