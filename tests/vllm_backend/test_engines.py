@@ -111,6 +111,41 @@ def test_prompts_that_begin_alike(layout: Any, wide: Callable[[str], Path], opti
         assert all(count < len(prompt) for count, prompt in zip(cached, prompts, strict=True))
 
 
+@pytest.mark.parametrize("layout", [None, SPLIT])
+def test_log_probabilities_and_stop_strings_are_those_of_this_projects_engine(
+    layout: Any, options: dict[str, Any]
+) -> None:
+    prompts = ["The heart is of normal size.", "No pleural effusion. The lungs are clear and there is no pneumothorax."]
+    asked = SamplingParams(max_tokens=30, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    with LLM() as llm:
+        expected = llm.generate(prompts, asked)
+        stops = [SamplingParams(max_tokens=30, stop=output.text[20:24], ignore_eos=True) for output in expected]
+        stopped = llm.generate(prompts, stops)
+    if layout is not None:
+        options |= {"mode": "mp", "workers": layout}
+    with LLM(kv_memory="8MiB", **options) as llm:
+        outputs = llm.generate(prompts, asked)
+        if layout is None:
+            found = llm.generate(prompts, stops)
+        else:
+            with pytest.raises(InputError, match="request 0: stop strings may begin in the first token"):
+                llm.generate(prompts, stops)
+    for output, own in zip(outputs, expected, strict=True):
+        assert output.token_ids == own.token_ids
+        for theirs, ours in ((output.logprobs, own.logprobs), (output.prompt_logprobs, own.prompt_logprobs)):
+            assert theirs is not None
+            assert ours is not None
+            assert len(theirs) == len(ours)
+            for place, own_place in zip(theirs, ours, strict=True):
+                assert (place is None) is (own_place is None)
+                for token, choice in (place or {}).items():
+                    assert choice.logprob == pytest.approx((own_place or {})[token].logprob, abs=1e-4)
+    if layout is None:
+        assert {output.finish_reason for output in found} == {"stop"}
+        assert [output.token_ids for output in found] == [output.token_ids for output in stopped]
+        assert [output.text for output in found] == [output.text for output in stopped]
+
+
 def test_a_run_is_recorded_as_any_other(wide: Callable[[str], Path], tmp_path: Path, options: dict[str, Any]) -> None:
     config = RunConfig(
         model=str(wide("llama")), mode="mp", prompt_tokens="20", output_tokens="8", requests=6, ignore_eos=True,

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from splitwiser.engine.messages import StepPhase
+from splitwiser.engine.messages import StepPhase, TokenLogprobs
 from splitwiser.request import FinishReason, Request
 from splitwiser.vllm_backend import connector
 from splitwiser.vllm_backend.connector import Exchange
@@ -31,7 +31,8 @@ class Made:
     """What a step made of one request: its new token, whether that is its first, and why it has finished (None: it has not).
 
     ``start_ns`` is the start of the first step that computed it, ``cached_tokens`` is the number of tokens of its prompt that
-    were not computed, since earlier requests had the same. ``lease`` is what the connector says of a prompt whose
+    were not computed, since earlier requests had the same. ``logprobs`` are those of its token, and ``prompt_logprobs``, with
+    the first, those of its prompt's tokens from the second on, if it asks for them. ``lease`` is what the connector says of a prompt whose
     blocks it has leased to ``decode_worker``, and None for all else."""
 
     request: Request
@@ -40,6 +41,8 @@ class Made:
     reason: FinishReason | None
     start_ns: int
     cached_tokens: int
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     lease: Mapping[str, Any] | None
     decode_worker: str
 
@@ -104,7 +107,7 @@ class Engine:
             # decode's blocks change their numbers, by which vLLM's cache would go on to find them
             enable_prefix_caching=options.prefix_caching and setup.role != "decode",
             async_scheduling=False,  # a step's tokens are known when it ends
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=exchange is not None or not options.has_tokenizer,  # stop strings alone need it
             generation_config="vllm",
             disable_log_stats=True,
             **more,
@@ -207,9 +210,18 @@ class Engine:
                 raise RuntimeError(f"vLLM ended request {opened.request.request_id} with '{reason}'")
         (token,) = completion.token_ids
         is_first, opened.has_token = not opened.has_token, True
-        lease = output.kv_transfer_params
-        cached = output.num_cached_tokens
-        return Made(opened.request, token, is_first, reason, opened.start_ns, cached, lease, opened.decode_worker)
+        return Made(
+            opened.request,
+            token,
+            is_first,
+            reason,
+            opened.start_ns,
+            output.num_cached_tokens,
+            _token_logprobs(completion.logprobs[0]) if completion.logprobs else None,
+            tuple(map(_token_logprobs, (output.prompt_logprobs or [])[1:])),  # the first token has none
+            output.kv_transfer_params,
+            opened.decode_worker,
+        )
 
     def _add(self, opened: _Open, prompt: Sequence[int], params: SamplingParams) -> None:
         self._added += 1
@@ -236,9 +248,12 @@ class Engine:
             logit_bias=None if params.logit_bias is None else dict(params.logit_bias),
             # numbers that another engine has drawn already are not drawn again
             seed=None if params.temperature == 0 else request.seed + made,
+            stop=list(params.stop),
             stop_token_ids=sorted(stops),
             ignore_eos=True,  # the end-of-sequence tokens are among the others
-            detokenize=False,
+            logprobs=params.logprobs,
+            prompt_logprobs=None if made else params.prompt_logprobs,
+            detokenize=bool(params.stop),
             output_kind=RequestOutputKind.DELTA,
             extra_args=None if transfer is None else {"kv_transfer_params": dict(transfer)},
         )
@@ -253,6 +268,10 @@ class Engine:
             return scheduled
 
         self._scheduler.schedule = watched
+
+
+def _token_logprobs(choices: Mapping[int, Any]) -> TokenLogprobs:
+    return tuple((token, each.logprob, each.rank) for token, each in choices.items())
 
 
 def _own_id(name: str) -> str:

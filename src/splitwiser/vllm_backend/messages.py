@@ -26,7 +26,7 @@ class SharedFile:
 class EngineOptions:
     """Settings of every engine. ``longest`` is the number of tokens of its longest request, -1 for as many as the model and
     the KV cache have room for; ``kv_bytes`` is the size of its KV cache, the shared one if there is one. If ``eager``, the
-    model is not compiled. With ``prefix_caching``, all engines but those of role decode keep prompts' blocks."""
+    model is not compiled. With ``prefix_caching``, all engines but those of role decode keep prompts' blocks. ``has_tokenizer``: there is one with the model."""
 
     model: str
     dtype: str
@@ -38,6 +38,7 @@ class EngineOptions:
     seed: int
     eos_token_ids: frozenset[int]
     prefix_caching: bool
+    has_tokenizer: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,8 @@ def _load(config: EngineConfig, until_ready: ExitStack) -> tuple[LoadedModel, st
     folder = until_ready.enter_context(tempfile.TemporaryDirectory(prefix="splitwiser-"))
     with without_bars():
         model.module.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
     torch.nn.Module.to(model.module, "meta")
     model.device = resolve_device(config.device_name)
     return_freed_memory()
@@ -123,6 +125,7 @@ def _start_engines(
         seed=config.seed,
         eos_token_ids=model.eos_token_ids,
         prefix_caching=bool(config.prefix_caching),
+        has_tokenizer=model.tokenizer is not None,
     )
     names = [spec.name for spec in specs]
     cpu = torch.device("cpu")
@@ -213,12 +216,14 @@ def _plan_kv_bytes(config: EngineConfig, model: LoadedModel) -> int:
 def _find_request_problem(request: Request, config: EngineConfig) -> str | None:
     """Return why vLLM's engines cannot serve ``request``, or None."""
     params = request.params
+    if all(spec.role == "mixed" for spec in config.specs):
+        return None
     if params.stop:
-        return "stop strings need text, and vLLM's engines make token ids; give stop_token_ids"
-    if params.logprobs is not None or params.prompt_logprobs is not None:
-        return "log-probabilities are not taken over from vLLM's engines; leave logprobs and prompt_logprobs out"
-    counts_output = params.presence_penalty or params.frequency_penalty
-    if counts_output and any(spec.role != "mixed" for spec in config.specs):
+        return (
+            "stop strings may begin in the first token of the answer, which a decode engine of vLLM's takes for the prompt's; "
+            "use mixed workers, or stop_token_ids"
+        )
+    if params.presence_penalty or params.frequency_penalty:
         return (
             "presence_penalty and frequency_penalty count the tokens of the answer, the first of which a decode engine of "
             "vLLM's takes for the prompt's; use mixed workers"

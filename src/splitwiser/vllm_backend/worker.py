@@ -185,10 +185,19 @@ class Worker:
             step.decode_tokens,
         )
         self._transport.send(PARENT, record)
-        handoffs, tokens, finished = [], [], []
+        handoffs, tokens, finished, logprobs = [], [], [], []
         for made in step.made:
             request_id = made.request.request_id
-            first = Handoff(request_id, made.token, made.start_ns, step.end_ns, self._name, made.cached_tokens)
+            first = Handoff(
+                request_id,
+                made.token,
+                made.start_ns,
+                step.end_ns,
+                self._name,
+                made.cached_tokens,
+                made.logprobs,
+                made.prompt_logprobs,
+            )
             if made.lease is not None:
                 self._transport.send(made.decode_worker, BlockHandoff(made.request, first, **made.lease))
                 continue
@@ -196,10 +205,20 @@ class Worker:
                 handoffs.append(first)
             else:
                 tokens.append((request_id, made.token))
+                if made.logprobs is not None:
+                    logprobs.append((request_id, made.logprobs))
             if made.reason is not None:
                 finished.append((request_id, made.reason))
         if handoffs or tokens:
             self._transport.send(
                 PARENT,
-                Progress(self._name, step.start_ns, step.end_ns, tuple(handoffs), tuple(tokens), tuple(finished)),
+                Progress(
+                    self._name,
+                    step.start_ns,
+                    step.end_ns,
+                    tuple(handoffs),
+                    tuple(tokens),
+                    tuple(finished),
+                    tuple(logprobs),
+                ),
             )
