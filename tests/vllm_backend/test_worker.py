@@ -109,7 +109,7 @@ def run(role: Any, messages: Sequence[Message], steps: Sequence[Step | None] = (
     added: list[Any] = []
     engine, exchange = ScriptedEngine(steps, added), Exchange()
     exchange.lender.lend("lease", [], "decode-0")
-    setup = EngineSetup(WorkerSpec("me", role, 50), 0, OPTIONS, SharedFile(0, 0), None, None, 0, 1, {}, {})
+    setup = EngineSetup(WorkerSpec("me", role, 50), 0, OPTIONS, SharedFile(0, 0), None, None, 0, 1, {}, {}, {})
     Worker(setup, engine, exchange, MailTransport(inbox, outboxes)).run()  # type: ignore[arg-type]
     return {
         "sent": {name: outbox.drain() for name, outbox in outboxes.items()},

@@ -30,10 +30,10 @@ LOAD_FORMAT = "splitwiser"
 class Made:
     """What a step made of one request: its new token, whether that is its first, and why it has finished (None: it has not).
 
-    ``start_ns`` is the start of the first step that computed it, ``cached_tokens`` is the number of tokens of its prompt that
-    were not computed, since earlier requests had the same. ``logprobs`` are those of its token, and ``prompt_logprobs``, with
-    the first, those of its prompt's tokens from the second on, if it asks for them. ``lease`` is what the connector says of a prompt whose
-    blocks it has leased to ``decode_worker``, and None for all else."""
+    ``start_ns`` is the start of the first step that computed it, and ``cached_tokens`` is the number of tokens of its prompt
+    that were not computed, since earlier requests began with the same. If it asks for them, ``logprobs`` are those of its
+    token, and ``prompt_logprobs``, beside the first token, those of its prompt's from the second on. ``lease`` is what the
+    connector says of a prompt whose blocks it has leased to ``decode_worker``, and None for all else."""
 
     request: Request
     token: int

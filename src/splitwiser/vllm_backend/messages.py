@@ -26,7 +26,8 @@ class SharedFile:
 class EngineOptions:
     """Settings of every engine. ``longest`` is the number of tokens of its longest request, -1 for as many as the model and
     the KV cache have room for; ``kv_bytes`` is the size of its KV cache, the shared one if there is one. If ``eager``, the
-    model is not compiled. With ``prefix_caching``, all engines but those of role decode keep prompts' blocks. ``has_tokenizer``: there is one with the model."""
+    model is not compiled. With ``prefix_caching``, all engines but those of role decode keep blocks for requests that begin
+    alike. ``has_tokenizer``: there is one with the model."""
 
     model: str
     dtype: str
@@ -47,7 +48,8 @@ class EngineSetup(BackendMessage):
 
     ``receive`` and ``send`` are the pipes to the other workers by name, by their numbers among its open files. ``weights``
     is shared by all engines (None: the engine has its own), ``pool`` by prefill and decode engines. Of the pool's blocks an
-    engine owns those from the part ``first`` to the part ``last`` of all.
+    engine owns those from the part ``first`` to the part ``last`` of all. Where each engine has a pool of its own,
+    ``sources`` are those of the prefill engines by name, from which decode copies.
     """
 
     spec: WorkerSpec
@@ -58,6 +60,7 @@ class EngineSetup(BackendMessage):
     pool: SharedFile | None
     first: float
     last: float
+    sources: Mapping[str, SharedFile]
     receive: Mapping[str, int]
     send: Mapping[str, int]
 

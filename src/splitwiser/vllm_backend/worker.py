@@ -75,7 +75,7 @@ def _open(fd: int, *, readable: bool) -> "Connection[Message, Message]":
 def _run(setup: EngineSetup, transport: MailTransport) -> None:
     from splitwiser.vllm_backend.engine import Engine  # imports vLLM, beside the other workers
 
-    for shared in (setup.board, setup.weights, setup.pool):
+    for shared in (setup.board, setup.weights, setup.pool, *setup.sources.values()):
         if shared is not None:
             os.set_inheritable(shared.fd, False)
     while not any(isinstance(message, StartEngine) for message in transport.receive()):
@@ -97,7 +97,8 @@ def _make_exchange(setup: EngineSetup, transport: MailTransport) -> "Exchange | 
     from splitwiser.vllm_backend.connector import Exchange
 
     pool = map_memory(setup.pool.fd, setup.pool.nbytes)
-    return Exchange(pool, setup.first, setup.last, transport.send)
+    sources = {name: map_memory(file.fd, file.nbytes) for name, file in setup.sources.items()}
+    return Exchange(pool, setup.first, setup.last, sources, transport.send)
 
 
 def _start_heartbeats(setup: EngineSetup) -> None:
