@@ -31,8 +31,8 @@ _PLAIN = (
 @dataclass(frozen=True)
 class Exchange:
     """What an engine's two connectors and its worker share: the memory of the pool, the part of the blocks from ``first`` to
-    ``last`` that the engine owns, its leases, and ``send``, which sends a message to another worker. If each engine has a pool
-    of its own, ``sources`` are those of the prefill engines by name."""
+    ``last`` that the engine owns, its leases, and ``send``, which sends a message to another worker. If each engine has a
+    pool of its own, ``sources`` are those of the prefill engines by name."""
 
     pool: Tensor
     first: float
