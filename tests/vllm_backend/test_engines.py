@@ -201,7 +201,7 @@ def test_requests_are_cancelled_wherever_they_are_and_no_block_is_lost(
     rng = random.Random(3)
     prompts = prompts_of([rng.randint(1, 150) for _ in range(40)], seed=5)
     reasons: set[str] = set()
-    with LLM(wide("opt"), mode="mp", workers=layout, kv_memory="4MiB", **options) as llm:
+    with LLM(wide("opt"), mode="mp", workers=layout, kv_memory="4MiB", prefix_caching=True, **options) as llm:
         for seed in range(4):  # ten blocks an engine would not do for what is cancelled here if any stayed taken
             seen = Canceller(llm, len(prompts), seed)
             outputs = llm.generate(prompts, SamplingParams(max_tokens=40), observer=seen)
