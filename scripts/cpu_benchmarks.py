@@ -109,6 +109,11 @@ BENCHMARKS = {
         f"--variant 'vllm-three: {WHOLE} \"[{{role: mixed, count: 3}}]\"' {SPLIT} --requests 12 --prompt_tokens 64 "
         "--output_tokens 8 --model qwen3-0.6b --load_format dummy --dtype bfloat16 --kv_memory 384MiB --kernels plain",
     ),
+    "vllm-transfer": Benchmark(
+        "A prefill and a decode engine of vLLM's over one KV pool, in which blocks change hands, and over a pool each, from "
+        "one of which to the other they are copied.",
+        f"--repeats 2 {SPLIT} --variant 'vllm-copy: {ENGINES} --mode mp --kv_transfer copy' --workload standard {OPT}",
+    ),
     "falcon-rw-1b-64": Benchmark(
         "The same model with 64 such requests, beside vLLM too.",
         "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 100 "
