@@ -28,7 +28,8 @@ class _Running:
 
 class LlamaCpp:
     """llama.cpp's batched decoding. Each request has a sequence of its own, and prompts are read one after another before
-    the next token of all running requests is made: sequences of one length are what llama.cpp computes together.
+    the next token of all running requests is made: sequences of one length are what llama.cpp computes together. K and V are
+    in float16, its own choice, which it computes with faster than with bfloat16.
 
     ``step_tokens`` is the most tokens of a prompt in a step. ``slots`` is the most requests at a time, by default all, and
     ``shared`` says that their sequences lie in one cache; llama-server's own choice is 512, 4 and True.
