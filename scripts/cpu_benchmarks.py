@@ -60,7 +60,9 @@ BEST_PEERS = "--peer vllm=$PEERS/vllm --peer openvino=$PEERS/openvino --peer ope
 OTHER_PEERS = "--peer vllm-zentorch=$PEERS/vllm-zentorch --peer pace=$PEERS/pace"
 HF_PEERS = "--peer hf-generate=$PEERS/hf --peer hf-continuous=$PEERS/hf"
 LLAMA_CPP = "--peer llama.cpp=$PEERS/llamacpp --peer llama.cpp-installed=$PEERS/llamacpp"
-INSTALLED_PEERS = "--peer vllm-installed=$PEERS/vllm --peer openvino-installed=$PEERS/openvino"
+INSTALLED_PEERS = (
+    "--peer vllm-installed=$PEERS/vllm --peer openvino-installed=$PEERS/openvino --peer pace-installed=$PEERS/pace"
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ llama_cpp_python=0.3.36 gguf=0.19.0            # which writes the files that lla
 
 declare -A engines=( # of each environment
     [vllm]="vllm vllm-installed" [vllm-zentorch]=vllm-zentorch [openvino]="openvino openvino-installed openvino-int8"
-    [pace]=pace [llamacpp]="llama.cpp llama.cpp-installed" [hf]="hf-generate hf-continuous"
+    [pace]="pace pace-installed" [llamacpp]="llama.cpp llama.cpp-installed" [hf]="hf-generate hf-continuous"
 )
 if [ $# -ne 2 ] || [ -z "${engines[$1]:-}" ]; then
     echo "usage: $0 {vllm|vllm-zentorch|openvino|pace|llamacpp|hf} DIR" >&2

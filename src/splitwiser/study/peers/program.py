@@ -26,7 +26,7 @@ from splitwiser.study.peers.engine import Asked, Engine
 from splitwiser.study.peers.hf import HfContinuous, HfGenerate
 from splitwiser.study.peers.llama_cpp import ARCHITECTURES, LlamaCpp
 from splitwiser.study.peers.openvino import OpenVino
-from splitwiser.study.peers.pace import Pace
+from splitwiser.study.peers.pace import Pace, PaceServer
 from splitwiser.study.peers.vllm import Vllm
 
 WARM_UP = (4, 8)  # requests and new tokens
@@ -39,6 +39,7 @@ ENGINES: dict[str, Callable[[Asked], Engine]] = {
     "openvino-installed": partial(OpenVino, kv="u8", step_tokens=256),
     "openvino-int8": partial(OpenVino, weights="int8", kv="u8"),
     "pace": Pace,
+    "pace-installed": PaceServer,
     "llama.cpp": LlamaCpp,
     "llama.cpp-installed": partial(LlamaCpp, step_tokens=512, slots=4, shared=True),
     "hf-generate": HfGenerate,
