@@ -9,7 +9,7 @@ set -euo pipefail
 torch=2.13.0 vllm=0.32.0 transformers=5.23.0
 zentorch=2.13.0.1 # the version that vLLM's extra "zen" names
 openvino_genai=2026.4.1.0 optimum_intel=2.2.0 # which exports checkpoints for it
-amd_pace=1.3.0 pace_numpy=2.3.5                # newer ones of numpy are not for it on Python 3.11
+amd_pace=1.3.0 pace_numpy=2.3.5                # the numpy that it was tried with
 llama_cpp_python=0.3.36 gguf=0.19.0            # which writes the files that llama.cpp reads
 
 declare -A engines=( # of each environment
@@ -36,7 +36,7 @@ case $peer in
     hf) "${pip[@]}" install "transformers==$transformers" accelerate ;;
     pace) "${pip[@]}" install --constraint "$pins/pins.txt" "numpy==$pace_numpy" "amd-pace==$amd_pace" ;;
     llamacpp)
-        # compiled here, for this processor: half an hour on two cores
+        # compiled here, for this processor, which takes minutes
         CMAKE_ARGS=-DGGML_NATIVE=ON "${pip[@]}" install --no-binary llama-cpp-python "llama-cpp-python==$llama_cpp_python" \
             "gguf==$gguf"
         ;;

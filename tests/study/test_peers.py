@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -373,6 +374,14 @@ def test_llama_cpp_gets_the_weights_of_the_checkpoint(tiny: Callable[[str], Path
 def test_llama_cpp_gets_no_other_architecture(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="OPTForCausalLM cannot be converted"):
         convert(tiny("opt"), tmp_path / "tiny.gguf", "BF16")
+
+
+def test_llama_cpp_gets_no_scaled_rotary_embedding(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny("llama"), tmp_path / "scaled")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}))
+    with pytest.raises(ValueError, match="scaled scales its rotary embedding"):
+        convert(copy, tmp_path / "tiny.gguf", "BF16")
 
 
 def test_openvino_gets_a_checkpoint_with_a_word_for_each_token(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -75,9 +75,8 @@ class HfContinuous:
         )
         self._manager.warmup()
         self._manager.start()
-        self.version = describe(
-            transformers.__version__, asked.dtype, asked.dtype, "steps of its own choice", torch.get_num_threads()
-        )
+        steps = f"{self._manager.batch_processor.cache.max_batch_tokens:,} tokens a step"
+        self.version = describe(transformers.__version__, asked.dtype, asked.dtype, steps, torch.get_num_threads())
 
     def add(self, number: int, prompt: Sequence[int], new_tokens: int) -> None:
         """Add a request."""

@@ -12,6 +12,7 @@ from typing import Any
 from splitwiser.study.peers.engine import STEP_TOKENS, Answer, Asked, cores, describe
 
 ARCHITECTURES = ("LlamaForCausalLM",)  # those that :func:`convert` can write
+MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
 FORMATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # GGUF's names of number formats
 
 
@@ -31,8 +32,8 @@ class LlamaCpp:
     the next token of all running requests is made: sequences of one length are what llama.cpp computes together. K and V are
     in float16, its own choice, which it computes with faster than with bfloat16.
 
-    ``step_tokens`` is the most tokens of a prompt in a step. ``slots`` is the most requests at a time, by default all, and
-    ``shared`` says that their sequences lie in one cache; llama-server's own choice is 512, 4 and True.
+    ``step_tokens`` is the most tokens of a prompt in a step. ``slots`` is the most requests at a time, by default as many as
+    llama.cpp can, and ``shared`` says that their sequences lie in one cache; llama-server's own choice is 512, 4 and True.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
-        slots = min(slots or asked.concurrency, asked.concurrency)
+        slots = min(slots or MOST_SEQUENCES, asked.concurrency)
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max, params.kv_unified = slots, shared
         params.n_ctx = slots * -(-asked.longest // 256) * 256  # a sequence's share is a multiple of 256
@@ -127,7 +128,8 @@ class LlamaCpp:
 
 def convert(checkpoint: Path, file: Path, kind: str) -> None:
     """Write the checkpoint of a Llama in safetensors as a GGUF file, with weights in the format ``kind`` and without a
-    vocabulary, which requests of token ids do not need. Raises ValueError for another architecture."""
+    vocabulary, which requests of token ids do not need. Raises ValueError for another architecture, or where positions or
+    weights are not those of a plain Llama."""
     import gguf
     import numpy as np
 
@@ -135,6 +137,9 @@ def convert(checkpoint: Path, file: Path, kind: str) -> None:
     (architecture,) = config["architectures"]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{architecture} cannot be converted for llama.cpp here; {', '.join(ARCHITECTURES)} can")
+    rotary = config.get("rope_parameters") or config
+    if config.get("rope_scaling") or rotary.get("rope_type", "default") != "default":
+        raise ValueError(f"{checkpoint.name} scales its rotary embedding, which is not converted for llama.cpp here")
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     kv_heads, size = config["num_key_value_heads"], config["hidden_size"]
     writer = gguf.GGUFWriter(file.with_suffix(".part"), "llama")
@@ -145,7 +150,7 @@ def convert(checkpoint: Path, file: Path, kind: str) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_rope_dimension_count(config.get("head_dim") or size // heads)
-    writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])
+    writer.add_rope_freq_base(rotary["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
@@ -156,7 +161,10 @@ def convert(checkpoint: Path, file: Path, kind: str) -> None:
             tensor = tensor.reshape(rows, 2, -1, size).swapaxes(1, 2).reshape(tensor.shape)
         stored = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else gguf.GGMLQuantizationType[kind]
         data = gguf.quants.quantize(np.ascontiguousarray(tensor), stored)
-        writer.add_tensor(str(names.get_name(name, (".weight",))), data, raw_dtype=stored)
+        known = names.get_name(name, (".weight",))
+        if known is None:
+            raise ValueError(f"{checkpoint.name} has a tensor {name}, which is not converted for llama.cpp here")
+        writer.add_tensor(known, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
