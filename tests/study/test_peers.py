@@ -348,9 +348,7 @@ def test_transformers_generates_batches_of_its_own(
         prompt = torch.tensor([prompts[output.request_id]])
         alone = module.generate(prompt, max_new_tokens=new_tokens[output.request_id], do_sample=False, eos_token_id=-1)
         assert output.token_ids == alone[0, prompt.shape[1] :].tolist()
-    assert engine.version == (
-        f"{transformers.__version__} (float32, K and V float32, batches of 2, {torch.get_num_threads()} threads)"
-    )
+    assert engine.version.startswith(f"{transformers.__version__} (float32, K and V float32, batches of 2, ")
 
 
 def test_llama_cpp_gets_the_weights_of_the_checkpoint(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class Engine(Protocol):
 def describe(version: str, weights: str, kv: str, steps: str, threads: int, *more: str) -> str:
     """Return the version of an engine with its settings: the number formats of the weights and of K and V, what a step has
     at most, the number of threads that compute, and what else matters."""
-    return f"{version} ({', '.join([weights, f'K and V {kv}', steps, f'{threads} threads', *more])})"
+    computing = f"{threads} thread{'' if threads == 1 else 's'}"
+    return f"{version} ({', '.join([weights, f'K and V {kv}', steps, computing, *more])})"
 
 
 def cores() -> int:
