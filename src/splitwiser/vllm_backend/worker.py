@@ -93,10 +93,11 @@ def _run(setup: EngineSetup, transport: MailTransport) -> None:
 def _make_exchange(setup: EngineSetup, transport: MailTransport) -> "Exchange | None":
     if setup.pool is None:
         return None
-    from splitwiser.machine.shared_memory import map_memory
     from splitwiser.vllm_backend.connector import Exchange
+    from splitwiser.vllm_backend.engine import DEVICE
+    from splitwiser.vllm_backend.sharing import open_pool
 
-    pool = map_memory(setup.pool.fd, setup.pool.nbytes)
+    pool = open_pool(setup.pool, DEVICE)
     return Exchange(pool, setup.first, setup.last, transport.send)
 
 
