@@ -21,6 +21,7 @@ from tests.support.assertions import assert_says
 from tests.support.commands import only_run, write_workload
 from tests.support.stand_in.build import Ran, StandIn
 from tests.support.tokens import LENGTHS, prompts_of, references
+from tests.support.vllm_worker import put_python
 
 pytestmark = pytest.mark.stand_in
 
@@ -113,6 +114,39 @@ def test_adapters_of_one_step_make_the_tokens_of_peft(
     made = printed(run_script(on_stand_in, GENERATE, json.dumps(asked)))
     assert made["tokens"] == [tokens for name in adapters for tokens in peft_tokens(name, model, prompts, 6)]
     assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
+
+
+VLLM = """
+import json, sys
+from splitwiser import LLM, SamplingParams
+asked = json.loads(sys.argv[1])
+with LLM(asked["model"], backend="vllm", kv_memory="1MiB", **asked["settings"]) as llm:
+    output, = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))
+    print(json.dumps({"tokens": output.token_ids, "started": [llm.started.backend["engines"], llm.started.mps]}))
+"""
+
+
+@pytest.mark.parametrize("mode", ["mp", "mps"])
+def test_engines_of_vllm_share_a_pool_on_a_gpu(
+    mode: str, on_stand_in: StandIn, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    layout = [{"role": "prefill", "share": 30}, {"role": "decode", "share": 70}]
+    settings = {"device": "cuda", "mode": mode, "workers": layout, "backend_python": str(put_python(tmp_path / "vllm"))}
+    ran = run_script(on_stand_in, VLLM, json.dumps({"model": str(tiny("llama")), "settings": settings}))
+    made = printed(ran)
+    engines, mps = made["started"]
+    assert made["tokens"] == [3, 18]  # decode's is what prefill wrote to the pool
+    for engine in engines.values():
+        assert engine["pool"] == ["cuda:0", 1 << 20]
+        assert (engine["OMP_NUM_THREADS"], engine["VLLM_ENABLE_V1_MULTIPROCESSING"]) == (None, "0")
+    shares = [engines[name]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for name in ("prefill-0", "decode-0")]
+    if mode == "mp":
+        assert (shares, mps) == ([None, None], None)
+    else:
+        assert shares == ["30", "70"]
+        assert mps["active_thread_percentages"] == {"prefill-0": 30, "decode-0": 70}
+        assert all(engine["CUDA_VISIBLE_DEVICES"].startswith("GPU-") for engine in engines.values())
+        assert [engines[name]["CUDA_MPS_CLIENT_PRIORITY"] for name in ("prefill-0", "decode-0")] == ["1", "0"]
 
 
 def test_workers_of_mode_mps_know_daemon_and_share_when_cuda_starts(

@@ -1,4 +1,4 @@
-"""Starts vLLM's engines: one (mode ``sequential``), several whole ones, or prefill and decode engines (modes ``mp``, ``mps``)."""
+"""Starts vLLM's engines: one (``sequential``), several whole ones, or prefill and decode engines (``mp``, ``mps``)."""
 
 import os
 import tempfile
