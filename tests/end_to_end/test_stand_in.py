@@ -116,6 +116,41 @@ def test_adapters_of_one_step_make_the_tokens_of_peft(
     assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
 
 
+STEPS = """
+import json, sys
+from splitwiser import LLM, SamplingParams
+asked = json.loads(sys.argv[1])
+with LLM(asked["model"], device="cuda", max_batch=8, **asked["settings"]) as llm:
+    outputs = llm.generate(asked["prompts"], SamplingParams(max_tokens=asked["new_tokens"]))
+    metrics = [output.metrics for output in outputs]
+    print(json.dumps({
+        "tokens": [output.token_ids for output in outputs], "preemptions": sum(each.preemptions for each in metrics),
+        "cached": sum(each.cached_tokens for each in metrics), "graphs": llm.started.kernels["decode_graphs"],
+    }))
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "happened"),
+    [
+        ({"schedule": "hybrid", "prefill_tokens": 24}, ""),
+        ({"mode": "mp", "kv_memory": f"{8 * 16 * 3 * 2 * 2 * 12 * 4}B"}, "preemptions"),  # eight blocks
+        ({"mode": "mp", "prefix_caching": True}, "cached"),
+    ],
+    ids=["hybrid", "blocks on demand", "prefix caching"],
+)
+def test_blocks_and_tables_that_change_from_step_to_step(
+    settings: dict[str, Any], happened: str, on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    beginning = prompts_of([40])[0]
+    model, prompts = tiny("llama"), [[*beginning, *prompt] for prompt in prompts_of([1, 5, 9, 3, 20])]
+    asked = {"model": str(model), "settings": {"dtype": "float32", **settings}, "prompts": prompts}
+    made = printed(run_script(on_stand_in, STEPS, json.dumps({**asked, "new_tokens": NEW_TOKENS})))
+    assert made["tokens"] == references(model, prompts, NEW_TOKENS)
+    assert made["graphs"] == "for 1, 2, 4, 8 requests"
+    assert not happened or made[happened]
+
+
 VLLM = """
 import json, sys
 from splitwiser import LLM, SamplingParams
