@@ -363,7 +363,7 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
 
 def write_doctor(work: Path, *modes: str, vllm: tuple[bool | None, str] = (True, "0.32.0")) -> None:
     found = [{"mode": mode, "works": mode in modes, "note": ""} for mode in MODES]
-    findings = [{"name": "vllm", "ok": vllm[0], "text": vllm[1], "figures": {}}]
+    findings: list[dict[str, Any]] = [{"name": "vllm", "ok": vllm[0], "text": vllm[1], "figures": {}}]
     (work / "doctor").mkdir(parents=True, exist_ok=True)
     (work / "doctor" / "doctor.json").write_text(json.dumps({"modes": found, "findings": findings}), encoding="utf-8")
 

