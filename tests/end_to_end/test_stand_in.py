@@ -161,18 +161,19 @@ with LLM(asked["model"], backend="vllm", kv_memory="1MiB", **asked["settings"]) 
 """
 
 
-@pytest.mark.parametrize("mode", ["mp", "mps"])
-def test_engines_of_vllm_share_a_pool_on_a_gpu(
-    mode: str, on_stand_in: StandIn, tiny: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(("mode", "transfer"), [("mp", "shared"), ("mp", "copy"), ("mps", "shared")])
+def test_engines_of_vllm_reach_each_others_pools_on_a_gpu(
+    mode: str, transfer: str, on_stand_in: StandIn, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     layout = [{"role": "prefill", "share": 30}, {"role": "decode", "share": 70}]
-    settings = {"device": "cuda", "mode": mode, "workers": layout, "backend_python": str(put_python(tmp_path / "vllm"))}
+    python = str(put_python(tmp_path / "vllm"))
+    settings = {"device": "cuda", "mode": mode, "kv_transfer": transfer, "workers": layout, "backend_python": python}
     ran = run_script(on_stand_in, VLLM, json.dumps({"model": str(tiny("llama")), "settings": settings}))
     made = printed(ran)
     engines, mps = made["started"]
     assert made["tokens"] == [3, 18]  # decode's is what prefill wrote to the pool
     for engine in engines.values():
-        assert engine["pool"] == ["cuda:0", 1 << 20]
+        assert engine["pool"] == ["cuda:0", (1 << 20) // (1 if transfer == "shared" else 2)]
         assert (engine["OMP_NUM_THREADS"], engine["VLLM_ENABLE_V1_MULTIPROCESSING"]) == (None, "0")
     shares = [engines[name]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for name in ("prefill-0", "decode-0")]
     if mode == "mp":

@@ -38,7 +38,9 @@ def main() -> None:
 
     engine, connector = ModuleType("engine"), ModuleType("connector")
     engine.__dict__.update(Engine=Engine, DEVICE=torch.device("cuda"))
-    connector.__dict__["Exchange"] = lambda pool, *_: SimpleNamespace(pool=pool, lender=Lender())
+    connector.__dict__["Exchange"] = lambda pool, _first, _last, sources, _send: SimpleNamespace(
+        pool=pool, sources=sources, lender=Lender()
+    )
     sys.modules |= {"splitwiser.vllm_backend.engine": engine, "splitwiser.vllm_backend.connector": connector}
     _, _, program, module, *pipes = sys.argv
     assert (Path(program).name, module) == ("elsewhere.py", "splitwiser.vllm_backend.worker")
@@ -68,12 +70,13 @@ class Engine:
     def add_prompt(self, request: Any, decode_worker: str) -> None:
         self.exchange.pool[7] = sum(request.prompt_token_ids)
         self.exchange.lender.lend("lease", [], decode_worker)
-        lease = {"lease": "lease", "blocks": [7]}
+        lease = {"lease": "lease", "blocks": (7,), "kept": 0}
         self.todo.append(_made(request, 3, True, None, lease, decode_worker))
 
     def add_handoff(self, message: Any) -> None:
         (block,) = message.blocks
-        self.todo.append(_made(message.request, int(self.exchange.pool[block]), False, "length", None, ""))
+        pool = self.exchange.sources.get(message.handoff.prefill_worker, self.exchange.pool)
+        self.todo.append(_made(message.request, int(pool[block]), False, "length", None, ""))
 
     def step(self) -> Any:
         made, self.todo = self.todo, []
@@ -90,6 +93,9 @@ def _made(request: Any, token: int, is_first: bool, reason: Any, lease: Any, dec
         is_first=is_first,
         reason=reason,
         start_ns=1,
+        cached_tokens=0,
+        logprobs=None,
+        prompt_logprobs=(),
         lease=lease,
         decode_worker=decode_worker,
     )

@@ -29,9 +29,9 @@ engine.SharedLoader = GpuSharedLoader
 # what only a GPU has, and that its weights stay as they were loaded
 torch.accelerator.current_device_index = lambda: 0
 utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
-options = EngineOptions(model, "float32", -1, 4, 64, 1 << 22, True, 0, frozenset())
+options = EngineOptions(model, "float32", -1, 4, 64, 1 << 22, True, 0, frozenset(), False, False)
 file = SharedFile(int(fd), 0)
-made = engine.Engine(EngineSetup(WorkerSpec("mixed-0", "mixed", 50), 0, options, file, file, None, 0, 1, {}, {}), None)
+made = engine.Engine(EngineSetup(WorkerSpec("mixed-0", "mixed", 50), 0, options, file, file, None, 0, 1, {}, {}, {}), None)
 made.add(Request(0, tuple(map(int, prompt)), SamplingParams(max_tokens=12), seed=0))
 tokens = []
 while made.has_work:

@@ -74,8 +74,10 @@ class EnginePlacement(SupervisedPlacement):
 
     @uninterrupted()
     def close(self) -> None:
-        """See :meth:`SupervisedPlacement.close`. On a GPU the others use memory of the first engine, so that ends last."""
-        self._end(self._spawned[1:])
+        """See :meth:`SupervisedPlacement.close`. On a GPU an engine uses memory of those that started before it, so they end
+        in reverse order."""
+        for process in reversed(self._spawned):
+            self._end([process])
         super().close()
         for process in self._spawned:
             process.close()

@@ -1,8 +1,8 @@
-"""How engines share memory: on a CPU, an anonymous file that they map; on a GPU, memory of the first engine, which the
-others map by CUDA IPC, with the handles in the file. Runs in vLLM's environment.
+"""How engines share memory: on a CPU, an anonymous file that they map; on a GPU, memory of the first engine that opens the
+file, which the others map by CUDA IPC, with the handles in the file. Runs in vLLM's environment.
 
-So all else is the same on both devices: the parent makes empty files, and engines start one after another, the first of
-which fills them. On a GPU its memory must outlast what the others do, so it ends last.
+So all else is the same on both devices: the parent makes empty files, and engines start one after another. On a GPU memory
+must outlast what others do with it, so they end in reverse order.
 """
 
 import os
