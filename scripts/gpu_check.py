@@ -3,7 +3,8 @@
 A machine with a GPU may be available only for minutes, without a network, and return few files. So stages are run by name,
 in any selection and order; each has a limit in seconds; one that fails or is cut does not stop the next. After each stage,
 and while a long one runs, all results so far are packed into ONE file, results.tar.gz, from which a later call continues:
-it skips the stages that have passed, the finished runs of a comparison and the probes that have succeeded.
+it skips the stages that have passed, the finished runs of a comparison and the probes that have succeeded. A stage for which
+something is not on the machine is skipped, and says what.
 """
 
 import argparse
@@ -43,7 +44,7 @@ PACK_S = 20.0  # seconds between two packings of a running stage
 STOP_S = 8.0  # seconds of a stage's limit that it has after SIGINT to write its results
 LINES, WIDTH = 100, 115  # of the summary: a reply of 12,000 characters holds it
 MARK = "SPLITWISER_GPU_CHECK"  # environment variable that identifies the processes of a stage
-PASSED, CUT = "passed", "cut"
+PASSED, CUT, SKIPPED = "passed", "cut", "skipped"
 
 SWEEPS = PROJECT / "configs" / "sweeps"
 MODELS: dict[str, dict[str, Any]] = {  # model and requests by the part of a stage's name
@@ -75,11 +76,19 @@ class Check:
         found = read_json(self.work / "doctor" / "doctor.json").get("modes")
         return [mode["mode"] for mode in found if mode["works"]] if found else list(MODES)
 
+    def finding(self, name: str) -> dict[str, Any]:
+        """Return the doctor's finding ``name``; empty if it has not run."""
+        found: list[dict[str, Any]] = read_json(self.work / "doctor" / "doctor.json").get("findings", [])
+        return next((each for each in found if each["name"] == name), {})
+
     @property
     def has_gpu(self) -> bool:
         """Whether the doctor found a GPU to run on."""
-        found = read_json(self.work / "doctor" / "doctor.json").get("findings", [])
-        return any(each["name"] == "device" and "cuda" in str(each["figures"].get("device")) for each in found)
+        return "cuda" in str(self.finding("device").get("figures", {}).get("device"))
+
+
+class SkippedError(Exception):
+    """A stage cannot run, since what it needs is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -252,14 +261,36 @@ TOKENS = {
 LONG_S = 230  # under four minutes, so that two such stages fit into a command of at most ten
 
 
-def vllm(check: Check) -> Iterator[list[str]]:
-    """Compare one engine of vLLM, in the environment of its default place, with this project's own."""
-    requests: Mapping[str, Any] = QUICK if check.quick else MODELS["125m"]
+def needs_vllm(check: Check) -> Iterator[list[str]]:
+    """Run the doctor if it has not run yet. Raises :class:`SkippedError`, in the doctor's words, without vLLM."""
+    yield from needs_modes(check)
+    found = check.finding("vllm")
+    if not found.get("ok"):
+        raise SkippedError(found.get("text", "the doctor does not know whether vLLM is there"))
+
+
+def vllm_tokens(check: Check) -> Iterator[list[str]]:
+    """Compare the float32 tokens of one engine of vLLM, of two over one copy of the weights, and of a prefill and a decode
+    engine, with those of generate. Their models are not compiled, which would take minutes."""
+    yield from needs_vllm(check)
+    mode = "mps" if "mps" in check.modes else "mp"
+    engines = {
+        "one": "",
+        "two": f" --mode {mode} --workers '[{{role: mixed, count: 2}}]'",
+        "split": f" --mode {mode}",
+    }
+    variants = (f"vllm-{name}: --backend vllm --kernels plain{options}" for name, options in engines.items())
     yield splitwiser(
-        "compare", "--modes", "sequential", "--backends", "hf,vllm", "--load_format", "dummy", "--dtype", "bfloat16",
-        "--ignore_eos", "--repeats", "1", "--results", str(check.folder("vllm")), *together(check),
-        *(f"--{name}={value}" for name, value in requests.items()),
+        "compare", "--modes", "generate", *(part for each in variants for part in ("--variant", each)),
+        "--model", "radiology-opt", "--limit", "2" if check.quick else "40", "--dtype", "float32", "--kv_memory", "1GiB",
+        "--repeats", "1", "--results", str(check.folder("vllm-tokens")), *together(check),
     )  # fmt: skip
+
+
+def vllm(check: Check) -> Iterator[list[str]]:
+    """Compare vLLM's engines, in the environment of their default place, with this project's own."""
+    yield from needs_vllm(check)
+    yield sweep(check, "vllm", "vllm", {**QUICK, "kernels": "plain"} if check.quick else MODELS["125m"])
 
 
 STAGES = {
@@ -288,7 +319,10 @@ STAGES = {
     "interference": Stage(150, "how a long prompt's prefill delays a request in decode", interference),
     "paper": Stage(LONG_S, "the paper's experiment (configs/sweeps/paper_processes_mps.yaml)", paper),
     "peers": Stage(LONG_S, "transformers' generate and continuous batching against this engine", peers),
-    "vllm": Stage(LONG_S, "one engine of vLLM (scripts/install_backend.sh vllm) against this project's own", vllm),
+    "vllm-tokens": Stage(
+        LONG_S, "float32 tokens of vLLM's engines (scripts/install_backend.sh vllm) against generate's", vllm_tokens
+    ),
+    "vllm": Stage(LONG_S, "one engine of vLLM, two, and prefill and decode engines, against this project's own", vllm),
 }
 
 
@@ -306,6 +340,8 @@ def run_stage(stage: Stage, check: Check, log: Path, seconds: float, tick: Calla
             if ended == CUT:
                 return CUT
             failed += [] if ended == PASSED else [ended]
+    except SkippedError as error:
+        return f"{SKIPPED}: {error}"
     except Exception as error:
         with log.open("a", encoding="utf-8") as output:
             output.write(f"{type(error).__name__}: {error}\n")
@@ -400,7 +436,7 @@ def run_stages(
     stages: Mapping[str, Stage], check: Check, results: Path, *, seconds: float | None = None, again: bool = False
 ) -> list[str]:
     """Run the ``stages`` that have not passed yet (with ``again``, all from the start), pack after each, and return the
-    names of those that did not pass."""
+    names of those that neither passed nor were skipped."""
     record = Record(check.work)
     record.set_gpu(find_gpu())
     pack_here = partial(pack, check.work, results)
@@ -424,7 +460,7 @@ def run_stages(
         record.add(name, ended=ended, seconds=round(took, 1), **what)
         print(f"{name}: {ended} ({took:.0f} s)", flush=True)
         pack_here()
-    return [name for name in stages if not record.passed(name)]
+    return [name for name in stages if not str(record.stages[name]["ended"]).startswith((PASSED, SKIPPED))]
 
 
 def size(path: Path) -> int:
@@ -504,7 +540,7 @@ def found_lines(folder: Path) -> list[str]:
 def failure_lines(folder: Path, what: Mapping[str, Any]) -> list[str]:
     """Return why a stage did not pass: the ends of its log, unless it was cut, and of the logs of its failed runs."""
     ended = what.get("ended", PASSED)
-    if ended == PASSED:
+    if ended == PASSED or ended.startswith(SKIPPED):
         return []
     lines = []
     for log in [*([folder / "log.txt"] if ended != CUT else []), *gpu_results.failed_logs(folder)][:6]:

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,13 @@ def test_stage_whose_commands_cannot_be_made_has_failed(tmp_path: Path) -> None:
 
     assert run(tmp_path, {"wrong": Stage(60, "", commands), "works": stage(python(""))}) == ["wrong"]
     assert ended(tmp_path)["wrong"] == "failed: ValueError: no capacity"
+
+
+def test_stage_without_what_it_needs_is_skipped_with_the_reason_and_is_no_failure(tmp_path: Path) -> None:
+    write_doctor(tmp_path / "work", *MODES, vllm=(None, "no Python environment at .venv-vllm"))
+    assert run(tmp_path, {name: gpu_check.STAGES[name] for name in ("vllm-tokens", "vllm")}) == []
+    assert set(ended(tmp_path).values()) == {"skipped: no Python environment at .venv-vllm"}
+    assert "vllm: skipped: no Python" in " ".join(gpu_check.summarise(Check(tmp_path / "work"), ["vllm"]))
 
 
 def test_command_of_a_stage_runs_though_the_one_before_failed(tmp_path: Path) -> None:
@@ -353,10 +361,11 @@ def write_points(folder: Path, runs: list[tuple[str, int, float | None]]) -> Non
     pd.DataFrame(rows).to_csv(sweep / "points.csv", index=False)
 
 
-def write_doctor(work: Path, *modes: str) -> None:
+def write_doctor(work: Path, *modes: str, vllm: tuple[bool | None, str] = (True, "0.32.0")) -> None:
     found = [{"mode": mode, "works": mode in modes, "note": ""} for mode in MODES]
+    findings: list[dict[str, Any]] = [{"name": "vllm", "ok": vllm[0], "text": vllm[1], "figures": {}}]
     (work / "doctor").mkdir(parents=True, exist_ok=True)
-    (work / "doctor" / "doctor.json").write_text(json.dumps({"modes": found}), encoding="utf-8")
+    (work / "doctor" / "doctor.json").write_text(json.dumps({"modes": found, "findings": findings}), encoding="utf-8")
 
 
 def sweep_of(work: Path, name: str) -> Sweep:
@@ -389,6 +398,18 @@ def test_comparison_has_the_variants_that_work_with_the_base_first(tmp_path: Pat
 def test_paper_has_the_points_whose_modes_work(tmp_path: Path) -> None:
     write_doctor(tmp_path, "sequential", "mp")
     assert {point.config.mode for point in sweep_of(tmp_path, "paper").points} == {"sequential", "mp"}
+
+
+def test_engines_of_vllm_are_placed_under_mps_where_it_works(tmp_path: Path) -> None:
+    for modes, others in ((("sequential", "mp"), "mp"), (tuple(MODES), "mps")):
+        write_doctor(tmp_path, *modes)
+        (command,) = gpu_check.STAGES["vllm-tokens"].commands(Check(tmp_path))
+        variants = [shlex.split(after) for before, after in pairwise(command) if before == "--variant"]
+        assert [each[0] for each in variants] == ["vllm-one:", "vllm-two:", "vllm-split:"]
+        assert [each[each.index("--mode") + 1] for each in variants[1:]] == [others, others]
+    placed = sweep_of(tmp_path, "vllm").points
+    assert [point.config.mode for point in placed] == ["sequential", "sequential", "mps", "mps", "mp"]
+    assert [point.config.backend for point in placed] == ["hf", *["vllm"] * 4]
 
 
 def test_doctor_comes_first_where_it_has_not_spoken(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.support.assertions import assert_says
 from tests.support.commands import only_run, write_workload
 from tests.support.stand_in.build import Ran, StandIn
 from tests.support.tokens import LENGTHS, prompts_of, references
+from tests.support.vllm_worker import put_python
 
 pytestmark = pytest.mark.stand_in
 
@@ -113,6 +114,75 @@ def test_adapters_of_one_step_make_the_tokens_of_peft(
     made = printed(run_script(on_stand_in, GENERATE, json.dumps(asked)))
     assert made["tokens"] == [tokens for name in adapters for tokens in peft_tokens(name, model, prompts, 6)]
     assert made["kernels"]["decode_graphs"] == "for 1, 2, 4, 8 requests"
+
+
+STEPS = """
+import json, sys
+from splitwiser import LLM, SamplingParams
+asked = json.loads(sys.argv[1])
+with LLM(asked["model"], device="cuda", max_batch=8, **asked["settings"]) as llm:
+    outputs = llm.generate(asked["prompts"], SamplingParams(max_tokens=asked["new_tokens"]))
+    metrics = [output.metrics for output in outputs]
+    print(json.dumps({
+        "tokens": [output.token_ids for output in outputs], "preemptions": sum(each.preemptions for each in metrics),
+        "cached": sum(each.cached_tokens for each in metrics), "graphs": llm.started.kernels["decode_graphs"],
+    }))
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "happened"),
+    [
+        ({"schedule": "hybrid", "prefill_tokens": 24}, ""),
+        ({"mode": "mp", "kv_memory": f"{8 * 16 * 3 * 2 * 2 * 12 * 4}B"}, "preemptions"),  # eight blocks
+        ({"mode": "mp", "prefix_caching": True}, "cached"),
+    ],
+    ids=["hybrid", "blocks on demand", "prefix caching"],
+)
+def test_blocks_and_tables_that_change_from_step_to_step(
+    settings: dict[str, Any], happened: str, on_stand_in: StandIn, tiny: Callable[[str], Path]
+) -> None:
+    beginning = prompts_of([40])[0]
+    model, prompts = tiny("llama"), [[*beginning, *prompt] for prompt in prompts_of([1, 5, 9, 3, 20])]
+    asked = {"model": str(model), "settings": {"dtype": "float32", **settings}, "prompts": prompts}
+    made = printed(run_script(on_stand_in, STEPS, json.dumps({**asked, "new_tokens": NEW_TOKENS})))
+    assert made["tokens"] == references(model, prompts, NEW_TOKENS)
+    assert made["graphs"] == "for 1, 2, 4, 8 requests"
+    assert not happened or made[happened]
+
+
+VLLM = """
+import json, sys
+from splitwiser import LLM, SamplingParams
+asked = json.loads(sys.argv[1])
+with LLM(asked["model"], backend="vllm", kv_memory="1MiB", **asked["settings"]) as llm:
+    output, = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))
+    print(json.dumps({"tokens": output.token_ids, "started": [llm.started.backend["engines"], llm.started.mps]}))
+"""
+
+
+@pytest.mark.parametrize(("mode", "transfer"), [("mp", "shared"), ("mp", "copy"), ("mps", "shared")])
+def test_engines_of_vllm_reach_each_others_pools_on_a_gpu(
+    mode: str, transfer: str, on_stand_in: StandIn, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    layout = [{"role": "prefill", "share": 30}, {"role": "decode", "share": 70}]
+    python = str(put_python(tmp_path / "vllm"))
+    settings = {"device": "cuda", "mode": mode, "kv_transfer": transfer, "workers": layout, "backend_python": python}
+    ran = run_script(on_stand_in, VLLM, json.dumps({"model": str(tiny("llama")), "settings": settings}))
+    made = printed(ran)
+    engines, mps = made["started"]
+    assert made["tokens"] == [3, 18]  # decode's is what prefill wrote to the pool
+    for engine in engines.values():
+        assert engine["pool"] == ["cuda:0", (1 << 20) // (1 if transfer == "shared" else 2)]
+        assert (engine["OMP_NUM_THREADS"], engine["VLLM_ENABLE_V1_MULTIPROCESSING"]) == (None, "0")
+    shares = [engines[name]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for name in ("prefill-0", "decode-0")]
+    if mode == "mp":
+        assert (shares, mps) == ([None, None], None)
+    else:
+        assert shares == ["30", "70"]
+        assert mps["active_thread_percentages"] == {"prefill-0": 30, "decode-0": 70}
+        assert all(engine["CUDA_VISIBLE_DEVICES"].startswith("GPU-") for engine in engines.values())
+        assert [engines[name]["CUDA_MPS_CLIENT_PRIORITY"] for name in ("prefill-0", "decode-0")] == ["1", "0"]
 
 
 def test_workers_of_mode_mps_know_daemon_and_share_when_cuda_starts(

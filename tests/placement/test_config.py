@@ -44,7 +44,10 @@ from tests.support.assertions import assert_says, refusal
         ({"mode": "mp", "workers": [{"role": "cook"}]}, ["'role' must be one of prefill, decode, mixed, not 'cook'"]),
         ({"mode": "green", "workers": "[{role: mixed}]"}, ["mode green has one prefill and one decode worker", "mp"]),
         ({"backend": "vlm"}, ["unknown backend 'vlm'; did you mean vllm?"]),
-        ({"backend": "vllm", "mode": "generate"}, ["backend vllm runs in modes sequential, mp, not in mode generate"]),
+        (
+            {"backend": "vllm", "mode": "generate"},
+            ["backend vllm runs in modes sequential, mp, mps, not in mode generate"],
+        ),
         ({"kv_transfer": "copy", "mode": "mp"}, ["kv_transfer copy goes with --backend vllm and prefill and decode"]),
         (
             {"backend": "vllm", "kv_transfer": "copy"},

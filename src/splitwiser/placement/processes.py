@@ -120,21 +120,22 @@ class SupervisedPlacement(MailPlacement):
 
     @uninterrupted()
     def close(self) -> None:
-        """Ask every worker to stop after its current step, wait, and terminate or kill those that do not."""
-        for pipe in self._send_ends.values():
-            try:
-                pipe.send(Stop())
-            except OSError:
-                continue
-        self._join(STOP_S)
-        for process in self._processes:
-            process.terminate()
-        self._join(1.0)
-        for process in self._processes:
-            process.kill()
-        self._join(1.0)
+        """End every worker."""
+        self._end(self._processes)
         for pipe in self._send_ends.values():
             pipe.close()
+
+    def _end(self, processes: Sequence[WorkerProcess]) -> None:
+        """Ask ``processes`` to stop after their current step, wait, and terminate or kill those that do not."""
+        for process in processes:
+            self._send(process.name, Stop())
+        _join(processes, STOP_S)
+        for process in processes:
+            process.terminate()
+        _join(processes, 1.0)
+        for process in processes:
+            process.kill()
+        _join(processes, 1.0)
 
     def _handle_ready(self, message: Ready) -> None:
         """Process what a worker says when it is ready."""
@@ -146,11 +147,6 @@ class SupervisedPlacement(MailPlacement):
     def _send(self, worker: str, message: Message) -> None:
         with suppress(OSError):  # the worker has died; the next poll raises that
             self._send_ends[worker].send(message)
-
-    def _join(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
 
     def _find_lost_worker(self) -> WorkerLostError | None:
         for process in self._processes:
@@ -235,6 +231,13 @@ class ProcessPlacement(SupervisedPlacement):
 
     def _find_fault(self) -> str | None:
         return self._daemon.find_fault() if self._daemon else None
+
+
+def _join(processes: Sequence[WorkerProcess], timeout_s: float) -> None:
+    """Wait until all ``processes`` have ended, at most ``timeout_s`` seconds."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
 
 
 def _describe_exit(exitcode: int) -> str:

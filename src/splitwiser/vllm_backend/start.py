@@ -1,7 +1,8 @@
-"""Starts vLLM's engines: one (mode ``sequential``), several whole ones, or prefill and decode engines (mode ``mp``)."""
+"""Starts vLLM's engines: one (``sequential``), several whole ones, or prefill and decode engines (``mp``, ``mps``)."""
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from splitwiser.machine.process import temporary_folder
 from splitwiser.machine.shared_memory import map_memory, return_freed_memory
 from splitwiser.model.checkpoints.catalog import decoders_only, resolve_model
 from splitwiser.model.checkpoints.configuration import without_bars
+from splitwiser.model.checkpoints.weights import weights_nbytes
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_pool_problem, plan_blocks
 from splitwiser.model.loading import LoadedModel, load_model
@@ -25,10 +27,12 @@ from splitwiser.placement.checks import refuse_mode_here
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import plan_cores, plan_threads
 from splitwiser.placement.mailbox import PipeInbox, open_pipes
+from splitwiser.placement.mps import provide_daemon
+from splitwiser.placement.mps_daemon import MpsDaemon
 from splitwiser.placement.prepare import StartedEngine
 from splitwiser.placement.shares import Board
 from splitwiser.request import Request
-from splitwiser.text import parse_bytes
+from splitwiser.text import parse_bytes, parse_device
 from splitwiser.vllm_backend.environment import Environment, find_environment, worker_environment
 from splitwiser.vllm_backend.messages import EngineOptions, EngineSetup, SharedFile
 from splitwiser.vllm_backend.placement import EnginePlacement
@@ -37,24 +41,25 @@ from splitwiser.vllm_backend.spawned import SpawnedProcess
 _UNLIMITED = 8192  # tokens of the longest request of a model that has no limit
 
 
-def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
+def start(config: EngineConfig, undo: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`."""
     began = time.perf_counter()
     environment = find_environment(config.backend_python)
     refuse_mode_here(config.mode, config.device_name)
+    if parse_device(config.device_name)[1]:
+        raise InputError(
+            f"backend vllm runs on the first GPU, not on {config.device_name}; set CUDA_VISIBLE_DEVICES to that one"
+        )
+    daemon, mps = provide_daemon(config, undo) if config.mode == "mps" else (None, None)
     with ExitStack() as until_ready:
         model, location = _load(config, until_ready)
         if model.encodes:
             raise decoders_only(model.name, "backend vllm")
-        if model.device.type != "cpu" and config.mode != "sequential":
-            raise InputError(
-                f"backend vllm: mode {config.mode} shares memory on a CPU only so far; use mode sequential"
-            )
-        if model.device.index:
-            raise InputError(f"backend vllm runs on the first GPU, not on {model.device}; set CUDA_VISIBLE_DEVICES")
+        if problem := environment.find_problem(model.device.type):
+            raise InputError(f"backend vllm: {problem}")
         if environment.note:
             model.notes.append(environment.note)
-        placement = _start_engines(config, model, location, environment)
+        placement = _start_engines(config, model, location, environment, daemon)
     model.load_s = time.perf_counter() - began  # vLLM reads the weights and compiles the model in one
     engines = placement.engines
     if config.prefix_caching and not any(ready.settings["prefix_caching"] for ready in engines.values()):
@@ -67,6 +72,7 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
         None,
         dict.fromkeys(("prefill_attention", "decode_attention"), "vLLM's own"),
         [threads] if model.device.type == "cpu" else [],
+        mps,
         backend={
             "name": config.backend,
             "python": str(environment.python),
@@ -105,13 +111,12 @@ def _load(config: EngineConfig, until_ready: ExitStack) -> tuple[LoadedModel, st
 
 
 def _start_engines(
-    config: EngineConfig, model: LoadedModel, location: str, environment: Environment
+    config: EngineConfig, model: LoadedModel, location: str, environment: Environment, daemon: MpsDaemon | None
 ) -> EnginePlacement:
-    """Start a worker for each engine, and return when all are ready."""
+    """Start a worker for each engine, all clients of ``daemon`` if there is one, and return when all are ready."""
     specs = config.specs
     cores = sorted(os.sched_getaffinity(0))
-    parts = [set(cores) for _ in specs] if config.share == "none" else plan_cores(specs, cores)
-    threads = [len(cores) for _ in specs] if config.share == "none" else plan_threads(specs, len(cores))
+    parts, threads = _divide(config, cores, model.device)
     handing_over = any(spec.role != "mixed" for spec in specs)
     one_pool = handing_over and config.kv_transfer == "shared"
     kv_bytes = _plan_kv_bytes(config, model) // (1 if one_pool else len(specs))
@@ -130,7 +135,8 @@ def _start_engines(
     )
     names = [spec.name for spec in specs]
     board = _new_file(Board.nbytes(len(specs)))
-    weights = _new_file(0) if len(specs) > 1 else None  # the first engine makes it as large as it must be
+    os.ftruncate(board.fd, board.nbytes)
+    weights = _new_file(0) if len(specs) > 1 else None
     pools: dict[str, SharedFile] = {}
     if handing_over:
         pools = dict.fromkeys(names, _new_file(kv_bytes)) if one_pool else {name: _new_file(kv_bytes) for name in names}
@@ -146,6 +152,7 @@ def _start_engines(
         pipes = str(receive.pop(PARENT)), str(send.pop(PARENT))
         command = [str(environment.python), "-P", str(PROGRAM), "splitwiser.vllm_backend.worker", *pipes]
         variables = worker_environment(threads[number], offline=Path(location).exists())
+        variables |= daemon.worker_environment(spec, config) if daemon else {}
         processes.append(SpawnedProcess(spec.name, command, variables, parts[number], inherited))
         setup = EngineSetup(
             spec=spec,
@@ -170,6 +177,7 @@ def _start_engines(
         {name: to_worker for name, (to_worker, _) in parent_ends.items()},
         PipeInbox({name: from_worker for name, (_, from_worker) in parent_ends.items()}, on_closed=lambda _: None),
         Board.over(map_memory(board.fd, board.nbytes)),
+        daemon,
     )
     try:
         placement.wait_ready()
@@ -183,15 +191,28 @@ def _start_engines(
 
 
 def _new_file(nbytes: int) -> SharedFile:
-    fd = os.memfd_create("splitwiser", os.MFD_CLOEXEC)
-    os.ftruncate(fd, nbytes)
-    return SharedFile(fd, nbytes)
+    """Return an anonymous file for ``nbytes`` bytes, which is empty: the first engine that opens it fills it."""
+    return SharedFile(os.memfd_create("splitwiser", os.MFD_CLOEXEC), nbytes)
+
+
+def _divide(
+    config: EngineConfig, cores: Sequence[int], device: torch.device
+) -> tuple[list[set[int]], Sequence[int | None]]:
+    """Return the cores of each worker and its number of threads. On a GPU all have all cores, which they hardly use, and
+    vLLM chooses its number of threads."""
+    if device.type != "cpu":
+        return [set(cores) for _ in config.specs], [None for _ in config.specs]
+    if config.share == "none":
+        return [set(cores) for _ in config.specs], [len(cores) for _ in config.specs]
+    return plan_cores(config.specs, cores), plan_threads(config.specs, len(cores))
 
 
 def _plan_kv_bytes(config: EngineConfig, model: LoadedModel) -> int:
     """Return the bytes of all engines' KV caches together; with ``auto``, each has room for ``max_batch`` longest requests,
     if that fits. Raises :class:`InputError` for a size that does not."""
     available = free_memory(model.device)
+    if model.device.type == "cuda":  # where nothing but the weights and the KV cache can give way
+        available = max(0, available - weights_nbytes(model.module))
     if config.kv_memory != "auto":
         if problem := find_pool_problem(config.kv_memory, available):
             raise InputError(problem)

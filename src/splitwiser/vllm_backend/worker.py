@@ -93,11 +93,13 @@ def _run(setup: EngineSetup, transport: MailTransport) -> None:
 def _make_exchange(setup: EngineSetup, transport: MailTransport) -> "Exchange | None":
     if setup.pool is None:
         return None
-    from splitwiser.machine.shared_memory import map_memory
     from splitwiser.vllm_backend.connector import Exchange
+    from splitwiser.vllm_backend.engine import DEVICE
+    from splitwiser.vllm_backend.sharing import open_pool
 
-    pool = map_memory(setup.pool.fd, setup.pool.nbytes)
-    sources = {name: map_memory(file.fd, file.nbytes) for name, file in setup.sources.items()}
+    pool = open_pool(setup.pool, DEVICE)
+    # a process cannot map by CUDA IPC what it has itself
+    sources = {name: pool if file == setup.pool else open_pool(file, DEVICE) for name, file in setup.sources.items()}
     return Exchange(pool, setup.first, setup.last, sources, transport.send)
 
 
