@@ -1,9 +1,9 @@
-// Products with int8 weights: 64 multiplications an instruction (AVX-512 VNNI), and half the bytes of bfloat16.
+// Products with int8 weights: 64 multiplications an instruction (AVX-512 VNNI) or 16,384 (AMX), and half the bytes of bfloat16.
 //
 // A weight is an integer from -127 to 127 times its output's scale, and an input one times its row's scale, which is found when
 // the product is computed. Weights lie in panels of 64 outputs; in a panel, for each four inputs, the four weights of each
 // output.
-// The instruction multiplies unsigned bytes by signed ones. So inputs are stored plus 128, and 128 times the sum of an output's
+// The instructions, AMX's too, multiply unsigned bytes by signed ones. So inputs are stored plus 128, and 128 times the sum of an output's
 // weights, its offset, is subtracted from the sums, which are exact in 32 bits.
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include "bfloat16.h"
 #include "functions.h"
 #include "linear.h"
+#include "tiles.h"
 
 #if HAS_AVX512 && defined(__AVX512VNNI__)
 #define HAS_INT8_DOT 1
@@ -73,6 +74,58 @@ void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const int8_t*
     }
 }
 
+// Inputs as integers, and what it takes to finish their products.
+struct Quantised {
+    const Linear& p;
+    const uint8_t* numbers;
+    const float* scales;
+    const bfloat16* residual;
+    bfloat16* y;
+
+    void finish_sums(int64_t row, int64_t output, const int32_t* sums) const {
+        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(p.offsets + output));
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scales[row]), _mm512_loadu_ps(p.scales + output));
+        finish(p, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), residual, y, row * p.outputs, output);
+    }
+    const int8_t* weights(int64_t output) const {
+        return static_cast<const int8_t*>(p.packed) + output / BLOCK * BLOCK * p.padded_inputs + output % BLOCK * 4;
+    }
+};
+
+// The threads of a parallel region share the products.
+void share_dot_products(const Quantised& x, int64_t rows, int64_t threads) {
+    const Linear& p = x.p;
+    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK;
+    const int64_t group = rows_of_task(rows, panels, threads), groups = (rows + group - 1) / group;
+#pragma omp for schedule(static) collapse(2) nowait
+    for (int64_t task = 0; task < groups; ++task)
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t end = std::min(rows, (task + 1) * group);
+            for (int64_t first = task * group; first < end; first += ROWS) {
+                int32_t sums[ROWS][BLOCK];
+                const int64_t count = std::min(ROWS, end - first);
+                multiply_rows(count, x.numbers + first * p.padded_inputs, p.padded_inputs, x.weights(panel * BLOCK), quads, sums);
+                for (int64_t r = 0; r < count; ++r)
+                    for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES)
+                        x.finish_sums(first + r, panel * BLOCK + j, sums[r] + j);
+            }
+        }
+}
+
+#if HAS_AMX
+
+void share_tile_products(const Quantised& x, int64_t rows) {
+    const auto columns = [&](int64_t output) {
+        const auto* first = reinterpret_cast<const char*>(x.weights(output));
+        return TileColumns{{first, first + TILE_ROW_BYTES}, BLOCK * 4};
+    };
+    const auto finish_sums = [&](int64_t row, int64_t output, const int32_t* sums) { x.finish_sums(row, output, sums); };
+    share_products<Int8Tiles, int32_t>(reinterpret_cast<const char*>(x.numbers), x.p.padded_inputs, rows, x.p.outputs, columns,
+                                       finish_sums);
+}
+
+#endif
+
 }  // namespace
 
 // y = x W^T + bias + residual, or with relu max(0, x W^T + bias), rounded once; x is (rows, inputs), y and residual (rows,
@@ -80,42 +133,25 @@ void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const int8_t*
 extern "C" void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
                               int64_t threads) {
     const Linear& p = *linear;
-    const auto *from = static_cast<const bfloat16*>(x), *added = static_cast<const bfloat16*>(residual);
-    auto* to = static_cast<bfloat16*>(y);
-    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK;
-    const int64_t group = rows_of_task(rows, panels, threads), groups = (rows + group - 1) / group;
+    const auto* from = static_cast<const bfloat16*>(x);
     thread_local std::vector<uint8_t> quantised_memory;
     thread_local std::vector<float> scales_memory;
-    quantised_memory.resize(rows * p.padded_inputs);
+    quantised_memory.resize((rows + LANES - 1) / LANES * LANES * p.padded_inputs);  // whole tiles
     scales_memory.resize(rows);
     uint8_t* quantised = quantised_memory.data();  // of the calling thread, for all
     float* scales = scales_memory.data();
+    const Quantised inputs{p, quantised, scales, static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y)};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row)
             scales[row] = quantise(from + row * p.inputs, p.inputs, p.padded_inputs, quantised + row * p.padded_inputs);
-#pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t task = 0; task < groups; ++task)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const auto* weights = static_cast<const int8_t*>(p.packed) + panel * BLOCK * p.padded_inputs;
-                const int64_t end = std::min(rows, (task + 1) * group);
-                for (int64_t first = task * group; first < end; first += ROWS) {
-                    int32_t sums[ROWS][BLOCK];
-                    const int64_t count = std::min(ROWS, end - first);
-                    multiply_rows(count, quantised + first * p.padded_inputs, p.padded_inputs, weights, quads, sums);
-                    for (int64_t r = 0; r < count; ++r)
-                        for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES) {
-                            const int64_t output = panel * BLOCK + j;
-                            const __m512i offset = _mm512_loadu_si512(p.offsets + output);
-                            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + j), offset);
-                            const __m512 row_scale = _mm512_set1_ps(scales[first + r]);
-                            const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p.scales + output));
-                            const __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-                            finish(p, total, added, to, (first + r) * p.outputs, output);
-                        }
-                }
-            }
+#if HAS_AMX
+        if (rows > p.dot_rows && p.padded_inputs % TILE_ROW_BYTES == 0 && may_use_tiles())
+            share_tile_products(inputs, rows);
+        else
+#endif
+            share_dot_products(inputs, rows, threads);
     }
 }
 

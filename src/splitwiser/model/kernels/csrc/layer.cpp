@@ -8,26 +8,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "bfloat16.h"
 #include "functions.h"
 #include "linear.h"
+#include "tiles.h"
 
 #if HAS_AVX512 && defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 #else
 #define HAS_BF16_DOT 0
 #endif
-#if HAS_BF16_DOT && defined(__AMX_BF16__) && defined(__AMX_TILE__)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define HAS_AMX 0
-#endif
-
 extern "C" {
 
 struct Norm {
@@ -57,8 +49,7 @@ namespace {
 
 #if HAS_BF16_DOT
 
-// Largest numbers of rows: with AVX-512 as many as took less time here than with oneDNN; with AMX those of a tile.
-constexpr int64_t MAX_ROWS_DOT = 128, MAX_ROWS_AMX = 16;
+constexpr int64_t MAX_ROWS = 128;  // as many as took less time than with oneDNN
 
 // A block of outputs: where each part's weights of the first pair lie, and the distance from one pair's to the next.
 struct OutputBlock {
@@ -66,15 +57,16 @@ struct OutputBlock {
     int64_t step;
 };
 
-// Returns the block of outputs from `first` on, in whichever panels it lies. Parts past the last panel read its end instead.
+// Returns where the weights of 16 outputs from `output` on lie, in whichever panel; past the last panel, those of its end.
+const uint32_t* weights_from(const Linear& p, int64_t output) {
+    output = std::min(output, (p.outputs - 1) / LANES * LANES);
+    return static_cast<const uint32_t*>(p.packed) + output / p.panel * p.padded_inputs / 2 * p.panel + output % p.panel;
+}
+
 OutputBlock block_of(const Linear& p, int64_t first) {
     OutputBlock block;
     block.step = p.panel;
-    for (int64_t j = 0; j < PARTS; ++j) {
-        const int64_t output = std::min(first + j * LANES, (p.outputs - 1) / LANES * LANES);
-        const int64_t panel_start = output / p.panel * p.padded_inputs / 2 * p.panel;
-        block.parts[j] = static_cast<const uint32_t*>(p.packed) + panel_start + output % p.panel;
-    }
+    for (int64_t j = 0; j < PARTS; ++j) block.parts[j] = weights_from(p, first + j * LANES);
     return block;
 }
 
@@ -109,72 +101,57 @@ void multiply_block_dot(const bfloat16* x, int64_t stride, const OutputBlock& bl
     }
 }
 
-#if HAS_AMX
-
-constexpr int64_t TILE_PAIRS = 16;
-
-// Whether the system lets this process use AMX tiles, which a process must request.
-bool may_use_amx() {
-    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, and the number of the tiles' processor state
-    static const bool may = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
-    return may;
+void multiply_in_pairs(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
+                       int64_t threads) {
+    const int64_t pairs = p.inputs / 2, blocks = (p.outputs + BLOCK - 1) / BLOCK;
+    const int64_t group = rows_of_task(rows, blocks, threads), groups = (rows + group - 1) / group;
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < groups; ++task)
+        for (int64_t number = 0; number < blocks; ++number) {
+            const OutputBlock block = block_of(p, number * BLOCK);
+            const int64_t end = std::min(rows, (task + 1) * group);
+            for (int64_t first = task * group; first < end; first += ROWS) {
+                float sums[ROWS][BLOCK];
+                const int64_t count = std::min(ROWS, end - first);
+                multiply_block_dot(x + first * p.inputs, p.inputs, block, count, pairs, sums);
+                for (int64_t r = 0; r < count; ++r)
+                    for (int64_t j = 0; j < BLOCK && number * BLOCK + j < p.outputs; j += LANES) {
+                        const __m512 sum = _mm512_loadu_ps(sums[r] + j);
+                        finish(p, sum, residual, y, (first + r) * p.outputs, number * BLOCK + j);
+                    }
+            }
+        }
 }
 
-// Configures this thread's tiles for a product while the object lives: 0 to 3 for the sums of a block's parts, 4 and 5 for the
-// inputs and the weights of 16 pairs, 6 and 7 for those of the remaining pairs.
-class Tiles {
-  public:
-    Tiles(int64_t rows, int64_t pairs) {
-        for (int sums = 0; sums < PARTS; ++sums) shape(sums, rows, LANES);
-        if (pairs >= TILE_PAIRS) shape(4, rows, TILE_PAIRS), shape(5, TILE_PAIRS, LANES);
-        if (const int64_t left = pairs % TILE_PAIRS) shape(6, rows, left), shape(7, left, LANES);
-        asm volatile("" : : "r"(&shapes_) : "memory");  // GCC 12 does not know that the load reads all of it
-        _tile_loadconfig(&shapes_);
+#if HAS_AMX
+
+constexpr int64_t TILE_INPUTS = TILE_ROW_BYTES / sizeof(bfloat16);
+
+// Returns x (rows, inputs) with a row of `padded` inputs, the last ones zero, and room for whole tiles: x itself or a copy.
+const bfloat16* in_whole_tiles(const bfloat16* x, int64_t rows, int64_t inputs, int64_t padded) {
+    if (rows % TILE_ROWS == 0 && inputs == padded) return x;
+    thread_local std::vector<bfloat16> copy;
+    copy.resize((rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * padded);
+    for (int64_t row = 0; row < rows; ++row) {
+        std::copy_n(x + row * inputs, inputs, copy.data() + row * padded);
+        std::fill_n(copy.data() + row * padded + inputs, padded - inputs, bfloat16{0});
     }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
+    return copy.data();
+}
 
-  private:
-    void shape(int tile, int64_t rows, int64_t columns) {
-        shapes_.rows[tile] = static_cast<uint8_t>(rows);
-        shapes_.row_bytes[tile] = static_cast<uint16_t>(columns * 4);  // a column is a float32 sum or a pair of bfloat16
-    }
-    struct {
-        uint8_t palette = 1, first_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-    } shapes_;  // in the processor's format
-};
-
-// Adds the products of as many pairs as the given tiles hold to a block's sums; tile numbers must be literals.
-#define ADD_PRODUCTS(INPUTS, WEIGHTS)                          \
-    do {                                                       \
-        const int64_t at = pair * block.step;                  \
-        _tile_loadd(INPUTS, x + 2 * pair, x_bytes);            \
-        _tile_loadd(WEIGHTS, block.parts[0] + at, step_bytes); \
-        _tile_dpbf16ps(0, INPUTS, WEIGHTS);                    \
-        _tile_loadd(WEIGHTS, block.parts[1] + at, step_bytes); \
-        _tile_dpbf16ps(1, INPUTS, WEIGHTS);                    \
-        _tile_loadd(WEIGHTS, block.parts[2] + at, step_bytes); \
-        _tile_dpbf16ps(2, INPUTS, WEIGHTS);                    \
-        _tile_loadd(WEIGHTS, block.parts[3] + at, step_bytes); \
-        _tile_dpbf16ps(3, INPUTS, WEIGHTS);                    \
-    } while (false)
-
-void multiply_block_amx(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t pairs, float (*sums)[BLOCK]) {
-    const int64_t x_bytes = stride * sizeof *x, step_bytes = block.step * sizeof *block.parts[0];
-    int64_t pair = 0;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (; pair + TILE_PAIRS <= pairs; pair += TILE_PAIRS) ADD_PRODUCTS(4, 5);
-    if (pair < pairs) ADD_PRODUCTS(6, 7);
-    _tile_stored(0, sums[0], sizeof *sums);
-    _tile_stored(1, sums[0] + LANES, sizeof *sums);
-    _tile_stored(2, sums[0] + 2 * LANES, sizeof *sums);
-    _tile_stored(3, sums[0] + 3 * LANES, sizeof *sums);
+void multiply_in_tiles(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
+                       int64_t threads) {
+    const int64_t inputs = (p.inputs + TILE_INPUTS - 1) / TILE_INPUTS * TILE_INPUTS;
+    const auto* whole = reinterpret_cast<const char*>(in_whole_tiles(x, rows, p.inputs, inputs));
+    const auto columns = [&](int64_t output) {
+        const auto at = [&](int64_t first) { return reinterpret_cast<const char*>(weights_from(p, first)); };
+        return TileColumns{{at(output), at(output + LANES)}, p.panel * static_cast<int64_t>(sizeof(uint32_t))};
+    };
+    const auto finish_sums = [&](int64_t row, int64_t output, const float* sums) {
+        finish(p, _mm512_load_ps(sums), residual, y, row * p.outputs, output);
+    };
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    share_products<Bfloat16Tiles, float>(whole, inputs * sizeof *x, rows, p.outputs, columns, finish_sums);
 }
 
 #endif
@@ -183,53 +160,21 @@ void multiply_block_amx(const bfloat16* x, int64_t stride, const OutputBlock& bl
 // may be null or y.
 void multiply(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
     if (p.scales) return multiply_int8(&p, x, residual, y, rows, threads);
-    const int64_t pairs = p.inputs / 2, blocks = (p.outputs + BLOCK - 1) / BLOCK;
-    bool in_tiles = false;
 #if HAS_AMX
-    in_tiles = may_use_amx();
+    if (rows > p.dot_rows && p.padded_inputs % TILE_INPUTS == 0 && may_use_tiles())
+        return multiply_in_tiles(p, x, residual, y, rows, threads);
 #endif
-    const int64_t group = in_tiles ? rows : rows_of_task(rows, blocks, threads), groups = (rows + group - 1) / group;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#if HAS_AMX
-        std::optional<Tiles> tiles;
-        if (in_tiles) tiles.emplace(rows, pairs);
-#endif
-#pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t task = 0; task < groups; ++task)
-            for (int64_t number = 0; number < blocks; ++number) {
-                const OutputBlock block = block_of(p, number * BLOCK);
-                const int64_t end = std::min(rows, (task + 1) * group), step = in_tiles ? rows : ROWS;
-                for (int64_t first = task * group; first < end; first += step) {
-                    float sums[MAX_ROWS_AMX][BLOCK];
-                    const int64_t count = std::min(step, end - first);
-#if HAS_AMX
-                    if (in_tiles)
-                        multiply_block_amx(x, p.inputs, block, pairs, sums);
-                    else
-#endif
-                        multiply_block_dot(x + first * p.inputs, p.inputs, block, count, pairs, sums);
-                    for (int64_t r = 0; r < count; ++r)
-                        for (int64_t j = 0; j < BLOCK && number * BLOCK + j < p.outputs; j += LANES) {
-                            const __m512 sum = _mm512_loadu_ps(sums[r] + j);
-                            finish(p, sum, residual, y, (first + r) * p.outputs, number * BLOCK + j);
-                        }
-                }
-            }
-    }
+    multiply_in_pairs(p, x, residual, y, rows, threads);
 }
 
 #endif
 
 }  // namespace
 
-// Returns the largest number of rows that the functions below support; 0 if this processor has no bfloat16 dot products.
+// Returns the largest number of rows that the functions below are for; 0 if this processor has no bfloat16 dot products.
 extern "C" int max_small_rows() {
-#if HAS_AMX
-    if (may_use_amx()) return MAX_ROWS_AMX;
-#endif
 #if HAS_BF16_DOT
-    return MAX_ROWS_DOT;
+    return MAX_ROWS;
 #else
     return 0;
 #endif
@@ -266,7 +211,7 @@ extern "C" void layer_small_batch(const Layer* layer, const Step* step, const vo
           joint_width * size, joint_width * size, kv_width * size, kv_width * size, 1);
     attention(1, joint, s.keys, s.values, s.tables, s.starts, s.offsets, s.lengths, nullptr, nullptr, 0, 0, attended,
               joint_width, s.rows, l.heads, l.kv_heads, l.head_dim, l.head_dim, s.block_tokens, s.table_width, l.scaling,
-              l.softcap, s.threads);
+              l.softcap, 0, s.threads);
     multiply(l.o, attended, from, to, s.rows, s.threads);
     rms_norm(to, l.post.weight, normed, l.post.offset, l.post.epsilon, s.rows, width, s.threads);
     multiply(l.gate_up, normed, nullptr, gate_up, s.rows, s.threads);
