@@ -14,6 +14,7 @@
 #include "bfloat16.h"
 #include "functions.h"
 #include "linear.h"
+#include "parts.h"
 
 #if HAS_AVX512 && defined(__AVX512VNNI__)
 #define HAS_INT8_DOT 1
@@ -77,46 +78,49 @@ void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const int8_t*
 
 // y = x W^T + bias + residual, or with relu max(0, x W^T + bias), rounded once; x is (rows, inputs), y and residual (rows,
 // outputs). bias and residual may be null; residual may be y.
+void multiply_int8(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
+                   const Quantised& quantised) {
+    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK;
+    const int64_t group = rows_of_task(rows, panels, team.threads()), groups = (rows + group - 1) / group;
+    team.each(rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            quantised.scales[row] =
+                quantise(x + row * p.inputs, p.inputs, p.padded_inputs, quantised.numbers + row * p.padded_inputs);
+    });
+    team.each(groups * panels, [&](int64_t begin, int64_t last) {
+        for (int64_t task = begin; task < last; ++task) {
+            const int64_t panel = task % panels, start = task / panels * group, end = std::min(rows, start + group);
+            const auto* weights = static_cast<const int8_t*>(p.packed) + panel * BLOCK * p.padded_inputs;
+            for (int64_t first = start; first < end; first += ROWS) {
+                int32_t sums[ROWS][BLOCK];
+                const int64_t count = std::min(ROWS, end - first);
+                multiply_rows(count, quantised.numbers + first * p.padded_inputs, p.padded_inputs, weights, quads, sums);
+                for (int64_t r = 0; r < count; ++r)
+                    for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES) {
+                        const int64_t output = panel * BLOCK + j;
+                        const __m512i offset = _mm512_loadu_si512(p.offsets + output);
+                        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + j), offset);
+                        const __m512 row_scale = _mm512_set1_ps(quantised.scales[first + r]);
+                        const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p.scales + output));
+                        const __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+                        finish(p, total, residual, y, (first + r) * p.outputs, output);
+                    }
+            }
+        }
+    });
+}
+
 extern "C" void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
                               int64_t threads) {
-    const Linear& p = *linear;
-    const auto *from = static_cast<const bfloat16*>(x), *added = static_cast<const bfloat16*>(residual);
-    auto* to = static_cast<bfloat16*>(y);
-    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK;
-    const int64_t group = rows_of_task(rows, panels, threads), groups = (rows + group - 1) / group;
-    thread_local std::vector<uint8_t> quantised_memory;
-    thread_local std::vector<float> scales_memory;
-    quantised_memory.resize(rows * p.padded_inputs);
-    scales_memory.resize(rows);
-    uint8_t* quantised = quantised_memory.data();  // of the calling thread, for all
-    float* scales = scales_memory.data();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row)
-            scales[row] = quantise(from + row * p.inputs, p.inputs, p.padded_inputs, quantised + row * p.padded_inputs);
-#pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t task = 0; task < groups; ++task)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const auto* weights = static_cast<const int8_t*>(p.packed) + panel * BLOCK * p.padded_inputs;
-                const int64_t end = std::min(rows, (task + 1) * group);
-                for (int64_t first = task * group; first < end; first += ROWS) {
-                    int32_t sums[ROWS][BLOCK];
-                    const int64_t count = std::min(ROWS, end - first);
-                    multiply_rows(count, quantised + first * p.padded_inputs, p.padded_inputs, weights, quads, sums);
-                    for (int64_t r = 0; r < count; ++r)
-                        for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES) {
-                            const int64_t output = panel * BLOCK + j;
-                            const __m512i offset = _mm512_loadu_si512(p.offsets + output);
-                            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + j), offset);
-                            const __m512 row_scale = _mm512_set1_ps(scales[first + r]);
-                            const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p.scales + output));
-                            const __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-                            finish(p, total, added, to, (first + r) * p.outputs, output);
-                        }
-                }
-            }
-    }
+    thread_local std::vector<uint8_t> numbers;
+    thread_local std::vector<float> scales;
+    numbers.resize(rows * linear->padded_inputs);
+    scales.resize(rows);
+    const Quantised quantised{numbers.data(), scales.data()};  // of the calling thread, for all
+    with_team(threads, [&](Team& team) {
+        multiply_int8(team, *linear, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual),
+                      static_cast<bfloat16*>(y), rows, quantised);
+    });
 }
 
 #else
