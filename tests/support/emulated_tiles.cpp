@@ -36,7 +36,8 @@ void configure(const uint8_t* from) {
         uint16_t bytes;
         std::memcpy(&bytes, from + 16 + 2 * i, sizeof bytes);
         const uint8_t rows = from[48 + i];
-        if (rows > MAX_ROWS || bytes > MAX_BYTES || !rows != !bytes || (i >= TILES && rows)) fault("LDTILECFG of a wrong shape");
+        if (rows > MAX_ROWS || bytes > MAX_BYTES || !rows != !bytes || (i >= TILES && rows))
+            fault("LDTILECFG of a shape that does not exist");
         if (i < TILES) tiles[i] = {rows, bytes, {}};
     }
 }

@@ -17,6 +17,7 @@
 
 #include "bfloat16.h"
 #include "functions.h"
+#include "parts.h"
 #include "tiles.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -588,7 +589,8 @@ void attend_prefill_piece(const Call<bfloat16>& c, int64_t request, int64_t head
     const Workspace<Products> workspace(padded_pairs, c.value_dim);
     const int64_t end = to * c.group();
     for (int64_t row = from * c.group(); row < end; row += Products::QUERIES)
-        attend_rows(c, request, head, row, std::min(Products::QUERIES, end - row), begin, padded_pairs, keys, values, workspace);
+        attend_rows(c, request, head, row, std::min(Products::QUERIES, end - row), begin, padded_pairs, keys, values,
+                    workspace);
 }
 
 #endif
@@ -596,16 +598,22 @@ void attend_prefill_piece(const Call<bfloat16>& c, int64_t request, int64_t head
 // ---- all requests
 
 template <typename T>
-void attend_decode(const Call<T>& c, int64_t threads) {
+void attend_decode(Team& team, const Call<T>& c) {
     // whole requests are read fastest; with too few of them to balance the threads, their heads are divided
-    const int64_t wanted = c.requests >= 4 * threads ? 1 : threads;
+    const int64_t wanted = c.requests >= 4 * team.threads() ? 1 : team.threads();
     const int64_t heads_per_piece = (c.kv_heads + wanted - 1) / wanted;
     const int64_t pieces = (c.kv_heads + heads_per_piece - 1) / heads_per_piece;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t piece = 0; piece < c.requests * pieces; ++piece) {
-        const int64_t first = piece % pieces * heads_per_piece;
-        attend_decode_piece(c, piece / pieces, first, std::min(first + heads_per_piece, c.kv_heads));
-    }
+    team.each(c.requests * pieces, [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t first = piece % pieces * heads_per_piece;
+            attend_decode_piece(c, piece / pieces, first, std::min(first + heads_per_piece, c.kv_heads));
+        }
+    });
+}
+
+template <typename T>
+void attend_decode(const Call<T>& c, int64_t threads) {
+    with_team(threads, [&](Team& team) { attend_decode(team, c); });
 }
 
 #if HAS_BF16_DOT
@@ -649,8 +657,17 @@ void attend_prefill(const Call<bfloat16>& c, bool in_tiles, int64_t threads) {
 
 }  // namespace
 
-// Returns whether attention() supports requests with several new tokens, whether in_tiles or not. dtype: 0 float32, 1 bfloat16,
-// 2 float16.
+// Attention of one new token of each request, as attention() computes it, from queries query_stride numbers apart.
+void decode_attention(Team& team, const Heads& heads, const Places& places, const bfloat16* query, int64_t query_stride,
+                      const void* keys, const void* values, float scaling, float softcap, bfloat16* output, int64_t requests) {
+    attend_decode(team, Call<bfloat16>{query, static_cast<const bfloat16*>(keys), static_cast<const bfloat16*>(values),
+                                       places.tables, places.starts, places.offsets, places.lengths, nullptr, nullptr, 0, 0,
+                                       output, query_stride, requests, heads.heads, heads.kv_heads, heads.head_dim,
+                                       heads.head_dim, places.block_tokens, places.table_width, scaling, softcap});
+}
+
+// Returns whether attention() supports requests with several new tokens, in tiles or not. dtype: 0 float32, 1 bfloat16, 2
+// float16.
 extern "C" int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim) {
     return HAS_BF16_DOT && dtype == 1 && key_dim % 2 == 0 && value_dim % 16 == 0;
 }
@@ -675,7 +692,8 @@ extern "C" void attention(int64_t dtype, const void* query, const void* keys, co
                        softcap};
     };
 #if HAS_BF16_DOT
-    if (dtype == 1 && offsets[requests] > requests) return attend_prefill(call(bfloat16{}), in_tiles && may_use_tiles(), threads);
+    if (dtype == 1 && offsets[requests] > requests)
+        return attend_prefill(call(bfloat16{}), in_tiles && may_use_tiles(), threads);
 #endif
     if (dtype == 0) attend_decode(call(float{}), threads);
     if (dtype == 1) attend_decode(call(bfloat16{}), threads);

@@ -16,7 +16,7 @@ int max_small_rows();
 int supports_int8();
 void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
-void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y);
+void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y);
 void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
               int64_t threads);
 void argmax(const void* x, int64_t* tokens, int64_t rows, int64_t width, int64_t threads);

@@ -6,19 +6,24 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "team.h"
+
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define HAS_AMX 1
 #else
 #define HAS_AMX 0
 #endif
 
+constexpr int64_t TILE_ROWS = 16, TILE_ROW_BYTES = 64;
+
+// Returns the number of rows of the tiles that hold so many.
+inline int64_t in_whole_tiles(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
+
 #if HAS_AMX
 
 #include <immintrin.h>
 
 namespace {
-
-constexpr int64_t TILE_ROWS = 16, TILE_ROW_BYTES = 64;
 
 // Configures this thread's eight tiles, all as large as they can be, while the object lives.
 class Tiles {
@@ -120,35 +125,37 @@ inline void multiply_tiles(const void* x, int64_t x_stride, const TileColumns& w
     if constexpr (ROWS == 2 && COLUMNS == 2) store_tile<3>(lower + TILE_ROW_BYTES, sums_stride);
 }
 
-// Multiplies all rows of x with the weights of `outputs` outputs, in a parallel region, whose threads share the work. x has
-// whole tiles, of which the rows past the last may hold anything. `columns` says where the weights of 32 outputs lie, and
-// `finish` takes the sums of a row for 16 outputs: row, output, sums.
+// Multiplies all rows of x, x_stride bytes each, with the weights of `outputs` outputs. x has whole tiles, of which the rows
+// past the last may hold anything. columns(output) says where the weights of 32 outputs lie, and finish(row, output, sums)
+// takes the sums of a row for 16 of them.
 template <typename Numbers, typename Sum, typename Columns, typename Finish>
-void share_products(const char* x, int64_t x_stride, int64_t rows, int64_t outputs, const Columns& columns,
-                    const Finish& finish) {
-    constexpr int64_t BLOCK_ROWS = 2 * TILE_ROWS, BLOCK_OUTPUTS = 32, NEAR_BYTES = 512 << 10;  // half of a core's cache or less
+void multiply_in_tiles(Team& team, const void* x, int64_t x_stride, int64_t rows, int64_t outputs, const Columns& columns,
+                       const Finish& finish) {
+    constexpr int64_t BLOCK_ROWS = 2 * TILE_ROWS, BLOCK_OUTPUTS = 32, NEAR_BYTES = 512 << 10;  // within a core's own cache
     const int64_t blocks = (outputs + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS, steps = x_stride / TILE_ROW_BYTES;
     const int64_t group = std::max<int64_t>(1, NEAR_BYTES / x_stride / BLOCK_ROWS) * BLOCK_ROWS;
     const int64_t groups = (rows + group - 1) / group;
     const Tiles tiles;
     alignas(TILE_ROW_BYTES) Sum sums[BLOCK_ROWS][BLOCK_OUTPUTS];
-#pragma omp for schedule(static) collapse(2) nowait
-    for (int64_t task = 0; task < groups; ++task)
-        for (int64_t block = 0; block < blocks; ++block) {
-            const TileColumns weights = columns(block * BLOCK_OUTPUTS);
-            const int64_t end = std::min(rows, (task + 1) * group);
-            for (int64_t first = task * group; first < end; first += BLOCK_ROWS) {
+    team.each(groups * blocks, [&](int64_t begin, int64_t last) {
+        for (int64_t task = begin; task < last; ++task) {
+            const int64_t output = task % blocks * BLOCK_OUTPUTS, start = task / blocks * group;
+            const int64_t end = std::min(rows, start + group);
+            const TileColumns weights = columns(output);
+            for (int64_t first = start; first < end; first += BLOCK_ROWS) {
+                const char* from = static_cast<const char*>(x) + first * x_stride;
                 const int64_t count = std::min(BLOCK_ROWS, end - first);
-                const bool far = first == task * group;
+                const bool far = first == start;
                 if (count > TILE_ROWS)
-                    multiply_tiles<Numbers, 2, 2>(x + first * x_stride, x_stride, weights, steps, sums, sizeof *sums, false, far);
+                    multiply_tiles<Numbers, 2, 2>(from, x_stride, weights, steps, sums, sizeof *sums, false, far);
                 else
-                    multiply_tiles<Numbers, 1, 2>(x + first * x_stride, x_stride, weights, steps, sums, sizeof *sums, false, far);
+                    multiply_tiles<Numbers, 1, 2>(from, x_stride, weights, steps, sums, sizeof *sums, false, far);
                 for (int64_t r = 0; r < count; ++r)
-                    for (int64_t j = 0; j < BLOCK_OUTPUTS && block * BLOCK_OUTPUTS + j < outputs; j += 16)
-                        finish(first + r, block * BLOCK_OUTPUTS + j, sums[r] + j);
+                    for (int64_t j = 0; j < BLOCK_OUTPUTS && output + j < outputs; j += 16)
+                        finish(first + r, output + j, sums[r] + j);
             }
         }
+    });
 }
 
 }  // namespace
