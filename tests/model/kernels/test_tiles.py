@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], dict[str
         monkeypatch.setattr(packed_linear, "TRIED_BYTES", 2 * 64 * 64 * 2)
         monkeypatch.setattr(packed_linear, "_small_batch_functions", lambda: LIBRARY)
         monkeypatch.setattr(packed_linear, "_PANELS", {})
+        monkeypatch.setattr(packed_linear, "_row_limits", cache(packed_linear._row_limits.__wrapped__))
+        monkeypatch.setattr(packed_linear, "remembered_trial", lambda _library, _name, find: find())
 
     return prepare
 
@@ -197,11 +200,32 @@ def test_dot_products_tiles_and_onednn_have_the_numbers_of_rows_at_which_they_ar
     tried: Callable[[Callable[[int], dict[str, float]]], None],
 ) -> None:
     tried(lambda rows: {"dots": rows, "tiles": 3, "onednn": 2 if rows < 8 else 1})
+    layer = PackedLinear(linear(True, 64, 64))
+    if layer._find_struct() is None:
+        pytest.skip("oneDNN uses another weight layout here")
+    assert packed_linear._row_limits() == (2, 2)
+    assert layer.struct
+    assert layer.struct.dot_rows == 2
+    tried(lambda rows: {"dots": rows, "tiles": 3, "onednn": 3 if rows < 8 else 1})
+    assert packed_linear._row_limits() == (2, 4)
+    tried(lambda rows: {"dots": 1, "tiles": 3, "onednn": 2 if rows < 8 else 0.5})
+    assert packed_linear._row_limits() == (ALL_ROWS, 4)
+
+
+def test_products_in_tiles_that_give_something_else_do_not_serve(
+    tried: Callable[[Callable[[int], dict[str, float]]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried(lambda rows: {"dots": rows, "onednn": 2})
+    own = PackedLinear._multiply_small_batch
+
+    def wrong(layer: PackedLinear, struct: LinearStruct, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
+        made: Tensor = own(layer, struct, inputs, residual) + (struct.dot_rows == 0)
+        return made
+
+    monkeypatch.setattr(PackedLinear, "_multiply_small_batch", wrong)
     if PackedLinear(linear(True, 64, 64))._find_struct() is None:
         pytest.skip("oneDNN uses another weight layout here")
-    assert packed_linear._try_rows(library()) == (2, 2)
-    tried(lambda rows: {"dots": rows, "tiles": 3, "onednn": 3 if rows < 8 else 1})
-    assert packed_linear._try_rows(library()) == (2, 4)
+    assert packed_linear._row_limits() == (ALL_ROWS, 2)
 
 
 def test_int8_products_go_to_tiles_from_the_number_of_rows_at_which_these_are_faster(

@@ -10,6 +10,7 @@ them from the packed bytes, if these are shown to lie in the layout that it read
 
 import copy
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar, TypeGuard, cast
@@ -30,10 +31,8 @@ from splitwiser.model.kernels.tile_trials import (
 
 IDENTITY, RELU = ("none", ""), ("relu", "")
 PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what else oneDNN has kernels for
-TRIED_SIZES, TRIED_BYTES = (
-    (1024, 2048),
-    64 << 20,
-)  # inputs and outputs of the layers of a trial, and bytes of all of them
+TRIED_SIZES = 1024, 2048  # inputs and outputs of each layer of a trial
+TRIED_BYTES = 64 << 20  # of all their weights
 
 
 class LinearStruct(ctypes.Structure):
@@ -112,7 +111,10 @@ class PackedLinear(nn.Module):
     @property
     def struct(self) -> LinearStruct | None:
         """The layer for small batches, of :func:`max_small_rows` rows at most; None if oneDNN computes these too."""
-        return self._open().struct
+        struct = self._open().struct
+        if struct:
+            struct.dot_rows, _ = _row_limits()
+        return struct
 
     def _multiply(self, inputs: Tensor, bare: bool = False) -> Tensor:
         """Compute the output with oneDNN; if ``bare``, without bias and activation."""
@@ -123,7 +125,7 @@ class PackedLinear(nn.Module):
     def _small_batch_struct(self, inputs: Tensor) -> LinearStruct | None:
         """The layer for small batches if ``inputs`` are one, else None."""
         is_small = inputs.numel() <= max_small_rows() * self.in_features and inputs.dtype == torch.bfloat16
-        return self._open().struct if is_small else None
+        return self.struct if is_small else None
 
     def _multiply_small_batch(self, struct: LinearStruct, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
         inputs = inputs.contiguous()
@@ -144,7 +146,6 @@ class PackedLinear(nn.Module):
             weight = open_packed(address, (self.out_features, self.in_features), self._layout, torch.bfloat16)
             self._opened = _Opened(address, weight, None)
             if struct := self._find_struct():
-                struct.dot_rows, _ = _row_limits()
                 self._opened = _Opened(address, weight, struct)
         return self._opened
 
@@ -245,7 +246,7 @@ def _try_rows(functions: ctypes.CDLL) -> tuple[int, int]:
     takes a tenth longer than oneDNN is the better one, since it saves calls."""
     most = int(functions.max_small_rows())
     layers = layers_for_trial() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    structs = [struct for layer in layers if (struct := layer._find_struct())]
+    structs = [struct for layer in layers if (struct := layer._open().struct)]
     if not structs:
         return ALL_ROWS, most
 
@@ -264,8 +265,8 @@ def _try_rows(functions: ctypes.CDLL) -> tuple[int, int]:
             candidates = {name: partial(multiply, name, inputs) for name in ("dots", "tiles", "onednn")}
             (dots, *_), (tiles, *_) = candidates["dots"](), candidates["tiles"]()
             if not torch.allclose(tiles, dots, atol=1 / 64, rtol=1 / 64):
-                return ALL_ROWS, most
-            times[rows] = best_seconds(candidates)
+                del candidates["tiles"]
+            times[rows] = {"tiles": math.inf, **best_seconds(candidates)}
     small = last_row_count(times, lambda each: min(each["dots"], each["tiles"]) <= 1.1 * each["onednn"])
     return rows_by_dots(times), small
 

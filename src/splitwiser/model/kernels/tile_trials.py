@@ -3,9 +3,11 @@ which is faster, and whether PyTorch is faster than either, is tried at load. Ou
 of a run choose alike. A processor without tiles tries nothing."""
 
 import ctypes
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -22,7 +24,8 @@ _ROUNDS = 4
 def remembered_trial(library: ctypes.CDLL, name: str, find: Callable[[], object]) -> object:
     """Return what ``find`` returns, made of JSON's types, or what it has returned in an earlier process on this machine."""
     settings = sorted((key, value) for key, value in os.environ.items() if key.startswith(SETTINGS))
-    trial = Remembered((name, library._name, torch.__version__, processor_kind(), settings))
+    sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    trial = Remembered((name, library._name, sources, torch.__version__, processor_kind(), settings))
     if trial.outcome is None:
         trial.outcome = find()
         trial.remember(trial.outcome)

@@ -119,9 +119,12 @@ void multiply_by_dots(Team& team, const Linear& p, const bfloat16* x, const bflo
     });
 }
 
-#if HAS_AMX
+bool uses_tiles(const Linear& p, int64_t rows) {
+    constexpr int64_t TILE_INPUTS = TILE_ROW_BYTES / sizeof(bfloat16);
+    return rows > p.dot_rows && !p.scales && p.inputs % TILE_INPUTS == 0 && may_use_tiles();
+}
 
-bool fits_tiles(const Linear& p) { return p.inputs % (TILE_ROW_BYTES / sizeof(bfloat16)) == 0; }
+#if HAS_AMX
 
 void multiply_in_tiles(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows) {
     const auto columns = [&](int64_t output) {
@@ -136,13 +139,13 @@ void multiply_in_tiles(Team& team, const Linear& p, const bfloat16* x, const bfl
 
 #endif
 
-// y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), with room for whole tiles, and y and
-// residual are (rows, outputs). residual may be null or y. quantised is for int8 weights.
+// y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), with room for whole tiles if it
+// uses_tiles(), and y and residual are (rows, outputs). residual may be null or y. quantised is for int8 weights.
 void multiply(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
               const Quantised& quantised) {
     if (p.scales) return multiply_int8(team, p, x, residual, y, rows, quantised);
 #if HAS_AMX
-    if (rows > p.dot_rows && fits_tiles(p) && may_use_tiles()) return multiply_in_tiles(team, p, x, residual, y, rows);
+    if (uses_tiles(p, rows)) return multiply_in_tiles(team, p, x, residual, y, rows);
 #endif
     multiply_by_dots(team, p, x, residual, y, rows);
 }
@@ -226,7 +229,8 @@ extern "C" int max_small_rows() {
 
 extern "C" void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
                                      int64_t threads) {
-    const bfloat16* from = with_room(static_cast<const bfloat16*>(x), rows, linear->inputs);
+    const auto* from = static_cast<const bfloat16*>(x);
+    if (uses_tiles(*linear, rows)) from = with_room(from, rows, linear->inputs);
     with_team(threads, [&](Team& team) {
         multiply(team, *linear, from, static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y), rows, {});
     });
