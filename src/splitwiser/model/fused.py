@@ -271,7 +271,7 @@ class LayerStack:
             self._starts.add(number)
         structs, supported = self._find_structs()
         numbers = range(number, len(self._layers))
-        end = next((at for at in numbers if not supported[at] or at in self._starts and at > number), numbers.stop)
+        end = next((at for at in numbers if not supported[at] or (at > number and at in self._starts)), numbers.stop)
         layers = [each.self_attn.layer_idx for each in self._layers[number:end]]
         inputs = step.kernel_inputs(layers, attention_mask) if layers else None
         if inputs is None:
@@ -297,8 +297,8 @@ class LayerStack:
 def _run_layers(
     first: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
 ) -> Sequence[Tensor]:
-    """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call; return the output of
-    each."""
+    """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call; return the output
+    of each."""
     cosines, sines = (each.contiguous() for each in angles) if angles else (None, None)
     outputs = hidden_states.new_empty(len(inputs.keys), *hidden_states.shape)
     keys, values = (

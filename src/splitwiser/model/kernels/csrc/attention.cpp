@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "bfloat16.h"
@@ -85,17 +86,28 @@ class Scratch {
     std::vector<char> bytes_;
 };
 
-// ---- decode, one new token: kv heads [first, last) of a request
+// ---- decode, one new token: kv heads [first, last) of a request, over its tokens in `count` slots
 
 template <typename T>
-void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count, float* scores) {
+void find_slots(const Call<T>& c, int64_t request, int64_t begin, int64_t count, int64_t* slots) {
+    const int64_t* block = c.tables + request * c.table_width + begin / c.block_tokens;
+    int64_t within = begin % c.block_tokens;  // a division for each token would take as long as reading its keys
+    for (int64_t token = 0; token < count; ++token) {
+        slots[token] = *block * c.block_tokens + within;
+        if (++within == c.block_tokens) ++block, within = 0;
+    }
+}
+
+template <typename T>
+void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last, const int64_t* slots, int64_t count,
+                  float* scores) {
     thread_local Scratch<float> queries_memory;
     const int64_t rows = (last - first) * c.group();
     float* queries = queries_memory.take(rows * c.key_dim);
     const T* own = c.query + c.offsets[request] * c.query_stride + first * c.group() * c.key_dim;
     for (int64_t i = 0; i < rows * c.key_dim; ++i) queries[i] = to_float(own[i]);
     for (int64_t token = 0; token < count; ++token) {
-        const T* key = c.key(c.slot(request, begin + token), first);
+        const T* key = c.key(slots[token], first);
         for (int64_t row = 0; row < rows; ++row) {
             const T* k = key + row / c.group() * c.key_dim;
             const float* q = queries + row * c.key_dim;
@@ -108,11 +120,11 @@ void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last
 }
 
 template <typename T>
-void sum_values(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
-                const float* weights, float* sums) {
+void sum_values(const Call<T>& c, int64_t first, int64_t last, const int64_t* slots, int64_t count, const float* weights,
+                float* sums) {
     const int64_t rows = (last - first) * c.group();
     for (int64_t token = 0; token < count; ++token) {
-        const T* value = c.value(c.slot(request, begin + token), first);
+        const T* value = c.value(slots[token], first);
         for (int64_t row = 0; row < rows; ++row) {
             const T* v = value + row / c.group() * c.value_dim;
             float* sum = sums + row * c.value_dim;
@@ -130,6 +142,9 @@ constexpr float LOG2_E = 1.44269504f;
 
 inline __mmask32 first_pairs(int64_t numbers) { return numbers >= 32 ? ~__mmask32{0} : (__mmask32{1} << numbers) - 1; }
 inline __mmask16 first_lanes(int64_t numbers) { return numbers >= 16 ? ~__mmask16{0} : (__mmask16{1} << numbers) - 1; }
+
+// Returns which of 16 lanes from `at` on are among the first `numbers`.
+inline __mmask16 lanes_from(int64_t at, int64_t numbers) { return first_lanes(std::max<int64_t>(0, numbers - at)); }
 
 // Returns the sum of the lanes of each of 16 vectors, in their order.
 inline __m512 reduce_lanes(const __m512 (&a)[LANES]) {
@@ -157,62 +172,55 @@ inline __m512 power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-// Replaces every score by e^(score - highest); returns their total.
-inline float exponentiate(float* scores, int64_t count, float highest) {
+// Replaces every score by e^((score - highest) * scaling); returns their total.
+inline float exponentiate(float* scores, int64_t count, float highest, float scaling) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t at = 0; at < count; at += LANES) {
         const __mmask16 part = first_lanes(count - at);
         const __m512 score = _mm512_sub_ps(_mm512_maskz_loadu_ps(part, scores + at), _mm512_set1_ps(highest));
-        const __m512 power = power_of_2(_mm512_mul_ps(score, _mm512_set1_ps(LOG2_E)));
+        const __m512 power = power_of_2(_mm512_mul_ps(score, _mm512_set1_ps(scaling * LOG2_E)));
         total = _mm512_mask_add_ps(total, part, total, power);
         _mm512_mask_storeu_ps(scores + at, part, power);
     }
     return _mm512_reduce_add_ps(total);
 }
 
-// Returns 2^x to 18 bits, more than a bfloat16 weight keeps: a polynomial of the fraction in [0, 1), scaled by the exponent.
-inline __m512 rough_power_of_2(__m512 x) {
-    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 p = _mm512_set1_ps(1.35341678e-2f);
-    for (const float coefficient : {5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
-    return _mm512_scalef_ps(p, x);
+// Writes where the keys or values of 16 tokens from `token` on lie, given where those of slot 0 do; past the last token, its
+// own are repeated.
+inline void find_rows(const bfloat16* zero, int64_t stride, const int64_t* slots, int64_t token, int64_t count,
+                      const bfloat16** rows) {
+    for (int64_t i = 0; i < LANES; ++i) rows[i] = zero + slots[std::min(token + i, count - 1)] * stride;
 }
 
-inline __m512 load_as_float(const bfloat16* from, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+// Prefetches what is to be read next: it may lie in another block, which the processor's own prefetcher cannot foresee.
+inline void prefetch(const bfloat16* const* rows, int64_t offset, int64_t numbers) {
+    for (int64_t i = 0; i < LANES; ++i)
+        for (int64_t at = 0; at < numbers; at += 32)
+            _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T0);
 }
 
-// Writes the slots of 16 tokens from `token` on; past the last token, its slot is repeated.
-inline void slots_from(const Call<bfloat16>& c, int64_t request, int64_t begin, int64_t token, int64_t count, int64_t* slots) {
-    for (int64_t i = 0; i < LANES; ++i) slots[i] = c.slot(request, begin + std::min(token + i, count - 1));
-}
-
-// As above, for 16 tokens at a time. The next 16 are prefetched meanwhile: they may lie in another block, which the processor's
-// own prefetcher cannot foresee.
+// As above, for 16 tokens at a time; the next 16 are prefetched meanwhile.
 template <>
-void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, const int64_t* slots, int64_t count,
                   float* scores) {
     const bfloat16* own = c.query + c.offsets[request] * c.query_stride + first * c.group() * c.key_dim;
-    int64_t slots[LANES], next[LANES];
-    slots_from(c, request, begin, 0, count, next);
+    const int64_t stride = c.kv_heads * c.key_dim;
     for (int64_t token = 0; token < count; token += LANES) {
-        std::copy(next, next + LANES, slots);
-        slots_from(c, request, begin, std::min(token + LANES, count - 1), count, next);
+        const bfloat16 *keys[LANES], *next[LANES];
+        find_rows(c.key(0, first), stride, slots, token, count, keys);
+        find_rows(c.key(0, first), stride, slots, token + LANES, count, next);
         const __mmask16 mask = first_lanes(count - token);
-        for (int64_t head = first; head < last; ++head) {
-            for (int64_t i = 0; i < LANES; ++i)
-                for (int64_t at = 0; at < c.key_dim; at += 32)
-                    _mm_prefetch(reinterpret_cast<const char*>(c.key(next[i], head) + at), _MM_HINT_T0);
-            for (int64_t row = (head - first) * c.group(); row < (head - first + 1) * c.group(); ++row) {
+        for (int64_t head = 0; head < last - first; ++head) {
+            const int64_t offset = head * c.key_dim;
+            prefetch(next, offset, c.key_dim);
+            for (int64_t row = head * c.group(); row < (head + 1) * c.group(); ++row) {
                 __m512 sums[LANES];
                 for (auto& sum : sums) sum = _mm512_setzero_ps();
                 for (int64_t at = 0; at < c.key_dim; at += 32) {
                     const __mmask32 part = first_pairs(c.key_dim - at);
                     const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(part, own + row * c.key_dim + at);
                     for (int64_t i = 0; i < LANES; ++i)
-                        sums[i] = _mm512_dpbf16_ps(
-                            sums[i], q, (__m512bh)_mm512_maskz_loadu_epi16(part, c.key(slots[i], head) + at));
+                        sums[i] = _mm512_dpbf16_ps(sums[i], q, (__m512bh)_mm512_maskz_loadu_epi16(part, keys[i] + offset + at));
                 }
                 _mm512_mask_storeu_ps(scores + row * count + token, mask, reduce_lanes(sums));
             }
@@ -220,51 +228,70 @@ void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64
     }
 }
 
-// Adds the weighted values of up to 16 tokens to the sums of ROWS rows of one head, for 64 numbers of the head from `at` on.
+// Adds the weighted values of up to 16 tokens to the sums of ROWS rows of one head, for 64 numbers of the head, of which the
+// last ones may be missing. Numbers at even and at odd places are added up apart, since each are a shift or a mask away from
+// being float32.
 template <int ROWS>
-inline void sum_part(const Call<bfloat16>& c, const int64_t* slots, int64_t tokens, int64_t head, int64_t at,
+inline void sum_part(const bfloat16* const* values, int64_t tokens, int64_t offset, int64_t numbers, int64_t value_dim,
                      const float* weights, int64_t count, float* sums) {
-    __m512 sum[ROWS][4];
-    __mmask16 part[4];
-    for (int j = 0; j < 4; ++j) {
-        part[j] = first_lanes(std::max<int64_t>(0, c.value_dim - at - j * LANES));
-        for (int r = 0; r < ROWS; ++r) sum[r][j] = _mm512_maskz_loadu_ps(part[j], sums + r * c.value_dim + at + j * LANES);
-    }
-    for (int64_t i = 0; i < tokens; ++i) {
-        const bfloat16* value = c.value(slots[i], head) + at;
-        for (int j = 0; j < 4; ++j) {
-            const __m512 v = load_as_float(value + j * LANES, part[j]);
-            for (int r = 0; r < ROWS; ++r)
-                sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * count + i]), v, sum[r][j]);
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    const __m512i lows = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i highs = _mm512_add_epi32(lows, _mm512_set1_epi32(8));
+    __m512 even[ROWS][2], odd[ROWS][2];
+    for (int j = 0; j < 2; ++j)
+        for (int r = 0; r < ROWS; ++r) {
+            const float* sum = sums + r * value_dim + j * 2 * LANES;
+            const __m512 low = _mm512_maskz_loadu_ps(lanes_from(j * 2 * LANES, numbers), sum);
+            const __m512 high = _mm512_maskz_loadu_ps(lanes_from((2 * j + 1) * LANES, numbers), sum + LANES);
+            even[r][j] = _mm512_permutex2var_ps(low, evens, high);
+            odd[r][j] = _mm512_permutex2var_ps(low, odds, high);
         }
-    }
-    for (int j = 0; j < 4; ++j)
-        for (int r = 0; r < ROWS; ++r) _mm512_mask_storeu_ps(sums + r * c.value_dim + at + j * LANES, part[j], sum[r][j]);
+    for (int64_t i = 0; i < tokens; ++i)
+        for (int j = 0; j < 2; ++j) {
+            const __mmask32 part = first_pairs(std::max<int64_t>(0, numbers - j * 32));
+            const __m512i both = _mm512_maskz_loadu_epi16(part, values[i] + offset + j * 32);
+            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+            const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512 weight = _mm512_set1_ps(weights[r * count + i]);
+                even[r][j] = _mm512_fmadd_ps(weight, low, even[r][j]);
+                odd[r][j] = _mm512_fmadd_ps(weight, high, odd[r][j]);
+            }
+        }
+    for (int j = 0; j < 2; ++j)
+        for (int r = 0; r < ROWS; ++r) {
+            float* sum = sums + r * value_dim + j * 2 * LANES;
+            const __m512 low = _mm512_permutex2var_ps(even[r][j], lows, odd[r][j]);
+            const __m512 high = _mm512_permutex2var_ps(even[r][j], highs, odd[r][j]);
+            _mm512_mask_storeu_ps(sum, lanes_from(j * 2 * LANES, numbers), low);
+            _mm512_mask_storeu_ps(sum + LANES, lanes_from((2 * j + 1) * LANES, numbers), high);
+        }
 }
 
 template <>
-void sum_values(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+void sum_values(const Call<bfloat16>& c, int64_t first, int64_t last, const int64_t* slots, int64_t count,
                 const float* weights, float* sums) {
-    int64_t slots[LANES], next[LANES];
-    slots_from(c, request, begin, 0, count, next);
+    const int64_t stride = c.kv_heads * c.value_dim;
     for (int64_t token = 0; token < count; token += LANES) {
-        std::copy(next, next + LANES, slots);
-        slots_from(c, request, begin, std::min(token + LANES, count - 1), count, next);
+        const bfloat16 *values[LANES], *next[LANES];
+        find_rows(c.value(0, first), stride, slots, token, count, values);
+        find_rows(c.value(0, first), stride, slots, token + LANES, count, next);
         const int64_t tokens = std::min(LANES, count - token);
-        for (int64_t head = first; head < last; ++head) {
-            for (int64_t i = 0; i < LANES; ++i)
-                for (int64_t at = 0; at < c.value_dim; at += 32)
-                    _mm_prefetch(reinterpret_cast<const char*>(c.value(next[i], head) + at), _MM_HINT_T0);
-            const int64_t end = (head - first + 1) * c.group();
-            for (int64_t row = (head - first) * c.group(); row < end; row += 4)
+        for (int64_t head = 0; head < last - first; ++head) {
+            prefetch(next, head * c.value_dim, c.value_dim);
+            const int64_t end = (head + 1) * c.group();
+            for (int64_t row = head * c.group(); row < end; row += 4)
                 for (int64_t at = 0; at < c.value_dim; at += 64) {
-                    const float* w = weights + row * count + token;
-                    float* sum = sums + row * c.value_dim;
+                    const auto add = [&](auto rows) {
+                        sum_part<rows()>(values, tokens, head * c.value_dim + at, c.value_dim - at, c.value_dim,
+                                         weights + row * count + token, count, sums + row * c.value_dim + at);
+                    };
                     switch (std::min<int64_t>(4, end - row)) {
-                        case 1: sum_part<1>(c, slots, tokens, head, at, w, count, sum); break;
-                        case 2: sum_part<2>(c, slots, tokens, head, at, w, count, sum); break;
-                        case 3: sum_part<3>(c, slots, tokens, head, at, w, count, sum); break;
-                        default: sum_part<4>(c, slots, tokens, head, at, w, count, sum);
+                        case 1: add(std::integral_constant<int, 1>{}); break;
+                        case 2: add(std::integral_constant<int, 2>{}); break;
+                        case 3: add(std::integral_constant<int, 3>{}); break;
+                        default: add(std::integral_constant<int, 4>{});
                     }
                 }
         }
@@ -273,41 +300,58 @@ void sum_values(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t
 
 #else
 
-inline float exponentiate(float* scores, int64_t count, float highest) {
+inline float exponentiate(float* scores, int64_t count, float highest, float scaling) {
     float total = 0.0f;
-    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp(scores[i] - highest);
+    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp((scores[i] - highest) * scaling);
     return total;
 }
 
 #endif
 
+// Turns a head's scores into weights; returns the total that these are still to be divided by.
+template <typename T>
+float weigh(const Call<T>& c, int64_t request, int64_t head, int64_t begin, int64_t count, float* score) {
+    const float* sink = c.sink(head);
+    float scaling = c.scaling;
+    if (!std::is_same_v<T, bfloat16> || c.softcap != 0.0f || c.bias || sink || scaling <= 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) score[i] *= scaling;
+        scaling = 1.0f;
+    }
+    if (c.softcap != 0.0f)
+        for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
+    if (c.bias) c.add_bias(head, c.lengths[request] - 1, begin, count, score);
+    float highest = sink ? *sink : score[0];
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
+    const float total = exponentiate(score, count, highest, scaling) + (sink ? std::exp(*sink - highest) : 0.0f);
+    if (std::is_same_v<T, bfloat16>) return total;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) score[i] /= total;
+    return 1.0f;
+}
+
 template <typename T>
 void attend_decode_piece(const Call<T>& c, int64_t request, int64_t first, int64_t last) {
     thread_local Scratch<float> scores_memory, sums_memory;
+    thread_local Scratch<int64_t> slots_memory;
     const int64_t begin = c.starts[c.offsets[request]], count = c.lengths[request] - begin;
     const int64_t rows = (last - first) * c.group();
     float* scores = scores_memory.take(rows * count);
     float* sums = sums_memory.take(rows * c.value_dim);
-    score_tokens(c, request, first, last, begin, count, scores);
-    for (int64_t row = 0; row < rows; ++row) {
-        float* score = scores + row * count;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) score[i] *= c.scaling;
-        if (c.softcap != 0.0f)
-            for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
-        if (c.bias) c.add_bias(first * c.group() + row, c.lengths[request] - 1, begin, count, score);
-        const float* sink = c.sink(first * c.group() + row);
-        float highest = sink ? *sink : score[0];
-#pragma omp simd reduction(max : highest)
-        for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
-        const float total = exponentiate(score, count, highest) + (sink ? std::exp(*sink - highest) : 0.0f);
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) score[i] /= total;
-    }
+    int64_t* slots = slots_memory.take(count);
+    find_slots(c, request, begin, count, slots);
+    score_tokens(c, request, first, last, slots, count, scores);
+    thread_local Scratch<float> totals_memory;
+    float* totals = totals_memory.take(rows);
+    for (int64_t row = 0; row < rows; ++row)
+        totals[row] = weigh(c, request, first * c.group() + row, begin, count, scores + row * count);
     std::fill(sums, sums + rows * c.value_dim, 0.0f);
-    sum_values(c, request, first, last, begin, count, scores, sums);
+    sum_values(c, first, last, slots, count, scores, sums);
     T* out = c.output + (c.offsets[request] * c.heads + first * c.group()) * c.value_dim;
-    for (int64_t i = 0; i < rows * c.value_dim; ++i) from_float(sums[i], out[i]);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < c.value_dim; ++i)
+            from_float(sums[row * c.value_dim + i] / totals[row], out[row * c.value_dim + i]);
 }
 
 // ---- prefill: new tokens [from, to) of a request, one kv head
@@ -482,6 +526,15 @@ struct TileProducts {
 };
 
 #endif
+
+// Returns 2^x to 18 bits, more than a bfloat16 weight keeps: a polynomial of the fraction in [0, 1), scaled by the exponent.
+inline __m512 rough_power_of_2(__m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_set1_ps(1.35341678e-2f);
+    for (const float coefficient : {5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    return _mm512_scalef_ps(p, x);
+}
 
 // One step of a query's online softmax: turns the scores of some keys (a multiple of 32), whose first is at position `begin`,
 // into weights and updates the maximum (times log2 e) and the total; keys [low, high) of them are seen. Returns the factor by
