@@ -358,7 +358,7 @@ void attend_decode_piece(const Call<T>& c, int64_t request, int64_t first, int64
 
 #if HAS_BF16_DOT
 
-constexpr int64_t PANEL = 64;  // keys that are packed side by side
+constexpr int64_t PANEL = 64;  // keys that are packed side by side, and computed with by halves at least
 constexpr float MASKED_SCORE = -1e30f;  // finite, so that the difference of two is a number
 
 // Transposes a matrix of 16 x 16 numbers of 32 bits.
@@ -434,7 +434,7 @@ void pack_queries(const Call<bfloat16>& c, int64_t request, int64_t head, int64_
 // query may hold anything.
 struct PairProducts {
     static constexpr int64_t QUERIES = 6;  // with 64 keys or values, their sums fill 24 of 32 registers
-    static constexpr int64_t KEYS = 256, KEYS_AT_A_TIME = PANEL, PAIRS_AT_A_TIME = 1;
+    static constexpr int64_t KEYS = 256, KEYS_AT_A_TIME = PANEL / 2, PAIRS_AT_A_TIME = 1;
 
     static __m512bh pair_of(const bfloat16* from) {
         int32_t pair;
@@ -444,7 +444,11 @@ struct PairProducts {
 
     // Computes the scores of the queries for `count` keys; those of consecutive queries are KEYS apart.
     static void score(const bfloat16* queries, const uint32_t* keys, int64_t count, int64_t pairs, float* scores) {
-        for (int64_t at = 0; at < count; at += PANEL) score_panel(queries, keys + at * pairs, pairs, scores + at);
+        for (int64_t at = 0; at < count; at += PANEL)
+            if (at + PANEL <= count)
+                score_panel<4>(queries, keys + at * pairs, pairs, scores + at);
+            else
+                score_panel<2>(queries, keys + at * pairs, pairs, scores + at);
     }
 
     // Adds the weighted values of `count` tokens to the sums of the queries; the weights of consecutive ones are KEYS apart.
@@ -459,20 +463,21 @@ struct PairProducts {
     }
 
   private:
+    template <int PARTS>
     static void score_panel(const bfloat16* queries, const uint32_t* panel, int64_t pairs, float* scores) {
-        __m512 sum[QUERIES][4];
+        __m512 sum[QUERIES][PARTS];
         for (auto& row : sum)
             for (auto& part : row) part = _mm512_setzero_ps();
         for (int64_t pair = 0; pair < pairs; ++pair) {
-            __m512bh key[4];
-            for (int j = 0; j < 4; ++j) key[j] = (__m512bh)_mm512_load_si512(panel + pair * PANEL + j * LANES);
+            __m512bh key[PARTS];
+            for (int j = 0; j < PARTS; ++j) key[j] = (__m512bh)_mm512_load_si512(panel + pair * PANEL + j * LANES);
             for (int64_t r = 0; r < QUERIES; ++r) {
                 const __m512bh query = pair_of(queries + 2 * (r * pairs + pair));
-                for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], query, key[j]);
+                for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], query, key[j]);
             }
         }
         for (int64_t r = 0; r < QUERIES; ++r)
-            for (int j = 0; j < 4; ++j) _mm512_store_ps(scores + r * KEYS + j * LANES, sum[r][j]);
+            for (int j = 0; j < PARTS; ++j) _mm512_store_ps(scores + r * KEYS + j * LANES, sum[r][j]);
     }
 
     template <int PARTS>
