@@ -7,7 +7,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.options import option
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.modes import find_backend, find_mode
+from splitwiser.placement.modes import find_mode
 from splitwiser.results.goodput import parse_goodput
 from splitwiser.workload.cases import Case, get_case
 from splitwiser.workload.config import WorkloadConfig
@@ -27,10 +27,7 @@ class RunConfig(WorkloadConfig, EngineConfig):
         WorkloadConfig.__post_init__(self)
         if self.source == "case":
             self._check_case(get_case(Path(self.cases), self.case_id))
-        shares = (
-            find_mode(self.mode).layout is not None and "prefix_caching" not in find_backend(self.backend).not_taken
-        )
-        if self.prefix_caching is None and self.same_examples and shares:
+        if self.prefix_caching is None and self.same_examples and find_mode(self.mode).layout is not None:
             object.__setattr__(self, "prefix_caching", True)
         check_results(self.results)
         if self.goodput is not None:
