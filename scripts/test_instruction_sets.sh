@@ -11,7 +11,7 @@ unset ONEDNN_MAX_CPU_ISA SPLITWISER_MARCH
 files=(
     tests/model/test_paged_attention.py tests/model/test_compatibility.py tests/model/test_fusing.py tests/model/kernels/test_build.py
     tests/model/kernels/test_choose.py tests/model/kernels/test_cpu_attention.py tests/model/kernels/test_packed_linear.py
-    tests/end_to_end/test_token_identity.py
+    tests/model/kernels/test_tiles.py tests/end_to_end/test_token_identity.py
 )
 # name | environment | what /proc/cpuinfo must list
 sets=(

@@ -1,7 +1,9 @@
 """Scheduling, tested without a process: workers of every role in one thread, their messages seen."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,13 @@ from splitwiser.engine.messages import (
 from splitwiser.engine.prefill import Prefiller
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import Chunk, ModelStepper, SequenceState
-from splitwiser.engine.worker import Worker
+from splitwiser.engine.worker import Worker, run_worker
 from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import BlockAllocator, KVPool
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.request import FinishReason, Request, SamplingParams
 from tests.support.tokens import prompts_of, references
-from tests.support.workers import BLOCK, Wire, run
+from tests.support.workers import BLOCK, End, Wire, run
 
 
 class Bench:
@@ -176,6 +178,40 @@ def test_a_request_of_one_token_takes_no_decode_step(bench: Bench) -> None:
     assert result.requests == 0
     assert result.progress.finished == ((0, "length"),)
     assert decoder.step() is None
+
+
+class _Once(End):
+    """A transport that stops as soon as there is nothing more to do, and a share that counts its uses."""
+
+    stopped = False
+    uses = 0
+
+    def wait(self) -> None:
+        self.stopped = True
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        self.uses += 1
+        yield
+
+    def release(self) -> None:
+        pass
+
+
+def test_a_worker_uses_its_share_only_for_steps(bench: Bench) -> None:
+    bench.worker("prefill-0", bench.prefiller("prefill-0"), None)
+    end = _Once(bench.wire, "decode-0")
+    bench.wire.boxes["decode-0"] = deque()
+    worker = Worker("decode-0", end, decoder=bench.decoder("decode-0"), prefill_workers=("prefill-0",))
+    bench.submit("decode-0", [[1, 2]], max_tokens=2)
+    run_worker(worker, end, end)
+    assert [type(message) for message in bench.wire.boxes["prefill-0"]] == [PrefillTask]
+    assert end.uses == 0
+    end.stopped = False
+    bench.wire.boxes["decode-0"].append(Handoff(0, 5, 1, 2, "prefill-0"))
+    run_worker(worker, end, end)
+    assert bench.tokens().keys() == {0}
+    assert end.uses == 1
 
 
 def test_a_worker_refuses_a_message_that_is_not_for_its_role(bench: Bench) -> None:

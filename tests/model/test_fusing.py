@@ -16,11 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from splitwiser import LLM, SamplingParams
 from splitwiser.model import attention, fused
 from splitwiser.model.compatibility import _served_logits, attach_engine
-from splitwiser.model.fused import FusedLayer, FusedMLP, FusedNorm
+from splitwiser.model.fused import FusedMLP, FusedNorm
 from splitwiser.model.fusing import describe_parts, fuse_parts
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel, load_model
+from splitwiser.model.paged_attention import KernelInputs
 from tests.support.models import TINY, make_tiny
 from tests.support.tokens import LENGTHS, prompts_of
 
@@ -30,6 +31,9 @@ pytestmark = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(
     fused.find_compile_problem() is not None, reason=f"not compiled: {fused.find_compile_problem()}"
 )
+needs_small_batches = pytest.mark.skipif(
+    packed.find_small_batch_problem() is not None, reason=f"products of a few rows: {packed.find_small_batch_problem()}"
+)
 
 PARTS = {
     "llama": "decoder_layer 3, rms_norm 7, attention 3, gated_mlp 3",
@@ -37,7 +41,7 @@ PARTS = {
     "qwen3": "decoder_layer 3, rms_norm 13, attention 3, gated_mlp 3",
     "gemma2": "attention 3, gated_mlp 3, rms_norm 13",
     "gpt_oss": "attention 3, rms_norm 7",
-    "opt": "activation 3",
+    "opt": "decoder_layer 3, attention 3, activation 3",
     **dict.fromkeys(["falcon", "bloom", "mpt", "gptj", "gpt_neo"], "activation 2"),
 }
 
@@ -209,30 +213,21 @@ def test_a_model_of_fused_parts_gives_its_logits(name: str, tiny: Callable[[str]
 
 
 @needs_compiler
-@pytest.mark.skipif(
-    packed.find_small_batch_problem() is not None, reason=f"products of a few rows: {packed.find_small_batch_problem()}"
-)
+@needs_small_batches
 @pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
-def test_a_layer_of_a_few_rows_is_one_call(
+def test_layers_of_a_few_rows_are_one_call(
     name: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny, name)
     layers = attach_engine(model, pack=True)
-    called: list[object] = []
-    once = FusedLayer._run_at_once
-
-    def note(layer: FusedLayer, *given: Any) -> torch.Tensor:
-        called.append(layer)
-        return once(layer, *given)
-
-    monkeypatch.setattr(FusedLayer, "_run_at_once", note)
+    calls = count_calls(monkeypatch)
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
     with torch.inference_mode():
         *_, made = _served_logits(model, layers, prompts)
-        assert len(called) == len(layers)
+        assert calls == [len(layers)]
         monkeypatch.setattr(fused, "max_small_rows", lambda: 0)
         *_, expected = _served_logits(model, layers, prompts)
-    assert len(called) == len(layers)
+    assert calls == [len(layers)]
     assert_same(made, expected)
 
 
@@ -253,6 +248,41 @@ def test_a_weight_that_is_read_is_not_packed() -> None:
     made = fuse(_Router())
     assert [type(part) for part in made.children()] == [nn.Linear, PackedLinear]
     assert made(inputs(3, 96)).isfinite().all()
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that the number of layers of each call for small batches will be added to."""
+    calls: list[int] = []
+    run = fused._run_layers
+
+    def note(first: Any, inputs: KernelInputs, *given: Any) -> Any:
+        calls.append(len(inputs.keys))
+        return run(first, inputs, *given)
+
+    monkeypatch.setattr(fused, "_run_layers", note)
+    return calls
+
+
+@needs_compiler
+@needs_small_batches
+def test_a_layer_that_is_given_something_else_is_computed_again(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, "llama")
+    layers = attach_engine(model, pack=True)
+    calls = count_calls(monkeypatch)
+    last = model.module.model.layers[2]
+    last.register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    with torch.inference_mode():
+        *_, first = _served_logits(model, layers, prompts)
+        assert calls == [3, 1]
+        *_, second = _served_logits(model, layers, prompts)
+        assert calls == [3, 1, 2, 1]
+        monkeypatch.setattr(fused, "max_small_rows", lambda: 0)
+        *_, expected = _served_logits(model, layers, prompts)
+    assert_same(first, expected)
+    assert_same(second, expected)
 
 
 @needs_compiler

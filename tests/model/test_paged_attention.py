@@ -230,7 +230,7 @@ def test_a_hybrid_step_decodes_by_the_decode_kernel_and_prefills_by_the_other() 
     output = step.attend(query, new, new, MASKS["causal"], OPTIONS["plain"])
     assert (prefill.calls, decode.calls) == ([(19, 2)], [(4, 4)])
     assert output.shape == (1, 23, HEADS, KEY_DIM)
-    assert step.kernel_inputs(0, MASKS["causal"]) is None  # a whole layer in one call is for decode steps
+    assert step.kernel_inputs([0], MASKS["causal"]) is None  # whole layers in one call is for decode steps
 
 
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)

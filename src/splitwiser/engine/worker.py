@@ -5,7 +5,7 @@ A worker does not know whether it runs inline, in a thread or in a process.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import cycle
@@ -95,17 +95,26 @@ class Worker:
         self._last: StepTime | None = None
 
     def step_once(self) -> bool:
-        """Handle new messages, then run what the schedule plans: at most one prefill and one decode step, or both in one.
-        Returns whether any step ran. Raises :class:`RunError` if the schedule plans nothing and there is work."""
+        """Call :meth:`receive` and :meth:`run_planned`."""
+        self.receive()
+        return self.run_planned()
+
+    def receive(self) -> bool:
+        """Handle new messages and admit requests. Returns whether there are prompts or requests in decode to run."""
         for message in self._transport.receive():
             self._handle(message)
-        prefiller, decoder = self._prefiller, self._decoder
-        if decoder:
-            for task in decoder.admit():
+        if self._decoder:
+            for task in self._decoder.admit():
                 # a prompt goes to the worker that is still to fill blocks which it shares
                 worker = self._prefilling.get(task.follows) if task.follows is not None else None
                 worker = self._prefilling[task.request.request_id] = worker or next(self._prefill_workers)
                 self._send(worker, task)
+        return bool((self._prefiller and self._prefiller.waiting) or (self._decoder and self._decoder.running))
+
+    def run_planned(self) -> bool:
+        """Run what the schedule plans: at most one prefill and one decode step, or both in one. Returns whether any step
+        ran. Raises :class:`RunError` if the schedule plans nothing and there is work."""
+        prefiller, decoder = self._prefiller, self._decoder
         waiting = prefiller.waiting if prefiller else 0
         running = decoder.running if decoder else 0
         budget = prefiller.budget if prefiller else 0
@@ -257,8 +266,9 @@ def build_worker(
 def run_worker(worker: Worker, transport: WaitableTransport, share: DeviceShare) -> None:
     """Run steps of ``worker`` on ``share`` until ``transport`` is stopped; wait while there is no work."""
     while not transport.stopped:
-        with share.use():
-            ran = worker.step_once()
+        # who only hands requests on goes on lending its share: a prefill step that begins meanwhile has it to its end
+        with share.use() if worker.receive() else nullcontext():
+            ran = worker.run_planned()
         if not ran and not transport.stopped:
             share.release()
             transport.wait()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from splitwiser.model.attention import AttentionOptions, attention_function, current_step
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.packed_linear import LinearStruct, PackedLinear, max_small_rows
-from splitwiser.model.paged_attention import KernelInputs, PagedAttention
+from splitwiser.model.paged_attention import ComputedAhead, KernelInputs, PagedAttention
 
 
 class FusedNorm(nn.Module):
@@ -65,12 +65,25 @@ class FusedMLP(nn.Module):
         return _apply(self.down_proj, gated, residual)
 
 
+class PlainMLP(nn.Module):
+    """Multi-layer perceptron ``down(up(x))`` without a gate; ``up_proj`` has the activation."""
+
+    def __init__(self, up_proj: PackedLinear, down_proj: PackedLinear) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = up_proj, down_proj
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the output for ``hidden_states`` plus ``residual``, each of shape (..., width)."""
+        return _apply(self.down_proj, self.up_proj(hidden_states), residual)
+
+
 class FusedAttention(nn.Module):
     """Attention layer with queries, keys and values as one product, whose heads are normalised (if the model does that) and
-    rotated in place.
+    rotated in place (if it is given angles).
 
-    ``own`` is the layer that it replaces and ``options`` what that layer passes to its attention. If ``half_angles``,
-    cosines and sines cover half of the rotated numbers of a head, and both halves are rotated by the same angles.
+    ``own`` is the layer that it replaces and ``options`` what that layer passes to its attention; a factor of its queries
+    may be part of their scaling. If ``half_angles``, cosines and sines cover half of the rotated numbers of a head, and both
+    halves are rotated by the same angles.
     """
 
     q_norm: FusedNorm | None
@@ -82,8 +95,8 @@ class FusedAttention(nn.Module):
         qkv_proj: PackedLinear,
         o_proj: PackedLinear,
         options: AttentionOptions,
-        norms: Sequence[FusedNorm],
-        half_angles: bool,
+        norms: Sequence[FusedNorm] = (),
+        half_angles: bool = False,
     ) -> None:
         super().__init__()
         self.layer_idx, self.head_dim = own.layer_idx, own.head_dim
@@ -96,15 +109,16 @@ class FusedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: object,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: object = None,
         residual: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
         """Return the output for ``hidden_states`` plus ``residual``, each of shape (1, tokens, width);
         ``position_embeddings`` are cosines and sines, (1, tokens, angles) each."""
         joint = self.qkv_proj(hidden_states)
-        self._rotate(joint, *position_embeddings)
+        if position_embeddings is not None:
+            self._rotate(joint, *position_embeddings)
         heads = joint.view(1, joint.shape[1], -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(self.heads, dim=1)
         key, value = current_step().update(key, value, self.layer_idx)
@@ -129,24 +143,36 @@ class FusedAttention(nn.Module):
 
 
 class _NormStruct(ctypes.Structure):
-    """A :class:`FusedNorm` as csrc/layer.cpp's ``Norm``."""
+    """A norm as csrc/parts.h's ``Norm``."""
 
-    _fields_: ClassVar = [("weight", ctypes.c_void_p), ("offset", ctypes.c_float), ("epsilon", ctypes.c_float)]
+    _fields_: ClassVar = [
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("offset", ctypes.c_float), ("epsilon", ctypes.c_float), ("centred", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+def _norm_struct(norm: FusedNorm | nn.LayerNorm | None) -> _NormStruct:
+    if norm is None:
+        return _NormStruct()
+    if isinstance(norm, FusedNorm):
+        return _NormStruct(norm.weight.data_ptr(), None, norm.offset, norm.epsilon, False)
+    bias = None if norm.bias is None else norm.bias.data_ptr()
+    return _NormStruct(norm.weight.data_ptr(), bias, 0.0, norm.eps, True)
 
 
 class _LayerStruct(ctypes.Structure):
     """A :class:`FusedLayer` as csrc/layer.cpp's ``Layer``."""
 
     _fields_: ClassVar = [
-        *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, LinearStruct) for name in ("qkv", "o", "up", "down")),
         *((name, _NormStruct) for name in ("input", "post", "query", "key")),
         *((name, ctypes.c_float) for name in ("linear", "cubic", "scaling", "softcap")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "half_angles")),
+        *((name, ctypes.c_int64) for name in ("gated", "heads", "kv_heads", "head_dim", "half_angles")),
     ]
 
 
 class _StepStruct(ctypes.Structure):
-    """A decode step at one layer as csrc/layer.cpp's ``Step``."""
+    """A decode step as csrc/layer.cpp's ``Step``."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", *KernelInputs._fields)),
@@ -160,78 +186,136 @@ class _StepStruct(ctypes.Structure):
 class FusedLayer(nn.Module):
     """Decoder layer of fused modules that adds the residuals within the products before them.
 
-    In decode steps of a small batch it is one call: separate calls would take as long as reading the weights.
+    In decode steps of a small batch its :class:`LayerStack`, in which it has a ``number``, computes it.
     """
 
-    input_layernorm: FusedNorm
-    self_attn: FusedAttention
-    post_attention_layernorm: FusedNorm
-    mlp: FusedMLP
-
-    def __init__(self, own: Any) -> None:  # noqa: ANN401  # whose children are of these types
+    def __init__(
+        self,
+        input_layernorm: FusedNorm | nn.LayerNorm,
+        self_attn: FusedAttention,
+        post_attention_layernorm: FusedNorm | nn.LayerNorm,
+        mlp: FusedMLP | PlainMLP,
+    ) -> None:
         super().__init__()
-        self.input_layernorm, self.self_attn = own.input_layernorm, own.self_attn
-        self.post_attention_layernorm, self.mlp = own.post_attention_layernorm, own.mlp
-        self._struct: tuple[int, _LayerStruct] | None = None  # and the address of a weight that it holds for
+        self.input_layernorm, self.self_attn = input_layernorm, self_attn
+        self.post_attention_layernorm, self.mlp = post_attention_layernorm, mlp
+        self.stack, self.number = LayerStack([self]), 0
 
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:  # noqa: ANN401  # the model's own arguments
         """Return the output for ``hidden_states``, shape (1, tokens, width); ``attention`` are the other arguments of the
         attention layer."""
-        if (
-            hidden_states.shape[1] <= max_small_rows()
-            and (inputs := self._kernel_inputs(**attention))
-            and (layer := self._find_struct())
-        ):
-            return self._run_at_once(layer, inputs, hidden_states.contiguous(), *attention["position_embeddings"])
+        if hidden_states.shape[1] <= max_small_rows():
+            made = self.stack.run(self.number, hidden_states, **attention)
+            if made is not None:
+                return made
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), residual=hidden_states, **attention)
         output: Tensor = self.mlp(self.post_attention_layernorm(attended), attended)
         return output
 
-    def _kernel_inputs(self, attention_mask: object, **_: object) -> KernelInputs | None:
+    def make_struct(self) -> _LayerStruct | None:
+        """Return the layer at the addresses of its weights; None if the call for small batches does not support it."""
+        attention, mlp, options = self.self_attn, self.mlp, self.self_attn.options
+        gated = isinstance(mlp, FusedMLP)
+        up_proj = mlp.gate_up_proj if isinstance(mlp, FusedMLP) else mlp.up_proj
+        linears = [each.struct for each in (attention.qkv_proj, attention.o_proj, up_proj, mlp.down_proj)]
+        is_plain = options.sinks is None and options.bias is None and attention.heads[1] == attention.heads[2]
+        if None in linears or not is_plain:
+            return None
+        norms = self.input_layernorm, self.post_attention_layernorm, attention.q_norm, attention.k_norm
+        factors = mlp.factors if isinstance(mlp, FusedMLP) else (0.0, 0.0)
+        return _LayerStruct(
+            *linears, *map(_norm_struct, norms), *factors, options.scaling, options.softcap or 0.0,
+            gated, *attention.heads[:2], attention.head_dim, attention.half_angles,
+        )  # fmt: skip
+
+
+class LayerStack:
+    """Consecutive decoder layers, which a decode step of a small batch computes in one call: with a few rows, separate calls
+    take as long as reading the weights does.
+
+    The layer that the model calls first computes those after it too, each on the output of the one before. A later one
+    returns what is computed already if it is called with that output and the same other arguments. If it is not, the model
+    does something between the two: the layer is computed again, and the calls of later steps end before it.
+    """
+
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+        self._layers = list(layers)
+        self._starts: set[int] = set()  # the numbers of layers that are not computed with the one before
+        self._structs: tuple[int, Any, list[bool]] | None = None
+
+    @classmethod
+    def make(cls, layers: Sequence[FusedLayer]) -> None:
+        """Make ``layers`` a stack."""
+        stack = cls(layers)
+        for number, layer in enumerate(layers):
+            layer.stack, layer.number = stack, number
+
+    def run(
+        self,
+        number: int,
+        hidden_states: Tensor,
+        attention_mask: object = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **_: object,
+    ) -> Tensor | None:
+        """Return the output of layer ``number`` for ``hidden_states``, (1, tokens, width); None if the step is not one of
+        decode or the call does not support the layer."""
         step = current_step()
         if not isinstance(step, PagedAttention):
             return None
-        return step.kernel_inputs(self.self_attn.layer_idx, attention_mask)
+        layer = self._layers[number].self_attn.layer_idx
+        others = attention_mask, position_embeddings
+        if ahead := step.computed_ahead.get(layer):
+            if all(one is other for one, other in zip((hidden_states, *others), ahead.inputs, strict=True)):
+                return ahead.output
+            self._starts.add(number)
+        structs, supported = self._find_structs()
+        numbers = range(number, len(self._layers))
+        end = next((at for at in numbers if not supported[at] or (at > number and at in self._starts)), numbers.stop)
+        layers = [each.self_attn.layer_idx for each in self._layers[number:end]]
+        inputs = step.kernel_inputs(layers, attention_mask) if layers else None
+        if inputs is None:
+            return None
+        outputs = _run_layers(structs[number], inputs, hidden_states.contiguous(), position_embeddings)
+        for layer, before, output in zip(layers, (hidden_states, *outputs), outputs, strict=False):
+            step.computed_ahead[layer] = ComputedAhead((before, *others), output)
+        return outputs[0]
 
-    def _run_at_once(
-        self, layer: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, cosines: Tensor, sines: Tensor
-    ) -> Tensor:
-        """Compute the whole layer in one call."""
-        cosines, sines = cosines.contiguous(), sines.contiguous()
-        output = torch.empty_like(hidden_states)
-        step = _StepStruct(
-            cosines.data_ptr(), sines.data_ptr(), *(tensor.data_ptr() for tensor in inputs),
-            hidden_states.shape[1], inputs.keys.shape[1], inputs.tables.shape[1], cosines.shape[-1],
-            cosines.dtype == torch.float32, torch.get_num_threads(),
-        )  # fmt: skip
-        _functions().layer_small_batch(
-            ctypes.byref(layer), ctypes.byref(step), hidden_states.data_ptr(), output.data_ptr()
-        )
-        return output
-
-    def _find_struct(self) -> _LayerStruct | None:
-        """Return the layer at the addresses of its weights; None if the one call does not support it."""
-        attention, mlp, address = self.self_attn, self.mlp, self.self_attn.qkv_proj.packed.data_ptr()
-        if self._struct is None or self._struct[0] != address:
-            linears = [each.struct for each in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
-            options = attention.options
-            is_plain = options.sinks is None and options.bias is None and attention.heads[1] == attention.heads[2]
-            if None in linears or not is_plain:
-                return None
-            norms = [self.input_layernorm, self.post_attention_layernorm, attention.q_norm, attention.k_norm]
-            self._struct = address, _LayerStruct(
-                *linears,
-                *(
-                    _NormStruct(norm.weight.data_ptr(), norm.offset, norm.epsilon) if norm else _NormStruct()
-                    for norm in norms
-                ),
-                *mlp.factors, options.scaling, options.softcap or 0.0, *attention.heads[:2], attention.head_dim,
-                attention.half_angles,
-            )  # fmt: skip
-        return self._struct[1]
+    def _find_structs(self) -> tuple[Any, list[bool]]:
+        """Return all layers as an array at the addresses of their weights, and which the call supports."""
+        address = self._layers[0].self_attn.qkv_proj.packed.data_ptr()
+        if self._structs is None or self._structs[0] != address:
+            structs = [layer.make_struct() for layer in self._layers]
+            array = (_LayerStruct * len(structs))(*(each or _LayerStruct() for each in structs))
+            self._structs = address, array, [each is not None for each in structs]
+        return self._structs[1:]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_struct": None}  # an address is meaningless in another process
+        return {**self.__dict__, "_structs": None}  # an address is meaningless in another process
+
+
+def _run_layers(
+    first: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
+) -> Sequence[Tensor]:
+    """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call; return the output
+    of each."""
+    cosines, sines = (each.contiguous() for each in angles) if angles else (None, None)
+    outputs = hidden_states.new_empty(len(inputs.keys), *hidden_states.shape)
+    keys, values = (
+        (ctypes.c_void_p * len(layers))(*(each.data_ptr() for each in layers))
+        for layers in (inputs.keys, inputs.values)
+    )
+    step = _StepStruct(
+        *(None if each is None else each.data_ptr() for each in (cosines, sines)),
+        ctypes.addressof(keys), ctypes.addressof(values), *(each.data_ptr() for each in inputs[2:]),
+        hidden_states.shape[1], inputs.keys[0].shape[1], inputs.tables.shape[1],
+        0 if cosines is None else cosines.shape[-1], cosines is not None and cosines.dtype == torch.float32,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _functions().layers_small_batch(
+        ctypes.byref(first), len(inputs.keys), ctypes.byref(step), hidden_states.data_ptr(), outputs.data_ptr()
+    )
+    return outputs.unbind()
 
 
 def _apply(linear: PackedLinear, inputs: Tensor, residual: Tensor | None) -> Tensor:

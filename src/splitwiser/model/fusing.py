@@ -10,7 +10,8 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +20,16 @@ from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
 from splitwiser.model.forward import forward
-from splitwiser.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, TorchNorm, find_compile_problem
+from splitwiser.model.fused import (
+    FusedAttention,
+    FusedLayer,
+    FusedMLP,
+    FusedNorm,
+    LayerStack,
+    PlainMLP,
+    TorchNorm,
+    find_compile_problem,
+)
 from splitwiser.model.kernels.int8_linear import Int8Linear
 from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable, pack_linears
 
@@ -29,6 +39,11 @@ _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.
 _ACTIVATIONS = (RELU, ("gelu", "none"), ("gelu", "tanh"), ("swish", ""))
 # what models call the layers of a gated feed-forward network
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+# what models call the last layer of their attention
+_OUTPUTS = ("o_proj", "out_proj")
+# what models call the parts of a layer whose feed-forward network has no gate: norm, attention, norm, first linear layer,
+# activation and last linear layer
+_PLAIN_LAYERS = (("self_attn_layer_norm", "self_attn", "final_layer_norm", "fc1", "activation_fn", "fc2"),)
 # what models call a linear layer and the activation of its output
 _ACTIVATED = (
     ("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("dense_h_to_4h", "gelu_impl"), ("up_proj", "act"),
@@ -65,6 +80,7 @@ def fuse_parts(
     if find_compile_problem() is None:
         for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
             fusing.replace_children(module, candidates)
+        _stack_layers(module)
     fusing.fuse_activations(module)
     pack_linears(module, keep=_read_by_their_parents(module, calls))
     return fusing.choices
@@ -137,7 +153,8 @@ def _mlp_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
 
 
 def _attention_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
-    linears = _packable_children(own, "q_proj", "k_proj", "v_proj", "o_proj")
+    found = (_packable_children(own, "q_proj", "k_proj", "v_proj", output) for output in _OUTPUTS)
+    linears = next(filter(None, found), [])
     head_dim, layer_idx = getattr(own, "head_dim", None), getattr(own, "layer_idx", None)
     if not (linears and _can_concatenate(linears[:3]) and isinstance(head_dim, int) and isinstance(layer_idx, int)):
         return
@@ -145,26 +162,68 @@ def _attention_candidates(own: nn.Module, call: _Call) -> Iterator[nn.Module]:
     kinds = {(norm.offset, norm.epsilon, len(norm.weight)) for norm in norms}
     if norms and (len(norms) != 2 or len(kinds) != 1 or len(norms[0].weight) != head_dim):
         return
-    cosines, sines = call.named["position_embeddings"]
-    if cosines.dtype != sines.dtype or cosines.dtype not in (torch.bfloat16, torch.float32):
-        return
-    if not cosines.shape[:-1] == sines.shape[:-1] == call.hidden_states.shape[:-1]:
+    angles = call.named.get("position_embeddings")
+    if angles is not None and not _can_rotate(angles, call.hidden_states):
         return
     options = _run(own, call).options
-    if options is not None:
-        qkv_proj, o_proj = PackedLinear(_concatenate(linears[:3])), PackedLinear(linears[3])
-        for half_angles in (False, True):
-            if cosines.shape[-1] * (1 + half_angles) <= head_dim:
-                yield FusedAttention(own, qkv_proj, o_proj, options, norms, half_angles)
+    if options is None:
+        return
+    qkv_proj, o_proj = PackedLinear(_concatenate(linears[:3])), PackedLinear(linears[3])
+    if angles is None:
+        for factor in (1.0, getattr(own, "scaling", 1.0)):  # which a layer may multiply its queries by itself
+            scaled = replace(options, scaling=options.scaling * factor)
+            yield FusedAttention(own, qkv_proj, o_proj, scaled, norms)
+        return
+    for half_angles in (False, True):
+        if angles[0].shape[-1] * (1 + half_angles) <= head_dim:
+            yield FusedAttention(own, qkv_proj, o_proj, options, norms, half_angles)
+
+
+def _can_rotate(angles: tuple[Tensor, Tensor], hidden_states: Tensor) -> bool:
+    """Whether ``angles`` are the cosines and sines of the tokens of ``hidden_states``, of a type that heads are rotated
+    with."""
+    cosines, sines = angles
+    return (
+        cosines.dtype == sines.dtype
+        and cosines.dtype in (torch.bfloat16, torch.float32)
+        and cosines.shape[:-1] == sines.shape[:-1] == hidden_states.shape[:-1]
+    )
 
 
 def _layer_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
+    children = dict(own.named_children())
     parts = {
         "input_layernorm": FusedNorm, "self_attn": FusedAttention,
         "post_attention_layernorm": FusedNorm, "mlp": FusedMLP,
     }  # fmt: skip
-    if {name: type(child) for name, child in own.named_children()} == parts:
-        yield FusedLayer(own)
+    if {name: type(child) for name, child in children.items()} == parts:
+        yield FusedLayer(*(children[name] for name in parts))  # type: ignore[arg-type]
+    for names in _PLAIN_LAYERS:
+        if set(names) == set(children):
+            yield from _plain_layers(*(children[name] for name in names))
+
+
+def _plain_layers(
+    norm: nn.Module, attention: nn.Module, other_norm: nn.Module, first: nn.Module, _: nn.Module, last: nn.Module
+) -> Iterator[nn.Module]:
+    norms = [part for part in (norm, other_norm) if _is_layer_norm(part)]
+    if len(norms) == 2 and isinstance(attention, FusedAttention) and is_packable(first) and is_packable(last):
+        up_proj, down_proj = PackedLinear(first), PackedLinear(last)
+        for activation in _ACTIVATIONS:
+            yield FusedLayer(norms[0], attention, norms[1], PlainMLP(up_proj.with_activation(activation), down_proj))
+
+
+def _is_layer_norm(part: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether ``part`` is a norm of bfloat16 rows by their mean and standard deviation."""
+    return type(part) is nn.LayerNorm and part.weight is not None and part.weight.dtype == torch.bfloat16
+
+
+def _stack_layers(module: nn.Module) -> None:
+    """Let consecutive fused layers within ``module`` be computed in one call."""
+    for part in module.modules():
+        for is_layer, run in itertools.groupby(part.children(), lambda child: isinstance(child, FusedLayer)):
+            if is_layer:
+                LayerStack.make([child for child in run if isinstance(child, FusedLayer)])
 
 
 def _activation_candidates(pair: nn.Module, _: _Call) -> Iterator[nn.Module]:
@@ -287,8 +346,8 @@ class _Recorder(AttentionStep):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """Return random numbers, which do not hide what the module does with them."""
-        self.numbers.append(query)
-        self.others += [id(mask), options.scaling, options.softcap, id(options.sinks)]
+        self.numbers.append(query.float() * options.scaling)
+        self.others += [id(mask), options.softcap, id(options.sinks)]
         self.others += [id(options.bias), options.bias_by_position]
         self.options = options
         shape = 1, query.shape[2], query.shape[1], value.shape[3]

@@ -49,18 +49,25 @@ class _Group:
 
 
 class KernelInputs(NamedTuple):
-    """The inputs of the store and attention kernels at one layer of a decode step, as
+    """The inputs of the store and attention kernels at some layers of a decode step, as
     :class:`~splitwiser.model.kernels.interface.StoreKernel` and
-    :class:`~splitwiser.model.kernels.interface.AttentionKernel` describe them: the layer of the pool, and which of its slots
-    belong to which request."""
+    :class:`~splitwiser.model.kernels.interface.AttentionKernel` describe them: the layers of the pool, and which of their
+    slots belong to which request."""
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
     slots: Tensor
     tables: Tensor
     starts: Tensor
     offsets: Tensor
     lengths: Tensor
+
+
+class ComputedAhead(NamedTuple):
+    """The output of a layer that was computed before the model called it, and the inputs that it holds for."""
+
+    inputs: tuple[object, ...]
+    output: Tensor
 
 
 def find_slots(pool: KVPool, segments: Sequence[Segment], device: torch.device) -> Tensor:
@@ -91,6 +98,7 @@ class PagedAttention(AttentionStep):
         self.pool = pool
         self.segments = segments
         self.device = device
+        self.computed_ahead: dict[int, ComputedAhead] = {}  # by layer
         self._layer = -1  # whose K and V the running attention is over
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}
@@ -147,12 +155,12 @@ class PagedAttention(AttentionStep):
             self._attend_segments(query, key, value, mask, options, output)
         return output.unsqueeze(0)
 
-    def kernel_inputs(self, layer: int, mask: object) -> KernelInputs | None:
-        """Return the kernels' inputs at ``layer`` of a decode step, for a function that computes a whole layer; None in
+    def kernel_inputs(self, layers: Sequence[int], mask: object) -> KernelInputs | None:
+        """Return the kernels' inputs at ``layers`` of a decode step, for a function that computes whole layers; None in
         another step, or if the first visible position does not describe ``mask``."""
         if not self._decoding or not isinstance(mask, Mask) or (starts := self._first_seen(mask)) is None:
             return None
-        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        keys, values = ([part[layer] for layer in layers] for part in (self.pool.keys, self.pool.values))
         return KernelInputs(keys, values, self._slots, self._batch.tables, starts, self._offsets, self._batch.lengths)
 
     def _attend_varlen(

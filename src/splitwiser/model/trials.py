@@ -14,12 +14,10 @@ has just written (:mod:`splitwiser.model.kernels.packed_linear`).
 """
 
 import hashlib
-import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +26,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from splitwiser.files import replace
-from splitwiser.machine.user_cache import cache_directory
-from splitwiser.model.kernels.build import load_native
+from splitwiser.machine.remembered import Remembered
+from splitwiser.model.kernels.build import load_native, processor_kind
 from splitwiser.model.loading import LoadedModel
 
-KEPT = 200  # outcomes at most; the oldest go first
 SETTINGS = (
     "ATEN_",
     "DNNL_",
@@ -97,31 +93,13 @@ def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple
     return first.float(), second.float()
 
 
-class Trial:
+class Trial(Remembered):
     """A trial of ``model`` called ``name``: what an earlier one found, and a place for what this one finds. The model must
     be as it was loaded; ``compiled`` says whether the compiled library takes part. ``outcome`` is made of JSON's types, None
     if nothing is known."""
 
     def __init__(self, model: LoadedModel, name: str, *, compiled: bool) -> None:
-        self._path: Path | None = None
-        self.outcome: Any = None
-        if model.device.type != "cpu":
-            return
-        with suppress(OSError):
-            facts = "\n".join(map(repr, _facts(model, name, compiled)))
-            self._path = cache_directory() / "trials" / f"{hashlib.sha256(facts.encode()).hexdigest()}.json"
-            self.outcome = _read(self._path)
-
-    def remember(self, outcome: object) -> None:
-        """Keep ``outcome`` for the next trial with the same key, if the cache can be written."""
-        if self._path is None:
-            return
-        text = json.dumps(outcome)
-        with suppress(OSError):
-            self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            replace(self._path, f"{_checksum(text)}\n{text}")
-            for old in sorted(self._path.parent.glob("*.json"), key=_modified_ns)[:-KEPT]:
-                old.unlink(missing_ok=True)
+        super().__init__(_facts(model, name, compiled) if model.device.type == "cpu" else None)
 
 
 def remembered_flag(model: LoadedModel, name: str, find: Callable[[LoadedModel], bool]) -> bool:
@@ -131,24 +109,6 @@ def remembered_flag(model: LoadedModel, name: str, find: Callable[[LoadedModel],
         trial.outcome = find(model)
         trial.remember(trial.outcome)
     return bool(trial.outcome)
-
-
-def _read(path: Path) -> object:
-    try:
-        checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
-        return json.loads(text) if checksum == _checksum(text) else None
-    except (OSError, ValueError):
-        return None
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _modified_ns(path: Path) -> int:
-    with suppress(OSError):  # another process may have removed it
-        return path.stat().st_mtime_ns
-    return 0
 
 
 def _facts(model: LoadedModel, name: str, compiled: bool) -> Iterator[object]:
@@ -164,7 +124,7 @@ def _facts(model: LoadedModel, name: str, compiled: bool) -> Iterator[object]:
         library, described = load_native()
         yield library and library._name, described
     yield platform.python_version(), transformers.__version__, torch.__version__, torch.version.git_version
-    yield platform.release(), _processor()
+    yield platform.release(), processor_kind()
     yield torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     yield torch._C._get_mkldnn_enabled(), torch.__config__.show()
     yield sorted((key, value) for key, value in os.environ.items() if key.startswith(SETTINGS))
@@ -181,10 +141,3 @@ def _identity(kind: type[nn.Module]) -> tuple[object, ...]:
         (path, stat.st_size, stat.st_mtime_ns) if stat else None,
         (code.co_code, code.co_filename, code.co_firstlineno) if code else repr(kind.forward),
     )
-
-
-def _processor() -> list[str]:
-    """Return the lines of /proc/cpuinfo that tell one kind of processor from another."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    kinds = ("vendor_id", "cpu family", "model", "stepping", "cache size", "flags", "Features", "CPU ")
-    return [line for line in lines if line.startswith(kinds)]

@@ -102,3 +102,10 @@ def processor_flags() -> bytes:
         if line.startswith((b"flags", b"Features")):
             return line
     return b""
+
+
+def processor_kind() -> list[str]:
+    """Return the lines of /proc/cpuinfo that tell one kind of processor from another."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    kinds = ("vendor_id", "cpu family", "model", "stepping", "cache size", "flags", "Features", "CPU ")
+    return [line for line in lines if line.startswith(kinds)]

@@ -1,23 +1,31 @@
 """The compiled attention and store kernels for CPUs, csrc/attention.cpp."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from splitwiser import constants
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.greedy import CpuLikeliest
-from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kernels.interface import AttentionKernel, LayerShape, PoolKernels
+from splitwiser.model.kernels.tile_trials import best_seconds, remembered_trial
+
+TRIED_TOKENS = 512  # of the prompt on which prefill is tried
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CpuAttention:
-    """The function ``attention`` as an :class:`~splitwiser.model.kernels.interface.AttentionKernel`."""
+    """The function ``attention`` as an :class:`~splitwiser.model.kernels.interface.AttentionKernel`; prefill uses AMX if
+    ``in_tiles``."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = library.attention
+    def __init__(self, library: ctypes.CDLL, in_tiles: bool = False) -> None:
+        self._function, self._in_tiles = library.attention, in_tiles
 
     def __call__(
         self,
@@ -46,9 +54,48 @@ class CpuAttention:
             starts.data_ptr(), offsets.data_ptr(), lengths.data_ptr(), None if sinks is None else sinks.data_ptr(),
             None if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1], bias_by_position,
             output.data_ptr(), query.stride(0), len(lengths), heads, kv_heads, key_dim, value_dim, block_tokens,
-            tables.shape[1], scaling, softcap or 0.0, torch.get_num_threads(),
+            tables.shape[1], scaling, softcap or 0.0, self._in_tiles, torch.get_num_threads(),
         )  # fmt: skip
         return output
+
+
+class FlashPrefill:
+    """PyTorch's flash attention for whole prompts under a causal mask, as an
+    :class:`~splitwiser.model.kernels.interface.AttentionKernel`; everything else is left to ``compiled``."""
+
+    def __init__(self, compiled: CpuAttention) -> None:
+        self._compiled = compiled
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        starts: Tensor,
+        offsets: Tensor,
+        lengths: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        bias: Tensor | None = None,
+        bias_by_position: bool = False,
+    ) -> Tensor:
+        """See :meth:`splitwiser.model.kernels.interface.AttentionKernel.__call__`."""
+        has_extras = bool(softcap) or sinks is not None or bias is not None
+        if has_extras or bool(starts.any()) or not torch.equal(offsets.diff(), lengths):
+            return self._compiled(
+                query, keys, values, tables, starts, offsets, lengths, scaling, softcap, sinks, bias, bias_by_position
+            )
+        outputs = []
+        for own, table in zip(query.split(lengths.tolist()), tables, strict=True):
+            blocks = table[: -(-len(own) // keys.shape[1])]
+            key, value = (kept[blocks].flatten(0, 1)[: len(own)].transpose(0, 1)[None] for kept in (keys, values))
+            attended = scaled_dot_product_attention(
+                own.transpose(0, 1)[None], key, value, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            outputs.append(attended[0].transpose(0, 1))
+        return torch.cat(outputs)
 
 
 class CpuStore:
@@ -83,10 +130,53 @@ def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
     supports_prefill = all(
         library.attention_supports_prefill(_DTYPES[dtype], layer.key_dim, layer.value_dim) for layer in layers
     )
-    prefill = attention if supports_prefill else None
+    prefill: AttentionKernel | None = None
+    by = f"{fused} (attention.cpp does it in bfloat16 on AVX-512)"
+    if supports_prefill:
+        prefill, by = _choose_prefill(library, layers[0], compiled) if layers else (attention, compiled)
     return PoolKernels(attention, prefill, CpuStore(library), likeliest=CpuLikeliest(library)), {
-        "prefill_attention": compiled
-        if supports_prefill
-        else f"{fused} (attention.cpp does it in bfloat16 on AVX-512)",
+        "prefill_attention": by,
         "decode_attention": compiled,
     }
+
+
+def _choose_prefill(library: ctypes.CDLL, layer: LayerShape, compiled: str) -> tuple[AttentionKernel, str]:
+    """Return the fastest kernel for prefill on this machine, and what it is. They are tried on one prompt of a layer's shape
+    if the processor has AMX; flash attention, which leaves much to the compiled kernel, must be faster by a quarter."""
+    dots = CpuAttention(library)
+    if not library.may_use_tiles():
+        return dots, compiled
+    kernels: dict[str, AttentionKernel] = {
+        "dots": dots, "tiles": CpuAttention(library, in_tiles=True), "flash": FlashPrefill(dots)
+    }  # fmt: skip
+
+    def find() -> dict[str, float]:
+        calls = _prefill_calls(kernels, layer)
+        if not torch.allclose(calls["tiles"](), calls["dots"](), atol=1 / 64, rtol=1 / 64):
+            del calls["tiles"]
+        return best_seconds(calls)
+
+    seconds = cast("dict[str, float]", remembered_trial(library, f"prefill {layer}", find))
+    chosen = min(seconds, key=lambda name: seconds[name] * (1.25 if name == "flash" else 1))
+    described = {
+        "dots": compiled,
+        "tiles": f"{compiled}, in AMX tiles",
+        "flash": f"PyTorch's flash attention; {compiled}",
+    }
+    tried = ", ".join(f"{name} {1000 * each:.1f}" for name, each in seconds.items())
+    return kernels[chosen], f"{described[chosen]} (ms for {TRIED_TOKENS} tokens: {tried})"
+
+
+def _prefill_calls(kernels: Mapping[str, AttentionKernel], layer: LayerShape) -> dict[str, Callable[[], Tensor]]:
+    """Return calls of ``kernels`` for one prompt with random queries, keys and values."""
+    generator, block = torch.Generator().manual_seed(0), constants.BLOCK_TOKENS
+    blocks, heads = -(-TRIED_TOKENS // block), min(layer.kv_heads, 8)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).bfloat16()
+
+    query, keys = drawn(TRIED_TOKENS, heads, layer.key_dim), drawn(blocks, block, heads, layer.key_dim)
+    values, tables = drawn(blocks, block, heads, layer.value_dim), torch.arange(blocks)[None]
+    starts, offsets = torch.zeros(TRIED_TOKENS, dtype=torch.long), torch.tensor([0, TRIED_TOKENS])
+    arguments = query, keys, values, tables, starts, offsets, offsets[1:], layer.key_dim**-0.5
+    return {name: partial(kernel, *arguments) for name, kernel in kernels.items()}

@@ -7,18 +7,20 @@ the same numbers.
 """
 
 import ctypes
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, silu
 
 from splitwiser.model.kernels.build import load_native
-from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, LinearStruct, PackedLinear
+from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, LinearStruct, PackedLinear, layers_for_trial
+from splitwiser.model.kernels.tile_trials import ALL_ROWS, TRIED_ROWS, best_seconds, remembered_trial, rows_by_dots
 
 LARGEST = 127  # so that a number and its negative are rounded alike
 PANEL, QUAD = 64, 4  # outputs and inputs that csrc/int8.cpp reads together
+TILE_INPUTS = 64  # inputs of an AMX tile, to whole numbers of which they are padded
 _ACTIVATIONS = {("gelu", "none"): gelu, ("gelu", "tanh"): lambda x: gelu(x, approximate="tanh"), ("swish", ""): silu}
 
 
@@ -38,7 +40,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.activation, self.bias = packed.activation, packed.bias
         self.in_features, self.out_features = packed.in_features, packed.out_features
-        self.padded_inputs = -(-self.in_features // QUAD) * QUAD
+        self.padded_inputs = -(-self.in_features // TILE_INPUTS) * TILE_INPUTS
         missing = -self.out_features % PANEL
         weight, scales = quantise(packed.unpacked())
         weight = pad(weight, (0, self.padded_inputs - self.in_features, 0, missing))
@@ -85,10 +87,7 @@ class Int8Linear(nn.Module):
         residual = None if residual is None else residual.contiguous()
         output = inputs.new_empty(*inputs.shape[:-1], self.out_features)
         struct = self.struct or self._make_struct(relu=False)
-        functions.multiply_int8(
-            ctypes.byref(struct), inputs.data_ptr(), None if residual is None else residual.data_ptr(),
-            output.data_ptr(), inputs.numel() // self.in_features, torch.get_num_threads(),
-        )  # fmt: skip
+        _call(functions, struct, inputs, residual, output)
         return output
 
     def _multiply_plainly(self, inputs: Tensor, residual: Tensor | None) -> Tensor:
@@ -100,11 +99,12 @@ class Int8Linear(nn.Module):
             output = output if each is None else output + each
         return (output.relu() if self.activation == RELU else output).to(inputs.dtype)
 
-    def _make_struct(self, relu: bool) -> LinearStruct:
+    def _make_struct(self, relu: bool, dot_rows: int | None = None) -> LinearStruct:
+        dot_rows = _dot_rows() if dot_rows is None else dot_rows
         bias = None if self.bias is None else self.bias.data_ptr()
         return LinearStruct(
             self.packed.data_ptr(), bias, self.scales.data_ptr(), self.offsets.data_ptr(),
-            self.in_features, self.out_features, relu, PANEL, self.padded_inputs,
+            self.in_features, self.out_features, relu, PANEL, self.padded_inputs, dot_rows,
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +133,48 @@ def quantise_linears(module: nn.Module) -> int:
 
 def describe() -> str:
     """Return what computes layers of int8 weights, for a run's record."""
-    return "int8.cpp's" if _functions() else "torch._int_mm's"
+    if not _functions():
+        return "torch._int_mm's"
+    return "int8.cpp's" + (f" (in AMX tiles from {_dot_rows() + 1} rows on)" if _dot_rows() < ALL_ROWS else "")
+
+
+@cache
+def _dot_rows() -> int:
+    """Return up to how many rows products are left to dot products, which is tried where a processor has AMX tiles."""
+    functions = _functions()
+    if functions is None or not functions.may_use_tiles():
+        return ALL_ROWS
+    return cast("int", remembered_trial(functions, "int8 products", partial(_try_rows, functions)))
+
+
+def _try_rows(functions: ctypes.CDLL) -> int:
+    layers = [Int8Linear(each) for each in layers_for_trial()]
+    structs = {
+        name: [layer._make_struct(relu=False, dot_rows=dot_rows) for layer in layers]
+        for name, dot_rows in (("dots", ALL_ROWS), ("tiles", 0))
+    }
+    times = {}
+    for rows in TRIED_ROWS:
+        inputs = torch.linspace(-9, 9, rows * layers[0].in_features).sin().bfloat16().view(rows, -1)
+        outputs = {name: inputs.new_empty(rows, layers[0].out_features) for name in structs}
+
+        def run(name: str, inputs: Tensor = inputs, outputs: dict[str, Tensor] = outputs) -> None:
+            for struct in structs[name]:
+                _call(functions, struct, inputs, None, outputs[name])
+
+        times[rows] = best_seconds({name: partial(run, name) for name in structs})
+        if not torch.equal(outputs["tiles"], outputs["dots"]):
+            return ALL_ROWS
+    return rows_by_dots(times)
+
+
+def _call(
+    functions: ctypes.CDLL, struct: LinearStruct, inputs: Tensor, residual: Tensor | None, output: Tensor
+) -> None:
+    functions.multiply_int8(
+        ctypes.byref(struct), inputs.data_ptr(), None if residual is None else residual.data_ptr(),
+        output.data_ptr(), inputs.numel() // struct.inputs, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 @cache

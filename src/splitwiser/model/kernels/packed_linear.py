@@ -10,29 +10,41 @@ them from the packed bytes, if these are shown to lie in the layout that it read
 
 import copy
 import ctypes
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, TypeGuard
+from functools import cache, partial
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.onednn import open_packed, pack_weight
+from splitwiser.model.kernels.tile_trials import (
+    ALL_ROWS,
+    TRIED_ROWS,
+    best_seconds,
+    last_row_count,
+    remembered_trial,
+    rows_by_dots,
+)
 
 IDENTITY, RELU = ("none", ""), ("relu", "")
 PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what else oneDNN has kernels for
+TRIED_SIZES = 1024, 2048  # inputs and outputs of each layer of a trial
+TRIED_BYTES = 64 << 20  # of all their weights
 
 
 class LinearStruct(ctypes.Structure):
     """A layer as csrc/linear.h's ``Linear``: addresses of its weight, its bias (0: none) and, of an int8 weight, its scales
-    and offsets, its sizes, the outputs per panel of its weight, and its inputs with their padding."""
+    and offsets, its sizes, the outputs per panel of its weight, its inputs with their padding, and up to how many rows are
+    left to dot products where there are AMX tiles."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets")),
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
-        ("panel", ctypes.c_int64), ("padded_inputs", ctypes.c_int64),
+        ("panel", ctypes.c_int64), ("padded_inputs", ctypes.c_int64), ("dot_rows", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -100,7 +112,10 @@ class PackedLinear(nn.Module):
     @property
     def struct(self) -> LinearStruct | None:
         """The layer for small batches, of :func:`max_small_rows` rows at most; None if oneDNN computes these too."""
-        return self._open().struct
+        struct = self._open().struct
+        if struct:
+            struct.dot_rows, _ = _row_limits()
+        return struct
 
     def _multiply(self, inputs: Tensor, bare: bool = False) -> Tensor:
         """Compute the output with oneDNN; if ``bare``, without bias and activation."""
@@ -111,7 +126,7 @@ class PackedLinear(nn.Module):
     def _small_batch_struct(self, inputs: Tensor) -> LinearStruct | None:
         """The layer for small batches if ``inputs`` are one, else None."""
         is_small = inputs.numel() <= max_small_rows() * self.in_features and inputs.dtype == torch.bfloat16
-        return self._open().struct if is_small else None
+        return self.struct if is_small else None
 
     def _multiply_small_batch(self, struct: LinearStruct, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
         inputs = inputs.contiguous()
@@ -138,7 +153,7 @@ class PackedLinear(nn.Module):
     def _find_struct(self) -> LinearStruct | None:
         """Return the layer with the panel width for which the function for small batches is shown to compute the same as
         oneDNN, tried once per layout; None if there is no such width."""
-        if max_small_rows() == 0 or self.in_features % 2 or self.activation not in (IDENTITY, RELU):
+        if _small_batch_functions() is None or self.in_features % 2 or self.activation not in (IDENTITY, RELU):
             return None
         case = (self._layout, self.out_features, self.in_features)
         if case not in _PANELS:
@@ -155,7 +170,7 @@ class PackedLinear(nn.Module):
             return None
         bias = None if self.bias is None else self.bias.data_ptr()
         sizes = self.in_features, self.out_features, self.activation == RELU, panel, padded_inputs
-        return LinearStruct(self.packed.data_ptr(), bias, None, None, *sizes)
+        return LinearStruct(self.packed.data_ptr(), bias, None, None, *sizes, ALL_ROWS)
 
     def _lies_in_panels(self, panel: int) -> bool:
         """Whether the weight, read in panels of ``panel`` outputs, gives oneDNN's product. Compared without bias and
@@ -212,8 +227,62 @@ def find_packing_problem() -> str | None:
 @cache
 def max_small_rows() -> int:
     """Return the largest number of rows in a small batch; 0 without a compiled function for small batches."""
+    return _row_limits()[1]
+
+
+@cache
+def _row_limits() -> tuple[int, int]:
+    """Return up to how many rows products are left to dot products, and the largest number of rows in a small batch. Where a
+    processor has AMX tiles, both are tried."""
     functions = _small_batch_functions()
-    return int(functions.max_small_rows()) if functions else 0
+    if functions is None:
+        return ALL_ROWS, 0
+    if not functions.may_use_tiles():
+        return ALL_ROWS, int(functions.max_small_rows())
+    dot_rows, rows = cast("list[int]", remembered_trial(functions, "products", partial(_try_rows, functions)))
+    return dot_rows, rows
+
+
+def _try_rows(functions: ctypes.CDLL) -> tuple[int, int]:
+    """Time products of various numbers of rows by dot products, by tiles and by oneDNN. A function for small batches that
+    takes a tenth longer than oneDNN is the better one, since it saves calls."""
+    most = int(functions.max_small_rows())
+    layers = layers_for_trial() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    structs = [struct for layer in layers if (struct := layer._open().struct)]
+    if not structs:
+        return ALL_ROWS, most
+
+    def multiply(name: str, inputs: Tensor) -> list[Tensor]:
+        if name == "onednn":
+            return [layer._multiply(inputs) for layer in layers]
+        for struct in structs:
+            struct.dot_rows = ALL_ROWS if name == "dots" else 0
+        pairs = zip(layers, structs, strict=True)
+        return [layer._multiply_small_batch(struct, inputs) for layer, struct in pairs]
+
+    times = {}
+    with torch.inference_mode():
+        for rows in (each for each in TRIED_ROWS if each <= most):
+            inputs = torch.linspace(-9, 9, rows * TRIED_SIZES[0]).sin().bfloat16().view(rows, -1)
+            candidates = {name: partial(multiply, name, inputs) for name in ("dots", "tiles", "onednn")}
+            (dots, *_), (tiles, *_) = candidates["dots"](), candidates["tiles"]()
+            if not torch.allclose(tiles, dots, atol=1 / 64, rtol=1 / 64):
+                del candidates["tiles"]
+            times[rows] = {"tiles": math.inf, **best_seconds(candidates)}
+    small = last_row_count(times, lambda each: min(each["dots"], each["tiles"]) <= 1.1 * each["onednn"])
+    return rows_by_dots(times), small
+
+
+def layers_for_trial() -> list[PackedLinear]:
+    """Return layers with equal weights, which together do not fit a processor's caches, as those of a model do not."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(*TRIED_SIZES, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / TRIED_SIZES[0] ** 0.5)
+    layers = [PackedLinear(linear)]
+    for _ in range(1, TRIED_BYTES // layers[0].packed.nbytes):
+        layers.append(layers[0].with_activation(IDENTITY))
+        layers[-1].packed = layers[0].packed.clone()
+    return layers
 
 
 @cache
@@ -222,8 +291,10 @@ def find_small_batch_problem() -> str | None:
     which is tried on a small layer. It does not if oneDNN leaves weights plain, on processors without bfloat16 products."""
     if problem := find_packing_problem():
         return problem
-    if max_small_rows() == 0:
+    if _small_batch_functions() is None:
         return "this processor lacks the instructions for them"
+    if max_small_rows() == 0:
+        return "it was faster in a trial"
     linear = nn.Linear(64, 128, dtype=torch.bfloat16).requires_grad_(False)
     return None if PackedLinear(linear).struct else "oneDNN uses another weight layout here"
 
@@ -231,8 +302,15 @@ def find_small_batch_problem() -> str | None:
 def describe() -> str:
     """Return what computes packed layers, for a run's record."""
     problem = find_small_batch_problem()
-    small = f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()} rows)"
+    small = (
+        f"oneDNN's too ({problem})" if problem else f"layer.cpp's (up to {max_small_rows()} rows{_describe_tiles()})"
+    )
     return f"oneDNN's, weights packed once; products of small batches {small}"
+
+
+def _describe_tiles() -> str:
+    dot_rows, rows = _row_limits()
+    return f", in AMX tiles from {dot_rows + 1} on" if dot_rows < rows else ""
 
 
 @cache

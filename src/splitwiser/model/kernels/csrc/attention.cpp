@@ -13,10 +13,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "bfloat16.h"
 #include "functions.h"
+#include "parts.h"
+#include "tiles.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define HAS_BF16_DOT 1
@@ -83,17 +86,28 @@ class Scratch {
     std::vector<char> bytes_;
 };
 
-// ---- decode, one new token: kv heads [first, last) of a request
+// ---- decode, one new token: kv heads [first, last) of a request, over its tokens in `count` slots
 
 template <typename T>
-void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count, float* scores) {
+void find_slots(const Call<T>& c, int64_t request, int64_t begin, int64_t count, int64_t* slots) {
+    const int64_t* block = c.tables + request * c.table_width + begin / c.block_tokens;
+    int64_t within = begin % c.block_tokens;  // a division for each token would take as long as reading its keys
+    for (int64_t token = 0; token < count; ++token) {
+        slots[token] = *block * c.block_tokens + within;
+        if (++within == c.block_tokens) ++block, within = 0;
+    }
+}
+
+template <typename T>
+void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last, const int64_t* slots, int64_t count,
+                  float* scores) {
     thread_local Scratch<float> queries_memory;
     const int64_t rows = (last - first) * c.group();
     float* queries = queries_memory.take(rows * c.key_dim);
     const T* own = c.query + c.offsets[request] * c.query_stride + first * c.group() * c.key_dim;
     for (int64_t i = 0; i < rows * c.key_dim; ++i) queries[i] = to_float(own[i]);
     for (int64_t token = 0; token < count; ++token) {
-        const T* key = c.key(c.slot(request, begin + token), first);
+        const T* key = c.key(slots[token], first);
         for (int64_t row = 0; row < rows; ++row) {
             const T* k = key + row / c.group() * c.key_dim;
             const float* q = queries + row * c.key_dim;
@@ -106,11 +120,11 @@ void score_tokens(const Call<T>& c, int64_t request, int64_t first, int64_t last
 }
 
 template <typename T>
-void sum_values(const Call<T>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
-                const float* weights, float* sums) {
+void sum_values(const Call<T>& c, int64_t first, int64_t last, const int64_t* slots, int64_t count, const float* weights,
+                float* sums) {
     const int64_t rows = (last - first) * c.group();
     for (int64_t token = 0; token < count; ++token) {
-        const T* value = c.value(c.slot(request, begin + token), first);
+        const T* value = c.value(slots[token], first);
         for (int64_t row = 0; row < rows; ++row) {
             const T* v = value + row / c.group() * c.value_dim;
             float* sum = sums + row * c.value_dim;
@@ -128,6 +142,9 @@ constexpr float LOG2_E = 1.44269504f;
 
 inline __mmask32 first_pairs(int64_t numbers) { return numbers >= 32 ? ~__mmask32{0} : (__mmask32{1} << numbers) - 1; }
 inline __mmask16 first_lanes(int64_t numbers) { return numbers >= 16 ? ~__mmask16{0} : (__mmask16{1} << numbers) - 1; }
+
+// Returns which of 16 lanes from `at` on are among the first `numbers`.
+inline __mmask16 lanes_from(int64_t at, int64_t numbers) { return first_lanes(std::max<int64_t>(0, numbers - at)); }
 
 // Returns the sum of the lanes of each of 16 vectors, in their order.
 inline __m512 reduce_lanes(const __m512 (&a)[LANES]) {
@@ -155,53 +172,55 @@ inline __m512 power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-// Replaces every score by e^(score - highest); returns their total.
-inline float exponentiate(float* scores, int64_t count, float highest) {
+// Replaces every score by e^((score - highest) * scaling); returns their total.
+inline float exponentiate(float* scores, int64_t count, float highest, float scaling) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t at = 0; at < count; at += LANES) {
         const __mmask16 part = first_lanes(count - at);
         const __m512 score = _mm512_sub_ps(_mm512_maskz_loadu_ps(part, scores + at), _mm512_set1_ps(highest));
-        const __m512 power = power_of_2(_mm512_mul_ps(score, _mm512_set1_ps(LOG2_E)));
+        const __m512 power = power_of_2(_mm512_mul_ps(score, _mm512_set1_ps(scaling * LOG2_E)));
         total = _mm512_mask_add_ps(total, part, total, power);
         _mm512_mask_storeu_ps(scores + at, part, power);
     }
     return _mm512_reduce_add_ps(total);
 }
 
-inline __m512 load_as_float(const bfloat16* from, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+// Writes where the keys or values of 16 tokens from `token` on lie, given where those of slot 0 do; past the last token, its
+// own are repeated.
+inline void find_rows(const bfloat16* zero, int64_t stride, const int64_t* slots, int64_t token, int64_t count,
+                      const bfloat16** rows) {
+    for (int64_t i = 0; i < LANES; ++i) rows[i] = zero + slots[std::min(token + i, count - 1)] * stride;
 }
 
-// Writes the slots of 16 tokens from `token` on; past the last token, its slot is repeated.
-inline void slots_from(const Call<bfloat16>& c, int64_t request, int64_t begin, int64_t token, int64_t count, int64_t* slots) {
-    for (int64_t i = 0; i < LANES; ++i) slots[i] = c.slot(request, begin + std::min(token + i, count - 1));
+// Prefetches what is to be read next: it may lie in another block, which the processor's own prefetcher cannot foresee.
+inline void prefetch(const bfloat16* const* rows, int64_t offset, int64_t numbers) {
+    for (int64_t i = 0; i < LANES; ++i)
+        for (int64_t at = 0; at < numbers; at += 32)
+            _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T0);
 }
 
-// As above, for 16 tokens at a time. The next 16 are prefetched meanwhile: they may lie in another block, which the processor's
-// own prefetcher cannot foresee.
+// As above, for 16 tokens at a time; the next 16 are prefetched meanwhile.
 template <>
-void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, const int64_t* slots, int64_t count,
                   float* scores) {
     const bfloat16* own = c.query + c.offsets[request] * c.query_stride + first * c.group() * c.key_dim;
-    int64_t slots[LANES], next[LANES];
-    slots_from(c, request, begin, 0, count, next);
+    const int64_t stride = c.kv_heads * c.key_dim;
     for (int64_t token = 0; token < count; token += LANES) {
-        std::copy(next, next + LANES, slots);
-        slots_from(c, request, begin, std::min(token + LANES, count - 1), count, next);
+        const bfloat16 *keys[LANES], *next[LANES];
+        find_rows(c.key(0, first), stride, slots, token, count, keys);
+        find_rows(c.key(0, first), stride, slots, token + LANES, count, next);
         const __mmask16 mask = first_lanes(count - token);
-        for (int64_t head = first; head < last; ++head) {
-            for (int64_t i = 0; i < LANES; ++i)
-                for (int64_t at = 0; at < c.key_dim; at += 32)
-                    _mm_prefetch(reinterpret_cast<const char*>(c.key(next[i], head) + at), _MM_HINT_T0);
-            for (int64_t row = (head - first) * c.group(); row < (head - first + 1) * c.group(); ++row) {
+        for (int64_t head = 0; head < last - first; ++head) {
+            const int64_t offset = head * c.key_dim;
+            prefetch(next, offset, c.key_dim);
+            for (int64_t row = head * c.group(); row < (head + 1) * c.group(); ++row) {
                 __m512 sums[LANES];
                 for (auto& sum : sums) sum = _mm512_setzero_ps();
                 for (int64_t at = 0; at < c.key_dim; at += 32) {
                     const __mmask32 part = first_pairs(c.key_dim - at);
                     const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(part, own + row * c.key_dim + at);
                     for (int64_t i = 0; i < LANES; ++i)
-                        sums[i] = _mm512_dpbf16_ps(
-                            sums[i], q, (__m512bh)_mm512_maskz_loadu_epi16(part, c.key(slots[i], head) + at));
+                        sums[i] = _mm512_dpbf16_ps(sums[i], q, (__m512bh)_mm512_maskz_loadu_epi16(part, keys[i] + offset + at));
                 }
                 _mm512_mask_storeu_ps(scores + row * count + token, mask, reduce_lanes(sums));
             }
@@ -209,51 +228,70 @@ void score_tokens(const Call<bfloat16>& c, int64_t request, int64_t first, int64
     }
 }
 
-// Adds the weighted values of up to 16 tokens to the sums of ROWS rows of one head, for 64 numbers of the head from `at` on.
+// Adds the weighted values of up to 16 tokens to the sums of ROWS rows of one head, for 64 numbers of the head, of which the
+// last ones may be missing. Numbers at even and at odd places are added up apart, since each are a shift or a mask away from
+// being float32.
 template <int ROWS>
-inline void sum_part(const Call<bfloat16>& c, const int64_t* slots, int64_t tokens, int64_t head, int64_t at,
+inline void sum_part(const bfloat16* const* values, int64_t tokens, int64_t offset, int64_t numbers, int64_t value_dim,
                      const float* weights, int64_t count, float* sums) {
-    __m512 sum[ROWS][4];
-    __mmask16 part[4];
-    for (int j = 0; j < 4; ++j) {
-        part[j] = first_lanes(std::max<int64_t>(0, c.value_dim - at - j * LANES));
-        for (int r = 0; r < ROWS; ++r) sum[r][j] = _mm512_maskz_loadu_ps(part[j], sums + r * c.value_dim + at + j * LANES);
-    }
-    for (int64_t i = 0; i < tokens; ++i) {
-        const bfloat16* value = c.value(slots[i], head) + at;
-        for (int j = 0; j < 4; ++j) {
-            const __m512 v = load_as_float(value + j * LANES, part[j]);
-            for (int r = 0; r < ROWS; ++r)
-                sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * count + i]), v, sum[r][j]);
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    const __m512i lows = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i highs = _mm512_add_epi32(lows, _mm512_set1_epi32(8));
+    __m512 even[ROWS][2], odd[ROWS][2];
+    for (int j = 0; j < 2; ++j)
+        for (int r = 0; r < ROWS; ++r) {
+            const float* sum = sums + r * value_dim + j * 2 * LANES;
+            const __m512 low = _mm512_maskz_loadu_ps(lanes_from(j * 2 * LANES, numbers), sum);
+            const __m512 high = _mm512_maskz_loadu_ps(lanes_from((2 * j + 1) * LANES, numbers), sum + LANES);
+            even[r][j] = _mm512_permutex2var_ps(low, evens, high);
+            odd[r][j] = _mm512_permutex2var_ps(low, odds, high);
         }
-    }
-    for (int j = 0; j < 4; ++j)
-        for (int r = 0; r < ROWS; ++r) _mm512_mask_storeu_ps(sums + r * c.value_dim + at + j * LANES, part[j], sum[r][j]);
+    for (int64_t i = 0; i < tokens; ++i)
+        for (int j = 0; j < 2; ++j) {
+            const __mmask32 part = first_pairs(std::max<int64_t>(0, numbers - j * 32));
+            const __m512i both = _mm512_maskz_loadu_epi16(part, values[i] + offset + j * 32);
+            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+            const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512 weight = _mm512_set1_ps(weights[r * count + i]);
+                even[r][j] = _mm512_fmadd_ps(weight, low, even[r][j]);
+                odd[r][j] = _mm512_fmadd_ps(weight, high, odd[r][j]);
+            }
+        }
+    for (int j = 0; j < 2; ++j)
+        for (int r = 0; r < ROWS; ++r) {
+            float* sum = sums + r * value_dim + j * 2 * LANES;
+            const __m512 low = _mm512_permutex2var_ps(even[r][j], lows, odd[r][j]);
+            const __m512 high = _mm512_permutex2var_ps(even[r][j], highs, odd[r][j]);
+            _mm512_mask_storeu_ps(sum, lanes_from(j * 2 * LANES, numbers), low);
+            _mm512_mask_storeu_ps(sum + LANES, lanes_from((2 * j + 1) * LANES, numbers), high);
+        }
 }
 
 template <>
-void sum_values(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t last, int64_t begin, int64_t count,
+void sum_values(const Call<bfloat16>& c, int64_t first, int64_t last, const int64_t* slots, int64_t count,
                 const float* weights, float* sums) {
-    int64_t slots[LANES], next[LANES];
-    slots_from(c, request, begin, 0, count, next);
+    const int64_t stride = c.kv_heads * c.value_dim;
     for (int64_t token = 0; token < count; token += LANES) {
-        std::copy(next, next + LANES, slots);
-        slots_from(c, request, begin, std::min(token + LANES, count - 1), count, next);
+        const bfloat16 *values[LANES], *next[LANES];
+        find_rows(c.value(0, first), stride, slots, token, count, values);
+        find_rows(c.value(0, first), stride, slots, token + LANES, count, next);
         const int64_t tokens = std::min(LANES, count - token);
-        for (int64_t head = first; head < last; ++head) {
-            for (int64_t i = 0; i < LANES; ++i)
-                for (int64_t at = 0; at < c.value_dim; at += 32)
-                    _mm_prefetch(reinterpret_cast<const char*>(c.value(next[i], head) + at), _MM_HINT_T0);
-            const int64_t end = (head - first + 1) * c.group();
-            for (int64_t row = (head - first) * c.group(); row < end; row += 4)
+        for (int64_t head = 0; head < last - first; ++head) {
+            prefetch(next, head * c.value_dim, c.value_dim);
+            const int64_t end = (head + 1) * c.group();
+            for (int64_t row = head * c.group(); row < end; row += 4)
                 for (int64_t at = 0; at < c.value_dim; at += 64) {
-                    const float* w = weights + row * count + token;
-                    float* sum = sums + row * c.value_dim;
+                    const auto add = [&](auto rows) {
+                        sum_part<rows()>(values, tokens, head * c.value_dim + at, c.value_dim - at, c.value_dim,
+                                         weights + row * count + token, count, sums + row * c.value_dim + at);
+                    };
                     switch (std::min<int64_t>(4, end - row)) {
-                        case 1: sum_part<1>(c, slots, tokens, head, at, w, count, sum); break;
-                        case 2: sum_part<2>(c, slots, tokens, head, at, w, count, sum); break;
-                        case 3: sum_part<3>(c, slots, tokens, head, at, w, count, sum); break;
-                        default: sum_part<4>(c, slots, tokens, head, at, w, count, sum);
+                        case 1: add(std::integral_constant<int, 1>{}); break;
+                        case 2: add(std::integral_constant<int, 2>{}); break;
+                        case 3: add(std::integral_constant<int, 3>{}); break;
+                        default: add(std::integral_constant<int, 4>{});
                     }
                 }
         }
@@ -262,50 +300,65 @@ void sum_values(const Call<bfloat16>& c, int64_t request, int64_t first, int64_t
 
 #else
 
-inline float exponentiate(float* scores, int64_t count, float highest) {
+inline float exponentiate(float* scores, int64_t count, float highest, float scaling) {
     float total = 0.0f;
-    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp(scores[i] - highest);
+    for (int64_t i = 0; i < count; ++i) total += scores[i] = std::exp((scores[i] - highest) * scaling);
     return total;
 }
 
 #endif
 
+// Turns a head's scores into weights; returns the total that these are still to be divided by.
+template <typename T>
+float weigh(const Call<T>& c, int64_t request, int64_t head, int64_t begin, int64_t count, float* score) {
+    const float* sink = c.sink(head);
+    float scaling = c.scaling;
+    if (!std::is_same_v<T, bfloat16> || c.softcap != 0.0f || c.bias || sink || scaling <= 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) score[i] *= scaling;
+        scaling = 1.0f;
+    }
+    if (c.softcap != 0.0f)
+        for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
+    if (c.bias) c.add_bias(head, c.lengths[request] - 1, begin, count, score);
+    float highest = sink ? *sink : score[0];
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
+    const float total = exponentiate(score, count, highest, scaling) + (sink ? std::exp(*sink - highest) : 0.0f);
+    if (std::is_same_v<T, bfloat16>) return total;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) score[i] /= total;
+    return 1.0f;
+}
+
 template <typename T>
 void attend_decode_piece(const Call<T>& c, int64_t request, int64_t first, int64_t last) {
     thread_local Scratch<float> scores_memory, sums_memory;
+    thread_local Scratch<int64_t> slots_memory;
     const int64_t begin = c.starts[c.offsets[request]], count = c.lengths[request] - begin;
     const int64_t rows = (last - first) * c.group();
     float* scores = scores_memory.take(rows * count);
     float* sums = sums_memory.take(rows * c.value_dim);
-    score_tokens(c, request, first, last, begin, count, scores);
-    for (int64_t row = 0; row < rows; ++row) {
-        float* score = scores + row * count;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) score[i] *= c.scaling;
-        if (c.softcap != 0.0f)
-            for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
-        if (c.bias) c.add_bias(first * c.group() + row, c.lengths[request] - 1, begin, count, score);
-        const float* sink = c.sink(first * c.group() + row);
-        float highest = sink ? *sink : score[0];
-#pragma omp simd reduction(max : highest)
-        for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
-        const float total = exponentiate(score, count, highest) + (sink ? std::exp(*sink - highest) : 0.0f);
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) score[i] /= total;
-    }
+    int64_t* slots = slots_memory.take(count);
+    find_slots(c, request, begin, count, slots);
+    score_tokens(c, request, first, last, slots, count, scores);
+    thread_local Scratch<float> totals_memory;
+    float* totals = totals_memory.take(rows);
+    for (int64_t row = 0; row < rows; ++row)
+        totals[row] = weigh(c, request, first * c.group() + row, begin, count, scores + row * count);
     std::fill(sums, sums + rows * c.value_dim, 0.0f);
-    sum_values(c, request, first, last, begin, count, scores, sums);
+    sum_values(c, first, last, slots, count, scores, sums);
     T* out = c.output + (c.offsets[request] * c.heads + first * c.group()) * c.value_dim;
-    for (int64_t i = 0; i < rows * c.value_dim; ++i) from_float(sums[i], out[i]);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < c.value_dim; ++i)
+            from_float(sums[row * c.value_dim + i] / totals[row], out[row * c.value_dim + i]);
 }
 
 // ---- prefill: new tokens [from, to) of a request, one kv head
 
 #if HAS_BF16_DOT
 
-constexpr int64_t ROWS = 6;      // queries at a time: with 64 keys or values, their sums fill 24 of 32 registers
-constexpr int64_t PANEL = 64;    // keys whose scores are computed at a time
-constexpr int64_t TILE = 256;    // keys per step of the online softmax
+constexpr int64_t PANEL = 64;  // keys that are packed side by side, and computed with by halves at least
 constexpr float MASKED_SCORE = -1e30f;  // finite, so that the difference of two is a number
 
 // Transposes a matrix of 16 x 16 numbers of 32 bits.
@@ -333,20 +386,21 @@ inline void transpose(__m512i (&a)[LANES]) {
     std::copy(b, b + LANES, a);
 }
 
-// Packs keys [begin, begin + count) of a head into panels of 64: pair j of all 64 keys, then pair j + 1. Zeros pad the last
-// panel.
-void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
+// Packs keys [begin, begin + count) of a head into panels of 64: pair j of all 64 keys, then pair j + 1, up to `padded` pairs.
+// Zeros pad pairs and the last panel.
+void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, int64_t padded,
+               uint32_t* packed) {
     const int64_t pairs = c.key_dim / 2;
     for (int64_t token = 0; token < count || token % PANEL; token += LANES) {
-        uint32_t* panel = packed + token / PANEL * PANEL * pairs + token % PANEL;
-        for (int64_t at = 0; at < pairs; at += LANES) {
+        uint32_t* panel = packed + token / PANEL * PANEL * padded + token % PANEL;
+        for (int64_t at = 0; at < padded; at += LANES) {
             __m512i rows[LANES];
             for (int64_t i = 0; i < LANES; ++i)
                 rows[i] = token + i < count ? _mm512_maskz_loadu_epi32(first_lanes(pairs - at),
                                                                        c.key(c.slot(request, begin + token + i), head) + 2 * at)
                                             : _mm512_setzero_si512();
             transpose(rows);
-            for (int64_t j = 0; j < std::min(LANES, pairs - at); ++j) _mm512_store_si512(panel + (at + j) * PANEL, rows[j]);
+            for (int64_t j = 0; j < std::min(LANES, padded - at); ++j) _mm512_store_si512(panel + (at + j) * PANEL, rows[j]);
         }
     }
 }
@@ -365,50 +419,131 @@ void pack_values(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
     }
 }
 
-inline __m512bh pair_of(const bfloat16* from) {
-    int32_t pair;
-    std::memcpy(&pair, from, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
+// Copies the queries of rows [row, row + count) of a piece, ordered by token and then by head of the group, to a distance of
+// `padded` pairs, with zeros after each.
+void pack_queries(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t row, int64_t count, int64_t padded,
+                  bfloat16* packed) {
+    for (int64_t r = 0; r < count; ++r, packed += 2 * padded) {
+        const int64_t token = c.offsets[request] + (row + r) / c.group(), own = head * c.group() + (row + r) % c.group();
+        std::memcpy(packed, c.query + token * c.query_stride + own * c.key_dim, c.key_dim * sizeof *packed);
+        std::memset(packed + c.key_dim, 0, (2 * padded - c.key_dim) * sizeof *packed);
+    }
 }
 
-// Computes the scores of ROWS queries over a panel of keys; those of consecutive queries are TILE apart.
-inline void score_panel(const bfloat16* const* queries, const uint32_t* panel, int64_t pairs, float* scores) {
-    __m512 sum[ROWS][4];
-    for (auto& row : sum)
-        for (auto& part : row) part = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512bh key[4];
-        for (int j = 0; j < 4; ++j) key[j] = (__m512bh)_mm512_load_si512(panel + pair * PANEL + j * LANES);
-        for (int64_t r = 0; r < ROWS; ++r) {
-            const __m512bh query = pair_of(queries[r] + 2 * pair);
-            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], query, key[j]);
+// Products by bfloat16 pairs, for QUERIES queries at a time, and KEYS keys per step of their online softmax. Rows past the last
+// query may hold anything.
+struct PairProducts {
+    static constexpr int64_t QUERIES = 6;  // with 64 keys or values, their sums fill 24 of 32 registers
+    static constexpr int64_t KEYS = 256, KEYS_AT_A_TIME = PANEL / 2, PAIRS_AT_A_TIME = 1;
+
+    static __m512bh pair_of(const bfloat16* from) {
+        int32_t pair;
+        std::memcpy(&pair, from, sizeof pair);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+
+    // Computes the scores of the queries for `count` keys; those of consecutive queries are KEYS apart.
+    static void score(const bfloat16* queries, const uint32_t* keys, int64_t count, int64_t pairs, float* scores) {
+        for (int64_t at = 0; at < count; at += PANEL)
+            if (at + PANEL <= count)
+                score_panel<4>(queries, keys + at * pairs, pairs, scores + at);
+            else
+                score_panel<2>(queries, keys + at * pairs, pairs, scores + at);
+    }
+
+    // Adds the weighted values of `count` tokens to the sums of the queries; the weights of consecutive ones are KEYS apart.
+    static void add_values(const bfloat16* weights, const uint32_t* values, int64_t count, int64_t value_dim, float* sums) {
+        for (int64_t at = 0; at < value_dim; at += 4 * LANES)
+            switch (std::min<int64_t>(4, (value_dim - at) / LANES)) {
+                case 1: add_part<1>(weights, values + at, count, value_dim, sums + at); break;
+                case 2: add_part<2>(weights, values + at, count, value_dim, sums + at); break;
+                case 3: add_part<3>(weights, values + at, count, value_dim, sums + at); break;
+                default: add_part<4>(weights, values + at, count, value_dim, sums + at);
+            }
+    }
+
+  private:
+    template <int PARTS>
+    static void score_panel(const bfloat16* queries, const uint32_t* panel, int64_t pairs, float* scores) {
+        __m512 sum[QUERIES][PARTS];
+        for (auto& row : sum)
+            for (auto& part : row) part = _mm512_setzero_ps();
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            __m512bh key[PARTS];
+            for (int j = 0; j < PARTS; ++j) key[j] = (__m512bh)_mm512_load_si512(panel + pair * PANEL + j * LANES);
+            for (int64_t r = 0; r < QUERIES; ++r) {
+                const __m512bh query = pair_of(queries + 2 * (r * pairs + pair));
+                for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], query, key[j]);
+            }
+        }
+        for (int64_t r = 0; r < QUERIES; ++r)
+            for (int j = 0; j < PARTS; ++j) _mm512_store_ps(scores + r * KEYS + j * LANES, sum[r][j]);
+    }
+
+    template <int PARTS>
+    static void add_part(const bfloat16* weights, const uint32_t* values, int64_t count, int64_t value_dim, float* sums) {
+        __m512 sum[QUERIES][PARTS];
+        for (int64_t r = 0; r < QUERIES; ++r)
+            for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_load_ps(sums + r * value_dim + j * LANES);
+        for (int64_t pair = 0; pair < count / 2; ++pair) {
+            __m512bh value[PARTS];
+            for (int j = 0; j < PARTS; ++j) value[j] = (__m512bh)_mm512_load_si512(values + pair * value_dim + j * LANES);
+            for (int64_t r = 0; r < QUERIES; ++r) {
+                const __m512bh weight = pair_of(weights + r * KEYS + 2 * pair);
+                for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], weight, value[j]);
+            }
+        }
+        for (int64_t r = 0; r < QUERIES; ++r)
+            for (int j = 0; j < PARTS; ++j) _mm512_store_ps(sums + r * value_dim + j * LANES, sum[r][j]);
+    }
+};
+
+#if HAS_AMX
+
+// The same by tiles, which must be configured.
+struct TileProducts {
+    static constexpr int64_t QUERIES = 2 * TILE_ROWS, KEYS = 128, KEYS_AT_A_TIME = 2 * LANES, PAIRS_AT_A_TIME = LANES;
+
+    static void score(const bfloat16* queries, const uint32_t* keys, int64_t count, int64_t pairs, float* scores) {
+        for (int64_t at = 0; at < count; at += KEYS_AT_A_TIME) {
+            const uint32_t* first = keys + at / PANEL * PANEL * pairs + at % PANEL;
+            multiply_tiles<Bfloat16Tiles, 2, 2>(queries, pairs * sizeof *keys, columns(first, PANEL), pairs / LANES,
+                                                scores + at, KEYS * sizeof *scores, false, false);
         }
     }
-    for (int64_t r = 0; r < ROWS; ++r)
-        for (int j = 0; j < 4; ++j) _mm512_store_ps(scores + r * TILE + j * LANES, sum[r][j]);
-}
 
-// Adds the weighted values of `tokens` (even) tokens to the sums of ROWS queries, for 16 * PARTS numbers of the head.
-template <int PARTS>
-inline void add_values(const bfloat16* weights, const uint32_t* values, int64_t tokens, int64_t value_dim, float* sums) {
-    __m512 sum[ROWS][PARTS];
-    for (int64_t r = 0; r < ROWS; ++r)
-        for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_load_ps(sums + r * value_dim + j * LANES);
-    for (int64_t pair = 0; pair < tokens / 2; ++pair) {
-        __m512bh value[PARTS];
-        for (int j = 0; j < PARTS; ++j) value[j] = (__m512bh)_mm512_load_si512(values + pair * value_dim + j * LANES);
-        for (int64_t r = 0; r < ROWS; ++r) {
-            const __m512bh weight = pair_of(weights + r * TILE + 2 * pair);
-            for (int j = 0; j < PARTS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], weight, value[j]);
-        }
+    static void add_values(const bfloat16* weights, const uint32_t* values, int64_t count, int64_t value_dim, float* sums) {
+        const int64_t steps = count / (2 * LANES), weights_stride = KEYS * sizeof *weights, stride = value_dim * sizeof *sums;
+        int64_t at = 0;
+        for (; at + LANES < value_dim; at += 2 * LANES)
+            multiply_tiles<Bfloat16Tiles, 2, 2>(weights, weights_stride, columns(values + at, value_dim), steps, sums + at,
+                                                stride, true, false);
+        if (at < value_dim)
+            multiply_tiles<Bfloat16Tiles, 2, 1>(weights, weights_stride, columns(values + at, value_dim), steps, sums + at,
+                                                stride, true, false);
     }
-    for (int64_t r = 0; r < ROWS; ++r)
-        for (int j = 0; j < PARTS; ++j) _mm512_store_ps(sums + r * value_dim + j * LANES, sum[r][j]);
+
+  private:
+    static TileColumns columns(const uint32_t* first, int64_t stride) {
+        const auto* start = reinterpret_cast<const char*>(first);
+        return {{start, start + TILE_ROW_BYTES}, static_cast<int64_t>(stride * sizeof *first)};
+    }
+};
+
+#endif
+
+// Returns 2^x to 18 bits, more than a bfloat16 weight keeps: a polynomial of the fraction in [0, 1), scaled by the exponent.
+inline __m512 rough_power_of_2(__m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_set1_ps(1.35341678e-2f);
+    for (const float coefficient : {5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    return _mm512_scalef_ps(p, x);
 }
 
-// One step of a query's online softmax: turns the scores of a tile, whose first key is at position `begin`, into weights and
-// updates the maximum (times log2 e) and the total; keys [low, high) of the tile are seen. Returns the factor by which the
-// query's sums so far must be multiplied.
+// One step of a query's online softmax: turns the scores of some keys (a multiple of 32), whose first is at position `begin`,
+// into weights and updates the maximum (times log2 e) and the total; keys [low, high) of them are seen. Returns the factor by
+// which the query's sums so far must be multiplied.
 inline float update_softmax(const Call<bfloat16>& c, int64_t head, int64_t begin, float* scores, int64_t keys, int64_t low,
                             int64_t high, bfloat16* weights, float& highest, float& total) {
     float factor = c.scaling * LOG2_E;
@@ -420,21 +555,22 @@ inline float update_softmax(const Call<bfloat16>& c, int64_t head, int64_t begin
         if (c.bias) c.add_bias(head, begin + high - 1, begin, keys, scores);
         factor = LOG2_E;
     }
-    __m512 maxima = _mm512_set1_ps(highest);
+    __m512 maxima = _mm512_set1_ps(MASKED_SCORE);
     for (int64_t at = 0; at < keys; at += LANES) {
-        __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(factor));
+        __m512 score = _mm512_load_ps(scores + at);
         if (at < low || at + LANES > high) {
             const __mmask16 seen = first_lanes(std::max<int64_t>(0, high - at)) & ~first_lanes(std::max<int64_t>(0, low - at));
             score = _mm512_mask_blend_ps(seen, _mm512_set1_ps(MASKED_SCORE), score);
+            _mm512_store_ps(scores + at, score);
         }
-        _mm512_store_ps(scores + at, score);
         maxima = _mm512_max_ps(maxima, score);
     }
-    const float now = _mm512_reduce_max_ps(maxima);
+    const float now = std::max(highest, _mm512_reduce_max_ps(maxima) * factor);
+    const __m512 factors = _mm512_set1_ps(factor), subtracted = _mm512_set1_ps(now);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t at = 0; at < keys; at += 2 * LANES) {
-        const __m512 a = power_of_2(_mm512_sub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(now)));
-        const __m512 b = power_of_2(_mm512_sub_ps(_mm512_load_ps(scores + at + LANES), _mm512_set1_ps(now)));
+        const __m512 a = rough_power_of_2(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factors, subtracted));
+        const __m512 b = rough_power_of_2(_mm512_fmsub_ps(_mm512_load_ps(scores + at + LANES), factors, subtracted));
         sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
         _mm512_store_si512(weights + at, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
@@ -444,69 +580,75 @@ inline float update_softmax(const Call<bfloat16>& c, int64_t head, int64_t begin
     return rescale;
 }
 
-// Attends from queries [row, row + ROWS) of a piece, ordered by token and then by head of the group; past the last query, it is
-// repeated.
-void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t row, int64_t last_row, int64_t begin,
-                 const uint32_t* keys, const uint32_t* values, float* scores, bfloat16* weights, float* sums) {
+// What a thread needs to attend from some queries at a time.
+template <typename Products>
+struct Workspace {
+    float *scores, *sums;
+    bfloat16 *queries, *weights;
+
+    Workspace(int64_t padded_pairs, int64_t value_dim) {
+        thread_local Scratch<float> scores_memory, sums_memory;
+        thread_local Scratch<bfloat16> queries_memory, weights_memory;
+        scores = scores_memory.take(Products::QUERIES * Products::KEYS);
+        sums = sums_memory.take(Products::QUERIES * value_dim);
+        queries = queries_memory.take(Products::QUERIES * 2 * padded_pairs);
+        weights = weights_memory.take(Products::QUERIES * Products::KEYS);
+    }
+};
+
+// Attends from `count` rows of a piece, from `row` on, over its packed keys and values, whose first is at position `begin`.
+template <typename Products>
+void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t row, int64_t count, int64_t begin,
+                 int64_t padded_pairs, const uint32_t* keys, const uint32_t* values, const Workspace<Products>& w) {
+    constexpr int64_t QUERIES = Products::QUERIES, KEYS = Products::KEYS, KEYS_AT_A_TIME = Products::KEYS_AT_A_TIME;
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
-    const bfloat16* queries[ROWS];
-    bfloat16* outputs[ROWS];
-    int64_t heads[ROWS], low[ROWS], high[ROWS];
-    float highest[ROWS], total[ROWS];
-    for (int64_t r = 0; r < ROWS; ++r) {
-        const int64_t at = std::min(row + r, last_row), token = at / c.group(), own = head * c.group() + at % c.group();
-        heads[r] = own;
-        queries[r] = c.query + (first_token + token) * c.query_stride + own * c.key_dim;
-        outputs[r] = c.output + ((first_token + token) * c.heads + own) * c.value_dim;
+    int64_t heads[QUERIES], low[QUERIES], high[QUERIES];
+    float highest[QUERIES], total[QUERIES];
+    for (int64_t r = 0; r < count; ++r) {
+        const int64_t token = (row + r) / c.group();
+        heads[r] = head * c.group() + (row + r) % c.group();
         low[r] = c.starts[first_token + token] - begin;
         high[r] = c.lengths[request] - tokens + token + 1 - begin;
-        const float* sink = c.sink(own);
+        const float* sink = c.sink(heads[r]);
         highest[r] = sink ? *sink * LOG2_E : MASKED_SCORE;
         total[r] = sink ? 1.0f : 0.0f;
     }
-    std::fill(sums, sums + ROWS * c.value_dim, 0.0f);
-    const int64_t from = *std::min_element(low, low + ROWS) / PANEL * PANEL, to = *std::max_element(high, high + ROWS);
-    for (int64_t tile = from; tile < to; tile += TILE) {
-        const int64_t count = (std::min(TILE, to - tile) + PANEL - 1) / PANEL * PANEL;
-        for (int64_t at = 0; at < count; at += PANEL)
-            score_panel(queries, keys + (tile + at) * (c.key_dim / 2), c.key_dim / 2, scores + at);
-        for (int64_t r = 0; r < ROWS; ++r) {
-            const float rescale =
-                update_softmax(c, heads[r], begin + tile, scores + r * TILE, count, low[r] - tile, high[r] - tile,
-                               weights + r * TILE, highest[r], total[r]);
+    pack_queries(c, request, head, row, count, padded_pairs, w.queries);
+    std::fill(w.sums, w.sums + QUERIES * c.value_dim, 0.0f);
+    const int64_t from = *std::min_element(low, low + count) / PANEL * PANEL, to = *std::max_element(high, high + count);
+    for (int64_t step = from; step < to; step += KEYS) {
+        const int64_t some = (std::min(KEYS, to - step) + KEYS_AT_A_TIME - 1) / KEYS_AT_A_TIME * KEYS_AT_A_TIME;
+        Products::score(w.queries, keys + step * padded_pairs, some, padded_pairs, w.scores);
+        for (int64_t r = 0; r < count; ++r) {
+            const float rescale = update_softmax(c, heads[r], begin + step, w.scores + r * KEYS, some, low[r] - step,
+                                                 high[r] - step, w.weights + r * KEYS, highest[r], total[r]);
             if (rescale != 1.0f)
-                for (int64_t i = 0; i < c.value_dim; ++i) sums[r * c.value_dim + i] *= rescale;
+                for (int64_t i = 0; i < c.value_dim; ++i) w.sums[r * c.value_dim + i] *= rescale;
         }
-        for (int64_t at = 0; at < c.value_dim; at += 4 * LANES) {
-            const uint32_t* value = values + tile / 2 * c.value_dim + at;
-            switch (std::min<int64_t>(4, (c.value_dim - at) / LANES)) {
-                case 1: add_values<1>(weights, value, count, c.value_dim, sums + at); break;
-                case 2: add_values<2>(weights, value, count, c.value_dim, sums + at); break;
-                case 3: add_values<3>(weights, value, count, c.value_dim, sums + at); break;
-                default: add_values<4>(weights, value, count, c.value_dim, sums + at);
-            }
-        }
+        Products::add_values(w.weights, values + step / 2 * c.value_dim, some, c.value_dim, w.sums);
     }
-    for (int64_t r = 0; r < std::min(ROWS, last_row + 1 - row); ++r)
-        for (int64_t i = 0; i < c.value_dim; ++i) from_float(sums[r * c.value_dim + i] / total[r], outputs[r][i]);
+    for (int64_t r = 0; r < count; ++r) {
+        bfloat16* output = c.output + ((first_token + (row + r) / c.group()) * c.heads + heads[r]) * c.value_dim;
+        for (int64_t i = 0; i < c.value_dim; ++i) from_float(w.sums[r * c.value_dim + i] / total[r], output[i]);
+    }
 }
 
+template <typename Products>
 void attend_prefill_piece(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t from, int64_t to) {
     thread_local Scratch<uint32_t> keys_memory, values_memory;
-    thread_local Scratch<float> scores_memory, sums_memory;
-    thread_local Scratch<bfloat16> weights_memory;
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
     const int64_t begin = *std::min_element(c.starts + first_token + from, c.starts + first_token + to);
     const int64_t count = c.lengths[request] - tokens + to - begin, padded = (count + PANEL - 1) / PANEL * PANEL;
-    uint32_t* keys = keys_memory.take(padded * c.key_dim / 2);
+    const int64_t pairs = c.key_dim / 2, unit = Products::PAIRS_AT_A_TIME, padded_pairs = (pairs + unit - 1) / unit * unit;
+    uint32_t* keys = keys_memory.take(padded * padded_pairs);
     uint32_t* values = values_memory.take(padded * c.value_dim / 2);
-    pack_keys(c, request, head, begin, count, keys);
+    pack_keys(c, request, head, begin, count, padded_pairs, keys);
     pack_values(c, request, head, begin, count, values);
-    float* scores = scores_memory.take(ROWS * TILE);
-    float* sums = sums_memory.take(ROWS * c.value_dim);
-    bfloat16* weights = weights_memory.take(ROWS * TILE);
-    for (int64_t row = from * c.group(); row < to * c.group(); row += ROWS)
-        attend_rows(c, request, head, row, to * c.group() - 1, begin, keys, values, scores, weights, sums);
+    const Workspace<Products> workspace(padded_pairs, c.value_dim);
+    const int64_t end = to * c.group();
+    for (int64_t row = from * c.group(); row < end; row += Products::QUERIES)
+        attend_rows(c, request, head, row, std::min(Products::QUERIES, end - row), begin, padded_pairs, keys, values,
+                    workspace);
 }
 
 #endif
@@ -514,21 +656,27 @@ void attend_prefill_piece(const Call<bfloat16>& c, int64_t request, int64_t head
 // ---- all requests
 
 template <typename T>
-void attend_decode(const Call<T>& c, int64_t threads) {
+void attend_decode(Team& team, const Call<T>& c) {
     // whole requests are read fastest; with too few of them to balance the threads, their heads are divided
-    const int64_t wanted = c.requests >= 4 * threads ? 1 : threads;
+    const int64_t wanted = c.requests >= 4 * team.threads() ? 1 : team.threads();
     const int64_t heads_per_piece = (c.kv_heads + wanted - 1) / wanted;
     const int64_t pieces = (c.kv_heads + heads_per_piece - 1) / heads_per_piece;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t piece = 0; piece < c.requests * pieces; ++piece) {
-        const int64_t first = piece % pieces * heads_per_piece;
-        attend_decode_piece(c, piece / pieces, first, std::min(first + heads_per_piece, c.kv_heads));
-    }
+    team.each(c.requests * pieces, [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t first = piece % pieces * heads_per_piece;
+            attend_decode_piece(c, piece / pieces, first, std::min(first + heads_per_piece, c.kv_heads));
+        }
+    });
+}
+
+template <typename T>
+void attend_decode(const Call<T>& c, int64_t threads) {
+    with_team(threads, [&](Team& team) { attend_decode(team, c); });
 }
 
 #if HAS_BF16_DOT
 
-void attend_prefill(const Call<bfloat16>& c, int64_t threads) {
+void attend_prefill(const Call<bfloat16>& c, bool in_tiles, int64_t threads) {
     struct Piece {
         int64_t request, head, from, to, keys;
     };
@@ -546,16 +694,38 @@ void attend_prefill(const Call<bfloat16>& c, int64_t threads) {
     }
     const auto work = [](const Piece& piece) { return piece.keys * (piece.to - piece.from); };
     std::stable_sort(pieces.begin(), pieces.end(), [&](const Piece& a, const Piece& b) { return work(a) > work(b); });
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (size_t i = 0; i < pieces.size(); ++i)
-        attend_prefill_piece(c, pieces[i].request, pieces[i].head, pieces[i].from, pieces[i].to);
+    const auto attend = [&](auto products) {
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < pieces.size(); ++i)
+            attend_prefill_piece<decltype(products)>(c, pieces[i].request, pieces[i].head, pieces[i].from, pieces[i].to);
+    };
+#pragma omp parallel num_threads(threads)
+    {
+#if HAS_AMX
+        if (in_tiles) {
+            const Tiles tiles;
+            attend(TileProducts{});
+        } else
+#endif
+            attend(PairProducts{});
+    }
 }
 
 #endif
 
 }  // namespace
 
-// Returns whether attention() supports requests with several new tokens. dtype: 0 float32, 1 bfloat16, 2 float16.
+// Attention of one new token of each request, as attention() computes it, from queries query_stride numbers apart.
+void decode_attention(Team& team, const Heads& heads, const Places& places, const bfloat16* query, int64_t query_stride,
+                      const void* keys, const void* values, float scaling, float softcap, bfloat16* output, int64_t requests) {
+    attend_decode(team, Call<bfloat16>{query, static_cast<const bfloat16*>(keys), static_cast<const bfloat16*>(values),
+                                       places.tables, places.starts, places.offsets, places.lengths, nullptr, nullptr, 0, 0,
+                                       output, query_stride, requests, heads.heads, heads.kv_heads, heads.head_dim,
+                                       heads.head_dim, places.block_tokens, places.table_width, scaling, softcap});
+}
+
+// Returns whether attention() supports requests with several new tokens, in tiles or not. dtype: 0 float32, 1 bfloat16, 2
+// float16.
 extern "C" int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim) {
     return HAS_BF16_DOT && dtype == 1 && key_dim % 2 == 0 && value_dim % 16 == 0;
 }
@@ -565,13 +735,13 @@ extern "C" int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_
 // offsets[i + 1] - 1 are the last of request i's lengths[i] tokens, which lie in the blocks of its row of tables (requests,
 // table_width); each token sees positions from starts[token] up to its own. sinks (heads) and bias (heads, bias_entries) may be
 // null; a bias is chosen by the distance from key to query, or by the key's position if bias_by_position. Each request has
-// one new token unless attention_supports_prefill().
+// one new token unless attention_supports_prefill(). in_tiles: prefill uses tiles if it may.
 extern "C" void attention(int64_t dtype, const void* query, const void* keys, const void* values, const int64_t* tables,
                           const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks,
                           const float* bias, int64_t bias_entries, int64_t bias_by_position, void* output,
                           int64_t query_stride, int64_t requests, int64_t heads, int64_t kv_heads, int64_t key_dim,
                           int64_t value_dim, int64_t block_tokens, int64_t table_width, float scaling, float softcap,
-                          int64_t threads) {
+                          int64_t in_tiles, int64_t threads) {
     const auto call = [&](auto type) {
         using T = decltype(type);
         return Call<T>{static_cast<const T*>(query), static_cast<const T*>(keys), static_cast<const T*>(values),
@@ -580,7 +750,8 @@ extern "C" void attention(int64_t dtype, const void* query, const void* keys, co
                        softcap};
     };
 #if HAS_BF16_DOT
-    if (dtype == 1 && offsets[requests] > requests) return attend_prefill(call(bfloat16{}), threads);
+    if (dtype == 1 && offsets[requests] > requests)
+        return attend_prefill(call(bfloat16{}), in_tiles && may_use_tiles(), threads);
 #endif
     if (dtype == 0) attend_decode(call(float{}), threads);
     if (dtype == 1) attend_decode(call(bfloat16{}), threads);

@@ -11,11 +11,12 @@ struct Step;
 extern "C" {
 
 int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim);
+int may_use_tiles();
 int max_small_rows();
 int supports_int8();
 void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
-void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y);
+void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y);
 void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
               int64_t threads);
 void argmax(const void* x, int64_t* tokens, int64_t rows, int64_t width, int64_t threads);
@@ -27,7 +28,7 @@ void attention(int64_t dtype, const void* query, const void* keys, const void* v
                const int64_t* starts, const int64_t* offsets, const int64_t* lengths, const float* sinks, const float* bias,
                int64_t bias_entries, int64_t bias_by_position, void* output, int64_t query_stride, int64_t requests,
                int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_tokens, int64_t table_width,
-               float scaling, float softcap, int64_t threads);
+               float scaling, float softcap, int64_t in_tiles, int64_t threads);
 void store(const char* keys, const char* values, const int64_t* slots, char* pool_keys, char* pool_values, int64_t tokens,
            int64_t key_stride, int64_t value_stride, int64_t key_bytes, int64_t value_bytes, int64_t threads);
 

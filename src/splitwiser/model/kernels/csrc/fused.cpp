@@ -9,23 +9,31 @@
 
 #include "bfloat16.h"
 #include "functions.h"
+#include "parts.h"
 
 namespace {
 
 constexpr int64_t WORTH_THREADS = 1 << 16;  // numbers; waking the threads takes as long as computing some ten thousand
 
-// Returns 1 / sqrt(mean of squares + epsilon).
-inline float inverse_root(const bfloat16* x, int64_t width, float epsilon) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += to_float(x[i]) * to_float(x[i]);
-    return 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
-}
-
-inline void normalise(const bfloat16* x, const bfloat16* weight, float offset, float epsilon, int64_t width, bfloat16* y) {
-    const float factor = inverse_root(x, width, epsilon);
+inline void normalise(const Norm& norm, const bfloat16* x, bfloat16* y, int64_t width) {
+    const auto *weight = static_cast<const bfloat16*>(norm.weight), *bias = static_cast<const bfloat16*>(norm.bias);
+    float mean = 0.0f, squares = 0.0f;
+    if (norm.centred) {
+#pragma omp simd reduction(+ : mean)
+        for (int64_t i = 0; i < width; ++i) mean += to_float(x[i]);
+        mean /= static_cast<float>(width);
+    }
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) squares += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + norm.epsilon), offset = norm.offset;
+    if (bias) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) y[i] = to_bfloat16(to_float(x[i]) * factor * (to_float(weight[i]) + offset));
+        for (int64_t i = 0; i < width; ++i)
+            y[i] = to_bfloat16((to_float(x[i]) - mean) * factor * (to_float(weight[i]) + offset) + to_float(bias[i]));
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = to_bfloat16((to_float(x[i]) - mean) * factor * (to_float(weight[i]) + offset));
+    }
 }
 
 // Returns e^x within a few units in the last place (a polynomial of the Cephes library), in a form that vectorises.
@@ -48,61 +56,79 @@ inline float exponential(float x) {
 }
 
 template <typename T>
-void rotate(bfloat16* joint, const T* cosines, const T* sines, const bfloat16* query_weight, const bfloat16* key_weight,
-            float offset, float epsilon, int64_t rows, int64_t width, int64_t heads, int64_t kv_heads, int64_t head_dim,
-            int64_t rotary, int64_t angles, int64_t threads) {
-    const int64_t half = rotary / 2, second = angles == rotary ? half : 0;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows * width > WORTH_THREADS)
-    {
-        std::vector<float> buffer(2 * angles + head_dim);
-        float *cosine = buffer.data(), *sine = cosine + angles, *x = sine + angles;
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-            for (int64_t i = 0; i < angles; ++i) cosine[i] = to_float(cosines[row * angles + i]);
-            for (int64_t i = 0; i < angles; ++i) sine[i] = to_float(sines[row * angles + i]);
-            for (int64_t head = 0; head < heads + kv_heads; ++head) {
-                bfloat16* own = joint + row * width + head * head_dim;
-                if (query_weight) normalise(own, head < heads ? query_weight : key_weight, offset, epsilon, head_dim, own);
-                for (int64_t i = 0; i < rotary; ++i) x[i] = to_float(own[i]);
+void rotate_rows(const Heads& h, const Angles& angles, const Norm& query, const Norm& key, bfloat16* joint, int64_t first,
+                 int64_t end, int64_t width) {
+    const int64_t count = angles.count, half = angles.rotary / 2, second = count == angles.rotary ? half : 0;
+    thread_local std::vector<float> memory;
+    memory.resize(2 * count + h.head_dim);
+    float *cosine = memory.data(), *sine = cosine + count, *x = sine + count;
+    for (int64_t row = first; row < end; ++row) {
+        for (int64_t i = 0; i < count; ++i) cosine[i] = to_float(static_cast<const T*>(angles.cosines)[row * count + i]);
+        for (int64_t i = 0; i < count; ++i) sine[i] = to_float(static_cast<const T*>(angles.sines)[row * count + i]);
+        for (int64_t head = 0; head < h.heads + h.kv_heads; ++head) {
+            bfloat16* own = joint + row * width + head * h.head_dim;
+            if (query.weight) normalise(head < h.heads ? query : key, own, own, h.head_dim);
+            for (int64_t i = 0; i < angles.rotary; ++i) x[i] = to_float(own[i]);
 #pragma omp simd
-                for (int64_t i = 0; i < half; ++i) {
-                    const float first = x[i], other = x[i + half];
-                    own[i] = to_bfloat16(first * cosine[i] - other * sine[i]);
-                    own[i + half] = to_bfloat16(other * cosine[i + second] + first * sine[i + second]);
-                }
+            for (int64_t i = 0; i < half; ++i) {
+                const float one = x[i], other = x[i + half];
+                own[i] = to_bfloat16(one * cosine[i] - other * sine[i]);
+                own[i + half] = to_bfloat16(other * cosine[i + second] + one * sine[i + second]);
             }
         }
     }
 }
 
+int64_t worth(int64_t threads, int64_t numbers) { return numbers > WORTH_THREADS ? threads : 1; }
+
 }  // namespace
+
+void norm(Team& team, const Norm& norm, const bfloat16* x, bfloat16* y, int64_t rows, int64_t width) {
+    team.each(rows, [&](int64_t first, int64_t end) {
+        for (int64_t row = first; row < end; ++row) normalise(norm, x + row * width, y + row * width, width);
+    });
+}
+
+void gate(Team& team, const bfloat16* x, bfloat16* y, float linear, float cubic, int64_t rows, int64_t width) {
+    team.each(rows, [&](int64_t first, int64_t end) {
+        for (int64_t row = first; row < end; ++row) {
+            const bfloat16 *gates = x + row * 2 * width, *ups = gates + width;
+            bfloat16* out = y + row * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) {
+                const float value = to_float(gates[i]);
+                const float power = exponential(-value * (linear + cubic * value * value));
+                out[i] = to_bfloat16(value / (1.0f + power) * to_float(ups[i]));
+            }
+        }
+    });
+}
+
+void rotate(Team& team, const Heads& heads, const Angles& angles, const Norm& query, const Norm& key, bfloat16* joint,
+            int64_t rows, int64_t width) {
+    team.each(rows, [&](int64_t first, int64_t end) {
+        if (angles.in_float32)
+            rotate_rows<float>(heads, angles, query, key, joint, first, end, width);
+        else
+            rotate_rows<bfloat16>(heads, angles, query, key, joint, first, end, width);
+    });
+}
 
 // y = x / sqrt(mean of squares + epsilon) * (weight + offset); x and y (rows, width) are contiguous.
 extern "C" void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows,
                          int64_t width, int64_t threads) {
-    const auto *from = static_cast<const bfloat16*>(x), *factors = static_cast<const bfloat16*>(weight);
-    auto* to = static_cast<bfloat16*>(y);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > WORTH_THREADS)
-    for (int64_t row = 0; row < rows; ++row)
-        normalise(from + row * width, factors, offset, epsilon, width, to + row * width);
+    with_team(worth(threads, rows * width), [&](Team& team) {
+        const Norm own{weight, nullptr, offset, epsilon, 0};
+        norm(team, own, static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y), rows, width);
+    });
 }
 
 // y = f(gate) * up with f(x) = x / (1 + exp(-(linear * x + cubic * x^3))): (linear, cubic) is (1, 0) for SiLU and
 // (1.5958, 0.0714) for GELU's approximation with tanh. A row of x holds gate and then up, each of width; y is (rows, width).
 extern "C" void gate(const void* x, void* y, float linear, float cubic, int64_t rows, int64_t width, int64_t threads) {
-    const auto* from = static_cast<const bfloat16*>(x);
-    auto* to = static_cast<bfloat16*>(y);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > WORTH_THREADS / 4)
-    for (int64_t row = 0; row < rows; ++row) {
-        const bfloat16 *gates = from + row * 2 * width, *ups = gates + width;
-        bfloat16* out = to + row * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            const float value = to_float(gates[i]);
-            const float power = exponential(-value * (linear + cubic * value * value));
-            out[i] = to_bfloat16(value / (1.0f + power) * to_float(ups[i]));
-        }
-    }
+    with_team(worth(threads, 4 * rows * width), [&](Team& team) {
+        gate(team, static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y), linear, cubic, rows, width);
+    });
 }
 
 // Applies rotary position embeddings (Su et al., RoFormer, arXiv 2104.09864) in place: rotates the first `rotary` numbers of
@@ -113,14 +139,11 @@ extern "C" void rotate_heads(void* joint, const void* cosines, const void* sines
                              const void* query_weight, const void* key_weight, float offset, float epsilon, int64_t rows,
                              int64_t width, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotary,
                              int64_t angles, int64_t threads) {
-    auto* own = static_cast<bfloat16*>(joint);
-    const auto *of_query = static_cast<const bfloat16*>(query_weight), *of_key = static_cast<const bfloat16*>(key_weight);
-    if (angles_in_float32)
-        rotate(own, static_cast<const float*>(cosines), static_cast<const float*>(sines), of_query, of_key, offset, epsilon,
-               rows, width, heads, kv_heads, head_dim, rotary, angles, threads);
-    else
-        rotate(own, static_cast<const bfloat16*>(cosines), static_cast<const bfloat16*>(sines), of_query, of_key, offset,
-               epsilon, rows, width, heads, kv_heads, head_dim, rotary, angles, threads);
+    with_team(worth(threads, rows * width), [&](Team& team) {
+        const Norm query{query_weight, nullptr, offset, epsilon, 0}, key{key_weight, nullptr, offset, epsilon, 0};
+        rotate(team, {heads, kv_heads, head_dim}, {cosines, sines, angles_in_float32, rotary, angles}, query, key,
+               static_cast<bfloat16*>(joint), rows, width);
+    });
 }
 
 // tokens[row] = the place of the largest number of the row, the first of equal ones; x is (rows, width). As integers with the sign

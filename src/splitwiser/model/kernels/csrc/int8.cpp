@@ -1,10 +1,10 @@
-// Products with int8 weights: 64 multiplications an instruction (AVX-512 VNNI), and half the bytes of bfloat16.
+// Products with int8 weights: 64 multiplications an instruction (AVX-512 VNNI) or 16,384 (AMX), half the bytes of bfloat16.
 //
 // A weight is an integer from -127 to 127 times its output's scale, and an input one times its row's scale, which is found when
 // the product is computed. Weights lie in panels of 64 outputs; in a panel, for each four inputs, the four weights of each
 // output.
-// The instruction multiplies unsigned bytes by signed ones. So inputs are stored plus 128, and 128 times the sum of an output's
-// weights, its offset, is subtracted from the sums, which are exact in 32 bits.
+// The instructions, AMX's too, multiply unsigned bytes by signed ones. So inputs are stored plus 128, and 128 times the sum of
+// an output's weights, its offset, is subtracted from the sums, which are exact in 32 bits.
 
 #include <algorithm>
 #include <cstdint>
@@ -14,6 +14,8 @@
 #include "bfloat16.h"
 #include "functions.h"
 #include "linear.h"
+#include "parts.h"
+#include "tiles.h"
 
 #if HAS_AVX512 && defined(__AVX512VNNI__)
 #define HAS_INT8_DOT 1
@@ -73,50 +75,87 @@ void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const int8_t*
     }
 }
 
+// A product of quantised inputs: where its weights lie, and how its sums are finished.
+struct Int8Product {
+    const Linear& p;
+    const bfloat16* residual;
+    bfloat16* y;
+    int64_t rows;
+    const Quantised& x;
+
+    const int8_t* weights(int64_t output) const {
+        return static_cast<const int8_t*>(p.packed) + output / BLOCK * BLOCK * p.padded_inputs + output % BLOCK * 4;
+    }
+    void finish_sums(int64_t row, int64_t output, const int32_t* sums) const {
+        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(p.offsets + output));
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x.scales[row]), _mm512_loadu_ps(p.scales + output));
+        finish(p, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), residual, y, row * p.outputs, output);
+    }
+};
+
+void multiply_by_dots(Team& team, const Int8Product& product) {
+    const Linear& p = product.p;
+    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK, rows = product.rows;
+    const int64_t group = rows_of_task(rows, panels, team.threads()), groups = (rows + group - 1) / group;
+    team.each(groups * panels, [&](int64_t begin, int64_t last) {
+        for (int64_t task = begin; task < last; ++task) {
+            const int64_t panel = task % panels, start = task / panels * group, end = std::min(rows, start + group);
+            for (int64_t first = start; first < end; first += ROWS) {
+                int32_t sums[ROWS][BLOCK];
+                const int64_t count = std::min(ROWS, end - first);
+                multiply_rows(count, product.x.numbers + first * p.padded_inputs, p.padded_inputs,
+                              product.weights(panel * BLOCK), quads, sums);
+                for (int64_t r = 0; r < count; ++r)
+                    for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES)
+                        product.finish_sums(first + r, panel * BLOCK + j, sums[r] + j);
+            }
+        }
+    });
+}
+
+#if HAS_AMX
+
+void multiply_in_tiles(Team& team, const Int8Product& product) {
+    const auto columns = [&](int64_t output) {
+        const auto* first = reinterpret_cast<const char*>(product.weights(output));
+        return TileColumns{{first, first + TILE_ROW_BYTES}, BLOCK * 4};
+    };
+    multiply_in_tiles<Int8Tiles, int32_t>(
+        team, product.x.numbers, product.p.padded_inputs, product.rows, product.p.outputs, columns,
+        [&](int64_t row, int64_t output, const int32_t* sums) { product.finish_sums(row, output, sums); });
+}
+
+#endif
+
 }  // namespace
 
 // y = x W^T + bias + residual, or with relu max(0, x W^T + bias), rounded once; x is (rows, inputs), y and residual (rows,
 // outputs). bias and residual may be null; residual may be y.
+void multiply_int8(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
+                   const Quantised& quantised) {
+    team.each(rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            quantised.scales[row] =
+                quantise(x + row * p.inputs, p.inputs, p.padded_inputs, quantised.numbers + row * p.padded_inputs);
+    });
+    const Int8Product product{p, residual, y, rows, quantised};
+#if HAS_AMX
+    if (rows > p.dot_rows && p.padded_inputs % TILE_ROW_BYTES == 0 && may_use_tiles()) return multiply_in_tiles(team, product);
+#endif
+    multiply_by_dots(team, product);
+}
+
 extern "C" void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
                               int64_t threads) {
-    const Linear& p = *linear;
-    const auto *from = static_cast<const bfloat16*>(x), *added = static_cast<const bfloat16*>(residual);
-    auto* to = static_cast<bfloat16*>(y);
-    const int64_t quads = p.padded_inputs / 4, panels = (p.outputs + BLOCK - 1) / BLOCK;
-    const int64_t group = rows_of_task(rows, panels, threads), groups = (rows + group - 1) / group;
-    thread_local std::vector<uint8_t> quantised_memory;
-    thread_local std::vector<float> scales_memory;
-    quantised_memory.resize(rows * p.padded_inputs);
-    scales_memory.resize(rows);
-    uint8_t* quantised = quantised_memory.data();  // of the calling thread, for all
-    float* scales = scales_memory.data();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row)
-            scales[row] = quantise(from + row * p.inputs, p.inputs, p.padded_inputs, quantised + row * p.padded_inputs);
-#pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t task = 0; task < groups; ++task)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const auto* weights = static_cast<const int8_t*>(p.packed) + panel * BLOCK * p.padded_inputs;
-                const int64_t end = std::min(rows, (task + 1) * group);
-                for (int64_t first = task * group; first < end; first += ROWS) {
-                    int32_t sums[ROWS][BLOCK];
-                    const int64_t count = std::min(ROWS, end - first);
-                    multiply_rows(count, quantised + first * p.padded_inputs, p.padded_inputs, weights, quads, sums);
-                    for (int64_t r = 0; r < count; ++r)
-                        for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES) {
-                            const int64_t output = panel * BLOCK + j;
-                            const __m512i offset = _mm512_loadu_si512(p.offsets + output);
-                            const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[r] + j), offset);
-                            const __m512 row_scale = _mm512_set1_ps(scales[first + r]);
-                            const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p.scales + output));
-                            const __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-                            finish(p, total, added, to, (first + r) * p.outputs, output);
-                        }
-                }
-            }
-    }
+    thread_local std::vector<uint8_t> numbers;
+    thread_local std::vector<float> scales;
+    numbers.resize(in_whole_tiles(rows) * linear->padded_inputs);
+    scales.resize(rows);
+    const Quantised quantised{numbers.data(), scales.data()};  // of the calling thread, for all
+    with_team(threads, [&](Team& team) {
+        multiply_int8(team, *linear, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual),
+                      static_cast<bfloat16*>(y), rows, quantised);
+    });
 }
 
 #else

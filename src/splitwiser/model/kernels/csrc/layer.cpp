@@ -1,4 +1,4 @@
-// Products of small batches, and a whole decoder layer for one in a single call: with a few rows so little is computed that the
+// Products of small batches, and whole decoder layers for one in a single call: with a few rows so little is computed that the
 // time is that of reading the weights and of the calls themselves.
 //
 // Weights are int8 (int8.cpp), or bfloat16 in the layout that oneDNN has for its dot products: panels of outputs (64 for AVX-512,
@@ -8,45 +8,36 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <optional>
+#include <utility>
 #include <vector>
 
 #include "bfloat16.h"
 #include "functions.h"
 #include "linear.h"
+#include "parts.h"
+#include "tiles.h"
 
 #if HAS_AVX512 && defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 #else
 #define HAS_BF16_DOT 0
 #endif
-#if HAS_BF16_DOT && defined(__AMX_BF16__) && defined(__AMX_TILE__)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define HAS_AMX 0
-#endif
-
 extern "C" {
 
-struct Norm {
-    const void* weight;
-    float offset, epsilon;
-};
-
-// A decoder layer, fused.py's _LayerStruct.
+// A decoder layer, fused.py's _LayerStruct. If gated, `up` gives the gate and what it is multiplied by; otherwise what `down`
+// takes.
 struct Layer {
-    Linear qkv, o, gate_up, down;
+    Linear qkv, o, up, down;
     Norm input, post, query, key;  // query and key have no weights if heads are not normalised
     float linear, cubic, scaling, softcap;
-    int64_t heads, kv_heads, head_dim, half_angles;  // half_angles: both halves of a head are rotated by the same angles
+    int64_t gated, heads, kv_heads, head_dim, half_angles;  // half_angles: both halves of a head are rotated by the same angles
 };
 
-// A decode step at one layer, fused.py's _StepStruct; one token per request.
+// A decode step, fused.py's _StepStruct; one token per request. keys and values hold the pool's of each layer. Without cosines
+// nothing is rotated.
 struct Step {
     const void *cosines, *sines;
-    void *keys, *values;
+    void *const *keys, *const *values;
     const int64_t *slots, *tables, *starts, *offsets, *lengths;
     int64_t rows, block_tokens, table_width, angles, angles_in_float32, threads;
 };
@@ -57,8 +48,7 @@ namespace {
 
 #if HAS_BF16_DOT
 
-// Largest numbers of rows: with AVX-512 as many as took less time here than with oneDNN; with AMX those of a tile.
-constexpr int64_t MAX_ROWS_DOT = 128, MAX_ROWS_AMX = 16;
+constexpr int64_t MAX_ROWS = 128;  // as many as took less time than with oneDNN
 
 // A block of outputs: where each part's weights of the first pair lie, and the distance from one pair's to the next.
 struct OutputBlock {
@@ -66,15 +56,16 @@ struct OutputBlock {
     int64_t step;
 };
 
-// Returns the block of outputs from `first` on, in whichever panels it lies. Parts past the last panel read its end instead.
+// Returns where the weights of 16 outputs from `output` on lie, in whichever panel; past the last panel, those of its end.
+const uint32_t* weights_from(const Linear& p, int64_t output) {
+    output = std::min(output, (p.outputs - 1) / LANES * LANES);
+    return static_cast<const uint32_t*>(p.packed) + output / p.panel * p.padded_inputs / 2 * p.panel + output % p.panel;
+}
+
 OutputBlock block_of(const Linear& p, int64_t first) {
     OutputBlock block;
     block.step = p.panel;
-    for (int64_t j = 0; j < PARTS; ++j) {
-        const int64_t output = std::min(first + j * LANES, (p.outputs - 1) / LANES * LANES);
-        const int64_t panel_start = output / p.panel * p.padded_inputs / 2 * p.panel;
-        block.parts[j] = static_cast<const uint32_t*>(p.packed) + panel_start + output % p.panel;
-    }
+    for (int64_t j = 0; j < PARTS; ++j) block.parts[j] = weights_from(p, first + j * LANES);
     return block;
 }
 
@@ -109,127 +100,126 @@ void multiply_block_dot(const bfloat16* x, int64_t stride, const OutputBlock& bl
     }
 }
 
-#if HAS_AMX
-
-constexpr int64_t TILE_PAIRS = 16;
-
-// Whether the system lets this process use AMX tiles, which a process must request.
-bool may_use_amx() {
-    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, and the number of the tiles' processor state
-    static const bool may = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
-    return may;
+void multiply_by_dots(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows) {
+    const int64_t blocks = (p.outputs + BLOCK - 1) / BLOCK, pairs = p.inputs / 2;
+    const int64_t group = rows_of_task(rows, blocks, team.threads()), groups = (rows + group - 1) / group;
+    team.each(groups * blocks, [&](int64_t begin, int64_t last) {
+        for (int64_t task = begin; task < last; ++task) {
+            const int64_t output = task % blocks * BLOCK, start = task / blocks * group, end = std::min(rows, start + group);
+            const OutputBlock block = block_of(p, output);
+            for (int64_t first = start; first < end; first += ROWS) {
+                float sums[ROWS][BLOCK];
+                const int64_t count = std::min(ROWS, end - first);
+                multiply_block_dot(x + first * p.inputs, p.inputs, block, count, pairs, sums);
+                for (int64_t r = 0; r < count; ++r)
+                    for (int64_t j = 0; j < BLOCK && output + j < p.outputs; j += LANES)
+                        finish(p, _mm512_loadu_ps(sums[r] + j), residual, y, (first + r) * p.outputs, output + j);
+            }
+        }
+    });
 }
 
-// Configures this thread's tiles for a product while the object lives: 0 to 3 for the sums of a block's parts, 4 and 5 for the
-// inputs and the weights of 16 pairs, 6 and 7 for those of the remaining pairs.
-class Tiles {
-  public:
-    Tiles(int64_t rows, int64_t pairs) {
-        for (int sums = 0; sums < PARTS; ++sums) shape(sums, rows, LANES);
-        if (pairs >= TILE_PAIRS) shape(4, rows, TILE_PAIRS), shape(5, TILE_PAIRS, LANES);
-        if (const int64_t left = pairs % TILE_PAIRS) shape(6, rows, left), shape(7, left, LANES);
-        asm volatile("" : : "r"(&shapes_) : "memory");  // GCC 12 does not know that the load reads all of it
-        _tile_loadconfig(&shapes_);
-    }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
+bool uses_tiles(const Linear& p, int64_t rows) {
+    constexpr int64_t TILE_INPUTS = TILE_ROW_BYTES / sizeof(bfloat16);
+    return rows > p.dot_rows && !p.scales && p.inputs % TILE_INPUTS == 0 && may_use_tiles();
+}
 
-  private:
-    void shape(int tile, int64_t rows, int64_t columns) {
-        shapes_.rows[tile] = static_cast<uint8_t>(rows);
-        shapes_.row_bytes[tile] = static_cast<uint16_t>(columns * 4);  // a column is a float32 sum or a pair of bfloat16
+#if HAS_AMX
+
+void multiply_in_tiles(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows) {
+    const auto columns = [&](int64_t output) {
+        const auto at = [&](int64_t first) { return reinterpret_cast<const char*>(weights_from(p, first)); };
+        return TileColumns{{at(output), at(output + LANES)}, p.panel * static_cast<int64_t>(sizeof(uint32_t))};
+    };
+    multiply_in_tiles<Bfloat16Tiles, float>(
+        team, x, p.inputs * sizeof *x, rows, p.outputs, columns, [&](int64_t row, int64_t output, const float* sums) {
+            finish(p, _mm512_load_ps(sums), residual, y, row * p.outputs, output);
+        });
+}
+
+#endif
+
+// y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), with room for whole tiles if it
+// uses_tiles(), and y and residual are (rows, outputs). residual may be null or y. quantised is for int8 weights.
+void multiply(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
+              const Quantised& quantised) {
+    if (p.scales) return multiply_int8(team, p, x, residual, y, rows, quantised);
+#if HAS_AMX
+    if (uses_tiles(p, rows)) return multiply_in_tiles(team, p, x, residual, y, rows);
+#endif
+    multiply_by_dots(team, p, x, residual, y, rows);
+}
+
+// Returns x (rows, inputs) with room for whole tiles: itself, or a copy in memory of the calling thread.
+const bfloat16* with_room(const bfloat16* x, int64_t rows, int64_t inputs) {
+    if (in_whole_tiles(rows) == rows) return x;
+    thread_local std::vector<bfloat16> copy;
+    copy.resize(in_whole_tiles(rows) * inputs);
+    std::copy_n(x, rows * inputs, copy.data());
+    return copy.data();
+}
+
+// Where a layer's parts leave what the next ones take.
+struct Workspace {
+    bfloat16 *normed, *joint, *attended, *up, *gated;
+    Quantised quantised;
+
+    // Returns places for all of `layers`, in memory of the calling thread.
+    static Workspace of(const Layer* layers, int64_t count, int64_t rows) {
+        int64_t width = 0, joint = 0, own = 0, up = 0, inner = 0, inputs = 0;
+        for (const Layer* l = layers; l < layers + count; ++l) {
+            width = std::max(width, l->qkv.inputs), joint = std::max(joint, l->qkv.outputs), own = std::max(own, l->o.inputs);
+            up = std::max(up, l->up.outputs), inner = std::max(inner, l->down.inputs);
+            for (const Linear* p : {&l->qkv, &l->o, &l->up, &l->down}) inputs = std::max(inputs, p->padded_inputs);
+        }
+        thread_local std::vector<bfloat16> numbers;
+        thread_local std::vector<uint8_t> integers;
+        thread_local std::vector<float> scales;
+        numbers.resize(in_whole_tiles(rows) * (width + joint + own + up + inner));
+        integers.resize(in_whole_tiles(rows) * inputs);
+        scales.resize(rows);
+        bfloat16* at = numbers.data();
+        const auto take = [&](int64_t size) { return std::exchange(at, at + in_whole_tiles(rows) * size); };
+        return {take(width), take(joint), take(own), take(up), take(inner), {integers.data(), scales.data()}};
     }
-    struct {
-        uint8_t palette = 1, first_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-    } shapes_;  // in the processor's format
 };
 
-// Adds the products of as many pairs as the given tiles hold to a block's sums; tile numbers must be literals.
-#define ADD_PRODUCTS(INPUTS, WEIGHTS)                          \
-    do {                                                       \
-        const int64_t at = pair * block.step;                  \
-        _tile_loadd(INPUTS, x + 2 * pair, x_bytes);            \
-        _tile_loadd(WEIGHTS, block.parts[0] + at, step_bytes); \
-        _tile_dpbf16ps(0, INPUTS, WEIGHTS);                    \
-        _tile_loadd(WEIGHTS, block.parts[1] + at, step_bytes); \
-        _tile_dpbf16ps(1, INPUTS, WEIGHTS);                    \
-        _tile_loadd(WEIGHTS, block.parts[2] + at, step_bytes); \
-        _tile_dpbf16ps(2, INPUTS, WEIGHTS);                    \
-        _tile_loadd(WEIGHTS, block.parts[3] + at, step_bytes); \
-        _tile_dpbf16ps(3, INPUTS, WEIGHTS);                    \
-    } while (false)
-
-void multiply_block_amx(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t pairs, float (*sums)[BLOCK]) {
-    const int64_t x_bytes = stride * sizeof *x, step_bytes = block.step * sizeof *block.parts[0];
-    int64_t pair = 0;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (; pair + TILE_PAIRS <= pairs; pair += TILE_PAIRS) ADD_PRODUCTS(4, 5);
-    if (pair < pairs) ADD_PRODUCTS(6, 7);
-    _tile_stored(0, sums[0], sizeof *sums);
-    _tile_stored(1, sums[0] + LANES, sizeof *sums);
-    _tile_stored(2, sums[0] + 2 * LANES, sizeof *sums);
-    _tile_stored(3, sums[0] + 3 * LANES, sizeof *sums);
-}
-
-#endif
-
-// y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), y and residual (rows, outputs). residual
-// may be null or y.
-void multiply(const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows, int64_t threads) {
-    if (p.scales) return multiply_int8(&p, x, residual, y, rows, threads);
-    const int64_t pairs = p.inputs / 2, blocks = (p.outputs + BLOCK - 1) / BLOCK;
-    bool in_tiles = false;
-#if HAS_AMX
-    in_tiles = may_use_amx();
-#endif
-    const int64_t group = in_tiles ? rows : rows_of_task(rows, blocks, threads), groups = (rows + group - 1) / group;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#if HAS_AMX
-        std::optional<Tiles> tiles;
-        if (in_tiles) tiles.emplace(rows, pairs);
-#endif
-#pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t task = 0; task < groups; ++task)
-            for (int64_t number = 0; number < blocks; ++number) {
-                const OutputBlock block = block_of(p, number * BLOCK);
-                const int64_t end = std::min(rows, (task + 1) * group), step = in_tiles ? rows : ROWS;
-                for (int64_t first = task * group; first < end; first += step) {
-                    float sums[MAX_ROWS_AMX][BLOCK];
-                    const int64_t count = std::min(step, end - first);
-#if HAS_AMX
-                    if (in_tiles)
-                        multiply_block_amx(x, p.inputs, block, pairs, sums);
-                    else
-#endif
-                        multiply_block_dot(x + first * p.inputs, p.inputs, block, count, pairs, sums);
-                    for (int64_t r = 0; r < count; ++r)
-                        for (int64_t j = 0; j < BLOCK && number * BLOCK + j < p.outputs; j += LANES) {
-                            const __m512 sum = _mm512_loadu_ps(sums[r] + j);
-                            finish(p, sum, residual, y, (first + r) * p.outputs, number * BLOCK + j);
-                        }
-                }
-            }
+// to = layer(from), of which `number` is the number in the step.
+void run_layer(Team& team, const Layer& l, const Step& s, int64_t number, const Workspace& w, const bfloat16* from,
+               bfloat16* to) {
+    const Heads heads{l.heads, l.kv_heads, l.head_dim};
+    const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, kv_width = l.kv_heads * l.head_dim;
+    norm(team, l.input, from, w.normed, s.rows, width);
+    multiply(team, l.qkv, w.normed, nullptr, w.joint, s.rows, w.quantised);
+    if (s.cosines) {
+        const Angles angles{s.cosines, s.sines, s.angles_in_float32, l.half_angles ? 2 * s.angles : s.angles, s.angles};
+        rotate(team, heads, angles, l.query, l.key, w.joint, s.rows, joint_width);
     }
+    team.each(s.rows, [&](int64_t first, int64_t end) {
+        const bfloat16* keys = w.joint + first * joint_width + l.heads * l.head_dim;
+        const int64_t stride = joint_width * sizeof *keys, bytes = kv_width * sizeof *keys;
+        store(reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(keys + kv_width), s.slots + first,
+              static_cast<char*>(s.keys[number]), static_cast<char*>(s.values[number]), end - first, stride, stride, bytes,
+              bytes, 1);
+    });
+    const Places places{s.tables, s.starts, s.offsets, s.lengths, s.block_tokens, s.table_width};
+    decode_attention(team, heads, places, w.joint, joint_width, s.keys[number], s.values[number], l.scaling, l.softcap,
+                     w.attended, s.rows);
+    multiply(team, l.o, w.attended, from, to, s.rows, w.quantised);
+    norm(team, l.post, to, w.normed, s.rows, width);
+    multiply(team, l.up, w.normed, nullptr, w.up, s.rows, w.quantised);
+    if (l.gated) gate(team, w.up, w.gated, l.linear, l.cubic, s.rows, l.down.inputs);
+    multiply(team, l.down, l.gated ? w.gated : w.up, to, to, s.rows, w.quantised);
 }
 
 #endif
 
 }  // namespace
 
-// Returns the largest number of rows that the functions below support; 0 if this processor has no bfloat16 dot products.
+// Returns the largest number of rows that the functions below are for; 0 if this processor has no bfloat16 dot products.
 extern "C" int max_small_rows() {
-#if HAS_AMX
-    if (may_use_amx()) return MAX_ROWS_AMX;
-#endif
 #if HAS_BF16_DOT
-    return MAX_ROWS_DOT;
+    return MAX_ROWS;
 #else
     return 0;
 #endif
@@ -239,39 +229,24 @@ extern "C" int max_small_rows() {
 
 extern "C" void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows,
                                      int64_t threads) {
-    multiply(*linear, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y),
-             rows, threads);
+    const auto* from = static_cast<const bfloat16*>(x);
+    if (uses_tiles(*linear, rows)) from = with_room(from, rows, linear->inputs);
+    with_team(threads, [&](Team& team) {
+        multiply(team, *linear, from, static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y), rows, {});
+    });
 }
 
-// y = layer(x) for a decode step of a small batch; x and y are (rows, width).
-extern "C" void layer_small_batch(const Layer* layer, const Step* step, const void* x, void* y) {
-    const Layer& l = *layer;
-    const Step& s = *step;
-    const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, inner = l.down.inputs;
-    const int64_t own_width = l.heads * l.head_dim, kv_width = l.kv_heads * l.head_dim, size = sizeof(bfloat16);
-    thread_local std::vector<bfloat16> memory;
-    memory.resize(s.rows * (width + joint_width + own_width + 3 * inner));
-    bfloat16 *normed = memory.data(), *joint = normed + s.rows * width, *attended = joint + s.rows * joint_width;
-    bfloat16 *gate_up = attended + s.rows * own_width, *gated = gate_up + s.rows * 2 * inner;
+// Runs `count` layers in a decode step of a small batch, each on the output of the one before and the first on x, (rows,
+// width). y is (count, rows, width), the output of each.
+extern "C" void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y) {
+    const Workspace workspace = Workspace::of(layers, count, step->rows);
     const auto* from = static_cast<const bfloat16*>(x);
     auto* to = static_cast<bfloat16*>(y);
-
-    rms_norm(from, l.input.weight, normed, l.input.offset, l.input.epsilon, s.rows, width, s.threads);
-    multiply(l.qkv, normed, nullptr, joint, s.rows, s.threads);
-    rotate_heads(joint, s.cosines, s.sines, s.angles_in_float32, l.query.weight, l.key.weight, l.query.offset,
-                 l.query.epsilon, s.rows, joint_width, l.heads, l.kv_heads, l.head_dim, l.half_angles ? 2 * s.angles : s.angles,
-                 s.angles, s.threads);
-    const char* keys = reinterpret_cast<const char*>(joint + own_width);
-    store(keys, keys + kv_width * size, s.slots, static_cast<char*>(s.keys), static_cast<char*>(s.values), s.rows,
-          joint_width * size, joint_width * size, kv_width * size, kv_width * size, 1);
-    attention(1, joint, s.keys, s.values, s.tables, s.starts, s.offsets, s.lengths, nullptr, nullptr, 0, 0, attended,
-              joint_width, s.rows, l.heads, l.kv_heads, l.head_dim, l.head_dim, s.block_tokens, s.table_width, l.scaling,
-              l.softcap, s.threads);
-    multiply(l.o, attended, from, to, s.rows, s.threads);
-    rms_norm(to, l.post.weight, normed, l.post.offset, l.post.epsilon, s.rows, width, s.threads);
-    multiply(l.gate_up, normed, nullptr, gate_up, s.rows, s.threads);
-    gate(gate_up, gated, l.linear, l.cubic, s.rows, inner, s.threads);
-    multiply(l.down, gated, to, to, s.rows, s.threads);
+    with_team(step->threads, [&](Team& team) {
+        const int64_t size = step->rows * layers->qkv.inputs;
+        for (int64_t i = 0; i < count; ++i)
+            run_layer(team, layers[i], *step, i, workspace, i ? to + (i - 1) * size : from, to + i * size);
+    });
 }
 
 #endif

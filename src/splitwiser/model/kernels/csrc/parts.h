@@ -1,0 +1,54 @@
+// The parts of a layer that a team of threads computes together; each is described where it is defined.
+
+#pragma once
+
+#include <cstdint>
+
+#include "bfloat16.h"
+#include "team.h"
+
+extern "C" {
+
+struct Linear;
+
+// A norm of rows by their root mean square or, if centred, by their mean and standard deviation; fused.py's _NormStruct. The
+// weight has offset added to it; bias may be null.
+struct Norm {
+    const void *weight, *bias;
+    float offset, epsilon;
+    int64_t centred;
+};
+
+}  // extern "C"
+
+// The sizes of a row of queries, keys and values: `heads` query heads, kv_heads key heads and as many value heads.
+struct Heads {
+    int64_t heads, kv_heads, head_dim;
+};
+
+// A row's angles, and how much of each head they rotate; see rotate_heads().
+struct Angles {
+    const void *cosines, *sines;
+    int64_t in_float32, rotary, count;
+};
+
+// The slots of the pool that hold each request's tokens; see attention().
+struct Places {
+    const int64_t *tables, *starts, *offsets, *lengths;
+    int64_t block_tokens, table_width;
+};
+
+// Where the inputs of an int8 product lie as integers, (rows, padded_inputs), and their scales, (rows).
+struct Quantised {
+    uint8_t* numbers;
+    float* scales;
+};
+
+void norm(Team& team, const Norm& norm, const bfloat16* x, bfloat16* y, int64_t rows, int64_t width);
+void gate(Team& team, const bfloat16* x, bfloat16* y, float linear, float cubic, int64_t rows, int64_t width);
+void rotate(Team& team, const Heads& heads, const Angles& angles, const Norm& query, const Norm& key, bfloat16* joint,
+            int64_t rows, int64_t width);
+void decode_attention(Team& team, const Heads& heads, const Places& places, const bfloat16* query, int64_t query_stride,
+                      const void* keys, const void* values, float scaling, float softcap, bfloat16* output, int64_t requests);
+void multiply_int8(Team& team, const Linear& linear, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
+                   const Quantised& quantised);
