@@ -138,11 +138,11 @@ def load_dummy(directory: Path, seed: int) -> LoadedModel:
 def test_a_broken_file_counts_as_none(
     harm: bytes | None, tiny: Callable[[str], Path], tried: list[str], cache: Path
 ) -> None:
-    attached(tiny("opt"))
+    fused = describe_parts(attached(tiny("opt")).module)
     (path,) = cache.iterdir()
     path.write_bytes(path.read_bytes().replace(b"null", b"   0") + b" " if harm is None else harm)
     tried.clear()
-    assert describe_parts(attached(tiny("opt")).module) == "activation 3"
+    assert describe_parts(attached(tiny("opt")).module) == fused
     assert tried
     tried.clear()
     attached(tiny("opt"))
