@@ -215,17 +215,15 @@ class FusedLayer(nn.Module):
     def make_struct(self) -> _LayerStruct | None:
         """Return the layer at the addresses of its weights; None if the call for small batches does not support it."""
         attention, mlp, options = self.self_attn, self.mlp, self.self_attn.options
-        gated = isinstance(mlp, FusedMLP)
-        up_proj = mlp.gate_up_proj if isinstance(mlp, FusedMLP) else mlp.up_proj
+        up_proj, factors = (mlp.up_proj, None) if isinstance(mlp, PlainMLP) else (mlp.gate_up_proj, mlp.factors)
         linears = [each.struct for each in (attention.qkv_proj, attention.o_proj, up_proj, mlp.down_proj)]
         is_plain = options.sinks is None and options.bias is None and attention.heads[1] == attention.heads[2]
         if None in linears or not is_plain:
             return None
         norms = self.input_layernorm, self.post_attention_layernorm, attention.q_norm, attention.k_norm
-        factors = mlp.factors if isinstance(mlp, FusedMLP) else (0.0, 0.0)
         return _LayerStruct(
-            *linears, *map(_norm_struct, norms), *factors, options.scaling, options.softcap or 0.0,
-            gated, *attention.heads[:2], attention.head_dim, attention.half_angles,
+            *linears, *map(_norm_struct, norms), *(factors or (0.0, 0.0)), options.scaling, options.softcap or 0.0,
+            factors is not None, *attention.heads[:2], attention.head_dim, attention.half_angles,
         )  # fmt: skip
 
 

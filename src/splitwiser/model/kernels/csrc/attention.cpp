@@ -333,17 +333,16 @@ float weigh(const Call<T>& c, int64_t request, int64_t head, int64_t begin, int6
 
 template <typename T>
 void attend_decode_piece(const Call<T>& c, int64_t request, int64_t first, int64_t last) {
-    thread_local Scratch<float> scores_memory, sums_memory;
+    thread_local Scratch<float> scores_memory, sums_memory, totals_memory;
     thread_local Scratch<int64_t> slots_memory;
     const int64_t begin = c.starts[c.offsets[request]], count = c.lengths[request] - begin;
     const int64_t rows = (last - first) * c.group();
     float* scores = scores_memory.take(rows * count);
     float* sums = sums_memory.take(rows * c.value_dim);
+    float* totals = totals_memory.take(rows);
     int64_t* slots = slots_memory.take(count);
     find_slots(c, request, begin, count, slots);
     score_tokens(c, request, first, last, slots, count, scores);
-    thread_local Scratch<float> totals_memory;
-    float* totals = totals_memory.take(rows);
     for (int64_t row = 0; row < rows; ++row)
         totals[row] = weigh(c, request, first * c.group() + row, begin, count, scores + row * count);
     std::fill(sums, sums + rows * c.value_dim, 0.0f);
