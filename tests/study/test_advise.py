@@ -328,9 +328,7 @@ def test_the_options_of_a_run_say_what_differs_from_its_defaults() -> None:
     }  # fmt: skip
     other = next(name for name in SCHEDULES if name != constants.SCHEDULE)
     assert run_options(config, Candidate("sequential", "", 256, other))["schedule"] == other
-    assert run_options(AdviseConfig(), Candidate("sequential", "", RunConfig().prefill_tokens)) == {
-        "mode": "sequential"
-    }
+    assert run_options(AdviseConfig(), Candidate("sequential", "", RunConfig().step_tokens)) == {"mode": "sequential"}
 
 
 def test_shares_that_come_to_the_same_threads_are_one() -> None:

@@ -185,7 +185,7 @@ class ProcessPlacement(SupervisedPlacement):
     ) -> None:
         self._daemon = daemon
         self._shared = [*setups[0].module.memories, setups[0].pool]
-        self.graphs: dict[str, str] = {}  # descriptions of the workers' CUDA graphs
+        self.described: dict[str, str] = {}  # what the workers found of their steps, for the run's record
         blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
         self._router = LeastLoadedRouter(blocks, constants.BLOCK_TOKENS)
         with _without_main_import():
@@ -231,7 +231,7 @@ class ProcessPlacement(SupervisedPlacement):
                 self._router.release(request_id)
 
     def _handle_ready(self, message: Ready) -> None:
-        self.graphs |= message.graphs
+        self.described |= message.described
 
     def _find_fault(self) -> str | None:
         return self._daemon.find_fault() if self._daemon else None
@@ -323,7 +323,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
         model,
         SplitEngine(model.decode, placement, part * block_tokens),
         pool,
-        prepared.described | placement.graphs,
+        prepared.described | placement.described,
         [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]
         if model.device.type == "cpu"
         else [],

@@ -115,7 +115,7 @@ def _start_engines(
         dtype=str(model.dtype).removeprefix("torch."),
         longest=_UNLIMITED if model.max_positions is None else -1,
         max_batch=config.max_batch,
-        prefill_tokens=config.prefill_tokens,
+        prefill_tokens=config.step_tokens,
         kv_bytes=kv_bytes if handing_over else kv_bytes // len(specs),
         eager=config.kernels == "plain",
         seed=config.seed,
