@@ -4,6 +4,7 @@ tokens, nobody reads what was overwritten, and in the end all blocks are free.""
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from splitwiser.engine.decode import Decoder
 from splitwiser.engine.messages import PARENT, Cancel, PrefillTask, Progress, Submit
-from splitwiser.engine.policy import LeastLoadedRouter, find_policy
+from splitwiser.engine.policy import Router, find_policy
+from splitwiser.engine.prefixes import may_share
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.schedule import SCHEDULES, find_schedule
 from splitwiser.engine.steps import Chunk, SequenceState
@@ -145,7 +147,8 @@ def serve(
         workers.append(build_worker(specs, index, wire.end(spec.name), stepper, own, scheduling))
     decoders = [worker._decoder for worker in workers if worker._decoder]
     admitted = [note_admissions(decoder) for decoder in decoders]
-    router = LeastLoadedRouter(dict.fromkeys(owners, part), BLOCK)
+    shares = partial(may_share, prefix_caching=scheduling.prefix_caching)
+    router = Router(dict.fromkeys(owners, part), BLOCK, shares)
     waiting, places, cancelled, idle = list(requests), dict[int, str](), set[int](), 0
     tokens: dict[int, list[int]] = {request.request_id: [] for request, *_ in requests}
     finished: Counter[int] = Counter()
@@ -253,6 +256,25 @@ def test_the_cases_drawn_are_of_all_kinds() -> None:
     assert any(task.token_ids for task in admitted)
     assert any(task.follows is not None for task in admitted)
     assert any(task.cached_tokens and task.follows is None for task in admitted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1::2])
+def test_requests_go_to_the_worker_that_has_their_beginning(layout: str) -> None:
+    kinds = [random.Random(number).randrange(6) for number in range(40)]
+    requests = [
+        (
+            Request(number, (*range(50 * kind, 50 * kind + 40), 300 + number), SamplingParams(max_tokens=3), 0),
+            3,
+            2 * number,
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    tokens, _, admitted = serve(requests, layout, SchedulerSettings(8, 100, BLOCK, prefix_caching=True), 120, seed=3)
+    assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}
+    found = [task.cached_tokens for tasks in admitted for task in tasks]
+    assert set(found) == {0, 40}
+    assert found.count(0) < 10  # by the load alone, each of two workers would compute each of the six
+    assert min(map(len, admitted)) > 9
 
 
 @pytest.mark.parametrize("caching", [False, True])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import psutil
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Cancel, Message, Progress, Ready, Stop, Submit
-from splitwiser.engine.policy import LeastLoadedRouter
+from splitwiser.engine.policy import Router
+from splitwiser.engine.prefixes import may_share
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
@@ -187,7 +189,8 @@ class ProcessPlacement(SupervisedPlacement):
         self._shared = [*setups[0].module.memories, setups[0].pool]
         self.described: dict[str, str] = {}  # what the workers found of their steps, for the run's record
         blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
-        self._router = LeastLoadedRouter(blocks, constants.BLOCK_TOKENS)
+        shares = partial(may_share, prefix_caching=bool(setups[0].config.prefix_caching))
+        self._router = Router(blocks, constants.BLOCK_TOKENS, shares)
         with _without_main_import():
             processes = [
                 _context.Process(target=worker_main, args=(setup,), name=setup.spec.name, daemon=True)
@@ -211,7 +214,7 @@ class ProcessPlacement(SupervisedPlacement):
             self._daemon.wait_for_clients(self.pids)
 
     def submit(self, request: Request, arrival_ns: int) -> None:
-        """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
+        """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker that the router chooses."""
         self._send(self._router.choose(request), Submit(request, arrival_ns))
 
     def cancel(self, request_id: int) -> None:
