@@ -26,21 +26,20 @@ class RunConfig(WorkloadConfig, EngineConfig):
         EngineConfig.__post_init__(self)
         WorkloadConfig.__post_init__(self)
         if self.source == "case":
-            self._check_case(get_case(Path(self.cases), self.case_id))
-        shares = (
-            find_mode(self.mode).layout is not None and "prefix_caching" not in find_backend(self.backend).not_taken
-        )
-        if self.prefix_caching is None and self.same_examples and shares:
-            object.__setattr__(self, "prefix_caching", True)
+            self._set_up_case(get_case(Path(self.cases), self.case_id))
         check_results(self.results)
         if self.goodput is not None:
             parse_goodput(self.goodput)
 
-    def _check_case(self, case: Case) -> None:
-        """Set the adapter of a case that runs with one, if none is given: the one that comes with the model. Raises
+    def _set_up_case(self, case: Case) -> None:
+        """Turn prefix caching on for in-context examples, where the placement has it and nothing is said of it. Set the
+        adapter of a case that runs with one, if none is given: the one that comes with the model. Raises
         :class:`InputError` unless requests then have an adapter of the case's kind."""
         if self.same_examples and not case.examples:
             raise InputError(f"--same_examples: case {case.case_id} ({case.description}) has no in-context examples")
+        shares = find_mode(self.mode).layout and "prefix_caching" not in find_backend(self.backend).not_taken
+        if self.prefix_caching is None and case.examples and shares:
+            object.__setattr__(self, "prefix_caching", True)
         if case.method == "discrete":
             return
         kind = case.method.upper()

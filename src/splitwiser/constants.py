@@ -42,7 +42,7 @@ TTFT_TARGET_MS = 1000.0  # policy deadline: the TTFT that requests without a tar
 PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step, longer prompts are split; and a bound of hybrid steps
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
 RESERVE = False  # reserve KV blocks for the longest answer at admission, instead of preempting where none is free
-PREFIX_CACHING = None  # True: requests that begin alike share KV blocks; None: only with --same_examples
+PREFIX_CACHING = None  # True: requests that begin alike share KV blocks; None: only for cases with in-context examples
 KV_MEMORY = (
     "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
 )

@@ -160,7 +160,7 @@ class EngineConfig(ModelConfig):
     )
     prefix_caching: bool | None = option(
         constants.PREFIX_CACHING,
-        "requests that begin alike share the KV blocks of their beginning; by default only with --same_examples",
+        "requests that begin alike share the KV blocks of their beginning; by default for cases with in-context examples",
     )
     quantization: str = option(
         constants.QUANTIZATION,
