@@ -27,7 +27,7 @@ MEASURE_BUDGET = ("hybrid",)
 ``--itl_target_ms`` is given."""
 
 FIXED_PART = 0.05  # of a step's time, which more tokens would share
-FEWEST_TOKENS = 256  # the smallest budget that Sarathi-Serve was measured with
+FEWEST_TOKENS = 256  # of a measured budget, so that a disturbed measurement does not make steps tiny
 MEASURED_TOKENS = (16, 64, 256, 1024)  # of the steps that are measured
 MEASURED_S = 0.1  # seconds of them all, after which no larger step is measured
 

@@ -110,9 +110,8 @@ def _tokens(directory: Path, prompts: Sequence[list[int]], **settings: Any) -> l
     arrivals = [ARRIVAL_GAP_S * number for number in reversed(range(len(prompts)))]
     staggered = "prefill_tokens" in settings
     with LLM(directory, dtype="float32", device="cpu", **settings) as llm:
-        for _ in range(
-            2 if settings.get("prefix_caching") else 1
-        ):  # the second time, what the first has computed is found
+        times = 2 if settings.get("prefix_caching") else 1  # the second time finds what the first has computed
+        for _ in range(times):
             outputs = llm.generate(
                 prompts, SamplingParams(max_tokens=NEW_TOKENS), arrival_s=arrivals if staggered else None
             )
