@@ -78,7 +78,8 @@ class Policy(Protocol):
         """Return ``waiting``, which is in order of arrival, in the order in which requests are to get blocks.
 
         Admission stops at the first request that does not fit, so that later ones cannot starve it. Where requests that run
-        need more blocks than are free, they are asked for in the same way, and the last one is preempted."""
+        need more blocks than are free, they are asked for in the same way, and the last one is preempted. So are prompts of
+        which some wait for another's prefill: what the first one waits for is prefilled first."""
         ...
 
     def pack(self, prompts: Sequence[PendingPrompt], budget: int, now_ns: int) -> list[tuple[PendingPrompt, int]]:
