@@ -31,10 +31,11 @@ RECORD = REFERENCE / "benchmarks.json"
 OPT = "--model opt-125m --load_format dummy --dtype bfloat16"
 LLAMA = "--model smollm2-135m --load_format dummy --dtype bfloat16"
 ENGINES = "--backend vllm --backend_python $PEERS/vllm"
+WHOLE = f"{ENGINES} --mode mp --workers"
+SPLIT = f"--variant 'vllm-split: {ENGINES} --mode mp'"
 PLACED = (  # this project's own engine, and one and two whole engines of vLLM's, and a prefill and a decode engine
-    f"--repeats 2 --modes sequential,mp --variant 'vllm-one: {ENGINES}' "
-    f"--variant 'vllm-two: {ENGINES} --mode mp --workers \"[{{role: mixed, count: 2}}]\"' "
-    f"--variant 'vllm-split: {ENGINES} --mode mp' --workload standard {OPT}"
+    f"--modes sequential,mp --variant 'vllm-one: {ENGINES}' "
+    f"--variant 'vllm-two: {WHOLE} \"[{{role: mixed, count: 2}}]\"' {SPLIT} --workload standard {OPT}"
 )
 FIGURES = {
     "output_throughput": "tokens/s",
@@ -95,13 +96,25 @@ BENCHMARKS = {
         "vLLM's engines in this project's placements: one engine, two whole engines over one copy of the weights, and a "
         "prefill and a decode engine over one KV pool. Memory counts what is shared once: N private copies would take N "
         "times that of one engine.",
-        PLACED,
+        f"--repeats 2 {PLACED}",
     ),
     "vllm-placed-60": Benchmark(
         "The same as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
-        f"--load 0.6 {PLACED}",
+        f"--repeats 1 --load 0.6 {PLACED}",
     ),
-    "vllm-placed-80": Benchmark("The same at 80%.", f"--load 0.8 {PLACED}"),
+    "vllm-placed-80": Benchmark("The same at 80%.", f"--repeats 1 --load 0.8 {PLACED}"),
+    "vllm-memory": Benchmark(
+        "Memory of one, two and three whole engines of vLLM's, and of a prefill and a decode engine, with a model of 1.2 GB "
+        "(Qwen3 0.6B, bf16) and 0.4 GB of KV cache for all together. N private copies would take N times that of one.",
+        f"--repeats 1 --variant 'vllm-one: {ENGINES}' --variant 'vllm-two: {WHOLE} \"[{{role: mixed, count: 2}}]\"' "
+        f"--variant 'vllm-three: {WHOLE} \"[{{role: mixed, count: 3}}]\"' {SPLIT} --requests 12 --prompt_tokens 64 "
+        "--output_tokens 8 --model qwen3-0.6b --load_format dummy --dtype bfloat16 --kv_memory 384MiB --kernels plain",
+    ),
+    "vllm-transfer": Benchmark(
+        "A prefill and a decode engine of vLLM's over one KV pool, in which blocks change hands, and over a pool each, from "
+        "one of which to the other they are copied.",
+        f"--repeats 2 {SPLIT} --variant 'vllm-copy: {ENGINES} --mode mp --kv_transfer copy' --workload standard {OPT}",
+    ),
     "falcon-rw-1b-64": Benchmark(
         "The same model with 64 such requests, beside vLLM too.",
         "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 100 "

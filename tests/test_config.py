@@ -219,6 +219,7 @@ def test_settings_of_adapters_that_make_no_sense_are_named(settings: dict[str, A
         ({"case_id": 4, "same_examples": True}, True),
         ({"case_id": 4, "same_examples": True, "prefix_caching": False}, False),
         ({"case_id": 4, "backend": "vllm"}, None),
+        ({"case_id": 4, "same_examples": True, "backend": "vllm"}, True),
         ({"prompt_tokens": "5", "prefix_caching": True}, True),
     ],
 )

@@ -42,7 +42,12 @@ def asked_of_llm(options: dict[str, Any]) -> EngineConfig:
 def test_every_option_reaches_the_engine() -> None:
     private = {**OPTIONS, "mps": "private", "exclusive": True}  # which excludes an existing daemon
     quantised = {"quantization": "int8", "dtype": "bfloat16"}  # which excludes other formats and plain kernels
-    other = {"backend": "vllm", "backend_python": "there", "mode": "mp"}  # which excludes mode mps and policies
+    other = {
+        "backend": "vllm",
+        "backend_python": "there",
+        "mode": "mp",
+        "kv_transfer": "copy",
+    }  # which excludes mode mps and policies
     for options in (OPTIONS, private, quantised, other):
         config = asked_of_llm(options)
         assert {name: getattr(config, name) for name in options} == options

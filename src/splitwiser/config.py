@@ -7,7 +7,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.options import option
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.modes import find_backend, find_mode
+from splitwiser.placement.modes import find_mode
 from splitwiser.results.goodput import parse_goodput
 from splitwiser.workload.cases import Case, get_case
 from splitwiser.workload.config import WorkloadConfig
@@ -32,13 +32,14 @@ class RunConfig(WorkloadConfig, EngineConfig):
             parse_goodput(self.goodput)
 
     def _set_up_case(self, case: Case) -> None:
-        """Turn prefix caching on for in-context examples, where the placement has it and nothing is said of it. Set the
-        adapter of a case that runs with one, if none is given: the one that comes with the model. Raises
-        :class:`InputError` unless requests then have an adapter of the case's kind."""
+        """Turn prefix caching on for in-context examples, where nothing is said of it. Set the adapter of a case that runs with
+        one, if none is given: the one that comes with the model. Raises :class:`InputError` unless requests then have an
+        adapter of the case's kind."""
         if self.same_examples and not case.examples:
             raise InputError(f"--same_examples: case {case.case_id} ({case.description}) has no in-context examples")
-        shares = find_mode(self.mode).layout and "prefix_caching" not in find_backend(self.backend).not_taken
-        if self.prefix_caching is None and case.examples and shares:
+        # looking costs nothing here, where vLLM's split engines copy what they keep
+        may_find = self.same_examples or (case.examples and self.backend == "hf")
+        if self.prefix_caching is None and may_find and find_mode(self.mode).layout is not None:
             object.__setattr__(self, "prefix_caching", True)
         if case.method == "discrete":
             return

@@ -17,6 +17,7 @@ MODEL = "radiology-opt"  # a name of MODELS, a checkpoint directory, a GGUF file
 CASE_ID = 0  # a prompting recipe of CASES: 0 null prompt, 1, 2, 4 in-context examples, 5 start prefix
 MODE = "sequential"  # how the phases are placed: generate, sequential, mp, mps or green
 BACKEND = "hf"  # what computes: hf, this project's own engine over transformers' models, or vllm
+KV_TRANSFER = "shared"  # from prefill to decode engines of vLLM's: one KV pool (shared), or copies (copy)
 WORKERS = ""  # worker layout of modes mp, mps and green: a YAML file or text; empty: one prefill and one decode worker
 SHARE = "fixed"  # how workers divide the device: fixed (their shares), auto (decode keeps ITL_TARGET_MS) or none
 ITL_TARGET_MS = 50.0  # the time between two tokens that SHARE = "auto" keeps decode under while prompts are prefilled

@@ -54,6 +54,8 @@ class LLM:
             - ``backend``: what computes: ``hf``, this project's own engine over transformers' models, or ``vllm``.
             - ``backend_python``: the Python of the back end's environment; by default the one that
                 ``scripts/install_backend.sh`` makes.
+            - ``kv_transfer``: from vLLM's prefill engines to its decode engines: ``shared``, one KV pool for all, in which
+                nothing is copied, or ``copy``, a pool for each.
             - ``workers``: the layout of modes ``mp``, ``mps`` and ``green``: a list such as
                 ``[{"role": "prefill"}, {"role": "decode", "share": 60}]``, a name of ``configs/workers``, a YAML file's
                 path or YAML text; empty for one prefill and one decode worker.

@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 
 from splitwiser.machine.process import uninterrupted
+from tests.support.processes import processes_naming, wait_for
 
 SCRIPT = """
 from splitwiser import LLM, SamplingParams
 with LLM(mode="mp", kv_memory="8MiB") as llm:
     print(len(llm.generate(["clear"], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids))
+"""
+
+
+FOLDER = """
+import signal, sys
+from pathlib import Path
+from splitwiser.machine.process import temporary_folder
+with temporary_folder() as folder:
+    (Path(folder) / "weights").touch()
+    print(folder, flush=True)
+    if sys.argv[1] == "waits":
+        signal.pause()
 """
 
 
@@ -79,3 +92,17 @@ def test_further_interruptions_wait_until_the_block_has_ended(times: int, after:
         interrupt(times, after, told)
     assert told == wanted
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("how", ["ends", "waits"])
+def test_a_temporary_folder_ends_with_its_process_even_if_that_is_killed(how: str) -> None:
+    src = str(Path(__file__).parents[2] / "src")
+    command = [sys.executable, "-c", FOLDER, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": src}) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        if how == "waits":
+            assert [path.name for path in folder.iterdir()] == ["weights"]
+            process.kill()
+    wait_for(lambda: not folder.exists(), "end of the folder")
+    assert processes_naming(folder) == []

@@ -45,6 +45,12 @@ from tests.support.assertions import assert_says, refusal
         ({"mode": "green", "workers": "[{role: mixed}]"}, ["mode green has one prefill and one decode worker", "mp"]),
         ({"backend": "vlm"}, ["unknown backend 'vlm'; did you mean vllm?"]),
         ({"backend": "vllm", "mode": "generate"}, ["backend vllm runs in modes sequential, mp, not in mode generate"]),
+        ({"kv_transfer": "copy", "mode": "mp"}, ["kv_transfer copy goes with --backend vllm and prefill and decode"]),
+        (
+            {"backend": "vllm", "kv_transfer": "copy"},
+            ["kv_transfer copy goes with --backend vllm and prefill and decode"],
+        ),
+        ({"kv_transfer": "copies"}, ["unknown --kv_transfer 'copies'; did you mean copy?"]),
         ({"backend": "vllm", "policy": "priority"}, ["policy does not go with backend vllm: vLLM schedules by itself"]),
         ({"backend": "vllm", "use_adapter": "none"}, ["use_adapter does not go with backend vllm: its engines serve"]),
         ({"backend": "vllm", "mode": "mp", "share": "auto"}, ["share auto does not go with backend vllm"]),

@@ -20,7 +20,7 @@ from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Canceller, Seen, Trigger
-from tests.support.processes import session_of
+from tests.support.processes import session_of, wait_for
 from tests.support.running import Running
 from tests.support.tokens import prompts_of, references
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WIDE: dict[str, dict[str, Any]] = {  # vLLM has kernels for heads of 32 numbers or more
     "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
-    "llama": {"hidden_size": 128},
+    "llama": {"hidden_size": 128, "max_position_embeddings": 640},
     "qwen3": {"hidden_size": 128, "head_dim": 32},
 }
 WHOLE = [{"role": "mixed", "count": 2}]
@@ -91,6 +91,73 @@ def test_tokens_are_those_of_generate_with_blocks_used_again_and_requests_preemp
     assert all(step.start_ns < step.end_ns and step.tokens >= step.requests > 0 for step in seen.steps)
 
 
+@pytest.mark.parametrize(
+    ("layout", "transfer", "caching"),
+    [
+        (None, "shared", True),
+        (WHOLE, "shared", True),
+        (SPLIT, "shared", True),
+        (TWO_OF_EACH, "shared", True),
+        (TWO_OF_EACH, "copy", True),
+        (SPLIT, "copy", False),
+    ],
+)
+def test_prompts_that_begin_alike(
+    layout: Any, transfer: str, caching: bool, wide: Callable[[str], Path], options: dict[str, Any]
+) -> None:
+    rng = random.Random(6)
+    common = prompts_of([400, 300], seed=6)
+    ends = prompts_of([rng.randint(1, 60) for _ in range(40)], seed=7)
+    prompts = [[*rng.choice(common)[: rng.randint(1, 400)], *end] for end in ends]
+    prompts += [common[0][:256], common[0][:256]]  # full blocks, of which the last token is computed anyway
+    if layout is not None:
+        options |= {"mode": "mp", "workers": layout, "kv_transfer": transfer}
+    # 21 blocks of 128 tokens an engine, of which a request needs up to five: they are used again, and decode runs out
+    memory = f"{4 * (1 if layout is None else 4 if layout is TWO_OF_EACH else 2)}MiB"
+    with LLM(wide("llama"), kv_memory=memory, prefix_caching=caching, prefill_tokens=100, **options) as llm:
+        first, second = (llm.generate(prompts, SamplingParams(max_tokens=100)) for _ in range(2))
+    for outputs in (first, second):
+        assert [output.token_ids for output in outputs] == references(wide("llama"), prompts, 100)
+        cached = [output.metrics.cached_tokens for output in outputs]
+        assert ({0, 128, 256} if caching else {0}) <= set(cached) <= ({0, 128, 256, 384} if caching else {0})
+        assert all(count < len(prompt) for count, prompt in zip(cached, prompts, strict=True))
+
+
+@pytest.mark.parametrize("layout", [None, SPLIT])
+def test_log_probabilities_and_stop_strings_are_those_of_this_projects_engine(
+    layout: Any, options: dict[str, Any]
+) -> None:
+    prompts = ["The heart is of normal size.", "No pleural effusion. The lungs are clear, and there is no mass."]
+    asked = SamplingParams(max_tokens=30, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    with LLM() as llm:
+        expected = llm.generate(prompts, asked)
+        stops = [SamplingParams(max_tokens=30, stop=output.text[20:24], ignore_eos=True) for output in expected]
+        stopped = llm.generate(prompts, stops)
+    if layout is not None:
+        options |= {"mode": "mp", "workers": layout}
+    with LLM(kv_memory="8MiB", **options) as llm:
+        outputs = llm.generate(prompts, asked)
+        if layout is None:
+            found = llm.generate(prompts, stops)
+        else:
+            with pytest.raises(InputError, match="request 0: stop strings may begin in the first token"):
+                llm.generate(prompts, stops)
+    for output, own in zip(outputs, expected, strict=True):
+        assert output.token_ids == own.token_ids
+        for theirs, ours in ((output.logprobs, own.logprobs), (output.prompt_logprobs, own.prompt_logprobs)):
+            assert theirs is not None
+            assert ours is not None
+            assert len(theirs) == len(ours)
+            for place, own_place in zip(theirs, ours, strict=True):
+                assert (place is None) is (own_place is None)
+                for token, choice in (place or {}).items():
+                    assert choice.logprob == pytest.approx((own_place or {})[token].logprob, abs=1e-4)
+    if layout is None:
+        assert {output.finish_reason for output in found} == {"stop"}
+        assert [output.token_ids for output in found] == [output.token_ids for output in stopped]
+        assert [output.text for output in found] == [output.text for output in stopped]
+
+
 def test_a_run_is_recorded_as_any_other(wide: Callable[[str], Path], tmp_path: Path, options: dict[str, Any]) -> None:
     config = RunConfig(
         model=str(wide("llama")), mode="mp", prompt_tokens="20", output_tokens="8", requests=6, ignore_eos=True,
@@ -134,7 +201,7 @@ def test_requests_are_cancelled_wherever_they_are_and_no_block_is_lost(
     rng = random.Random(3)
     prompts = prompts_of([rng.randint(1, 150) for _ in range(40)], seed=5)
     reasons: set[str] = set()
-    with LLM(wide("opt"), mode="mp", workers=layout, kv_memory="4MiB", **options) as llm:
+    with LLM(wide("opt"), mode="mp", workers=layout, kv_memory="4MiB", prefix_caching=True, **options) as llm:
         for seed in range(4):  # ten blocks an engine would not do for what is cancelled here if any stayed taken
             seen = Canceller(llm, len(prompts), seed)
             outputs = llm.generate(prompts, SamplingParams(max_tokens=40), observer=seen)
@@ -173,12 +240,18 @@ def test_a_stopped_engine_is_noticed(wide: Callable[[str], Path], options: dict[
 
 
 @pytest.fixture
-def running(tmp_path: Path, wide: Callable[[str], Path], vllm_python: str) -> Iterator[Running]:
+def running(
+    tmp_path: Path, wide: Callable[[str], Path], vllm_python: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Running]:
     segments = set(Path("/dev/shm").iterdir())
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     more = ["--backend", "vllm", "--backend_python", vllm_python, "--kernels", "plain", "--kv_memory", "4MiB"]
-    run = Running(tmp_path, wide("opt"), options=more)
+    run = Running(tmp_path, wide("opt"), options=[*more, "--load_format", "dummy"])
     yield run
     assert set(Path("/dev/shm").iterdir()) <= segments
+    wait_for(lambda: not list(temporary.glob("splitwiser-*")), "end of the checkpoint")
     for pid in session_of(run.process.pid):
         os.kill(pid, signal.SIGKILL)
 

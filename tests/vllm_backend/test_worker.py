@@ -27,7 +27,8 @@ from splitwiser.vllm_backend.worker import Worker
 
 REQUEST = Request(4, (5, 6, 7), SamplingParams(max_tokens=3), seed=0)
 HANDOFF = Handoff(4, 9, 10, 20, "prefill-0")
-OPTIONS = EngineOptions("m", "float32", -1, 8, 64, 1 << 20, True, 0, frozenset({2}))
+PROMPT_LOGPROBS = (((6, -1.5, 2),),)
+OPTIONS = EngineOptions("m", "float32", -1, 8, 64, 1 << 20, True, 0, frozenset({2}), False, False)
 
 
 class Made:
@@ -37,7 +38,13 @@ class Made:
         self, token: int, is_first: bool, reason: str | None = None, lease: dict[str, Any] | None = None
     ) -> None:
         self.request, self.token, self.is_first, self.reason, self.lease = REQUEST, token, is_first, reason, lease
-        self.start_ns, self.decode_worker = 10, "decode-0"
+        self.start_ns, self.cached_tokens, self.decode_worker = 10, 128, "decode-0"
+        self.logprobs, self.prompt_logprobs = ((token, -0.5, 1),), PROMPT_LOGPROBS if is_first else ()
+
+
+def first(token: int) -> Handoff:
+    """What a worker says of the first token of :data:`REQUEST`, if :class:`Made` is what its engine made."""
+    return Handoff(4, token, 10, 20, "me", 128, ((token, -0.5, 1),), PROMPT_LOGPROBS)
 
 
 class Step:
@@ -102,7 +109,7 @@ def run(role: Any, messages: Sequence[Message], steps: Sequence[Step | None] = (
     added: list[Any] = []
     engine, exchange = ScriptedEngine(steps, added), Exchange()
     exchange.lender.lend("lease", [], "decode-0")
-    setup = EngineSetup(WorkerSpec("me", role, 50), 0, OPTIONS, SharedFile(0, 0), None, None, 0, 1, {}, {})
+    setup = EngineSetup(WorkerSpec("me", role, 50), 0, OPTIONS, SharedFile(0, 0), None, None, 0, 1, {}, {}, {})
     Worker(setup, engine, exchange, MailTransport(inbox, outboxes)).run()  # type: ignore[arg-type]
     return {
         "sent": {name: outbox.drain() for name, outbox in outboxes.items()},
@@ -115,32 +122,31 @@ def run(role: Any, messages: Sequence[Message], steps: Sequence[Step | None] = (
 
 def test_a_whole_engine_reports_first_tokens_next_ones_and_ends() -> None:
     seen = run("mixed", [Submit(REQUEST, 0)], [Step(Made(7, True), phase="prefill"), Step(Made(8, False, "length"))])
-    first = Handoff(4, 7, 10, 20, "me")
     assert seen["added"] == [REQUEST]
     assert seen["sent"][PARENT] == [
         StepRecord("me", "mixed", "prefill", 10, 20, 1, 3, 0),
-        Progress("me", 10, 20, (first,), (), ()),
+        Progress("me", 10, 20, (first(7),), (), ()),
         StepRecord("me", "mixed", "decode", 10, 20, 1, 3, 3),
-        Progress("me", 10, 20, (), ((4, 8),), ((4, "length"),)),
+        Progress("me", 10, 20, (), ((4, 8),), ((4, "length"),), ((4, ((8, -0.5, 1),)),)),
     ]
 
 
 def test_a_prompt_goes_to_decode_with_its_first_token_and_its_blocks() -> None:
-    made = Made(7, True, "length", {"lease": "x", "blocks": [3, 4]})
+    made = Made(7, True, "length", {"lease": "x", "blocks": (3, 4), "kept": 1})
     seen = run("prefill", [SubmitPrefill(REQUEST, 0, "decode-0")], [Step(made, phase="prefill")])
     assert seen["added"] == [(REQUEST, "decode-0")]
-    assert seen["sent"]["decode-0"] == [BlockHandoff(REQUEST, Handoff(4, 7, 10, 20, "me"), "x", (3, 4))]
+    assert seen["sent"]["decode-0"] == [BlockHandoff(REQUEST, first(7), "x", (3, 4), 1)]
     assert [type(message) for message in seen["sent"][PARENT]] == [StepRecord]  # decode reports the token
 
 
 def test_a_prompt_whose_first_token_is_the_last_is_reported_by_prefill() -> None:
     seen = run("prefill", [SubmitPrefill(REQUEST, 0, "decode-0")], [Step(Made(2, True, "stop"), phase="prefill")])
     assert seen["sent"]["decode-0"] == []
-    assert seen["sent"][PARENT][-1] == Progress("me", 10, 20, (Handoff(4, 2, 10, 20, "me"),), (), ((4, "stop"),))
+    assert seen["sent"][PARENT][-1] == Progress("me", 10, 20, (first(2),), (), ((4, "stop"),))
 
 
 def test_decode_reports_a_handoff_when_it_comes_though_it_may_have_to_wait_for_blocks() -> None:
-    message = BlockHandoff(REQUEST, HANDOFF, "x", (3,))
+    message = BlockHandoff(REQUEST, HANDOFF, "x", (3,), 0)
     seen = run("decode", [message])
     assert seen["added"] == [message]
     assert seen["sent"][PARENT] == [Progress("me", 0, 20, (HANDOFF,), (), ())]
@@ -176,7 +182,7 @@ def test_a_message_for_another_role_is_refused_by_name() -> None:
 
 def test_messages_travel_whole() -> None:
     for message in (
-        BlockHandoff(REQUEST, HANDOFF, "x", (3,)),
+        BlockHandoff(REQUEST, HANDOFF, "x", (3,), 0),
         BlockReturn("x", (1, 2)),
         SubmitPrefill(REQUEST, 1, "d"),
     ):

@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,25 @@ def uninterrupted(after: int = 0) -> Iterator[None]:
                 signal.signal(number, handler or signal.SIG_DFL)
     if received[after:]:
         signal.raise_signal(received[after])
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Make a folder for temporary files, which is deleted when the block ends or, even if by SIGKILL, this process."""
+    with tempfile.TemporaryDirectory(prefix="splitwiser-") as folder:
+        # its input ends when this process has ended, whose end of the pipe no other process has
+        command = ["sh", "-c", 'cat; rm -rf -- "$0"', folder]
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as remover:
+            try:
+                yield folder
+            finally:
+                remover.kill()
 
 
 def start_ticks(pid: int) -> int | None:

@@ -52,6 +52,7 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
 
 SHARES = ("fixed", "auto", "none")
 MPS_DAEMONS = ("private", "existing")
+KV_TRANSFERS = ("shared", "copy")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -122,6 +123,10 @@ class EngineConfig(ModelConfig):
     )
     backend_python: str | None = option(
         None, "Python of the back end's environment, by default the one that scripts/install_backend.sh makes"
+    )
+    kv_transfer: str = option(
+        constants.KV_TRANSFER,
+        "backend vllm, from prefill to decode engines: shared, one KV pool for all; copy, one for each, and copied blocks",
     )
     workers: str | Sequence[dict[str, Any]] = option(
         constants.WORKERS,
@@ -296,6 +301,10 @@ class EngineConfig(ModelConfig):
             raise InputError(
                 f"backend {backend.name} runs in modes {', '.join(backend.modes)}, not in mode {self.mode}"
             )
+        if self.kv_transfer not in KV_TRANSFERS:
+            raise unknown_name("--kv_transfer", self.kv_transfer, KV_TRANSFERS)
+        if self.kv_transfer == "copy" and (not backend.python or all(spec.role == "mixed" for spec in self.specs)):
+            raise InputError("--kv_transfer copy goes with --backend vllm and prefill and decode workers")
         for name, reason in backend.not_taken.items():
             if getattr(self, name) != option_fields(EngineConfig)[name].default:
                 raise InputError(f"--{name} does not go with backend {backend.name}: {reason}")

@@ -94,7 +94,6 @@ BACKENDS = {
                 "use_adapter": _ALONE,
                 "merge_adapter": _ALONE,
                 "reserve": "vLLM gives out blocks as requests grow",
-                "prefix_caching": "a block that requests share cannot be handed over",
                 "quantization": "its engines compute in the model's number format",
             },
             python=True,

@@ -1,11 +1,13 @@
 """vLLM's KV connector between prefill and decode engines over one KV pool: blocks are handed over by their numbers.
 
 The KV caches of all these engines lie in the same memory, in the same layout, and each allocates from its own share of the
-blocks (:mod:`splitwiser.vllm_backend.leases`). vLLM makes two connectors in each engine, one beside its scheduler and one
-beside its model; here both are in one process and share an :class:`Exchange`. Runs in vLLM's environment.
+blocks (:mod:`splitwiser.vllm_backend.leases`). Blocks that prefill's prefix cache knows stay prefill's: decode copies what
+is in them, as it does with all where each engine has a pool of its own. vLLM makes two connectors in each engine, one beside
+its scheduler and one beside its model; here both are in one process and share an :class:`Exchange`. Runs in vLLM's
+environment.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +31,13 @@ _PLAIN = (
 @dataclass(frozen=True)
 class Exchange:
     """What an engine's two connectors and its worker share: the memory of the pool, the part of the blocks from ``first`` to
-    ``last`` that the engine owns, its leases, and ``send``, which sends a message to another worker."""
+    ``last`` that the engine owns, its leases, and ``send``, which sends a message to another worker. If each engine has a
+    pool of its own, ``sources`` are those of the prefill engines by name."""
 
     pool: Tensor
     first: float
     last: float
+    sources: Mapping[str, Tensor]
     send: Callable[[str, BlockReturn], None]
     lender: Lender = field(default_factory=Lender)
 
@@ -84,6 +88,8 @@ class SharedPoolConnector(KVConnectorBase_V1):
                 f"model {vllm_config.model_config.model}: its KV cache is of {len(groups)} groups of layers ({kinds}), and "
                 "prefill hands over to decode one group of plain attention; use mixed workers"
             )
+        self._pages = _pages(self._exchange.pool, kv_cache_config)
+        self._sources = {name: _pages(pool, kv_cache_config) for name, pool in self._exchange.sources.items()}
 
     # -- beside the model
 
@@ -139,11 +145,18 @@ class SharedPoolConnector(KVConnectorBase_V1):
         return request.num_tokens - 1 - num_computed_tokens, False  # prefill drew the last one, and did not read it
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Take the blocks over that were handed over, and return as many empty ones."""
+        """Copy the blocks that prefill keeps, take the others over that were handed over, and return as many empty ones."""
         if num_external_tokens == 0 or request.request_id not in self._waiting:
             return
         offer = request.kv_transfer_params
-        given = exchange(blocks.blocks[0], offer["blocks"])
+        own, offered, kept = blocks.blocks[0], offer["blocks"], offer["kept"]
+        sources = self._sources.get(offer["prefill_worker"], self._pages)
+        for block, number in zip(own, offered[:kept], strict=False):
+            for pages, source in zip(self._pages, sources, strict=True):
+                pages[:, block.block_id].copy_(source[:, number])
+        if kept and self._exchange.pool.is_cuda:
+            torch.cuda.synchronize()  # prefill may write to these blocks as soon as it knows
+        given = exchange(own[kept:], offered[kept:])
         self._waiting.remove(request.request_id)
         self._exchange.send(offer["prefill_worker"], BlockReturn(offer["lease"], given))
 
@@ -163,8 +176,29 @@ class SharedPoolConnector(KVConnectorBase_V1):
             return False, None
         blocks = self._kv_cache_manager.get_blocks(request.request_id).blocks[0]
         used = list(blocks[: -(-request.num_computed_tokens // self._block_tokens)])
-        self._exchange.lender.lend(request.request_id, used, params["decode_worker"])
-        return True, {"lease": request.request_id, "blocks": [block.block_id for block in used]}
+        kept = len(used)
+        pool = self._kv_cache_manager.block_pool
+        while not self._sources and kept and pool.is_block_writable(used[kept - 1]):
+            kept -= 1  # neither cached nor another request's, as all full blocks are with prefix caching
+        self._exchange.lender.lend(request.request_id, used[kept:], params["decode_worker"])
+        return True, {
+            "lease": request.request_id,
+            "blocks": tuple(block.block_id for block in used),
+            "kept": kept,
+        }
+
+
+def _pages(pool: Tensor, kv_cache_config: Any) -> list[Tensor]:
+    """Return ``pool`` as bytes by layer, block and place in the block, one tensor for each group of layers."""
+    page = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    return [
+        pool.as_strided(
+            (len(tensor.layers), kv_cache_config.num_blocks, page),
+            (tensor.layer_stride, tensor.block_stride, 1),
+            pool.storage_offset() + tensor.offset,
+        )
+        for tensor in kv_cache_config.kv_cache_tensors
+    ]
 
 
 def _offer(request: Any) -> bool:

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from splitwiser.engine.messages import StepPhase
+from splitwiser.engine.messages import StepPhase, TokenLogprobs
 from splitwiser.request import FinishReason, Request
 from splitwiser.vllm_backend import connector
 from splitwiser.vllm_backend.connector import Exchange
@@ -30,14 +30,19 @@ LOAD_FORMAT = "splitwiser"
 class Made:
     """What a step made of one request: its new token, whether that is its first, and why it has finished (None: it has not).
 
-    ``start_ns`` is the start of the first step that computed it. ``lease`` is what the connector says of a prompt whose
-    blocks it has leased to ``decode_worker``, and None for all else."""
+    ``start_ns`` is the start of the first step that computed it, and ``cached_tokens`` is the number of tokens of its prompt
+    that were not computed, since earlier requests began with the same. If it asks for them, ``logprobs`` are those of its
+    token, and ``prompt_logprobs``, beside the first token, those of its prompt's from the second on. ``lease`` is what the
+    connector says of a prompt whose blocks it has leased to ``decode_worker``, and None for all else."""
 
     request: Request
     token: int
     is_first: bool
     reason: FinishReason | None
     start_ns: int
+    cached_tokens: int
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     lease: Mapping[str, Any] | None
     decode_worker: str
 
@@ -99,9 +104,10 @@ class Engine:
             max_num_batched_tokens=max(options.prefill_tokens, options.max_batch),
             kv_cache_memory_bytes=options.kv_bytes,
             enforce_eager=options.eager,
-            enable_prefix_caching=False,  # a block that others share cannot be handed over
+            # decode's blocks change their numbers, by which vLLM's cache would go on to find them
+            enable_prefix_caching=options.prefix_caching and setup.role != "decode",
             async_scheduling=False,  # a step's tokens are known when it ends
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=exchange is not None or not options.has_tokenizer,  # stop strings alone need it
             generation_config="vllm",
             disable_log_stats=True,
             **more,
@@ -159,7 +165,12 @@ class Engine:
     def add_handoff(self, message: BlockHandoff) -> None:
         """Add a request that prefill has made the first token of."""
         request, first = message.request, message.handoff
-        offer = {"lease": message.lease, "blocks": message.blocks, "prefill_worker": first.prefill_worker}
+        offer = {
+            "lease": message.lease,
+            "blocks": message.blocks,
+            "kept": message.kept,
+            "prefill_worker": first.prefill_worker,
+        }
         prompt = (*request.prompt_token_ids, first.first_token)
         params = self._sampling(request, request.max_tokens - 1, offer, made=1)
         self._add(_Open(request, has_token=True), prompt, params)
@@ -199,8 +210,18 @@ class Engine:
                 raise RuntimeError(f"vLLM ended request {opened.request.request_id} with '{reason}'")
         (token,) = completion.token_ids
         is_first, opened.has_token = not opened.has_token, True
-        lease = output.kv_transfer_params
-        return Made(opened.request, token, is_first, reason, opened.start_ns, lease, opened.decode_worker)
+        return Made(
+            opened.request,
+            token,
+            is_first,
+            reason,
+            opened.start_ns,
+            output.num_cached_tokens,
+            _token_logprobs(completion.logprobs[0]) if completion.logprobs else None,
+            tuple(map(_token_logprobs, (output.prompt_logprobs or [])[1:])),  # the first token has none
+            output.kv_transfer_params,
+            opened.decode_worker,
+        )
 
     def _add(self, opened: _Open, prompt: Sequence[int], params: SamplingParams) -> None:
         self._added += 1
@@ -227,9 +248,12 @@ class Engine:
             logit_bias=None if params.logit_bias is None else dict(params.logit_bias),
             # numbers that another engine has drawn already are not drawn again
             seed=None if params.temperature == 0 else request.seed + made,
+            stop=list(params.stop),
             stop_token_ids=sorted(stops),
             ignore_eos=True,  # the end-of-sequence tokens are among the others
-            detokenize=False,
+            logprobs=params.logprobs,
+            prompt_logprobs=None if made else params.prompt_logprobs,
+            detokenize=bool(params.stop),
             output_kind=RequestOutputKind.DELTA,
             extra_args=None if transfer is None else {"kv_transfer_params": dict(transfer)},
         )
@@ -244,6 +268,10 @@ class Engine:
             return scheduled
 
         self._scheduler.schedule = watched
+
+
+def _token_logprobs(choices: Mapping[int, Any]) -> TokenLogprobs:
+    return tuple((token, each.logprob, each.rank) for token, each in choices.items())
 
 
 def _own_id(name: str) -> str:

@@ -26,7 +26,8 @@ class SharedFile:
 class EngineOptions:
     """Settings of every engine. ``longest`` is the number of tokens of its longest request, -1 for as many as the model and
     the KV cache have room for; ``kv_bytes`` is the size of its KV cache, the shared one if there is one. If ``eager``, the
-    model is not compiled."""
+    model is not compiled. With ``prefix_caching``, all engines but those of role decode keep blocks for requests that begin
+    alike. ``has_tokenizer``: there is one with the model."""
 
     model: str
     dtype: str
@@ -37,6 +38,8 @@ class EngineOptions:
     eager: bool
     seed: int
     eos_token_ids: frozenset[int]
+    prefix_caching: bool
+    has_tokenizer: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class EngineSetup(BackendMessage):
 
     ``receive`` and ``send`` are the pipes to the other workers by name, by their numbers among its open files. ``weights``
     is shared by all engines (None: the engine has its own), ``pool`` by prefill and decode engines. Of the pool's blocks an
-    engine owns those from the part ``first`` to the part ``last`` of all.
+    engine owns those from the part ``first`` to the part ``last`` of all. Where each engine has a pool of its own,
+    ``sources`` are those of the prefill engines by name, from which decode copies.
     """
 
     spec: WorkerSpec
@@ -56,6 +60,7 @@ class EngineSetup(BackendMessage):
     pool: SharedFile | None
     first: float
     last: float
+    sources: Mapping[str, SharedFile]
     receive: Mapping[str, int]
     send: Mapping[str, int]
 
@@ -112,13 +117,15 @@ class CancelPrefill(BackendMessage):
 class BlockHandoff(BackendMessage):
     """A prefilled request for a decode engine. ``blocks`` are the numbers of the blocks that hold the K and V of its prompt.
 
-    Prefill has leased them to the decode worker: they stay as they are until the :class:`BlockReturn` of ``lease``.
+    Prefill has leased them to the decode worker: they stay as they are until the :class:`BlockReturn` of ``lease``. The
+    first ``kept`` of them prefill keeps, and decode copies them; the others it may take over.
     """
 
     request: Request
     handoff: Handoff
     lease: str
     blocks: tuple[int, ...]
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """Starts vLLM's engines: one (mode ``sequential``), several whole ones, or prefill and decode engines (mode ``mp``)."""
 
 import os
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,8 @@ from splitwiser.engine.messages import PARENT
 from splitwiser.errors import InputError
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
-from splitwiser.machine.shared_memory import SharedMemory, return_freed_memory
+from splitwiser.machine.process import temporary_folder
+from splitwiser.machine.shared_memory import map_memory, return_freed_memory
 from splitwiser.model.checkpoints.catalog import decoders_only, resolve_model
 from splitwiser.model.checkpoints.configuration import without_bars
 from splitwiser.model.kernels.interface import LayerShape
@@ -57,6 +57,8 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
         placement = _start_engines(config, model, location, environment)
     model.load_s = time.perf_counter() - began  # vLLM reads the weights and compiles the model in one
     engines = placement.engines
+    if config.prefix_caching and not any(ready.settings["prefix_caching"] for ready in engines.values()):
+        model.notes.append("vLLM does not keep the blocks of this kind of model for prompts that begin alike")
     capacity = min(each.longest for each in engines.values()) - 1  # vLLM counts the last token too, which is not stored
     threads = {name: int(ready.settings["threads"]) for name, ready in engines.items()}
     return StartedEngine(
@@ -91,9 +93,11 @@ def _load(config: EngineConfig, until_ready: ExitStack) -> tuple[LoadedModel, st
     )
     if not written:
         return model, entry.location
-    folder = until_ready.enter_context(tempfile.TemporaryDirectory(prefix="splitwiser-"))
+    folder = until_ready.enter_context(temporary_folder())
     with without_bars():
         model.module.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
     torch.nn.Module.to(model.module, "meta")
     model.device = resolve_device(config.device_name)
     return_freed_memory()
@@ -109,44 +113,50 @@ def _start_engines(
     parts = [set(cores) for _ in specs] if config.share == "none" else plan_cores(specs, cores)
     threads = [len(cores) for _ in specs] if config.share == "none" else plan_threads(specs, len(cores))
     handing_over = any(spec.role != "mixed" for spec in specs)
-    kv_bytes = _plan_kv_bytes(config, model)
+    one_pool = handing_over and config.kv_transfer == "shared"
+    kv_bytes = _plan_kv_bytes(config, model) // (1 if one_pool else len(specs))
     options = EngineOptions(
         model=location,
         dtype=str(model.dtype).removeprefix("torch."),
         longest=_UNLIMITED if model.max_positions is None else -1,
         max_batch=config.max_batch,
         prefill_tokens=config.step_tokens,
-        kv_bytes=kv_bytes if handing_over else kv_bytes // len(specs),
+        kv_bytes=kv_bytes,
         eager=config.kernels == "plain",
         seed=config.seed,
         eos_token_ids=model.eos_token_ids,
+        prefix_caching=bool(config.prefix_caching),
+        has_tokenizer=model.tokenizer is not None,
     )
     names = [spec.name for spec in specs]
-    cpu = torch.device("cpu")
-    board = SharedMemory(Board.nbytes(len(specs)), cpu)
-    # the first engine makes it as large as it must be
-    weights = SharedFile(os.memfd_create("splitwiser", os.MFD_CLOEXEC), 0) if len(specs) > 1 else None
-    pool = SharedMemory(kv_bytes, cpu) if handing_over else None
+    board = _new_file(Board.nbytes(len(specs)))
+    weights = _new_file(0) if len(specs) > 1 else None  # the first engine makes it as large as it must be
+    pools: dict[str, SharedFile] = {}
+    if handing_over:
+        pools = dict.fromkeys(names, _new_file(kv_bytes)) if one_pool else {name: _new_file(kv_bytes) for name in names}
+    sources = {} if one_pool else {spec.name: pools[spec.name] for spec in specs if spec.role == "prefill"}
+    files = {board.fd, *(file.fd for file in (weights, *pools.values()) if file is not None)}
     receive_ends, send_ends, parent_ends = open_pipes(names)
     processes = []
     for number, spec in enumerate(specs):
         receive, send = (
             {other: end.fileno() for other, end in ends[spec.name].items()} for ends in (receive_ends, send_ends)
         )
-        files = [*receive.values(), *send.values(), *(each.fd for each in (board, weights, pool) if each is not None)]
+        inherited = [*receive.values(), *send.values(), *files]
         pipes = str(receive.pop(PARENT)), str(send.pop(PARENT))
         command = [str(environment.python), "-P", str(PROGRAM), "splitwiser.vllm_backend.worker", *pipes]
         variables = worker_environment(threads[number], offline=Path(location).exists())
-        processes.append(SpawnedProcess(spec.name, command, variables, parts[number], files))
+        processes.append(SpawnedProcess(spec.name, command, variables, parts[number], inherited))
         setup = EngineSetup(
             spec=spec,
             index=number,
             options=options,
-            board=_file_of(board),
+            board=board,
             weights=weights,
-            pool=None if pool is None else _file_of(pool),
-            first=number / len(specs),
-            last=(number + 1) / len(specs),
+            pool=pools.get(spec.name),
+            first=number / len(specs) if one_pool else 0,
+            last=(number + 1) / len(specs) if one_pool else 1,
+            sources=sources,
             receive=receive,
             send=send,
         )
@@ -159,7 +169,7 @@ def _start_engines(
         processes,
         {name: to_worker for name, (to_worker, _) in parent_ends.items()},
         PipeInbox({name: from_worker for name, (_, from_worker) in parent_ends.items()}, on_closed=lambda _: None),
-        Board.over(board.tensor),
+        Board.over(map_memory(board.fd, board.nbytes)),
     )
     try:
         placement.wait_ready()
@@ -167,16 +177,15 @@ def _start_engines(
         placement.close()
         raise
     finally:
-        board.close()
-        if pool is not None:
-            pool.close()
-        if weights is not None:
-            os.close(weights.fd)
+        for file in files:
+            os.close(file)
     return placement
 
 
-def _file_of(memory: SharedMemory) -> SharedFile:
-    return SharedFile(memory.fd, memory.tensor.nbytes)
+def _new_file(nbytes: int) -> SharedFile:
+    fd = os.memfd_create("splitwiser", os.MFD_CLOEXEC)
+    os.ftruncate(fd, nbytes)
+    return SharedFile(fd, nbytes)
 
 
 def _plan_kv_bytes(config: EngineConfig, model: LoadedModel) -> int:
@@ -210,12 +219,14 @@ def _plan_kv_bytes(config: EngineConfig, model: LoadedModel) -> int:
 def _find_request_problem(request: Request, config: EngineConfig) -> str | None:
     """Return why vLLM's engines cannot serve ``request``, or None."""
     params = request.params
+    if all(spec.role == "mixed" for spec in config.specs):
+        return None
     if params.stop:
-        return "stop strings need text, and vLLM's engines make token ids; give stop_token_ids"
-    if params.logprobs is not None or params.prompt_logprobs is not None:
-        return "log-probabilities are not taken over from vLLM's engines; leave logprobs and prompt_logprobs out"
-    counts_output = params.presence_penalty or params.frequency_penalty
-    if counts_output and any(spec.role != "mixed" for spec in config.specs):
+        return (
+            "stop strings may begin in the first token of the answer, which a decode engine of vLLM's takes for the "
+            "prompt's; use mixed workers, or stop_token_ids"
+        )
+    if params.presence_penalty or params.frequency_penalty:
         return (
             "presence_penalty and frequency_penalty count the tokens of the answer, the first of which a decode engine of "
             "vLLM's takes for the prompt's; use mixed workers"

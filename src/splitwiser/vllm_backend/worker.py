@@ -75,7 +75,7 @@ def _open(fd: int, *, readable: bool) -> "Connection[Message, Message]":
 def _run(setup: EngineSetup, transport: MailTransport) -> None:
     from splitwiser.vllm_backend.engine import Engine  # imports vLLM, beside the other workers
 
-    for shared in (setup.board, setup.weights, setup.pool):
+    for shared in (setup.board, setup.weights, setup.pool, *setup.sources.values()):
         if shared is not None:
             os.set_inheritable(shared.fd, False)
     while not any(isinstance(message, StartEngine) for message in transport.receive()):
@@ -97,7 +97,8 @@ def _make_exchange(setup: EngineSetup, transport: MailTransport) -> "Exchange | 
     from splitwiser.vllm_backend.connector import Exchange
 
     pool = map_memory(setup.pool.fd, setup.pool.nbytes)
-    return Exchange(pool, setup.first, setup.last, transport.send)
+    sources = {name: map_memory(file.fd, file.nbytes) for name, file in setup.sources.items()}
+    return Exchange(pool, setup.first, setup.last, sources, transport.send)
 
 
 def _start_heartbeats(setup: EngineSetup) -> None:
@@ -185,22 +186,40 @@ class Worker:
             step.decode_tokens,
         )
         self._transport.send(PARENT, record)
-        handoffs, tokens, finished = [], [], []
+        handoffs, tokens, finished, logprobs = [], [], [], []
         for made in step.made:
             request_id = made.request.request_id
-            first = Handoff(request_id, made.token, made.start_ns, step.end_ns, self._name)
+            first = Handoff(
+                request_id,
+                made.token,
+                made.start_ns,
+                step.end_ns,
+                self._name,
+                made.cached_tokens,
+                made.logprobs,
+                made.prompt_logprobs,
+            )
             if made.lease is not None:
-                blocks = tuple(made.lease["blocks"])
-                self._transport.send(made.decode_worker, BlockHandoff(made.request, first, made.lease["lease"], blocks))
+                self._transport.send(made.decode_worker, BlockHandoff(made.request, first, **made.lease))
                 continue
             if made.is_first:
                 handoffs.append(first)
             else:
                 tokens.append((request_id, made.token))
+                if made.logprobs is not None:
+                    logprobs.append((request_id, made.logprobs))
             if made.reason is not None:
                 finished.append((request_id, made.reason))
         if handoffs or tokens:
             self._transport.send(
                 PARENT,
-                Progress(self._name, step.start_ns, step.end_ns, tuple(handoffs), tuple(tokens), tuple(finished)),
+                Progress(
+                    self._name,
+                    step.start_ns,
+                    step.end_ns,
+                    tuple(handoffs),
+                    tuple(tokens),
+                    tuple(finished),
+                    tuple(logprobs),
+                ),
             )
