@@ -32,9 +32,9 @@ class RunConfig(WorkloadConfig, EngineConfig):
             parse_goodput(self.goodput)
 
     def _set_up_case(self, case: Case) -> None:
-        """Turn prefix caching on for in-context examples, where nothing is said of it. Set the adapter of a case that runs with
-        one, if none is given: the one that comes with the model. Raises :class:`InputError` unless requests then have an
-        adapter of the case's kind."""
+        """Turn prefix caching on for in-context examples, where nothing is said of it. Set the adapter of a case that runs
+        with one, if none is given: the one that comes with the model. Raises :class:`InputError` unless requests then have
+        an adapter of the case's kind."""
         if self.same_examples and not case.examples:
             raise InputError(f"--same_examples: case {case.case_id} ({case.description}) has no in-context examples")
         # looking costs nothing here, where vLLM's split engines copy what they keep

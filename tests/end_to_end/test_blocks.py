@@ -175,6 +175,16 @@ def test_workers_in_processes(name: str, layout: str, options: dict[str, Any], t
     assert any(output.finish_reason == "cancelled" for output in outputs)
 
 
+def test_a_later_call_finds_its_beginning_with_the_worker_that_has_it(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([40, 50])
+    with LLM(tiny("llama"), mode="mp", workers=SPLIT["mixed"], prefix_caching=True) as llm:
+        llm.generate(prompts, SamplingParams(max_tokens=9))
+        longer = [[*prompt, 7] for prompt in reversed(prompts)]  # by the load alone, each would go to the other worker
+        outputs = llm.generate(longer, SamplingParams(max_tokens=9))
+    assert [output.metrics.cached_tokens for output in outputs] == [48, 32]
+    assert tokens_of(outputs) == references(tiny("llama"), longer, 9)
+
+
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "first_come"])
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
 @pytest.mark.usefixtures("preempt_at_random")
