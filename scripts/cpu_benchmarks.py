@@ -1,10 +1,11 @@
 """Runs the comparisons of docs/benchmarks.md on a CPU, keeps their rows in results/reference, and writes the tables.
 
     python scripts/cpu_benchmarks.py --peers ~/peers           # all; name some to run only these
+    python scripts/cpu_benchmarks.py growth --peers ~/peers    # steps by requests and context, in 10 minutes
     python scripts/cpu_benchmarks.py --tables                  # only write the tables from the rows that are kept
 
-Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. It takes about an hour. The folder
-of ``--peers`` holds the environments of scripts/install_peer.sh, each under its name there.
+Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. All take about an hour and a half.
+The folder of ``--peers`` holds the environments of scripts/install_peer.sh, each under its name there.
 """
 
 import argparse
@@ -15,26 +16,31 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import growth
 import pandas as pd
 import yaml
 from gpu_results import PROJECT, markdown, number, read_rows, write_sections
 
 from splitwiser.errors import unknown_name
 from splitwiser.machine.describe import git_commit
+from splitwiser.study.peers.program import ENGINES
 
 REFERENCE = PROJECT / "results" / "reference" / "cpu-2-cores"
 RECORD = REFERENCE / "benchmarks.json"
+KEPT = ("started", "commit", "machine", "versions", "capacity")  # of a command's record
 OPT = "--model opt-125m --load_format dummy --dtype bfloat16"
 LLAMA = "--model smollm2-135m --load_format dummy --dtype bfloat16"
-ENGINES = "--backend vllm --backend_python $PEERS/vllm"
-WHOLE = f"{ENGINES} --mode mp --workers"
-SPLIT = f"--variant 'vllm-split: {ENGINES} --mode mp'"
+VLLM = "--backend vllm --backend_python $PEERS/vllm"
+WHOLE = f"{VLLM} --mode mp --workers"
+SPLIT = f"--variant 'vllm-split: {VLLM} --mode mp'"
 PLACED = (  # this project's own engine, and one and two whole engines of vLLM's, and a prefill and a decode engine
-    f"--modes sequential,mp --variant 'vllm-one: {ENGINES}' "
+    f"--modes sequential,mp --variant 'vllm-one: {VLLM}' "
     f"--variant 'vllm-two: {WHOLE} \"[{{role: mixed, count: 2}}]\"' {SPLIT} --workload standard {OPT}"
 )
 FIGURES = {
@@ -50,9 +56,14 @@ FIGURES = {
 
 
 # ours, whose dtype is bfloat16, and the engines that a user would run instead
-INT8 = "--variant 'int8: --quantization int8'"
+INT8, INT8_PEER = "--variant 'int8: --quantization int8'", "openvino-int8"
 BEST_PEERS = "--peer vllm=$PEERS/vllm --peer openvino=$PEERS/openvino --peer openvino-int8=$PEERS/openvino"
-INSTALLED_PEERS = "--peer vllm-installed=$PEERS/vllm --peer openvino-installed=$PEERS/openvino"
+OTHER_PEERS = "--peer vllm-zentorch=$PEERS/vllm-zentorch --peer pace=$PEERS/pace"
+HF_PEERS = "--peer hf-generate=$PEERS/hf --peer hf-continuous=$PEERS/hf"
+LLAMA_CPP = "--peer llama.cpp=$PEERS/llamacpp --peer llama.cpp-installed=$PEERS/llamacpp"
+INSTALLED_PEERS = (
+    "--peer vllm-installed=$PEERS/vllm --peer openvino-installed=$PEERS/openvino --peer pace-installed=$PEERS/pace"
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +87,21 @@ SCHEDULES = (
 BENCHMARKS = {
     "standard-opt-125m": Benchmark(
         "OPT-125m in bf16 (random weights): 64 requests at once, about 14,000 prompt tokens, 64 new tokens each.",
-        f"--repeats 2 --modes sequential,generate,mp {INT8} {BEST_PEERS} {INSTALLED_PEERS} --workload standard {OPT}",
+        f"--repeats 2 --modes sequential,generate,mp {INT8} {BEST_PEERS} {OTHER_PEERS} {INSTALLED_PEERS} "
+        f"--workload standard {OPT}",
     ),
     "standard-smollm2-135m": Benchmark(
         "The same requests to a model of Llama's shape with 135 M parameters (`smollm2-135m`).",
-        f"--repeats 2 --modes sequential,mp {INT8} {BEST_PEERS} --workload standard {LLAMA}",
+        f"--repeats 2 --modes sequential,mp {INT8} {BEST_PEERS} {OTHER_PEERS} {INSTALLED_PEERS} "
+        f"--workload standard {LLAMA}",
+    ),
+    "slow-peers-opt-125m": Benchmark(
+        "The standard requests to OPT-125m again, beside engines that take minutes for them.",
+        f"--repeats 1 --modes sequential {HF_PEERS} --workload standard {OPT}",
+    ),
+    "slow-peers-smollm2-135m": Benchmark(
+        "The same with the model of Llama's shape, which llama.cpp serves too.",
+        f"--repeats 1 --modes sequential {LLAMA_CPP} {HF_PEERS} --workload standard {LLAMA}",
     ),
     "flan-t5-base": Benchmark(
         "The same requests to an encoder-decoder (FLAN-T5 base, bf16), beside transformers' `generate`.",
@@ -106,14 +127,14 @@ BENCHMARKS = {
     "vllm-memory": Benchmark(
         "Memory of one, two and three whole engines of vLLM's, and of a prefill and a decode engine, with a model of 1.2 GB "
         "(Qwen3 0.6B, bf16) and 0.4 GB of KV cache for all together. N private copies would take N times that of one.",
-        f"--repeats 1 --variant 'vllm-one: {ENGINES}' --variant 'vllm-two: {WHOLE} \"[{{role: mixed, count: 2}}]\"' "
+        f"--repeats 1 --variant 'vllm-one: {VLLM}' --variant 'vllm-two: {WHOLE} \"[{{role: mixed, count: 2}}]\"' "
         f"--variant 'vllm-three: {WHOLE} \"[{{role: mixed, count: 3}}]\"' {SPLIT} --requests 12 --prompt_tokens 64 "
         "--output_tokens 8 --model qwen3-0.6b --load_format dummy --dtype bfloat16 --kv_memory 384MiB --kernels plain",
     ),
     "vllm-transfer": Benchmark(
         "A prefill and a decode engine of vLLM's over one KV pool, in which blocks change hands, and over a pool each, from "
         "one of which to the other they are copied.",
-        f"--repeats 2 {SPLIT} --variant 'vllm-copy: {ENGINES} --mode mp --kv_transfer copy' --workload standard {OPT}",
+        f"--repeats 2 {SPLIT} --variant 'vllm-copy: {VLLM} --mode mp --kv_transfer copy' --workload standard {OPT}",
     ),
     "falcon-rw-1b-64": Benchmark(
         "The same model with 64 such requests, beside vLLM too.",
@@ -170,9 +191,21 @@ def measure(name: str, peers: str) -> None:
         (folder,) = Path(results).glob("compare_*")
         record = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
         shutil.copy(folder / "comparison.csv", _rows(name))
+    _keep(name, benchmark.command, record)
+
+
+def measure_growth(peers: str) -> None:
+    """Run :mod:`growth`, and keep its rows, its picture and the record of where it ran."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        where = growth.measure(f"{peers}/{growth.PEER}", Path(folder), _rows(growth.NAME))
+    _keep(growth.NAME, "python scripts/cpu_benchmarks.py growth --peers $PEERS", {"started": started, **where})
+
+
+def _keep(name: str, command: str, record: Mapping[str, Any]) -> None:
+    """Keep where the benchmark ``name`` ran, from a command's ``record``."""
     records = _records()
-    kept = {key: record.get(key) for key in ("started", "commit", "machine", "versions", "capacity")}
-    records[name] = {"command": benchmark.command, **kept}
+    records[name] = {"command": command, **{key: record.get(key) for key in KEPT}}
     RECORD.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
@@ -212,6 +245,40 @@ def section() -> str:
     return "\n\n".join(blocks)
 
 
+def ahead() -> str:
+    """Return a row for each comparison with peers: the best of them, this project's throughput over that, round by round,
+    and the same of int8."""
+    lines = []
+    for name in filter(_records().__contains__, BENCHMARKS):
+        rows = read_rows(_rows(name))
+        rows = rows[rows["status"] == "finished"]
+        made = {
+            str(each): own.set_index("round")["output_throughput"] for each, own in rows.groupby("variant", sort=False)
+        }
+        others = {peer: own.median() for peer, own in made.items() if peer in ENGINES and peer != INT8_PEER}
+        if not others or "sequential" not in made:
+            continue
+        best = max(others, key=others.__getitem__)
+        line = {"benchmark": name, "best of the others": best}
+        for ours, theirs in (("sequential", best), ("int8", INT8_PEER), ("int8", "sequential")):
+            known = ours in made and theirs in made
+            heading = f"{ours} over {'it' if theirs == best else theirs}"
+            line[heading] = _range(made[ours] / made[theirs]) if known else "-"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
+def growth_section() -> str:
+    """Return the table of :mod:`growth` in Markdown, and draw its picture."""
+    record = _records().get(growth.NAME)
+    if record is None:
+        return "Not yet measured."
+    rows, picture = read_rows(_rows(growth.NAME)), REFERENCE / f"{growth.NAME}.png"
+    growth.draw(rows, picture)
+    place = picture.relative_to(PROJECT)
+    return growth.section(rows, str(record["commit"]), str(record["command"]), f"../{place}")
+
+
 def best() -> str:
     """Return the table of the README."""
     made = table(read_rows(_rows("standard-opt-125m")))
@@ -240,18 +307,24 @@ def _records() -> dict[str, Any]:
 def main() -> None:
     """Measure what is asked for, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    names = [*BENCHMARKS, growth.NAME]
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; none: all")
     parser.add_argument("--peers", default="", help="folder of the peers' environments")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args()
     for name in options.names:
-        if name not in BENCHMARKS:
-            raise unknown_name("benchmark", name, BENCHMARKS)
+        if name not in names:
+            raise unknown_name("benchmark", name, names)
     if commit := git_commit():  # the rows of one benchmark are no change to the next
         os.environ["SPLITWISER_COMMIT"] = commit
-    for name in () if options.tables else options.names or BENCHMARKS:
-        measure(name, options.peers)
-    write_sections(PROJECT, {"cpu-best": best(), "cpu": section()})
+    for name in () if options.tables else options.names or names:
+        if name == growth.NAME:
+            measure_growth(options.peers)
+        else:
+            measure(name, options.peers)
+    write_sections(
+        PROJECT, {"cpu-best": best(), "cpu": section(), "cpu-ahead": ahead(), "cpu-growth": growth_section()}
+    )
 
 
 if __name__ == "__main__":

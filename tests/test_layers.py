@@ -29,4 +29,4 @@ def test_vllm_is_imported_only_where_its_own_environment_runs() -> None:
     imports = re.compile(r"^\s*(import|from) vllm\b", re.MULTILINE)
     found = {str(path.relative_to(source)) for path in source.rglob("*.py") if imports.search(path.read_text())}
     theirs = {f"vllm_backend/{name}.py" for name in ("connector", "engine", "loader")}
-    assert found == theirs | {"study/peer_program.py"}
+    assert found == theirs | {"study/peers/vllm.py"}

@@ -114,7 +114,7 @@ def test_throughput_column_of_two_worked_requests(column: str, value: float) -> 
 def test_throughput_columns_are_those_documented() -> None:
     counts = [
         "duration", "completed", "failed", "cancelled", "total_input_tokens", "total_output_tokens", "request_throughput",
-        "request_goodput", "requests_in_flight", "output_throughput", "total_token_throughput",
+        "request_goodput", "requests_in_flight", "full_batch_itl_ms", "output_throughput", "total_token_throughput",
     ]  # fmt: skip
     metrics = ("ttft", "tpot", "itl", "e2el", "handoff")
     statistics = [f"{statistic}_{metric}_ms" for metric in metrics for statistic in STATISTICS]
@@ -130,6 +130,14 @@ def test_requests_in_flight_are_those_between_their_first_and_last_token() -> No
     assert throughput_figures(outputs, 0, START_NS)["requests_in_flight"] == pytest.approx(
         1.0
     )  # 800 and 200 of 1,000 ms
+
+
+def test_the_full_batch_is_the_time_in_which_every_request_generates() -> None:
+    outputs = [make_output(0, tokens=(100, 190, 210, 240, 270)), make_output(1, tokens=(200, 230, 250, 900))]
+    # from 200 to 270 ms: gaps of 30 and 30 of the first, 30 and 20 of the second
+    assert throughput_figures(outputs, 0, START_NS)["full_batch_itl_ms"] == pytest.approx(30)
+    apart = [make_output(0, tokens=(100, 110)), make_output(1, tokens=(200, 210))]
+    assert throughput_figures(apart, 0, START_NS)["full_batch_itl_ms"] is None
 
 
 def test_duration_counts_from_the_start_and_not_from_the_first_arrival() -> None:
@@ -158,7 +166,7 @@ def test_requests_of_one_token_have_no_figures_between_tokens() -> None:
     figures = throughput_figures([SINGLE, SINGLE], 0, START_NS)
     empty = {column for column, value in figures.items() if value is None}
     missing = {f"{statistic}_{metric}_ms" for metric in ("tpot", "itl", "handoff") for statistic in STATISTICS}
-    assert empty == missing | {"request_goodput"}
+    assert empty == missing | {"request_goodput", "full_batch_itl_ms"}
 
 
 # one that had two tokens, and one that had none

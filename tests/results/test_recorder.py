@@ -129,7 +129,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         (
             "throughput.csv",
             "run_id,model,case_id,backend,mode,workers,device,dtype,quantization,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,cancelled,total_input_tokens,"
-            "total_output_tokens,request_throughput,request_goodput,requests_in_flight,output_throughput,total_token_throughput,"
+            "total_output_tokens,request_throughput,request_goodput,requests_in_flight,full_batch_itl_ms,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"
                 for metric in ("ttft", "tpot", "itl", "e2el", "handoff")

@@ -2,23 +2,31 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers
 import yaml
-from transformers import AutoConfig, AutoTokenizer
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from splitwiser.cli import main
 from splitwiser.config import RunConfig
 from splitwiser.elsewhere import PROGRAM
 from splitwiser.study.compare import compare, make_variants
-from splitwiser.study.peer_program import ENGINES, Answer, Asked, _with_tokenizer, serve
-from splitwiser.study.peers import Peer, check_peer, read_peer, share_with_peers
+from splitwiser.study.peers.checkpoint import with_tokenizer
+from splitwiser.study.peers.engine import Answer, Asked
+from splitwiser.study.peers.llama_cpp import convert
+from splitwiser.study.peers.program import ENGINES, serve
+from splitwiser.study.peers.run import Peer, check_peer, read_peer, share_with_peers
 from splitwiser.workload.job import Job, prepare_job
 from splitwiser.workload.planned import PlannedRequest
 from tests.support.assertions import assert_says, refusal
@@ -62,8 +70,14 @@ def make_environment(directory: Path, program: str) -> Path:
 
 def test_an_encoder_decoder_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     config = RunConfig(model=str(tiny("t5")), workload=str(write_workload(tmp_path / "mine.json", PROMPTS)))
-    message = refusal(share_with_peers, config, prepare_job(config, 0), tmp_path)
+    message = refusal(share_with_peers, config, prepare_job(config, 0), tmp_path, [])
     assert message == "model tiny-t5 is an encoder-decoder, which no peer serves; leave --peer out"
+
+
+def test_a_model_that_a_peer_cannot_be_given_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    config = RunConfig(model=str(tiny("opt")), workload=str(write_workload(tmp_path / "mine.json", PROMPTS)))
+    message = refusal(share_with_peers, config, prepare_job(config, 0), tmp_path, ["vllm", "llama.cpp"])
+    assert_says(message, "peer llama.cpp serves LlamaForCausalLM here, and model tiny-opt is OPTForCausalLM")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +290,7 @@ def test_the_program_needs_nothing_but_numpy_until_its_engine_starts() -> None:
     code = f"""
 import runpy, sys
 sys.modules |= dict.fromkeys({others})
-sys.argv[1:] = ["splitwiser.study.peer_program"]
+sys.argv[1:] = ["splitwiser.study.peers.program"]
 runpy.run_path("{PROGRAM}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
@@ -322,8 +336,54 @@ def test_vllm_runs_with_zentorch_only_where_it_is_meant_to(
         ENGINES[engine](Asked("model", "bfloat16", 10, 1, tmp_path))
 
 
+def test_transformers_generates_batches_of_its_own(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitwiser.study.peers.hf.BATCH", 2)
+    prompts, new_tokens = [[5, 6, 7, 8], [9], [10, 11]], [3, 5, 2]
+    engine = ENGINES["hf-generate"](Asked(str(tiny("llama")), "float32", 10, 3, tmp_path))
+    outputs = serve(engine, prompts, new_tokens, 3)
+    module = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype="float32")
+    for output in outputs:
+        prompt = torch.tensor([prompts[output.request_id]])
+        alone = module.generate(prompt, max_new_tokens=new_tokens[output.request_id], do_sample=False, eos_token_id=-1)
+        assert output.token_ids == alone[0, prompt.shape[1] :].tolist()
+    assert engine.version.startswith(f"{transformers.__version__} (float32, K and V float32, batches of 2, ")
+
+
+def test_llama_cpp_gets_the_weights_of_the_checkpoint(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    convert(tiny("llama"), tmp_path / "tiny.gguf", "F32")
+    expected = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype="float32")
+    config = GGUFReader(tmp_path / "tiny.gguf")
+    fields = {name: each.contents() for name, each in config.fields.items()}
+    assert fields["llama.attention.head_count_kv"] == expected.config.num_key_value_heads
+    assert fields["llama.vocab_size"] == expected.config.vocab_size
+    tensors = {each.name: each.data for each in config.tensors}
+    layer = expected.model.layers[0]
+    assert np.array_equal(tensors["token_embd.weight"], expected.model.embed_tokens.weight.detach().numpy())
+    assert np.array_equal(tensors["blk.0.ffn_down.weight"], layer.mlp.down_proj.weight.detach().numpy())
+    # the rows of a head: transformers rotates row i with row i + half, GGUF row 2 i with row 2 i + 1
+    rows, heads = layer.self_attn.k_proj.weight.detach().numpy(), expected.config.num_key_value_heads
+    half = rows.shape[0] // heads // 2
+    assert np.array_equal(tensors["blk.0.attn_k.weight"][: 2 * half : 2], rows[:half])
+    assert np.array_equal(tensors["blk.0.attn_k.weight"][1 : 2 * half : 2], rows[half : 2 * half])
+
+
+def test_llama_cpp_gets_no_other_architecture(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="OPTForCausalLM cannot be converted"):
+        convert(tiny("opt"), tmp_path / "tiny.gguf", "BF16")
+
+
+def test_llama_cpp_gets_no_scaled_rotary_embedding(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny("llama"), tmp_path / "scaled")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}))
+    with pytest.raises(ValueError, match="scaled scales its rotary embedding"):
+        convert(copy, tmp_path / "tiny.gguf", "BF16")
+
+
 def test_openvino_gets_a_checkpoint_with_a_word_for_each_token(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    _with_tokenizer(tiny("llama"), tmp_path / "copy")
+    with_tokenizer(tiny("llama"), tmp_path / "copy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "copy")
     assert tokenizer("t5 t17").input_ids == [5, 17]
     assert len(tokenizer) == AutoConfig.from_pretrained(tmp_path / "copy").vocab_size

@@ -4,7 +4,7 @@ import argparse
 
 from splitwiser.config import RunConfig
 from splitwiser.options import add_options, given_options
-from splitwiser.study.peer_program import ENGINES
+from splitwiser.study.peers.program import ENGINES
 
 DESCRIPTION = "Every run is a fresh process, unless --one_process is given; a round runs each variant once."
 USAGE = "--modes MODE,MODE... [options of splitwiser run, for all variants]"

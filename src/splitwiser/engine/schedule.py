@@ -43,8 +43,8 @@ class StepTime(NamedTuple):
 
 class Work(NamedTuple):
     """What a worker has to do: ``waiting`` prompts, and ``running`` requests in decode. ``prefill_tokens`` is
-    ``--prefill_tokens`` and ``itl_target_s`` is ``--itl_target_ms`` in seconds, None if it is not given; ``last`` is the
-    worker's last step, None before the first."""
+    ``--prefill_tokens`` or the measured budget, and ``itl_target_s`` is ``--itl_target_ms`` in seconds, None if it is not
+    given; ``last`` is the worker's last step, None before the first."""
 
     waiting: int
     running: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,17 @@ def requests_in_flight(run: Served) -> float | None:
     """Return how many requests were between their first token and their last, on average over the duration."""
     times = [output.metrics.token_ns for output in run.outputs if output.metrics.token_ns]
     return run.rate(sum(own[-1] - own[0] for own in times) / 1e9)
+
+
+def full_batch_itl(run: Served) -> float | None:
+    """Return the median time between two tokens of a request while every request was generating, in milliseconds: that of a
+    step with all of them. None if there was no such time."""
+    times = [output.metrics.token_ns for output in run.outputs]
+    if not times or not all(times):
+        return None
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    gaps = [after - before for own in times for before, after in pairwise(own) if begin <= before and after <= end]
+    return float(np.median(gaps)) / 1e6 if gaps else None
 
 
 def output_throughput(run: Served) -> float | None:

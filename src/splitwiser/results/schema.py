@@ -228,6 +228,13 @@ METRICS: tuple[Metric, ...] = (
         more_is_better=True,
     ),
     Metric(
+        "full_batch_itl_ms",
+        "Median time between two tokens of a request while every request was generating; empty if they never all were.",
+        "ms",
+        short_name="ITL at the full batch",
+        compute=metrics.full_batch_itl,
+    ),
+    Metric(
         "output_throughput",
         "Generated tokens per second of the duration.",
         "tokens/s",

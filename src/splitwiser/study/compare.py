@@ -37,7 +37,7 @@ from splitwiser.study.fresh_runs import (
     check_one_process,
     run_once,
 )
-from splitwiser.study.peers import MODELS, Peer, check_peer, read_peer, run_peer, share_with_peers, without_requests
+from splitwiser.study.peers.run import MODELS, Peer, check_peer, read_peer, run_peer, share_with_peers, without_requests
 from splitwiser.workload.job import Job
 
 # besides the requests and sampling, what all variants must share
@@ -150,8 +150,8 @@ def compare(
     if minutes is not None and not minutes > 0:
         raise InputError(f"--minutes must be more than 0, not {minutes}")
     last_start_s = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
-    with_peers = any(variant.peer is not None for variant in variants)
-    if with_peers and (one_process or load is not None):
+    engines = [variant.peer.engine for variant in variants if variant.peer is not None]
+    if engines and (one_process or load is not None):
         raise InputError(f"--peer cannot be given with {'--one_process' if one_process else '--load'}; leave one out")
     if one_process:
         check_one_process(variant.config for variant in variants)
@@ -164,8 +164,8 @@ def compare(
     rows: list[dict[str, Any]] = []
     try:
         with record.running():
-            if with_peers:
-                asked = share_with_peers(first, job, folder)
+            if engines:
+                asked = share_with_peers(first, job, folder, engines)
                 variants = [
                     Variant(each.name, {**without_requests(each.options), **asked}, each.peer) for each in variants
                 ]

@@ -1,8 +1,8 @@
-"""Runs other engines as variants of a comparison, by :mod:`splitwiser.study.peer_program` in the engine's own
+"""Runs other engines as variants of a comparison, by :mod:`splitwiser.study.peers.program` in the engine's own
 environment."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from splitwiser.model.checkpoints.catalog import resolve_model
 from splitwiser.options import option_fields
 from splitwiser.results.schema import TOKENS, names
 from splitwiser.study.fresh_runs import Outcome, run_process
-from splitwiser.study.peer_program import ENGINES
+from splitwiser.study.peers.program import ENGINES, ONLY
 from splitwiser.workload.config import WorkloadConfig
 from splitwiser.workload.job import Job
 
@@ -77,10 +77,10 @@ def check_peer(config: RunConfig, job: Job) -> None:
         raise InputError("a peer generates a fixed number of tokens per request; give --ignore_eos or --output_tokens")
 
 
-def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any]:
+def share_with_peers(config: RunConfig, job: Job, folder: Path, engines: Sequence[str]) -> dict[str, Any]:
     """Write the requests of ``job``, as token ids, into ``folder``, and a checkpoint of the model where its weights are
     random or a GGUF file's. Returns the run options that refer to both. Raises :class:`InputError` for a request that cannot
-    be served."""
+    be served, and for a model that one of ``engines`` cannot serve."""
     from splitwiser.llm import make_requests  # these import PyTorch
     from splitwiser.model.loading import load_model
 
@@ -98,6 +98,13 @@ def share_with_peers(config: RunConfig, job: Job, folder: Path) -> dict[str, Any
     )
     if model.encodes:
         raise UnsupportedModelError(f"model {model.name} is an encoder-decoder, which no peer serves; leave --peer out")
+    architecture = type(model.module).__name__
+    for engine in engines:
+        if architecture not in ONLY.get(engine, (architecture,)):
+            known = ", ".join(ONLY[engine])
+            raise UnsupportedModelError(
+                f"peer {engine} serves {known} here, and model {model.name} is {architecture}; leave this peer out"
+            )
     prompts, params = job.make_prompts(model, config.seed), job.sampling_params(config)
     requests = make_requests(model, prompts, params, [0.0] * len(prompts), config.seed)
     workload = folder / f"{job.label}.json"
@@ -152,7 +159,7 @@ def run_peer(peer: Peer, config: RunConfig, folder: Path, label: str, show: Call
     }
     command = [
         "env", "-u", "PYTHONPATH", *(["CUDA_VISIBLE_DEVICES="] if device.type == "cpu" else []),
-        str(peer.python), "-P", str(PROGRAM), "splitwiser.study.peer_program", peer.engine,
+        str(peer.python), "-P", str(PROGRAM), "splitwiser.study.peers.program", peer.engine,
         *(f"--{name}={value}" for name, value in asked.items() if value is not None),
     ]  # fmt: skip
     stretch = LoadMeter()
