@@ -108,10 +108,11 @@ BENCHMARKS = {
         "--repeats 2 --modes sequential,generate --workload standard --model flan-t5-base --load_format dummy "
         "--dtype bfloat16",
     ),
-    "falcon-rw-1b": Benchmark(
-        "Falcon RW 1B (ALiBi, bf16): 16 requests of 100 prompt tokens and 32 new ones, beside transformers' `generate`.",
-        "--repeats 2 --modes sequential,generate --requests 16 --prompt_tokens 100 --output_tokens 32 --model falcon-rw-1b "
-        "--load_format dummy --dtype bfloat16",
+    "falcon-rw-1b-64": Benchmark(
+        "Falcon RW 1B (ALiBi, bf16): 64 requests at once of 50 prompt tokens and 16 new ones, beside transformers' "
+        "`generate` and vLLM.",
+        "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 50 "
+        "--output_tokens 16 --model falcon-rw-1b --load_format dummy --dtype bfloat16",
     ),
     "vllm-placed": Benchmark(
         "vLLM's engines in this project's placements: one engine, two whole engines over one copy of the weights, and a "
@@ -135,11 +136,6 @@ BENCHMARKS = {
         "A prefill and a decode engine of vLLM's over one KV pool, in which blocks change hands, and over a pool each, from "
         "one of which to the other they are copied.",
         f"--repeats 2 {SPLIT} --variant 'vllm-copy: {VLLM} --mode mp --kv_transfer copy' --workload standard {OPT}",
-    ),
-    "falcon-rw-1b-64": Benchmark(
-        "The same model with 64 such requests, beside vLLM too.",
-        "--repeats 2 --modes sequential,generate --peer vllm=$PEERS/vllm --requests 64 --prompt_tokens 100 "
-        "--output_tokens 32 --model falcon-rw-1b --load_format dummy --dtype bfloat16",
     ),
     "long-prompts": Benchmark(
         "16 requests of about 1,500 prompt tokens with 16 new ones.",

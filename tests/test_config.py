@@ -159,6 +159,12 @@ def test_a_case_takes_the_adapter_that_comes_with_the_model() -> None:
     assert RunConfig(case_id=0).default_adapter == "none"
 
 
+def test_what_is_asked_of_adapters_holds_for_the_one_of_the_case_too() -> None:
+    assert RunConfig(case_id=200, merge_adapter=True).adapters == "lora"
+    assert RunConfig(case_id=100, use_adapter="prefix").adapters == "prefix"
+    assert_says(refusal(RunConfig, case_id=200, backend="vllm"), "--adapters does not go with backend vllm")
+
+
 @pytest.mark.parametrize(
     ("settings", "given"),
     [
@@ -198,7 +204,7 @@ def test_the_only_adapter_is_the_default(settings: dict[str, Any], default: str)
         ),
         (
             {"merge_adapter": True},
-            "--merge_adapter merges one LoRA adapter into the model; the adapters are: none",
+            "--merge_adapter merges one LoRA adapter into the model; give one with --adapter",
         ),
         (
             {"adapters": "lora", "merge_adapter": True, "use_adapter": "none"},

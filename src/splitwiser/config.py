@@ -23,32 +23,29 @@ class RunConfig(WorkloadConfig, EngineConfig):
     results: str = option(str(constants.DIR_RESULTS), "directory that gets a folder for this run", "results")
 
     def __post_init__(self) -> None:
-        EngineConfig.__post_init__(self)
         WorkloadConfig.__post_init__(self)
-        if self.source == "case":
-            self._set_up_case(get_case(Path(self.cases), self.case_id))
+        case = get_case(Path(self.cases), self.case_id) if self.source == "case" else None
+        if case is not None and case.kind is not None and not self.adapters:
+            own = [name for name, files in self.own_adapters.items() if files.kind == case.kind]
+            object.__setattr__(self, "adapters", own[0] if own else "")
+        EngineConfig.__post_init__(self)
+        if case is not None:
+            self._check_case(case)
+        # looking costs nothing here, where vLLM's split engines copy what they keep
+        may_find = self.same_examples or (case is not None and case.examples and self.backend == "hf")
+        if self.prefix_caching is None and may_find and find_mode(self.mode).layout is not None:
+            object.__setattr__(self, "prefix_caching", True)
         check_results(self.results)
         if self.goodput is not None:
             parse_goodput(self.goodput)
 
-    def _set_up_case(self, case: Case) -> None:
-        """Turn prefix caching on for in-context examples, where nothing is said of it. Set the adapter of a case that runs
-        with one, if none is given: the one that comes with the model. Raises :class:`InputError` unless requests then have
-        an adapter of the case's kind."""
+    def _check_case(self, case: Case) -> None:
+        """Raise :class:`InputError` for options that ``case`` does not go with, and unless requests have an adapter of its
+        kind if it runs with one."""
         if self.same_examples and not case.examples:
             raise InputError(f"--same_examples: case {case.case_id} ({case.description}) has no in-context examples")
-        # looking costs nothing here, where vLLM's split engines copy what they keep
-        may_find = self.same_examples or (case.examples and self.backend == "hf")
-        if self.prefix_caching is None and may_find and find_mode(self.mode).layout is not None:
-            object.__setattr__(self, "prefix_caching", True)
-        if case.method == "discrete":
-            return
-        kind = case.method.upper()
-        if not self.adapters:
-            own = next((name for name, files in self.own_adapters.items() if files.kind == kind), "")
-            object.__setattr__(self, "adapters", own)
         files = self.adapter_files.get(self.default_adapter)
-        if files is None or files.kind != kind:
+        if case.kind is not None and (files is None or files.kind != case.kind):
             given = f"adapter {files.name} is {files.kind_name}" if files else f"model {self.model} runs without one"
             raise InputError(
                 f"case {case.case_id} ({case.description}) needs an adapter of that kind, and {given}; give one with "

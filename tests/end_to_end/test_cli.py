@@ -98,6 +98,11 @@ def test_a_comparison_of_a_model_of_a_file_of_ones_own(tmp_path: Path, tiny: Cal
     assert only_run(tmp_path / "out").name.startswith("compare_mine_synthetic_")
 
 
+def test_cases_say_which_of_them_run_with_an_adapter() -> None:
+    lines = [line.split(maxsplit=1) for line in invoke("cases").stdout.splitlines()[1:]]
+    assert [int(number) for number, said in lines if "the model's own, or --adapter" in said] == [100, 200]
+
+
 def test_cases_of_a_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "cases.yaml").write_text("7: {description: own}")
     assert invoke("cases", "--cases", tmp_path / "cases.yaml").stdout.splitlines()[1].split() == ["7", "own"]

@@ -1,6 +1,7 @@
 """How the command starts: mistakes are told before PyTorch is imported, and a run imports only what it needs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,7 @@ def imported(folder: Path, *arguments: str) -> tuple[int, list[str], str]:
 TABLES_AND_PLOTS = ["pandas", "matplotlib", "datasets", "nltk", "scipy.stats"]
 MISTAKES = {
     "run --model nope": "unknown model 'nope'",
-    "profile --model t5-base": "model t5-base is an encoder-decoder",
-    "advise --model t5-base": "model t5-base is an encoder-decoder",
+    "advise --model t5-base": "model t5-base is an encoder-decoder, and splitwiser advise takes decoders only",
     "run --model .": "no config.json",
     "run --case_id 77": "unknown case '77'",
     "run --data missing.csv": "--data missing.csv: no such file",
@@ -85,3 +85,16 @@ def test_reading_weights_shows_no_bar(tmp_path: Path) -> None:
     program = "from splitwiser import LLM; LLM('radiology-opt', mode='generate').close()"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Loading weights" not in done.stderr
+
+
+@pytest.mark.parametrize("options", ["--kernels plain", "--mode generate"])
+def test_what_leaves_everything_to_pytorch_calls_no_compiler(options: str, tmp_path: Path) -> None:
+    compiler, called = tmp_path / "g++", tmp_path / "called"
+    compiler.write_text(f"#!/bin/sh\ntouch {called}\nexit 1\n")
+    compiler.chmod(0o755)
+    subprocess.run(
+        [sys.executable, "-m", "splitwiser", "run", "--dtype", "bf16", "--limit", "1", *options.split()],
+        cwd=tmp_path, check=True, capture_output=True, timeout=100,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert not called.exists()

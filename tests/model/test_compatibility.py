@@ -95,7 +95,6 @@ def test_refuses_parts_that_are_fused_wrongly(tiny: Callable[[str], Path], monke
         module.get_parameter("model.norm.weight").data.neg_()
 
     monkeypatch.setattr("splitwiser.model.attach.fuse_parts", fuse_wrongly)
-    monkeypatch.setattr("splitwiser.model.attach.pack_linears", lambda _: None)
     model = load_model(tiny("llama"), dtype="bfloat16", device="cpu", load_format="auto")
     with pytest.raises(UnsupportedModelError, match="its logits change when its modules are fused"):
         attach_engine(model, pack=True)

@@ -190,9 +190,11 @@ class _Choosy(_Feed):
 
 def test_an_activation_of_something_else_stays() -> None:
     for own in (_Feed(nn.Tanh()), _Feed(nn.ReLU(), between=0.5), _Choosy(nn.ReLU())):
-        kept = own.fc1, own.activation_fn
+        kept = own.activation_fn
         fuse(own)
-        assert (own.fc1, own.activation_fn) == kept
+        first = own.get_submodule("fc1")
+        assert isinstance(first, PackedLinear)
+        assert (first.activation, own.activation_fn) == (packed.IDENTITY, kept)
 
 
 # -- models
@@ -232,6 +234,25 @@ def test_a_layer_of_a_few_rows_is_one_call(
         *_, expected = _served_logits(model, layers, prompts)
     assert len(called) == len(layers)
     assert_same(made, expected)
+
+
+class _Router(nn.Module):
+    """Computes with the weight of a linear layer that it does not call, beside one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier, self.down = nn.Linear(96, 96), nn.Linear(96, 96)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        scores = nn.functional.linear(hidden_states.float(), self.classifier.weight.float()).to(hidden_states.dtype)
+        made: torch.Tensor = self.down(scores)
+        return made
+
+
+def test_a_weight_that_is_read_is_not_packed() -> None:
+    made = fuse(_Router())
+    assert [type(part) for part in made.children()] == [nn.Linear, PackedLinear]
+    assert made(inputs(3, 96)).isfinite().all()
 
 
 @needs_compiler

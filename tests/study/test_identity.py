@@ -75,4 +75,5 @@ def test_the_record_shows_seventy_architectures_in_all_runs() -> None:
     served = {name: row for name, row in rows.items() if not row["problem"]}
     assert len({row["class"] for row in served.values()}) >= 70
     assert {row["shown"] for row in served.values()} == {", ".join(RUNS)}
+    assert [name for name, row in served.items() if row["bfloat16"] != "yes"] == []
     assert [name for name in SAMPLE if name not in served] == []

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.loading import load_model
-from splitwiser.study.operations import Architecture, ExpertWeights, count_architecture
+from splitwiser.model.routes import ROUTES
+from splitwiser.study.operations import Architecture, EncoderDecoder, ExpertWeights, count_architecture
 
 Tiny = Callable[[str], Path]
 
 
 def count(directory: Path, dtype: str = "float32") -> Architecture:
     model = load_model(directory, dtype=dtype, device="cpu", load_format="auto")
-    attach_engine(model)
+    ROUTES[model.kind].attach(model)
     return count_architecture(model)
 
 
@@ -100,3 +100,30 @@ def test_more_tokens_touch_more_experts() -> None:
 
 def test_gpt2_keeps_its_products_in_transposed_layers(tiny: Tiny) -> None:
     assert count(tiny("gpt2")).weights == 3 * (48 * 144 + 48 * 48 + 2 * 48 * 192)
+
+
+# hidden 48, 4 heads of 12, feed-forward 96; 3 layers in the encoder and 2 in the decoder
+T5_SOURCE = 3 * (4 * 48 * 48 + 2 * 48 * 96) + 2 * 2 * 48 * 48  # the encoder; what makes K and V of its states
+T5_ANSWER = 2 * (6 * 48 * 48 + 2 * 48 * 96)  # four matrices for the answer and two for the source; feed-forward
+
+
+def test_what_passes_through_which_weights_of_an_encoder_decoder(tiny: Tiny) -> None:
+    counted = count(tiny("t5"))
+    assert isinstance(counted, EncoderDecoder)
+    assert (counted.source_weights, counted.weights, counted.head) == (T5_SOURCE, T5_ANSWER, HEAD)
+    assert (len(counted.encoder), len(counted.layers)) == (3, 2)
+
+
+def test_a_source_is_encoded_and_read_by_the_first_token(tiny: Tiny) -> None:
+    cost = count(tiny("t5")).prefill([(0, 10), (0, 20)], rows=2)
+    encoder = 3 * 4 * (10 * 10 + 20 * 20) * 4 * 12  # layers x 4 x positions seen x heads x head size
+    decoder = 2 * 4 * (11 + 21) * 4 * 12
+    assert cost.flops == 2 * T5_SOURCE * 30 + 2 * (T5_ANSWER + HEAD) * 2 + encoder + decoder
+    # all weights once; K and V of all tokens written and read
+    assert cost.nbytes == 4 * (T5_SOURCE + T5_ANSWER + HEAD + 2 * 2 * (11 + 21) * 96)
+
+
+def test_a_decode_step_of_an_encoder_decoder_uses_the_decoder_alone(tiny: Tiny) -> None:
+    cost = count(tiny("t5")).decode([12, 30])
+    assert cost.flops == 2 * (T5_ANSWER + HEAD) * 2 + 2 * 4 * 42 * 4 * 12
+    assert cost.nbytes == 4 * (T5_ANSWER + HEAD + 2 * (42 + 2) * 96)

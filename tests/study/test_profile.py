@@ -69,6 +69,19 @@ def test_every_point_has_a_row(directory: Path) -> None:
     assert summary.step.tolist()[-6:] == ["8 after 16", "32 after 16", "1 x 5", "1 x 40", "3 x 5", "3 x 40"]
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_is_profiled_without_chunks(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    made = profile(small(tiny(name), tmp_path, contexts="2,5,40")).directory
+    prefill, decode = (pd.read_csv(made / f"{phase}.csv") for phase in ("prefill", "decode"))
+    assert prefill[["prompts", "start_tokens", "prompt_tokens"]].to_numpy().tolist() == [
+        [1, 0, 8], [1, 0, 32], [3, 0, 8], [3, 0, 32],
+    ]  # fmt: skip
+    # of a source of one token, the token with which answers begin and another are three
+    assert decode[["batch", "context"]].to_numpy().tolist() == [[1, 5], [1, 40], [3, 5], [3, 40]]
+    notes = yaml.safe_load((made / "profile.yaml").read_text())["notes"]
+    assert any("an encoder reads a source at once" in note for note in notes)
+
+
 def test_the_figures_of_a_row_agree(directory: Path) -> None:
     ceilings = pd.read_csv(directory / "ceilings.csv")
     assert tuple(ceilings.columns) == names(CEILINGS)

@@ -31,6 +31,11 @@ def test_each_prompt_may_have_its_own_limit(tmp_path: Path) -> None:
     assert [each.new_tokens for each in read_prompt_file(path)] == [3, 9]
 
 
+def test_the_limit_of_all_has_the_name_of_the_sampling_parameter_too(tmp_path: Path) -> None:
+    path = write(tmp_path, {"max_tokens": 3, "prompts": ["a", {"prompt": "b", "max_tokens": 9}]})
+    assert [each.new_tokens for each in read_prompt_file(path)] == [3, 9]
+
+
 def test_a_request_may_have_parameters_of_its_own_and_the_file_some_for_all(tmp_path: Path) -> None:
     own = {"prompt": "b", "max_tokens": 9, "temperature": 0.5, "arrival_s": 2, "ignore_eos": False}
     path = write(tmp_path, {"max_new_tokens": 3, "top_k": 4, "ignore_eos": True, "prompts": ["a", own]})
@@ -96,7 +101,7 @@ PROMPT = "must be text, a list of token ids or a request, and not empty, not "
             "unknown key 'arrivals'; did you mean arrival_s?",
         ),
         ({"prompts": ["a"]}, "prompt 0: its number of new tokens, 'max_tokens', is missing"),
-        ({**FINE, "max_tokens": 3}, "'max_tokens' is a request's own; for all it is 'max_new_tokens'"),
+        ({**FINE, "max_tokens": 3}, "'max_tokens' and 'max_new_tokens' say the same; give one of them"),
         (
             {**FINE, "typical_p": 0.1},
             "'typical_p' is not taken: tokens are drawn by temperature, top_k, top_p and min_p alone",

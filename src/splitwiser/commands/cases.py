@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """List the prompting recipes."""
     rows = [
-        (str(case.case_id), case.description, "" if case.method == "discrete" else "not supported yet")
+        (
+            str(case.case_id),
+            case.description,
+            "" if case.kind is None else "the model's own, or --adapter NAME=DIRECTORY",
+        )
         for case in load_cases(Path(options.cases)).values()
     ]
-    print(columns([("case_id", "description", ""), *rows]))
+    print(columns([("case_id", "description", "adapter"), *rows]))

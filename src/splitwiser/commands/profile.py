@@ -2,7 +2,7 @@
 
 import argparse
 
-from splitwiser.model.checkpoints.catalog import check_decoder
+from splitwiser.model.checkpoints.catalog import check_model
 from splitwiser.options import add_options, given_options
 from splitwiser.study.config import ProfileConfig
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Profile and print the table."""
     config = ProfileConfig(**given_options(options, ProfileConfig))
-    check_decoder(config.model, config.models)  # before the seconds that importing PyTorch takes
+    check_model(config.model, config.models)  # before the seconds that importing PyTorch takes
     from splitwiser.study.profile import profile, profile_summary
 
     print(profile_summary(profile(config)))

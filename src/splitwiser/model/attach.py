@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from splitwiser.errors import UnsupportedModelError, first_line
 from splitwiser.model.fusing import Run, fuse_parts
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.kernels.packed_linear import pack_linears
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.trials import BOUNDS, Trial, agree
 
@@ -78,7 +77,7 @@ def attach(how: Attachment, model: LoadedModel, *, pack: bool = False, remember:
     name = type(module).__name__
     if problem := how.find_problem(module):
         raise UnsupportedModelError(problem)
-    trial = Trial(model, f"attach, packed: {pack}") if remember else None
+    trial = Trial(model, f"attach, packed: {pack}", compiled=pack) if remember else None
     known = trial.outcome if trial else None
     try:
         with torch.inference_mode():
@@ -87,8 +86,6 @@ def attach(how: Attachment, model: LoadedModel, *, pack: bool = False, remember:
             layers = [LayerShape(*each) for each in known["layers"]] if known else how.probe_layers(model)
             served = [each.served(layers) for each in comparisons]
             choices = fuse_parts(module, known and known["fused"], how.run) if pack else []
-            if pack:
-                pack_linears(module)
             problem = None if known else _find_difference(how, model, layers, comparisons, served, pack)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}; use --mode generate") from error

@@ -1,4 +1,5 @@
-"""Replaces modules of a model in a half precision by fused ones that are shown to compute the same.
+"""Replaces modules of a model in a half precision by fused ones that are shown to compute the same, and packs its other
+linear layers.
 
 A module is recognised by its structure. A candidate takes its place only if, called with the same random numbers, both
 store, ask of the attention and return the same up to rounding; otherwise the model's own module stays. The arguments of each
@@ -20,7 +21,7 @@ from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCach
 from splitwiser.model.forward import forward
 from splitwiser.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, TorchNorm, find_compile_problem
 from splitwiser.model.kernels.int8_linear import Int8Linear
-from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable
+from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable, pack_linears
 
 # gates x / (1 + exp(-(linear * x + cubic * x^3))): SiLU, GELU's form with tanh, and the quick form of GELU
 _GATES = ((1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715), (1.702, 0.0))
@@ -51,13 +52,13 @@ def fuse_parts(
     module: nn.Module, remembered: Sequence[int | None] | None = None, run: Run = run_decoder
 ) -> list[int | None]:
     """Replace the modules within ``module`` that a fused one is shown to compute the same as, one after another, so that
-    there are never two copies of all weights. Returns the number of the chosen candidate for each module in turn, None
-    where its own stays; if these are ``remembered``, nothing is tried.
+    there are never two copies of all weights; and, on a CPU, pack the linear layers that are left. Returns the number of the
+    chosen candidate for each module in turn, None where its own stays; if these are ``remembered``, nothing is tried.
 
-    ``module`` is a model that ``run`` runs, whose attention implementation is :data:`splitwiser.model.attention.NAME`, with
-    its linear layers not packed yet.
+    ``module`` is a model that ``run`` runs, whose attention implementation is :data:`splitwiser.model.attention.NAME`.
     """
-    fusing = _Fusing(_record_calls(module, run), remembered)
+    calls = _record_calls(module, run)
+    fusing = _Fusing(calls, remembered)
     if next(module.parameters()).is_cuda:
         fusing.replace_children(module, _gpu_norm_candidates)
         return fusing.choices
@@ -65,6 +66,7 @@ def fuse_parts(
         for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
             fusing.replace_children(module, candidates)
     fusing.fuse_activations(module)
+    pack_linears(module, keep=_read_by_their_parents(module, calls))
     return fusing.choices
 
 
@@ -321,6 +323,15 @@ def _record_calls(module: nn.Module, run: Run) -> _Calls:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def _read_by_their_parents(module: nn.Module, calls: _Calls) -> set[nn.Module]:
+    """Return the linear layers within ``module`` whose parent computes without calling them, as LongCat's router does with
+    its weight: a packed one has no numbers to read."""
+    called = [part for part in module.modules() if part in calls]
+    return {
+        part for parent in called for part in parent.children() if isinstance(part, nn.Linear) and part not in calls
+    }
 
 
 def _run(part: nn.Module, call: _Call) -> _Recorder:

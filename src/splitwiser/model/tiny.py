@@ -101,6 +101,7 @@ FIGURES: dict[str, dict[str, Any]] = {
     "marian": {"decoder_start_token_id": 0},
     "ministral": _OWN_HEAD_SIZE,
     "nemotron": {"num_key_value_heads": 2},
+    "t5": {"decoder_start_token_id": 0},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

@@ -3,10 +3,10 @@ that the next load of the same model need not try again.
 
 Remembered are successful trials on a CPU: that a model is served exactly, what its layers store, which fused modules compute
 the same as its own, and whether padding changes its tokens. They follow from the model's code, configuration and weights and
-from what computes them, all of which is in the key: this project's code, the compiled library, the versions of the packages,
-the source and the code of each class of module, the checkpoint's files (name, size, times and inode) or the seed of dummy
-weights, the dtype, the processor, the number of threads, and settings of PyTorch and its libraries. A file that cannot be
-read, or whose checksum is wrong, counts as none.
+from what computes them, all of which is in the key: this project's code, the compiled library where it takes part, the
+versions of the packages, the source and the code of each class of module, the checkpoint's files (name, size, times and
+inode) or the seed of dummy weights, the dtype, the processor, the number of threads, and settings of PyTorch and its
+libraries. A file that cannot be read, or whose checksum is wrong, counts as none.
 
 Tried at each load are a refused model, whose cause may be temporary (too little memory); everything on a GPU, whose kernels
 depend on a driver and on Triton's own cache; and the layout of packed weights, which is read from memory that this process
@@ -99,15 +99,16 @@ def _generated_logits(model: LoadedModel, prompts: Sequence[list[int]]) -> tuple
 
 class Trial:
     """A trial of ``model`` called ``name``: what an earlier one found, and a place for what this one finds. The model must
-    be as it was loaded. ``outcome`` is made of JSON's types, None if nothing is known."""
+    be as it was loaded; ``compiled`` says whether the compiled library takes part. ``outcome`` is made of JSON's types, None
+    if nothing is known."""
 
-    def __init__(self, model: LoadedModel, name: str) -> None:
+    def __init__(self, model: LoadedModel, name: str, *, compiled: bool) -> None:
         self._path: Path | None = None
         self.outcome: Any = None
         if model.device.type != "cpu":
             return
         with suppress(OSError):
-            facts = "\n".join(map(repr, _facts(model, name)))
+            facts = "\n".join(map(repr, _facts(model, name, compiled)))
             self._path = cache_directory() / "trials" / f"{hashlib.sha256(facts.encode()).hexdigest()}.json"
             self.outcome = _read(self._path)
 
@@ -124,8 +125,8 @@ class Trial:
 
 
 def remembered_flag(model: LoadedModel, name: str, find: Callable[[LoadedModel], bool]) -> bool:
-    """Return ``find(model)``, or what it has returned for the same key before."""
-    trial = Trial(model, name)
+    """Return ``find(model)``, of transformers' own forward, or what it has returned for the same key before."""
+    trial = Trial(model, name, compiled=False)
     if not isinstance(trial.outcome, bool):
         trial.outcome = find(model)
         trial.remember(trial.outcome)
@@ -150,7 +151,7 @@ def _modified_ns(path: Path) -> int:
     return 0
 
 
-def _facts(model: LoadedModel, name: str) -> Iterator[object]:
+def _facts(model: LoadedModel, name: str, compiled: bool) -> Iterator[object]:
     """Yield everything that the outcome of the trial ``name`` depends on."""
     yield name
     yield model.weights, model.dtype, model.vocabulary, model.max_positions
@@ -159,8 +160,9 @@ def _facts(model: LoadedModel, name: str) -> Iterator[object]:
     for path in sorted(Path(__file__).parent.rglob("*")):
         if path.suffix in (".py", ".cpp", ".h"):
             yield path.name, hashlib.sha256(path.read_bytes()).hexdigest()
-    library, described = load_native()
-    yield library and library._name, described
+    if compiled:
+        library, described = load_native()
+        yield library and library._name, described
     yield platform.python_version(), transformers.__version__, torch.__version__, torch.version.git_version
     yield platform.release(), _processor()
     yield torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()

@@ -288,8 +288,9 @@ class EngineConfig(ModelConfig):
         if not self.merge_adapter:
             return
         if [each.kind for each in files.values()] != ["LORA"]:
-            given = ", ".join(f"{name} ({each.kind_name})" for name, each in files.items()) or "none"
-            raise InputError(f"--merge_adapter merges one LoRA adapter into the model; the adapters are: {given}")
+            given = ", ".join(f"{name} ({each.kind_name})" for name, each in files.items())
+            said = f"the adapters are: {given}" if given else "give one with --adapter"
+            raise InputError(f"--merge_adapter merges one LoRA adapter into the model; {said}")
         if self.use_adapter == NO_ADAPTER.name:
             raise InputError("--use_adapter none: a merged adapter runs with every request; leave --merge_adapter out")
 

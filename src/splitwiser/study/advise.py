@@ -84,7 +84,7 @@ def advise(config: AdviseConfig) -> Advice:
         weights=False,
     )
     if shell.encodes:
-        raise decoders_only(shell.name)
+        raise decoders_only(shell.name, "splitwiser advise")
     requests = planned_requests(config, shell)
     measurements = read_measurements(Path(config.profile), shell) if config.profile is not None else None
     bench = Bench(short_profile(config, requests)) if measurements is None else None

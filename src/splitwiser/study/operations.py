@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
-from splitwiser.model.checkpoints.catalog import decoders_only
-from splitwiser.model.forward import forward
+from splitwiser.model.fusing import run_decoder
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel
+from splitwiser.model.seq2seq.attach import run_both_halves
 
 # names of the number of experts per token in configurations
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -92,6 +92,11 @@ class Architecture:
     head_keeps_rows: bool
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def product_weights(self) -> int:
+        """The weights of all matrix products but the output layer's and the experts'."""
+        return self.weights
+
     def prefill(self, chunks: Sequence[tuple[int, int]], rows: int) -> StepWork:
         """Return the work of a prefill step of ``chunks``, each (first position, tokens), with logits for ``rows`` tokens.
 
@@ -133,6 +138,37 @@ class Architecture:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoder(Architecture):
+    """An encoder-decoder. What every :class:`Architecture` has is here that of the decoder's one token for each request:
+    ``layers`` attend to its answer and to its source, so to all that it has in the pool.
+
+    ``source_weights`` counts the weights that every token of a source passes through: the encoder's, and those by which the
+    decoder's layers make K and V of the encoder's states. ``encoder`` are the layers that attend within a source.
+    """
+
+    source_weights: int
+    encoder: tuple[AttentionLayer, ...]
+
+    @property
+    def product_weights(self) -> int:
+        """See :attr:`Architecture.product_weights`."""
+        return self.weights + self.source_weights
+
+    def prefill(self, chunks: Sequence[tuple[int, int]], rows: int) -> StepWork:
+        """Return the work of a prefill step of whole sources, each (0, tokens): that of the sources, whose K and V are
+        written once, and of the decoder's first token for each."""
+        sources = [tokens for _, tokens in chunks]
+        first = self.decode([tokens + 1 for tokens in sources])
+        pairs = sum(tokens * tokens for tokens in sources)  # each sees all
+        attention_flops = sum(_attention_flops(layer, pairs) for layer in self.encoder)
+        stored = sum(sources) * sum(map(_kv_numbers, self.layers))
+        return StepWork(
+            first.flops + 2 * self.source_weights * sum(sources) + attention_flops,
+            first.nbytes + (self.source_weights + stored) * self.itemsize,
+        )
+
+
 def _attention_flops(layer: AttentionLayer, pairs: int) -> int:
     """Return the operations of scores and weighted values: 4 x head size per position and head if K and V are alike."""
     return 2 * pairs * layer.heads * (layer.key_dim + layer.value_dim)
@@ -143,16 +179,47 @@ def _kv_numbers(layer: AttentionLayer) -> int:
 
 
 def count_architecture(model: LoadedModel) -> Architecture:
-    """Count ``model``, a decoder, which :func:`splitwiser.model.compatibility.attach_engine` must have attached to the
-    engine."""
-    if model.encodes:
-        raise decoders_only(model.name)
+    """Count ``model``, which its :class:`~splitwiser.model.routes.Route` must have attached to the engine."""
     module = model.module
     output = module.get_output_embeddings()
     config = module.config.get_text_config()
     active = next((given for name in _ACTIVE_EXPERTS if isinstance(given := getattr(config, name, None), int)), None)
+    weights, stacks = _count_weights(module, output)
+    head = output.weight.numel() if isinstance(output, nn.Linear | PackedLinear) else 0
+    layers = _probe_attention(model)
+    itemsize = model.dtype.itemsize
+    if model.encodes:
+        answer = tuple(layer for layer in layers if layer.mask.is_causal)  # K and V of a source are of the same shape
+        source = _count_weights(module.get_encoder(), output)[0] + config.hidden_size * sum(map(_kv_numbers, answer))
+        return EncoderDecoder(
+            weights=weights - source,
+            head=head,
+            experts=(),
+            layers=answer,
+            itemsize=itemsize,
+            head_keeps_rows=True,
+            source_weights=source,
+            encoder=tuple(layers[: layers.index(answer[0])]),
+        )
+    notes = []
+    if stacks and active is None:
+        notes.append("the configuration does not say how many experts a token uses; all are counted")
+    return Architecture(
+        weights=weights,
+        head=head,
+        experts=tuple(ExpertWeights(each.numel(), len(each), active or len(each)) for each in stacks),
+        layers=tuple(layers),
+        itemsize=itemsize,
+        head_keeps_rows="logits_to_keep" in inspect.signature(type(module).forward).parameters,
+        notes=tuple(notes),
+    )
+
+
+def _count_weights(module: nn.Module, output: nn.Module | None) -> tuple[int, list[Tensor]]:
+    """Return the number of weights of matrix products within ``module`` but ``output``, and those of all experts of a layer,
+    stacked, (experts, ...) each, which are not among them."""
     weights = 0
-    experts: list[ExpertWeights] = []
+    stacks: list[Tensor] = []
     for part in module.modules():
         if isinstance(part, nn.Embedding) or part is output:
             continue
@@ -161,22 +228,11 @@ def count_architecture(model: LoadedModel) -> Architecture:
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.ndim < 2 or name.endswith("bias"):
                 continue
-            if parameter.ndim == 3:  # all experts of a layer, stacked
-                experts.append(ExpertWeights(parameter.numel(), len(parameter), active or len(parameter)))
+            if parameter.ndim == 3:
+                stacks.append(parameter)
             else:
                 weights += parameter.numel()
-    notes = []
-    if experts and active is None:
-        notes.append("the configuration does not say how many experts a token uses; all are counted")
-    return Architecture(
-        weights=weights,
-        head=output.weight.numel() if isinstance(output, nn.Linear | PackedLinear) else 0,
-        experts=tuple(experts),
-        layers=tuple(_probe_attention(model)),
-        itemsize=model.dtype.itemsize,
-        head_keeps_rows="logits_to_keep" in inspect.signature(type(module).forward).parameters,
-        notes=tuple(notes),
-    )
+    return weights, stacks
 
 
 class _Probe(AttentionStep):
@@ -198,6 +254,9 @@ class _Probe(AttentionStep):
 
 @torch.inference_mode()
 def _probe_attention(model: LoadedModel) -> list[AttentionLayer]:
+    """Return every attention of a forward in turn: of an encoder-decoder first the encoder's, then for each layer of the
+    decoder that to the answer, whose mask is causal, and that to the source."""
     probe = _Probe()
-    forward(model.module, probe, [0], [0], [0])
+    run = run_both_halves if model.encodes else run_decoder
+    run(model.module, probe, [0])
     return probe.layers

@@ -67,7 +67,7 @@ class PrefillPoint:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each request has in the pool after the step."""
+        """Tokens of each request's prompt that are in the pool after the step."""
         return [self.start_tokens + self.prompt_tokens] * self.prompts
 
     def cost(self, architecture: Architecture) -> StepWork:
@@ -223,7 +223,11 @@ class Bench:
             for length in lengths
             if prompts > 1 and prompts * length <= config.step_tokens
         ]
-        sizes += [(1, start, length) for start in whole_numbers("starts", config.starts) for length in lengths]
+        starts = whole_numbers("starts", config.starts)
+        if self.model.encodes and starts:
+            self.notes.append("no chunks behind others (--starts): an encoder reads a source at once")
+            starts = ()
+        sizes += [(1, start, length) for start in starts for length in lengths]
         points: list[Point] = []
         for threads in self.threads:
             points += [PrefillPoint(threads, *size) for size in sizes]
@@ -248,14 +252,26 @@ class Bench:
         return fitting
 
     def _fits(self, point: Point) -> bool:
-        longest = max(point.lengths)
-        if isinstance(point, DecodePoint) and longest < 2:  # a decode step needs at least one earlier token
+        prompt, positions = max(self._prompts(point)), self.model.max_positions
+        longest = prompt if self.model.encodes else prompt + self._after_prompt(point)
+        if prompt < 1:  # a decode step needs at least one earlier token
             return False
-        positions = self.model.max_positions
         return (positions is None or longest <= positions) and self._blocks(point) <= self.pool.blocks
 
+    def _after_prompt(self, point: Point) -> int:
+        """Return how many tokens a request has in the pool beside its prompt: that with which an encoder-decoder's answers
+        begin, and in a decode step the newest."""
+        return self.model.encodes + isinstance(point, DecodePoint)
+
+    def _prompts(self, point: Point) -> list[int]:
+        """Return the length of each request's prompt."""
+        if isinstance(point, PrefillPoint):
+            return point.lengths
+        return [length - self._after_prompt(point) for length in point.lengths]
+
     def _blocks(self, point: Point) -> int:
-        return sum(self.pool.blocks_for(length) for length in point.lengths)
+        after = self._after_prompt(point)
+        return sum(self.pool.blocks_for(prompt + after) for prompt in self._prompts(point))
 
     def _fill_pool(self) -> None:
         """Fill every block that is read later with random numbers: the system maps all unwritten pages to one page of zeros,
@@ -268,12 +284,12 @@ class Bench:
         allocator = BlockAllocator(0, self.pool.blocks)
         rng = random.Random(self.config.seed)
         sequences = []
-        for number, length in enumerate(point.lengths):
-            blocks = allocator.allocate(self.pool.blocks_for(length))
+        for number, length in enumerate(self._prompts(point)):
+            blocks = allocator.allocate(self.pool.blocks_for(length + self._after_prompt(point)))
             assert blocks is not None
             drawn = [rng.randrange(self.model.vocabulary)] if point.phase == "decode" else []
-            prompt = tuple(rng.randrange(self.model.vocabulary) for _ in range(length - len(drawn)))
-            request = Request(number, prompt, SamplingParams(temperature=0), seed=0)
+            prompt = tuple(rng.randrange(self.model.vocabulary) for _ in range(length))
+            request = Request(number, prompt, SamplingParams(temperature=0), seed=0, encoded=self.model.encodes)
             sequences.append(SequenceState(request, blocks, drawn))
         return sequences
 
@@ -305,7 +321,7 @@ class Bench:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "load_format": model.load_format,
                 "max_positions": model.max_positions,
-                "product_weights": self.architecture.weights,
+                "product_weights": self.architecture.product_weights,
                 "head_weights": self.architecture.head,
                 "expert_weights": sum(each.numbers for each in self.architecture.experts),
             },

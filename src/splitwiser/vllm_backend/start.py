@@ -45,7 +45,7 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     with ExitStack() as until_ready:
         model, location = _load(config, until_ready)
         if model.encodes:
-            raise decoders_only(model.name)
+            raise decoders_only(model.name, "backend vllm")
         if model.device.type != "cpu" and config.mode != "sequential":
             raise InputError(
                 f"backend vllm: mode {config.mode} shares memory on a CPU only so far; use mode sequential"

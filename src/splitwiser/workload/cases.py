@@ -33,6 +33,11 @@ class Case:
     source_prompt: Text = ""
 
     @property
+    def kind(self) -> str | None:
+        """The kind of adapter that the case runs with, as peft calls it; None for the model alone."""
+        return None if self.method == "discrete" else self.method.upper()
+
+    @property
     def for_encoder(self) -> "Case":
         """The recipe as an encoder-decoder is asked."""
         return replace(self, insert_prefix=self.source_prefix, prompt=self.source_prompt)

@@ -34,9 +34,9 @@ def read_prompt_file(path: Path) -> list[PlannedRequest]:
     "name"}`` with sampling parameters for all beside them. The last two are optional: without arrival times, all arrive at
     once; without an adapter, a request gets the run's default.
 
-    ``max_new_tokens`` is one number, or a list with one for each prompt, and so is ``adapter`` a name or a list of names; a
-    request as in :func:`splitwiser.workload.request_entry.parse_request` may give its own. Raises :class:`InputError`
-    naming the file and the field.
+    ``max_new_tokens`` is one number (which may also be called ``max_tokens``) or a list with one for each prompt, and so is
+    ``adapter`` a name or a list of names; a request as in :func:`splitwiser.workload.request_entry.parse_request` may give
+    its own. Raises :class:`InputError` naming the file and the field.
     """
     try:
         content = json.loads(read_text(path))
@@ -49,9 +49,10 @@ def read_prompt_file(path: Path) -> list[PlannedRequest]:
         raise InputError(f"{where}: must be an object with 'max_new_tokens' and 'prompts'")
     read: _Content = parse_sampling(_Content, content, where)
     count = len(read.prompts)
-    if read.max_tokens is not None:
-        raise InputError(f"{where}: 'max_tokens' is a request's own; for all it is 'max_new_tokens'")
-    new_tokens = read.max_new_tokens if isinstance(read.max_new_tokens, list) else [read.max_new_tokens] * count
+    if read.max_tokens is not None and read.max_new_tokens is not None:
+        raise InputError(f"{where}: 'max_tokens' and 'max_new_tokens' say the same; give one of them")
+    most = read.max_tokens if read.max_new_tokens is None else read.max_new_tokens
+    new_tokens = most if isinstance(most, list) else [most] * count
     arrivals = [None] * count if read.arrival_s is None else read.arrival_s
     adapters = read.adapter if isinstance(read.adapter, list) else [read.adapter] * count
     given: dict[str, Sequence[object]] = {"max_new_tokens": new_tokens, "arrival_s": arrivals, "adapter": adapters}

@@ -103,15 +103,12 @@ def check_model(model: str | Path, models: str | Path = constants.MODELS) -> Cat
 
 def check_decoder(model: str | Path, models: str | Path = constants.MODELS) -> None:
     """Raise :class:`UnsupportedModelError` for a model that the catalogue knows to be no decoder alone, and the errors of
-    :func:`check_model`: for what measures prefill and decode of decoders."""
+    :func:`check_model`: for ``splitwiser advise``."""
     entry = check_model(model, models)
     if entry.kind != "decoder":
-        raise decoders_only(entry.name)
+        raise decoders_only(entry.name, "splitwiser advise")
 
 
-def decoders_only(name: str) -> UnsupportedModelError:
-    """Return the error for the model ``name`` where only decoders are measured."""
-    return UnsupportedModelError(
-        f"model {name} is an encoder-decoder; profile and advise take decoders only, since they count and predict steps in "
-        "which every token passes through the same layers"
-    )
+def decoders_only(name: str, what: str) -> UnsupportedModelError:
+    """Return the error for the model ``name``, an encoder-decoder, where ``what`` takes decoders only."""
+    return UnsupportedModelError(f"model {name} is an encoder-decoder, and {what} takes decoders only")

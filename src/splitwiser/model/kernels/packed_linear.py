@@ -10,6 +10,7 @@ them from the packed bytes, if these are shown to lie in the layout that it read
 
 import copy
 import ctypes
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeGuard
@@ -182,14 +183,15 @@ def is_packable(module: object) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replace every linear layer in ``module`` that holds bfloat16 weights on a CPU by a packed one, one after another, so
-    that there are never two copies of all weights. A weight that is also an embedding is kept there as well."""
+def pack_linears(module: nn.Module, keep: Collection[nn.Module] = ()) -> None:
+    """Replace every linear layer in ``module`` that holds bfloat16 weights on a CPU by a packed one, except those to
+    ``keep``, one after another, so that there are never two copies of all weights. A weight that is also an embedding is
+    kept there as well."""
     for name, child in list(module.named_children()):
-        if is_packable(child):
+        if is_packable(child) and child not in keep:
             setattr(module, name, PackedLinear(child))
         else:
-            pack_linears(child)
+            pack_linears(child, keep)
 
 
 @cache

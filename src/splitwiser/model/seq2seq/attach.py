@@ -100,8 +100,8 @@ class _Positioned(PackedStep):
         return self._step.attend(query, key, value, mask, options)
 
 
-def _run_both_halves(module: PreTrainedModel, step: AttentionStep, token_ids: Sequence[int]) -> None:
-    """Run both halves once over a source and an answer."""
+def run_both_halves(module: PreTrainedModel, step: AttentionStep, token_ids: Sequence[int]) -> None:
+    """Run both halves of an encoder-decoder once, over a source and an answer of the same tokens."""
     ids = torch.tensor([token_ids], device=module.device)
     with serving(_Positioned(step, torch.arange(len(token_ids), device=module.device))):
         module(input_ids=ids, decoder_input_ids=ids, use_cache=False)
@@ -220,7 +220,7 @@ _ENCODER_DECODER = Attachment(
     compare=_compare,
     replace_attention=_replace_attention,
     probe_layers=_probe_layers,
-    run=_run_both_halves,
+    run=run_both_halves,
     embeddings=lambda module: {half.get_input_embeddings() for half in _halves(module)},
     explain=cannot_be_served,
     kernels=("decode",),
