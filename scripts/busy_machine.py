@@ -1,8 +1,9 @@
 """Measures the throughput of each mode on an idle machine, and beside processes that only spin.
 
     python scripts/busy_machine.py --before ../older_checkout
+    python scripts/busy_machine.py --before ../older_checkout --jobs standard --modes sequential --busy_rounds 0
 
-Every mode of every model is loaded once for each side, this checkout and, with --before, another one; then the sides answer
+Every mode of every job is loaded once for each side, this checkout and, with --before, another one; then the sides answer
 the same requests in turn, so that a drift of the machine affects both. First nothing else runs, then --spinning processes
 do. Writes busy_machine.csv (one row per turn) into --out and prints two tables in Markdown: medians, and the median,
 minimum and maximum ratio over rounds. The fair share of N cores beside K spinning processes is N / (N + K) of the
@@ -10,6 +11,7 @@ throughput alone.
 """
 
 import argparse
+import math
 import os
 import random
 import statistics
@@ -23,25 +25,38 @@ from pathlib import Path
 from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parents[1]
-# model: data type, requests, new tokens of each; prompts have 40 to 160 tokens. Half a second to a second each, alone
-MODELS = {
-    "radiology-opt": ("float32", 100, 16),
-    "opt-125m": ("bfloat16", 8, 16),
-    "smollm2-135m": ("bfloat16", 8, 16),
-}
 READY = "ready"
 
 
-def serve(model: str, mode: str) -> None:
+def short(rng: random.Random) -> int:
+    """Return the tokens of a prompt with which a job takes half a second to a second, alone."""
+    return rng.randint(40, 160)
+
+
+def standard(rng: random.Random) -> int:
+    """Return the tokens of a prompt of the workload ``standard``."""
+    return min(900, round(rng.lognormvariate(math.log(200), 0.6)))
+
+
+# model, data type, requests, what draws the tokens of each prompt, new tokens
+JOBS = {
+    "radiology-opt": ("radiology-opt", "float32", 100, short, 16),
+    "opt-125m": ("opt-125m", "bfloat16", 8, short, 16),
+    "smollm2-135m": ("smollm2-135m", "bfloat16", 8, short, 16),
+    "standard": ("opt-125m", "bfloat16", 64, standard, 64),
+}
+
+
+def serve(job: str, mode: str) -> None:
     """Load the model, and answer the requests once per line of stdin; prints the tokens per second of each time."""
     from splitwiser import LLM, SamplingParams
 
-    dtype, requests, new_tokens = MODELS[model]
+    model, dtype, requests, draw, new_tokens = JOBS[job]
     rng = random.Random(0)
     load_format = "auto" if model == "radiology-opt" else "dummy"
     with LLM(model, mode=mode, dtype=dtype, load_format=load_format) as llm:
         vocabulary = llm.model.vocabulary
-        prompts = [[rng.randrange(4, vocabulary) for _ in range(rng.randint(40, 160))] for _ in range(requests)]
+        prompts = [[rng.randrange(4, vocabulary) for _ in range(draw(rng))] for _ in range(requests)]
         params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         llm.generate(prompts, params)
         print(READY, flush=True)
@@ -52,16 +67,16 @@ def serve(model: str, mode: str) -> None:
 
 
 class Side:
-    """A server process that runs one model and mode from one checkout."""
+    """A server process that runs one job and mode from one checkout."""
 
-    def __init__(self, name: str, checkout: Path, model: str, mode: str) -> None:
+    def __init__(self, name: str, checkout: Path, job: str, mode: str) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", model, mode], text=True, stdin=subprocess.PIPE,
+            [sys.executable, __file__, "--serve", job, mode], text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(checkout / "src")},
         )  # fmt: skip
         if self._read() != READY:
-            raise SystemExit(f"busy_machine: {name} cannot load {model} in mode {mode}")
+            raise SystemExit(f"busy_machine: {name} cannot load {job} in mode {mode}")
 
     def measure(self) -> float:
         """Return the tokens per second of one turn."""
@@ -100,20 +115,22 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     sides = {"now": PROJECT, **({"before": options.before.resolve()} if options.before else {})}
     loads = {0: options.rounds, options.spinning: options.busy_rounds}
     rows: list[dict[str, object]] = []
-    pairs = [(model, mode) for model in options.models for mode in options.modes]
+    pairs = [(job, mode) for job in options.jobs for mode in options.modes]
     options.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(pairs) * len(sides) * sum(loads.values()), unit="turn") as bar:
-        for model, mode in pairs:
+        for job, mode in pairs:
             with ExitStack() as stack:
-                servers = [Side(name, checkout, model, mode) for name, checkout in sides.items()]
+                servers = [Side(name, checkout, job, mode) for name, checkout in sides.items()]
                 for server in servers:
                     stack.callback(server.close)
                 for load, rounds in loads.items():
+                    if not rounds:
+                        continue
                     with spinning(load):
                         for number in range(rounds):
                             for server in servers[:: 1 if number % 2 else -1]:
-                                bar.set_postfix_str(f"{model}, {mode}, {server.name}, {load} spinning")
-                                row = {"model": model, "mode": mode, "side": server.name, "spinning": load}
+                                bar.set_postfix_str(f"{job}, {mode}, {server.name}, {load} spinning")
+                                row = {"job": job, "mode": mode, "side": server.name, "spinning": load}
                                 rows.append({**row, "round": number, "tokens_per_s": server.measure()})
                                 write_rows(options.out / "busy_machine.csv", list(rows[0]), rows)
                                 bar.update()
@@ -124,19 +141,19 @@ def tables(rows: Sequence[dict[str, object]], cores: int) -> str:
     """Return the two tables in Markdown."""
     values: dict[tuple[object, ...], list[float]] = {}
     for row in rows:
-        key = row["spinning"], row["model"], row["mode"], row["side"]
+        key = row["spinning"], row["job"], row["mode"], row["side"]
         values.setdefault(key, []).append(float(str(row["tokens_per_s"])))
     lines = []
     for load in dict.fromkeys(key[0] for key in values):
         fair = "" if not load else " fair share | of the fair share |"
         lines += ["", f"| {load} spinning, tokens/s | now | before | now / before |{fair}"]
         lines += ["|---|---|---|---|" + ("---|---|" if load else "")]
-        for _, model, mode, _ in [key for key in values if key[0] == load and key[3] == "now"]:
-            now, before = (values.get((load, model, mode, side), []) for side in ("now", "before"))
-            cells = [f"{model}, {mode}", f"{statistics.median(now):,.0f}"]
+        for _, job, mode, _ in [key for key in values if key[0] == load and key[3] == "now"]:
+            now, before = (values.get((load, job, mode, side), []) for side in ("now", "before"))
+            cells = [f"{job}, {mode}", f"{statistics.median(now):,.0f}"]
             cells += [f"{statistics.median(before):,.0f}" if before else "", _ratios(now, before) if before else ""]
             if load:
-                share = statistics.median(values[0, model, mode, "now"]) * cores / (cores + int(str(load)))
+                share = statistics.median(values[0, job, mode, "now"]) * cores / (cores + int(str(load)))
                 cells += [f"{share:,.0f}", f"{statistics.median(now) / share:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -151,7 +168,7 @@ def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", type=lambda text: text.split(","), default=list(MODELS), help="some of " + ", ".join(MODELS)
+        "--jobs", type=lambda text: text.split(","), default=list(JOBS)[:3], help="some of " + ", ".join(JOBS)
     )
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["generate", "sequential", "mp"])
     parser.add_argument("--rounds", type=int, default=15, help="rounds on the idle machine")
@@ -159,15 +176,15 @@ def main() -> None:
     parser.add_argument("--spinning", type=int, default=8, help="spinning processes")
     parser.add_argument("--before", type=Path, help="another checkout of this project, measured beside this one")
     parser.add_argument("--out", type=Path, default=Path("busy_machine"), help="folder for busy_machine.csv")
-    parser.add_argument("--serve", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("JOB", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(*options.serve)
         return
     from splitwiser.machine.describe import git_commit  # not at the top: the other checkout runs this script too
 
-    if unknown := set(options.models) - set(MODELS):
-        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    if unknown := set(options.jobs) - set(JOBS):
+        parser.error(f"no job {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
     cores = len(os.sched_getaffinity(0))
     rows = measure(options)
     print(f"commit {git_commit()}, {cores} cores")

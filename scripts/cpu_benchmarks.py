@@ -81,6 +81,7 @@ class Benchmark:
 
 SCHEDULES = (
     "--variant 'alternate: --schedule alternate' --variant 'hybrid: --schedule hybrid' "
+    "--variant 'hybrid2048: --schedule hybrid --prefill_tokens 2048' "
     "--variant 'hybrid512: --schedule hybrid --prefill_tokens 512'"
 )
 BENCHMARKS = {
@@ -153,7 +154,8 @@ BENCHMARKS = {
         f"--modes sequential,mp --load 0.6 --workload standard {OPT}",
     ),
     "schedules": Benchmark(
-        "The standard requests under `--schedule alternate`, and under `hybrid` with steps of up to 2,048 and 512 tokens.",
+        "The standard requests under `--schedule alternate`, and under `hybrid` with steps of the measured budget and of up "
+        "to 2,048 and 512 tokens.",
         f"{SCHEDULES} --workload standard {OPT}",
     ),
     "schedules-long-prompts": Benchmark(

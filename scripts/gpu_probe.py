@@ -385,7 +385,7 @@ def prefill_graphs(say: Say) -> None:
     config = EngineConfig(model=PREFILL_MODEL, load_format="dummy", dtype="bfloat16", device="cuda", kv_memory="1GiB")
     model = load(config)
     pool = make_pool(model, prepare(model, config))
-    stepper, described = make_stepper(model, pool, 1, config.prefill_tokens, {"prefill": ()})
+    stepper, described = make_stepper(model, pool, 1, config.step_tokens, {"prefill": ()})
     say("graphs", described["prefill_graphs"])
     for lengths in PREFILL_LENGTHS:
         chunks, first = [], 0

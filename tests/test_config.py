@@ -220,15 +220,16 @@ def test_settings_of_adapters_that_make_no_sense_are_named(settings: dict[str, A
     ("settings", "caches"),
     [
         ({}, None),
-        ({"case_id": 4}, None),  # examples are drawn for each report afresh
+        ({"case_id": 4}, True),
+        ({"case_id": 4, "mode": "generate"}, None),
         ({"case_id": 4, "same_examples": True}, True),
         ({"case_id": 4, "same_examples": True, "prefix_caching": False}, False),
-        ({"case_id": 4, "same_examples": True, "mode": "generate"}, None),
+        ({"case_id": 4, "backend": "vllm"}, None),
         ({"case_id": 4, "same_examples": True, "backend": "vllm"}, True),
         ({"prompt_tokens": "5", "prefix_caching": True}, True),
     ],
 )
-def test_prefix_caching_is_on_where_all_prompts_begin_alike(settings: dict[str, Any], caches: bool | None) -> None:
+def test_prefix_caching_is_on_for_in_context_examples(settings: dict[str, Any], caches: bool | None) -> None:
     assert RunConfig(**settings).prefix_caching is caches
 
 

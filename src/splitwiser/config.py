@@ -31,7 +31,9 @@ class RunConfig(WorkloadConfig, EngineConfig):
         EngineConfig.__post_init__(self)
         if case is not None:
             self._check_case(case)
-        if self.prefix_caching is None and self.same_examples and find_mode(self.mode).layout is not None:
+        # looking costs nothing here, where vLLM's split engines copy what they keep
+        may_find = self.same_examples or (case is not None and case.examples and self.backend == "hf")
+        if self.prefix_caching is None and may_find and find_mode(self.mode).layout is not None:
             object.__setattr__(self, "prefix_caching", True)
         check_results(self.results)
         if self.goodput is not None:

@@ -40,12 +40,10 @@ POLICY = "first_come"  # the order in which requests are admitted and prefilled
 SCHEDULE = "alternate"  # what a mixed worker runs next: alternate, prefill_first, decode_first or hybrid
 AGEING_S = 10.0  # other policies: seconds of waiting after which a request goes before all that have waited less
 TTFT_TARGET_MS = 1000.0  # policy deadline: the TTFT that requests without a target of their own are to have
-PREFILL_TOKENS = (
-    2048  # most prompt tokens in one prefill step, longer prompts are split; most tokens in one hybrid step
-)
+PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step, longer prompts are split; and a bound of hybrid steps
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
 RESERVE = False  # reserve KV blocks for the longest answer at admission, instead of preempting where none is free
-PREFIX_CACHING = None  # True: requests that begin alike share KV blocks; None: only with --same_examples
+PREFIX_CACHING = None  # True: requests that begin alike share KV blocks; None: only for cases with in-context examples
 KV_MEMORY = (
     "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
 )

@@ -88,7 +88,7 @@ class LLM:
             - ``max_batch``: maximum number of requests in one decode step.
             - ``batch_size``: rows of a padded batch in mode ``generate``.
             - ``prefill_tokens``: maximum number of prompt tokens in one prefill step; with schedule ``hybrid``, maximum
-                number of all tokens in one step.
+                number of all tokens in one step, by default as many as saturate the device.
             - ``generation_config``: ``checkpoint`` takes sampling parameters that a request leaves at their default
                 from the checkpoint's ``generation_config.json``, as ``model.generate`` would; ``none`` does not.
             - ``quantization``: ``int8`` computes linear layers with whole numbers, on a CPU, and the rest in ``bfloat16``;

@@ -137,7 +137,12 @@ def _record(config: RunConfig, llm: LLM, job: Job, requests: Sequence[Request]) 
     pool = llm.started.pool
     new_tokens = [request.max_tokens for request in requests]
     return {
-        "configuration": {**asdict(config), "device": str(llm.model.device), "max_new_tokens": max(new_tokens)},
+        "configuration": {
+            **asdict(config),
+            "device": str(llm.model.device),
+            "max_new_tokens": max(new_tokens),
+            "prefill_tokens": None if config.measures_budget else config.step_tokens,
+        },
         "requests": {
             "source": config.source,
             "count": len(requests),

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from splitwiser import LLM, SamplingParams
+from splitwiser.engine.policy import POLICIES
 from splitwiser.request import RequestOutput
+from tests.support.observers import Canceller
 from tests.support.tokens import LENGTHS, SERVED, prompts_of, references, room_for
 
 SPLIT = {"prefill": "[{role: prefill, count: 2}, {role: decode, count: 2}]", "mixed": "[{role: mixed, count: 2}]"}
@@ -147,14 +149,50 @@ def test_an_encoder_decoder_reserves_and_shares_nothing(tiny: Callable[[str], Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [("mistral", "prefill"), pytest.param("gpt_oss", "mixed", marks=pytest.mark.slow)],
+    ("name", "layout", "options"),
+    [
+        ("mistral", "prefill", {"policy": "shortest_prompt"}),
+        pytest.param("gemma2", "prefill", {"policy": "deadline"}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "mixed", {"policy": "shortest_remaining"}, marks=pytest.mark.slow),
+        ("gpt_oss", "mixed", {"schedule": "hybrid"}),
+        pytest.param("gemma2", "mixed", {"schedule": "hybrid", "policy": "shortest_prompt"}, marks=pytest.mark.slow),
+    ],
 )
-def test_workers_in_processes(name: str, layout: str, tiny: Callable[[str], Path]) -> None:
+def test_workers_in_processes(name: str, layout: str, options: dict[str, Any], tiny: Callable[[str], Path]) -> None:
+    """Workers that preempt for want of room, find common beginnings, and have some of their requests cancelled."""
     prompts = alike(14, seed=1)
-    options: dict[str, Any] = {"workers": SPLIT[layout], "prefill_tokens": 40, "prefix_caching": True}
+    options = {**options, "workers": SPLIT[layout], "prefill_tokens": 40, "prefix_caching": True}
     with LLM(tiny(name), mode="mp", kv_memory=room_for(tiny(name), 2 * 208), **options) as llm:
-        for new_tokens in (30, 10):
-            outputs = llm.generate(prompts, SamplingParams(max_tokens=new_tokens))
-            assert tokens_of(outputs) == references(tiny(name), prompts, new_tokens)
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True))
+        assert any(output.metrics.preemptions for output in outputs)
+        for cancels in (False, True):
+            seen = Canceller(llm, len(prompts), seed=0) if cancels else None
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=30), observer=seen)
+            for output, tokens in zip(outputs, references(tiny(name), prompts, 30), strict=True):
+                made = len(output.token_ids) if output.finish_reason == "cancelled" else len(tokens)
+                assert output.token_ids == tokens[:made]
     assert any(output.metrics.cached_tokens for output in outputs)
+    assert any(output.finish_reason == "cancelled" for output in outputs)
+
+
+def test_a_later_call_finds_its_beginning_with_the_worker_that_has_it(tiny: Callable[[str], Path]) -> None:
+    prompts = prompts_of([40, 50])
+    with LLM(tiny("llama"), mode="mp", workers=SPLIT["mixed"], prefix_caching=True) as llm:
+        llm.generate(prompts, SamplingParams(max_tokens=9))
+        longer = [[*prompt, 7] for prompt in reversed(prompts)]  # by the load alone, each would go to the other worker
+        outputs = llm.generate(longer, SamplingParams(max_tokens=9))
+    assert [output.metrics.cached_tokens for output in outputs] == [48, 32]
+    assert tokens_of(outputs) == references(tiny("llama"), longer, 9)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "first_come"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.usefixtures("preempt_at_random")
+def test_preempted_shared_and_cancelled_under_every_policy(name: str, policy: str, tiny: Callable[[str], Path]) -> None:
+    prompts = alike(8, seed=2)
+    with LLM(tiny(name), policy=policy, schedule="hybrid", prefill_tokens=13, prefix_caching=True) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24), observer=Canceller(llm, len(prompts), seed=1))
+    for output, tokens in zip(outputs, references(tiny(name), prompts, 24), strict=True):
+        made = len(output.token_ids) if output.finish_reason == "cancelled" else len(tokens)
+        assert output.token_ids == tokens[:made]
+    assert any(output.metrics.preemptions for output in outputs)

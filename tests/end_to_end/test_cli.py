@@ -55,6 +55,7 @@ def test_the_main_job_writes_every_file(mode: str, tmp_path: Path) -> None:
     record = yaml.safe_load((directory / "run.yaml").read_text())
     assert record["status"] == "finished"
     assert record["configuration"]["mode"] == mode
+    assert record["configuration"]["prefill_tokens"] == 2048
     assert record["versions"]["torch"]
     for shown in ("requests    6 in", "TTFT        p50", "ITL         p50", "E2E         p50", str(directory)):
         assert shown in done.stdout

@@ -22,6 +22,28 @@ def test_hybrid_steps_of_any_budget(name: str, budget: int, tiny: Callable[[str]
     assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "measured"),
+    [
+        ("llama", {}, ["mixed-0"]),
+        ("t5", {}, ["mixed-0"]),
+        ("opt", {"mode": "mp", "workers": [{"role": "mixed", "count": 2}]}, ["mixed-0", "mixed-1"]),
+        ("opt", {"prefill_tokens": 2048}, []),
+        ("opt", {"itl_target_ms": 30}, []),
+    ],
+)
+def test_without_a_budget_workers_measure_their_own(
+    name: str, options: dict[str, Any], measured: list[str], tiny: Callable[[str], Path]
+) -> None:
+    prompts = prompts_of(LENGTHS)
+    with LLM(tiny(name), schedule="hybrid", **options) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+        found = {key: text for key, text in llm.started.kernels.items() if key.endswith("_budget")}
+    assert [output.token_ids for output in outputs] == references(tiny(name), prompts, 24)
+    assert sorted(found) == [f"{worker}_budget" for worker in measured]
+    assert all(256 <= int(text.split()[0]) <= 2048 for text in found.values())
+
+
 @pytest.mark.parametrize("name", [*DISPATCHED, "deepseek_v3", "minicpm3", "t5", "bart"])
 def test_hybrid_steps_of_other_models(name: str, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS)

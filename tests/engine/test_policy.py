@@ -12,9 +12,9 @@ from splitwiser.engine.policy import (
     FIRST_COME,
     POLICIES,
     FirstCome,
-    LeastLoadedRouter,
     PendingPrompt,
     Policy,
+    Router,
     WaitingRequest,
     describe_policy,
     find_policy,
@@ -30,7 +30,7 @@ from splitwiser.model.compatibility import attach_engine
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import load_model
 from splitwiser.placement.layout import parse_layout
-from splitwiser.request import Request, SamplingParams
+from splitwiser.request import NO_ADAPTER, Adapter, Request, SamplingParams
 from tests.support.assertions import refusal
 from tests.support.tokens import prompts_of
 from tests.support.workers import BLOCK, Wire, run
@@ -77,12 +77,48 @@ def test_what_a_prompt_has_left_counts() -> None:
 
 
 def test_a_request_goes_to_the_worker_with_the_most_room() -> None:
-    router = LeastLoadedRouter({"decode-0": 10, "decode-1": 9}, block_tokens=4)
+    router = Router({"decode-0": 10, "decode-1": 9}, block_tokens=4)
     long = Request(0, (5,) * 17, SamplingParams(max_tokens=4), 0)
     assert router.choose(long) == "decode-0"  # 5 blocks
     assert router.choose(Request(1, (5,), SamplingParams(max_tokens=4), 0)) == "decode-1"
     router.release(0)
     assert router.choose(Request(2, (5,), SamplingParams(max_tokens=4), 0)) == "decode-0"
+
+
+def beginning(number: int, common: int, prompt: int, new: int = 4, adapter: Adapter = NO_ADAPTER) -> Request:
+    """A request of ``prompt`` tokens, of which the first ``common`` are those of others."""
+    tokens = (*range(common), *([100 + number] * (prompt - common)))
+    return Request(number, tokens, SamplingParams(max_tokens=new), 0, adapter=adapter)
+
+
+def test_a_request_goes_where_its_beginning_is_unless_another_has_more_room_by_more() -> None:
+    router = Router({"decode-0": 40, "decode-1": 40}, block_tokens=4, shares=lambda _: True)
+    assert router.choose(beginning(0, 12, 13)) == "decode-0"  # 4 blocks, of which others may find 3
+    assert router.choose(beginning(1, 12, 13)) == "decode-1"  # 4 more blocks are free there
+    assert router.choose(beginning(2, 12, 13)) == "decode-0"
+    router.release(1)
+    assert router.choose(beginning(3, 0, 13)) == "decode-1"
+    router.release(0)
+    router.release(3)
+    assert router.choose(beginning(4, 24, 24, new=1)) == "decode-1"  # both have 3 of its blocks, and this is empty
+    assert router.choose(beginning(5, 24, 25)) == "decode-1"  # 6 of its blocks, and 2 less are free
+    assert router.choose(beginning(6, 24, 25, adapter=Adapter("other", lora=1))) == "decode-0"
+
+
+def test_a_router_remembers_as_many_blocks_as_a_worker_has() -> None:
+    router = Router({"decode-0": 4, "decode-1": 4}, block_tokens=4, shares=lambda _: True)
+    for number in range(3):  # 2 blocks each
+        assert router.choose(beginning(number, 0, 8)) == "decode-0"
+        router.release(number)
+    assert router.choose(beginning(3, 0, 1)) == "decode-0"
+    for number, worker in ((0, "decode-1"), (2, "decode-0")):  # the first is forgotten
+        assert router.choose(beginning(number, 0, 8)) == worker
+
+
+def test_the_beginnings_of_what_shares_nothing_do_not_count() -> None:
+    router = Router({"decode-0": 40, "decode-1": 42}, block_tokens=4)
+    assert router.choose(beginning(0, 12, 13)) == "decode-1"
+    assert router.choose(beginning(1, 12, 13)) == "decode-0"
 
 
 def test_a_policy_that_splits_a_source_is_named() -> None:

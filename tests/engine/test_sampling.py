@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from splitwiser.engine import sampling
 from splitwiser.engine.penalties import TokenCounts
@@ -238,6 +239,23 @@ def test_every_token_is_drawn_that_the_cuts_keep(settings: dict[str, Any]) -> No
     params = SamplingParams(**settings)
     likely_kept = {token for token, likely in enumerate(probabilities_of(LOGITS, params)) if likely > 2e-3}
     assert set(counts_of(params, DRAWS)) >= likely_kept
+
+
+@cuts
+def test_the_probabilities_are_those_of_transformers(settings: dict[str, Any]) -> None:
+    params, logits = SamplingParams(**settings), random_logits(100, 30, seed=6)
+    kinds = {
+        "temperature": TemperatureLogitsWarper,
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    scores = logits
+    for name, value in settings.items():  # in the order in which generate applies them
+        scores = kinds[name](value)(torch.zeros(100, 0), scores)
+    for theirs, row in zip(scores.softmax(dim=-1), logits.tolist(), strict=True):
+        probabilities = probabilities_of(row, params)
+        np.testing.assert_allclose(probabilities / probabilities.sum(), theirs, atol=1e-5)
 
 
 @cuts

@@ -19,6 +19,8 @@ from splitwiser.engine.schedule import (
     describe_schedule,
     find_schedule,
     keeps_itl_target,
+    measures_budget,
+    saturating_tokens,
 )
 from splitwiser.engine.steps import Chunk, SequenceState
 from splitwiser.engine.worker import SchedulerSettings, Worker, build_worker
@@ -223,6 +225,36 @@ def test_a_target_leaves_steps_without_decode_alone() -> None:
     assert plan.prefill_tokens == 1000
 
 
+@pytest.mark.parametrize(
+    ("fixed_ms", "token_ms", "budget"),
+    [
+        (12, 0.2, 1140),  # 12 ms are 5% of 240
+        (12, 0.02, 2048),
+        (1, 0.2, 256),
+        (0, 0.2, 256),
+    ],
+)
+def test_a_step_is_as_large_as_saturates_the_device(fixed_ms: float, token_ms: float, budget: int) -> None:
+    assert saturating_tokens(lambda tokens: (fixed_ms + token_ms * tokens) / 1e3, 2048) == budget
+
+
+def test_steps_that_more_tokens_do_not_lengthen_are_as_large_as_may_be() -> None:
+    assert saturating_tokens(lambda tokens: 0.02 - 1e-6 * tokens, 2048) == 2048
+    assert saturating_tokens(lambda tokens: 1.0 * tokens, 100) == 100
+
+
+@pytest.mark.parametrize(("token_ms", "sizes"), [(0.01, [16, 64, 256, 1024]), (0.5, [16, 64, 256]), (10, [16, 64])])
+def test_large_steps_are_measured_where_they_take_little_time(token_ms: float, sizes: list[int]) -> None:
+    measured: list[int] = []
+
+    def step_s(tokens: int) -> float:
+        measured.append(tokens)
+        return token_ms * tokens / 1e3
+
+    saturating_tokens(step_s, 2048)
+    assert measured == sizes
+
+
 @dataclass
 class Idle:
     """A schedule of the user's own, which plans nothing."""
@@ -273,6 +305,8 @@ def test_a_class_of_ones_own_is_found_with_its_parameters() -> None:
 def test_which_schedules_keep_a_target_is_known() -> None:
     assert [name for name in SCHEDULES if keeps_itl_target(name)] == ["hybrid"]
     assert keeps_itl_target(f"{__name__}:Idle")  # it may
+    assert [name for name in SCHEDULES if measures_budget(name)] == ["hybrid"]
+    assert not measures_budget(f"{__name__}:Idle")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ tokens, nobody reads what was overwritten, and in the end all blocks are free.""
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from splitwiser.engine.decode import Decoder
 from splitwiser.engine.messages import PARENT, Cancel, PrefillTask, Progress, Submit
-from splitwiser.engine.policy import LeastLoadedRouter, find_policy
+from splitwiser.engine.policy import PendingPrompt, Policy, Router, find_policy
+from splitwiser.engine.prefill import Packed, Prefiller
+from splitwiser.engine.prefixes import may_share
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.schedule import SCHEDULES, find_schedule
 from splitwiser.engine.steps import Chunk, SequenceState
@@ -29,7 +32,13 @@ LAYOUTS = [
     "[{role: prefill}, {role: decode}]",
     "[{role: prefill, count: 2}, {role: decode, count: 2}]",
 ]
-POLICIES = ["first_come", "shortest_prompt:ageing_s=20", "shortest_remaining:ageing_s=0", "priority:ageing_s=50"]
+POLICIES = [
+    "first_come",
+    "shortest_prompt:ageing_s=20",
+    "shortest_remaining:ageing_s=0",
+    "priority:ageing_s=50",
+    "deadline:ttft_target_ms=9000,ageing_s=30",
+]
 VIRTUAL = Adapter("virtual", virtual_tokens=6, blocks=(900, 901), tail_tokens=2)
 LORA = Adapter("lora", lora=1)
 ADAPTERS = [NO_ADAPTER, LORA, VIRTUAL]
@@ -124,6 +133,22 @@ def note_admissions(decoder: Decoder) -> list[PrefillTask]:
     return noted
 
 
+def hold_to_order(prefiller: Prefiller, policy: Policy) -> None:
+    """Have each step of ``prefiller`` fail in which the first prompt by ``policy`` does not go on, nor what it waits for."""
+    pack = prefiller.pack
+
+    def packing(budget: int, *, fill: bool = False) -> Packed:
+        order = policy.admission_order(prefiller._prompts, prefiller.stepper.now_ns())
+        packed = pack(budget, fill=fill)
+        first = next(iter(order), None)
+        while isinstance(first, PendingPrompt) and first.follows and not first.is_ready:
+            first = first.follows
+        assert not packed or first in [prompt for prompt, _ in packed]
+        return packed
+
+    prefiller.pack = packing  # type: ignore[method-assign]
+
+
 def serve(
     requests: list[tuple[Request, int, int]],
     layout: str,
@@ -143,9 +168,12 @@ def serve(
         place = owners.index(spec.name) * part if spec.name in owners else 0
         own = range(place, place + part)
         workers.append(build_worker(specs, index, wire.end(spec.name), stepper, own, scheduling))
+        if prefiller := workers[-1]._prefiller:
+            hold_to_order(prefiller, scheduling.policy)
     decoders = [worker._decoder for worker in workers if worker._decoder]
     admitted = [note_admissions(decoder) for decoder in decoders]
-    router = LeastLoadedRouter(dict.fromkeys(owners, part), BLOCK)
+    shares = partial(may_share, prefix_caching=scheduling.prefix_caching)
+    router = Router(dict.fromkeys(owners, part), BLOCK, shares)
     waiting, places, cancelled, idle = list(requests), dict[int, str](), set[int](), 0
     tokens: dict[int, list[int]] = {request.request_id: [] for request, *_ in requests}
     finished: Counter[int] = Counter()
@@ -255,6 +283,25 @@ def test_the_cases_drawn_are_of_all_kinds() -> None:
     assert any(task.cached_tokens and task.follows is None for task in admitted)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[1::2])
+def test_requests_go_to_the_worker_that_has_their_beginning(layout: str) -> None:
+    kinds = [random.Random(number).randrange(6) for number in range(40)]
+    requests = [
+        (
+            Request(number, (*range(50 * kind, 50 * kind + 40), 300 + number), SamplingParams(max_tokens=3), 0),
+            3,
+            2 * number,
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    tokens, _, admitted = serve(requests, layout, SchedulerSettings(8, 100, BLOCK, prefix_caching=True), 120, seed=3)
+    assert tokens == {request.request_id: expected(request, end) for request, end, _ in requests}
+    found = [task.cached_tokens for tasks in admitted for task in tasks]
+    assert set(found) == {0, 40}
+    assert found.count(0) < 10  # by the load alone, each of two workers would compute each of the six
+    assert min(map(len, admitted)) > 9
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_a_prompt_that_shares_goes_to_the_worker_that_fills_the_blocks(caching: bool) -> None:
     wire, specs = Wire(), parse_layout("[{role: prefill, count: 2}, {role: decode}]").workers
@@ -269,6 +316,25 @@ def test_a_prompt_that_shares_goes_to_the_worker_that_fills_the_blocks(caching: 
     workers[-1].step_once()
     places = [to for to, message in wire.sent if isinstance(message, PrefillTask)]
     assert len(set(places)) == (1 if caching else 2)
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "hybrid"])
+def test_who_fills_the_blocks_of_an_urgent_prompt_goes_before_what_is_less_urgent(schedule: str) -> None:
+    prompts = [(*range(12), 100), (200,) * 8, (300,) * 8, (*range(12), 101), (*range(8), 400)]
+    wire, specs = Wire(), parse_layout("[{role: mixed}]").workers
+    scheduling = SchedulerSettings(
+        8, 4, BLOCK, find_policy("priority:ageing_s=inf"), find_schedule(schedule), prefix_caching=True
+    )
+    stepper = Remembering(dict.fromkeys(range(5), 1))
+    worker = build_worker(specs, 0, wire.end("mixed-0"), stepper, range(40), scheduling)
+    for number, priority in enumerate([5, 2, 2, 0, 1]):
+        request = Request(number, prompts[number], SamplingParams(max_tokens=2), 0, priority=priority)
+        wire.boxes["mixed-0"].append(Submit(request, 0))
+        if not number:
+            worker.step_once()  # the first has begun before the others come
+    run(worker)
+    handoffs = [handoff.request_id for report in take(wire, Progress) for handoff in report.handoffs]
+    assert handoffs == [3, 4, 1, 2, 0]
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waits for its blocks", "comes later"])

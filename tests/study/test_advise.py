@@ -16,7 +16,15 @@ from splitwiser.config import RunConfig
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results.schema import OBJECTIVES, names
 from splitwiser.study.advise import advise
-from splitwiser.study.candidates import CANDIDATE, PLACEMENTS, SCHEDULES, Candidate, placements, short_profile
+from splitwiser.study.candidates import (
+    CANDIDATE,
+    PLACEMENTS,
+    SCHEDULES,
+    Candidate,
+    budgets_of,
+    placements,
+    short_profile,
+)
 from splitwiser.study.config import AdviseConfig
 from splitwiser.study.recommend import (
     AIM,
@@ -30,6 +38,7 @@ from splitwiser.study.recommend import (
     relative_error,
     run_options,
 )
+from splitwiser.study.step_times import StepCosts
 from tests.support.assertions import assert_says, refusal
 from tests.support.commands import invoke
 
@@ -328,9 +337,17 @@ def test_the_options_of_a_run_say_what_differs_from_its_defaults() -> None:
     }  # fmt: skip
     other = next(name for name in SCHEDULES if name != constants.SCHEDULE)
     assert run_options(config, Candidate("sequential", "", 256, other))["schedule"] == other
-    assert run_options(AdviseConfig(), Candidate("sequential", "", RunConfig().prefill_tokens)) == {
-        "mode": "sequential"
+    assert run_options(AdviseConfig(), Candidate("sequential", "", RunConfig().step_tokens)) == {"mode": "sequential"}
+
+
+def test_hybrid_steps_are_predicted_with_the_budget_that_a_run_would_measure() -> None:
+    requests = [Request(0, (5,) * 3000, SamplingParams(max_tokens=4), 0)]
+    costs = StepCosts((0.012, 0.0002, 0.0, 0.0, 0.0), ((1, 0.01, 0.0),))  # 12 ms are 5% of 240
+    assert budgets_of(AdviseConfig(), requests, costs) == {
+        "alternate": [2048, 256, 512, 1024],
+        "hybrid": [1140, 256, 512, 1024],
     }
+    assert set(map(tuple, budgets_of(AdviseConfig(prefill_tokens=600), requests, costs).values())) == {(600, 256, 512)}
 
 
 def test_shares_that_come_to_the_same_threads_are_one() -> None:

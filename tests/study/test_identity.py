@@ -70,7 +70,7 @@ def test_an_unknown_model_is_refused() -> None:
         find_config("nothing-like-it")
 
 
-def test_the_record_shows_seventy_architectures_in_all_modes() -> None:
+def test_the_record_shows_seventy_architectures_in_all_runs() -> None:
     rows = check_architectures.read_record()
     served = {name: row for name, row in rows.items() if not row["problem"]}
     assert len({row["class"] for row in served.values()}) >= 70

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from splitwiser.engine.messages import Handoff, PrefillTask, Progress
 from splitwiser.engine.policy import FIRST_COME, Policy, WaitingRequest
-from splitwiser.engine.prefixes import Chain, PrefixCache
+from splitwiser.engine.prefixes import Chain, PrefixCache, may_share
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.steps import SequenceState, Stepper
 from splitwiser.errors import RunError
@@ -34,9 +35,9 @@ class Decoder:
     goes on; and since each prefill gives a token, requests cannot preempt each other for ever. With ``reserve``, and for an
     encoder-decoder, all blocks that a request may ever need are reserved at admission instead, and nobody is preempted.
 
-    Requests that begin alike share the full blocks of their common beginning if ``prefix_caching`` is on, or if they are
-    samples of one prompt (:class:`~splitwiser.engine.prefixes.PrefixCache`); those that can have more than
-    ``longest_shared`` tokens do not, since their K and V depend on their own lengths.
+    Requests that begin alike share the full blocks of their common beginning, if
+    :func:`~splitwiser.engine.prefixes.may_share` says so of them; with ``prefix_caching`` also with earlier ones. K and V of
+    those that can have more than ``longest_shared`` tokens depend on their own lengths.
 
     States of a request: waiting -> admitted (has blocks, being prefilled) -> running -> finished (blocks freed), and from
     running back to waiting. One that is cancelled finishes at once, but while it is being prefilled, only once prefill has
@@ -64,8 +65,7 @@ class Decoder:
         self._max_batch = max_batch
         self._policy = policy
         self._reserve = reserve
-        self._prefix_caching = prefix_caching
-        self._longest_shared = longest_shared
+        self._shares = partial(may_share, prefix_caching=prefix_caching, longest_shared=longest_shared)
         self._prefixes = PrefixCache(allocator, block_tokens, keeps=prefix_caching)
         self._known: dict[int, WaitingRequest] = {}  # all that have not finished, in order of arrival
         self._waiting: dict[int, WaitingRequest] = {}
@@ -134,15 +134,6 @@ class Decoder:
             self._chains[request.request_id] = chain
         return PrefillTask(
             request, tuple(sequence.blocks), self.name, waiting.arrival_ns, tuple(waiting.token_ids), cached, follows
-        )
-
-    def _shares(self, request: Request) -> bool:
-        """Return whether a request shares blocks. One that asks for its prompt's log-probabilities has to compute it."""
-        return (
-            (self._prefix_caching or request.shares_prompt)
-            and not request.encoded
-            and request.params.prompt_logprobs is None
-            and request.max_kv_tokens <= self._longest_shared
         )
 
     def cancel(self, request_id: int) -> bool:

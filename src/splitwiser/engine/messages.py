@@ -130,10 +130,11 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker process is ready for work; ``graphs`` describes the CUDA graphs of its steps, for the run's record."""
+    """A worker process is ready for work; ``described`` says of its steps what was found at its start, for the run's
+    record: their CUDA graphs, and a measured budget."""
 
     worker: str
-    graphs: Mapping[str, str]
+    described: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ impose no order of their own. Another policy is a class with the methods of :cla
 in :data:`POLICIES`; one that ranks requests is a subclass of :class:`splitwiser.engine.ranked.Ranked`.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from splitwiser.engine.messages import PrefillTask
@@ -77,7 +78,8 @@ class Policy(Protocol):
         """Return ``waiting``, which is in order of arrival, in the order in which requests are to get blocks.
 
         Admission stops at the first request that does not fit, so that later ones cannot starve it. Where requests that run
-        need more blocks than are free, they are asked for in the same way, and the last one is preempted."""
+        need more blocks than are free, they are asked for in the same way, and the last one is preempted. So are prompts of
+        which some wait for another's prefill: what the first one waits for is prefilled first."""
         ...
 
     def pack(self, prompts: Sequence[PendingPrompt], budget: int, now_ns: int) -> list[tuple[PendingPrompt, int]]:
@@ -132,22 +134,41 @@ def reads(policy: str, field: str) -> bool:
     return name not in POLICIES or name in READ_BY[field]
 
 
-class LeastLoadedRouter:
-    """Assigns each request to the decode worker with the most blocks that its requests cannot come to need.
+class Router:
+    """Assigns each request to the decode worker that has the most room for it: free are the blocks that its requests cannot
+    come to need, and those of the prompt's beginning that it was sent before.
 
-    ``blocks`` gives the number of blocks that each decode worker owns, by name. The prefixes that it holds do not count: if
-    all requests begin alike, they would all go to one worker, where each computes their beginning only once.
+    So a request goes where its beginning is, unless another worker has more free blocks by more than that saves, as in the
+    cost function of NVIDIA Dynamo's KV-aware router. If all requests begin alike, each worker computes their beginning once.
+
+    ``blocks`` gives the number of blocks that each decode worker owns, by name; ``shares`` says of a request whether it may
+    share blocks. As many blocks of ``block_tokens`` tokens as a worker owns are remembered, those sent last, without asking
+    the worker which it still has.
     """
 
-    def __init__(self, blocks: Mapping[str, int], block_tokens: int) -> None:
+    def __init__(
+        self, blocks: Mapping[str, int], block_tokens: int, shares: Callable[[Request], bool] = lambda _: False
+    ) -> None:
+        self._blocks = blocks
         self._free = dict(blocks)
         self._block_tokens = block_tokens
+        self._shares = shares
+        self._sent: dict[str, dict[int, None]] = {name: {} for name in blocks}  # the hashes of beginnings, oldest first
         self._reserved: dict[int, tuple[str, int]] = {}
 
     def choose(self, request: Request) -> str:
-        """Return the name of the worker for ``request``, and count the most blocks that it can need as in use there."""
-        name = max(self._free, key=self._free.__getitem__)
-        blocks = -(-request.max_kv_tokens // self._block_tokens)
+        """Return the name of the worker for ``request``, and count the most blocks that it can need there, beside those that
+        it finds, as in use."""
+        beginnings = self._beginnings(request) if len(self._free) > 1 and self._shares(request) else []
+        found = {name: sum(1 for _ in takewhile(sent.__contains__, beginnings)) for name, sent in self._sent.items()}
+        name = max(self._free, key=lambda name: self._free[name] + found[name])
+        sent = self._sent[name]
+        for beginning in reversed(beginnings):  # the shortest is forgotten last
+            sent.pop(beginning, None)
+            sent[beginning] = None
+        while len(sent) > self._blocks[name]:
+            del sent[next(iter(sent))]
+        blocks = -(-request.max_kv_tokens // self._block_tokens) - found[name]
         self._free[name] -= blocks
         self._reserved[request.request_id] = name, blocks
         return name
@@ -160,3 +181,13 @@ class LeastLoadedRouter:
         """Count the blocks of a finished request as free again."""
         name, blocks = self._reserved.pop(request_id)
         self._free[name] += blocks
+
+    def _beginnings(self, request: Request) -> list[int]:
+        """Return a hash of the adapter and the prompt up to each multiple of ``block_tokens``. Two of one hash cost a
+        better choice at most: whoever shares blocks compares the tokens."""
+        tokens, size = request.prompt_token_ids, self._block_tokens
+        ends = range(size, len(tokens) + 1, size)
+        chain = accumulate(
+            (tokens[end - size : end] for end in ends), lambda *pair: hash(pair), initial=hash(request.adapter)
+        )
+        return list(chain)[1:]

@@ -81,11 +81,16 @@ class Prefiller:
         """Return the prompts of the next step, of at most ``budget`` tokens, each with its number of tokens in it.
 
         The policy packs them; with ``fill``, it goes on with the others until the budget is used up, and so may split one
-        more. Raises :class:`RunError` if the policy splits what an encoder has to read as a whole.
+        more. If the one that it puts first waits for another's prefill, that comes before all (priority inheritance: Sha,
+        Rajkumar and Lehoczky, 1990). Raises :class:`RunError` if the policy splits what an encoder has to read as a whole.
         """
         now_ns, room = self.stepper.now_ns(), budget
         others = [prompt for prompt in self._prompts if prompt.is_ready]
         packed: Packed = []
+        if len(others) < len(self._prompts) and (awaited := self._find_awaited(now_ns)):
+            packed = [(awaited, min(awaited.left, room))]
+            others.remove(awaited)
+            room -= packed[0][1]
         while others and room > 0:
             more = self._policy.pack(others, room, now_ns)
             if any(tokens < prompt.fewest for prompt, tokens in more):
@@ -99,6 +104,14 @@ class Prefiller:
             chosen, room = {id(prompt) for prompt, _ in more}, room - used
             others = [prompt for prompt in others if id(prompt) not in chosen]
         return packed
+
+    def _find_awaited(self, now_ns: int) -> PendingPrompt | None:
+        """Return the prompt that the policy's first one waits for, None if that waits for none."""
+        first = next(iter(self._policy.admission_order(self._prompts, now_ns)))
+        awaited = None
+        while isinstance(first, PendingPrompt) and first.follows and not first.is_ready:
+            awaited = first = first.follows
+        return awaited
 
     def record(self, packed: Packed, sampled: Sampled, start_ns: int, end_ns: int) -> PrefillResult:
         """Take what a step of ``packed`` from ``start_ns`` to ``end_ns`` has ``sampled`` for the prompts that end in it, and

@@ -5,6 +5,7 @@ the block before it, which stands for everything earlier. The first block's pare
 A dictionary finds a block by the hash of both and compares the tokens themselves, so two prefixes of one hash stay two.
 """
 
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from splitwiser.engine.steps import SequenceState
 from splitwiser.model.kv_pool import BlockAllocator
+from splitwiser.request import Request
 
 Key = tuple[Hashable, tuple[int, ...]]
 
@@ -22,6 +24,18 @@ class _Node(NamedTuple):
     number: int
     key: Key
     block: int
+
+
+def may_share(request: Request, *, prefix_caching: bool, longest_shared: float = math.inf) -> bool:
+    """Return whether a request shares blocks with those that begin alike: with ``prefix_caching``, or if it is one of the
+    samples of a prompt. Sources of encoders do not, nor prompts whose log-probabilities are asked for, since these have to
+    be computed, nor a request that may have more than ``longest_shared`` tokens."""
+    return (
+        (prefix_caching or request.shares_prompt)
+        and not request.encoded
+        and request.params.prompt_logprobs is None
+        and request.max_kv_tokens <= longest_shared
+    )
 
 
 @dataclass

@@ -4,7 +4,10 @@ A schedule decides between the phases; which prompts a step takes is the policy'
 Another schedule is a class with the method of :class:`Schedule` in a module of its own, and a row in :data:`SCHEDULES`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from splitwiser.engine.registry import Registry
 
@@ -19,6 +22,15 @@ SCHEDULES = {
 KEEP_ITL_TARGET = ("hybrid",)
 """The schedules of the table that keep ``--itl_target_ms`` where it is given."""
 
+MEASURE_BUDGET = ("hybrid",)
+"""The schedules of the table whose budget is that of :func:`saturating_tokens` where neither ``--prefill_tokens`` nor
+``--itl_target_ms`` is given."""
+
+FIXED_PART = 0.05  # of a step's time, which more tokens would share
+FEWEST_TOKENS = 256  # of a measured budget, so that a disturbed measurement does not make steps tiny
+MEASURED_TOKENS = (16, 64, 256, 1024)  # of the steps that are measured
+MEASURED_S = 0.1  # seconds of them all, after which no larger step is measured
+
 
 class StepTime(NamedTuple):
     """The size of a step that has run, and how long it took: its prompt tokens, its decode tokens (one of each request in
@@ -31,8 +43,8 @@ class StepTime(NamedTuple):
 
 class Work(NamedTuple):
     """What a worker has to do: ``waiting`` prompts, and ``running`` requests in decode. ``prefill_tokens`` is
-    ``--prefill_tokens`` and ``itl_target_s`` is ``--itl_target_ms`` in seconds, None if it is not given; ``last`` is the
-    worker's last step, None before the first."""
+    ``--prefill_tokens`` or the measured budget, and ``itl_target_s`` is ``--itl_target_ms`` in seconds, None if it is not
+    given; ``last`` is the worker's last step, None before the first."""
 
     waiting: int
     running: int
@@ -88,10 +100,10 @@ class Hybrid:
     """Chunked prefill in hybrid batches: each step has the decode tokens of all running requests, and fills a budget of
     tokens up with a chunk of the prompts, as Sarathi-Serve does it (Agrawal et al., arXiv 2403.02310, algorithm 3).
 
-    The budget is ``--prefill_tokens``, of which decode tokens take their part; at least one prompt token goes along, so that
-    no prompt starves. With ``--itl_target_ms``, the chunk also is the largest that keeps the target: where a step with ``n``
-    prompt tokens has taken ``t`` seconds, the next has ``n target / t``. As ``t = a + b n``, that approaches the size at
-    which ``t`` is the target, without going past it while ``a`` and ``b`` stay.
+    The budget is ``--prefill_tokens``, by default :func:`saturating_tokens`, of which decode tokens take their part; at
+    least one prompt token goes along, so that no prompt starves. With ``--itl_target_ms``, the chunk also is the largest
+    that keeps the target: where a step with ``n`` prompt tokens has taken ``t`` seconds, the next has ``n target / t``. As
+    ``t = a + b n``, that approaches the size at which ``t`` is the target, without going past it while ``a`` and ``b`` stay.
     """
 
     def __init__(self) -> None:
@@ -122,6 +134,32 @@ ALTERNATE = Alternate()
 _REGISTRY: Registry[Schedule] = Registry("schedule", SCHEDULES, "splitwiser.engine.schedule.Schedule", ("plan",))
 find_schedule = _REGISTRY.find
 describe_schedule = _REGISTRY.describe
+
+
+def saturating_tokens(step_s: Callable[[int], float], most: int) -> int:
+    """Return the fewest tokens of a step, of 256 to ``most`` ones, with which throughput is within 5% of its limit: so many
+    that they saturate the device (Sarathi-Serve, section 4.3). More would save little, and make all wait for longer steps.
+
+    A step of ``n`` tokens takes ``a + b n`` seconds, so ``n / (a + b n)`` tokens a second, which approaches ``1 / b``; ``a``
+    is 5% of a step of ``n = 19 a / b`` tokens. Both are fitted, with the least squared relative errors, to ``step_s(n)``,
+    the seconds of prefill steps of :data:`MEASURED_TOKENS`: two of them, and more as long as all take little time.
+    """
+    tokens: list[int] = []
+    seconds: list[float] = []
+    for size in MEASURED_TOKENS:
+        if len(tokens) < 2 or sum(seconds) < MEASURED_S:
+            tokens.append(size)
+            seconds.append(step_s(size))
+    weights = 1 / np.array(seconds)
+    features = np.stack([weights, weights * np.array(tokens)], axis=1)
+    (fixed, per_token), *_ = np.linalg.lstsq(features, np.ones(len(tokens)))
+    needed = (1 / FIXED_PART - 1) * fixed / per_token if per_token > 0 else most
+    return max(min(FEWEST_TOKENS, most), min(round(needed), most))
+
+
+def measures_budget(schedule: str) -> bool:
+    """Return whether the budget of ``schedule``, a value of ``--schedule``, is measured where none is given."""
+    return _REGISTRY.name(schedule) in MEASURE_BUDGET
 
 
 def keeps_itl_target(schedule: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from splitwiser import constants
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.engine.policy import POLICIES, find_policy, policy_name
-from splitwiser.engine.schedule import SCHEDULES, find_schedule, keeps_itl_target
+from splitwiser.engine.schedule import SCHEDULES, find_schedule, keeps_itl_target, measures_budget
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
 from splitwiser.model.checkpoints.catalog import resolve_model
@@ -68,9 +68,10 @@ class ModelConfig(Options):
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
     load_format: str = option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
     kv_memory: str = option(constants.KV_MEMORY, "size of the KV pool, such as 512MiB, or auto")
-    prefill_tokens: int = option(
-        constants.PREFILL_TOKENS,
-        "most prompt tokens in one prefill step; with schedule hybrid, most tokens in one step",
+    prefill_tokens: int | None = option(
+        None,
+        f"most prompt tokens in one prefill step (if not given, {constants.PREFILL_TOKENS:,}); with schedule hybrid, most "
+        "tokens in one step (if not given, what saturates the device, by steps measured at the start)",
     )
     kernels: str = option(
         constants.KERNELS, "auto compiles what is faster so, where there is a compiler; plain does not"
@@ -93,6 +94,11 @@ class ModelConfig(Options):
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
         check_counts(self, "prefill_tokens")
+
+    @property
+    def step_tokens(self) -> int:
+        """Most prompt tokens in one prefill step, and most tokens in one hybrid step if its budget is not measured."""
+        return constants.PREFILL_TOKENS if self.prefill_tokens is None else self.prefill_tokens
 
     @property
     def device_name(self) -> str:
@@ -159,7 +165,7 @@ class EngineConfig(ModelConfig):
     )
     prefix_caching: bool | None = option(
         constants.PREFIX_CACHING,
-        "requests that begin alike share the KV blocks of their beginning; by default only with --same_examples",
+        "requests that begin alike share the KV blocks of their beginning; by default for cases with in-context examples",
     )
     quantization: str = option(
         constants.QUANTIZATION,
@@ -246,6 +252,11 @@ class EngineConfig(ModelConfig):
     def mixes(self) -> bool:
         """Whether there are mixed workers, so that there is something to schedule."""
         return any(spec.role == "mixed" for spec in self.specs)
+
+    @property
+    def measures_budget(self) -> bool:
+        """Whether mixed workers measure how many tokens their steps are to have."""
+        return self.prefill_tokens is None and self.itl_target_ms is None and measures_budget(self.schedule)
 
     @property
     def auto_itl_target_s(self) -> float:

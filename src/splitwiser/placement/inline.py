@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import ClassVar
 
 from splitwiser.engine.engine import SplitEngine
@@ -14,7 +15,14 @@ from splitwiser.engine.worker import Worker, build_worker
 from splitwiser.errors import RunError
 from splitwiser.machine.fair_share import OwnThreads
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare, scheduler_settings
+from splitwiser.placement.prepare import (
+    StartedEngine,
+    load,
+    make_pool,
+    measure_budget,
+    prepare,
+    scheduler_settings,
+)
 from splitwiser.request import Request
 
 
@@ -83,8 +91,10 @@ def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     prepared = prepare(model, config)
     pool = make_pool(model, prepared)
     transport = InlineTransport()
-    stepper, graphs = make_stepper(model, pool, config.max_batch, config.prefill_tokens, {"prefill": (), "decode": ()})
-    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), scheduler_settings(config, model))
+    stepper, graphs = make_stepper(model, pool, config.max_batch, config.step_tokens, {"prefill": (), "decode": ()})
+    budget, measured = measure_budget(config, config.specs[0], stepper)
+    settings = replace(scheduler_settings(config, model), prefill_tokens=budget)
+    worker = build_worker(config.specs, 0, transport, stepper, range(pool.blocks), settings)
     placement = InlinePlacement(worker, transport, model.device.type == "cpu")
     engine = SplitEngine(model.decode, placement, pool.blocks * pool.block_tokens)
-    return StartedEngine(model, engine, pool, prepared.described | graphs, [])
+    return StartedEngine(model, engine, pool, prepared.described | graphs | measured, [])

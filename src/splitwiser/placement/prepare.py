@@ -9,8 +9,10 @@ from torch import Tensor
 
 from splitwiser import constants
 from splitwiser.engine.engine import Engine
+from splitwiser.engine.messages import WorkerSpec
 from splitwiser.engine.policy import find_policy
-from splitwiser.engine.schedule import find_schedule
+from splitwiser.engine.schedule import find_schedule, saturating_tokens
+from splitwiser.engine.steps import ModelStepper
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.errors import InputError
 from splitwiser.machine.process import keep_freed_memory
@@ -92,7 +94,7 @@ def scheduler_settings(config: EngineConfig, model: LoadedModel) -> SchedulerSet
     """Return the limits, the policy and the schedule of ``config`` that workers serve ``model`` by."""
     return SchedulerSettings(
         config.max_batch,
-        config.prefill_tokens,
+        config.step_tokens,
         constants.BLOCK_TOKENS,
         find_policy(config.policy),
         find_schedule(config.schedule),
@@ -101,6 +103,15 @@ def scheduler_settings(config: EngineConfig, model: LoadedModel) -> SchedulerSet
         bool(config.prefix_caching),
         length_without_scaling(model.module),
     )
+
+
+def measure_budget(config: EngineConfig, spec: WorkerSpec, stepper: ModelStepper) -> tuple[int, dict[str, str]]:
+    """Return the budget of the steps of a worker, and where it is measured, what it is, for the run's record."""
+    most = config.step_tokens
+    if spec.role != "mixed" or not config.measures_budget:
+        return most, {}
+    budget = saturating_tokens(stepper.measure_prefill, most)
+    return budget, {f"{spec.name}_budget": f"{budget} tokens a step, by the times of prefill steps at its start"}
 
 
 def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:

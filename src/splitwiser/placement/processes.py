@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import psutil
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from splitwiser import constants
 from splitwiser.engine.engine import SplitEngine
 from splitwiser.engine.messages import Cancel, Message, Progress, Ready, Stop, Submit
-from splitwiser.engine.policy import LeastLoadedRouter
+from splitwiser.engine.policy import Router
+from splitwiser.engine.prefixes import may_share
 from splitwiser.errors import InputError, RunError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
@@ -181,9 +183,10 @@ class ProcessPlacement(SupervisedPlacement):
     ) -> None:
         self._daemon = daemon
         self._shared = [*setups[0].module.memories, setups[0].pool]
-        self.graphs: dict[str, str] = {}  # descriptions of the workers' CUDA graphs
+        self.described: dict[str, str] = {}  # what the workers found of their steps, for the run's record
         blocks = {setup.spec.name: len(setup.own_blocks) for setup in setups if setup.spec.role != "prefill"}
-        self._router = LeastLoadedRouter(blocks, constants.BLOCK_TOKENS)
+        shares = partial(may_share, prefix_caching=bool(setups[0].config.prefix_caching))
+        self._router = Router(blocks, constants.BLOCK_TOKENS, shares)
         with _without_main_import():
             processes = [
                 _context.Process(target=worker_main, args=(setup,), name=setup.spec.name, daemon=True)
@@ -207,7 +210,7 @@ class ProcessPlacement(SupervisedPlacement):
             self._daemon.wait_for_clients(self.pids)
 
     def submit(self, request: Request, arrival_ns: int) -> None:
-        """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker with the most free blocks."""
+        """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode worker that the router chooses."""
         self._send(self._router.choose(request), Submit(request, arrival_ns))
 
     def cancel(self, request_id: int) -> None:
@@ -227,7 +230,7 @@ class ProcessPlacement(SupervisedPlacement):
                 self._router.release(request_id)
 
     def _handle_ready(self, message: Ready) -> None:
-        self.graphs |= message.graphs
+        self.described |= message.described
 
     def _find_fault(self) -> str | None:
         return self._daemon.find_fault() if self._daemon else None
@@ -326,7 +329,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
         model,
         SplitEngine(model.decode, placement, part * block_tokens),
         pool,
-        prepared.described | placement.graphs,
+        prepared.described | placement.described,
         [dict(zip([spec.name for spec in specs], threads, strict=True)) for threads in thread_levels]
         if model.device.type == "cpu"
         else [],

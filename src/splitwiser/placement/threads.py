@@ -86,7 +86,7 @@ def start_threads(model: LoadedModel, config: EngineConfig, division: Division) 
         model,
         pool,
         config.max_batch,
-        config.prefill_tokens,
+        config.step_tokens,
         {"prefill": division.streams(prefill.name), "decode": division.streams(decode.name)},
     )
     inboxes = {name: Inbox() for name in (prefill.name, decode.name, PARENT)}

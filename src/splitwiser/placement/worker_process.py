@@ -28,7 +28,7 @@ from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import CpuShare, plan_cores
 from splitwiser.placement.mailbox import MailTransport, Pipe, PipeInbox
-from splitwiser.placement.prepare import scheduler_settings
+from splitwiser.placement.prepare import measure_budget, scheduler_settings
 from splitwiser.placement.shares import AutoLevel, Board, WorkerShare
 
 HEARTBEAT_S = 0.1  # how often a worker shows that it is alive
@@ -113,18 +113,19 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
     )
     spec = setup.spec
     phases: list[Phase] = ["prefill", "decode"] if spec.role == "mixed" else [spec.role]
-    stepper, graphs = make_stepper(model, pool, config.max_batch, config.prefill_tokens, dict.fromkeys(phases, ()))
+    stepper, graphs = make_stepper(model, pool, config.max_batch, config.step_tokens, dict.fromkeys(phases, ()))
+    cpu_share.before_step()
+    budget, measured = measure_budget(config, spec, stepper)
     worker = build_worker(
         config.specs,
         setup.index,
         transport,
         stepper,
         setup.own_blocks,
-        scheduler_settings(config, model),
+        replace(scheduler_settings(config, model), prefill_tokens=budget),
         share.observe,
     )
-    cpu_share.before_step()
-    transport.send(PARENT, Ready(spec.name, graphs))
+    transport.send(PARENT, Ready(spec.name, graphs | measured))
     run_worker(worker, transport, cpu_share)
 
 

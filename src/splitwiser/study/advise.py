@@ -32,10 +32,10 @@ from splitwiser.results.goodput import parse_goodput
 from splitwiser.results.record import Record
 from splitwiser.results.schema import OBJECTIVES, names, throughput_figures
 from splitwiser.study.candidates import (
-    BUDGETS,
     OUTPUT_TOKENS,
     PLACEMENTS,
     Measurements,
+    budgets_of,
     candidates_of,
     measure_placements,
     read_measurements,
@@ -57,6 +57,7 @@ from splitwiser.study.recommend import (
     run_options,
 )
 from splitwiser.study.simulate import Machine, Setup, simulate
+from splitwiser.study.step_times import nearest_costs
 from splitwiser.workload.job import prepare_job
 
 TABLES = {
@@ -138,9 +139,7 @@ def predict(
         for request in requests
         if measurements.output_tokens and not request.params.is_exact
     }
-    tokens = sum(len(request.prompt_token_ids) for request in requests)
-    # the configured budget comes first, so that it wins ties
-    budgets = [config.prefill_tokens, *(each for each in BUDGETS if each < min(tokens, config.prefill_tokens))]
+    budgets = budgets_of(config, requests, nearest_costs(measurements.costs, measurements.cores or 0))
     rows: list[dict[str, Any]] = []
     candidates = [
         (placement, candidate)

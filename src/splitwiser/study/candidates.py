@@ -12,6 +12,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from splitwiser.engine.schedule import measures_budget, saturating_tokens
+from splitwiser.engine.steps import SHORT_PROMPT
 from splitwiser.errors import InputError
 from splitwiser.files import CsvTable, write_rows
 from splitwiser.llm import LLM
@@ -170,12 +172,30 @@ def placements(device: str, cores: int) -> list[tuple[str, str]]:
     return found
 
 
-def candidates_of(mode: str, workers: str, budgets: Sequence[int]) -> list[Candidate]:
-    """Return the candidates of a placement, with each of ``budgets`` and, if it has mixed workers, of :data:`SCHEDULES`."""
+def candidates_of(mode: str, workers: str, budgets: Mapping[str, Sequence[int]]) -> list[Candidate]:
+    """Return the candidates of a placement: those of each schedule with its ``budgets`` if it has mixed workers, else with
+    the budgets of the first schedule."""
     mixes = any(spec.role == "mixed" for spec in Candidate(mode, workers, 1).layout.workers)
-    return [
-        Candidate(mode, workers, budget, schedule) for schedule in (SCHEDULES if mixes else ("",)) for budget in budgets
-    ]
+    if not mixes:
+        return [Candidate(mode, workers, budget) for budget in budgets[SCHEDULES[0]]]
+    return [Candidate(mode, workers, budget, schedule) for schedule in SCHEDULES for budget in budgets[schedule]]
+
+
+def budgets_of(config: AdviseConfig, requests: Sequence[Request], costs: StepCosts) -> dict[str, list[int]]:
+    """Return the budgets to predict ``requests`` with, by schedule. The first, which wins ties, is the configured one or,
+    where a run would measure it, that of the predicted ``costs``; smaller ones of :data:`BUDGETS` follow."""
+    tokens = sum(len(request.prompt_token_ids) for request in requests)
+
+    def step_s(size: int) -> float:
+        length = min(size, SHORT_PROMPT)
+        return costs.prefill([(0, length)] * (size // length))
+
+    budgets = {}
+    for schedule in SCHEDULES:
+        measured = config.prefill_tokens is None and measures_budget(schedule)
+        first = saturating_tokens(step_s, config.step_tokens) if measured else config.step_tokens
+        budgets[schedule] = [first, *(each for each in BUDGETS if each < min(tokens, first))]
+    return budgets
 
 
 def measure_placements(config: AdviseConfig, requests: Sequence[Request], directory: Path) -> None:
@@ -204,7 +224,7 @@ def measure_placements(config: AdviseConfig, requests: Sequence[Request], direct
                 table.write(row | {"not_possible": str(error)})
                 continue
             busy = MachineLoad(during=stretch.end()).busy
-            layout = Candidate(mode, workers, config.prefill_tokens).layout
+            layout = Candidate(mode, workers, config.step_tokens).layout
             steps = size_steps(recording)
             conditions = conditions_of(steps, costs, layout, cores if device.type == "cpu" else None, config.lend)
             found = {"blocks": blocks, "steps": len(steps), "machine_busy": busy}
@@ -221,7 +241,7 @@ def _run_sample(config: AdviseConfig, mode: str, workers: str, sample: Sequence[
     release_memory()
     total = sum(len(request.prompt_token_ids) for request in sample)
     # several prefill steps, so that most of them overlap decode steps
-    prefill_tokens = min(config.prefill_tokens, max(64, total // 8))
+    prefill_tokens = min(config.step_tokens, max(64, total // 8))
     with LLM(config=config, mode=mode, workers=workers, prefill_tokens=prefill_tokens) as llm:
         prompts, params = zip(*((each.prompt_token_ids, _sample_params(each)) for each in sample), strict=True)
         recording = Recording()

@@ -149,7 +149,7 @@ class Bench:
         prepared = prepare(self.model, engine)
         self.pool = make_pool(self.model, prepared)
         self.stepper, graphs = make_stepper(
-            self.model, self.pool, most, engine.prefill_tokens, {"prefill": (), "decode": ()}
+            self.model, self.pool, most, engine.step_tokens, {"prefill": (), "decode": ()}
         )
         self.kernels = prepared.described | graphs
         self.architecture = count_architecture(self.model)
@@ -221,7 +221,7 @@ class Bench:
             (prompts, 0, length)
             for prompts in whole_numbers("prompts", config.prompts)
             for length in lengths
-            if prompts > 1 and prompts * length <= config.prefill_tokens
+            if prompts > 1 and prompts * length <= config.step_tokens
         ]
         starts = whole_numbers("starts", config.starts)
         if self.model.encodes and starts:

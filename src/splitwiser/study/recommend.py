@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from splitwiser.config import RunConfig
+from splitwiser.engine.schedule import measures_budget
 from splitwiser.options import option_fields, to_arguments
 from splitwiser.placement.layout import parse_layout
 from splitwiser.results.schema import METRIC, OBJECTIVES, Column, names, shown_in
@@ -191,6 +192,8 @@ def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
     """Return the options of ``splitwiser run`` for ``candidate`` on the workload of ``config``, without those at their
     defaults."""
     changed = {name: value for name, value in candidate.row.items() if value != ""}
+    if candidate.prefill_tokens == config.step_tokens and not measures_budget(candidate.schedule):
+        changed["prefill_tokens"] = config.prefill_tokens
     options = option_fields(RunConfig)
     values = {name: changed.get(name, getattr(config, name)) for name in options}
     return {name: value for name, value in values.items() if name == "mode" or value != options[name].default}

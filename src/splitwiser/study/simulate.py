@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,8 @@ import torch
 from splitwiser import constants
 from splitwiser.engine.engine import Observer, SplitEngine
 from splitwiser.engine.messages import PARENT, Cancel, Message, Progress, StepPhase, Submit, Wake, WorkerSpec
-from splitwiser.engine.policy import FIRST_COME, LeastLoadedRouter, Policy
+from splitwiser.engine.policy import FIRST_COME, Policy, Router
+from splitwiser.engine.prefixes import may_share
 from splitwiser.engine.sampling import Sampled
 from splitwiser.engine.schedule import ALTERNATE, Schedule
 from splitwiser.engine.steps import Chunk, SequenceState
@@ -137,7 +139,8 @@ class _SimulatedPlacement:
         self._now_s = 0.0
         owners = [spec for spec in self.specs if spec.role != "prefill"]
         part = machine.blocks // len(owners)
-        self._router = LeastLoadedRouter({spec.name: part for spec in owners}, machine.block_tokens)
+        shares = partial(may_share, prefix_caching=setup.prefix_caching)
+        self._router = Router({spec.name: part for spec in owners}, machine.block_tokens, shares)
         self.workers = {spec.name: _SimulatedWorker(self, place, spec, part) for place, spec in enumerate(self.specs)}
 
     def now_ns(self) -> int:
@@ -145,7 +148,7 @@ class _SimulatedPlacement:
         return round(self._now_s * 1e9)
 
     def submit(self, request: Request, arrival_ns: int) -> None:
-        """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`: to the worker with the most room."""
+        """See :meth:`splitwiser.placement.processes.ProcessPlacement.submit`."""
         self.workers[self._router.choose(request)].inbox.append(Submit(request, arrival_ns))
 
     def cancel(self, request_id: int) -> None:

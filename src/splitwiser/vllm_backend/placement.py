@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 from splitwiser.engine.messages import Cancel, Message, Progress, Ready, Submit, WorkerSpec
-from splitwiser.engine.policy import LeastLoadedRouter
+from splitwiser.engine.policy import Router
 from splitwiser.errors import InputError, UnsupportedModelError, WorkerLostError
 from splitwiser.machine.process import uninterrupted
 from splitwiser.placement.mailbox import Pipe, PipeInbox
@@ -36,7 +36,7 @@ class EnginePlacement(SupervisedPlacement):
         self._specs = specs
         self._prefill_workers = cycle([spec.name for spec in specs if spec.role == "prefill"] or [""])
         self._prefilled_by: dict[int, str] = {}  # prefill workers of requests that have not finished
-        self._router = LeastLoadedRouter({}, 1)
+        self._router = Router({}, 1)
         self.engines: dict[str, EngineReady] = {}
 
     def wait_ready(self) -> None:
@@ -51,7 +51,7 @@ class EnginePlacement(SupervisedPlacement):
         blocks = {spec.name: self.engines[spec.name].blocks for spec in self._specs if spec.role != "prefill"}
         if not all(each.blocks for each in self.engines.values()):
             raise InputError(f"--kv_memory leaves {min(blocks.values())} blocks of vLLM's to an engine; give more")
-        self._router = LeastLoadedRouter(blocks, next(iter(self.engines.values())).block_tokens)
+        self._router = Router(blocks, next(iter(self.engines.values())).block_tokens)
 
     def submit(self, request: Request, arrival_ns: int) -> None:
         """See :meth:`splitwiser.engine.engine.Placement.submit`: to the decode engine with the most free blocks, by way of

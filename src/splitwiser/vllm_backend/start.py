@@ -125,7 +125,7 @@ def _start_engines(
         dtype=str(model.dtype).removeprefix("torch."),
         longest=_UNLIMITED if model.max_positions is None else -1,
         max_batch=config.max_batch,
-        prefill_tokens=config.prefill_tokens,
+        prefill_tokens=config.step_tokens,
         kv_bytes=kv_bytes,
         eager=config.kernels == "plain",
         seed=config.seed,

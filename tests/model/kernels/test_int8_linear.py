@@ -29,6 +29,12 @@ def inputs(*shape: int) -> torch.Tensor:
     return (numbers * torch.logspace(-3, 2, shape[-2])[:, None]).to(torch.bfloat16)
 
 
+def test_inputs_of_another_width_are_refused() -> None:
+    layer = Int8Linear(PackedLinear(linear((48, 96))))  # 6 rows of 64 are as many numbers as 8 of 48
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inputs have width 64, and the layer has 48"):
+        layer(inputs(6, 64))
+
+
 @pytest.fixture
 def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[[PackedLinear], Int8Linear]:
     """Makes layers that PyTorch computes."""

@@ -52,6 +52,14 @@ def test_computes_what_the_linear_layer_does(shape: tuple[int, ...], bias: bool)
 
 
 @needs_packing
+@pytest.mark.parametrize("width", [64, 32, 96])
+def test_inputs_of_another_width_are_refused(width: int) -> None:
+    packed_layer = PackedLinear(linear())  # 48 inputs: 6 rows of 64 are as many numbers as 8 of 48
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        packed_layer(inputs(6, width))
+
+
+@needs_packing
 @needs_panels
 @pytest.mark.parametrize("activation", [packed.IDENTITY, packed.RELU])
 @pytest.mark.parametrize("bias", [True, False])

@@ -79,7 +79,11 @@ class Int8Linear(nn.Module):
         return self._multiply(inputs, residual)
 
     def _multiply(self, inputs: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the output, with ``relu`` but no other activation, plus ``residual``."""
+        """Return the output, with ``relu`` but no other activation, plus ``residual``.
+
+        Raises :class:`RuntimeError` for inputs of another width."""
+        if inputs.shape[-1] != self.in_features:
+            raise RuntimeError(f"inputs have width {inputs.shape[-1]}, and the layer has {self.in_features}")
         inputs = inputs.contiguous()
         functions = _functions()
         if functions is None:

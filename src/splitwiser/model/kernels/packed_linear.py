@@ -125,8 +125,9 @@ class PackedLinear(nn.Module):
 
     def _small_batch_struct(self, inputs: Tensor) -> LinearStruct | None:
         """The layer for small batches if ``inputs`` are one, else None."""
-        is_small = inputs.numel() <= max_small_rows() * self.in_features and inputs.dtype == torch.bfloat16
-        return self.struct if is_small else None
+        # what is of another width or type is oneDNN's to refuse
+        fits = inputs.shape[-1] == self.in_features and inputs.dtype == torch.bfloat16
+        return self.struct if fits and inputs.numel() <= max_small_rows() * self.in_features else None
 
     def _multiply_small_batch(self, struct: LinearStruct, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
         inputs = inputs.contiguous()
