@@ -147,7 +147,7 @@ BENCHMARKS = {
     ),
     "single": Benchmark(
         "6 requests of about 128 prompt tokens with 128 new ones, each after the one before.",
-        f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload single {OPT}",
+        f"--repeats 4 --modes sequential {INT8} {BEST_PEERS} --workload single {OPT}",
     ),
     "load-60": Benchmark(
         "The standard requests, as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
