@@ -161,6 +161,10 @@ BENCHMARKS = {
     "schedules-long-prompts": Benchmark(
         "The same on 16 requests of about 1,500 prompt tokens.", f"{SCHEDULES} --workload long_prompts {OPT}"
     ),
+    "schedules-long-outputs": Benchmark(
+        "The same on 48 requests of about 32 prompt tokens with 256 new ones, in two rounds.",
+        f"--repeats 2 {SCHEDULES} --workload long_outputs {OPT}",
+    ),
     "prefix-caching": Benchmark(
         "64 reports, each behind the same four examples, with prefix caching and without.",
         "--variant 'shared: --prefix_caching' --variant 'alone: --no-prefix_caching' --case_id 4 --same_examples --limit 64 "
