@@ -31,7 +31,7 @@ class RunConfig(WorkloadConfig, EngineConfig):
         EngineConfig.__post_init__(self)
         if case is not None:
             self._check_case(case)
-        # looking costs nothing here, where vLLM's split engines copy what they keep
+        # looking costs little here, where vLLM's split engines copy what they keep
         may_find = self.same_examples or (case is not None and case.examples and self.backend == "hf")
         if self.prefix_caching is None and may_find and find_mode(self.mode).layout is not None:
             object.__setattr__(self, "prefix_caching", True)

@@ -119,3 +119,13 @@ def test_a_server_that_ends_is_a_fault(servers: Path, tiny: Callable[[str], Path
     servers.write_text("import sys; sys.exit(3)", encoding="utf-8")
     with pytest.raises(RuntimeError, match="PACE's server ended with exit code 3"):
         PaceServer(Asked(str(tiny("llama")), "bfloat16", 60, 3, tmp_path))
+
+
+@pytest.mark.usefixtures("servers")
+def test_a_server_that_ends_with_requests_open_is_a_fault(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = PaceServer(Asked(str(tiny("llama")), "bfloat16", 60, 3, tmp_path))
+    engine._processes[0].kill()
+    engine._processes[0].wait()
+    with pytest.raises(RuntimeError, match="PACE's server ended with exit code -9"):
+        list(engine.collect())
+    engine.close()

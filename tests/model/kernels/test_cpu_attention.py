@@ -1,7 +1,7 @@
 """The compiled attention against attention written out in float32, over all that its code treats apart."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +135,6 @@ def make_case(
         bias=2 * torch.randn(heads, biases, generator=generator) if biases else None,
         bias_by_position=bias_by_position,
     )
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(case: Case) -> None:

@@ -30,14 +30,6 @@ needs_packing = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def library() -> ctypes.CDLL:
     assert LIBRARY is not None
     return LIBRARY

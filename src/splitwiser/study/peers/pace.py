@@ -19,7 +19,8 @@ from pathlib import Path
 from splitwiser.study.peers.checkpoint import with_tokenizer
 from splitwiser.study.peers.engine import KV_GIB, STEP_TOKENS, Answer, Asked, cores, describe
 
-LOOK_S = 0.2  # between two looks whether a server answers
+LOOK_S = 0.2  # between two looks whether a server answers, and whether both still run
+START_S = 300.0  # until a server must answer
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _libc = ctypes.CDLL(None)  # loaded here: between fork and exec only the call itself is safe
 
@@ -124,9 +125,11 @@ class PaceServer:
         self._processes.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_this_process))
 
     def _wait_for(self, port: int, path: str) -> None:
-        """Wait until the process that was started last answers. Raises RuntimeError if it ends."""
-        while self._processes[-1].poll() is None:
-            connection = http.client.HTTPConnection("127.0.0.1", port)
+        """Wait until the process that was started last answers. Raises RuntimeError if it ends, or does not in time."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            self._check()
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
             try:
                 connection.request("GET", path)
                 if connection.getresponse().status == http.HTTPStatus.OK:
@@ -135,7 +138,13 @@ class PaceServer:
                 time.sleep(LOOK_S)
             finally:
                 connection.close()
-        raise RuntimeError(f"PACE's server ended with exit code {self._processes[-1].returncode}")
+        raise RuntimeError(f"PACE's server did not answer on port {port} within {START_S:.0f} s")
+
+    def _check(self) -> None:
+        """Raise RuntimeError if one of the two processes has ended."""
+        for process in self._processes:
+            if process.poll() is not None:
+                raise RuntimeError(f"PACE's server ended with exit code {process.returncode}")
 
     def add(self, number: int, prompt: Sequence[int], new_tokens: int) -> None:
         """Add a request, in a thread of its own."""
@@ -168,8 +177,12 @@ class PaceServer:
             connection.close()
 
     def collect(self) -> Iterator[Answer]:
-        """Wait for the next answer and yield it."""
-        answer = self._answers.get()
+        """Wait a short time for the next answer and yield it. Raises RuntimeError if one of the two processes has ended."""
+        try:
+            answer = self._answers.get(timeout=LOOK_S)
+        except queue.Empty:
+            self._check()
+            return
         if isinstance(answer, Exception):
             raise answer
         yield answer
