@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from splitwiser.machine.shared_memory import return_freed_memory
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.onednn import open_packed, pack_weight
 from splitwiser.model.kernels.tile_trials import (
@@ -259,9 +260,10 @@ def compress_linears(module: nn.Module) -> str:
     """Compress the weight of every :class:`PackedLinear` in ``module`` for which that saves memory, one after another, where
     products of a few rows are faster so; returns a clause for a run's record, empty if there are none."""
     layers = [each for each in module.modules() if isinstance(each, PackedLinear)]
-    count = sum(each.compress() for each in layers) if _compressed_is_faster() else 0
+    count = sum(each.compress() for each in layers) if supports_compression() and _compressed_is_faster() else 0
     if not count:
         return ""
+    return_freed_memory()
     share = compressed_share(module)
     return f"; {count} of {len(layers)} weights compressed without loss, all to {share:.1%} of their bytes"
 
@@ -276,10 +278,9 @@ def compressed_share(module: nn.Module) -> float:
 
 @cache
 def _compressed_is_faster() -> bool:
-    """Whether products of one row take less time with compressed weights, which is tried where they are supported."""
+    """Whether products of one row take less time with compressed weights, which are supported."""
     functions = _small_batch_functions()
-    if functions is None or not supports_compression():
-        return False
+    assert functions is not None
     return bool(remembered_trial(functions, "compressed", _try_compressed))
 
 
@@ -294,8 +295,12 @@ def _try_compressed() -> bool:
     if not all(each.compress() for each in layers["compressed"]):
         return False
     inputs = torch.linspace(-9, 9, TRIED_SIZES[0]).sin().bfloat16().view(1, -1)
+
+    def multiply(name: str) -> list[Tensor]:
+        return [layer(inputs) for layer in layers[name]]
+
     with torch.inference_mode():
-        times = best_seconds({name: lambda of=of: [each(inputs) for each in of] for name, of in layers.items()})
+        times = best_seconds({name: partial(multiply, name) for name in layers})
     return times["compressed"] < times["plain"]
 
 
