@@ -285,7 +285,7 @@ def test_requests_of_low_priority_are_served_first_and_none_starves(tiny: Callab
 
 def test_requests_that_are_predicted_to_end_soon_are_served_first(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("llama"), policy="shortest_remaining", max_batch=1) as llm:
-        outputs = llm.generate([[5] * 20] * 3, SamplingParams(max_tokens=9), predicted_tokens=[None, 8, 2])
+        outputs = llm.generate([[5] * 20] * 3, SamplingParams(max_tokens=9), predicted_tokens=[None, np.int64(8), 2])
     assert [output.request_id for output in sorted(outputs, key=lambda each: each.metrics.token_ns[0])] == [2, 1, 0]
 
 
@@ -346,6 +346,7 @@ def test_generation_settings_of_a_checkpoint_are_applied_if_asked_for_and_named(
         ("sequential", "none", plain, "is not applied: repetition_penalty=5.0; generation_config checkpoint does"),
         ("generate", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
         ("sequential", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
+        ("mp", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
     ):
         params = [SamplingParams(max_tokens=30), SamplingParams(max_tokens=30, repetition_penalty=1e-3)]
         with LLM(directory, mode=mode, generation_config=choice) as llm:

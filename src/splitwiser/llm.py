@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
@@ -422,11 +423,11 @@ def make_requests(
 def _check_urgency(priority: object, ttft_target_ms: float | None, predicted_tokens: object, where: str) -> None:
     """Raise :class:`InputError` for a priority that is no whole number, a target that is no time, or a prediction that is no
     number of tokens."""
-    if not isinstance(priority, int):
+    if not isinstance(priority, Integral):  # numpy's too
         raise InputError(f"{where}: priority must be a whole number, not {shorten(priority)}")
     if ttft_target_ms is not None and not 0 < ttft_target_ms < math.inf:
         raise InputError(f"{where}: ttft_target_ms must be more than 0 milliseconds, not {ttft_target_ms}")
-    if predicted_tokens is not None and (not isinstance(predicted_tokens, int) or predicted_tokens < 1):
+    if predicted_tokens is not None and (not isinstance(predicted_tokens, Integral) or predicted_tokens < 1):
         raise InputError(
             f"{where}: predicted_tokens must be a whole number of 1 or more, not {shorten(predicted_tokens)}"
         )
