@@ -285,7 +285,8 @@ def test_requests_of_low_priority_are_served_first_and_none_starves(tiny: Callab
 
 def test_requests_that_are_predicted_to_end_soon_are_served_first(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("llama"), policy="shortest_remaining", max_batch=1) as llm:
-        outputs = llm.generate([[5] * 20] * 3, SamplingParams(max_tokens=9), predicted_tokens=[None, np.int64(8), 2])
+        predicted: list[Any] = [None, np.int64(8), 2]
+        outputs = llm.generate([[5] * 20] * 3, SamplingParams(max_tokens=9), predicted_tokens=predicted)
     assert [output.request_id for output in sorted(outputs, key=lambda each: each.metrics.token_ns[0])] == [2, 1, 0]
 
 
