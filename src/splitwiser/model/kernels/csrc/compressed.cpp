@@ -1,5 +1,6 @@
 // Compresses weights, and widens them for products that take them plain.
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -24,7 +25,8 @@ struct Exponents {
         for (int64_t i = 0; i < count; ++i) ++counts[weights[i] >> 7 & 0xff];
         int order[256];
         std::iota(order, order + 256, 0);
-        std::partial_sort(order, order + EXPONENTS, order + 256, [&](int one, int other) { return counts[one] > counts[other]; });
+        const auto more = [&](int one, int other) { return counts[one] > counts[other]; };
+        std::partial_sort(order, order + EXPONENTS, order + 256, more);
         std::memset(numbers, ESCAPE, sizeof numbers);
         for (int i = 0; i < EXPONENTS; ++i) table[i] = order[i], numbers[order[i]] = i;
     }

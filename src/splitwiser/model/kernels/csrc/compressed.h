@@ -34,6 +34,7 @@ struct CompressedParts {
     const int64_t groups, firsts, escapes;
 };
 
+// The weights of a pair of inputs for 64 outputs, as they were.
 struct alignas(64) PlainGroup {
     uint8_t bytes[PLAIN_BYTES];
 };
