@@ -192,8 +192,8 @@ BENCHMARKS = {
         "SPLITWISER_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2",
     ),
     "without-avx": Benchmark(
-        "The same without AVX in this project's functions, PyTorch's own and oneDNN; MKL, which multiplies in float32, takes no "
-        "such setting on an AMD processor.",
+        "The same without AVX in this project's functions, PyTorch's own and oneDNN; MKL, which multiplies in float32, takes "
+        "no such setting on an AMD processor.",
         f"--repeats 1 {LESSER}",
         "SPLITWISER_MARCH=x86-64 ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2",
     ),
