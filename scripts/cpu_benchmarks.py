@@ -185,15 +185,20 @@ BENCHMARKS = {
         "The same on 48 requests of about 32 prompt tokens with 256 new ones, in two rounds.",
         f"--repeats 2 {SCHEDULES} --workload long_outputs {OPT}",
     ),
+    "schedules-single": Benchmark(
+        "The same on 6 requests of about 128 prompt tokens with 128 new ones, each after the one before, in two rounds: a "
+        "step never has both phases.",
+        f"--repeats 2 {SCHEDULES} --workload single {OPT}",
+    ),
     "without-avx512": Benchmark(
-        "As on a processor with AVX2 and no more: 16 requests of 64 prompt tokens with 16 new ones to OPT-125m, computed by "
-        "this project's functions and by PyTorch alone.",
+        "As on a processor with AVX2 and no more: 16 requests of 64 prompt tokens with 16 new ones to OPT-125m, computed "
+        "by this project's functions and by PyTorch alone.",
         f"--repeats 2 {LESSER}",
         "SPLITWISER_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2",
     ),
     "without-avx": Benchmark(
-        "The same without AVX in this project's functions, PyTorch's own and oneDNN; MKL, which multiplies in float32, takes "
-        "no such setting on an AMD processor.",
+        "The same without AVX in this project's functions, PyTorch's own and oneDNN; MKL, which multiplies in float32, "
+        "takes no such setting on an AMD processor.",
         f"--repeats 1 {LESSER}",
         "SPLITWISER_MARCH=x86-64 ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2",
     ),
