@@ -321,15 +321,16 @@ def ahead(kind: Path) -> str:
             known = "int8" in made and theirs in made
             line[f"int8 over {theirs}"] = _range(made["int8"] / made[theirs]) if known else "-"
         lines.append(line)
-    return f"{_title(kind)}:\n\n{markdown(pd.DataFrame(lines))}"
+    return f"{_title(kind)}:\n\n{markdown(pd.DataFrame(lines)) if lines else 'no comparison with peers yet.'}"
 
 
 def best(shown: Sequence[Path]) -> str:
     """Return the table of the README under a line on what it shows: other engines in their best setting, with columns for
-    each kind of processor."""
-    columns = []
+    each kind of processor on which its benchmark was measured."""
+    name, columns = "standard-opt-125m", []
+    shown = [kind for kind in shown if name in _records(kind)]
     for kind in shown:
-        made = table(read_rows(_rows(kind, "standard-opt-125m"))).set_index("variant")
+        made = table(read_rows(_rows(kind, name))).set_index("variant")
         made = made[~made.index.str.endswith("-installed")]
         columns.append(made[["tokens/s", "TTFT p50 ms", "ITL p99 ms", f"{OURS} over it"]])
         columns[-1].columns = [f"{heading}, {_title(kind)}" if len(shown) > 1 else heading for heading in columns[-1]]

@@ -94,3 +94,10 @@ def test_the_readme_has_columns_for_each_kind_and_no_peers_as_installed(kinds: l
     assert both[0].count("AMD EPYC with avx512-bf16, 2 cores") == both[0].count("Intel Xeon with amx, 2 cores") == 4
     assert both[4].startswith("| openvino | 100 (100 to 100) | 1.00 | 1.00 | 1.15 (1.10 to 1.20) | 135 (130 to 140) |")
     assert not any("installed" in line for line in both)
+
+
+def test_a_kind_of_which_little_was_measured_is_no_error(kinds: list[Path], tmp_path: Path) -> None:
+    new = keep(tmp_path, "cpu-intel-avx2-4-cores", "Intel Core", "embedded", {"sequential": (10.0,)})
+    assert cpu_benchmarks.best([*kinds, new]) == cpu_benchmarks.best(kinds)
+    assert cpu_benchmarks.ahead(new).endswith("no comparison with peers yet.")
+    assert "**embedded.**" in cpu_benchmarks.section(new)
