@@ -354,6 +354,21 @@ def test_fused_parts_travel(name: str, tiny: Callable[[str], Path]) -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(not packed.supports_compression(), reason="this processor lacks the instructions")
+def test_a_stack_of_layers_finds_weights_that_were_compressed_after_it_ran(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_compressed_is_faster", lambda: False)
+    prompts = prompts_of([5, 9], seed=8)
+    with LLM(tiny("llama"), dtype="bfloat16") as llm:
+        before = [each.token_ids for each in llm.generate(prompts, SamplingParams(max_tokens=6))]
+        layers = llm.model.module.model.layers
+        assert layers[1].self_attn.qkv_proj.compress()  # and the first one's stays where it is
+        assert layers[0].stack._find_structs()[0][1].qkv.compressed
+        assert [each.token_ids for each in llm.generate(prompts, SamplingParams(max_tokens=6))] == before
+
+
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_processes_make_the_same_tokens(name: str, tiny: Callable[[str], Path]) -> None:

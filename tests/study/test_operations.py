@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from splitwiser.model.kernels import packed_linear
 from splitwiser.model.loading import load_model
 from splitwiser.model.routes import ROUTES
 from splitwiser.study.operations import Architecture, EncoderDecoder, ExpertWeights, count_architecture
@@ -65,6 +66,20 @@ def test_a_decode_step_of_llama_with_grouped_heads(tiny: Tiny) -> None:
 def test_half_precision_halves_the_bytes_alone(tiny: Tiny) -> None:
     full, half = (count(tiny("llama"), dtype).decode([50]) for dtype in ("float32", "bfloat16"))
     assert (half.flops, half.nbytes * 2) == (full.flops, full.nbytes)
+
+
+@pytest.mark.skipif(not packed_linear.supports_compression(), reason="this processor lacks the instructions")
+def test_compressed_weights_are_fewer_bytes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "_compressed_is_faster", lambda: True)
+    model = load_model(tiny("opt"), dtype="bfloat16", device="cpu", load_format="auto")
+    ROUTES[model.kind].attach(model, pack=True)
+    plain = count_architecture(model)
+    packed_linear.compress_linears(model.module)
+    small = count_architecture(model)
+    assert (plain.weight_bytes, small.weights) == (2, plain.weights)
+    saved = (OPT_WEIGHTS + HEAD) * (2 - small.weight_bytes)
+    assert plain.decode([7]).nbytes - small.decode([7]).nbytes == pytest.approx(saved)
+    assert saved > 0
 
 
 def test_a_sliding_window_limits_what_is_read(tiny: Tiny) -> None:

@@ -239,7 +239,7 @@ class LayerStack:
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = list(layers)
         self._starts: set[int] = set()  # the numbers of layers that are not computed with the one before
-        self._structs: tuple[int, Any, list[bool]] | None = None
+        self._structs: tuple[tuple[int, int], Any, list[bool]] | None = None
 
     @classmethod
     def make(cls, layers: Sequence[FusedLayer]) -> None:
@@ -281,11 +281,11 @@ class LayerStack:
 
     def _find_structs(self) -> tuple[Any, list[bool]]:
         """Return all layers as an array at the addresses of their weights, and which the call supports."""
-        address = self._layers[0].self_attn.qkv_proj.packed.data_ptr()
-        if self._structs is None or self._structs[0] != address:
+        place = self._layers[0].self_attn.qkv_proj.packed.data_ptr(), PackedLinear.compressions
+        if self._structs is None or self._structs[0] != place:
             structs = [layer.make_struct() for layer in self._layers]
             array = (_LayerStruct * len(structs))(*(each or _LayerStruct() for each in structs))
-            self._structs = address, array, [each is not None for each in structs]
+            self._structs = place, array, [each is not None for each in structs]
         return self._structs[1:]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         raise InputError(f"--quantization {config.quantization}: {unpacked}")
     layers = route.attach(model, pack=unfused is None, remember=True)
     quantised = _quantise(model, layers) if config.quantization != "none" else None
+    compressed = "" if quantised or unpacked else packed.compress_linears(model.module)
     kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
     on_gpu = model.device.type == "cuda"
     refused = route.try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if on_gpu else {}
@@ -158,7 +159,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         keep_freed_memory()
     described = {
         "route": describe_route(model.module),
-        "linear_layers": quantised or (f"PyTorch's own ({unpacked})" if unpacked else packed.describe()),
+        "linear_layers": quantised or (f"PyTorch's own ({unpacked})" if unpacked else packed.describe() + compressed),
         "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }

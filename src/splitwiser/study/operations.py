@@ -12,7 +12,7 @@ from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
 from splitwiser.model.fusing import run_decoder
-from splitwiser.model.kernels.packed_linear import PackedLinear
+from splitwiser.model.kernels.packed_linear import PackedLinear, compressed_share
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.seq2seq.attach import run_both_halves
 
@@ -80,7 +80,8 @@ class Architecture:
     """Weight counts and attention layers of a model.
 
     ``weights`` counts the weights of the matrix products of every token, ``head`` those of the output layer, which only the
-    kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes per weight.
+    kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes of a number in the KV
+    pool or of an expert's weight, and ``weight_bytes`` that of another weight on average, less if they are compressed.
     ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``notes`` state assumptions.
     """
 
@@ -90,6 +91,7 @@ class Architecture:
     layers: tuple[AttentionLayer, ...]
     itemsize: int
     head_keeps_rows: bool
+    weight_bytes: float
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -134,7 +136,7 @@ class Architecture:
         touched = sum(each.touched(tokens) for each in self.experts)
         return StepWork(
             2 * (self.weights + active) * tokens + 2 * self.head * rows,
-            (self.weights + touched + self.head) * self.itemsize,
+            (self.weights + self.head) * self.weight_bytes + touched * self.itemsize,
         )
 
 
@@ -165,7 +167,7 @@ class EncoderDecoder(Architecture):
         stored = sum(sources) * sum(map(_kv_numbers, self.layers))
         return StepWork(
             first.flops + 2 * self.source_weights * sum(sources) + attention_flops,
-            first.nbytes + (self.source_weights + stored) * self.itemsize,
+            first.nbytes + self.source_weights * self.weight_bytes + stored * self.itemsize,
         )
 
 
@@ -188,6 +190,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
     head = output.weight.numel() if isinstance(output, nn.Linear | PackedLinear) else 0
     layers = _probe_attention(model)
     itemsize = model.dtype.itemsize
+    weight_bytes = itemsize * compressed_share(module)
     if model.encodes:
         answer = tuple(layer for layer in layers if layer.mask.is_causal)  # K and V of a source are of the same shape
         source = _count_weights(module.get_encoder(), output)[0] + config.hidden_size * sum(map(_kv_numbers, answer))
@@ -198,6 +201,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
             layers=answer,
             itemsize=itemsize,
             head_keeps_rows=True,
+            weight_bytes=weight_bytes,
             source_weights=source,
             encoder=tuple(layers[: layers.index(answer[0])]),
         )
@@ -211,6 +215,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
         layers=tuple(layers),
         itemsize=itemsize,
         head_keeps_rows="logits_to_keep" in inspect.signature(type(module).forward).parameters,
+        weight_bytes=weight_bytes,
         notes=tuple(notes),
     )
 

@@ -5,12 +5,14 @@ pass. A packed weight is bytes (:mod:`splitwiser.model.kernels.onednn`), so it c
 any other tensor.
 
 Small batches are bound by reading the weights and by the overhead of a call. A compiled function of this project computes
-them from the packed bytes, if these are shown to lie in the layout that it reads.
+them from the packed bytes, if these are shown to lie in the layout that it reads. Where that is faster, it reads compressed
+weights (csrc/compressed.h) in their place, and these are widened before each product that is oneDNN's.
 """
 
 import copy
 import ctypes
 import math
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +21,7 @@ from typing import Any, ClassVar, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from splitwiser.machine.shared_memory import return_freed_memory
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.onednn import open_packed, pack_weight
 from splitwiser.model.kernels.tile_trials import (
@@ -34,17 +37,19 @@ IDENTITY, RELU = ("none", ""), ("relu", "")
 PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what else oneDNN has kernels for
 TRIED_SIZES = 1024, 2048  # inputs and outputs of each layer of a trial
 TRIED_BYTES = 64 << 20  # of all their weights
+COMPRESSED_AT_MOST = 0.9  # of a weight's bytes; where exponents take so many values that it needs more, it stays plain
 
 
 class LinearStruct(ctypes.Structure):
     """A layer as csrc/linear.h's ``Linear``: addresses of its weight, its bias (0: none) and, of an int8 weight, its scales
-    and offsets, its sizes, the outputs per panel of its weight, its inputs with their padding, and up to how many rows are
-    left to dot products where there are AMX tiles."""
+    and offsets, its sizes, the outputs per panel of its weight, its inputs with their padding, up to how many rows are
+    left to dot products where there are AMX tiles, and whether its weight is compressed."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets")),
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("relu", ctypes.c_int64),
         ("panel", ctypes.c_int64), ("padded_inputs", ctypes.c_int64), ("dot_rows", ctypes.c_int64),
+        ("compressed", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -64,9 +69,11 @@ class PackedLinear(nn.Module):
 
     ``packed`` is that copy as bytes. ``weight`` has the shape and dtype of the weight but no numbers, since some models read
     its dtype. ``activation`` is applied to the output: oneDNN's name of a function, and which form of it ("" if there is
-    only one).
+    only one). ``compressions`` counts the weights that were compressed in this process: these move one by one, all others
+    together.
     """
 
+    compressions: ClassVar[int] = 0
     packed: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -76,6 +83,7 @@ class PackedLinear(nn.Module):
         packed, self._layout = pack_weight(linear.weight.detach())
         self.register_buffer("packed", packed)
         self.bias = linear.bias
+        self._plain_nbytes: int | None = None  # of a compressed weight, as oneDNN takes it
         self._opened: _Opened | None = None
 
     def with_activation(self, activation: tuple[str, str]) -> "PackedLinear":
@@ -92,8 +100,20 @@ class PackedLinear(nn.Module):
 
     def unpacked(self) -> Tensor:
         """Return the weight as it was, (out features, in features)."""
-        plain: Tensor = self._open().weight.to_dense()
+        plain: Tensor = self._weight().to_dense()
         return plain
+
+    def compress(self) -> bool:
+        """Keep the weight compressed without loss, if that saves memory; returns whether it does."""
+        functions, struct = _small_batch_functions(), self._open().struct
+        if functions is None or struct is None or struct.panel != PANELS[0] or self._plain_nbytes is not None:
+            return False
+        sizes = _panels_and_pairs(struct)
+        room = torch.empty(int(COMPRESSED_AT_MOST * self.packed.nbytes), dtype=torch.uint8)
+        if size := functions.compress(struct.packed, *sizes, room.data_ptr(), room.nbytes):
+            self._plain_nbytes, self.packed, self._opened = self.packed.nbytes, room[:size].clone(), None
+            PackedLinear.compressions += 1
+        return bool(size)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., in features) to (..., out features)."""
@@ -104,9 +124,7 @@ class PackedLinear(nn.Module):
         """Return ``residual``, shape (..., out features), plus the output without an activation, rounded once."""
         if struct := self._small_batch_struct(inputs):
             return self._multiply_small_batch(struct, inputs, residual)
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            inputs, residual, self._open().weight, self.bias, "add"
-        )
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self._weight(), self.bias, "add")
         return total
 
     @property
@@ -120,7 +138,7 @@ class PackedLinear(nn.Module):
     def _multiply(self, inputs: Tensor, bare: bool = False) -> Tensor:
         """Compute the output with oneDNN; if ``bare``, without bias and activation."""
         bias, (name, form) = (None, IDENTITY) if bare else (self.bias, self.activation)
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._open().weight, bias, name, [], form)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight(), bias, name, [], form)
         return output
 
     def _small_batch_struct(self, inputs: Tensor) -> LinearStruct | None:
@@ -141,6 +159,18 @@ class PackedLinear(nn.Module):
         )  # fmt: skip
         return output
 
+    def _weight(self) -> Tensor:
+        """Return the weight as oneDNN's tensor. A compressed one is widened into memory of the calling thread, where it lies
+        until the next one is."""
+        if self._plain_nbytes is None:
+            return self._open().weight
+        functions, struct = _small_batch_functions(), self._struct_of(PANELS[0])
+        assert functions is not None
+        assert struct is not None
+        room = _widened_room(self._plain_nbytes)
+        functions.widen(struct.packed, *_panels_and_pairs(struct), room, torch.get_num_threads())
+        return open_packed(room, (self.out_features, self.in_features), self._layout, torch.bfloat16)
+
     def _open(self) -> _Opened:
         """Return the packed weight, opened anew if ``packed`` has moved."""
         address = self.packed.data_ptr()
@@ -156,6 +186,8 @@ class PackedLinear(nn.Module):
         oneDNN, tried once per layout; None if there is no such width."""
         if _small_batch_functions() is None or self.in_features % 2 or self.activation not in (IDENTITY, RELU):
             return None
+        if self._plain_nbytes is not None:
+            return self._struct_of(PANELS[0])
         case = (self._layout, self.out_features, self.in_features)
         if case not in _PANELS:
             if not self.packed.any():  # zeros would show nothing
@@ -166,12 +198,14 @@ class PackedLinear(nn.Module):
 
     def _struct_of(self, panel: int) -> LinearStruct | None:
         """Return the layer as if its weight lay in panels of ``panel`` outputs; None if its size rules that out."""
-        padded_inputs, rest = divmod(self.packed.nbytes, 2 * panel * -(-self.out_features // panel))
+        padded_inputs, rest = divmod(
+            self._plain_nbytes or self.packed.nbytes, 2 * panel * -(-self.out_features // panel)
+        )
         if rest or padded_inputs % 2 or padded_inputs < self.in_features:
             return None
         bias = None if self.bias is None else self.bias.data_ptr()
         sizes = self.in_features, self.out_features, self.activation == RELU, panel, padded_inputs
-        return LinearStruct(self.packed.data_ptr(), bias, None, None, *sizes, ALL_ROWS)
+        return LinearStruct(self.packed.data_ptr(), bias, None, None, *sizes, ALL_ROWS, self._plain_nbytes is not None)
 
     def _lies_in_panels(self, panel: int) -> bool:
         """Whether the weight, read in panels of ``panel`` outputs, gives oneDNN's product. Compared without bias and
@@ -191,6 +225,19 @@ class PackedLinear(nn.Module):
 
 
 _PANELS: dict[tuple[bytes, int, int], int | None] = {}
+_WIDENED = threading.local()
+
+
+def _panels_and_pairs(struct: LinearStruct) -> tuple[int, int]:
+    return -(-struct.outputs // struct.panel), struct.padded_inputs // 2
+
+
+def _widened_room(nbytes: int) -> int:
+    """Return the address of memory of the calling thread for a plain weight of ``nbytes`` bytes."""
+    room: Tensor | None = getattr(_WIDENED, "room", None)
+    if room is None or room.nbytes < nbytes:
+        room = _WIDENED.room = torch.empty(nbytes, dtype=torch.uint8)
+    return room.data_ptr()
 
 
 def is_packable(module: object) -> TypeGuard[nn.Linear]:
@@ -207,6 +254,54 @@ def pack_linears(module: nn.Module, keep: Collection[nn.Module] = ()) -> None:
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child, keep)
+
+
+def compress_linears(module: nn.Module) -> str:
+    """Compress the weight of every :class:`PackedLinear` in ``module`` for which that saves memory, one after another, where
+    products of a few rows are faster so; returns a clause for a run's record, empty if there are none."""
+    layers = [each for each in module.modules() if isinstance(each, PackedLinear)]
+    count = sum(each.compress() for each in layers) if supports_compression() and _compressed_is_faster() else 0
+    if not count:
+        return ""
+    return_freed_memory()
+    share = compressed_share(module)
+    return f"; {count} of {len(layers)} weights compressed without loss, all to {share:.1%} of their bytes"
+
+
+def compressed_share(module: nn.Module) -> float:
+    """Return the bytes of all packed weights in ``module`` over those that they have without compression; 1 if there are
+    none."""
+    layers = [each for each in module.modules() if isinstance(each, PackedLinear)]
+    plain = sum(each._plain_nbytes or each.packed.nbytes for each in layers)
+    return sum(each.packed.nbytes for each in layers) / plain if plain else 1.0
+
+
+@cache
+def _compressed_is_faster() -> bool:
+    """Whether products of one row take less time with compressed weights, which are supported."""
+    functions = _small_batch_functions()
+    assert functions is not None
+    return bool(remembered_trial(functions, "compressed", _try_compressed))
+
+
+def supports_compression() -> bool:
+    """Whether this processor has the instructions for compressed weights, and no AMX tiles: these read plain ones."""
+    functions = _small_batch_functions()
+    return bool(functions and functions.supports_compressed() and not functions.may_use_tiles())
+
+
+def _try_compressed() -> bool:
+    layers = {"plain": layers_for_trial(), "compressed": layers_for_trial()}
+    if not all(each.compress() for each in layers["compressed"]):
+        return False
+    inputs = torch.linspace(-9, 9, TRIED_SIZES[0]).sin().bfloat16().view(1, -1)
+
+    def multiply(name: str) -> list[Tensor]:
+        return [layer(inputs) for layer in layers[name]]
+
+    with torch.inference_mode():
+        times = best_seconds({name: partial(multiply, name) for name in layers})
+    return times["compressed"] < times["plain"]
 
 
 @cache

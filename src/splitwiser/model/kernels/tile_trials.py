@@ -1,6 +1,6 @@
-"""Trials of AMX's tiles. On a processor that has them, this project's functions can compute with tiles or with dot products;
-which is faster, and whether PyTorch is faster than either, is tried at load. Outcomes are remembered, so that all processes
-of a run choose alike. A processor without tiles tries nothing."""
+"""Trials of what is faster, at load. On a processor that has AMX's tiles, this project's functions can compute with tiles or
+with dot products, and PyTorch may be faster than either; where weights can be compressed, products may be faster without.
+Outcomes are remembered, so that all processes of a run choose alike."""
 
 import ctypes
 import hashlib

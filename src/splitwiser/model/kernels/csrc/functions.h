@@ -11,12 +11,15 @@ struct Step;
 extern "C" {
 
 int attention_supports_prefill(int64_t dtype, int64_t key_dim, int64_t value_dim);
+int64_t compress(const void* packed, int64_t panels, int64_t pairs, void* to, int64_t limit);
 int may_use_tiles();
 int max_small_rows();
+int supports_compressed();
 int supports_int8();
 void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y);
+void widen(const void* compressed, int64_t panels, int64_t pairs, void* to, int64_t threads);
 void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
               int64_t threads);
 void argmax(const void* x, int64_t* tokens, int64_t rows, int64_t width, int64_t threads);

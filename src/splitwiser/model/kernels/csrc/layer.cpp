@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "compressed.h"
 #include "functions.h"
 #include "linear.h"
 #include "parts.h"
@@ -52,6 +53,10 @@ constexpr int64_t MAX_ROWS = 128;  // as many as took less time than with oneDNN
 
 // A block of outputs: where each part's weights of the first pair lie, and the distance from one pair's to the next.
 struct OutputBlock {
+    void read(int64_t pair, __m512i (&weights)[PARTS]) const {
+        for (int j = 0; j < PARTS; ++j) weights[j] = _mm512_loadu_si512(parts[j] + pair * step);
+    }
+
     const uint32_t* parts[PARTS];
     int64_t step;
 };
@@ -69,26 +74,27 @@ OutputBlock block_of(const Linear& p, int64_t first) {
     return block;
 }
 
-template <int COUNT>
-void multiply_block(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t pairs, float (*sums)[BLOCK]) {
+template <int COUNT, typename Weights>
+void multiply_block(const bfloat16* x, int64_t stride, Weights block, int64_t pairs, float (*sums)[BLOCK]) {
     __m512 sum[COUNT][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512bh weight[PARTS];
-        for (int j = 0; j < PARTS; ++j) weight[j] = (__m512bh)_mm512_loadu_si512(block.parts[j] + pair * block.step);
+        __m512i weights[PARTS];
+        block.read(pair, weights);
         for (int r = 0; r < COUNT; ++r) {
             int32_t both;
             std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
             for (int j = 0; j < PARTS; ++j)
-                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), weight[j]);
+                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), (__m512bh)weights[j]);
         }
     }
     for (int r = 0; r < COUNT; ++r)
         for (int j = 0; j < PARTS; ++j) _mm512_storeu_ps(sums[r] + j * LANES, sum[r][j]);
 }
 
-void multiply_block_dot(const bfloat16* x, int64_t stride, const OutputBlock& block, int64_t rows, int64_t pairs,
+template <typename Weights>
+void multiply_block_dot(const bfloat16* x, int64_t stride, const Weights& block, int64_t rows, int64_t pairs,
                         float (*sums)[BLOCK]) {
     switch (rows) {
         case 1: return multiply_block<1>(x, stride, block, pairs, sums);
@@ -100,17 +106,38 @@ void multiply_block_dot(const bfloat16* x, int64_t stride, const OutputBlock& bl
     }
 }
 
+// Calls f with what reads the weights of 64 outputs from `output` on. Compressed ones are widened when a thread reads them for
+// its `first` block of rows and, if there are `more` blocks, kept for these.
+template <typename F>
+void with_weights(const Linear& p, int64_t output, bool first, bool more, F f) {
+#if HAS_COMPRESSED
+    if (p.compressed) {
+        const int64_t panels = (p.outputs + BLOCK - 1) / BLOCK, pairs = p.padded_inputs / 2;
+        thread_local std::vector<PlainGroup> widened;
+        if (more) widened.resize(pairs);
+        if (!first) {
+            const auto* from = reinterpret_cast<const uint32_t*>(widened.data());
+            return f(OutputBlock{{from, from + LANES, from + 2 * LANES, from + 3 * LANES}, BLOCK});
+        }
+        const CompressedPanel panel(p.packed, panels, pairs, output / BLOCK);
+        return more ? f(Widening{panel, widened.data()}) : f(panel);
+    }
+#endif
+    f(block_of(p, output));
+}
+
 void multiply_by_dots(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows) {
     const int64_t blocks = (p.outputs + BLOCK - 1) / BLOCK, pairs = p.inputs / 2;
     const int64_t group = rows_of_task(rows, blocks, team.threads()), groups = (rows + group - 1) / group;
     team.each(groups * blocks, [&](int64_t begin, int64_t last) {
         for (int64_t task = begin; task < last; ++task) {
             const int64_t output = task % blocks * BLOCK, start = task / blocks * group, end = std::min(rows, start + group);
-            const OutputBlock block = block_of(p, output);
             for (int64_t first = start; first < end; first += ROWS) {
                 float sums[ROWS][BLOCK];
                 const int64_t count = std::min(ROWS, end - first);
-                multiply_block_dot(x + first * p.inputs, p.inputs, block, count, pairs, sums);
+                with_weights(p, output, first == start, end - start > ROWS, [&](const auto& weights) {
+                    multiply_block_dot(x + first * p.inputs, p.inputs, weights, count, pairs, sums);
+                });
                 for (int64_t r = 0; r < count; ++r)
                     for (int64_t j = 0; j < BLOCK && output + j < p.outputs; j += LANES)
                         finish(p, _mm512_loadu_ps(sums[r] + j), residual, y, (first + r) * p.outputs, output + j);

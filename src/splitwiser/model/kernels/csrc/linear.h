@@ -10,14 +10,14 @@
 extern "C" {
 
 // packed_linear.py's LinearStruct; bias may be null. With scales and offsets the weights are int8, in int8.cpp's layout;
-// without (null) they are bfloat16, in layer.cpp's. panel: outputs per panel, a multiple of 16; padded_inputs: inputs with
-// their padding, whole pairs of bfloat16 or whole quads of int8; dot_rows: products of more rows than that are computed in
-// tiles of AMX, if there are any.
+// without (null) they are bfloat16, in layer.cpp's layout or, if compressed, in compressed.h's. panel: outputs per panel, a
+// multiple of 16; padded_inputs: inputs with their padding, whole pairs of bfloat16 or whole quads of int8; dot_rows: products
+// of more rows than that are computed in tiles of AMX, if there are any.
 struct Linear {
     const void *packed, *bias;
     const float* scales;
     const int32_t* offsets;
-    int64_t inputs, outputs, relu, panel, padded_inputs, dot_rows;
+    int64_t inputs, outputs, relu, panel, padded_inputs, dot_rows, compressed;
 };
 
 }  // extern "C"
