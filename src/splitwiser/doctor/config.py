@@ -20,6 +20,7 @@ class DoctorConfig:
     dtype: str = constants.DTYPE
     load_format: str = constants.LOAD_FORMAT
     kv_memory: str = constants.KV_MEMORY
+    kv_dtype: str = constants.KV_DTYPE
     max_batch: int = constants.MAX_BATCH
     device: str = constants.DEVICE
     prompt_tokens: str | None = None
