@@ -17,7 +17,6 @@ from splitwiser.model.checkpoints.hub import find_file, not_available
 from splitwiser.model.checkpoints.tokenizer import has_tokenizer_files, load_tokenizer
 from splitwiser.model.checkpoints.weights import weights_nbytes, without_memory
 from splitwiser.model.dispatch.table import find_dispatch_problem
-from splitwiser.model.dtypes import KV_SPELLINGS, dtype_name
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks, stored_dtype
 from splitwiser.model.loading import longest_request, max_positions
@@ -141,7 +140,7 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
     elif (layers := _likely_layers(module.config)) and weights <= free:
         tokens, own = constants.BLOCK_TOKENS, module.config
         longest = longest_request(max_positions(own), own.is_encoder_decoder)
-        stored = stored_dtype(dtype_name(config.kv_dtype, "--kv_dtype", KV_SPELLINGS), dtype)
+        stored = stored_dtype(config.kv_dtype, dtype)
         blocks = plan_blocks(layers, "auto", tokens, stored, device, config.max_batch, longest, free - weights)
         pool = blocks * block_nbytes(layers, tokens, stored)
     about = config.kv_memory == "auto"

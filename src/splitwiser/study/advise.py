@@ -109,8 +109,8 @@ def advise(config: AdviseConfig) -> Advice:
 def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     """Return the workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can
     serve, and for what no profile measures."""
-    for name in ("quantization", "kv_dtype"):
-        if getattr(config, name) != option_fields(AdviseConfig)[name].default:
+    for name, own in (("quantization", "none"), ("kv_dtype", "auto")):
+        if getattr(config, name) != own:
             raise InputError(f"advise predicts from steps in --dtype; leave --{name} out, and compare it instead")
     job = prepare_job(config, config.seed)
     if config.adapters or any(job.adapters):

@@ -49,8 +49,8 @@ def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     if config.adapters or any(job.adapters):
         raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
-    for name in ("quantization", "kv_dtype"):
-        if getattr(config, name) != option_fields(RunConfig)[name].default:
+    for name, own in (("quantization", "none"), ("kv_dtype", "auto")):
+        if getattr(config, name) != own:
             raise InputError(f"a peer runs the model in --dtype; give --{name} in a --variant of its own")
     params = job.sampling_params(config)
     if config.generation_config != "none":

@@ -176,7 +176,7 @@ void score_tokens(const Call<T, S>& c, int64_t request, int64_t first, int64_t l
         }
 }
 
-// The place of a head's number `i` among its sums, which are as many as fill whole vectors.
+// The place of a head's number `i` among its sums.
 template <typename T, typename S>
 int64_t place_of_sum(int64_t i) {
     return i;
@@ -202,9 +202,6 @@ constexpr float LOG2_E = 1.44269504f;
 
 inline __mmask32 first_pairs(int64_t numbers) { return numbers >= 32 ? ~__mmask32{0} : (__mmask32{1} << numbers) - 1; }
 inline __mmask16 first_lanes(int64_t numbers) { return numbers >= 16 ? ~__mmask16{0} : (__mmask16{1} << numbers) - 1; }
-
-// Returns which of 16 lanes from `at` on are among the first `numbers`.
-inline __mmask16 lanes_from(int64_t at, int64_t numbers) { return first_lanes(std::max<int64_t>(0, numbers - at)); }
 
 // Returns the sum of the lanes of each of 16 vectors, in their order.
 inline __m512 reduce_lanes(const __m512 (&a)[LANES]) {
@@ -300,7 +297,7 @@ struct Bfloat16Scores {
 };
 
 // The same for whole numbers. The queries' are of 16 bits, as 256 times `high` plus `low`; keys have 128 added, since VNNI
-// takes one operand without a sign, which is taken off at last. Sums are exact: what exceeds 32 bits on the way comes back.
+// takes one operand without a sign, which is taken off at last. Sums are exact, modulo 2^32 on the way.
 struct Int8Scores {
     int8_t *high, *low;
     float* scales;
@@ -314,9 +311,10 @@ struct Int8Scores {
         high = numbers_memory.take(2 * rows * padded), low = high + rows * padded;
         scales = scales_memory.take(rows), excess = excess_memory.take(rows);
         std::memset(high, 0, 2 * rows * padded);
+        const auto limit = static_cast<float>(std::min<int64_t>(127 * 256, INT32_MAX / (127 * size)));  // sums fit in 32 bits
         for (int64_t row = 0; row < rows; ++row) {
             const bfloat16* own = queries + row * size;
-            const float most = greatest(own, size), factor = most > 0.0f ? 32512 / most : 0.0f;  // 127 * 256
+            const float most = greatest(own, size), factor = most > 0.0f ? limit / most : 0.0f;
             int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < size; ++i) {
@@ -326,7 +324,7 @@ struct Int8Scores {
                 high[row * padded + i] = static_cast<int8_t>((whole - lower) >> 8);
                 sum += whole;
             }
-            scales[row] = most / 32512;
+            scales[row] = most / limit;
             excess[row] = 128 * sum;
         }
     }
