@@ -61,7 +61,7 @@ def test_compiled_kernels_make_the_tokens_of_plain_pytorch(tiny: Tiny, kind: str
 def test_preempted_requests_and_shared_blocks(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     common = prompts_of([100])[0]
     prompts = [[*common[: 10 * number], *end] for number, end in enumerate(prompts_of([5] * 8, seed=1))]
-    options = {"kv_dtype": "int8", "kernels": "plain"}
+    options: dict[str, Any] = {"kv_dtype": "int8", "kernels": "plain"}
     disturbed = generate(tiny("llama"), prompts, prefill_tokens=24, prefix_caching=True, **options)
     monkeypatch.undo()
     undisturbed = generate(tiny("llama"), prompts, reserve=True, **options)

@@ -112,9 +112,6 @@ struct Call {
     }
 };
 
-// The numbers that a head's sums take in decode, of which 64 are added up at a time.
-constexpr int64_t padded_sums(int64_t value_dim) { return (value_dim + 63) / 64 * 64; }
-
 // A buffer that grows as needed, aligned to 64 bytes; its old content is not kept.
 template <typename T>
 class Scratch {
@@ -131,13 +128,14 @@ class Scratch {
 
 // ---- decode, one new token: kv heads [first, last) of a request, over `count` of its tokens
 
-constexpr int64_t SPAN = 256;  // tokens of a piece at most; always the same, so that sums do not depend on the threads
+constexpr int64_t SPAN = 512;  // tokens of a piece at most; always the same, so that sums do not depend on the threads
 constexpr int64_t LANES = 16;
 
 // Where the keys or values of a span's tokens lie, and what is read after them: rows past the last token are for prefetching.
 template <typename S>
 struct Rows {
-    const S* of[SPAN + 2 * LANES];
+    static constexpr int64_t AHEAD = std::is_same_v<S, int8_t> ? 2 * LANES : LANES;  // tokens, of about as many bytes
+    const S* of[SPAN + AHEAD + LANES];
 
     // `zero` is where those of slot 0 lie, and slots are `stride` apart.
     template <typename T>
@@ -148,12 +146,12 @@ struct Rows {
             of[token] = zero + (*block * c.block_tokens + within) * stride;
             if (++within == c.block_tokens) ++block, within = 0;
         }
-        std::fill(of + count, of + count + 2 * LANES, of[count - 1]);
+        std::fill(of + count, of + count + AHEAD + LANES, of[count - 1]);
     }
 
     // Has what is read next follow the `count` tokens, of which 16 are read at a time.
     void follow(const Rows& next, int64_t count) {
-        std::copy_n(next.of, LANES, of + (count + LANES - 1) / LANES * LANES);
+        std::copy_n(next.of, AHEAD, of + (count + LANES - 1) / LANES * LANES);
     }
 };
 
@@ -185,7 +183,7 @@ int64_t place_of_sum(int64_t i) {
 template <typename T, typename S>
 void sum_values(const Call<T, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, const float* weights,
                 float* sums) {
-    const int64_t rows = (last - first) * c.group(), width = padded_sums(c.value_dim);
+    const int64_t rows = (last - first) * c.group(), width = partial_size(c.value_dim);
     for (int64_t token = 0; token < count; ++token)
         for (int64_t row = 0; row < rows; ++row) {
             const S* v = values.of[token] + row / c.group() * stored_size<S>(c.value_dim);
@@ -351,7 +349,7 @@ struct Int8Scores {
     }
 };
 
-// As above, for 16 tokens at a time; the next 16 are prefetched meanwhile.
+// As above, for 16 tokens at a time; those further on are prefetched meanwhile.
 template <typename S>
 void score_tokens(const Call<bfloat16, S>& c, int64_t request, int64_t first, int64_t last, const Rows<S>& keys,
                   int64_t count, float* scores) {
@@ -361,7 +359,7 @@ void score_tokens(const Call<bfloat16, S>& c, int64_t request, int64_t first, in
     const int64_t stored = stored_size<S>(c.key_dim);
     for (int64_t token = 0; token < count; token += LANES)
         for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(keys.of + token + LANES, head * stored, c.key_dim);
+            prefetch(keys.of + token + Rows<S>::AHEAD, head * stored, stored);
             products.of(keys.of + token, head * stored, head * c.group(), (head + 1) * c.group(),
                         [&](int64_t row, __m512 sums) { _mm512_storeu_ps(scores + row * SPAN + token, sums); });
         }
@@ -412,11 +410,11 @@ template <typename S>
 void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count,
                 const float* weights, float* sums) {
     constexpr int64_t AT_A_TIME = 4;  // rows
-    const int64_t stored = stored_size<S>(c.value_dim), width = padded_sums(c.value_dim);
+    const int64_t stored = stored_size<S>(c.value_dim), width = partial_size(c.value_dim);
     for (int64_t token = 0; token < count; token += LANES) {
         const int64_t tokens = std::min(LANES, count - token);
         for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(values.of + token + LANES, head * stored, c.value_dim);
+            prefetch(values.of + token + Rows<S>::AHEAD, head * stored, stored);
             const int64_t end = (head + 1) * c.group();
             for (int64_t row = head * c.group(); row < end; row += AT_A_TIME) {
                 const int64_t some = std::min(AT_A_TIME, end - row);
@@ -514,23 +512,20 @@ void write_output(const Call<T, S>& c, int64_t request, int64_t head, const Part
 template <typename T, typename S>
 void attend_span(const Call<T, S>& c, const Partials& partials, int64_t request, int64_t number, int64_t span, int64_t first,
                  int64_t last) {
-    thread_local Scratch<float> scores_memory, sums_memory;
+    thread_local Scratch<float> scores_memory;
     const int64_t begin = c.starts[c.offsets[request]] + number * SPAN, count = std::min(SPAN, c.lengths[request] - begin);
-    const int64_t rows = (last - first) * c.group(), width = padded_sums(c.value_dim);
-    float* scores = scores_memory.take(rows * SPAN);
-    float* sums = sums_memory.take(rows * width);
+    float* scores = scores_memory.take((last - first) * c.group() * SPAN);
     Rows<S> keys(c, request, begin, count, c.key(0, first), c.kv_heads * stored_size<S>(c.key_dim));
     const Rows<S> values(c, request, begin, count, c.value(0, first), c.kv_heads * stored_size<S>(c.value_dim));
     keys.follow(values, count);
     score_tokens(c, request, first, last, keys, count, scores);
-    std::fill(sums, sums + rows * width, 0.0f);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = first * c.group() + row;
-        weigh(c, request, head, begin, count, number ? nullptr : c.sink(head), scores + row * SPAN, partials.of(span, head));
+    for (int64_t head = first * c.group(); head < last * c.group(); ++head) {
+        const Partial partial = partials.of(span, head);
+        const float* sink = number ? nullptr : c.sink(head);
+        weigh(c, request, head, begin, count, sink, scores + (head - first * c.group()) * SPAN, partial);
+        std::fill_n(partial.sums, padded_sums(c.value_dim), 0.0f);
     }
-    sum_values(c, first, last, values, count, scores, sums);
-    for (int64_t row = 0; row < rows; ++row)
-        std::copy_n(sums + row * width, width, partials.of(span, first * c.group() + row).sums);
+    sum_values(c, first, last, values, count, scores, partials.of(span, first * c.group()).sums);
 }
 
 // ---- prefill: new tokens [from, to) of a request, one kv head
@@ -923,12 +918,11 @@ void attend_prefill(const Call<bfloat16, S>& c, bool in_tiles, int64_t threads) 
 
 Spans divide_into_spans(const Places& places, int64_t requests, int64_t partial_numbers) {
     thread_local std::vector<int64_t> first;
-    thread_local std::vector<float> partials;
+    thread_local Scratch<float> partials;
     first.assign(1, 0);
     for (int64_t i = 0; i < requests; ++i)
         first.push_back(first.back() + (places.lengths[i] - places.starts[places.offsets[i]] + SPAN - 1) / SPAN);
-    partials.resize(first.back() * partial_numbers);
-    return {first.data(), partials.data()};
+    return {first.data(), partials.take(first.back() * partial_numbers)};
 }
 
 // Attention of one new token of each request, as attention() computes it, from queries query_stride numbers apart.

@@ -45,8 +45,9 @@ struct Spans {
     float* partials;
 };
 
-// The numbers of a head's partial.
-constexpr int64_t partial_size(int64_t value_dim) { return (value_dim + 63) / 64 * 64 + 16; }
+// The numbers that a head's sums take, of which 64 are added up at a time, and those of its partial.
+constexpr int64_t padded_sums(int64_t value_dim) { return (value_dim + 63) / 64 * 64; }
+constexpr int64_t partial_size(int64_t value_dim) { return padded_sums(value_dim) + 16; }
 
 // Where the inputs of an int8 product lie as integers, (rows, padded_inputs), and their scales, (rows).
 struct Quantised {
