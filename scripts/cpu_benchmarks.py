@@ -165,6 +165,11 @@ BENCHMARKS = {
         "The same on 48 requests of about 32 prompt tokens with 256 new ones, in two rounds.",
         f"--repeats 2 {SCHEDULES} --workload long_outputs {OPT}",
     ),
+    "schedules-single": Benchmark(
+        "The same on 6 requests of about 128 prompt tokens with 128 new ones, each after the one before, in two rounds: a "
+        "step never has both phases.",
+        f"--repeats 2 {SCHEDULES} --workload single {OPT}",
+    ),
     "prefix-caching": Benchmark(
         "64 reports, each behind the same four examples, with prefix caching and without.",
         "--variant 'shared: --prefix_caching' --variant 'alone: --no-prefix_caching' --case_id 4 --same_examples --limit 64 "

@@ -283,6 +283,13 @@ def test_requests_of_low_priority_are_served_first_and_none_starves(tiny: Callab
     assert [output.priority for output in outputs] == priority
 
 
+def test_requests_that_are_predicted_to_end_soon_are_served_first(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("llama"), policy="shortest_remaining", max_batch=1) as llm:
+        predicted: list[Any] = [None, np.int64(8), 2]
+        outputs = llm.generate([[5] * 20] * 3, SamplingParams(max_tokens=9), predicted_tokens=predicted)
+    assert [output.request_id for output in sorted(outputs, key=lambda each: each.metrics.token_ns[0])] == [2, 1, 0]
+
+
 def test_what_the_policy_does_not_read_is_refused(tiny: Callable[[str], Path]) -> None:
     with LLM(tiny("opt"), policy="fcfs") as llm:
         assert llm.config.policy == "first_come"
@@ -290,6 +297,10 @@ def test_what_the_policy_does_not_read_is_refused(tiny: Callable[[str], Path]) -
             llm.generate([[3]], priority=[1])
         with pytest.raises(InputError, match="ttft_target_ms is for policy deadline, and this is first_come"):
             llm.generate([[3]], ttft_target_ms=[100])
+        with pytest.raises(
+            InputError, match="predicted_tokens is for policy shortest_remaining, and this is first_come"
+        ):
+            llm.generate([[3]], predicted_tokens=[100])
 
 
 def test_priorities_and_targets_that_are_none_are_refused(tiny: Callable[[str], Path]) -> None:
@@ -300,6 +311,8 @@ def test_priorities_and_targets_that_are_none_are_refused(tiny: Callable[[str], 
             llm.generate([[3], [4]], ttft_target_ms=[None, 0])
         with pytest.raises(InputError, match=r"request 0: priority must be a whole number, not 1\.5"):
             llm.make_requests([[3]], priority=[1.5])  # type: ignore[list-item]  # wrong on purpose
+        with pytest.raises(InputError, match="request 1: predicted_tokens must be a whole number of 1 or more, not 0"):
+            llm.make_requests([[3], [4]], predicted_tokens=[None, 0])
 
 
 def test_lists_that_do_not_match_the_prompts_are_refused(tiny: Callable[[str], Path]) -> None:
@@ -334,6 +347,7 @@ def test_generation_settings_of_a_checkpoint_are_applied_if_asked_for_and_named(
         ("sequential", "none", plain, "is not applied: repetition_penalty=5.0; generation_config checkpoint does"),
         ("generate", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
         ("sequential", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
+        ("mp", "checkpoint", penalised, "are the checkpoint's own: repetition_penalty=5.0"),
     ):
         params = [SamplingParams(max_tokens=30), SamplingParams(max_tokens=30, repetition_penalty=1e-3)]
         with LLM(directory, mode=mode, generation_config=choice) as llm:

@@ -87,6 +87,9 @@ def entry_point() -> None:
         exit_code = main()
     except KeyboardInterrupt:  # another one, while the first was being reported
         exit_code = 128 + signal.SIGINT
+    # an interrupt within an exec of text, as when a dataclass is made, is remembered though it was handled, and Python would
+    # end itself by SIGINT with another exit code; the next exec forgets it
+    exec("")
     gc.freeze()  # Python's exit would go through them once more
     # only Python's own exit is left, where another Ctrl-C would print a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,7 +7,7 @@ from splitwiser import constants
 from splitwiser.errors import InputError
 from splitwiser.options import option
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.modes import find_mode
+from splitwiser.placement.modes import find_backend, find_mode
 from splitwiser.results.goodput import parse_goodput
 from splitwiser.workload.cases import Case, get_case
 from splitwiser.workload.config import WorkloadConfig
@@ -31,8 +31,8 @@ class RunConfig(WorkloadConfig, EngineConfig):
         EngineConfig.__post_init__(self)
         if case is not None:
             self._check_case(case)
-        # looking costs little here, where vLLM's split engines copy what they keep
-        may_find = self.same_examples or (case is not None and case.examples and self.backend == "hf")
+        copies = find_backend(self.backend).copies_kept
+        may_find = self.same_examples or (case is not None and case.examples and not copies)
         if self.prefix_caching is None and may_find and find_mode(self.mode).layout is not None:
             object.__setattr__(self, "prefix_caching", True)
         check_results(self.results)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
@@ -191,6 +192,7 @@ class LLM:
         *,
         priority: Sequence[int] | None = None,
         ttft_target_ms: Sequence[float | None] | None = None,
+        predicted_tokens: Sequence[int | None] | None = None,
     ) -> list[Request]:
         """Tokenise ``prompts`` and return their requests, after taking the memory of the KV pool that they can use at once.
         Arguments and errors are those of :meth:`generate`."""
@@ -212,6 +214,7 @@ class LLM:
             adapters,
             priority=priority,
             ttft_target_ms=ttft_target_ms,
+            predicted_tokens=predicted_tokens,
         )
         for request in requests:
             if problem := self.started.find_request_problem(request):
@@ -228,6 +231,7 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         priority: Sequence[int] | None = None,
         ttft_target_ms: Sequence[float | None] | None = None,
+        predicted_tokens: Sequence[int | None] | None = None,
         max_concurrency: int | None = None,
         observer: Observer | None = None,
         use_tqdm: bool = False,
@@ -247,6 +251,8 @@ class LLM:
                 ``priority``, or one of your own that reads it.
             ttft_target_ms: the TTFT that each prompt is to have, in milliseconds after its arrival, or None for the
                 policy's own. Needs policy ``deadline``, or one of your own that reads it.
+            predicted_tokens: how many new tokens each prompt is predicted to come to, or None for its ``max_tokens``. Needs
+                policy ``shortest_remaining``, or one of your own that reads it.
             max_concurrency: if given, this many requests arrive at the call, and each further one when another finishes.
             observer: receives each step and each finished request during the run.
             use_tqdm: whether to show a progress bar.
@@ -257,7 +263,8 @@ class LLM:
             raise InputError("with max_concurrency requests arrive as others finish; leave arrival_s out")
         if max_concurrency is not None and max_concurrency < 1:
             raise InputError(f"max_concurrency must be 1 or more, not {max_concurrency}")
-        for name, given in (("priority", priority), ("ttft_target_ms", ttft_target_ms)):
+        own = {"priority": priority, "ttft_target_ms": ttft_target_ms, "predicted_tokens": predicted_tokens}
+        for name, given in own.items():
             if given is not None and not reads(self.config.policy, name):
                 raise InputError(
                     f"{name} is for --policy {' or '.join(READ_BY[name])}, and this is {self.config.policy}"
@@ -269,7 +276,13 @@ class LLM:
             for number, prompt in enumerate(prompts)
         ]
         requests = self.make_requests(
-            prompts, sampling_params, arrival_s, adapter, priority=priority, ttft_target_ms=ttft_target_ms
+            prompts,
+            sampling_params,
+            arrival_s,
+            adapter,
+            priority=priority,
+            ttft_target_ms=ttft_target_ms,
+            predicted_tokens=predicted_tokens,
         )
         observer = observer or Observer()
         with ProgressBar(observer, requests, self.config.mode) if use_tqdm else nullcontext(observer) as watching:
@@ -365,9 +378,10 @@ def make_requests(
     *,
     priority: Sequence[int] | None = None,
     ttft_target_ms: Sequence[float | None] | None = None,
+    predicted_tokens: Sequence[int | None] | None = None,
 ) -> list[Request]:
     """Tokenise ``prompts`` for ``model`` and return their requests, with one of ``sampling_params``, ``arrival_s`` and,
-    where they are given, of ``adapters``, ``priority`` and ``ttft_target_ms`` each.
+    where they are given, of ``adapters``, ``priority``, ``ttft_target_ms`` and ``predicted_tokens`` each.
 
     There is a request for each sample of a prompt (``n``), one after another. A prompt without its own seed gets one from
     ``seed`` and its number. Raises :class:`InputError` for a request that
@@ -376,19 +390,20 @@ def make_requests(
     adapters = [NO_ADAPTER] * len(prompts) if adapters is None else adapters
     priorities = [0] * len(prompts) if priority is None else priority
     targets = [None] * len(prompts) if ttft_target_ms is None else ttft_target_ms
+    predictions = [None] * len(prompts) if predicted_tokens is None else predicted_tokens
     per_prompt: dict[str, Sequence[Any]] = {
         "sampling_params": sampling_params, "arrival_s": arrival_s, "adapter": adapters, "priority": priorities,
-        "ttft_target_ms": targets,
+        "ttft_target_ms": targets, "predicted_tokens": predictions,
     }  # fmt: skip
     for name, given in per_prompt.items():
         if len(given) != len(prompts):
             raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one each")
     requests: list[Request] = []
-    for number, (prompt, params, arrival, adapter, rank, target_ms) in enumerate(
+    for number, (prompt, params, arrival, adapter, rank, target_ms, predicted) in enumerate(
         zip(prompts, *per_prompt.values(), strict=True)
     ):
         check_arrival(arrival, f"request {number}")
-        _check_urgency(rank, target_ms, f"request {number}")
+        _check_urgency(rank, target_ms, predicted, f"request {number}")
         if params.stop and model.tokenizer is None:
             raise InputError(f"request {number}: stop strings need a tokenizer, and {model.name} has none")
         own_seed = params.seed if params.seed is not None else seed * 1_000_003 + number
@@ -397,8 +412,8 @@ def make_requests(
             room = _room(model, f"request {number}", len(token_ids), capacity_tokens, adapter)
             params = replace(params, max_tokens=room)
         request = Request(
-            len(requests), token_ids, params, own_seed, arrival, adapter, model.encodes, rank, target_ms, number
-        )
+            len(requests), token_ids, params, own_seed, arrival, adapter, model.encodes, rank, target_ms, predicted, number
+        )  # fmt: skip
         check_fits(request, model, capacity_tokens)
         requests.append(request)
         for sample in range(1, params.n):
@@ -407,12 +422,17 @@ def make_requests(
     return requests
 
 
-def _check_urgency(priority: object, ttft_target_ms: float | None, where: str) -> None:
-    """Raise :class:`InputError` for a priority that is no whole number, or a target that is no time."""
-    if not isinstance(priority, int):
+def _check_urgency(priority: object, ttft_target_ms: float | None, predicted_tokens: object, where: str) -> None:
+    """Raise :class:`InputError` for a priority that is no whole number, a target that is no time, or a prediction that is no
+    number of tokens."""
+    if not isinstance(priority, Integral):  # numpy's too
         raise InputError(f"{where}: priority must be a whole number, not {shorten(priority)}")
     if ttft_target_ms is not None and not 0 < ttft_target_ms < math.inf:
         raise InputError(f"{where}: ttft_target_ms must be more than 0 milliseconds, not {ttft_target_ms}")
+    if predicted_tokens is not None and (not isinstance(predicted_tokens, Integral) or predicted_tokens < 1):
+        raise InputError(
+            f"{where}: predicted_tokens must be a whole number of 1 or more, not {shorten(predicted_tokens)}"
+        )
 
 
 def _token_ids(model: LoadedModel, where: str, prompt: PromptInput) -> tuple[int, ...]:

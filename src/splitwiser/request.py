@@ -248,9 +248,9 @@ NO_ADAPTER = Adapter("none")
 class Request:
     """One tokenised prompt with its parameters, of which ``max_tokens`` is a number; ``arrival_s`` is in seconds after the
     start of the run. ``encoded``: the prompt is read as a whole by an encoder, and the decoder begins with a token of its
-    own. Policies may order waiting requests by ``priority``, the lowest first, and by ``ttft_target_ms``, the TTFT in
-    milliseconds that it is to have. It is number ``sample`` of the samples of prompt number ``prompt_id``; if it
-    ``shares_prompt``, there are others."""
+    own. Policies may order waiting requests by ``priority``, the lowest first, by ``ttft_target_ms``, the TTFT in
+    milliseconds that it is to have, and by ``predicted_tokens``, the number of new tokens that it is predicted to come to.
+    It is number ``sample`` of the samples of prompt number ``prompt_id``; if it ``shares_prompt``, there are others."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -261,6 +261,7 @@ class Request:
     encoded: bool = False
     priority: int = 0
     ttft_target_ms: float | None = None
+    predicted_tokens: int | None = None
     prompt_id: int = 0
     sample: int = 0
 

@@ -57,6 +57,7 @@ def run(config: RunConfig, job: Job | None = None) -> RunResult:
             job.adapters,
             priority=job.priority,
             ttft_target_ms=job.ttft_target_ms,
+            predicted_tokens=job.predicted_tokens,
         )
         directory = make_run_directory(Path(config.results), llm.model.name, job.label, config.mode)
         recorder = RunRecorder(

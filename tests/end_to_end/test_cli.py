@@ -168,7 +168,7 @@ def test_requests_with_priorities(
     workload = write_workload(tmp_path / "urgent.json", prompts)
     done = invoke(
         "run", "--model", tiny("llama"), "--workload", workload, "--ignore_eos", "--max_batch", "1", "--policy", policy,
-        "--results", tmp_path / "out",
+        "--prefix_caching", "--results", tmp_path / "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ("note: priority of the requests changes nothing: it is for --policy priority" in done.stdout) == noted
@@ -179,6 +179,8 @@ def test_requests_with_priorities(
     record = yaml.safe_load((directory / "run.yaml").read_text())
     assert record["configuration"]["policy"] == policy.replace("fcfs", "first_come")
     assert record["policy"].get("ageing_s") == (None if noted else 60)
+    assert record["schedule"] == {"class": "splitwiser.engine.schedule:Alternate"}
+    assert (record["kv_pool"]["reserve"], record["kv_pool"]["prefix_caching"]) == (False, True)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "generate"])
@@ -362,6 +364,26 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+def test_ctrl_c_while_a_dataclass_is_made_gives_the_exit_code_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text("""
+from splitwiser import cli
+
+
+def main():
+    try:
+        exec("import os, signal; os.kill(os.getpid(), signal.SIGINT)")  # dataclasses make their methods by exec
+    except KeyboardInterrupt:
+        return 130
+
+
+cli.main = main
+cli.entry_point()
+""")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "interrupted"], timeout=60, check=False, env=environment)
+    assert done.returncode == 130
 
 
 def test_a_folder_that_has_been_deleted_is_named(tmp_path: Path) -> None:

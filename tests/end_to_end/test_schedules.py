@@ -63,7 +63,7 @@ def test_every_schedule_with_waiting_requests(schedule: str, kernels: str, tiny:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "budget"), [(1, 2048), (2, 7), (2, 64)])
+@pytest.mark.parametrize(("count", "budget"), [(1, 2048), (2, 1), (2, 7), (2, 64)])
 def test_hybrid_steps_in_processes(count: int, budget: int, tiny: Callable[[str], Path]) -> None:
     prompts = prompts_of(LENGTHS)
     workers = [{"role": "mixed", "count": count}]

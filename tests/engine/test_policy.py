@@ -217,6 +217,7 @@ def test_what_a_policy_reads_of_requests_is_known() -> None:
     assert reads(f"{__name__}:Tuned", "priority")  # it may
     assert not reads("fcfs", "priority")
     assert not reads("priority", "ttft_target_ms")
+    assert reads("shortest_remaining", "predicted_tokens")
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,20 @@ def request(
     *,
     priority: int = 0,
     target_ms: float | None = None,
+    predicted: int | None = None,
     arrival_s: float = 0,
 ) -> Request:
     params = SamplingParams(max_tokens=new)
-    return Request(number, (1,) * prompt, params, 0, arrival_s, priority=priority, ttft_target_ms=target_ms)
+    return Request(
+        number,
+        (1,) * prompt,
+        params,
+        0,
+        arrival_s,
+        priority=priority,
+        ttft_target_ms=target_ms,
+        predicted_tokens=predicted,
+    )
 
 
 def waiting(requests: Sequence[Request]) -> list[WaitingRequest]:
@@ -43,6 +53,11 @@ def order(policy: Policy, requests: Sequence[Request], now_s: float = 0) -> list
     [
         (ShortestPrompt(), [request(0, 9), request(1, 2, 90), request(2, 5)], [1, 2, 0]),
         (ShortestRemaining(), [request(0, 9), request(1, 2, 90), request(2, 5)], [2, 0, 1]),
+        (
+            ShortestRemaining(),
+            [request(0, 9), request(1, 2, 90, predicted=6), request(2, 5, 3, predicted=2)],
+            [2, 1, 0],
+        ),
         (Priority(), [request(0), request(1, priority=-3), request(2, priority=2)], [1, 0, 2]),
         (Deadline(ttft_target_ms=500), [request(0), request(1, target_ms=100), request(2, target_ms=900)], [1, 0, 2]),
         (Deadline(), [request(0, target_ms=900), request(1, target_ms=100, arrival_s=1)], [0, 1]),
@@ -51,6 +66,14 @@ def order(policy: Policy, requests: Sequence[Request], now_s: float = 0) -> list
 )
 def test_the_lowest_rank_goes_first(policy: Policy, requests: list[Request], expected: list[int]) -> None:
     assert order(policy, requests) == expected
+
+
+def test_what_a_preempted_request_has_made_is_prefilled_and_not_generated_again() -> None:
+    fresh, preempted, surprising = (
+        WaitingRequest(each, 0) for each in (request(0, 4, 9), request(1, 4, 9), request(2, 4, 9, predicted=2))
+    )
+    preempted.token_ids = surprising.token_ids = [5] * 3
+    assert [ShortestRemaining().rank(each) for each in (fresh, preempted, surprising)] == [13, 13, 8]
 
 
 def test_prompts_are_packed_in_the_same_order_by_what_they_have_left() -> None:

@@ -283,6 +283,14 @@ def test_cancelled_while_its_handoff_is_on_its_way(bench: Bench) -> None:
     assert pair.sent(Dropped) == 0
 
 
+def test_a_cancel_of_the_run_before_leaves_a_request_of_the_same_id_alone(bench: Bench) -> None:
+    pair = Pair(bench)
+    pair.decode.step_once()
+    bench.wire.boxes["prefill-0"].append(Drop(0, "decode-1"))  # overtaken by the task of another worker
+    run(pair.prefill, pair.decode)
+    assert pair.finished == [(0, "length")]
+
+
 def test_cancelled_while_it_runs(bench: Bench) -> None:
     pair = Pair(bench)
     while len(bench.tokens().get(0, [])) < 3:

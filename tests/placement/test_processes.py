@@ -25,7 +25,7 @@ from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Seen, Trigger
-from tests.support.processes import session_of
+from tests.support.processes import abandoned_segments, session_of, wait_for
 from tests.support.running import Running
 from tests.support.tokens import LENGTHS, prompts_of, references, room_for
 
@@ -383,10 +383,10 @@ def test_an_exception_in_a_worker_is_reported_with_its_traceback(tiny: Callable[
 
 @pytest.fixture
 def running(tmp_path: Path, tiny: Callable[[str], Path]) -> Iterator[Running]:
-    segments = set(Path("/dev/shm").iterdir())
+    segments = abandoned_segments()
     run = Running(tmp_path, tiny("opt"))
     yield run
-    assert set(Path("/dev/shm").iterdir()) <= segments
+    wait_for(lambda: abandoned_segments() <= segments, "end of the shared memory")
     for pid in session_of(run.process.pid):
         os.kill(pid, signal.SIGKILL)
 

@@ -4,10 +4,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from splitwiser import LLM
+from splitwiser import LLM, constants
+from splitwiser.engine.policy import find_policy
 from splitwiser.engine.schedule import SCHEDULES, Hybrid, find_schedule
 from splitwiser.placement.layout import ONE_MIXED, ONE_OF_EACH, WorkerGroup, WorkerLayout
 from splitwiser.request import Request, RequestOutput, SamplingParams
@@ -239,21 +241,29 @@ def test_more_interference_never_ends_a_run_sooner() -> None:
     assert last[0] < last[-1]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_schedule_is_the_real_engines(schedule: str, tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        *(({"schedule": schedule}, 1) for schedule in SCHEDULES),
+        ({"policy": "shortest_remaining:ageing_s=inf"}, 1),
+        ({"reserve": True}, 1),
+        ({"prefix_caching": True}, 1),
+        ({}, 3),
+    ],
+)
+def test_the_schedule_is_the_real_engines(options: dict[str, Any], samples: int, tiny: Callable[[str], Path]) -> None:
     """Which steps ran, with how many requests and tokens: in mode sequential that does not depend on time."""
     prompts = [list(range(1, 2 + (7 * n) % 60)) for n in range(30)]
-    params = [SamplingParams(max_tokens=1 + n % 9, ignore_eos=True) for n in range(30)]
+    params = [SamplingParams(max_tokens=1 + n % 9, ignore_eos=True, n=samples) for n in range(30)]
     real, predicted = Seen(), Seen()
-    with LLM(
-        tiny("opt"), mode="sequential", kv_memory="400KiB", max_batch=6, prefill_tokens=40, schedule=schedule
-    ) as llm:
+    with LLM(tiny("opt"), mode="sequential", kv_memory="400KiB", max_batch=6, prefill_tokens=40, **options) as llm:
         llm.generate(prompts, params, observer=real)
         assert llm.started.pool is not None
         machine = Machine({1: ONE_THREAD}, None, llm.started.pool.blocks)
         requests = llm.make_requests(prompts, params)
-    setup = Setup(ONE_MIXED, 40, 6, schedule=find_schedule(schedule))
-    simulate(requests, machine, setup, Conditions(), observer=predicted)
+    schedule = options.get("schedule", constants.SCHEDULE)
+    planned = {**options, "schedule": find_schedule(schedule), "policy": find_policy(options.get("policy", "fcfs"))}
+    simulate(requests, machine, Setup(ONE_MIXED, 40, 6, **planned), Conditions(), observer=predicted)
     steps = [
         [(step.phase, step.requests, step.tokens, step.decode_tokens) for step in seen.steps]
         for seen in (real, predicted)

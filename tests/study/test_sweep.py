@@ -89,12 +89,22 @@ def test_a_wrong_file_is_named(content: dict[str, Any], parts: list[str], tmp_pa
         ({"limit": [2, 3, 2]}, ["point 3 (limit 2) is the same as point 1"]),
         ({"temperature": [0, 0.0]}, ["point 2 (temperature 0.0) is the same as point 1"]),
         ({"results": ["here"]}, ["point 1 (results here): 'results' is the sweep's"]),
+        ({"model": ["radiology-opt", "opt-125"]}, ["point 2 (model opt-125): unknown model 'opt-125'"]),
     ],
 )
 def test_a_wrong_point_is_refused_before_anything_runs(grid: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", base={"case_id": 0}, grid=grid)
     assert_says(refusal(sweep, read_sweep(file), file, tmp_path / "out", fresh=False), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_no_pytorch_is_checked_of_all_points_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thorough: list[RunConfig] = []
+    monkeypatch.setattr("splitwiser.study.sweep.check_thoroughly", thorough.append)
+    file = write(tmp_path / "s.yaml", grid={"data": ["models/data", "none.csv"]})
+    line = refusal(sweep, read_sweep(file), file, tmp_path / "out", fresh=False)
+    assert_says(line, "point 2 (data none.csv): data none.csv: no such file or directory")
+    assert thorough == []
 
 
 @pytest.mark.parametrize(

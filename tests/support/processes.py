@@ -1,7 +1,9 @@
-"""Other processes: waiting for what they do, and finding them."""
+"""Other processes: waiting for what they do, and finding them and what they leave."""
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -34,4 +36,18 @@ def session_of(pid: int) -> list[int]:
             continue
         if int(fields[3]) == pid and fields[0] != "Z":
             found.append(int(stat.parent.name))
+    return found
+
+
+def abandoned_segments() -> set[Path]:
+    """Segments of this user's shared memory that no process has open or mapped: others come and go with other programs."""
+    found = set()
+    for path in Path("/dev/shm").iterdir():
+        with suppress(OSError):  # it has gone since
+            if path.stat().st_uid == os.getuid():
+                found.add(path)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or it has ended since
+            found -= {Path(os.path.realpath(link)) for link in (process / "fd").iterdir()}
+            found -= {path for path in found if f"{path}\n" in (process / "maps").read_text()}
     return found

@@ -60,7 +60,8 @@ class Running:
         return pid
 
     def ended(self) -> str:
-        _, errors = self.process.communicate(timeout=30)
+        # until its last process has ended: the fork server notices an end only after its imports, which take long under load
+        _, errors = self.process.communicate(timeout=150)
         assert self.left_over() == []
         return errors
 

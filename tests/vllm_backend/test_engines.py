@@ -20,7 +20,7 @@ from tests.support.assertions import assert_says, refusal
 from tests.support.commands import finished, only_run
 from tests.support.models import make_tiny
 from tests.support.observers import Canceller, Seen, Trigger
-from tests.support.processes import session_of, wait_for
+from tests.support.processes import abandoned_segments, session_of, wait_for
 from tests.support.running import Running
 from tests.support.tokens import prompts_of, references
 
@@ -243,14 +243,14 @@ def test_a_stopped_engine_is_noticed(wide: Callable[[str], Path], options: dict[
 def running(
     tmp_path: Path, wide: Callable[[str], Path], vllm_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Running]:
-    segments = set(Path("/dev/shm").iterdir())
+    segments = abandoned_segments()
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     more = ["--backend", "vllm", "--backend_python", vllm_python, "--kernels", "plain", "--kv_memory", "4MiB"]
     run = Running(tmp_path, wide("opt"), options=[*more, "--load_format", "dummy"])
     yield run
-    assert set(Path("/dev/shm").iterdir()) <= segments
+    wait_for(lambda: abandoned_segments() <= segments, "end of the shared memory")
     wait_for(lambda: not list(temporary.glob("splitwiser-*")), "end of the checkpoint")
     for pid in session_of(run.process.pid):
         os.kill(pid, signal.SIGKILL)

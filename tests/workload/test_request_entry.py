@@ -29,13 +29,13 @@ def test_a_line_is_a_prompt_or_a_chat_with_its_own_parameters(tmp_path: Path) ->
         "",
         {"messages": CHAT, "max_tokens": 5, "arrival_s": 0.5, "temperature": 1, "seed": 7},
         {"prompt": [4, 5], "max_tokens": 1},
-        {"prompt": [6], "max_tokens": 1, "priority": -2, "ttft_target_ms": 250},
+        {"prompt": [6], "max_tokens": 9, "priority": -2, "ttft_target_ms": 250, "predicted_tokens": 4},
     )
     assert read_request_lines(path) == [
         PlannedRequest("größe", 0, 3, 0.0, Report("größe"), {"stop": "."}),
         PlannedRequest({"messages": CHAT}, 0, 5, 0.5, Report("Who wrote Hamlet?"), {"temperature": 1.0, "seed": 7}),
         PlannedRequest((4, 5), 0, 1),
-        PlannedRequest((6,), 0, 1, priority=-2, ttft_target_ms=250.0),
+        PlannedRequest((6,), 0, 9, priority=-2, ttft_target_ms=250.0, predicted_tokens=4),
     ]
 
 
@@ -93,6 +93,7 @@ FINE = {"prompt": "a", "max_tokens": 2}
         ({**FINE, "arrival_s": -1}, "'arrival_s' must be 0 or more seconds, not -1"),
         ({**FINE, "priority": 0.5}, "'priority' must be a whole number, not 0.5"),
         ({**FINE, "ttft_target_ms": 0}, "'ttft_target_ms' must be more than 0 milliseconds, not 0"),
+        ({**FINE, "predicted_tokens": 0}, "'predicted_tokens' must be a whole number of 1 or more, not 0"),
         ({**FINE, "prompt": "b \ud83d"}, "character 3 is half of a surrogate pair"),
         ({"messages": "hello", "max_tokens": 2}, "'messages' must be a list of messages, not 'hello'"),
         ({"messages": [], "max_tokens": 2}, "a chat needs at least one message"),

@@ -85,10 +85,12 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Tells a prefill worker to give up the prompt of a cancelled request, if it has it, has not finished it, and no other
-    prompt waits for what it fills."""
+    """Tells a prefill worker to give up the prompt of a cancelled request of ``decode_worker``, if it has it, has not
+    finished it, and no other prompt waits for what it fills. The next run has requests of the same ids, perhaps of other
+    workers."""
 
     request_id: int
+    decode_worker: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,9 @@ POLICIES = {
 SPELLINGS = {"fcfs": "first_come"}
 """Names that other engines have for policies."""
 
-READ_BY = {"priority": ("priority",), "ttft_target_ms": ("deadline",)}
+READ_BY = {
+    "priority": ("priority",), "ttft_target_ms": ("deadline",), "predicted_tokens": ("shortest_remaining",)
+}  # fmt: skip
 """Which policies of the table read these fields of a :class:`~splitwiser.request.Request`."""
 
 

@@ -51,10 +51,11 @@ class Prefiller:
             )
         )
 
-    def drop(self, request_id: int) -> PrefillTask | None:
-        """Give up the prompt of a cancelled request. Returns its task, or None if there is no such prompt, or if another one
-        waits for what it fills."""
-        dropped = next((prompt for prompt in self._prompts if prompt.request.request_id == request_id), None)
+    def drop(self, request_id: int, decode_worker: str) -> PrefillTask | None:
+        """Give up the prompt of a cancelled request of ``decode_worker``. Returns its task, or None if there is no such
+        prompt, or if another one waits for what it fills."""
+        tasks = {(prompt.task.request.request_id, prompt.task.decode_worker): prompt for prompt in self._prompts}
+        dropped = tasks.get((request_id, decode_worker))
         if dropped is None or any(prompt.follows is dropped and not prompt.is_ready for prompt in self._prompts):
             return None
         self._prompts.remove(dropped)

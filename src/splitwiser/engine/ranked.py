@@ -56,11 +56,14 @@ class ShortestPrompt(Ranked):
 
 
 class ShortestRemaining(Ranked):
-    """The least work first: prompt tokens that are still to be prefilled, and the most new tokens that may follow."""
+    """The least work first: tokens that are still to be prefilled, and the new tokens that follow: as many as
+    :attr:`~splitwiser.request.Request.predicted_tokens` says, else the most that may."""
 
     def rank(self, waiting: WaitingRequest) -> float:
         """See :meth:`Ranked.rank`."""
-        return waiting.left + waiting.request.max_tokens
+        request = waiting.request
+        new_tokens = request.max_tokens if request.predicted_tokens is None else request.predicted_tokens
+        return waiting.left + max(1, new_tokens - len(waiting.token_ids))
 
 
 class Priority(Ranked):

@@ -188,9 +188,9 @@ class Worker:
                 self._decoder.submit(message.request, message.arrival_ns)
             case Cancel() if self._decoder:
                 if self._decoder.cancel(message.request_id):
-                    self._send(self._prefilling[message.request_id], Drop(message.request_id))
+                    self._send(self._prefilling[message.request_id], Drop(message.request_id, self.name))
             case Drop() if self._prefiller:
-                if task := self._prefiller.drop(message.request_id):
+                if task := self._prefiller.drop(message.request_id, message.decode_worker):
                     self._send(task.decode_worker, Dropped(message.request_id))
             case Dropped() if self._decoder:
                 del self._prefilling[message.request_id]

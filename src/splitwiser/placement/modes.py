@@ -67,7 +67,8 @@ class Backend:
     ``package`` has the modules ``start`` (:class:`splitwiser.placement.start.ModeModule`), which starts its ``modes``, and
     ``environment``, whose ``check`` says whether it is on this machine. This project's own engine has none, since each mode
     has a module of its own. ``not_taken`` are options that must keep their defaults, with the reason. ``python``:
-    it runs in another Python environment.
+    it runs in another Python environment. ``copies_kept``: what prefix caching keeps is copied between workers, so
+    that it costs something where little is found.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Backend:
     modes: tuple[str, ...] = ()
     not_taken: Mapping[str, str] = field(default_factory=dict)
     python: bool = False
+    copies_kept: bool = False
 
 
 _ITS_OWN = "vLLM schedules by itself, first come, first served"
@@ -98,6 +100,7 @@ BACKENDS = {
                 "kv_dtype": "its KV cache has the model's number format",
             },
             python=True,
+            copies_kept=True,
         ),
     )
 }

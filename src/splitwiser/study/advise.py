@@ -124,6 +124,7 @@ def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
         config.seed,
         priority=job.priority,
         ttft_target_ms=job.ttft_target_ms,
+        predicted_tokens=job.predicted_tokens,
     )
 
 

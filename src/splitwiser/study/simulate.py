@@ -103,8 +103,11 @@ def simulate(
     which a request ends by itself, by request id (default: its maximum). Raises :class:`InputError` for one that never fits.
     """
     lengths = {request.request_id: request.max_tokens for request in requests} | dict(output_tokens or {})
-    # stop strings and end-of-sequence cannot be predicted: a request ends at its length
-    plain = [replace(each, params=SamplingParams(max_tokens=each.max_tokens)) for each in requests]
+    # stop strings and end-of-sequence cannot be predicted: a request ends at its length. Who shares blocks has to be known
+    kept = ("max_tokens", "n", "prompt_logprobs")
+    plain = [
+        replace(each, params=SamplingParams(**{name: getattr(each.params, name) for name in kept})) for each in requests
+    ]
     owners = sum(spec.role != "prefill" for spec in setup.layout.workers)
     most = max(request.max_kv_tokens for request in requests)
     if -(-most // machine.block_tokens) > machine.blocks // owners:

@@ -114,6 +114,11 @@ class Job:
         """The TTFT that each request is to have, in milliseconds; None for one without a target of its own."""
         return [each.ttft_target_ms for each in self.requests]
 
+    @property
+    def predicted_tokens(self) -> list[int | None]:
+        """How many new tokens each request is predicted to come to; None for one without a prediction."""
+        return [each.predicted_tokens for each in self.requests]
+
 
 def prepare_job(config: WorkloadConfig, seed: int) -> Job:
     """Return the requests that ``config`` asks for, with all that is random drawn by ``seed``. Raises

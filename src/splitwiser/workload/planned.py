@@ -17,8 +17,8 @@ class PlannedRequest:
     encoder-decoder is given ``source`` instead, unless it is None.
     ``arrival_s`` counts from the start; ``report`` holds the text to summarise and its reference, for the results.
     ``sampling`` are its own sampling parameters by name, beside ``max_tokens``; the run's options give the others.
-    ``adapter`` names the adapter that it runs with, ``none`` for the model alone, None for the run's default. ``priority``
-    and ``ttft_target_ms`` are for policies, as a :class:`~splitwiser.request.Request` has them."""
+    ``adapter`` names the adapter that it runs with, ``none`` for the model alone, None for the run's default. ``priority``,
+    ``ttft_target_ms`` and ``predicted_tokens`` are for policies, as a :class:`~splitwiser.request.Request` has them."""
 
     prompt: PromptInput | None
     prompt_tokens: int
@@ -30,6 +30,7 @@ class PlannedRequest:
     source: PromptInput | None = None
     priority: int = 0
     ttft_target_ms: float | None = None
+    predicted_tokens: int | None = None
 
     def prompt_for(self, encodes: bool) -> PromptInput | None:
         """Return the prompt for an encoder-decoder or, if not ``encodes``, for a decoder."""

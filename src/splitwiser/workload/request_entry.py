@@ -75,6 +75,7 @@ class _Entry(_Header):
     arrival_s: Seconds | None = None
     priority: Whole = 0
     ttft_target_ms: _Milliseconds | None = None
+    predicted_tokens: AtLeastOne | None = None
 
 
 def parse_sampling(kind: type[Sampling], content: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401  # a ``kind``
@@ -105,8 +106,8 @@ class Defaults:
 
 def parse_request(content: Mapping[str, Any], defaults: Defaults, where: str) -> PlannedRequest:
     """Return the request that ``content``, an object of a file, describes: ``prompt`` or ``messages``, and where it has
-    them ``arrival_s``, ``adapter``, ``priority``, ``ttft_target_ms``, ``max_tokens`` and other fields of
-    :class:`SamplingParams`.
+    them ``arrival_s``, ``adapter``, ``priority``, ``ttft_target_ms``, ``predicted_tokens``, ``max_tokens`` and other fields
+    of :class:`SamplingParams`.
 
     Raises :class:`InputError` that begins with ``where`` and names the field.
     """
@@ -129,7 +130,7 @@ def parse_request(content: Mapping[str, Any], defaults: Defaults, where: str) ->
     adapter = entry.adapter or defaults.adapter
     return PlannedRequest(
         prompt, 0, max_tokens, arrival_s or 0.0, Report(text), sampling, adapter,
-        priority=entry.priority, ttft_target_ms=entry.ttft_target_ms,
+        priority=entry.priority, ttft_target_ms=entry.ttft_target_ms, predicted_tokens=entry.predicted_tokens,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from splitwiser.config import RunConfig
 from splitwiser.elsewhere import PROGRAM
+from splitwiser.engine.policy import READ_BY
 from splitwiser.errors import InputError, UnsupportedModelError, unknown_name
 from splitwiser.files import write_rows
 from splitwiser.machine.load import LoadMeter, MachineLoad
@@ -72,8 +73,8 @@ def check_peer(config: RunConfig, job: Job) -> None:
             "a peer takes requests that arrive at once or as others finish, not at given times; give --request_rate inf or "
             "--max_concurrency"
         )
-    if any(job.priority) or any(job.ttft_target_ms):
-        raise InputError("a peer takes requests in an order of its own; leave priority and ttft_target_ms out")
+    if any(any(getattr(job, name)) for name in READ_BY):
+        raise InputError(f"a peer takes requests in an order of its own; leave {', '.join(READ_BY)} out")
     if not all(each.ignore_eos for each in params):
         raise InputError("a peer generates a fixed number of tokens per request; give --ignore_eos or --output_tokens")
 
