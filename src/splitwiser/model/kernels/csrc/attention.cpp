@@ -86,8 +86,15 @@ struct Call {
     float scaling, softcap;  // softcap 0: no soft-cap
 
     int64_t group() const { return heads / kv_heads; }
-    int64_t slot(int64_t request, int64_t position) const {
-        return tables[request * table_width + position / block_tokens] * block_tokens + position % block_tokens;
+    // Calls f(token, slot) for `count` of a request's tokens from position `begin` on.
+    template <typename F>
+    void each_slot(int64_t request, int64_t begin, int64_t count, F f) const {
+        const int64_t* block = tables + request * table_width + begin / block_tokens;
+        int64_t within = begin % block_tokens;  // a division for each token would take as long as reading its keys
+        for (int64_t token = 0; token < count; ++token) {
+            f(token, *block * block_tokens + within);
+            if (++within == block_tokens) ++block, within = 0;
+        }
     }
     const S* key(int64_t slot, int64_t head) const { return keys + (slot * kv_heads + head) * stored_size<S>(key_dim); }
     const S* value(int64_t slot, int64_t head) const { return values + (slot * kv_heads + head) * stored_size<S>(value_dim); }
@@ -140,12 +147,7 @@ struct Rows {
     // `zero` is where those of slot 0 lie, and slots are `stride` apart.
     template <typename T>
     Rows(const Call<T, S>& c, int64_t request, int64_t begin, int64_t count, const S* zero, int64_t stride) {
-        const int64_t* block = c.tables + request * c.table_width + begin / c.block_tokens;
-        int64_t within = begin % c.block_tokens;  // a division for each token would take as long as reading its keys
-        for (int64_t token = 0; token < count; ++token) {
-            of[token] = zero + (*block * c.block_tokens + within) * stride;
-            if (++within == c.block_tokens) ++block, within = 0;
-        }
+        c.each_slot(request, begin, count, [&](int64_t token, int64_t slot) { of[token] = zero + slot * stride; });
         std::fill(of + count, of + count + AHEAD + LANES, of[count - 1]);
     }
 
@@ -568,10 +570,10 @@ inline __m512i load_bfloat16(const int8_t* from, __mmask32 part, float scale) {
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, _mm512_set1_ps(scale)), _mm512_mul_ps(a, _mm512_set1_ps(scale)));
 }
 
-// Packs keys [begin, begin + count) of a head into panels of 64: pair j of all 64 keys, then pair j + 1, up to `padded` pairs.
+// Packs a head's keys in `count` slots into panels of 64: pair j of all 64 keys, then pair j + 1, up to `padded` pairs.
 // Zeros pad pairs and the last panel.
 template <typename S>
-void pack_keys(const Call<bfloat16, S>& c, int64_t request, int64_t head, int64_t begin, int64_t count, int64_t padded,
+void pack_keys(const Call<bfloat16, S>& c, int64_t head, const int64_t* slots, int64_t count, int64_t padded,
                uint32_t* packed) {
     for (int64_t token = 0; token < count || token % PANEL; token += LANES) {
         uint32_t* panel = packed + token / PANEL * PANEL * padded + token % PANEL;
@@ -580,8 +582,9 @@ void pack_keys(const Call<bfloat16, S>& c, int64_t request, int64_t head, int64_
             for (int64_t i = 0; i < LANES; ++i) {
                 rows[i] = _mm512_setzero_si512();
                 if (token + i >= count) continue;
-                const S* key = c.key(c.slot(request, begin + token + i), head);
-                rows[i] = load_bfloat16(key + 2 * at, first_pairs(std::max<int64_t>(0, c.key_dim - 2 * at)), scale_of(key, c.key_dim));
+                const S* key = c.key(slots[token + i], head);
+                const __mmask32 part = first_pairs(std::max<int64_t>(0, c.key_dim - 2 * at));
+                rows[i] = load_bfloat16(key + 2 * at, part, scale_of(key, c.key_dim));
             }
             transpose(rows);
             for (int64_t j = 0; j < std::min(LANES, padded - at); ++j) _mm512_store_si512(panel + (at + j) * PANEL, rows[j]);
@@ -591,11 +594,11 @@ void pack_keys(const Call<bfloat16, S>& c, int64_t request, int64_t head, int64_
 
 // Packs the values of the same tokens, interleaving those of each two tokens. Zeros pad to a whole panel.
 template <typename S>
-void pack_values(const Call<bfloat16, S>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
+void pack_values(const Call<bfloat16, S>& c, int64_t head, const int64_t* slots, int64_t count, uint32_t* packed) {
     for (int64_t token = 0; token < count || token % PANEL; token += 2) {
         const auto load = [&](int64_t token, int64_t at) {
             if (token >= count) return _mm512_setzero_si512();
-            const S* value = c.value(c.slot(request, begin + token), head);
+            const S* value = c.value(slots[token], head);
             const __m512i numbers = load_bfloat16(value + at, first_pairs(LANES), scale_of(value, c.value_dim));
             return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(numbers));
         };
@@ -618,11 +621,11 @@ void pack_queries(const Call<bfloat16, S>& c, int64_t request, int64_t head, int
     }
 }
 
-// Products by bfloat16 pairs, for QUERIES queries at a time, and KEYS keys per step of their online softmax. Rows past the last
-// query may hold anything.
+// Products by bfloat16 pairs, for QUERIES queries at a time, and KEYS keys per step of their online softmax, which GROUPS of
+// such queries read from the nearest cache one after another. Rows past the last query may hold anything.
 struct PairProducts {
     static constexpr int64_t QUERIES = 6;  // with 64 keys or values, their sums fill 24 of 32 registers
-    static constexpr int64_t KEYS = 256, KEYS_AT_A_TIME = PANEL / 2, PAIRS_AT_A_TIME = 1;
+    static constexpr int64_t GROUPS = 8, KEYS = 128, KEYS_AT_A_TIME = PANEL / 2, PAIRS_AT_A_TIME = 1;
 
     static __m512bh pair_of(const bfloat16* from) {
         int32_t pair;
@@ -690,7 +693,8 @@ struct PairProducts {
 
 // The same by tiles, which must be configured.
 struct TileProducts {
-    static constexpr int64_t QUERIES = 2 * TILE_ROWS, KEYS = 128, KEYS_AT_A_TIME = 2 * LANES, PAIRS_AT_A_TIME = LANES;
+    static constexpr int64_t QUERIES = 2 * TILE_ROWS, GROUPS = 1, KEYS = 128, KEYS_AT_A_TIME = 2 * LANES;
+    static constexpr int64_t PAIRS_AT_A_TIME = LANES;
 
     static void score(const bfloat16* queries, const uint32_t* keys, int64_t count, int64_t pairs, float* scores) {
         for (int64_t at = 0; at < count; at += KEYS_AT_A_TIME) {
@@ -729,19 +733,29 @@ inline __m512 rough_power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 
-// One step of a query's online softmax: turns the scores of some keys (a multiple of 32), whose first is at position `begin`,
-// into weights and updates the maximum (times log2 e) and the total; keys [low, high) of them are seen. Returns the factor by
-// which the query's sums so far must be multiplied.
+// The online softmax of a query: which of its head's keys it sees, the number (times log2 e) that is subtracted from scores,
+// and the sum of the weights so far, by lanes.
+struct Softmax {
+    int64_t head, low, high;  // keys [low, high), counted from the piece's first
+    float subtracted;
+    __m512 totals;
+};
+
+// One step of it: turns the scores of some keys (a multiple of 32), whose first is the piece's number `step` and at position
+// `position`, into weights. Returns the factor by which the query's sums so far must be multiplied.
 template <typename S>
-inline float update_softmax(const Call<bfloat16, S>& c, int64_t head, int64_t begin, float* scores, int64_t keys, int64_t low,
-                            int64_t high, bfloat16* weights, float& highest, float& total) {
+inline float update_softmax(const Call<bfloat16, S>& c, Softmax& s, int64_t step, int64_t position, float* scores,
+                            int64_t keys, bfloat16* weights) {
+    // what is subtracted stays while weights are below 2^SLACK, which bfloat16 and float32 hold as exactly as smaller ones
+    constexpr float SLACK = 8.0f;
+    const int64_t low = s.low - step, high = s.high - step;
     float factor = c.scaling * LOG2_E;
     if (c.softcap != 0.0f || c.bias) {
         for (int64_t i = 0; i < keys; ++i) {
             scores[i] *= c.scaling;
             if (c.softcap != 0.0f) scores[i] = c.softcap * std::tanh(scores[i] / c.softcap);
         }
-        if (c.bias) c.add_bias(head, begin + high - 1, begin, keys, scores);
+        if (c.bias) c.add_bias(s.head, position + high - 1, position, keys, scores);
         factor = LOG2_E;
     }
     __m512 maxima = _mm512_set1_ps(MASKED_SCORE);
@@ -754,18 +768,21 @@ inline float update_softmax(const Call<bfloat16, S>& c, int64_t head, int64_t be
         }
         maxima = _mm512_max_ps(maxima, score);
     }
-    const float now = std::max(highest, _mm512_reduce_max_ps(maxima) * factor);
-    const __m512 factors = _mm512_set1_ps(factor), subtracted = _mm512_set1_ps(now);
-    __m512 sum = _mm512_setzero_ps();
+    float rescale = 1.0f;
+    maxima = _mm512_mul_ps(maxima, _mm512_set1_ps(factor));
+    if (_mm512_cmp_ps_mask(maxima, _mm512_set1_ps(s.subtracted + SLACK), _CMP_GT_OQ)) {
+        const float highest = _mm512_reduce_max_ps(maxima);
+        rescale = std::exp2(s.subtracted - highest);
+        s.subtracted = highest;
+        s.totals = _mm512_mul_ps(s.totals, _mm512_set1_ps(rescale));
+    }
+    const __m512 factors = _mm512_set1_ps(factor), subtracted = _mm512_set1_ps(s.subtracted);
     for (int64_t at = 0; at < keys; at += 2 * LANES) {
         const __m512 a = rough_power_of_2(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factors, subtracted));
         const __m512 b = rough_power_of_2(_mm512_fmsub_ps(_mm512_load_ps(scores + at + LANES), factors, subtracted));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+        s.totals = _mm512_add_ps(s.totals, _mm512_add_ps(a, b));
         _mm512_store_si512(weights + at, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
-    const float rescale = std::exp2(highest - now);
-    total = total * rescale + _mm512_reduce_add_ps(sum);
-    highest = now;
     return rescale;
 }
 
@@ -779,8 +796,8 @@ struct Workspace {
         thread_local Scratch<float> scores_memory, sums_memory;
         thread_local Scratch<bfloat16> queries_memory, weights_memory;
         scores = scores_memory.take(Products::QUERIES * Products::KEYS);
-        sums = sums_memory.take(Products::QUERIES * value_dim);
-        queries = queries_memory.take(Products::QUERIES * 2 * padded_pairs);
+        sums = sums_memory.take(Products::GROUPS * Products::QUERIES * value_dim);
+        queries = queries_memory.take(Products::GROUPS * Products::QUERIES * 2 * padded_pairs);
         weights = weights_memory.take(Products::QUERIES * Products::KEYS);
     }
 };
@@ -791,53 +808,60 @@ void attend_rows(const Call<bfloat16, S>& c, int64_t request, int64_t head, int6
                  int64_t padded_pairs, const uint32_t* keys, const uint32_t* values, const Workspace<Products>& w) {
     constexpr int64_t QUERIES = Products::QUERIES, KEYS = Products::KEYS, KEYS_AT_A_TIME = Products::KEYS_AT_A_TIME;
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
-    int64_t heads[QUERIES], low[QUERIES], high[QUERIES];
-    float highest[QUERIES], total[QUERIES];
+    Softmax softmax[Products::GROUPS * QUERIES];
+    int64_t lowest = INT64_MAX;
     for (int64_t r = 0; r < count; ++r) {
-        const int64_t token = (row + r) / c.group();
-        heads[r] = head * c.group() + (row + r) % c.group();
-        low[r] = c.starts[first_token + token] - begin;
-        high[r] = c.lengths[request] - tokens + token + 1 - begin;
-        const float* sink = c.sink(heads[r]);
-        highest[r] = sink ? *sink * LOG2_E : MASKED_SCORE;
-        total[r] = sink ? 1.0f : 0.0f;
+        const int64_t token = (row + r) / c.group(), own = head * c.group() + (row + r) % c.group();
+        const float* sink = c.sink(own);
+        softmax[r] = {own, c.starts[first_token + token] - begin, c.lengths[request] - tokens + token + 1 - begin,
+                      sink ? *sink * LOG2_E : MASKED_SCORE, _mm512_zextps128_ps512(_mm_set_ss(sink ? 1.0f : 0.0f))};
+        lowest = std::min(lowest, softmax[r].low);
     }
     pack_queries(c, request, head, row, count, padded_pairs, w.queries);
-    std::fill(w.sums, w.sums + QUERIES * c.value_dim, 0.0f);
-    const int64_t from = *std::min_element(low, low + count) / PANEL * PANEL, to = *std::max_element(high, high + count);
-    for (int64_t step = from; step < to; step += KEYS) {
-        const int64_t some = (std::min(KEYS, to - step) + KEYS_AT_A_TIME - 1) / KEYS_AT_A_TIME * KEYS_AT_A_TIME;
-        Products::score(w.queries, keys + step * padded_pairs, some, padded_pairs, w.scores);
-        for (int64_t r = 0; r < count; ++r) {
-            const float rescale = update_softmax(c, heads[r], begin + step, w.scores + r * KEYS, some, low[r] - step,
-                                                 high[r] - step, w.weights + r * KEYS, highest[r], total[r]);
-            if (rescale != 1.0f)
-                for (int64_t i = 0; i < c.value_dim; ++i) w.sums[r * c.value_dim + i] *= rescale;
+    std::fill(w.sums, w.sums + Products::GROUPS * QUERIES * c.value_dim, 0.0f);
+    const int64_t to = softmax[count - 1].high;
+    for (int64_t step = lowest / PANEL * PANEL; step < to; step += KEYS)
+        for (int64_t first = 0; first < count; first += QUERIES) {
+            const int64_t end = std::min(first + QUERIES, count), seen = softmax[end - 1].high - step;
+            if (seen <= 0) continue;
+            const int64_t some = (std::min(KEYS, seen) + KEYS_AT_A_TIME - 1) / KEYS_AT_A_TIME * KEYS_AT_A_TIME;
+            float* sums = w.sums + first * c.value_dim;
+            Products::score(w.queries + first * 2 * padded_pairs, keys + step * padded_pairs, some, padded_pairs, w.scores);
+            for (int64_t r = 0; r < end - first; ++r) {
+                const float rescale = update_softmax(c, softmax[first + r], step, begin + step, w.scores + r * KEYS, some,
+                                                     w.weights + r * KEYS);
+                if (rescale != 1.0f)
+                    for (int64_t i = 0; i < c.value_dim; ++i) sums[r * c.value_dim + i] *= rescale;
+            }
+            Products::add_values(w.weights, values + step / 2 * c.value_dim, some, c.value_dim, sums);
         }
-        Products::add_values(w.weights, values + step / 2 * c.value_dim, some, c.value_dim, w.sums);
-    }
     for (int64_t r = 0; r < count; ++r) {
-        bfloat16* output = c.output + ((first_token + (row + r) / c.group()) * c.heads + heads[r]) * c.value_dim;
-        for (int64_t i = 0; i < c.value_dim; ++i) from_float(w.sums[r * c.value_dim + i] / total[r], output[i]);
+        const int64_t token = first_token + (row + r) / c.group();
+        bfloat16* output = c.output + (token * c.heads + softmax[r].head) * c.value_dim;
+        const float total = _mm512_reduce_add_ps(softmax[r].totals);
+        for (int64_t i = 0; i < c.value_dim; ++i) from_float(w.sums[r * c.value_dim + i] / total, output[i]);
     }
 }
 
 template <typename Products, typename S>
 void attend_prefill_piece(const Call<bfloat16, S>& c, int64_t request, int64_t head, int64_t from, int64_t to) {
     thread_local Scratch<uint32_t> keys_memory, values_memory;
+    thread_local Scratch<int64_t> slots_memory;
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
     const int64_t begin = *std::min_element(c.starts + first_token + from, c.starts + first_token + to);
     const int64_t count = c.lengths[request] - tokens + to - begin, padded = (count + PANEL - 1) / PANEL * PANEL;
     const int64_t pairs = c.key_dim / 2, unit = Products::PAIRS_AT_A_TIME, padded_pairs = (pairs + unit - 1) / unit * unit;
     uint32_t* keys = keys_memory.take(padded * padded_pairs);
     uint32_t* values = values_memory.take(padded * c.value_dim / 2);
-    pack_keys(c, request, head, begin, count, padded_pairs, keys);
-    pack_values(c, request, head, begin, count, values);
+    int64_t* slots = slots_memory.take(count);
+    c.each_slot(request, begin, count, [&](int64_t token, int64_t slot) { slots[token] = slot; });
+    pack_keys(c, head, slots, count, padded_pairs, keys);
+    pack_values(c, head, slots, count, values);
     const Workspace<Products> workspace(padded_pairs, c.value_dim);
     const int64_t end = to * c.group();
-    for (int64_t row = from * c.group(); row < end; row += Products::QUERIES)
-        attend_rows(c, request, head, row, std::min(Products::QUERIES, end - row), begin, padded_pairs, keys, values,
-                    workspace);
+    constexpr int64_t ROWS = Products::GROUPS * Products::QUERIES;
+    for (int64_t row = from * c.group(); row < end; row += ROWS)
+        attend_rows(c, request, head, row, std::min(ROWS, end - row), begin, padded_pairs, keys, values, workspace);
 }
 
 #endif
