@@ -956,9 +956,9 @@ void decode_attention(Team& team, const Heads& heads, const Places& places, cons
     const auto attend = [&](auto type) {
         using S = decltype(type);
         const Call<bfloat16, S> call{query, static_cast<const S*>(keys), static_cast<const S*>(values), places.tables,
-                                     places.starts, places.offsets, places.lengths, nullptr, nullptr, 0, 0, output, query_stride,
-                                     requests, heads.heads, heads.kv_heads, heads.head_dim, heads.head_dim, places.block_tokens,
-                                     places.table_width, scaling, softcap};
+                                     places.starts, places.offsets, places.lengths, nullptr, nullptr, 0, 0, output,
+                                     query_stride, requests, heads.heads, heads.kv_heads, heads.head_dim, heads.head_dim,
+                                     places.block_tokens, places.table_width, scaling, softcap};
         attend_decode(team, call, spans);
     };
     if (int8) return attend(int8_t{});
