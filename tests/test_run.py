@@ -15,7 +15,7 @@ OPTIONS: dict[str, Any] = {
     "load_format": "dummy", "kv_memory": "3MiB", "max_batch": 7, "batch_size": 5, "prefill_tokens": 11, "kernels": "plain",
     "seed": 13, "models": "elsewhere", "policy": "splitwiser.engine.policy:FirstCome",
     "generation_config": "checkpoint", "schedule": "splitwiser.engine.schedule:Hybrid", "reserve": True,
-    "prefix_caching": True,
+    "prefix_caching": True, "kv_dtype": "int8",
 }  # fmt: skip
 
 

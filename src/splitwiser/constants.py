@@ -44,6 +44,7 @@ PREFILL_TOKENS = 2048  # most prompt tokens in one prefill step, longer prompts 
 BLOCK_TOKENS = 16  # tokens in one block of the KV pool
 RESERVE = False  # reserve KV blocks for the longest answer at admission, instead of preempting where none is free
 PREFIX_CACHING = None  # True: requests that begin alike share KV blocks; None: only for cases with in-context examples
+KV_DTYPE = "auto"  # what K and V are stored as: the model's dtype (auto), bfloat16 or int8
 KV_MEMORY = (
     "auto"  # the KV pool's size, such as 512MiB or 4GiB; auto takes what MAX_BATCH longest requests need, if it fits
 )

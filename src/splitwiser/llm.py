@@ -75,6 +75,8 @@ class LLM:
             - ``gpu_id``: the same as device ``cuda:N``.
             - ``load_format``: ``auto`` reads weights, ``dummy`` creates random ones, which needs only the architecture.
             - ``kv_memory``: the KV pool's size, such as ``512MiB``, or ``auto``.
+            - ``kv_dtype``: what the KV pool stores, on a CPU: ``bfloat16``, ``int8`` (with a scale for each token and head),
+              or ``auto`` for ``dtype``.
             - ``policy``: the order of admission and prefill: ``first_come`` (or ``fcfs``), ``shortest_prompt``,
                 ``shortest_remaining``, ``priority``, ``deadline``, or ``MODULE:CLASS`` of an importable class with the
                 methods of :class:`~splitwiser.engine.policy.Policy`; with parameters, ``"priority:ageing_s=5"``.

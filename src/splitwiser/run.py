@@ -123,6 +123,7 @@ def _labels(config: RunConfig, llm: LLM, run_id: str) -> dict[str, Any]:
         "device": name_device(llm.model.device),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "quantization": config.quantization,
+        "kv_dtype": config.kv_dtype,
         "load_format": llm.model.load_format,
         "request_rate": config.request_rate,
         "burstiness": None if config.request_rate is None else config.burstiness,

@@ -230,6 +230,16 @@ def test_weights_that_do_not_fit(tiny: Callable[[str], Path], monkeypatch: pytes
         assert note(said, mode) == refusal(LLM, tiny("llama"), mode=mode, device="cpu")
 
 
+def test_a_pool_of_int8_is_expected_to_take_a_byte_a_number_and_a_scale(tiny: Callable[[str], Path]) -> None:
+    sizes = [
+        found(
+            diagnose(DoctorConfig(model=str(tiny("llama")), device="cpu", kv_dtype=kv_dtype)), "weights_and_pool"
+        ).figures
+        for kv_dtype in ("auto", "int8")
+    ]
+    assert 16 * sizes[0]["pool_bytes"] == 48 * sizes[1]["pool_bytes"]  # heads of 12 numbers
+
+
 def test_a_pool_that_does_not_fit_stops_the_modes_that_have_one(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

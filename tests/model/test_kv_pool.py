@@ -88,6 +88,25 @@ def test_what_is_written_is_read_through_the_blocks(layer: int, dtype: torch.dty
     assert torch.equal(read_values, values)
 
 
+def test_int8_holds_multiples_of_the_scale_of_each_token_and_head() -> None:
+    pool, keys = make_pool(dtype=torch.int8), torch.tensor([[[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]])
+    pool.write(0, torch.tensor([9]), keys, torch.randn(1, 2, 5))
+    assert pool.keys[0][2, 1, :, :3].tolist() == [[64, -127, 32], [0, 0, 0]]
+    read_keys, _ = pool.read(0, torch.tensor([[2]]))
+    torch.testing.assert_close(read_keys[0, 1], keys[0], atol=2 / 254, rtol=0)
+
+
+def test_int8_takes_a_byte_a_number_and_four_a_scale() -> None:
+    expected = BLOCK * (2 * (3 + 4 + 5 + 4) + 1 * (4 + 4 + 4 + 4))
+    assert make_pool(dtype=torch.int8).nbytes == 6 * expected == 6 * block_nbytes(LAYERS, BLOCK, torch.int8)
+
+
+def test_other_number_formats_are_converted_as_they_are_written() -> None:
+    pool, keys = make_pool(dtype=torch.bfloat16), torch.randn(1, 2, 3)
+    pool.write(0, torch.tensor([9]), keys, torch.randn(1, 2, 5))
+    assert torch.equal(pool.keys[0][2, 1], keys[0].bfloat16())
+
+
 def test_a_slot_written_again_holds_the_later() -> None:
     pool, slot = make_pool(), torch.tensor([9])
     for number in (5.0, 7.0):

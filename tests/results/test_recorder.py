@@ -128,7 +128,7 @@ def test_finished_run_leaves_every_file(tmp_path: Path) -> None:
         ("tokens.csv", "request_id,prompt_token_ids,token_ids,logprobs,prompt_logprobs"),
         (
             "throughput.csv",
-            "run_id,model,case_id,backend,mode,workers,device,dtype,quantization,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,cancelled,total_input_tokens,"
+            "run_id,model,case_id,backend,mode,workers,device,dtype,quantization,kv_dtype,load_format,request_rate,burstiness,max_concurrency,duration,completed,failed,cancelled,total_input_tokens,"
             "total_output_tokens,request_throughput,request_goodput,requests_in_flight,full_batch_itl_ms,output_throughput,total_token_throughput,"
             + ",".join(
                 f"{statistic}_{metric}_ms"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from splitwiser.model.kernels import packed_linear
 from splitwiser.model.loading import load_model
@@ -13,10 +14,10 @@ from splitwiser.study.operations import Architecture, EncoderDecoder, ExpertWeig
 Tiny = Callable[[str], Path]
 
 
-def count(directory: Path, dtype: str = "float32") -> Architecture:
+def count(directory: Path, dtype: str = "float32", kv_dtype: torch.dtype | None = None) -> Architecture:
     model = load_model(directory, dtype=dtype, device="cpu", load_format="auto")
     ROUTES[model.kind].attach(model)
-    return count_architecture(model)
+    return count_architecture(model, kv_dtype or model.dtype)
 
 
 # hidden 48, 3 layers, vocabulary 151 in all of them
@@ -31,6 +32,12 @@ def test_weights_of_opt(tiny: Tiny) -> None:
     assert [(each.heads, each.kv_heads, each.key_dim, each.value_dim) for each in counted.layers] == [
         (4, 4, 12, 12)
     ] * 3
+
+
+def test_int8_keys_and_values_take_a_byte_a_number_and_a_scale(tiny: Tiny) -> None:
+    least, int8 = (count(tiny("opt"), kv_dtype=kv_dtype).decode([10, 7]) for kv_dtype in (None, torch.int8))
+    assert least.flops == int8.flops
+    assert least.nbytes - int8.nbytes == 3 * (17 + 2) * 2 * 4 * (4 * 12 - (12 + 4))  # layers x tokens x (K, V) x heads
 
 
 def test_a_whole_prompt_of_opt(tiny: Tiny) -> None:

@@ -112,6 +112,11 @@ def test_a_peer_may_be_given_by_its_interpreter() -> None:
             {},
             ["variant vllm: a peer runs the model in --dtype", "--variant"],
         ),
+        (
+            {"kv_dtype": "int8"},
+            {},
+            ["variant vllm: a peer runs the model in --dtype", "give --kv_dtype in a --variant"],
+        ),
         ({"temperature": 0.5}, {}, ["variant vllm: a peer chooses tokens greedily"]),
         (
             {"generation_config": "checkpoint"},

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from splitwiser import constants
+from splitwiser.model.dtypes import KV_SPELLINGS, dtype_name
 from splitwiser.options import check_counts
 from splitwiser.workload.synthetic import parse_lengths
 
@@ -20,6 +21,7 @@ class DoctorConfig:
     dtype: str = constants.DTYPE
     load_format: str = constants.LOAD_FORMAT
     kv_memory: str = constants.KV_MEMORY
+    kv_dtype: str = constants.KV_DTYPE
     max_batch: int = constants.MAX_BATCH
     device: str = constants.DEVICE
     prompt_tokens: str | None = None
@@ -30,3 +32,4 @@ class DoctorConfig:
         if self.prompt_tokens is not None:
             parse_lengths("--prompt_tokens", self.prompt_tokens)
         check_counts(self, "max_batch")
+        object.__setattr__(self, "kv_dtype", dtype_name(self.kv_dtype, "--kv_dtype", KV_SPELLINGS))

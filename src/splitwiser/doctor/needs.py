@@ -18,7 +18,7 @@ from splitwiser.model.checkpoints.tokenizer import has_tokenizer_files, load_tok
 from splitwiser.model.checkpoints.weights import weights_nbytes, without_memory
 from splitwiser.model.dispatch.table import find_dispatch_problem
 from splitwiser.model.kernels.interface import LayerShape
-from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks
+from splitwiser.model.kv_pool import block_nbytes, find_memory_problem, plan_blocks, stored_dtype
 from splitwiser.model.loading import longest_request, max_positions
 from splitwiser.text import format_size, parse_bytes
 
@@ -140,8 +140,9 @@ def _measure(name: str, module: PreTrainedModel, config: DoctorConfig, device: t
     elif (layers := _likely_layers(module.config)) and weights <= free:
         tokens, own = constants.BLOCK_TOKENS, module.config
         longest = longest_request(max_positions(own), own.is_encoder_decoder)
-        blocks = plan_blocks(layers, "auto", tokens, dtype, device, config.max_batch, longest, free - weights)
-        pool = blocks * block_nbytes(layers, tokens, dtype)
+        stored = stored_dtype(config.kv_dtype, dtype)
+        blocks = plan_blocks(layers, "auto", tokens, stored, device, config.max_batch, longest, free - weights)
+        pool = blocks * block_nbytes(layers, tokens, stored)
     about = config.kv_memory == "auto"
     return Needs(weights, pool, about, free, memory_alone=alone, memory_with_pool=with_pool)
 

@@ -178,7 +178,7 @@ class _StepStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", *KernelInputs._fields)),
         *(
             (name, ctypes.c_int64)
-            for name in ("rows", "block_tokens", "table_width", "angles", "angles_in_float32", "threads")
+            for name in ("rows", "block_tokens", "table_width", "int8_pool", "angles", "angles_in_float32", "threads")
         ),
     ]
 
@@ -306,7 +306,7 @@ def _run_layers(
     step = _StepStruct(
         *(None if each is None else each.data_ptr() for each in (cosines, sines)),
         ctypes.addressof(keys), ctypes.addressof(values), *(each.data_ptr() for each in inputs[2:]),
-        hidden_states.shape[1], inputs.keys[0].shape[1], inputs.tables.shape[1],
+        hidden_states.shape[1], inputs.keys[0].shape[1], inputs.tables.shape[1], inputs.keys[0].dtype == torch.int8,
         0 if cosines is None else cosines.shape[-1], cosines is not None and cosines.dtype == torch.float32,
         torch.get_num_threads(),
     )  # fmt: skip

@@ -10,13 +10,16 @@ from splitwiser.errors import InputError
 from splitwiser.machine.memory import free_memory
 from splitwiser.machine.process import map_pages, use_huge_pages
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
+from splitwiser.model.kernels.stored import dequantise, quantise, stored_size
 from splitwiser.text import parse_bytes
 
 PREFAULT_BYTES = 1 << 30  # at most, of a worker's part of a pool
 
 
 class KVPool:
-    """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size).
+    """Keys and values of every layer, each a tensor of shape (blocks, block_tokens, kv_heads, head size) in ``dtype``, the
+    model's or another. With int8 the last dimension is larger: see
+    :func:`~splitwiser.model.kernels.stored.quantise`.
 
     A *slot* holds one token: its number is block number x ``block_tokens`` + offset in the block. ``blocks`` are the blocks
     for requests; ``shared_blocks`` more, with the numbers after these, hold the virtual tokens of adapters. The pool lies in
@@ -35,6 +38,7 @@ class KVPool:
         kernels: PoolKernels = PoolKernels(),  # noqa: B008  # it is immutable
         shared_blocks: int = 0,
     ) -> None:
+        self.layers, self.dtype = layers, dtype
         self.blocks = blocks
         self.all_blocks = blocks + shared_blocks
         self.kernels = kernels
@@ -42,14 +46,13 @@ class KVPool:
         if memory is None:
             memory = zeroed_memory(block_nbytes(layers, block_tokens, dtype) * self.all_blocks, device)
         slots = self.all_blocks * block_tokens
-        sizes = [slots * layer.kv_heads * dim for layer in layers for dim in (layer.key_dim, layer.value_dim)]
-        parts = iter(memory.view(dtype).split(sizes))
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for layer in layers:
-            self.keys.append(next(parts).view(self.all_blocks, block_tokens, layer.kv_heads, layer.key_dim))
-            values = next(parts).view(self.all_blocks, block_tokens, layer.kv_heads, layer.value_dim)
-            self.values.append(values)
+        rows = [
+            (layer.kv_heads, stored_size(size, dtype)) for layer in layers for size in (layer.key_dim, layer.value_dim)
+        ]
+        parts = memory.view(dtype).split([slots * heads * size for heads, size in rows])
+        stored = [part.view(self.all_blocks, block_tokens, *row) for part, row in zip(parts, rows, strict=True)]
+        self.keys: list[Tensor] = stored[::2]
+        self.values: list[Tensor] = stored[1::2]
 
     def prefault(self, blocks: range) -> None:
         """Have the system map the pages of the first of ``blocks``, up to :data:`PREFAULT_BYTES` bytes. It would map each
@@ -67,11 +70,20 @@ class KVPool:
         """Size of all keys and values in bytes."""
         return sum(tensor.nbytes for tensor in [*self.keys, *self.values])
 
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """The type of the queries that attention kernels take."""
+        return torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``keys`` and ``values`` of shape (tokens, kv_heads, head size) in ``slots`` (int64, shape (tokens,))."""
+        if self.dtype != torch.int8:
+            keys, values = keys.to(self.dtype), values.to(self.dtype)
         if self.kernels.store:
             self.kernels.store(self.keys[layer], self.values[layer], slots, keys, values)
         else:
+            if self.dtype == torch.int8:
+                keys, values = quantise(keys), quantise(values)
             self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
             self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
@@ -82,8 +94,9 @@ class KVPool:
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values in the blocks of ``tables`` (int64, shape (requests, blocks)), each of shape
-        (requests, blocks x block_tokens, kv_heads, head size)."""
-        return self.keys[layer][tables].flatten(1, 2), self.values[layer][tables].flatten(1, 2)
+        (requests, blocks x block_tokens, kv_heads, head size); of an int8 pool in float32."""
+        keys, values = self.keys[layer][tables].flatten(1, 2), self.values[layer][tables].flatten(1, 2)
+        return (dequantise(keys), dequantise(values)) if self.dtype == torch.int8 else (keys, values)
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that ``tokens`` tokens need."""
@@ -100,10 +113,15 @@ def zeroed_memory(nbytes: int, device: torch.device) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def stored_dtype(kv_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a pool with ``--kv_dtype`` ``kv_dtype`` stores of a model in ``dtype``."""
+    return dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
+
+
 def block_nbytes(layers: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
     """Return the bytes of one block over all layers."""
-    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
-    return numbers * block_tokens * dtype.itemsize
+    sizes = ((layer.kv_heads, size) for layer in layers for size in (layer.key_dim, layer.value_dim))
+    return sum(heads * stored_size(size, dtype) for heads, size in sizes) * block_tokens * dtype.itemsize
 
 
 class BlockAllocator:

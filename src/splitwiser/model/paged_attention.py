@@ -142,10 +142,10 @@ class PagedAttention(AttentionStep):
         kernel = self.pool.kernels.decode if self._decoding else self.pool.kernels.prefill
         if kernel and options.expand is None and (starts := self._first_seen(mask)) is not None:
             return kernel(
-                query[0].transpose(0, 1), self.pool.keys[self._layer], self.pool.values[self._layer], self._batch.tables,
-                starts, self._offsets, self._batch.lengths, options.scaling, options.softcap, options.sinks,
-                options.bias, options.bias_by_position,
-            ).unsqueeze(0)  # fmt: skip
+                query[0].transpose(0, 1).to(self.pool.query_dtype), self.pool.keys[self._layer],
+                self.pool.values[self._layer], self._batch.tables, starts, self._offsets, self._batch.lengths,
+                options.scaling, options.softcap, options.sinks, options.bias, options.bias_by_position,
+            ).to(query.dtype).unsqueeze(0)  # fmt: skip
         if not self._decoding and (output := self._attend_varlen(query, key, value, mask, options)) is not None:
             return output.unsqueeze(0)
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
@@ -193,26 +193,30 @@ class PagedAttention(AttentionStep):
         for number, segment in enumerate(self.segments):
             rows = slice(start, start + segment.tokens)
             start += segment.tokens
-            if segment.tokens == segment.context:  # a whole prompt: its K and V are all in this step
+            # of a whole prompt, K and V are all in this step; where they are stored rounded, they are so for all steps
+            if segment.tokens == segment.context and self.pool.dtype == key.dtype:
                 keys, values = key[:, :, rows], value[:, :, rows]
             else:
-                keys, values = self._read(self._segment_table(number, segment), options, segment.context)
+                table = self._segment_table(number, segment)
+                keys, values = self._read(table, options, query.dtype, segment.context)
             seen = self._segment_mask(number, segment, mask)
             positions = None if options.bias is None else self._segment_positions(segment)
             output[rows] = attend(query[:, :, rows], keys, values, seen, options, positions)[0].transpose(0, 1)
 
     def _attend_groups(self, query: Tensor, mask: Mask, options: AttentionOptions, output: Tensor) -> None:
         for number, group in enumerate(self._groups):
-            keys, values = self._read(group.tables, options)
+            keys, values = self._read(group.tables, options, query.dtype)
             queries = query[0].transpose(0, 1)[group.rows].unsqueeze(2)
             seen = self._group_mask(number, group, keys.shape[2], mask)
             positions = None if options.bias is None else self._group_positions(group, keys.shape[2])
             output[group.rows] = attend(queries, keys, values, seen, options, positions).squeeze(2)
 
-    def _read(self, tables: Tensor, options: AttentionOptions, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return K and V of the blocks in ``tables`` (n, blocks), or of their first ``tokens`` tokens: (n, kv_heads, tokens,
-        head size) each."""
-        keys, values = (read[:, :tokens].transpose(1, 2) for read in self.pool.read(self._layer, tables))
+    def _read(
+        self, tables: Tensor, options: AttentionOptions, dtype: torch.dtype, tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return K and V of the blocks in ``tables`` (n, blocks), or of their first ``tokens`` tokens, in ``dtype``: (n,
+        kv_heads, tokens, head size) each."""
+        keys, values = (read[:, :tokens].transpose(1, 2).to(dtype) for read in self.pool.read(self._layer, tables))
         return options.expanded(keys, values)
 
     def _segment_table(self, number: int, segment: Segment) -> Tensor:

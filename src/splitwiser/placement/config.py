@@ -13,7 +13,7 @@ from splitwiser.engine.schedule import SCHEDULES, find_schedule, keeps_itl_targe
 from splitwiser.errors import InputError, unknown_name
 from splitwiser.model.adapters.files import AdapterFiles, AdaptersGiven, find_adapters, find_own_adapters
 from splitwiser.model.checkpoints.catalog import resolve_model
-from splitwiser.model.dtypes import dtype_name
+from splitwiser.model.dtypes import KV_SPELLINGS, dtype_name
 from splitwiser.model.kernels.choose import LOADERS
 from splitwiser.options import Options, check_counts, option, option_fields
 from splitwiser.placement.layout import WorkerLayout, parse_layout
@@ -40,7 +40,7 @@ _NOT_TAKEN = {  # of vLLM's LLM and of transformers' from_pretrained: what is he
     "block_size": "BLOCK_TOKENS in constants.py",
     "enable_prefix_caching": "here it is prefix_caching",
     "enforce_eager": "here it is kernels, auto or plain",
-    "kv_cache_dtype": "K and V have the model's dtype",
+    "kv_cache_dtype": "here it is kv_dtype",
     "trust_remote_code": "models run with transformers' own code alone",
     "tokenizer": "it is the checkpoint's own",
     "revision": "give a checkpoint directory",
@@ -68,6 +68,10 @@ class ModelConfig(Options):
     gpu_id: int | None = option(None, "the GPU to use, as the original's flag; the same as --device cuda:N")
     load_format: str = option(constants.LOAD_FORMAT, "auto reads weights; dummy draws random ones, for timing")
     kv_memory: str = option(constants.KV_MEMORY, "size of the KV pool, such as 512MiB, or auto")
+    kv_dtype: str = option(
+        constants.KV_DTYPE,
+        "what the KV pool stores, on a CPU: bfloat16 (bf16); int8, with a scale for each token and head; auto, as --dtype",
+    )
     prefill_tokens: int | None = option(
         None,
         f"most prompt tokens in one prefill step (if not given, {constants.PREFILL_TOKENS:,}); with schedule hybrid, most "
@@ -84,6 +88,7 @@ class ModelConfig(Options):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))  # one spelling in records, and in the keys of a sweep
+        object.__setattr__(self, "kv_dtype", dtype_name(self.kv_dtype, "--kv_dtype", KV_SPELLINGS))
         if self.gpu_id is not None and self.device not in (constants.DEVICE, f"cuda:{self.gpu_id}"):
             raise InputError(f"--gpu_id {self.gpu_id} and --device {self.device} disagree; give one of them")
         parse_device(self.device)
@@ -215,6 +220,8 @@ class EngineConfig(ModelConfig):
         for name in ("reserve", "prefix_caching"):
             if getattr(self, name) and mode.layout is None:
                 raise InputError(f"mode {mode.name} runs transformers' own engine; --{name} applies to other modes")
+        if self.kv_dtype != "auto" and mode.layout is None:
+            raise InputError(f"mode {mode.name} runs transformers' own engine; --kv_dtype applies to other modes")
         if self.quantization != "none":
             self._check_quantization(mode)
         if self.workers and not mode.laid_out:

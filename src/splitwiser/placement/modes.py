@@ -97,6 +97,7 @@ BACKENDS = {
                 "merge_adapter": _ALONE,
                 "reserve": "vLLM gives out blocks as requests grow",
                 "quantization": "its engines compute in the model's number format",
+                "kv_dtype": "its KV cache has the model's number format",
             },
             python=True,
             copies_kept=True,

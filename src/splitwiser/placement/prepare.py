@@ -30,7 +30,7 @@ from splitwiser.model.kernels import int8_linear as int8
 from splitwiser.model.kernels import packed_linear as packed
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
-from splitwiser.model.kv_pool import KVPool, plan_blocks
+from splitwiser.model.kv_pool import KVPool, plan_blocks, stored_dtype
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import Segment
 from splitwiser.model.rotary import length_without_scaling
@@ -38,7 +38,7 @@ from splitwiser.model.routes import ROUTES
 from splitwiser.placement.config import EngineConfig, ModelConfig
 from splitwiser.request import Request
 
-PROBE_TOKENS = 32  # of the prompt that shows what int8 weights change
+PROBE_TOKENS = 32  # of the prompt that shows what int8 weights, and K and V in another number format, change
 _COMPUTED_BY = {"decode": "decode_attention", "varlen": "prefill_attention"}  # names in a run's record
 
 
@@ -60,14 +60,15 @@ class StartedEngine:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """Plan of a model's KV pool: shapes of the layers, number of blocks for requests and, after these, of ``shared_blocks``
-    for the virtual tokens of ``adapters``, and kernels over it.
+    """Plan of a model's KV pool: shapes of the layers, what they are ``stored`` as, number of blocks for requests and, after
+    these, of ``shared_blocks`` for the virtual tokens of ``adapters``, and kernels over it.
 
     ``refused_kernels`` are the kernels (fields of :class:`~splitwiser.model.kernels.interface.PoolKernels`) that failed a
     trial; ``described`` names all kernels by what they compute, for the run's record.
     """
 
     layers: list[LayerShape]
+    stored: torch.dtype
     blocks: int
     shared_blocks: int
     kernels: PoolKernels
@@ -123,6 +124,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     """
     if model.encodes and config.prefix_caching:
         model.notes.append("prefix caching is for decoders: an encoder reads each source as a whole")
+    stored, on_gpu = stored_dtype(config.kv_dtype, model.dtype), model.device.type == "cuda"
+    if on_gpu and stored != model.dtype:
+        raise InputError(f"--kv_dtype {config.kv_dtype} is for a CPU; on a GPU leave it out, and K and V have --dtype")
     adapters = attach_adapters(model, list(config.adapter_files.values()), config.merge_adapter)
     unpacked, unfused = _why_not_packed(model, config.kernels), _why_not_fused(model, config.kernels)
     route = ROUTES[model.kind]
@@ -131,8 +135,9 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
     layers = route.attach(model, pack=unfused is None, remember=True)
     quantised = _quantise(model, layers) if config.quantization != "none" else None
     compressed = "" if quantised or unpacked else packed.compress_linears(model.module)
-    kernels, attention = load_kernels(config.kernels, model.device, model.dtype, layers)
-    on_gpu = model.device.type == "cuda"
+    kernels, attention = load_kernels(config.kernels, model.device, stored, layers)
+    if config.kv_dtype != "auto":
+        attention["kv_pool"] = _describe_stored(model, layers, stored)
     refused = route.try_kernels(model, layers, kernels, constants.BLOCK_TOKENS) if on_gpu else {}
     kernels = replace(kernels, **dict.fromkeys(refused))
     attention |= {_COMPUTED_BY[name]: f"PyTorch's ({name} kernel: {reason})" for name, reason in refused.items()}
@@ -142,7 +147,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         layers,
         config.kv_memory,
         constants.BLOCK_TOKENS,
-        model.dtype,
+        stored,
         model.device,
         config.max_batch,
         model.longest_request,
@@ -154,7 +159,8 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
             "which leaves none for requests"
         )
     model.adapters = place_adapters(adapters, blocks - shared, constants.BLOCK_TOKENS)
-    try_adapters(model, layers, adapters, constants.BLOCK_TOKENS, kernels)
+    # over K and V in the model's own number format, since others change logits
+    try_adapters(model, layers, adapters, constants.BLOCK_TOKENS, kernels if stored == model.dtype else PoolKernels())
     if model.device.type == "cpu":
         keep_freed_memory()
     described = {
@@ -163,7 +169,7 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         "fused_parts": f"none ({unfused})" if unfused else describe_parts(model.module),
         **attention,
     }
-    return PreparedModel(layers, blocks - shared, shared, kernels, tuple(refused), described, adapters)
+    return PreparedModel(layers, stored, blocks - shared, shared, kernels, tuple(refused), described, adapters)
 
 
 def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None = None) -> KVPool:
@@ -172,7 +178,7 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
         prepared.layers,
         prepared.blocks,
         constants.BLOCK_TOKENS,
-        model.dtype,
+        prepared.stored,
         model.device,
         memory,
         prepared.kernels,
@@ -184,24 +190,35 @@ def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None
 
 def _quantise(model: LoadedModel, layers: Sequence[LayerShape]) -> str:
     """Give ``model`` int8 weights; returns what computes them and what that changes, for the run's record."""
-    before = _probe_logits(model, layers)
+    before = _probe_logits(model, layers, model.dtype)
     count = int8.quantise_linears(model.module)
-    after = _probe_logits(model, layers)
+    change = _describe_change(before, _probe_logits(model, layers, model.dtype))
+    return f"{int8.describe()}, int8, {count} layers; {change}"
+
+
+def _describe_stored(model: LoadedModel, layers: Sequence[LayerShape], stored: torch.dtype) -> str:
+    """Return what the KV pool of ``model`` stores and what that changes, for the run's record."""
+    before, after = (_probe_logits(model, layers, dtype) for dtype in (model.dtype, stored))
+    return f"{str(stored).removeprefix('torch.')}; {_describe_change(before, after)}"
+
+
+def _describe_change(before: Tensor, after: Tensor) -> str:
+    """Return by how much logits of :func:`_probe_logits` differ."""
     error = float((after - before).norm() / before.norm())
     same = float((after.argmax(dim=-1) == before.argmax(dim=-1)).float().mean())
     return (
-        f"{int8.describe()}, int8, {count} layers; over {PROBE_TOKENS} random tokens logits change by {error:.1%} (relative "
-        f"norm), and {same:.0%} of the likeliest tokens stay"
+        f"over {PROBE_TOKENS} random tokens logits change by {error:.1%} (relative norm), and {same:.0%} of the likeliest "
+        "tokens stay"
     )
 
 
 @torch.inference_mode()
-def _probe_logits(model: LoadedModel, layers: Sequence[LayerShape]) -> Tensor:
-    """Return logits of a prompt of random tokens, the same ones each time: (rows, vocabulary), a row for each token of a
-    decoder and one for an encoder-decoder."""
+def _probe_logits(model: LoadedModel, layers: Sequence[LayerShape], stored: torch.dtype) -> Tensor:
+    """Return logits of a prompt of random tokens, the same ones each time, over a pool of ``stored``: (rows, vocabulary), a
+    row for each token of a decoder and one for an encoder-decoder."""
     tokens = torch.randint(model.vocabulary, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     blocks = -(-(PROBE_TOKENS + model.encodes) // constants.BLOCK_TOKENS)
-    pool = KVPool(layers, blocks, constants.BLOCK_TOKENS, model.dtype, model.device)
+    pool = KVPool(layers, blocks, constants.BLOCK_TOKENS, stored, model.device)
     prompt = Segment(range(blocks), PROBE_TOKENS, PROBE_TOKENS, PROBE_TOKENS)
     rows = [PROBE_TOKENS - 1] if model.encodes else range(PROBE_TOKENS)
     return ROUTES[model.kind].prefill(model, pool, [prompt], tokens, rows).float()

@@ -285,7 +285,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
         )
     module = SharedModule(model.module, model.device)
     pool_memory = SharedMemory(
-        block_nbytes(layers, block_tokens, model.dtype) * (blocks + prepared.shared_blocks), model.device
+        block_nbytes(layers, block_tokens, prepared.stored) * (blocks + prepared.shared_blocks), model.device
     )
     board = SharedMemory(Board.nbytes(len(specs)), torch.device("cpu"))
     cores = tuple(sorted(os.sched_getaffinity(0)))

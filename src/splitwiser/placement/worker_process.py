@@ -23,7 +23,7 @@ from splitwiser.machine.process import keep_freed_memory
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape
-from splitwiser.model.kv_pool import KVPool
+from splitwiser.model.kv_pool import KVPool, stored_dtype
 from splitwiser.model.loading import LoadedModel
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import CpuShare, plan_cores
@@ -99,13 +99,14 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
     module = setup.module.open()
     assert isinstance(module, PreTrainedModel)
     model = replace(setup.model, module=module)
-    kernels, _ = load_kernels(config.kernels, model.device, model.dtype, setup.layers)
+    stored = stored_dtype(config.kv_dtype, model.dtype)
+    kernels, _ = load_kernels(config.kernels, model.device, stored, setup.layers)
     kernels = replace(kernels, **dict.fromkeys(setup.refused_kernels))
     pool = KVPool(
         setup.layers,
         setup.blocks,
         constants.BLOCK_TOKENS,
-        model.dtype,
+        stored,
         model.device,
         setup.pool.tensor,
         kernels,

@@ -308,6 +308,7 @@ LABELS = (
     Column("device", "The device that the model was on."),
     Column("dtype", "Number format of the model.", short_name="number format"),
     Column("quantization", "int8 if linear layers computed in whole numbers, none if in the model's number format."),
+    Column("kv_dtype", "Number format of K and V in the KV pool: bfloat16, int8, or auto for the model's."),
     Column("load_format", "auto for a checkpoint's weights, dummy for random ones.", short_name="weights"),
     Column("request_rate", "Arrival rate of --request_rate; empty without.", "requests/s"),
     Column("burstiness", "Burstiness of --request_rate; empty without."),

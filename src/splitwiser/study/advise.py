@@ -109,8 +109,9 @@ def advise(config: AdviseConfig) -> Advice:
 def planned_requests(config: AdviseConfig, shell: LoadedModel) -> list[Request]:
     """Return the workload's requests, as a run makes them. Raises :class:`InputError` for one that no placement can
     serve, and for what no profile measures."""
-    if config.quantization != "none":
-        raise InputError("advise predicts from steps in --dtype; leave --quantization out, and compare it instead")
+    for name, own in (("quantization", "none"), ("kv_dtype", "auto")):
+        if getattr(config, name) != own:
+            raise InputError(f"advise predicts from steps in --dtype; leave --{name} out, and compare it instead")
     job = prepare_job(config, config.seed)
     if config.adapters or any(job.adapters):
         raise InputError("advise predicts the model alone; leave --adapter, and cases that need one, out")

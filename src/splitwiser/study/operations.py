@@ -13,6 +13,7 @@ from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
 from splitwiser.model.fusing import run_decoder
 from splitwiser.model.kernels.packed_linear import PackedLinear, compressed_share
+from splitwiser.model.kernels.stored import stored_size
 from splitwiser.model.loading import LoadedModel
 from splitwiser.model.seq2seq.attach import run_both_halves
 
@@ -80,8 +81,9 @@ class Architecture:
     """Weight counts and attention layers of a model.
 
     ``weights`` counts the weights of the matrix products of every token, ``head`` those of the output layer, which only the
-    kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes of a number in the KV
-    pool or of an expert's weight, and ``weight_bytes`` that of another weight on average, less if they are compressed.
+    kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes of an expert's
+    weight, and ``weight_bytes`` that of another weight on average, less if they are compressed. K and V are stored as
+    ``kv_dtype``.
     ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``notes`` state assumptions.
     """
 
@@ -90,6 +92,7 @@ class Architecture:
     experts: tuple[ExpertWeights, ...]
     layers: tuple[AttentionLayer, ...]
     itemsize: int
+    kv_dtype: torch.dtype
     head_keeps_rows: bool
     weight_bytes: float
     notes: tuple[str, ...] = field(default=())
@@ -113,7 +116,7 @@ class Architecture:
             flops += sum(_attention_flops(layer, layer.pairs(start, count)) for start, count in chunks)
             # the first new token attends furthest back; all positions from there on are read
             read = sum(layer.seen_by(start) - 1 + count for start, count in chunks)
-            nbytes += (read + tokens) * _kv_numbers(layer) * self.itemsize
+            nbytes += (read + tokens) * self._kv_nbytes(layer)
         return StepWork(flops, nbytes)
 
     def decode(self, contexts: Sequence[int]) -> StepWork:
@@ -127,8 +130,13 @@ class Architecture:
         for layer in self.layers:
             seen = sum(layer.seen_by(context - 1) for context in contexts)
             flops += _attention_flops(layer, seen)
-            nbytes += (seen + len(contexts)) * _kv_numbers(layer) * self.itemsize
+            nbytes += (seen + len(contexts)) * self._kv_nbytes(layer)
         return StepWork(flops, nbytes)
+
+    def _kv_nbytes(self, layer: AttentionLayer) -> int:
+        """Return the bytes of a token's K and V in the pool."""
+        sizes = stored_size(layer.key_dim, self.kv_dtype) + stored_size(layer.value_dim, self.kv_dtype)
+        return layer.kv_heads * sizes * self.kv_dtype.itemsize
 
     def _products(self, tokens: int, rows: int) -> StepWork:
         """Return the work of the matrix products of ``tokens`` tokens: 2 operations per weight and token."""
@@ -164,10 +172,10 @@ class EncoderDecoder(Architecture):
         first = self.decode([tokens + 1 for tokens in sources])
         pairs = sum(tokens * tokens for tokens in sources)  # each sees all
         attention_flops = sum(_attention_flops(layer, pairs) for layer in self.encoder)
-        stored = sum(sources) * sum(map(_kv_numbers, self.layers))
+        stored = sum(sources) * sum(map(self._kv_nbytes, self.layers))
         return StepWork(
             first.flops + 2 * self.source_weights * sum(sources) + attention_flops,
-            first.nbytes + self.source_weights * self.weight_bytes + stored * self.itemsize,
+            first.nbytes + self.source_weights * self.weight_bytes + stored,
         )
 
 
@@ -180,8 +188,9 @@ def _kv_numbers(layer: AttentionLayer) -> int:
     return layer.kv_heads * (layer.key_dim + layer.value_dim)
 
 
-def count_architecture(model: LoadedModel) -> Architecture:
-    """Count ``model``, which its :class:`~splitwiser.model.routes.Route` must have attached to the engine."""
+def count_architecture(model: LoadedModel, kv_dtype: torch.dtype) -> Architecture:
+    """Count ``model``, which its :class:`~splitwiser.model.routes.Route` must have attached to the engine, over a pool of
+    ``kv_dtype``."""
     module = model.module
     output = module.get_output_embeddings()
     config = module.config.get_text_config()
@@ -200,6 +209,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
             experts=(),
             layers=answer,
             itemsize=itemsize,
+            kv_dtype=kv_dtype,
             head_keeps_rows=True,
             weight_bytes=weight_bytes,
             source_weights=source,
@@ -214,6 +224,7 @@ def count_architecture(model: LoadedModel) -> Architecture:
         experts=tuple(ExpertWeights(each.numel(), len(each), active or len(each)) for each in stacks),
         layers=tuple(layers),
         itemsize=itemsize,
+        kv_dtype=kv_dtype,
         head_keeps_rows="logits_to_keep" in inspect.signature(type(module).forward).parameters,
         weight_bytes=weight_bytes,
         notes=tuple(notes),

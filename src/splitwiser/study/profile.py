@@ -152,7 +152,7 @@ class Bench:
             self.model, self.pool, most, engine.step_tokens, {"prefill": (), "decode": ()}
         )
         self.kernels = prepared.described | graphs
-        self.architecture = count_architecture(self.model)
+        self.architecture = count_architecture(self.model, self.pool.dtype)
         self.threads = self._thread_counts()
         self.notes = [*self.model.notes, *self.architecture.notes]
         self.points = self._points()
@@ -277,8 +277,15 @@ class Bench:
         """Fill every block that is read later with random numbers: the system maps all unwritten pages to one page of zeros,
         which would stay in the caches."""
         used = max(map(self._blocks, self.points))
-        for tensor in [*self.pool.keys, *self.pool.values]:
-            tensor[:used] = torch.randn_like(tensor[0])
+        slots = torch.arange(self.pool.block_tokens, device=self.model.device)
+        for number, layer in enumerate(self.pool.layers):
+            drawn = (
+                torch.randn(len(slots), layer.kv_heads, size, device=slots.device)
+                for size in (layer.key_dim, layer.value_dim)
+            )
+            self.pool.write(number, slots, *(each.to(self.model.dtype) for each in drawn))
+            for stored in (self.pool.keys[number], self.pool.values[number]):
+                stored[1:used] = stored[0]
 
     def _sequences(self, point: Point) -> list[SequenceState]:
         allocator = BlockAllocator(0, self.pool.blocks)

@@ -12,10 +12,12 @@ from torch import Tensor
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.cpu_attention import CpuAttention, CpuStore, load_cpu_kernels
 from splitwiser.model.kernels.interface import LayerShape
+from splitwiser.model.kernels.stored import dequantise, quantise
 
 LIBRARY, WHY_NOT = load_native()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=WHY_NOT)
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+POOLS = [*BOUNDS, torch.int8]
 
 # (heads, kv heads, key size, value size): usual ones, and sizes that fill no vector
 SHAPES = [
@@ -78,8 +80,8 @@ class Case:
         for row, length in enumerate(self.lengths.tolist()):
             first, last = self.offsets[row : row + 2].tolist()
             keys, values = (
-                kept[self.tables[row]].flatten(0, 1)[:length].float().repeat_interleave(group, dim=1)
-                for kept in (self.keys, self.values)
+                (dequantise(kept) if kept.dtype == torch.int8 else kept.float()).repeat_interleave(group, dim=1)
+                for kept in (stored[self.tables[row]].flatten(0, 1)[:length] for stored in (self.keys, self.values))
             )
             scores = torch.einsum("qhd,khd->hqk", self.query[first:last].float(), keys) * self.scaling
             if self.softcap:
@@ -119,11 +121,13 @@ def make_case(
         tables[row, : len(blocks)] = blocks
 
     def drawn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
+        numbers = torch.randn(*size, generator=generator)
+        return quantise(numbers) if dtype == torch.int8 else numbers.to(dtype)
 
+    is_int8 = dtype == torch.int8
     positions = torch.cat([torch.arange(length - few, length) for length, few in zip(lengths, new, strict=True)])
     return Case(
-        query=drawn(sum(new), heads, key_dim),
+        query=torch.randn(sum(new), heads, key_dim, generator=generator).to(torch.bfloat16 if is_int8 else dtype),
         keys=drawn(len(order), block, kv_heads, key_dim),
         values=drawn(len(order), block, kv_heads, value_dim),
         tables=tables,
@@ -143,11 +147,11 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("dtype", POOLS, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_new_token_a_request(shape: tuple[int, int, int, int], option: str, dtype: torch.dtype) -> None:
-    check(make_case(shape, dtype, [1, 5, 64, 252, 400], [1] * 5, **OPTIONS[option]))
+    check(make_case(shape, dtype, [1, 5, 64, 252, 700], [1] * 5, **OPTIONS[option]))
 
 
 @pytest.mark.usefixtures("_threads")
@@ -158,16 +162,17 @@ def test_one_new_token_a_request(shape: tuple[int, int, int, int], option: str, 
         pytest.param([300, 400, 33, 70], [100, 37, 1, 1], id="the rest of prompts"),
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_several_new_tokens_a_request(
-    shape: tuple[int, int, int, int], option: str, lengths: list[int], new: list[int]
+    shape: tuple[int, int, int, int], option: str, dtype: torch.dtype, lengths: list[int], new: list[int]
 ) -> None:
     layer = LayerShape(shape[1], shape[2], shape[3])
-    kernels, described = load_cpu_kernels(torch.bfloat16, [layer])
+    kernels, described = load_cpu_kernels(dtype, [layer])
     if kernels.prefill is None:
         pytest.skip(described["prefill_attention"])
-    check(make_case(shape, torch.bfloat16, lengths, new, **OPTIONS[option]))
+    check(make_case(shape, dtype, lengths, new, **OPTIONS[option]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -181,6 +186,17 @@ def test_prefill_of_other_types_is_left_to_pytorch(dtype: torch.dtype) -> None:
 def test_prefill_of_a_size_that_it_does_not_take_is_left_to_pytorch() -> None:
     kernels, _ = load_cpu_kernels(torch.bfloat16, [LayerShape(2, 64, 64), LayerShape(2, 64, 40)])
     assert kernels.prefill is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_tokens_are_added_up_alike_by_any_number_of_threads(dtype: torch.dtype) -> None:
+    case, made, threads = make_case((9, 3, 64, 64), dtype, [1500, 3], [1, 1]), [], torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        made.append(case.attend())
+    torch.set_num_threads(threads)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
 
 
 def test_queries_between_other_numbers_are_read_where_they_lie() -> None:
@@ -203,3 +219,22 @@ def test_stores_each_token_in_its_slot(dtype: torch.dtype, tokens: int) -> None:
         expected = torch.zeros(128, 2, 24, dtype=dtype)
         expected[slots] = given
         torch.testing.assert_close(stored.flatten(0, 1), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_stores_int8_as_pytorch_makes_it(dtype: torch.dtype, tokens: int) -> None:
+    assert LIBRARY is not None
+    slots = torch.randperm(128)[:tokens]
+    both = torch.randn(tokens, 2, 24 + 32).to(dtype)
+    both[0, 1] = 0
+    given = both[..., :24], both[..., 24:]
+    layer = [torch.zeros(8, 16, 2, size + 4, dtype=torch.int8) for size in (24, 32)]
+    CpuStore(LIBRARY)(layer[0], layer[1], slots, *given)
+    for stored, numbers in zip(layer, given, strict=True):
+        expected = torch.zeros(128, 2, stored.shape[3], dtype=torch.int8)
+        expected[slots] = quantise(numbers)
+        differences = (stored.flatten(0, 1).int() - expected.int())[..., :-4]
+        assert differences.abs().max() <= 1  # what lies half-way between two whole numbers may become either
+        assert differences.count_nonzero() < 0.01 * differences.numel()
+        assert torch.equal(stored.flatten(0, 1)[..., -4:], expected[..., -4:])

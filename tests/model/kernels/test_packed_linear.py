@@ -368,7 +368,7 @@ def test_packing_changes_no_figure_of_the_architecture(name: str, tiny: Callable
     for pack in (False, True):
         model = load_model(tiny(name), dtype="bfloat16", device="cpu", load_format="auto")
         attach_engine(model, pack=pack)
-        counted = count_architecture(model)
+        counted = count_architecture(model, model.dtype)
         counts.append((counted.weights, counted.head, model.parameters))
     assert counts[0] == counts[1]
 

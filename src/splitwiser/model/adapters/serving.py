@@ -75,8 +75,7 @@ def _write(pool: KVPool, blocks: Sequence[int], keys_values: KeysValues) -> None
     tokens = keys_values[0][0].shape[1]
     slots = torch.tensor([blocks[at // size] * size + at % size for at in range(tokens)], device=pool.keys[0].device)
     for layer, (keys, values) in enumerate(keys_values):
-        own = pool.keys[layer].dtype
-        pool.write(layer, slots, *(each.to(own).transpose(0, 1).contiguous() for each in (keys, values)))
+        pool.write(layer, slots, *(each.transpose(0, 1).contiguous() for each in (keys, values)))
 
 
 @torch.inference_mode()

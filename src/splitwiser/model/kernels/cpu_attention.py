@@ -13,11 +13,12 @@ from splitwiser import constants
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.greedy import CpuLikeliest
 from splitwiser.model.kernels.interface import AttentionKernel, LayerShape, PoolKernels
+from splitwiser.model.kernels.stored import stored_size
 from splitwiser.model.kernels.tile_trials import best_seconds, remembered_trial
 
 TRIED_TOKENS = 512  # of the prompt on which prefill is tried
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class CpuAttention:
@@ -46,11 +47,12 @@ class CpuAttention:
         tokens, heads, key_dim = query.shape
         if query.stride()[1:] != (key_dim, 1):
             query = query.contiguous()
-        _, block_tokens, kv_heads, value_dim = values.shape
+        _, block_tokens, kv_heads, stored_values = values.shape
+        value_dim = stored_values - stored_size(0, values.dtype)
         output = query.new_empty(tokens, heads, value_dim)
         sinks = None if sinks is None else sinks.float().contiguous()
         self._function(
-            _DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
+            _DTYPES[keys.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
             starts.data_ptr(), offsets.data_ptr(), lengths.data_ptr(), None if sinks is None else sinks.data_ptr(),
             None if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1], bias_by_position,
             output.data_ptr(), query.stride(0), len(lengths), heads, kv_heads, key_dim, value_dim, block_tokens,
@@ -102,13 +104,20 @@ class CpuStore:
     """The function ``store`` as a :class:`~splitwiser.model.kernels.interface.StoreKernel`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = library.store
+        self._library = library
 
     def __call__(self, pool_keys: Tensor, pool_values: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """See :meth:`splitwiser.model.kv_pool.KVPool.write`."""
         keys, values = _with_contiguous_tokens(keys), _with_contiguous_tokens(values)
+        if pool_keys.dtype == torch.int8:
+            self._library.store_int8(
+                _DTYPES[keys.dtype], keys.data_ptr(), values.data_ptr(), slots.data_ptr(), pool_keys.data_ptr(),
+                pool_values.data_ptr(), len(slots), keys.stride(0), values.stride(0), *keys.shape[1:], values.shape[2],
+                torch.get_num_threads(),
+            )  # fmt: skip
+            return
         size = keys.element_size()
-        self._function(
+        self._library.store(
             keys.data_ptr(), values.data_ptr(), slots.data_ptr(), pool_keys.data_ptr(), pool_values.data_ptr(), len(slots),
             keys.stride(0) * size, values.stride(0) * size, size * pool_keys[0, 0].numel(), size * pool_values[0, 0].numel(),
             torch.get_num_threads(),
@@ -133,7 +142,9 @@ def load_cpu_kernels(dtype: torch.dtype, layers: Sequence[LayerShape]) -> tuple[
     prefill: AttentionKernel | None = None
     by = f"{fused} (attention.cpp does it in bfloat16 on AVX-512)"
     if supports_prefill:
-        prefill, by = _choose_prefill(library, layers[0], compiled) if layers else (attention, compiled)
+        # flash attention would read int8 only after a pass of its own
+        is_tried = layers and dtype != torch.int8
+        prefill, by = _choose_prefill(library, layers[0], compiled) if is_tried else (attention, compiled)
     return PoolKernels(attention, prefill, CpuStore(library), likeliest=CpuLikeliest(library)), {
         "prefill_attention": by,
         "decode_attention": compiled,

@@ -36,7 +36,8 @@ class AttentionKernel(Protocol):
     ) -> Tensor:
         """Attend from ``query`` (tokens, heads, key size), each token from position ``starts`` (tokens,) up to its own.
 
-        ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size). The block tables
+        ``keys`` and ``values`` are a layer of the pool, (blocks, block tokens, kv heads, head size), of the type of
+        ``query``, or int8 (:func:`splitwiser.model.kernels.stored.quantise`) with a bfloat16 one. The block tables
         ``tables`` (requests, blocks) and ``lengths`` (requests,) say where the requests' tokens lie, the new ones last;
         ``offsets`` (requests + 1,) where each request's new tokens begin in ``query``. These are int64; a GPU's kernel also
         takes ``tables`` of int32. ``scaling`` and what follows it are the fields of

@@ -120,7 +120,8 @@ class SourceCache(AttentionStep):
     def __getitem__(self, layer: int) -> "_Stored":
         self._last_stored = layer
         # attention reads the pool itself: what is passed only has to have the shape of K and V
-        keys, values = (stored[layer][0].transpose(0, 1)[None] for stored in (self.pool.keys, self.pool.values))
+        shape, stored = self.pool.layers[layer], self.pool.keys[layer]
+        keys, values = (stored.new_empty(1, shape.kv_heads, 1, size) for size in (shape.key_dim, shape.value_dim))
         return _Stored(keys, values)
 
 

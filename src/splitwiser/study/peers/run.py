@@ -50,8 +50,9 @@ def check_peer(config: RunConfig, job: Job) -> None:
     """Raise :class:`InputError` if peers cannot run ``job`` as ``config`` requires."""
     if config.adapters or any(job.adapters):
         raise InputError("a peer runs the model alone; leave --adapter, and cases that need one, out")
-    if config.quantization != "none":
-        raise InputError("a peer runs the model in --dtype; give --quantization in a --variant of its own")
+    for name, own in (("quantization", "none"), ("kv_dtype", "auto")):
+        if getattr(config, name) != own:
+            raise InputError(f"a peer runs the model in --dtype; give --{name} in a --variant of its own")
     params = job.sampling_params(config)
     if config.generation_config != "none":
         raise InputError("a peer chooses tokens greedily by the model's own logits; leave --generation_config out")

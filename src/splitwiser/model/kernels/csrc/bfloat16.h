@@ -11,6 +11,7 @@ struct bfloat16 {
 
 inline float to_float(float x) { return x; }
 inline float to_float(_Float16 x) { return static_cast<float>(x); }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bfloat16 x) {
     uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float out;

@@ -34,5 +34,8 @@ void attention(int64_t dtype, const void* query, const void* keys, const void* v
                float scaling, float softcap, int64_t in_tiles, int64_t threads);
 void store(const char* keys, const char* values, const int64_t* slots, char* pool_keys, char* pool_values, int64_t tokens,
            int64_t key_stride, int64_t value_stride, int64_t key_bytes, int64_t value_bytes, int64_t threads);
+void store_int8(int64_t dtype, const void* keys, const void* values, const int64_t* slots, int8_t* pool_keys,
+                int8_t* pool_values, int64_t tokens, int64_t key_stride, int64_t value_stride, int64_t kv_heads,
+                int64_t key_dim, int64_t value_dim, int64_t threads);
 
 }  // extern "C"

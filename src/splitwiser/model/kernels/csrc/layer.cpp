@@ -40,7 +40,7 @@ struct Step {
     const void *cosines, *sines;
     void *const *keys, *const *values;
     const int64_t *slots, *tables, *starts, *offsets, *lengths;
-    int64_t rows, block_tokens, table_width, angles, angles_in_float32, threads;
+    int64_t rows, block_tokens, table_width, int8_pool, angles, angles_in_float32, threads;
 };
 
 }  // extern "C"
@@ -211,9 +211,11 @@ struct Workspace {
     }
 };
 
+Places places_of(const Step& s) { return {s.tables, s.starts, s.offsets, s.lengths, s.block_tokens, s.table_width}; }
+
 // to = layer(from), of which `number` is the number in the step.
-void run_layer(Team& team, const Layer& l, const Step& s, int64_t number, const Workspace& w, const bfloat16* from,
-               bfloat16* to) {
+void run_layer(Team& team, const Layer& l, const Step& s, const Spans& spans, int64_t number, const Workspace& w,
+               const bfloat16* from, bfloat16* to) {
     const Heads heads{l.heads, l.kv_heads, l.head_dim};
     const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, kv_width = l.kv_heads * l.head_dim;
     norm(team, l.input, from, w.normed, s.rows, width);
@@ -225,13 +227,17 @@ void run_layer(Team& team, const Layer& l, const Step& s, int64_t number, const 
     team.each(s.rows, [&](int64_t first, int64_t end) {
         const bfloat16* keys = w.joint + first * joint_width + l.heads * l.head_dim;
         const int64_t stride = joint_width * sizeof *keys, bytes = kv_width * sizeof *keys;
+        if (s.int8_pool)
+            return store_int8(1, keys, keys + kv_width, s.slots + first, static_cast<int8_t*>(s.keys[number]),
+                              static_cast<int8_t*>(s.values[number]), end - first, joint_width, joint_width, l.kv_heads,
+                              l.head_dim, l.head_dim, 1);
         store(reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(keys + kv_width), s.slots + first,
               static_cast<char*>(s.keys[number]), static_cast<char*>(s.values[number]), end - first, stride, stride, bytes,
               bytes, 1);
     });
-    const Places places{s.tables, s.starts, s.offsets, s.lengths, s.block_tokens, s.table_width};
-    decode_attention(team, heads, places, w.joint, joint_width, s.keys[number], s.values[number], l.scaling, l.softcap,
-                     w.attended, s.rows);
+    const Places places = places_of(s);
+    decode_attention(team, heads, places, spans, w.joint, joint_width, s.keys[number], s.values[number], s.int8_pool, l.scaling,
+                     l.softcap, w.attended, s.rows);
     multiply(team, l.o, w.attended, from, to, s.rows, w.quantised);
     norm(team, l.post, to, w.normed, s.rows, width);
     multiply(team, l.up, w.normed, nullptr, w.up, s.rows, w.quantised);
@@ -267,12 +273,16 @@ extern "C" void multiply_small_batch(const Linear* linear, const void* x, const 
 // width). y is (count, rows, width), the output of each.
 extern "C" void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y) {
     const Workspace workspace = Workspace::of(layers, count, step->rows);
+    int64_t partial_numbers = 0;
+    for (const Layer* l = layers; l < layers + count; ++l)
+        partial_numbers = std::max(partial_numbers, l->heads * partial_size(l->head_dim));
+    const Spans spans = divide_into_spans(places_of(*step), step->rows, partial_numbers);
     const auto* from = static_cast<const bfloat16*>(x);
     auto* to = static_cast<bfloat16*>(y);
     with_team(step->threads, [&](Team& team) {
         const int64_t size = step->rows * layers->qkv.inputs;
         for (int64_t i = 0; i < count; ++i)
-            run_layer(team, layers[i], *step, i, workspace, i ? to + (i - 1) * size : from, to + i * size);
+            run_layer(team, layers[i], *step, spans, i, workspace, i ? to + (i - 1) * size : from, to + i * size);
     });
 }
 
