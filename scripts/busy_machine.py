@@ -1,12 +1,12 @@
 """Measures the throughput of each mode on an idle machine, and beside processes that only spin.
 
     python scripts/busy_machine.py --before ../older_checkout
-    python scripts/busy_machine.py --before ../older_checkout --jobs standard --modes sequential --busy_rounds 0
+    python scripts/busy_machine.py --before ../older --now ../newer --jobs single-opt-125m --modes sequential --busy_rounds 0
 
-Every mode of every job is loaded once for each side, this checkout and, with --before, another one; then the sides answer
-the same requests in turn, so that a drift of the machine affects both. First nothing else runs, then --spinning processes
-do. Writes busy_machine.csv (one row per turn) into --out and prints two tables in Markdown: medians, and the median,
-minimum and maximum ratio over rounds. The fair share of N cores beside K spinning processes is N / (N + K) of the
+Every mode of every job is loaded once for each side, --now (this checkout) and, with --before, another one; then the sides
+answer the same requests in turn, so that a drift of the machine affects both. First nothing else runs, then --spinning
+processes do. Writes busy_machine.csv (one row per turn) into --out and prints two tables in Markdown: medians, and the
+median, minimum and maximum ratio over rounds. The fair share of N cores beside K spinning processes is N / (N + K) of the
 throughput alone.
 """
 
@@ -43,7 +43,15 @@ JOBS = {
     "radiology-opt": ("radiology-opt", "float32", 100, short, 16),
     "opt-125m": ("opt-125m", "bfloat16", 8, short, 16),
     "smollm2-135m": ("smollm2-135m", "bfloat16", 8, short, 16),
-    "standard": ("opt-125m", "bfloat16", 64, standard, 64),
+    **{
+        f"{name}-{model}": (model, "bfloat16", *job)
+        for model in ("opt-125m", "smollm2-135m")
+        for name, job in {
+            "standard": (64, standard, 64),
+            "single": (1, lambda _: 128, 128),
+            "long-prompts": (8, lambda _: 1500, 16),
+        }.items()
+    },
 }
 
 
@@ -112,7 +120,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """Measure all turns; returns the rows of busy_machine.csv."""
     from splitwiser.files import write_rows
 
-    sides = {"now": PROJECT, **({"before": options.before.resolve()} if options.before else {})}
+    sides = {"now": options.now.resolve(), **({"before": options.before.resolve()} if options.before else {})}
     loads = {0: options.rounds, options.spinning: options.busy_rounds}
     rows: list[dict[str, object]] = []
     pairs = [(job, mode) for job in options.jobs for mode in options.modes]
@@ -174,7 +182,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds on the idle machine")
     parser.add_argument("--busy_rounds", type=int, default=2, help="rounds beside spinning processes")
     parser.add_argument("--spinning", type=int, default=8, help="spinning processes")
-    parser.add_argument("--before", type=Path, help="another checkout of this project, measured beside this one")
+    parser.add_argument("--now", type=Path, default=PROJECT, help="the checkout of this project to measure")
+    parser.add_argument("--before", type=Path, help="another one, measured in turns with it")
     parser.add_argument("--out", type=Path, default=Path("busy_machine"), help="folder for busy_machine.csv")
     parser.add_argument("--serve", nargs=2, metavar=("JOB", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,10 +1,12 @@
-"""Runs the comparisons of docs/benchmarks.md on a CPU, keeps their rows in results/reference, and writes the tables.
+"""Runs the comparisons of docs/benchmarks.md on a CPU, keeps their rows, and writes the tables. Each kind of processor has
+a folder of its own in results/reference and parts of its own on the pages: what is measured on one replaces nothing of
+another.
 
     python scripts/cpu_benchmarks.py --peers ~/peers           # all; name some to run only these
     python scripts/cpu_benchmarks.py growth --peers ~/peers    # steps by requests and context, in 10 minutes
     python scripts/cpu_benchmarks.py --tables                  # only write the tables from the rows that are kept
 
-Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. All take about an hour and a half.
+Let nothing else run meanwhile; a comparison in which the machine was busy is marked so. All take about two hours.
 The folder of ``--peers`` holds the environments of scripts/install_peer.sh, each under its name there.
 """
 
@@ -16,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +27,14 @@ from typing import Any
 import growth
 import pandas as pd
 import yaml
-from gpu_results import PROJECT, markdown, number, read_rows, write_sections
+from gpu_results import PROJECT, REFERENCE, markdown, number, read_json, read_rows, write_sections
 
 from splitwiser.errors import unknown_name
-from splitwiser.machine.describe import git_commit
+from splitwiser.machine.describe import git_commit, kind_of_cpu
 from splitwiser.study.peers.program import ENGINES
 
-REFERENCE = PROJECT / "results" / "reference" / "cpu-2-cores"
-RECORD = REFERENCE / "benchmarks.json"
+RECORD = "benchmarks.json"  # of each kind of processor: where its benchmarks ran, by name
+OURS = "sequential"  # the variant that others are held against
 KEPT = ("started", "commit", "machine", "versions", "capacity")  # of a command's record
 OPT = "--model opt-125m --load_format dummy --dtype bfloat16"
 LLAMA = "--model smollm2-135m --load_format dummy --dtype bfloat16"
@@ -59,6 +61,7 @@ FIGURES = {
 INT8, INT8_PEER = "--variant 'int8: --quantization int8'", "openvino-int8"
 BEST_PEERS = "--peer vllm=$PEERS/vllm --peer openvino=$PEERS/openvino --peer openvino-int8=$PEERS/openvino"
 OTHER_PEERS = "--peer vllm-zentorch=$PEERS/vllm-zentorch --peer pace=$PEERS/pace"
+NEAR_PEERS = f"{BEST_PEERS} --peer openvino-installed=$PEERS/openvino"
 HF_PEERS = "--peer hf-generate=$PEERS/hf --peer hf-continuous=$PEERS/hf"
 LLAMA_CPP = "--peer llama.cpp=$PEERS/llamacpp --peer llama.cpp-installed=$PEERS/llamacpp"
 INSTALLED_PEERS = (
@@ -68,21 +71,35 @@ INSTALLED_PEERS = (
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A comparison: what it shows, and the options of ``splitwiser compare``."""
+    """A comparison: what it shows, the options of ``splitwiser compare``, and settings of the environment."""
 
     about: str
     options: str
+    environment: str = ""
 
     @property
     def command(self) -> str:
         """The command that repeats it."""
-        return f"splitwiser compare {self.options}"
+        return f"{self.environment} splitwiser compare {self.options}".lstrip()
+
+
+def both(name: str, about: str, options: str) -> dict[str, Benchmark]:
+    """Return a benchmark for each of the two models that peers are held against."""
+    return {
+        f"{name}-{model}": Benchmark(f"{about} (`{model}`).", f"{options} {random}")
+        for model, random in (("opt-125m", OPT), ("smollm2-135m", LLAMA))
+    }
 
 
 SCHEDULES = (
     "--variant 'alternate: --schedule alternate' --variant 'hybrid: --schedule hybrid' "
     "--variant 'hybrid2048: --schedule hybrid --prefill_tokens 2048' "
     "--variant 'hybrid512: --schedule hybrid --prefill_tokens 512'"
+)
+LESSER = (  # in float32 and bfloat16, this project's functions and PyTorch's own
+    "--variant 'float32: --dtype float32' --variant 'float32-plain: --dtype float32 --kernels plain' "
+    "--variant 'bfloat16: --dtype bfloat16' --variant 'bfloat16-plain: --dtype bfloat16 --kernels plain' "
+    "--requests 16 --prompt_tokens 64 --output_tokens 16 --model opt-125m --load_format dummy"
 )
 BENCHMARKS = {
     "standard-opt-125m": Benchmark(
@@ -137,17 +154,20 @@ BENCHMARKS = {
         "one of which to the other they are copied.",
         f"--repeats 2 {SPLIT} --variant 'vllm-copy: {VLLM} --mode mp --kv_transfer copy' --workload standard {OPT}",
     ),
-    "long-prompts": Benchmark(
-        "16 requests of about 1,500 prompt tokens with 16 new ones.",
-        f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload long_prompts {OPT}",
+    **both(
+        "long-prompts",
+        "16 requests of about 1,500 prompt tokens with 16 new ones",
+        f"--repeats 2 --modes sequential {INT8} {NEAR_PEERS} --workload long_prompts",
     ),
-    "long-outputs": Benchmark(
-        "48 requests of about 32 prompt tokens with 256 new ones.",
-        f"--repeats 2 --modes sequential {INT8} {BEST_PEERS} --workload long_outputs {OPT}",
+    **both(
+        "long-outputs",
+        "48 requests of about 32 prompt tokens with 256 new ones",
+        f"--repeats 2 --modes sequential {INT8} {NEAR_PEERS} --workload long_outputs",
     ),
-    "single": Benchmark(
-        "6 requests of about 128 prompt tokens with 128 new ones, each after the one before.",
-        f"--repeats 4 --modes sequential {INT8} {BEST_PEERS} --workload single {OPT}",
+    **both(
+        "single",
+        "6 requests of about 128 prompt tokens with 128 new ones, each after the one before",
+        f"--repeats 4 --modes sequential {INT8} {NEAR_PEERS} --workload single",
     ),
     "load-60": Benchmark(
         "The standard requests, as a Poisson process at 60% of the rate at which `sequential` answers them offline.",
@@ -170,6 +190,18 @@ BENCHMARKS = {
         "step never has both phases.",
         f"--repeats 2 {SCHEDULES} --workload single {OPT}",
     ),
+    "without-avx512": Benchmark(
+        "As on a processor with AVX2 and no more: 16 requests of 64 prompt tokens with 16 new ones to OPT-125m, computed "
+        "by this project's functions and by PyTorch alone.",
+        f"--repeats 2 {LESSER}",
+        "SPLITWISER_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2",
+    ),
+    "without-avx": Benchmark(
+        "The same without AVX in this project's functions, PyTorch's own and oneDNN; MKL, which multiplies in float32, "
+        "takes no such setting on an AMD processor.",
+        f"--repeats 1 {LESSER}",
+        "SPLITWISER_MARCH=x86-64 ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2",
+    ),
     "prefix-caching": Benchmark(
         "64 reports, each behind the same four examples, with prefix caching and without.",
         "--variant 'shared: --prefix_caching' --variant 'alone: --no-prefix_caching' --case_id 4 --same_examples --limit 64 "
@@ -186,32 +218,37 @@ BENCHMARKS = {
 }
 
 
-def measure(name: str, peers: str) -> None:
-    """Run the benchmark ``name`` and keep its rows and the record of where it ran."""
+def measure(name: str, peers: str, kind: Path) -> None:
+    """Run the benchmark ``name`` and keep its rows and the record of where it ran in the folder ``kind``."""
     benchmark = BENCHMARKS[name]
     with tempfile.TemporaryDirectory() as results:
         options = [word.replace("$PEERS", peers) for word in shlex.split(benchmark.options)]
         command = [sys.executable, "-m", "splitwiser", "compare", *options, "--results", results]
-        subprocess.run(command, check=True)
+        subprocess.run(["env", *benchmark.environment.split(), *command], check=True)
         (folder,) = Path(results).glob("compare_*")
         record = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
-        shutil.copy(folder / "comparison.csv", _rows(name))
-    _keep(name, benchmark.command, record)
+        shutil.copy(folder / "comparison.csv", _rows(kind, name))
+    _keep(kind, name, benchmark.command, record)
 
 
-def measure_growth(peers: str) -> None:
-    """Run :mod:`growth`, and keep its rows, its picture and the record of where it ran."""
+def measure_growth(peers: str, kind: Path) -> None:
+    """Run :mod:`growth`, and keep its rows and the record of where it ran in the folder ``kind``."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
-        where = growth.measure(f"{peers}/{growth.PEER}", Path(folder), _rows(growth.NAME))
-    _keep(growth.NAME, "python scripts/cpu_benchmarks.py growth --peers $PEERS", {"started": started, **where})
+        where = growth.measure(f"{peers}/{growth.PEER}", Path(folder), _rows(kind, growth.NAME))
+    _keep(kind, growth.NAME, "python scripts/cpu_benchmarks.py growth --peers $PEERS", {"started": started, **where})
 
 
-def _keep(name: str, command: str, record: Mapping[str, Any]) -> None:
+def _keep(kind: Path, name: str, command: str, record: Mapping[str, Any]) -> None:
     """Keep where the benchmark ``name`` ran, from a command's ``record``."""
-    records = _records()
+    records = _records(kind)
     records[name] = {"command": command, **{key: record.get(key) for key in KEPT}}
-    RECORD.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    (kind / RECORD).write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def kinds() -> list[Path]:
+    """Return the folder of each kind of processor that something was measured on."""
+    return sorted(path.parent for path in REFERENCE.glob(f"cpu-*/{RECORD}"))
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -231,12 +268,20 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def section() -> str:
-    """Return all tables in Markdown."""
-    records, blocks = _records(), []
+def section(kind: Path) -> str:
+    """Return what was measured on a ``kind`` of processor in Markdown: where, and all tables."""
+    records = _records(kind)
+    place, days = kind.relative_to(PROJECT), sorted({record["started"][:10] for record in records.values()})
+    last = max(records.values(), key=lambda record: str(record["started"]))
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("python", "torch", "transformers"))
+    blocks = [
+        f"### {_title(kind)}",
+        f"{last['machine']['memory_gib']:.0f} GiB of memory; {versions}; {' to '.join(dict.fromkeys((days[0], days[-1])))}. "
+        f"Rows in [{place}](../{place}).",
+    ]
     for name, benchmark in BENCHMARKS.items():
         if name in records:
-            rows = read_rows(_rows(name))
+            rows = read_rows(_rows(kind, name))
             busy = int((rows["machine_busy"].astype(str) == "True").sum())
             note = f" The machine was busy in {busy} of {len(rows)} runs." if busy else ""
             where = f"Commit {str(records[name]['commit'])[:12]}.{note}"
@@ -247,48 +292,60 @@ def section() -> str:
             ]
             if versions := _versions(rows):
                 blocks.append(f"{versions}.")
+    if record := records.get(growth.NAME):
+        rows = read_rows(_rows(kind, growth.NAME))
+        growth.draw(rows, kind / f"{growth.NAME}.png")
+        picture = f"../{place}/{growth.NAME}.png"
+        blocks.append(growth.section(rows, str(record["commit"]), str(record["command"]), picture))
     return "\n\n".join(blocks)
 
 
-def ahead() -> str:
-    """Return a row for each comparison with peers: the best of them, this project's throughput over that, round by round,
-    and the same of int8."""
+def ahead(kind: Path) -> str:
+    """Return a row for each comparison with peers: the best of them in the dtype of this project's rows, whatever its other
+    settings, this project's throughput over that, round by round, who is ahead in every round, and the same of int8."""
     lines = []
-    for name in filter(_records().__contains__, BENCHMARKS):
-        rows = read_rows(_rows(name))
+    for name in filter(_records(kind).__contains__, BENCHMARKS):
+        rows = read_rows(_rows(kind, name))
         rows = rows[rows["status"] == "finished"]
         made = {
             str(each): own.set_index("round")["output_throughput"] for each, own in rows.groupby("variant", sort=False)
         }
         others = {peer: own.median() for peer, own in made.items() if peer in ENGINES and peer != INT8_PEER}
-        if not others or "sequential" not in made:
+        if not others or OURS not in made:
             continue
         best = max(others, key=others.__getitem__)
-        line = {"benchmark": name, "best of the others": best}
-        for ours, theirs in (("sequential", best), ("int8", INT8_PEER), ("int8", "sequential")):
-            known = ours in made and theirs in made
-            heading = f"{ours} over {'it' if theirs == best else theirs}"
-            line[heading] = _range(made[ours] / made[theirs]) if known else "-"
+        ratios = made[OURS] / made[best]
+        leader = OURS if ratios.min() > 1 else best if ratios.max() < 1 else "neither"
+        line = {"benchmark": name, "best of the others": best, f"{OURS} over it": _range(ratios), "ahead": leader}
+        for theirs in (INT8_PEER, OURS):
+            known = "int8" in made and theirs in made
+            line[f"int8 over {theirs}"] = _range(made["int8"] / made[theirs]) if known else "-"
         lines.append(line)
-    return markdown(pd.DataFrame(lines))
+    return f"{_title(kind)}:\n\n{markdown(pd.DataFrame(lines)) if lines else 'no comparison with peers yet.'}"
 
 
-def growth_section() -> str:
-    """Return the table of :mod:`growth` in Markdown, and draw its picture."""
-    record = _records().get(growth.NAME)
-    if record is None:
-        return "Not yet measured."
-    rows, picture = read_rows(_rows(growth.NAME)), REFERENCE / f"{growth.NAME}.png"
-    growth.draw(rows, picture)
-    place = picture.relative_to(PROJECT)
-    return growth.section(rows, str(record["commit"]), str(record["command"]), f"../{place}")
+def best(shown: Sequence[Path]) -> str:
+    """Return the table of the README under a line on what it shows: other engines in their best setting, with columns for
+    each kind of processor on which its benchmark was measured."""
+    name, columns = "standard-opt-125m", []
+    shown = [kind for kind in shown if name in _records(kind)]
+    for kind in shown:
+        made = table(read_rows(_rows(kind, name))).set_index("variant")
+        made = made[~made.index.str.endswith("-installed")]
+        columns.append(made[["tokens/s", "TTFT p50 ms", "ITL p99 ms", f"{OURS} over it"]])
+        columns[-1].columns = [f"{heading}, {_title(kind)}" if len(shown) > 1 else heading for heading in columns[-1]]
+    about = (
+        f"OPT-125m in bf16 on {' and on '.join(map(_title, shown))}, 64 requests at once; medians over the rounds, in "
+        "brackets the least and the greatest:"
+    )
+    return f"{about}\n\n{markdown(pd.concat(columns, axis=1).reset_index())}"
 
 
-def best() -> str:
-    """Return the table of the README, with other engines in their best setting."""
-    made = table(read_rows(_rows("standard-opt-125m")))
-    made = made[~made["variant"].str.endswith("-installed")]
-    return markdown(made[["variant", "tokens/s", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "sequential over it"]])
+def _title(kind: Path) -> str:
+    """Return the name of a ``kind`` of processor in headings."""
+    machine = next(iter(_records(kind).values()))["machine"]
+    *_, instructions = kind.name.removesuffix(f"-{machine['cores']}-cores").split("-", 2)
+    return f"{machine['processor']} with {instructions}, {machine['cores']} cores"
 
 
 def _versions(rows: pd.DataFrame) -> str:
@@ -302,12 +359,12 @@ def _range(values: "pd.Series[float]") -> str:
     return median if len(values) == 1 else f"{median} ({least} to {greatest})"
 
 
-def _rows(name: str) -> Path:
-    return REFERENCE / f"{name}.csv"
+def _rows(kind: Path, name: str) -> Path:
+    return kind / f"{name}.csv"
 
 
-def _records() -> dict[str, Any]:
-    return dict(json.loads(RECORD.read_text(encoding="utf-8"))) if RECORD.exists() else {}
+def _records(kind: Path) -> dict[str, Any]:
+    return read_json(kind / RECORD)
 
 
 def main() -> None:
@@ -323,13 +380,17 @@ def main() -> None:
             raise unknown_name("benchmark", name, names)
     if commit := git_commit():  # the rows of one benchmark are no change to the next
         os.environ["SPLITWISER_COMMIT"] = commit
+    here = REFERENCE / kind_of_cpu()
     for name in () if options.tables else options.names or names:
+        here.mkdir(exist_ok=True)
         if name == growth.NAME:
-            measure_growth(options.peers)
+            measure_growth(options.peers, here)
         else:
-            measure(name, options.peers)
+            measure(name, options.peers, here)
+    shown = kinds()
+    parts = {"cpu": section, "cpu-ahead": ahead}
     write_sections(
-        PROJECT, {"cpu-best": best(), "cpu": section(), "cpu-ahead": ahead(), "cpu-growth": growth_section()}
+        PROJECT, {"cpu-best": best(shown)} | {mark: "\n\n".join(map(part, shown)) for mark, part in parts.items()}
     )
 
 

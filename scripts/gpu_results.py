@@ -53,7 +53,7 @@ DRAWN = ("output_throughput", "p99_itl_ms")  # of FIGURES, in the picture
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # around a generated part of a page
 PAGES = {  # the page of each generated part
     "gpu-best": "README.md", "cpu-best": "README.md", "gpu": "docs/benchmarks.md", "cpu": "docs/benchmarks.md",
-    "cpu-ahead": "docs/benchmarks.md", "cpu-growth": "docs/benchmarks.md",
+    "cpu-ahead": "docs/benchmarks.md",
 }  # fmt: skip
 BASE = "sequential"  # the variant that others' throughput is divided by, round by round
 SPEED_UP = "speed-up"

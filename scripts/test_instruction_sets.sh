@@ -20,6 +20,7 @@ sets=(
     "oneDNN held to AVX512_CORE_BF16|ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16|avx512_bf16"
     "oneDNN held to AVX512_CORE_AMX|ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX|amx_tile amx_bf16"
     "compiled without AVX-512|SPLITWISER_MARCH=x86-64-v3|avx2 fma bmi2"
+    "compiled without AVX|SPLITWISER_MARCH=x86-64|sse2"
     "compiled without bfloat16 pairs|SPLITWISER_MARCH=x86-64-v4|avx512f avx512bw avx512vl avx512dq avx512cd"
     "compiled without AMX|SPLITWISER_MARCH=cooperlake|avx512_bf16 avx512_vnni"
 )

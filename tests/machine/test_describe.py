@@ -42,6 +42,24 @@ def test_processor_is_named_as_the_system_names_it(
     assert machine._processor() == name
 
 
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        (["vendor_id\t: AuthenticAMD", "flags\t\t: fpu avx2 avx512bw avx512_bf16"], "amd-avx512-bf16"),
+        (["vendor_id\t: GenuineIntel", "flags\t\t: avx2 avx512bw avx512_bf16 amx_bf16"], "intel-amx"),
+        (["vendor_id\t: GenuineIntel", "flags\t\t: fpu avx2"], "intel-avx2"),
+        (["processor\t: 0", "Features\t: asimd"], f"{platform.machine()}-plain"),
+    ],
+)
+def test_kinds_of_processors_differ_by_vendor_instructions_and_cores(
+    lines: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("\n".join(lines) + "\n\nvendor_id\t: the second processor\n")
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 6})
+    assert machine.kind_of_cpu() == f"cpu-{kind}-3-cores"
+
+
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 6})
     assert machine.describe_machine(CPU)["cores"] == 3

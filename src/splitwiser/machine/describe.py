@@ -17,6 +17,9 @@ from splitwiser.machine.stand_in import STAND_IN, is_stand_in
 from splitwiser.version import __version__
 
 PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "datasets")
+VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+# what the kernels for CPUs tell apart: the first of which /proc/cpuinfo lists the flag
+INSTRUCTION_SETS = {"amx": "amx_bf16", "avx512-bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -36,6 +39,16 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "gpu_sms": properties.multi_processor_count,
         }
     return described
+
+
+def kind_of_cpu() -> str:
+    """Return the kind of processor and the cores that this process may use, such as ``cpu-amd-avx512-bf16-2-cores``: what
+    results on a CPU depend on most. Without an instruction set that the kernels know it has ``plain``."""
+    lines = _cpuinfo()
+    vendor = VENDORS.get(lines.get("vendor_id", ""), platform.machine())
+    flags = lines.get("flags", "").split()
+    instructions = next((name for name, flag in INSTRUCTION_SETS.items() if flag in flags), "plain")
+    return f"cpu-{vendor}-{instructions}-{len(os.sched_getaffinity(0))}-cores"
 
 
 def name_device(device: torch.device) -> str:
@@ -119,7 +132,11 @@ def _peak_kib() -> int:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return _cpuinfo().get("model name") or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return what /proc/cpuinfo says of the first processor."""
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

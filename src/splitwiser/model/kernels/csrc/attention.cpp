@@ -46,9 +46,6 @@ struct Call {
     float scaling, softcap;  // softcap 0: no soft-cap
 
     int64_t group() const { return heads / kv_heads; }
-    int64_t slot(int64_t request, int64_t position) const {
-        return tables[request * table_width + position / block_tokens] * block_tokens + position % block_tokens;
-    }
     const T* key(int64_t slot, int64_t head) const { return keys + (slot * kv_heads + head) * key_dim; }
     const T* value(int64_t slot, int64_t head) const { return values + (slot * kv_heads + head) * value_dim; }
     const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
@@ -385,19 +382,18 @@ inline void transpose(__m512i (&a)[LANES]) {
     std::copy(b, b + LANES, a);
 }
 
-// Packs keys [begin, begin + count) of a head into panels of 64: pair j of all 64 keys, then pair j + 1, up to `padded` pairs.
+// Packs a head's keys in `count` slots into panels of 64: pair j of all 64 keys, then pair j + 1, up to `padded` pairs.
 // Zeros pad pairs and the last panel.
-void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, int64_t padded,
-               uint32_t* packed) {
+void pack_keys(const Call<bfloat16>& c, int64_t head, const int64_t* slots, int64_t count, int64_t padded, uint32_t* packed) {
     const int64_t pairs = c.key_dim / 2;
     for (int64_t token = 0; token < count || token % PANEL; token += LANES) {
         uint32_t* panel = packed + token / PANEL * PANEL * padded + token % PANEL;
         for (int64_t at = 0; at < padded; at += LANES) {
             __m512i rows[LANES];
             for (int64_t i = 0; i < LANES; ++i)
-                rows[i] = token + i < count ? _mm512_maskz_loadu_epi32(first_lanes(pairs - at),
-                                                                       c.key(c.slot(request, begin + token + i), head) + 2 * at)
-                                            : _mm512_setzero_si512();
+                rows[i] = token + i < count
+                              ? _mm512_maskz_loadu_epi32(first_lanes(pairs - at), c.key(slots[token + i], head) + 2 * at)
+                              : _mm512_setzero_si512();
             transpose(rows);
             for (int64_t j = 0; j < std::min(LANES, padded - at); ++j) _mm512_store_si512(panel + (at + j) * PANEL, rows[j]);
         }
@@ -405,10 +401,10 @@ void pack_keys(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t b
 }
 
 // Packs the values of the same tokens, interleaving those of each two tokens. Zeros pad to a whole panel.
-void pack_values(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t begin, int64_t count, uint32_t* packed) {
+void pack_values(const Call<bfloat16>& c, int64_t head, const int64_t* slots, int64_t count, uint32_t* packed) {
     for (int64_t token = 0; token < count || token % PANEL; token += 2) {
-        const bfloat16* even = token < count ? c.value(c.slot(request, begin + token), head) : nullptr;
-        const bfloat16* odd = token + 1 < count ? c.value(c.slot(request, begin + token + 1), head) : nullptr;
+        const bfloat16* even = token < count ? c.value(slots[token], head) : nullptr;
+        const bfloat16* odd = token + 1 < count ? c.value(slots[token + 1], head) : nullptr;
         for (int64_t at = 0; at < c.value_dim; at += LANES) {
             const __mmask16 all = ~__mmask16{0};
             const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even ? all : 0, even + at));
@@ -429,11 +425,11 @@ void pack_queries(const Call<bfloat16>& c, int64_t request, int64_t head, int64_
     }
 }
 
-// Products by bfloat16 pairs, for QUERIES queries at a time, and KEYS keys per step of their online softmax. Rows past the last
-// query may hold anything.
+// Products by bfloat16 pairs, for QUERIES queries at a time, and KEYS keys per step of their online softmax, which GROUPS of
+// such queries read from the nearest cache one after another. Rows past the last query may hold anything.
 struct PairProducts {
     static constexpr int64_t QUERIES = 6;  // with 64 keys or values, their sums fill 24 of 32 registers
-    static constexpr int64_t KEYS = 256, KEYS_AT_A_TIME = PANEL / 2, PAIRS_AT_A_TIME = 1;
+    static constexpr int64_t GROUPS = 8, KEYS = 128, KEYS_AT_A_TIME = PANEL / 2, PAIRS_AT_A_TIME = 1;
 
     static __m512bh pair_of(const bfloat16* from) {
         int32_t pair;
@@ -501,7 +497,8 @@ struct PairProducts {
 
 // The same by tiles, which must be configured.
 struct TileProducts {
-    static constexpr int64_t QUERIES = 2 * TILE_ROWS, KEYS = 128, KEYS_AT_A_TIME = 2 * LANES, PAIRS_AT_A_TIME = LANES;
+    static constexpr int64_t QUERIES = 2 * TILE_ROWS, GROUPS = 1, KEYS = 128, KEYS_AT_A_TIME = 2 * LANES;
+    static constexpr int64_t PAIRS_AT_A_TIME = LANES;
 
     static void score(const bfloat16* queries, const uint32_t* keys, int64_t count, int64_t pairs, float* scores) {
         for (int64_t at = 0; at < count; at += KEYS_AT_A_TIME) {
@@ -540,18 +537,28 @@ inline __m512 rough_power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 
-// One step of a query's online softmax: turns the scores of some keys (a multiple of 32), whose first is at position `begin`,
-// into weights and updates the maximum (times log2 e) and the total; keys [low, high) of them are seen. Returns the factor by
-// which the query's sums so far must be multiplied.
-inline float update_softmax(const Call<bfloat16>& c, int64_t head, int64_t begin, float* scores, int64_t keys, int64_t low,
-                            int64_t high, bfloat16* weights, float& highest, float& total) {
+// The online softmax of a query: which of its head's keys it sees, the number (times log2 e) that is subtracted from scores,
+// and the sum of the weights so far, by lanes.
+struct Softmax {
+    int64_t head, low, high;  // keys [low, high), counted from the piece's first
+    float subtracted;
+    __m512 totals;
+};
+
+// One step of it: turns the scores of some keys (a multiple of 32), whose first is the piece's number `step` and at position
+// `position`, into weights. Returns the factor by which the query's sums so far must be multiplied.
+inline float update_softmax(const Call<bfloat16>& c, Softmax& s, int64_t step, int64_t position, float* scores, int64_t keys,
+                            bfloat16* weights) {
+    // what is subtracted stays while weights are below 2^SLACK, which bfloat16 and float32 hold as exactly as smaller ones
+    constexpr float SLACK = 8.0f;
+    const int64_t low = s.low - step, high = s.high - step;
     float factor = c.scaling * LOG2_E;
     if (c.softcap != 0.0f || c.bias) {
         for (int64_t i = 0; i < keys; ++i) {
             scores[i] *= c.scaling;
             if (c.softcap != 0.0f) scores[i] = c.softcap * std::tanh(scores[i] / c.softcap);
         }
-        if (c.bias) c.add_bias(head, begin + high - 1, begin, keys, scores);
+        if (c.bias) c.add_bias(s.head, position + high - 1, position, keys, scores);
         factor = LOG2_E;
     }
     __m512 maxima = _mm512_set1_ps(MASKED_SCORE);
@@ -564,18 +571,21 @@ inline float update_softmax(const Call<bfloat16>& c, int64_t head, int64_t begin
         }
         maxima = _mm512_max_ps(maxima, score);
     }
-    const float now = std::max(highest, _mm512_reduce_max_ps(maxima) * factor);
-    const __m512 factors = _mm512_set1_ps(factor), subtracted = _mm512_set1_ps(now);
-    __m512 sum = _mm512_setzero_ps();
+    float rescale = 1.0f;
+    maxima = _mm512_mul_ps(maxima, _mm512_set1_ps(factor));
+    if (_mm512_cmp_ps_mask(maxima, _mm512_set1_ps(s.subtracted + SLACK), _CMP_GT_OQ)) {
+        const float highest = _mm512_reduce_max_ps(maxima);
+        rescale = std::exp2(s.subtracted - highest);
+        s.subtracted = highest;
+        s.totals = _mm512_mul_ps(s.totals, _mm512_set1_ps(rescale));
+    }
+    const __m512 factors = _mm512_set1_ps(factor), subtracted = _mm512_set1_ps(s.subtracted);
     for (int64_t at = 0; at < keys; at += 2 * LANES) {
         const __m512 a = rough_power_of_2(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factors, subtracted));
         const __m512 b = rough_power_of_2(_mm512_fmsub_ps(_mm512_load_ps(scores + at + LANES), factors, subtracted));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+        s.totals = _mm512_add_ps(s.totals, _mm512_add_ps(a, b));
         _mm512_store_si512(weights + at, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
-    const float rescale = std::exp2(highest - now);
-    total = total * rescale + _mm512_reduce_add_ps(sum);
-    highest = now;
     return rescale;
 }
 
@@ -589,8 +599,8 @@ struct Workspace {
         thread_local Scratch<float> scores_memory, sums_memory;
         thread_local Scratch<bfloat16> queries_memory, weights_memory;
         scores = scores_memory.take(Products::QUERIES * Products::KEYS);
-        sums = sums_memory.take(Products::QUERIES * value_dim);
-        queries = queries_memory.take(Products::QUERIES * 2 * padded_pairs);
+        sums = sums_memory.take(Products::GROUPS * Products::QUERIES * value_dim);
+        queries = queries_memory.take(Products::GROUPS * Products::QUERIES * 2 * padded_pairs);
         weights = weights_memory.take(Products::QUERIES * Products::KEYS);
     }
 };
@@ -601,53 +611,60 @@ void attend_rows(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t
                  int64_t padded_pairs, const uint32_t* keys, const uint32_t* values, const Workspace<Products>& w) {
     constexpr int64_t QUERIES = Products::QUERIES, KEYS = Products::KEYS, KEYS_AT_A_TIME = Products::KEYS_AT_A_TIME;
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
-    int64_t heads[QUERIES], low[QUERIES], high[QUERIES];
-    float highest[QUERIES], total[QUERIES];
+    Softmax softmax[Products::GROUPS * QUERIES];
+    int64_t lowest = INT64_MAX;
     for (int64_t r = 0; r < count; ++r) {
-        const int64_t token = (row + r) / c.group();
-        heads[r] = head * c.group() + (row + r) % c.group();
-        low[r] = c.starts[first_token + token] - begin;
-        high[r] = c.lengths[request] - tokens + token + 1 - begin;
-        const float* sink = c.sink(heads[r]);
-        highest[r] = sink ? *sink * LOG2_E : MASKED_SCORE;
-        total[r] = sink ? 1.0f : 0.0f;
+        const int64_t token = (row + r) / c.group(), own = head * c.group() + (row + r) % c.group();
+        const float* sink = c.sink(own);
+        softmax[r] = {own, c.starts[first_token + token] - begin, c.lengths[request] - tokens + token + 1 - begin,
+                      sink ? *sink * LOG2_E : MASKED_SCORE, _mm512_zextps128_ps512(_mm_set_ss(sink ? 1.0f : 0.0f))};
+        lowest = std::min(lowest, softmax[r].low);
     }
     pack_queries(c, request, head, row, count, padded_pairs, w.queries);
-    std::fill(w.sums, w.sums + QUERIES * c.value_dim, 0.0f);
-    const int64_t from = *std::min_element(low, low + count) / PANEL * PANEL, to = *std::max_element(high, high + count);
-    for (int64_t step = from; step < to; step += KEYS) {
-        const int64_t some = (std::min(KEYS, to - step) + KEYS_AT_A_TIME - 1) / KEYS_AT_A_TIME * KEYS_AT_A_TIME;
-        Products::score(w.queries, keys + step * padded_pairs, some, padded_pairs, w.scores);
-        for (int64_t r = 0; r < count; ++r) {
-            const float rescale = update_softmax(c, heads[r], begin + step, w.scores + r * KEYS, some, low[r] - step,
-                                                 high[r] - step, w.weights + r * KEYS, highest[r], total[r]);
-            if (rescale != 1.0f)
-                for (int64_t i = 0; i < c.value_dim; ++i) w.sums[r * c.value_dim + i] *= rescale;
+    std::fill(w.sums, w.sums + Products::GROUPS * QUERIES * c.value_dim, 0.0f);
+    const int64_t to = softmax[count - 1].high;
+    for (int64_t step = lowest / PANEL * PANEL; step < to; step += KEYS)
+        for (int64_t first = 0; first < count; first += QUERIES) {
+            const int64_t end = std::min(first + QUERIES, count), seen = softmax[end - 1].high - step;
+            if (seen <= 0) continue;
+            const int64_t some = (std::min(KEYS, seen) + KEYS_AT_A_TIME - 1) / KEYS_AT_A_TIME * KEYS_AT_A_TIME;
+            float* sums = w.sums + first * c.value_dim;
+            Products::score(w.queries + first * 2 * padded_pairs, keys + step * padded_pairs, some, padded_pairs, w.scores);
+            for (int64_t r = 0; r < end - first; ++r) {
+                const float rescale = update_softmax(c, softmax[first + r], step, begin + step, w.scores + r * KEYS, some,
+                                                     w.weights + r * KEYS);
+                if (rescale != 1.0f)
+                    for (int64_t i = 0; i < c.value_dim; ++i) sums[r * c.value_dim + i] *= rescale;
+            }
+            Products::add_values(w.weights, values + step / 2 * c.value_dim, some, c.value_dim, sums);
         }
-        Products::add_values(w.weights, values + step / 2 * c.value_dim, some, c.value_dim, w.sums);
-    }
     for (int64_t r = 0; r < count; ++r) {
-        bfloat16* output = c.output + ((first_token + (row + r) / c.group()) * c.heads + heads[r]) * c.value_dim;
-        for (int64_t i = 0; i < c.value_dim; ++i) from_float(w.sums[r * c.value_dim + i] / total[r], output[i]);
+        const int64_t token = first_token + (row + r) / c.group();
+        bfloat16* output = c.output + (token * c.heads + softmax[r].head) * c.value_dim;
+        const float total = _mm512_reduce_add_ps(softmax[r].totals);
+        for (int64_t i = 0; i < c.value_dim; ++i) from_float(w.sums[r * c.value_dim + i] / total, output[i]);
     }
 }
 
 template <typename Products>
 void attend_prefill_piece(const Call<bfloat16>& c, int64_t request, int64_t head, int64_t from, int64_t to) {
     thread_local Scratch<uint32_t> keys_memory, values_memory;
+    thread_local Scratch<int64_t> slots_memory;
     const int64_t first_token = c.offsets[request], tokens = c.offsets[request + 1] - first_token;
     const int64_t begin = *std::min_element(c.starts + first_token + from, c.starts + first_token + to);
     const int64_t count = c.lengths[request] - tokens + to - begin, padded = (count + PANEL - 1) / PANEL * PANEL;
     const int64_t pairs = c.key_dim / 2, unit = Products::PAIRS_AT_A_TIME, padded_pairs = (pairs + unit - 1) / unit * unit;
     uint32_t* keys = keys_memory.take(padded * padded_pairs);
     uint32_t* values = values_memory.take(padded * c.value_dim / 2);
-    pack_keys(c, request, head, begin, count, padded_pairs, keys);
-    pack_values(c, request, head, begin, count, values);
+    int64_t* slots = slots_memory.take(count);
+    find_slots(c, request, begin, count, slots);
+    pack_keys(c, head, slots, count, padded_pairs, keys);
+    pack_values(c, head, slots, count, values);
     const Workspace<Products> workspace(padded_pairs, c.value_dim);
     const int64_t end = to * c.group();
-    for (int64_t row = from * c.group(); row < end; row += Products::QUERIES)
-        attend_rows(c, request, head, row, std::min(Products::QUERIES, end - row), begin, padded_pairs, keys, values,
-                    workspace);
+    constexpr int64_t ROWS = Products::GROUPS * Products::QUERIES;
+    for (int64_t row = from * c.group(); row < end; row += ROWS)
+        attend_rows(c, request, head, row, std::min(ROWS, end - row), begin, padded_pairs, keys, values, workspace);
 }
 
 #endif

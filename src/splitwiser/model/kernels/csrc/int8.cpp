@@ -33,9 +33,14 @@ constexpr float LARGEST = 127;
 
 // Stores `inputs` numbers of x as integers plus 128, and 128 (zero) as far as `padded`; returns their scale.
 float quantise(const bfloat16* x, int64_t inputs, int64_t padded, uint8_t* to) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t i = 0; i < inputs; i += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + i, first_lanes(inputs - i))));
-    const float largest = _mm512_reduce_max_ps(most);
+    __m512i most = _mm512_setzero_si512();  // without their signs, numbers are in the order of their bits
+    for (int64_t i = 0; i < inputs; i += 2 * LANES) {
+        const __mmask32 mask = inputs - i >= 2 * LANES ? ~__mmask32{0} : (__mmask32{1} << (inputs - i)) - 1;
+        const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + i), _mm512_set1_epi16(0x7fff));
+        most = _mm512_max_epu16(most, bits);
+    }
+    const __m512i odd = _mm512_and_si512(most, _mm512_set1_epi32(0x7fff0000)), even = _mm512_slli_epi32(most, 16);
+    const float largest = _mm512_reduce_max_ps(_mm512_castsi512_ps(_mm512_max_epi32(odd, even)));
     const __m512 factor = _mm512_set1_ps(largest > 0 ? LARGEST / largest : 0);
     for (int64_t i = 0; i < padded; i += LANES) {
         const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + i, first_lanes(inputs - i)), factor));
@@ -75,7 +80,7 @@ void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const int8_t*
     }
 }
 
-// A product of quantised inputs: where its weights lie, and how its sums are finished.
+// A product of quantised inputs, and where its weights lie.
 struct Int8Product {
     const Linear& p;
     const bfloat16* residual;
@@ -86,11 +91,32 @@ struct Int8Product {
     const int8_t* weights(int64_t output) const {
         return static_cast<const int8_t*>(p.packed) + output / BLOCK * BLOCK * p.padded_inputs + output % BLOCK * 4;
     }
-    void finish_sums(int64_t row, int64_t output, const int32_t* sums) const {
-        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(p.offsets + output));
-        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x.scales[row]), _mm512_loadu_ps(p.scales + output));
-        finish(p, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), residual, y, row * p.outputs, output);
+};
+
+// Finishes sums of 16 outputs from `output` on: what is the same in all rows is read once.
+class Finish {
+  public:
+    Finish(const Int8Product& product, int64_t output)
+        : product_(product), output_(output), mask_(first_lanes(product.p.outputs - output)),
+          offsets_(_mm512_loadu_si512(product.p.offsets + output)), scales_(_mm512_loadu_ps(product.p.scales + output)),
+          bias_(product.p.bias ? load(static_cast<const bfloat16*>(product.p.bias) + output, mask_) : _mm512_setzero_ps()) {}
+
+    void operator()(int64_t row, const int32_t* sums) const {
+        const int64_t at = row * product_.p.outputs + output_;
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(product_.x.scales[row]), scales_);
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), offsets_));
+        __m512 y = _mm512_add_ps(_mm512_mul_ps(sum, scale), bias_);
+        if (product_.residual) y = _mm512_add_ps(y, load(product_.residual + at, mask_));
+        if (product_.p.relu) y = _mm512_max_ps(y, _mm512_setzero_ps());
+        save(product_.y + at, mask_, y);
     }
+
+  private:
+    const Int8Product& product_;
+    const int64_t output_;
+    const __mmask16 mask_;
+    const __m512i offsets_;
+    const __m512 scales_, bias_;
 };
 
 void multiply_by_dots(Team& team, const Int8Product& product) {
@@ -105,9 +131,10 @@ void multiply_by_dots(Team& team, const Int8Product& product) {
                 const int64_t count = std::min(ROWS, end - first);
                 multiply_rows(count, product.x.numbers + first * p.padded_inputs, p.padded_inputs,
                               product.weights(panel * BLOCK), quads, sums);
-                for (int64_t r = 0; r < count; ++r)
-                    for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES)
-                        product.finish_sums(first + r, panel * BLOCK + j, sums[r] + j);
+                for (int64_t j = 0; j < BLOCK && panel * BLOCK + j < p.outputs; j += LANES) {
+                    const Finish finish(product, panel * BLOCK + j);
+                    for (int64_t r = 0; r < count; ++r) finish(first + r, sums[r] + j);
+                }
             }
         }
     });
@@ -122,7 +149,7 @@ void multiply_in_tiles(Team& team, const Int8Product& product) {
     };
     multiply_in_tiles<Int8Tiles, int32_t>(
         team, product.x.numbers, product.p.padded_inputs, product.rows, product.p.outputs, columns,
-        [&](int64_t row, int64_t output, const int32_t* sums) { product.finish_sums(row, output, sums); });
+        [&](int64_t row, int64_t output, const int32_t* sums) { Finish(product, output)(row, sums); });
 }
 
 #endif
