@@ -221,6 +221,52 @@ def test_a_worker_refuses_a_message_that_is_not_for_its_role(bench: Bench) -> No
         worker.step_once()
 
 
+def queue(bench: Bench, lengths: list[int], budget: int) -> Worker:
+    """A prefill worker with prompts of ``lengths``, which it has received."""
+    bench.wire.end("decode-0")
+    worker = bench.worker("prefill-0", bench.prefiller("prefill-0", budget), None)
+    for number, prompt in enumerate(prompts_of(lengths)):
+        request = Request(number, tuple(prompt), SamplingParams(max_tokens=2), seed=0)
+        blocks = tuple(range(8 * number, 8 * number + 8))
+        bench.wire.boxes["prefill-0"].append(PrefillTask(request, blocks, "decode-0", 0))
+    worker.receive()
+    return worker
+
+
+@pytest.mark.parametrize(("lengths", "told"), [([8, 8], False), ([8, 8, 1], True)])
+def test_a_step_that_leaves_more_than_another_takes_tells_of_a_backlog(
+    lengths: list[int], told: bool, bench: Bench
+) -> None:
+    worker = queue(bench, lengths, budget=8)
+    calls: list[None] = []
+    worker.on_backlog = lambda: calls.append(None)
+    worker.run_planned()
+    assert bool(calls) is told
+
+
+def test_a_second_lane_takes_prompts_whose_turn_is_late(bench: Bench) -> None:
+    worker = queue(bench, [8, 8, 8, 8], budget=8)
+    assert worker.run_second_prefill()
+    worker.run_planned()
+    assert [message.request_id for message in bench.wire.boxes["decode-0"] if isinstance(message, Handoff)] == [2, 0]
+    records = [message for message in bench.reports(StepRecord) if isinstance(message, StepRecord)]
+    assert [record.worker for record in records] == ["prefill-0-second", "prefill-0"]
+
+
+def test_steps_at_the_same_time_have_different_prompts(bench: Bench) -> None:
+    prefiller = bench.prefiller("prefill-0", 8)
+    for number, prompt in enumerate(prompts_of([8, 8, 20])):
+        request = Request(number, tuple(prompt), SamplingParams(max_tokens=2), seed=0)
+        prefiller.add(PrefillTask(request, tuple(range(8 * number, 8 * number + 8)), "decode-0", 0))
+    taken = [prefiller.take(8, late=True), prefiller.take(8), prefiller.take(8), prefiller.take(8)]
+    assert [[each.request.request_id for each, _ in packed] for packed in taken] == [[1], [0], [2], []]
+    assert prefiller.waiting == 0
+    assert prefiller.drop(2, "decode-0") is None  # a step writes to its blocks
+    prefiller.record(taken[2], Sampled([]), 1, 2)
+    assert prefiller.waiting == 1
+    assert prefiller.drop(2, "decode-0") is not None
+
+
 class Pair:
     """A prefill and a decode worker with one request, of 20 prompt tokens in steps of 8."""
 

@@ -33,7 +33,12 @@ from tests.support.assertions import assert_says, refusal
         ),
         ({"schedule": "decode_first", "mode": "generate"}, ["schedule decode_first is for mixed workers", "generate"]),
         ({"itl_target_ms": 20, "schedule": "prefill_first"}, ["itl_target_ms 20 is kept by --share auto or by --sch"]),
-        ({"itl_target_ms": 20, "mode": "mp"}, ["itl_target_ms 20 is kept by --share auto or by --schedule hybrid"]),
+        (
+            {"itl_target_ms": 20, "mode": "mp", "lend": False},
+            [
+                "itl_target_ms 20 is kept by --share auto or by --schedule hybrid, and in mode mp with one prefill worker"
+            ],
+        ),
         ({"quantization": "int4"}, ["unknown --quantization 'int4'", "int8"]),
         ({"quantization": "int8"}, ["quantization int8 needs", "dtype bfloat16 for the rest, not float32"]),
         ({"quantization": "int8", "dtype": "bf16", "kernels": "plain"}, ["quantization int8 needs", "kernels auto"]),
@@ -92,9 +97,33 @@ def test_workers_are_those_laid_out_or_the_modes_own(settings: dict[str, Any], n
     assert [spec.name for spec in EngineConfig(**settings).specs] == names
 
 
+@pytest.mark.parametrize(
+    ("settings", "has"),
+    [
+        ({"mode": "mp"}, True),
+        ({"mode": "mp", "workers": "[{role: prefill}, {role: decode, count: 2}]"}, True),
+        ({"mode": "mp", "workers": "[{role: prefill, count: 2}, {role: decode}]"}, False),
+        ({"mode": "mp", "workers": "[{role: mixed, count: 2}]"}, False),
+        ({"mode": "mp", "lend": False}, False),
+        ({"mode": "mp", "share": "none"}, False),
+        ({"mode": "mp", "share": "auto"}, False),
+        ({"mode": "mp", "backend": "vllm"}, False),
+        ({"mode": "mps"}, False),
+        ({}, False),
+    ],
+)
+def test_one_prefill_worker_that_lends_has_a_second_lane(settings: dict[str, Any], has: bool) -> None:
+    assert EngineConfig(**settings).has_second_lane is has
+
+
+def test_decode_keeps_a_pace_beside_a_second_lane() -> None:
+    paces = [EngineConfig(mode="mp", itl_target_ms=target_ms).kept_itl_s for target_ms in (None, 20)]
+    assert paces == [constants.BACKLOG_ITL_MS / 1e3, 0.02]
+
+
 def test_a_target_is_for_share_auto_or_hybrid_steps() -> None:
     mixed = "[{role: mixed, count: 2}]"
     assert EngineConfig(schedule="hybrid", itl_target_ms=20).mixes
     assert EngineConfig(mode="mp", workers=mixed, schedule="hybrid", itl_target_ms=20).mixes
     auto = [EngineConfig(mode="mp", share="auto", itl_target_ms=target_ms) for target_ms in (None, 20)]
-    assert [each.auto_itl_target_s for each in auto] == [constants.ITL_TARGET_MS / 1e3, 0.02]
+    assert [each.kept_itl_s for each in auto] == [constants.ITL_TARGET_MS / 1e3, 0.02]

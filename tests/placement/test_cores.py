@@ -1,5 +1,8 @@
 """Shares as threads and cores, and the lending of threads."""
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +12,15 @@ import torch
 from splitwiser import LLM, SamplingParams
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.machine.fair_share import FairShare, OwnThreads
-from splitwiser.placement.cores import CpuShare, plan_cores, plan_levels, plan_threads
+from splitwiser.placement.cores import (
+    SECOND_LANE_NICE,
+    CpuShare,
+    Pace,
+    SecondLane,
+    plan_cores,
+    plan_levels,
+    plan_threads,
+)
 from splitwiser.placement.layout import parse_layout
 from splitwiser.placement.shares import Board, WorkerShare
 
@@ -163,3 +174,75 @@ def test_a_run_leaves_the_callers_number_of_threads(
     assert len(used) >= 4
     assert set(used) == {2}
     assert torch.get_num_threads() == 2
+
+
+class Lane:
+    """A second lane with a number of steps to run, that shows what holds during each."""
+
+    def __init__(self, board: Board, steps: int, error: Exception | None = None) -> None:
+        self.board, self.left, self.error = board, steps, error
+        self.seen: list[tuple[bool, int, int]] = []
+        self.ended = threading.Event()
+        self.failed: list[BaseException] = []
+        self.lane = SecondLane(self.step, board, 1, self.fail)
+
+    def step(self) -> bool:
+        niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        self.seen.append((self.board.backlog, niceness, torch.get_num_threads()))
+        if self.error:
+            raise self.error
+        self.left -= 1
+        return self.left > 0
+
+    def fail(self, error: BaseException) -> None:
+        self.failed.append(error)
+        self.ended.set()
+
+    def wait_until_closed(self) -> None:
+        deadline = time.monotonic() + 10
+        while (self.left or self.board.backlog) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not self.board.backlog
+
+
+def test_a_second_lane_runs_once_opened_until_there_is_no_step(board: Board) -> None:
+    lane = Lane(board, 3)
+    assert not board.backlog
+    lane.lane.open()
+    lane.wait_until_closed()
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert lane.seen == [(True, max(own, SECOND_LANE_NICE), 1)] * 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_a_second_lane_that_fails_says_so(board: Board) -> None:
+    lane = Lane(board, 1, ValueError("no"))
+    lane.lane.open()
+    assert lane.ended.wait(10)
+    assert [str(error) for error in lane.failed] == ["no"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_nothing_else_is_lent_beside_a_second_lane(board: Board) -> None:
+    board.backlog = True
+    assert [worker.before_step() for worker in lent(board)] == [2, 1, 1]
+
+
+def test_decode_keeps_its_pace_while_there_is_a_backlog(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    waits: list[float] = []
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    monkeypatch.setattr("time.sleep", waits.append)
+    pace = Pace(board, 0.06)
+    pace.wait()
+    pace.wait()
+    assert waits == []
+    board.backlog = True
+    now_s += 0.02
+    pace.wait()  # the step before began 20 ms ago
+    now_s += 0.04
+    now_s += 0.05
+    pace.wait()
+    now_s += 0.5  # a step that took longer than the pace
+    pace.wait()
+    assert waits == pytest.approx([0.04, 0.01])

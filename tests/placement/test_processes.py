@@ -95,6 +95,19 @@ def test_sampled_tokens_do_not_depend_on_the_workers(tiny: Callable[[str], Path]
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.parametrize("settings", [{}, {"prefix_caching": True}, {"policy": "shortest_prompt"}])
+def test_tokens_do_not_depend_on_a_second_lane(settings: dict[str, Any], tiny: Callable[[str], Path]) -> None:
+    prompts = [[1, 2, 3] * 12 + prompt for prompt in prompts_of([30] * 60, seed=7)]
+    seen = Seen()
+    with LLM(tiny("llama"), mode="mp", prefill_tokens=70, **settings) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True), observer=seen)
+        assert "a step every 60 ms" in llm.started.kernels["second_lane"]
+    assert {step.worker for step in seen.steps} == {"prefill-0", "prefill-0-second", "decode-0"}
+    with LLM(tiny("llama")) as llm:
+        expected = llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
 @pytest.mark.parametrize(("target_ms", "level"), [(0.001, 2), (1e6, 0)])
 def test_auto_moves_cores_to_the_phase_that_needs_them(
     target_ms: float, level: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -130,6 +143,13 @@ def test_a_layout_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=line):
         LLM(tiny("opt"), mode="mp", workers=workers)
+
+
+def test_a_pace_that_a_model_cannot_have_is_refused(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        InputError, match="itl_target_ms 20 in mode mp is for decoders without rotary scaling by length"
+    ):
+        LLM(tiny("t5"), mode="mp", itl_target_ms=20)
 
 
 def test_workers_in_another_mode_are_refused(tiny: Callable[[str], Path]) -> None:

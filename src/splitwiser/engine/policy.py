@@ -55,12 +55,14 @@ class WaitingRequest:
 @dataclass(eq=False, kw_only=True)
 class PendingPrompt(WaitingRequest):
     """A request that has its blocks and waits for prefill; its first prefill step began at ``start_ns`` (0: none has). It
-    begins with tokens that ``follows`` is to prefill first, if that is not None."""
+    begins with tokens that ``follows`` is to prefill first, if that is not None. ``in_step`` says whether a step that runs
+    now has it."""
 
     task: PrefillTask
     sequence: "SequenceState"
     start_ns: int = 0
     follows: "PendingPrompt | None" = None
+    in_step: bool = False
 
     @property
     def is_ready(self) -> bool:

@@ -27,7 +27,8 @@ class PrefillResult:
 class Prefiller:
     """Prefills queued prompts in steps of at most ``budget`` tokens, packed by ``policy``; a longer prompt of an
     encoder-decoder has a step of its own. Writes only to the blocks that each task names. A prompt that shares blocks with
-    one that is still to fill them waits until it has."""
+    one that is still to fill them waits until it has. Steps in several threads may run at a time, between :meth:`take` and
+    :meth:`record`, which are called one after the other."""
 
     def __init__(self, name: str, stepper: Stepper, budget: int, policy: Policy = FIRST_COME) -> None:
         self.name = name
@@ -53,30 +54,54 @@ class Prefiller:
 
     def drop(self, request_id: int, decode_worker: str) -> PrefillTask | None:
         """Give up the prompt of a cancelled request of ``decode_worker``. Returns its task, or None if there is no such
-        prompt, or if another one waits for what it fills."""
+        prompt, if a step runs over it, or if another one waits for what it fills."""
         tasks = {(prompt.task.request.request_id, prompt.task.decode_worker): prompt for prompt in self._prompts}
         dropped = tasks.get((request_id, decode_worker))
-        if dropped is None or any(prompt.follows is dropped and not prompt.is_ready for prompt in self._prompts):
+        if dropped is None or dropped.in_step:
+            return None
+        if any(prompt.follows is dropped and not prompt.is_ready for prompt in self._prompts):
             return None
         self._prompts.remove(dropped)
         return dropped.task
 
     @property
     def waiting(self) -> int:
-        """Number of prompts that wait for prefill, or for the rest of it."""
-        return len(self._prompts)
+        """Number of prompts that wait for prefill, or for the rest of it, and are in no step now."""
+        return sum(not prompt.in_step for prompt in self._prompts)
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether more tokens wait than a step takes, beside those of steps that run now."""
+        return sum(prompt.left for prompt in self._prompts if not prompt.in_step) > self.budget
 
     def step(self, budget: int | None = None) -> PrefillResult | None:
         """Run one prefill step of ``budget`` tokens, by default the worker's, and return its result, or None if no prompt
         waits."""
-        if not self._prompts:
-            return None
-        packed = self.pack(self.budget if budget is None else budget)
+        packed = self.take(self.budget if budget is None else budget)
         if not packed:
             return None
         start_ns = self.stepper.now_ns()
         sampled = self.stepper.prefill(chunks_of(packed))
         return self.record(packed, sampled, start_ns, self.stepper.now_ns())
+
+    def take(self, budget: int, *, late: bool = False) -> Packed:
+        """Return the prompts of a step of at most ``budget`` tokens, and leave them out of others until :meth:`record`:
+        those of :meth:`pack` or, with ``late``, some of the later half of the policy's order."""
+        packed = self._pack_late(budget) if late else self.pack(budget)
+        for prompt, _ in packed:
+            prompt.in_step = True
+        return packed
+
+    def _pack_late(self, budget: int) -> Packed:
+        now_ns = self.stepper.now_ns()
+        ready = self._find_ready()
+        by_id = {prompt.request.request_id: prompt for prompt in ready}
+        order = [by_id[each.request.request_id] for each in self._policy.admission_order(ready, now_ns)]
+        return self._policy.pack(order[len(order) // 2 :], budget, now_ns) if order else []
+
+    def _find_ready(self) -> list[PendingPrompt]:
+        """Return the prompts that a step may take, in order of arrival."""
+        return [prompt for prompt in self._prompts if prompt.is_ready and not prompt.in_step]
 
     def pack(self, budget: int, *, fill: bool = False) -> Packed:
         """Return the prompts of the next step, of at most ``budget`` tokens, each with its number of tokens in it.
@@ -86,9 +111,9 @@ class Prefiller:
         Rajkumar and Lehoczky, 1990). Raises :class:`RunError` if the policy splits what an encoder has to read as a whole.
         """
         now_ns, room = self.stepper.now_ns(), budget
-        others = [prompt for prompt in self._prompts if prompt.is_ready]
+        others = self._find_ready()
         packed: Packed = []
-        if len(others) < len(self._prompts) and (awaited := self._find_awaited(now_ns)):
+        if len(others) < self.waiting and (awaited := self._find_awaited(now_ns)) and not awaited.in_step:
             packed = [(awaited, min(awaited.left, room))]
             others.remove(awaited)
             room -= packed[0][1]
@@ -120,6 +145,7 @@ class Prefiller:
         for prompt, tokens in packed:
             prompt.start_ns = prompt.start_ns or start_ns
             prompt.done += tokens
+            prompt.in_step = False
         ended = [prompt for prompt, _ in packed if not prompt.left]
         firsts = zip_longest(ended, sampled.tokens, sampled.logprobs)  # log-probabilities only if one asks for them
         finished = [

@@ -4,6 +4,7 @@ A worker does not know whether it runs inline, in a thread or in a process.
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -32,6 +33,8 @@ from splitwiser.engine.schedule import ALTERNATE, Schedule, StepTime, Work
 from splitwiser.engine.steps import Stepper
 from splitwiser.errors import RunError
 from splitwiser.model.kv_pool import BlockAllocator
+
+SECOND_LANE_TOKENS = 512  # of a prefill step beside others, which may take long, at low priority
 
 
 class Transport(Protocol):
@@ -93,6 +96,8 @@ class Worker:
         self._schedule = schedule
         self._itl_target_s = itl_target_s
         self._last: StepTime | None = None
+        self._lock = threading.RLock()  # of prompts and messages, while a second lane runs prefill steps too
+        self.on_backlog: Callable[[], None] = lambda: None  # called if a prefill step leaves more than another takes
 
     def step_once(self) -> bool:
         """Call :meth:`receive` and :meth:`run_planned`."""
@@ -101,6 +106,11 @@ class Worker:
 
     def receive(self) -> bool:
         """Handle new messages and admit requests. Returns whether there are prompts or requests in decode to run."""
+        with self._lock:
+            return self._receive()
+
+    def _receive(self) -> bool:
+        """See :meth:`receive`."""
         for message in self._transport.receive():
             self._handle(message)
         if self._decoder:
@@ -137,14 +147,31 @@ class Worker:
             prefilled = self._run_prefill(budget)
         return bool(prefilled or decoded)
 
-    def _run_prefill(self, budget: int) -> bool:
+    def run_second_prefill(self) -> bool:
+        """Run a prefill step beside another one, in another thread than that, over at most :data:`SECOND_LANE_TOKENS` tokens
+        of prompts whose turn is late. Returns whether there were any."""
+        budget = self._prefiller.budget if self._prefiller else 0
+        return self._run_prefill(min(budget, SECOND_LANE_TOKENS), second_lane=True)
+
+    def _run_prefill(self, budget: int, *, second_lane: bool = False) -> bool:
         """Run a prefill step of at most ``budget`` tokens. Returns whether there were a budget and prompts for it."""
-        prefilled = self._prefiller.step(budget) if self._prefiller and budget else None
-        if prefilled is None:
+        prefiller = self._prefiller
+        if not prefiller or not budget:
             return False
-        self._report_step("prefill", prefilled.start_ns, prefilled.end_ns, prefilled=prefilled)
-        for task, handoff in prefilled.finished:
-            self._send(task.decode_worker, handoff)
+        with self._lock:
+            packed = prefiller.take(budget, late=second_lane)
+            if prefiller.has_backlog:
+                self.on_backlog()
+        if not packed:
+            return False
+        start_ns = prefiller.stepper.now_ns()
+        sampled = prefiller.stepper.prefill(chunks_of(packed))
+        end_ns = prefiller.stepper.now_ns()
+        with self._lock:
+            prefilled = prefiller.record(packed, sampled, start_ns, end_ns)
+            self._report_step("prefill", start_ns, end_ns, prefilled=prefilled, second_lane=second_lane)
+            for task, handoff in prefilled.finished:
+                self._send(task.decode_worker, handoff)
         return True
 
     def _run_hybrid(self, prefiller: Prefiller, decoder: Decoder, budget: int) -> bool:
@@ -166,13 +193,28 @@ class Worker:
         return True
 
     def _report_step(
-        self, phase: StepPhase, start_ns: int, end_ns: int, *, prefilled: PrefillResult | None = None, decoded: int = 0
+        self,
+        phase: StepPhase,
+        start_ns: int,
+        end_ns: int,
+        *,
+        prefilled: PrefillResult | None = None,
+        decoded: int = 0,
+        second_lane: bool = False,
     ) -> None:
-        """Tell the parent of a step over the prompts of ``prefilled`` and ``decoded`` requests in decode."""
+        """Tell the parent of a step over the prompts of ``prefilled`` and ``decoded`` requests in decode. Steps of a second
+        lane have a name of their own, since they run at the same time as others of the worker."""
         requests, tokens = (prefilled.requests, prefilled.tokens) if prefilled else (0, 0)
         self._last = StepTime(tokens, decoded, (end_ns - start_ns) / 1e9)
         record = StepRecord(
-            self.name, self.role, phase, start_ns, end_ns, requests + decoded, tokens + decoded, decoded
+            f"{self.name}-second" if second_lane else self.name,
+            self.role,
+            phase,
+            start_ns,
+            end_ns,
+            requests + decoded,
+            tokens + decoded,
+            decoded,
         )
         self._send(PARENT, record)
 
@@ -263,9 +305,13 @@ def build_worker(
     )
 
 
-def run_worker(worker: Worker, transport: WaitableTransport, share: DeviceShare) -> None:
-    """Run steps of ``worker`` on ``share`` until ``transport`` is stopped; wait while there is no work."""
+def run_worker(
+    worker: Worker, transport: WaitableTransport, share: DeviceShare, pace: Callable[[], None] = lambda: None
+) -> None:
+    """Run steps of ``worker`` on ``share`` until ``transport`` is stopped; wait while there is no work. ``pace`` waits until
+    the worker's next step is due."""
     while not transport.stopped:
+        pace()
         # who only hands requests on goes on lending its share: a prefill step that begins meanwhile has it to its end
         with share.use() if worker.receive() else nullcontext():
             ran = worker.run_planned()

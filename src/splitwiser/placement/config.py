@@ -144,7 +144,8 @@ class EngineConfig(ModelConfig):
     itl_target_ms: float | None = option(
         None,
         "what decode keeps between two tokens: with share auto by its part of the device (if not given, "
-        f"{constants.ITL_TARGET_MS:g}), with schedule hybrid by the size of chunks (if not given, as --prefill_tokens says)",
+        f"{constants.ITL_TARGET_MS:g}), with schedule hybrid by the size of chunks (if not given, as --prefill_tokens "
+        f"says), in mode mp on a CPU by waiting while prompts are backlogged (if not given, {constants.BACKLOG_ITL_MS:g})",
     )
     lend: bool = option(constants.LEND, "idle workers lend their part of the device, step by step")
     decode_priority: bool = option(
@@ -237,10 +238,12 @@ class EngineConfig(ModelConfig):
         if (
             self.itl_target_ms is not None
             and self.share != "auto"
+            and not self.has_second_lane
             and not (self.mixes and keeps_itl_target(self.schedule))
         ):
             raise InputError(
-                f"--itl_target_ms {self.itl_target_ms:g} is kept by --share auto or by --schedule hybrid; choose one of them"
+                f"--itl_target_ms {self.itl_target_ms:g} is kept by --share auto or by --schedule hybrid, and in mode mp "
+                "with one prefill worker that lends; choose one of them"
             )
         self._check_mps()
         self._check_backend()
@@ -261,14 +264,21 @@ class EngineConfig(ModelConfig):
         return any(spec.role == "mixed" for spec in self.specs)
 
     @property
+    def has_second_lane(self) -> bool:
+        """Whether the prefill worker opens a second lane for a backlog, if its device is a CPU."""
+        one_prefills = [spec.role for spec in self.specs].count("prefill") == 1
+        return self.mode == "mp" and self.backend == "hf" and self.share == "fixed" and self.lend and one_prefills
+
+    @property
     def measures_budget(self) -> bool:
         """Whether mixed workers measure how many tokens their steps are to have."""
         return self.prefill_tokens is None and self.itl_target_ms is None and measures_budget(self.schedule)
 
     @property
-    def auto_itl_target_s(self) -> float:
-        """What share ``auto`` keeps between two tokens, in seconds."""
-        return (constants.ITL_TARGET_MS if self.itl_target_ms is None else self.itl_target_ms) / 1e3
+    def kept_itl_s(self) -> float:
+        """What share ``auto``, and decode beside a second lane, keep between two tokens, in seconds."""
+        default = constants.ITL_TARGET_MS if self.share == "auto" else constants.BACKLOG_ITL_MS
+        return (default if self.itl_target_ms is None else self.itl_target_ms) / 1e3
 
     @cached_property
     def adapter_files(self) -> dict[str, AdapterFiles]:

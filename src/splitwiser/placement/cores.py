@@ -1,6 +1,9 @@
 """A worker's share of a CPU: how many threads its steps use, at most as many as there is processor time for."""
 
-from collections.abc import Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
@@ -8,7 +11,9 @@ import torch
 
 from splitwiser.engine.messages import WorkerSpec
 from splitwiser.machine.fair_share import FairShare
-from splitwiser.placement.shares import WorkerShare
+from splitwiser.placement.shares import Board, WorkerShare
+
+SECOND_LANE_NICE = 10  # a second lane's niceness: a tenth of the weight that the kernel gives to other threads
 
 
 def plan_threads(workers: Sequence[WorkerSpec], cores: int) -> list[int]:
@@ -80,3 +85,59 @@ class CpuShare:
             torch.set_num_threads(count)
             self._set = count
         return count
+
+
+class SecondLane:
+    """A second lane of a prefill worker for a backlog, that is while more prompt tokens wait than a step takes.
+
+    A thread of low priority runs prefill steps of its own (``run_step``, which returns whether there was one), on
+    ``threads`` threads, in the time that :class:`Pace` leaves. Steps that wait for each other nowhere use such time better
+    than threads of one step do, which wait for the slowest. Once open, the lane goes on until no prompt waits. ``on_error``
+    is called, while the exception is handled, if a step fails.
+    """
+
+    def __init__(
+        self, run_step: Callable[[], bool], board: Board, threads: int, on_error: Callable[[BaseException], None]
+    ) -> None:
+        self._run_step = run_step
+        self._board = board
+        self._threads = threads
+        self._on_error = on_error
+        self._opened = threading.Event()
+        threading.Thread(target=self._run, name="second lane", daemon=True).start()
+
+    def open(self) -> None:
+        """Let the lane run; called where there is a backlog."""
+        self._opened.set()
+
+    def _run(self) -> None:
+        try:
+            nice = max(SECOND_LANE_NICE, os.getpriority(os.PRIO_PROCESS, 0))  # which nobody may lower again
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)  # of this thread alone, on Linux
+            torch.set_num_threads(self._threads)
+            while self._opened.wait():
+                self._board.backlog = True
+                while self._run_step():
+                    pass
+                self._board.backlog = False
+                self._opened.clear()
+        except BaseException as error:
+            self._on_error(error)
+
+
+class Pace:
+    """Holds a decode worker to one step every ``itl_s`` seconds while prefill has a backlog: prompts join it meanwhile, and
+    fewer, larger steps read the weights less often."""
+
+    def __init__(self, board: Board, itl_s: float) -> None:
+        self._board = board
+        self._itl_s = itl_s
+        self._due_s = 0.0
+
+    def wait(self) -> None:
+        """Wait until the next step is due, at most ``itl_s`` seconds."""
+        now_s = time.monotonic()
+        if self._board.backlog and now_s < self._due_s:
+            time.sleep(self._due_s - now_s)
+            now_s = self._due_s
+        self._due_s = now_s + self._itl_s

@@ -45,7 +45,7 @@ class GreenDivision:
         auto = None
         if config.share == "auto":
             units = [granted[DECODE] for granted, _ in cuts]
-            auto = AutoLevel(units, board.level, config.auto_itl_target_s)
+            auto = AutoLevel(units, board.level, config.kept_itl_s)
         self._shares = [
             WorkerShare(board, PREFILL, config.lend),
             WorkerShare(board, DECODE, config.lend, auto, [PREFILL]),

@@ -121,6 +121,7 @@ class MailTransport:
     def __init__(self, inbox: Inbox, outboxes: Mapping[str, Outbox]) -> None:
         self._inbox = inbox
         self._outboxes = outboxes
+        self._sending = threading.Lock()
         self.stopped = False
 
     def receive(self) -> list[Message]:
@@ -131,9 +132,10 @@ class MailTransport:
         return [message for message in messages if not isinstance(message, Stop)]
 
     def send(self, to: str, message: Message) -> None:
-        """See :meth:`splitwiser.engine.worker.Transport.send`."""
+        """See :meth:`splitwiser.engine.worker.Transport.send`; several threads may call it."""
         try:
-            self._outboxes[to].send(message)
+            with self._sending:
+                self._outboxes[to].send(message)
         except OSError:
             if to == PARENT:
                 raise

@@ -17,7 +17,7 @@ COMFORT = 0.9  # decode gives units away only if its predicted gap is then at mo
 
 class Board:
     """Status words in memory that all workers of a run share: for each worker whether it has work and a heartbeat count,
-    and the level of the current split.
+    the level of the current split, and whether prefill has a backlog.
 
     Each word has one writer, so no lock is needed. ``words`` is int64 of shape (workers + 1, 2).
     """
@@ -43,6 +43,15 @@ class Board:
     @level.setter
     def level(self, level: int) -> None:
         self._words[-1, 0] = level
+
+    @property
+    def backlog(self) -> bool:
+        """Whether a backlog of prompts is prefilled in two lanes."""
+        return bool(self._words[-1, 1])
+
+    @backlog.setter
+    def backlog(self, backlog: bool) -> None:
+        self._words[-1, 1] = int(backlog)
 
     def set_busy(self, worker: int, busy: bool) -> None:
         """Set whether ``worker`` has work."""
@@ -107,10 +116,12 @@ class WorkerShare:
         self._prefill = prefill
 
     def claim(self) -> tuple[int, list[bool]]:
-        """Mark this worker as busy. Returns the level and, for each worker, whether its share is lent to this one."""
+        """Mark this worker as busy. Returns the level and, for each worker, whether its share is lent to this one; none is
+        while a second lane uses what others leave."""
         self._board.set_busy(self.worker, True)
         busy = self._board.busy()
-        return self._board.level, [self._lend and not has_work for has_work in busy]
+        lends = self._lend and not self._board.backlog
+        return self._board.level, [lends and not has_work for has_work in busy]
 
     def release(self) -> None:
         """Mark this worker as idle, and so lend its share."""

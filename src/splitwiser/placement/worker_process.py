@@ -3,14 +3,16 @@
 The fork server imports this module before the workers start, so importing it must not initialise CUDA.
 """
 
+import math
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers import PreTrainedModel
@@ -25,8 +27,9 @@ from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import KVPool, stored_dtype
 from splitwiser.model.loading import LoadedModel
+from splitwiser.model.rotary import length_without_scaling
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.cores import CpuShare, plan_cores
+from splitwiser.placement.cores import CpuShare, Pace, SecondLane, plan_cores
 from splitwiser.placement.mailbox import MailTransport, Pipe, PipeInbox
 from splitwiser.placement.prepare import measure_budget, scheduler_settings
 from splitwiser.placement.shares import AutoLevel, Board, WorkerShare
@@ -76,9 +79,14 @@ def worker_main(setup: WorkerSetup) -> None:
     try:
         _run(setup, transport)
     except BaseException as error:
-        line = f"{type(error).__name__}: {error}"
-        transport.send(PARENT, Failed(name, line, traceback.format_exc()))
-        sys.exit(1)
+        _fail(setup, transport, error)
+
+
+def _fail(setup: WorkerSetup, transport: MailTransport, error: BaseException) -> NoReturn:
+    """Report the ``error`` that is handled now, and end the process."""
+    line = f"{type(error).__name__}: {error}"
+    transport.send(PARENT, Failed(setup.spec.name, line, traceback.format_exc()))
+    os._exit(1)  # from whichever thread
 
 
 def _run(setup: WorkerSetup, transport: MailTransport) -> None:
@@ -126,8 +134,25 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         replace(scheduler_settings(config, model), prefill_tokens=budget),
         share.observe,
     )
-    transport.send(PARENT, Ready(spec.name, graphs | measured))
-    run_worker(worker, transport, cpu_share)
+    described = graphs | measured
+    has_second_lane = config.has_second_lane and may_have_second_lane(model)
+    if has_second_lane and spec.role == "prefill":
+        threads = max(1, len(setup.cores) - setup.thread_levels[0][setup.index])
+        lane = SecondLane(worker.run_second_prefill, board, threads, partial(_fail, setup, transport))
+        worker.on_backlog = lane.open
+        described["second_lane"] = (
+            f"{threads} of prefill's threads, while more prompt tokens wait than a step takes; decode then has a step every "
+            f"{config.kept_itl_s * 1e3:g} ms"
+        )
+    transport.send(PARENT, Ready(spec.name, described))
+    paced = has_second_lane and spec.role == "decode"
+    run_worker(worker, transport, cpu_share, Pace(board, config.kept_itl_s if paced else 0).wait)
+
+
+def may_have_second_lane(model: LoadedModel) -> bool:
+    """Return whether two prefill steps of ``model`` may run at a time in one process, and gain by that: on a GPU they do
+    not, and rotary modules that scale by length keep the last one as their state. Encoder-decoders have not been tried."""
+    return model.device.type == "cpu" and not model.encodes and math.isinf(length_without_scaling(model.module))
 
 
 def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:
@@ -138,7 +163,7 @@ def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:
     if config.share == "auto" and setup.index == roles.index("decode"):
         units = [sum(threads for threads, role in zip(level, roles, strict=True) if role == "decode")
                  for level in setup.thread_levels]  # fmt: skip
-        auto = AutoLevel(units, board.level, config.auto_itl_target_s)
+        auto = AutoLevel(units, board.level, config.kept_itl_s)
     prefill = [number for number, role in enumerate(roles) if role == "prefill"]
     return WorkerShare(board, setup.index, config.lend, auto, prefill)
 
