@@ -11,7 +11,8 @@ from splitwiser.placement.config import EngineConfig
 
 OPTIONS: dict[str, Any] = {
     "model": "somewhere", "mode": "mps", "workers": "[{role: mixed}]", "share": "none", "itl_target_ms": 12.5,
-    "lend": False, "decode_priority": False, "mps": "existing", "dtype": "float16", "device": "cuda:1", "gpu_id": 1,
+    "lend": False, "second_lane": False, "decode_priority": False, "mps": "existing",
+    "dtype": "float16", "device": "cuda:1", "gpu_id": 1,
     "load_format": "dummy", "kv_memory": "3MiB", "max_batch": 7, "batch_size": 5, "prefill_tokens": 11, "kernels": "plain",
     "seed": 13, "models": "elsewhere", "policy": "splitwiser.engine.policy:FirstCome",
     "generation_config": "checkpoint", "schedule": "splitwiser.engine.schedule:Hybrid", "reserve": True,

@@ -23,6 +23,7 @@ SHARE = "fixed"  # how workers divide the device: fixed (their shares), auto (de
 ITL_TARGET_MS = 50.0  # the time between two tokens that SHARE = "auto" keeps decode under while prompts are prefilled
 BACKLOG_ITL_MS = 60.0  # mode mp on a CPU: the time between two tokens while more prompts wait than a prefill step takes
 LEND = True  # a worker without work lends its part of the device to the others, step by step
+SECOND_LANE = True  # mode mp on a CPU: a backlog of prompts is prefilled in a second lane too
 DECODE_PRIORITY = True  # on a GPU, decode's kernels go before prefill's where both wait (modes mps and green)
 MPS = "private"  # mode mps: private starts an MPS daemon for each run; existing uses the one that is there
 EXCLUSIVE = False  # mode mps: put the GPU into compute mode EXCLUSIVE_PROCESS for the run; needs root

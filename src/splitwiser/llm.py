@@ -64,8 +64,9 @@ class LLM:
                 shares, ``auto`` by what decode needs to keep ``itl_target_ms`` beside prefill, ``none`` not at all.
             - ``itl_target_ms``: target for the time between two tokens, in milliseconds, which share ``auto`` keeps (by
                 default 50), schedule ``hybrid`` (by default none), or mode ``mp`` on a CPU with a backlog of prompts (60).
-            - ``lend``: whether an idle worker lends its share of the device to the others, step by step, and in mode ``mp``
-                on a CPU decode the time between its steps to a backlog of prompts.
+            - ``lend``: whether an idle worker lends its share of the device to the others, step by step.
+            - ``second_lane``: whether, in mode ``mp`` on a CPU with one prefill worker, fixed shares and lending, a backlog
+                of prompts is prefilled in the time between decode steps too.
             - ``decode_priority``: whether a GPU runs decode's kernels before prefill's when both wait: by the priority of
                 streams in mode ``green``, of clients in mode ``mps``.
             - ``mps``: in mode ``mps``, ``private`` starts a daemon for this run, ``existing`` uses the one that is running.

@@ -136,7 +136,7 @@ def test_a_policy_that_splits_a_source_is_named() -> None:
     prefiller = Prefiller("prefill-0", Unused(), 8, Splits())  # type: ignore[arg-type]
     prefiller.add(pending(3, encoded=True)[0].task)
     with pytest.raises(RunError, match="prefill-0: the policy splits a prompt that an encoder has to read as a whole"):
-        prefiller.step()
+        prefiller.take(8)
 
 
 class LastCome(FirstCome):

@@ -35,9 +35,7 @@ from tests.support.assertions import assert_says, refusal
         ({"itl_target_ms": 20, "schedule": "prefill_first"}, ["itl_target_ms 20 is kept by --share auto or by --sch"]),
         (
             {"itl_target_ms": 20, "mode": "mp", "lend": False},
-            [
-                "itl_target_ms 20 is kept by --share auto or by --schedule hybrid, and in mode mp with one prefill worker"
-            ],
+            ["itl_target_ms 20 is kept by --share auto or by --schedule hybrid, and in mode mp with a second lane"],
         ),
         ({"quantization": "int4"}, ["unknown --quantization 'int4'", "int8"]),
         ({"quantization": "int8"}, ["quantization int8 needs", "dtype bfloat16 for the rest, not float32"]),
@@ -105,6 +103,7 @@ def test_workers_are_those_laid_out_or_the_modes_own(settings: dict[str, Any], n
         ({"mode": "mp", "workers": "[{role: prefill, count: 2}, {role: decode}]"}, False),
         ({"mode": "mp", "workers": "[{role: mixed, count: 2}]"}, False),
         ({"mode": "mp", "lend": False}, False),
+        ({"mode": "mp", "second_lane": False}, False),
         ({"mode": "mp", "share": "none"}, False),
         ({"mode": "mp", "share": "auto"}, False),
         ({"mode": "mp", "backend": "vllm"}, False),

@@ -332,8 +332,8 @@ def test_every_objective_is_predicted() -> None:
 def test_the_options_of_a_run_say_what_differs_from_its_defaults() -> None:
     config = AdviseConfig(model="m", workload="w x.json", ignore_eos=True, lend=False, limit=5, checks=1)
     assert run_options(config, Candidate("mp", SPLIT, 256)) == {
-        "model": "m", "mode": "mp", "workers": SPLIT, "lend": False, "workload": "w x.json", "limit": 5,
-        "ignore_eos": True, "prefill_tokens": 256,
+        "model": "m", "mode": "mp", "workers": SPLIT, "lend": False, "second_lane": False, "workload": "w x.json",
+        "limit": 5, "ignore_eos": True, "prefill_tokens": 256,
     }  # fmt: skip
     other = next(name for name in SCHEDULES if name != constants.SCHEDULE)
     assert run_options(config, Candidate("sequential", "", 256, other))["schedule"] == other

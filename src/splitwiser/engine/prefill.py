@@ -74,16 +74,6 @@ class Prefiller:
         """Whether more tokens wait than a step takes, beside those of steps that run now."""
         return sum(prompt.left for prompt in self._prompts if not prompt.in_step) > self.budget
 
-    def step(self, budget: int | None = None) -> PrefillResult | None:
-        """Run one prefill step of ``budget`` tokens, by default the worker's, and return its result, or None if no prompt
-        waits."""
-        packed = self.take(self.budget if budget is None else budget)
-        if not packed:
-            return None
-        start_ns = self.stepper.now_ns()
-        sampled = self.stepper.prefill(chunks_of(packed))
-        return self.record(packed, sampled, start_ns, self.stepper.now_ns())
-
     def take(self, budget: int, *, late: bool = False) -> Packed:
         """Return the prompts of a step of at most ``budget`` tokens, and leave them out of others until :meth:`record`:
         those of :meth:`pack` or, with ``late``, some of the later half of the policy's order."""

@@ -148,6 +148,9 @@ class EngineConfig(ModelConfig):
         f"says), in mode mp on a CPU by waiting while prompts are backlogged (if not given, {constants.BACKLOG_ITL_MS:g})",
     )
     lend: bool = option(constants.LEND, "idle workers lend their part of the device, step by step")
+    second_lane: bool = option(
+        constants.SECOND_LANE, "mode mp on a CPU: prefill a backlog of prompts in the time between decode steps too"
+    )
     decode_priority: bool = option(
         constants.DECODE_PRIORITY, "on a GPU, decode's kernels go before prefill's (modes mps, green)"
     )
@@ -243,7 +246,7 @@ class EngineConfig(ModelConfig):
         ):
             raise InputError(
                 f"--itl_target_ms {self.itl_target_ms:g} is kept by --share auto or by --schedule hybrid, and in mode mp "
-                "with one prefill worker that lends; choose one of them"
+                "with a second lane; choose one of them"
             )
         self._check_mps()
         self._check_backend()
@@ -267,7 +270,8 @@ class EngineConfig(ModelConfig):
     def has_second_lane(self) -> bool:
         """Whether the prefill worker opens a second lane for a backlog, if its device is a CPU."""
         one_prefills = [spec.role for spec in self.specs].count("prefill") == 1
-        return self.mode == "mp" and self.backend == "hf" and self.share == "fixed" and self.lend and one_prefills
+        wanted = self.second_lane and self.lend and self.share == "fixed"
+        return wanted and one_prefills and self.mode == "mp" and self.backend == "hf"
 
     @property
     def measures_budget(self) -> bool:

@@ -47,6 +47,7 @@ class AdviseConfig(RunConfig):
     workers: str = constants.WORKERS
     share: str = constants.SHARE
     itl_target_ms: float | None = None
+    second_lane: bool = False  # which no prediction knows
     schedule: str = constants.SCHEDULE
     batch_size: int = constants.BATCH_SIZE
     objective: str = option("throughput", f"metric to optimise: {', '.join(OBJECTIVES)}", "advice")

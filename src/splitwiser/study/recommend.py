@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from splitwiser import constants
 from splitwiser.config import RunConfig
 from splitwiser.engine.schedule import measures_budget
 from splitwiser.options import option_fields, to_arguments
@@ -194,6 +195,8 @@ def run_options(config: AdviseConfig, candidate: Candidate) -> dict[str, Any]:
     changed = {name: value for name, value in candidate.row.items() if value != ""}
     if candidate.prefill_tokens == config.step_tokens and not measures_budget(candidate.schedule):
         changed["prefill_tokens"] = config.prefill_tokens
+    if candidate.mode != "mp":  # the only one that has a second lane, which predictions are without
+        changed["second_lane"] = constants.SECOND_LANE
     options = option_fields(RunConfig)
     values = {name: changed.get(name, getattr(config, name)) for name in options}
     return {name: value for name, value in values.items() if name == "mode" or value != options[name].default}
