@@ -52,6 +52,8 @@ class CompressedPanel {
         plain_ = at + parts.plain(firsts[panels]) + (firsts[panel] - panel) * PLAIN_BYTES;
     }
 
+    const void* groups() const { return groups_; }
+
     void read(int64_t pair, __m512i (&weights)[PARTS]) {
         if (__builtin_expect(pair == *escape_, 0)) {
             for (int j = 0; j < PARTS; ++j) weights[j] = _mm512_loadu_si512(plain_ + j * 64);
