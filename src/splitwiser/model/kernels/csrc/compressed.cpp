@@ -16,44 +16,42 @@ extern "C" int supports_compressed() { return HAS_COMPRESSED; }
 
 namespace {
 
-// The exponents of a panel: its table, and the number of each exponent in it, or ESCAPE.
-struct Exponents {
+// The high bytes of a panel's weights: its table, and the number of each byte in it, or ESCAPE.
+struct HighBytes {
     static constexpr uint8_t ESCAPE = 0x80;
 
-    Exponents(const uint16_t* weights, int64_t count) {
+    HighBytes(const uint16_t* weights, int64_t count) {
         int64_t counts[256] = {};
-        for (int64_t i = 0; i < count; ++i) ++counts[weights[i] >> 7 & 0xff];
+        for (int64_t i = 0; i < count; ++i) ++counts[weights[i] >> 8];
         int order[256];
         std::iota(order, order + 256, 0);
         const auto more = [&](int one, int other) { return counts[one] > counts[other]; };
-        std::partial_sort(order, order + EXPONENTS, order + 256, more);
+        std::partial_sort(order, order + HIGH_BYTES, order + 256, more);
         std::memset(numbers, ESCAPE, sizeof numbers);
-        for (int i = 0; i < EXPONENTS; ++i) table[i] = order[i], numbers[order[i]] = i;
+        for (int i = 0; i < HIGH_BYTES; ++i) table[i] = order[i], numbers[order[i]] = i;
     }
 
-    __m512i look_up(__m512i exponents) const {
+    __m512i look_up(__m512i bytes) const {
         const auto half = [&](int first) {
-            return _mm512_permutex2var_epi8(_mm512_loadu_si512(numbers + first), exponents,
+            return _mm512_permutex2var_epi8(_mm512_loadu_si512(numbers + first), bytes,
                                             _mm512_loadu_si512(numbers + first + 64));
         };
-        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(exponents), half(0), half(128));
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), half(0), half(128));
     }
 
-    uint8_t table[EXPONENTS];
+    uint8_t table[HIGH_BYTES];
     alignas(64) uint8_t numbers[256];
 };
 
 // Compresses a group; returns whether it can be.
-bool compress_group(const Exponents& exponents, const uint16_t* weights, uint8_t* group) {
-    const __m512i byte = _mm512_set1_epi16(0xff);
+bool compress_group(const HighBytes& high_bytes, const uint16_t* weights, uint8_t* group) {
     __m512i numbers[2];
     for (int half = 0; half < 2; ++half) {
-        const __m512i one = CompressedPanel::rotate<1>(_mm512_loadu_si512(weights + 64 * half));
-        const __m512i other = CompressedPanel::rotate<1>(_mm512_loadu_si512(weights + 64 * half + 32));
-        const __m512i low = _mm512_packus_epi16(_mm512_and_si512(one, byte), _mm512_and_si512(other, byte));
-        const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(one, 8), _mm512_srli_epi16(other, 8));
+        const __m512i one = _mm512_loadu_si512(weights + 64 * half), other = _mm512_loadu_si512(weights + 64 * half + 32);
+        const __m512i low = CompressedPanel::even_and_odd(one, _mm512_slli_epi16(other, 8));
+        const __m512i high = CompressedPanel::even_and_odd(_mm512_srli_epi16(other, 8), one);
         _mm512_storeu_si512(group + 64 * (half + 1), low);
-        numbers[half] = exponents.look_up(high);
+        numbers[half] = high_bytes.look_up(high);
     }
     _mm512_storeu_si512(group, _mm512_or_si512(numbers[0], _mm512_slli_epi16(numbers[1], 4)));
     return _mm512_movepi8_mask(_mm512_or_si512(numbers[0], numbers[1])) == 0;
@@ -71,11 +69,11 @@ extern "C" int64_t compress(const void* packed, int64_t panels, int64_t pairs, v
     if (parts.escapes > limit) return 0;
     for (int64_t panel = 0; panel < panels; ++panel) {
         const auto* weights = static_cast<const uint16_t*>(packed) + panel * pairs * 2 * BLOCK;
-        const Exponents exponents(weights, pairs * 2 * BLOCK);
-        std::memcpy(at + panel * EXPONENTS, exponents.table, EXPONENTS);
+        const HighBytes high_bytes(weights, pairs * 2 * BLOCK);
+        std::memcpy(at + panel * HIGH_BYTES, high_bytes.table, HIGH_BYTES);
         firsts.push_back(escapes.size());
         for (int64_t pair = 0; pair < pairs; ++pair, weights += 2 * BLOCK)
-            if (!compress_group(exponents, weights, at + parts.groups + (panel * pairs + pair) * GROUP_BYTES))
+            if (!compress_group(high_bytes, weights, at + parts.groups + (panel * pairs + pair) * GROUP_BYTES))
                 escapes.push_back(pair), plain.push_back(weights);
         escapes.push_back(CompressedParts::END);
     }

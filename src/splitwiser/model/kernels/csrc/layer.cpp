@@ -74,19 +74,45 @@ OutputBlock block_of(const Linear& p, int64_t first) {
     return block;
 }
 
+// Fetches weights that are multiplied next from memory into the L2 cache, a share at a time, while others are multiplied.
+class Prefetch {
+  public:
+    static constexpr int64_t PAIRS = 32;  // that are multiplied after each share
+
+    // `bytes` from `weights` on, which are all fetched when `pairs` pairs have been multiplied `blocks` times.
+    Prefetch(const void* weights, int64_t bytes, int64_t blocks, int64_t pairs)
+        : at_(static_cast<const char*>(weights)), end_(at_ + bytes) {
+        const int64_t shares = blocks * ((pairs + PAIRS - 1) / PAIRS), lines = (bytes + LINE - 1) / LINE;
+        share_ = (lines + shares - 1) / shares * LINE;
+    }
+
+    void next_share() {
+        for (const char* end = std::min(end_, at_ + share_); at_ < end; at_ += LINE) _mm_prefetch(at_, _MM_HINT_T1);
+    }
+
+  private:
+    static constexpr int64_t LINE = 64;
+
+    const char *at_, *end_;
+    int64_t share_;
+};
+
 template <int COUNT, typename Weights>
-void multiply_block(const bfloat16* x, int64_t stride, Weights block, int64_t pairs, float (*sums)[BLOCK]) {
+void multiply_block(const bfloat16* x, int64_t stride, Weights block, int64_t pairs, Prefetch& prefetch, float (*sums)[BLOCK]) {
     __m512 sum[COUNT][PARTS];
     for (auto& row : sum)
         for (auto& part : row) part = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512i weights[PARTS];
-        block.read(pair, weights);
-        for (int r = 0; r < COUNT; ++r) {
-            int32_t both;
-            std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
-            for (int j = 0; j < PARTS; ++j)
-                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), (__m512bh)weights[j]);
+    for (int64_t pair = 0; pair < pairs;) {
+        prefetch.next_share();
+        for (const int64_t end = std::min(pairs, pair + Prefetch::PAIRS); pair < end; ++pair) {
+            __m512i weights[PARTS];
+            block.read(pair, weights);
+            for (int r = 0; r < COUNT; ++r) {
+                int32_t both;
+                std::memcpy(&both, x + r * stride + 2 * pair, sizeof both);
+                for (int j = 0; j < PARTS; ++j)
+                    sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)_mm512_set1_epi32(both), (__m512bh)weights[j]);
+            }
         }
     }
     for (int r = 0; r < COUNT; ++r)
@@ -95,14 +121,14 @@ void multiply_block(const bfloat16* x, int64_t stride, Weights block, int64_t pa
 
 template <typename Weights>
 void multiply_block_dot(const bfloat16* x, int64_t stride, const Weights& block, int64_t rows, int64_t pairs,
-                        float (*sums)[BLOCK]) {
+                        Prefetch& prefetch, float (*sums)[BLOCK]) {
     switch (rows) {
-        case 1: return multiply_block<1>(x, stride, block, pairs, sums);
-        case 2: return multiply_block<2>(x, stride, block, pairs, sums);
-        case 3: return multiply_block<3>(x, stride, block, pairs, sums);
-        case 4: return multiply_block<4>(x, stride, block, pairs, sums);
-        case 5: return multiply_block<5>(x, stride, block, pairs, sums);
-        default: return multiply_block<ROWS>(x, stride, block, pairs, sums);
+        case 1: return multiply_block<1>(x, stride, block, pairs, prefetch, sums);
+        case 2: return multiply_block<2>(x, stride, block, pairs, prefetch, sums);
+        case 3: return multiply_block<3>(x, stride, block, pairs, prefetch, sums);
+        case 4: return multiply_block<4>(x, stride, block, pairs, prefetch, sums);
+        case 5: return multiply_block<5>(x, stride, block, pairs, prefetch, sums);
+        default: return multiply_block<ROWS>(x, stride, block, pairs, prefetch, sums);
     }
 }
 
@@ -126,17 +152,32 @@ void with_weights(const Linear& p, int64_t output, bool first, bool more, F f) {
     f(block_of(p, output));
 }
 
+// Returns what a thread that multiplies `blocks` blocks of rows fetches meanwhile: the weights of the next 64 outputs, from
+// `output` on, if they are compressed. Their first block has to widen them, and would wait for memory besides, which would be
+// idle during all others. Plain weights are read as fast without.
+Prefetch prefetch_of(const Linear& p, int64_t output, int64_t blocks) {
+    const int64_t pairs = p.padded_inputs / 2;
+#if HAS_COMPRESSED
+    if (p.compressed && blocks > 1 && output < p.outputs) {
+        const CompressedPanel panel(p.packed, (p.outputs + BLOCK - 1) / BLOCK, pairs, output / BLOCK);
+        return {panel.groups(), pairs * GROUP_BYTES, blocks, pairs};
+    }
+#endif
+    return {nullptr, 0, blocks, pairs};
+}
+
 void multiply_by_dots(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows) {
     const int64_t blocks = (p.outputs + BLOCK - 1) / BLOCK, pairs = p.inputs / 2;
     const int64_t group = rows_of_task(rows, blocks, team.threads()), groups = (rows + group - 1) / group;
     team.each(groups * blocks, [&](int64_t begin, int64_t last) {
         for (int64_t task = begin; task < last; ++task) {
             const int64_t output = task % blocks * BLOCK, start = task / blocks * group, end = std::min(rows, start + group);
+            Prefetch prefetch = prefetch_of(p, output + BLOCK, (end - start + ROWS - 1) / ROWS);
             for (int64_t first = start; first < end; first += ROWS) {
                 float sums[ROWS][BLOCK];
                 const int64_t count = std::min(ROWS, end - first);
                 with_weights(p, output, first == start, end - start > ROWS, [&](const auto& weights) {
-                    multiply_block_dot(x + first * p.inputs, p.inputs, weights, count, pairs, sums);
+                    multiply_block_dot(x + first * p.inputs, p.inputs, weights, count, pairs, prefetch, sums);
                 });
                 for (int64_t r = 0; r < count; ++r)
                     for (int64_t j = 0; j < BLOCK && output + j < p.outputs; j += LANES)
