@@ -141,19 +141,18 @@ constexpr int64_t LANES = 16;
 // Where the keys or values of a span's tokens lie, and what is read after them: rows past the last token are for prefetching.
 template <typename S>
 struct Rows {
-    static constexpr int64_t AHEAD = std::is_same_v<S, int8_t> ? 2 * LANES : LANES;  // tokens, of about as many bytes
-    const S* of[SPAN + AHEAD + LANES];
+    const S* of[SPAN + 2 * LANES];
 
     // `zero` is where those of slot 0 lie, and slots are `stride` apart.
     template <typename T>
     Rows(const Call<T, S>& c, int64_t request, int64_t begin, int64_t count, const S* zero, int64_t stride) {
         c.each_slot(request, begin, count, [&](int64_t token, int64_t slot) { of[token] = zero + slot * stride; });
-        std::fill(of + count, of + count + AHEAD + LANES, of[count - 1]);
+        std::fill(of + count, of + count + 2 * LANES, of[count - 1]);
     }
 
     // Has what is read next follow the `count` tokens, of which 16 are read at a time.
     void follow(const Rows& next, int64_t count) {
-        std::copy_n(next.of, AHEAD, of + (count + LANES - 1) / LANES * LANES);
+        std::copy_n(next.of, LANES, of + (count + LANES - 1) / LANES * LANES);
     }
 };
 
@@ -257,12 +256,13 @@ inline float exponentiate(float* scores, int64_t count, float highest, float sca
     return _mm512_reduce_add_ps(total);
 }
 
-// Prefetches what is to be read next: it may lie in another block, which the processor's own prefetcher cannot foresee.
+// Prefetches what is to be read next: it may lie in another block, which the processor's own prefetcher cannot foresee. It goes
+// to L2, since L1 can wait for too few lines at a time to use all of the memory's bandwidth.
 template <typename S>
 inline void prefetch(const S* const* rows, int64_t offset, int64_t numbers) {
     for (int64_t i = 0; i < LANES; ++i)
         for (int64_t at = 0; at < numbers; at += 64 / sizeof(S))
-            _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T1);
 }
 
 // Returns the scales of 16 keys or values of `size` numbers.
@@ -361,7 +361,7 @@ void score_tokens(const Call<bfloat16, S>& c, int64_t request, int64_t first, in
     const int64_t stored = stored_size<S>(c.key_dim);
     for (int64_t token = 0; token < count; token += LANES)
         for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(keys.of + token + Rows<S>::AHEAD, head * stored, stored);
+            prefetch(keys.of + token + LANES, head * stored, stored);
             products.of(keys.of + token, head * stored, head * c.group(), (head + 1) * c.group(),
                         [&](int64_t row, __m512 sums) { _mm512_storeu_ps(scores + row * SPAN + token, sums); });
         }
@@ -416,7 +416,7 @@ void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const R
     for (int64_t token = 0; token < count; token += LANES) {
         const int64_t tokens = std::min(LANES, count - token);
         for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(values.of + token + Rows<S>::AHEAD, head * stored, stored);
+            prefetch(values.of + token + LANES, head * stored, stored);
             const int64_t end = (head + 1) * c.group();
             for (int64_t row = head * c.group(); row < end; row += AT_A_TIME) {
                 const int64_t some = std::min(AT_A_TIME, end - row);
