@@ -56,13 +56,25 @@ inline float scale_of(const S*, int64_t) {
     return 1.0f;
 }
 
+constexpr int64_t LANES = 16;
+
+// Returns the greatest of f(0) to f(count - 1) and `least`. Compilers do not vectorise a plain loop of it, as a NaN would make
+// the order matter.
+template <typename F>
+inline float greatest(int64_t count, float least, F f) {
+    float most[LANES];
+    std::fill_n(most, LANES, least);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int64_t lane = 0; lane < LANES; ++lane) most[lane] = std::max(most[lane], f(i + lane));
+    for (; i < count; ++i) most[0] = std::max(most[0], f(i));
+    return *std::max_element(most, most + LANES);
+}
+
 // Returns the greatest magnitude of some numbers.
 template <typename T>
-inline float greatest(const T* numbers, int64_t size) {
-    float most = 0.0f;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < size; ++i) most = std::max(most, std::fabs(to_float(numbers[i])));
-    return most;
+inline float greatest_magnitude(const T* numbers, int64_t size) {
+    return greatest(size, 0.0f, [&](int64_t i) { return std::fabs(to_float(numbers[i])); });
 }
 
 // Returns the whole number nearest to x, of less than 22 bits: a sum with 1.5 * 2^23 has it in its last bits.
@@ -136,8 +148,6 @@ class Scratch {
 // ---- decode, one new token: kv heads [first, last) of a request, over `count` of its tokens
 
 constexpr int64_t SPAN = 512;  // tokens of a piece at most; always the same, so that sums do not depend on the threads
-constexpr int64_t LANES = 16;
-
 // Where the keys or values of a span's tokens lie, and what is read after them: rows past the last token are for prefetching.
 template <typename S>
 struct Rows {
@@ -314,7 +324,7 @@ struct Int8Scores {
         const auto limit = static_cast<float>(std::min<int64_t>(127 * 256, INT32_MAX / (127 * size)));  // sums fit in 32 bits
         for (int64_t row = 0; row < rows; ++row) {
             const bfloat16* own = queries + row * size;
-            const float most = greatest(own, size), factor = most > 0.0f ? limit / most : 0.0f;
+            const float most = greatest_magnitude(own, size), factor = most > 0.0f ? limit / most : 0.0f;
             int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < size; ++i) {
@@ -475,9 +485,7 @@ void weigh(const Call<T, S>& c, int64_t request, int64_t head, int64_t begin, in
     if (c.softcap != 0.0f)
         for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
     if (c.bias) c.add_bias(head, c.lengths[request] - 1, begin, count, score);
-    float highest = sink ? *sink : score[0];
-#pragma omp simd reduction(max : highest)
-    for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
+    const float highest = greatest(count, sink ? *sink : score[0], [&](int64_t i) { return score[i]; });
     *partial.total = exponentiate(score, count, highest, scaling) + (sink ? std::exp(*sink - highest) : 0.0f);
     *partial.highest = highest * scaling;
 }
@@ -1019,7 +1027,7 @@ namespace {
 // Writes `size` numbers as int8, and their scale behind them.
 template <typename T>
 void quantise(const T* from, int64_t size, int8_t* to) {
-    const float most = greatest(from, size), scale = most / 127, factor = most > 0.0f ? 127 / most : 0.0f;
+    const float most = greatest_magnitude(from, size), scale = most / 127, factor = most > 0.0f ? 127 / most : 0.0f;
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) to[i] = static_cast<int8_t>(to_whole(to_float(from[i]) * factor));
     std::memcpy(to + size, &scale, sizeof scale);
