@@ -331,9 +331,8 @@ def best(shown: Sequence[Path]) -> str:
     shown = [kind for kind in shown if name in _records(kind)]
     for kind in shown:
         made = table(read_rows(_rows(kind, name))).set_index("variant")
-        made = made[~made.index.str.endswith("-installed")]
-        columns.append(made[["tokens/s", "TTFT p50 ms", "ITL p99 ms", f"{OURS} over it"]])
-        columns[-1].columns = [f"{heading}, {_title(kind)}" if len(shown) > 1 else heading for heading in columns[-1]]
+        made = made[~made.index.str.endswith("-installed")][["tokens/s", "TTFT p50 ms", "ITL p99 ms"]]
+        columns.append(made.add_suffix(f" ({_short_title(kind)})") if len(shown) > 1 else made)
     about = (
         f"OPT-125m in bf16 on {' and on '.join(map(_title, shown))}, 64 requests at once; medians over the rounds, in "
         "brackets the least and the greatest:"
@@ -343,9 +342,21 @@ def best(shown: Sequence[Path]) -> str:
 
 def _title(kind: Path) -> str:
     """Return the name of a ``kind`` of processor in headings."""
-    machine = next(iter(_records(kind).values()))["machine"]
-    *_, instructions = kind.name.removesuffix(f"-{machine['cores']}-cores").split("-", 2)
-    return f"{machine['processor']} with {instructions}, {machine['cores']} cores"
+    machine = _machine(kind)
+    generation = f" ({machine['generation']})" if machine["generation"] else ""
+    return f"{machine['processor']}{generation} with {machine['instructions']}, {machine['cores']} cores"
+
+
+def _short_title(kind: Path) -> str:
+    """Return the name of a ``kind`` of processor in headings of columns."""
+    machine = _machine(kind)
+    return f"{machine['generation'] or machine['processor']}, {machine['cores']} cores"
+
+
+def _machine(kind: Path) -> dict[str, Any]:
+    """Return what the first record of a ``kind`` of processor says of the machine."""
+    machine: dict[str, Any] = next(iter(_records(kind).values()))["machine"]
+    return machine
 
 
 def _versions(rows: pd.DataFrame) -> str:

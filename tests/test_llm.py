@@ -135,6 +135,11 @@ def test_draws_follow_the_seed_of_the_llm(tiny: Callable[[str], Path]) -> None:
     assert made[0][0] != made[2][0]
 
 
+def test_an_option_that_changes_nothing_is_a_note_of_the_model(tiny: Callable[[str], Path]) -> None:
+    with LLM(tiny("opt"), mode="generate", max_batch=3) as llm:
+        assert llm.model.notes == ["--max_batch changes nothing: mode generate runs transformers' own engine"]
+
+
 def test_dummy_text_is_tokenised_without_a_download() -> None:
     with LLM("smollm2-135m", load_format="dummy", dtype="bfloat16", kv_memory="16MiB") as llm:
         (output,) = llm.generate(["heart size is normal."], SamplingParams(max_tokens=2, ignore_eos=True))

@@ -21,7 +21,7 @@ KV_TRANSFER = "shared"  # from prefill to decode engines of vLLM's: one KV pool 
 WORKERS = ""  # worker layout of modes mp, mps and green: a YAML file or text; empty: one prefill and one decode worker
 SHARE = "fixed"  # how workers divide the device: fixed (their shares), auto (decode keeps ITL_TARGET_MS) or none
 ITL_TARGET_MS = 50.0  # the time between two tokens that SHARE = "auto" keeps decode under while prompts are prefilled
-BACKLOG_ITL_MS = 60.0  # mode mp on a CPU: the time between two tokens while more prompts wait than a prefill step takes
+BACKLOG_ITL_MS = 85.0  # mode mp on a CPU: the time between two tokens while more prompts wait than a prefill step takes
 LEND = True  # a worker without work lends its part of the device to the others, step by step
 SECOND_LANE = True  # mode mp on a CPU: a backlog of prompts is prefilled in a second lane too
 DECODE_PRIORITY = True  # on a GPU, decode's kernels go before prefill's where both wait (modes mps and green)

@@ -26,7 +26,7 @@ from splitwiser.model.checkpoints.checkpoint import describe_own_sampling
 from splitwiser.model.loading import LoadedModel
 from splitwiser.options import option_fields
 from splitwiser.placement.config import EngineConfig
-from splitwiser.placement.prepare import StartedEngine
+from splitwiser.placement.prepare import StartedEngine, takes_second_lane
 from splitwiser.placement.start import module_of
 from splitwiser.request import (
     NO_ADAPTER,
@@ -129,6 +129,7 @@ class LLM:
             self.started: StartedEngine = module_of(self.config).start(self.config, undo)
             undo.callback(self._engine.close)
             self.model.notes.extend(describe_own_sampling(self.model.own_sampling, self.config.generation_config))
+            self.model.notes.extend(self.config.describe_unused(takes_second_lane(self.model)))
             self._warm_up()
             self._undo: Callable[[], None] = undo.pop_all().close
         self._closed = False

@@ -27,6 +27,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=constants.DIR_PROJECT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    assert "results/reference/cpu-amd-avx512-bf16-2-cores/report.png" in (
+    assert "results/reference/cpu-amd-zen5-avx512-bf16-2-cores/report.png" in (
         tmp_path / "studies" / "index.html"
     ).read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_cpu_is_described_without_a_gpu() -> None:
-    keys = ["processor", "cores", "memory_gib", "system", "torch_threads"]
+    keys = ["processor", "generation", "instructions", "cores", "memory_gib", "system", "torch_threads"]
     assert list(machine.describe_machine(CPU)) == keys
 
 
@@ -42,21 +42,33 @@ def test_processor_is_named_as_the_system_names_it(
     assert machine._processor() == name
 
 
+AMD, INTEL = "vendor_id\t: AuthenticAMD", "vendor_id\t: GenuineIntel"
+AVX512, AMX = "flags\t\t: fpu avx2 avx512bw avx512_bf16", "flags\t\t: avx2 avx512bw avx512_bf16 amx_bf16"
+
+
+def of_family(family: int, model: int) -> list[str]:
+    """What /proc/cpuinfo says of a processor's family and model."""
+    return [f"cpu family\t: {family}", f"model\t\t: {model}"]
+
+
 @pytest.mark.parametrize(
-    ("lines", "kind"),
+    ("lines", "generation", "kind"),
     [
-        (["vendor_id\t: AuthenticAMD", "flags\t\t: fpu avx2 avx512bw avx512_bf16"], "amd-avx512-bf16"),
-        (["vendor_id\t: GenuineIntel", "flags\t\t: avx2 avx512bw avx512_bf16 amx_bf16"], "intel-amx"),
-        (["vendor_id\t: GenuineIntel", "flags\t\t: fpu avx2"], "intel-avx2"),
-        (["processor\t: 0", "Features\t: asimd"], f"{platform.machine()}-plain"),
+        ([AMD, *of_family(25, 17), AVX512], "Zen 4", "amd-zen4-avx512-bf16"),
+        ([AMD, *of_family(26, 2), AVX512], "Zen 5", "amd-zen5-avx512-bf16"),
+        ([AMD, *of_family(26, 36), AVX512], "family 26 model 36", "amd-family26model36-avx512-bf16"),
+        ([INTEL, *of_family(6, 143), AMX], "Sapphire Rapids", "intel-sapphirerapids-amx"),
+        ([INTEL, *of_family(6, 25), "flags\t\t: fpu avx2"], "family 6 model 25", "intel-family6model25-avx2"),
+        (["processor\t: 0", "Features\t: asimd"], None, f"{platform.machine()}-plain"),
     ],
 )
-def test_kinds_of_processors_differ_by_vendor_instructions_and_cores(
-    lines: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_kinds_of_processors_differ_by_vendor_generation_instructions_and_cores(
+    lines: list[str], generation: str | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text("\n".join(lines) + "\n\nvendor_id\t: the second processor\n")
     monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 6})
+    assert machine.describe_machine(CPU)["generation"] == generation
     assert machine.kind_of_cpu() == f"cpu-{kind}-3-cores"
 
 

@@ -19,9 +19,11 @@ from splitwiser.model.compatibility import _served_logits, attach_engine
 from splitwiser.model.fused import FusedMLP, FusedNorm
 from splitwiser.model.fusing import describe_parts, fuse_parts
 from splitwiser.model.kernels import packed_linear as packed
+from splitwiser.model.kernels.int8_linear import quantise_linears
 from splitwiser.model.kernels.packed_linear import PackedLinear
 from splitwiser.model.loading import LoadedModel, load_model
 from splitwiser.model.paged_attention import KernelInputs
+from splitwiser.study.profile import using_threads
 from tests.support.models import TINY, make_tiny
 from tests.support.tokens import LENGTHS, prompts_of
 
@@ -228,6 +230,59 @@ def test_layers_of_a_few_rows_are_one_call(
         monkeypatch.setattr(fused, "max_small_rows", lambda: 0)
         *_, expected = _served_logits(model, layers, prompts)
     assert calls == [len(layers)]
+    assert_same(made, expected)
+
+
+def long_prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(5, 60, (137,), generator=generator).tolist() for _ in range(count)]
+
+
+@needs_compiler
+@needs_small_batches
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
+def test_layers_of_many_rows_are_the_same_in_chunks(
+    name: str, quantised: bool, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, name)
+    layers = attach_engine(model, pack=True)
+    if quantised:
+        quantise_linears(model.module)
+    prompts = long_prompts(3)
+    made = []
+    with torch.inference_mode():
+        for threads in (1, 2, 3, 5):  # the last has more threads than there are chunks
+            with using_threads(threads):
+                made.append(_served_logits(model, layers, prompts)[0])
+        monkeypatch.setattr(fused.LayerStack, "struct_for_many_rows", lambda *_: None)
+        expected, *_ = _served_logits(model, layers, prompts)
+    assert all(torch.equal(each, made[0]) for each in made)
+    assert_same(made[0], expected)
+
+
+@needs_compiler
+@needs_small_batches
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_last_layer_computes_what_is_read(
+    name: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, name)
+    layers = attach_engine(model, pack=True)
+    computed: list[int] = []
+    complete = fused._complete_rows
+
+    def note(struct: Any, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        computed.append(residual.shape[1])
+        return complete(struct, attended, residual)
+
+    monkeypatch.setattr(fused, "_complete_rows", note)
+    prompts = long_prompts(2)
+    with torch.inference_mode():
+        made, *_ = _served_logits(model, layers, prompts)
+        assert computed[: len(layers)] == [274, 274, 2]
+        monkeypatch.setattr(fused.FusedLayer, "_find_wanted_rows", lambda *_: None)
+        expected, *_ = _served_logits(model, layers, prompts)
     assert_same(made, expected)
 
 

@@ -115,6 +115,34 @@ def test_one_prefill_worker_that_lends_has_a_second_lane(settings: dict[str, Any
     assert EngineConfig(**settings).has_second_lane is has
 
 
+LANE = "a second lane is for decoders without rotary scaling by length in mode mp on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("settings", "takes_lane", "said"),
+    [
+        ({"mode": "generate", "batch_size": 3}, True, []),
+        ({"mode": "generate", "prefill_tokens": 64}, True, ["--prefill_tokens changes nothing: mode generate runs"]),
+        ({"mode": "generate", "max_batch": 3}, True, ["--max_batch changes nothing: mode generate runs transformers'"]),
+        ({"mode": "generate", "kv_memory": "4MiB"}, True, ["--kv_memory changes nothing: mode generate runs"]),
+        ({"prefill_tokens": 64, "max_batch": 3, "kv_memory": "4MiB"}, True, []),
+        ({"batch_size": 3}, True, ["--batch_size changes nothing: it is for mode generate"]),
+        ({"second_lane": False}, True, [f"--no-second_lane changes nothing: {LANE}"]),
+        ({"mode": "mp", "second_lane": False}, True, []),
+        ({"mode": "mp", "second_lane": False}, False, [LANE]),
+        ({"mode": "mp", "second_lane": False, "lend": False}, True, [LANE]),
+        ({"mode": "mp", "second_lane": False, "backend": "vllm"}, True, [LANE]),
+        ({"mode": "mps"}, False, []),
+    ],
+)
+def test_what_was_given_and_changes_nothing_is_noted(
+    settings: dict[str, Any], takes_lane: bool, said: list[str]
+) -> None:
+    notes = EngineConfig(**settings).describe_unused(takes_lane)
+    assert len(notes) == len(said)
+    assert all(text in note for text, note in zip(said, notes, strict=True))
+
+
 def test_decode_keeps_a_pace_beside_a_second_lane() -> None:
     paces = [EngineConfig(mode="mp", itl_target_ms=target_ms).kept_itl_s for target_ms in (None, 20)]
     assert paces == [constants.BACKLOG_ITL_MS / 1e3, 0.02]

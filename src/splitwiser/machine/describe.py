@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Collection
 from pathlib import Path
@@ -20,12 +21,27 @@ PACKAGES = ("transformers", "accelerate", "tokenizers", "numpy", "pandas", "data
 VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 # what the kernels for CPUs tell apart: the first of which /proc/cpuinfo lists the flag
 INSTRUCTION_SETS = {"amx": "amx_bf16", "avx512-bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
+# by vendor, family and models, as in Linux's arch/x86/kernel/cpu/amd.c and arch/x86/include/asm/intel-family.h
+GENERATIONS = (
+    ("amd", 25, (*range(0x10, 0x20), *range(0x60, 0xB0)), "Zen 4"),
+    # not the mobile ones of Zen 5, whose vector units have half the width
+    ("amd", 26, (*range(0x00, 0x20), *range(0x40, 0x50)), "Zen 5"),
+    ("intel", 6, (0x8F,), "Sapphire Rapids"),
+    ("intel", 6, (0xCF,), "Emerald Rapids"),
+    ("intel", 6, (0xAD, 0xAE), "Granite Rapids"),
+)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return processor, cores that this process may use, memory, system and, if ``device`` is a GPU, its properties."""
+    """Return processor, cores that this process may use, memory, system and, if ``device`` is a GPU, its properties.
+
+    ``generation`` is that of the processor, its family and model where the generation is not known, and None where the
+    system does not say; ``instructions`` are the instruction set of :func:`kind_of_cpu`.
+    """
     described: dict[str, Any] = {
         "processor": _processor(),
+        "generation": _generation(),
+        "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
@@ -42,13 +58,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def kind_of_cpu() -> str:
-    """Return the kind of processor and the cores that this process may use, such as ``cpu-amd-avx512-bf16-2-cores``: what
-    results on a CPU depend on most. Without an instruction set that the kernels know it has ``plain``."""
-    lines = _cpuinfo()
-    vendor = VENDORS.get(lines.get("vendor_id", ""), platform.machine())
-    flags = lines.get("flags", "").split()
-    instructions = next((name for name, flag in INSTRUCTION_SETS.items() if flag in flags), "plain")
-    return f"cpu-{vendor}-{instructions}-{len(os.sched_getaffinity(0))}-cores"
+    """Return the kind of processor and the cores that this process may use, such as
+    ``cpu-amd-zen5-avx512-bf16-2-cores``: what results on a CPU depend on most. Instead of a generation that is not known it
+    has family and model, such as ``family6model85``, and without an instruction set that the kernels know ``plain``."""
+    generation = re.sub(r"\W", "", (_generation() or "").lower())
+    cores = len(os.sched_getaffinity(0))
+    return "-".join(filter(None, ("cpu", _vendor(), generation, _instructions(), f"{cores}-cores")))
 
 
 def name_device(device: torch.device) -> str:
@@ -133,6 +148,25 @@ def _peak_kib() -> int:
 
 def _processor() -> str:
     return _cpuinfo().get("model name") or platform.machine()
+
+
+def _vendor() -> str:
+    return VENDORS.get(_cpuinfo().get("vendor_id", ""), platform.machine())
+
+
+def _generation() -> str | None:
+    """Return the generation of the processor, or its family and model; None where the system does not say."""
+    lines = _cpuinfo()
+    if "cpu family" not in lines:
+        return None
+    vendor, family, model = _vendor(), int(lines["cpu family"]), int(lines["model"])
+    known = (name for of, number, models, name in GENERATIONS if (of, number) == (vendor, family) and model in models)
+    return next(known, f"family {family} model {model}")
+
+
+def _instructions() -> str:
+    flags = _cpuinfo().get("flags", "").split()
+    return next((name for name, flag in INSTRUCTION_SETS.items() if flag in flags), "plain")
 
 
 def _cpuinfo() -> dict[str, str]:

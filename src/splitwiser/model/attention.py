@@ -127,6 +127,9 @@ class AttentionStep(StepCache, ABC):
     stores none and attends to those of an earlier layer, which the model hands it."""
 
     def __init__(self) -> None:
+        self.wanted_rows: Tensor | None = (
+            None  # of the step's tokens, those after which logits are computed; None: unknown
+        )
         self._last_stored: int | None = None  # the layer, until it has attended
         self._stored_keys: dict[int, ref[Tensor]] = {}
 

@@ -70,6 +70,7 @@ def forward(
     """
     kept = torch.as_tensor(rows, device=module.device)
     keeps = takes_rows(module)
+    step.wanted_rows = kept if keeps else None
     with on_device(module), serving(step):
         output = module(
             input_ids=torch.as_tensor(token_ids, device=module.device)[None],

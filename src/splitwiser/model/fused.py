@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from splitwiser.model.attention import AttentionOptions, attention_function, current_step
+from splitwiser.model.attention import AttentionOptions, Mask, current_step
 from splitwiser.model.kernels.build import load_native
-from splitwiser.model.kernels.packed_linear import LinearStruct, PackedLinear, max_small_rows
+from splitwiser.model.kernels.packed_linear import LinearStruct, PackedLinear, is_fast_for_many_rows, max_small_rows
 from splitwiser.model.paged_attention import ComputedAhead, KernelInputs, PagedAttention
 
 
@@ -111,22 +111,35 @@ class FusedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: object = None,
-        residual: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
-        """Return the output for ``hidden_states`` plus ``residual``, each of shape (1, tokens, width);
-        ``position_embeddings`` are cosines and sines, (1, tokens, angles) each."""
-        joint = self.qkv_proj(hidden_states)
+        """Return the output for ``hidden_states``, each of shape (1, tokens, width); ``position_embeddings`` are cosines and
+        sines, (1, tokens, angles) each."""
+        joint = self.project(hidden_states, position_embeddings)
+        output: Tensor = self.o_proj(self.attend(joint, attention_mask))
+        return output, None
+
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the queries, keys and values of ``hidden_states``, rotated: shape (1, tokens, all heads x head size)."""
+        joint: Tensor = self.qkv_proj(hidden_states)
         if position_embeddings is not None:
             self._rotate(joint, *position_embeddings)
+        return joint
+
+    def attend(self, joint: Tensor, attention_mask: object, rows: Tensor | None = None) -> Tensor:
+        """Store the keys and values of ``joint``, what :meth:`project` returns, and return the attention of its queries,
+        shape (1, tokens, heads x head size); with ``rows`` (int64) of those tokens alone, in a step of the engine."""
+        step = current_step()
         heads = joint.view(1, joint.shape[1], -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(self.heads, dim=1)
-        key, value = current_step().update(key, value, self.layer_idx)
-        attended, _weights = attention_function(
-            self, query, key, value, attention_mask, self.options.scaling, softcap=self.options.softcap,
-            s_aux=self.options.sinks, bias=self.options.bias, bias_by_position=self.options.bias_by_position,
-        )  # fmt: skip
-        return _apply(self.o_proj, attended.flatten(2), residual), None
+        key, value = step.update(key, value, self.layer_idx)
+        if rows is None:
+            return step.attend(query, key, value, attention_mask, self.options).flatten(2)
+        assert isinstance(step, PagedAttention)
+        assert isinstance(attention_mask, Mask)
+        layer = step.attended_layer(key)
+        query, key, value = (each.index_select(2, rows) for each in (query, key, value))
+        return step.at_rows(rows).attend_at(layer, query, key, value, attention_mask, self.options).flatten(2)
 
     def _rotate(self, joint: Tensor, cosines: Tensor, sines: Tensor) -> None:
         """Normalise and rotate the query and key heads of ``joint`` (1, tokens, heads x head size) in place."""
@@ -186,7 +199,9 @@ class _StepStruct(ctypes.Structure):
 class FusedLayer(nn.Module):
     """Decoder layer of fused modules that adds the residuals within the products before them.
 
-    In decode steps of a small batch its :class:`LayerStack`, in which it has a ``number``, computes it.
+    In decode steps of a small batch its :class:`LayerStack`, in which it has a ``number``, computes it. In other steps, what
+    comes before and after attention is one call each if this project's own products are fast for many rows: a chunk of rows
+    passes through all of it before the next one, and lies in a cache meanwhile.
     """
 
     def __init__(
@@ -200,17 +215,43 @@ class FusedLayer(nn.Module):
         self.input_layernorm, self.self_attn = input_layernorm, self_attn
         self.post_attention_layernorm, self.mlp = post_attention_layernorm, mlp
         self.stack, self.number = LayerStack([self]), 0
+        self.is_last = False  # of the model's layers
 
-    def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:  # noqa: ANN401  # the model's own arguments
-        """Return the output for ``hidden_states``, shape (1, tokens, width); ``attention`` are the other arguments of the
-        attention layer."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: object = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **others: object,
+    ) -> Tensor:
+        """Return the output for ``hidden_states``, shape (1, tokens, width), with the arguments of the model's own layer. If
+        the layer ``is_last``, the output of tokens after which no logits are computed is zero."""
         if hidden_states.shape[1] <= max_small_rows():
-            made = self.stack.run(self.number, hidden_states, **attention)
+            made = self.stack.run(self.number, hidden_states, attention_mask, position_embeddings, **others)
             if made is not None:
                 return made
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), residual=hidden_states, **attention)
-        output: Tensor = self.mlp(self.post_attention_layernorm(attended), attended)
-        return output
+        rows = self._find_wanted_rows(hidden_states.shape[1], attention_mask)
+        hidden_states = hidden_states.contiguous()
+        if struct := self.stack.struct_for_many_rows(self.number):
+            joint = _project_rows(struct, hidden_states, position_embeddings)
+        else:
+            joint = self.self_attn.project(self.input_layernorm(hidden_states), position_embeddings)
+        attended = self.self_attn.attend(joint, attention_mask, rows)
+        residual = hidden_states if rows is None else hidden_states.index_select(1, rows)
+        if struct:
+            output = _complete_rows(struct, attended, residual)
+        else:
+            residual = self.self_attn.o_proj.added_to(residual, attended)
+            output = self.mlp(self.post_attention_layernorm(residual), residual)
+        return output if rows is None else torch.zeros_like(hidden_states).index_copy_(1, rows, output)
+
+    def _find_wanted_rows(self, tokens: int, attention_mask: object) -> Tensor | None:
+        """Return the numbers of those of a step's ``tokens`` whose output is read, if these are few; None for all."""
+        step = current_step()
+        if not self.is_last or step.wanted_rows is None or not isinstance(step, PagedAttention):
+            return None
+        few = 2 * len(step.wanted_rows) <= tokens and isinstance(attention_mask, Mask)
+        return step.wanted_rows if few else None
 
     def make_struct(self) -> _LayerStruct | None:
         """Return the layer at the addresses of its weights; None if the call for small batches does not support it."""
@@ -279,6 +320,14 @@ class LayerStack:
             step.computed_ahead[layer] = ComputedAhead((before, *others), output)
         return outputs[0]
 
+    def struct_for_many_rows(self, number: int) -> _LayerStruct | None:
+        """Return layer ``number`` for calls with any number of rows; None if these do not support it or are slower."""
+        if isinstance(self._layers[number].self_attn.qkv_proj, PackedLinear) and not is_fast_for_many_rows():
+            return None
+        structs, supported = self._find_structs()
+        struct: _LayerStruct = structs[number]
+        return struct if supported[number] else None
+
     def _find_structs(self) -> tuple[Any, list[bool]]:
         """Return all layers as an array at the addresses of their weights, and which the call supports."""
         place = self._layers[0].self_attn.qkv_proj.packed.data_ptr(), PackedLinear.compressions
@@ -292,28 +341,61 @@ class LayerStack:
         return {**self.__dict__, "_structs": None}  # an address is meaningless in another process
 
 
+def _project_rows(struct: _LayerStruct, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return what :meth:`FusedAttention.project` does for the layer's normalised ``hidden_states``."""
+    cosines, sines = _contiguous(angles)
+    joint = hidden_states.new_empty(*hidden_states.shape[:2], struct.qkv.outputs)
+    _functions().project_rows(
+        ctypes.byref(struct), hidden_states.data_ptr(), *map(_address, (cosines, sines)), *_angles(cosines),
+        joint.data_ptr(), joint.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return joint
+
+
+def _complete_rows(struct: _LayerStruct, attended: Tensor, residual: Tensor) -> Tensor:
+    """Return a layer's output for what its attention has ``attended`` and the ``residual`` before it."""
+    output = torch.empty_like(residual)
+    _functions().complete_rows(
+        ctypes.byref(struct), attended.data_ptr(), residual.data_ptr(), output.data_ptr(), output.shape[1],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return output
+
+
 def _run_layers(
     first: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
 ) -> Sequence[Tensor]:
     """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call; return the output
     of each."""
-    cosines, sines = (each.contiguous() for each in angles) if angles else (None, None)
+    cosines, sines = _contiguous(angles)
     outputs = hidden_states.new_empty(len(inputs.keys), *hidden_states.shape)
     keys, values = (
         (ctypes.c_void_p * len(layers))(*(each.data_ptr() for each in layers))
         for layers in (inputs.keys, inputs.values)
     )
     step = _StepStruct(
-        *(None if each is None else each.data_ptr() for each in (cosines, sines)),
-        ctypes.addressof(keys), ctypes.addressof(values), *(each.data_ptr() for each in inputs[2:]),
+        *map(_address, (cosines, sines)), ctypes.addressof(keys), ctypes.addressof(values),
+        *(each.data_ptr() for each in inputs[2:]),
         hidden_states.shape[1], inputs.keys[0].shape[1], inputs.tables.shape[1], inputs.keys[0].dtype == torch.int8,
-        0 if cosines is None else cosines.shape[-1], cosines is not None and cosines.dtype == torch.float32,
-        torch.get_num_threads(),
+        *_angles(cosines), torch.get_num_threads(),
     )  # fmt: skip
     _functions().layers_small_batch(
         ctypes.byref(first), len(inputs.keys), ctypes.byref(step), hidden_states.data_ptr(), outputs.data_ptr()
     )
     return outputs.unbind()
+
+
+def _contiguous(angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    return (angles[0].contiguous(), angles[1].contiguous()) if angles else (None, None)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _angles(cosines: Tensor | None) -> tuple[int, bool]:
+    """Return the number of angles of a token, and whether they are in float32."""
+    return (0, False) if cosines is None else (cosines.shape[-1], cosines.dtype == torch.float32)
 
 
 def _apply(linear: PackedLinear, inputs: Tensor, residual: Tensor | None) -> Tensor:

@@ -81,6 +81,7 @@ def fuse_parts(
         for candidates in (_norm_candidates, _mlp_candidates, _attention_candidates, _layer_candidates):
             fusing.replace_children(module, candidates)
         _stack_layers(module)
+        _mark_last_layer(module)
     fusing.fuse_activations(module)
     pack_linears(module, keep=_read_by_their_parents(module, calls))
     return fusing.choices
@@ -224,6 +225,16 @@ def _stack_layers(module: nn.Module) -> None:
         for is_layer, run in itertools.groupby(part.children(), lambda child: isinstance(child, FusedLayer)):
             if is_layer:
                 LayerStack.make([child for child in run if isinstance(child, FusedLayer)])
+
+
+def _mark_last_layer(module: nn.Module) -> None:
+    """Mark the fused layer in ``module``, if there is one, that is the last before the head."""
+    if not isinstance(module, PreTrainedModel):
+        return
+    count = getattr(module.config.get_text_config(), "num_hidden_layers", None)
+    for part in module.modules():
+        if isinstance(part, FusedLayer):
+            part.is_last = part.self_attn.layer_idx + 1 == count
 
 
 def _activation_candidates(pair: nn.Module, _: _Call) -> Iterator[nn.Module]:

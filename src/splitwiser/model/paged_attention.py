@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -154,6 +154,13 @@ class PagedAttention(AttentionStep):
         else:
             self._attend_segments(query, key, value, mask, options, output)
         return output.unsqueeze(0)
+
+    def at_rows(self, rows: Tensor) -> "PagedAttention":
+        """Return the attention of those of the step's tokens whose numbers are ``rows``, over K and V stored before."""
+        tokens = [(segment, place) for segment in self.segments for place in segment.places]
+        wanted = [tokens[row] for row in rows.tolist()]
+        segments = [replace(segment, context=place + 1, tokens=1) for segment, place in wanted]
+        return PagedAttention(self.pool, segments, self.device)
 
     def kernel_inputs(self, layers: Sequence[int], mask: object) -> KernelInputs | None:
         """Return the kernels' inputs at ``layers`` of a decode step, for a function that computes whole layers; None in

@@ -269,9 +269,33 @@ class EngineConfig(ModelConfig):
     @property
     def has_second_lane(self) -> bool:
         """Whether the prefill worker opens a second lane for a backlog, if its device is a CPU."""
+        return self.second_lane and self.may_have_second_lane
+
+    @property
+    def may_have_second_lane(self) -> bool:
+        """Whether ``second_lane`` decides that."""
         one_prefills = [spec.role for spec in self.specs].count("prefill") == 1
-        wanted = self.second_lane and self.lend and self.share == "fixed"
-        return wanted and one_prefills and self.mode == "mp" and self.backend == "hf"
+        return one_prefills and self.lend and self.share == "fixed" and self.mode == "mp" and self.backend == "hf"
+
+    def describe_unused(self, takes_second_lane: bool) -> list[str]:
+        """Return a note of each option that differs from its default and changes nothing in this configuration, with a model
+        that ``takes_second_lane`` on its device."""
+        theirs = "mode generate runs transformers' own engine"
+        generates = find_mode(self.mode).layout is None
+        unused = dict.fromkeys(("prefill_tokens", "max_batch", "kv_memory"), theirs) if generates else {}
+        if not generates:
+            unused["batch_size"] = "it is for mode generate"
+        if not (takes_second_lane and self.may_have_second_lane):
+            unused["second_lane"] = (
+                "a second lane is for decoders without rotary scaling by length in mode mp on a CPU, with one prefill "
+                "worker, fixed shares and lending"
+            )
+        options, given = option_fields(EngineConfig), {name: getattr(self, name) for name in unused}
+        return [
+            f"--{'no-' if given[name] is False else ''}{name} changes nothing: {reason}"
+            for name, reason in unused.items()
+            if given[name] != options[name].default
+        ]
 
     @property
     def measures_budget(self) -> bool:

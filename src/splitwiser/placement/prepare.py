@@ -1,5 +1,6 @@
 """Preparation that all modes share: load the model, attach the engine to it, choose kernels and plan the KV pool."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,12 @@ def measure_budget(config: EngineConfig, spec: WorkerSpec, stepper: ModelStepper
         return most, {}
     budget = saturating_tokens(stepper.measure_prefill, most)
     return budget, {f"{spec.name}_budget": f"{budget} tokens a step, by the times of prefill steps at its start"}
+
+
+def takes_second_lane(model: LoadedModel) -> bool:
+    """Return whether two prefill steps of ``model`` may run at a time in one process, and gain by that: on a GPU they do
+    not, and rotary modules that scale by length keep the last one as their state. Encoder-decoders have not been tried."""
+    return model.device.type == "cpu" and not model.encodes and math.isinf(length_without_scaling(model.module))
 
 
 def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:

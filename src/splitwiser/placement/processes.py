@@ -34,10 +34,10 @@ from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import plan_levels
 from splitwiser.placement.mailbox import CHECK_S, MailPlacement, Pipe, PipeInbox, open_pipes
 from splitwiser.placement.mps_daemon import MpsDaemon
-from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare
+from splitwiser.placement.prepare import StartedEngine, load, make_pool, prepare, takes_second_lane
 from splitwiser.placement.shares import Board
 from splitwiser.placement.start import start_fork_server
-from splitwiser.placement.worker_process import WorkerSetup, may_have_second_lane, worker_main
+from splitwiser.placement.worker_process import WorkerSetup, worker_main
 from splitwiser.request import Request
 
 MOST_WORKERS = 120  # the fork server passes at most 256 open files to a worker, which has two for every other
@@ -273,7 +273,7 @@ def start_workers(config: EngineConfig, device: str, daemon: MpsDaemon | None = 
     model = load(config, device)
     if model.device.type == "cuda" and config.share == "auto":
         raise InputError("--share auto in mode mp divides a CPU's cores, and the device is a GPU; use mode green")
-    if config.itl_target_ms is not None and config.has_second_lane and not may_have_second_lane(model):
+    if config.itl_target_ms is not None and config.has_second_lane and not takes_second_lane(model):
         raise InputError(
             f"--itl_target_ms {config.itl_target_ms:g} in mode mp is for decoders without rotary scaling by length on a "
             "CPU; with others, use --share auto, on a GPU in mode green"

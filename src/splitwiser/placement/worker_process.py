@@ -3,7 +3,6 @@
 The fork server imports this module before the workers start, so importing it must not initialise CUDA.
 """
 
-import math
 import os
 import signal
 import threading
@@ -27,11 +26,10 @@ from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape
 from splitwiser.model.kv_pool import KVPool, stored_dtype
 from splitwiser.model.loading import LoadedModel
-from splitwiser.model.rotary import length_without_scaling
 from splitwiser.placement.config import EngineConfig
 from splitwiser.placement.cores import CpuShare, Pace, SecondLane, plan_cores
 from splitwiser.placement.mailbox import MailTransport, Pipe, PipeInbox
-from splitwiser.placement.prepare import measure_budget, scheduler_settings
+from splitwiser.placement.prepare import measure_budget, scheduler_settings, takes_second_lane
 from splitwiser.placement.shares import AutoLevel, Board, WorkerShare
 
 HEARTBEAT_S = 0.1  # how often a worker shows that it is alive
@@ -135,7 +133,7 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
         share.observe,
     )
     described = graphs | measured
-    has_second_lane = config.has_second_lane and may_have_second_lane(model)
+    has_second_lane = config.has_second_lane and takes_second_lane(model)
     if has_second_lane and spec.role == "prefill":
         threads = max(1, len(setup.cores) - setup.thread_levels[0][setup.index])
         lane = SecondLane(worker.run_second_prefill, board, threads, partial(_fail, setup, transport))
@@ -147,12 +145,6 @@ def _run(setup: WorkerSetup, transport: MailTransport) -> None:
     transport.send(PARENT, Ready(spec.name, described))
     paced = has_second_lane and spec.role == "decode"
     run_worker(worker, transport, cpu_share, Pace(board, config.kept_itl_s if paced else 0).wait)
-
-
-def may_have_second_lane(model: LoadedModel) -> bool:
-    """Return whether two prefill steps of ``model`` may run at a time in one process, and gain by that: on a GPU they do
-    not, and rotary modules that scale by length keep the last one as their state. Encoder-decoders have not been tried."""
-    return model.device.type == "cpu" and not model.encodes and math.isinf(length_without_scaling(model.module))
 
 
 def _make_share(setup: WorkerSetup, board: Board) -> WorkerShare:

@@ -37,6 +37,10 @@ IDENTITY, RELU = ("none", ""), ("relu", "")
 PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what else oneDNN has kernels for
 TRIED_SIZES = 1024, 2048  # inputs and outputs of each layer of a trial
 TRIED_BYTES = 64 << 20  # of all their weights
+MANY_ROWS, MANY_LAYERS = 512, 4  # of the trial of products of many rows
+WORTH_FEWER_CALLS = (
+    1.1  # a product of this project's that takes so much longer than oneDNN's is the better one: it saves calls
+)
 COMPRESSED_AT_MOST = 0.9  # of a weight's bytes; where exponents take so many values that it needs more, it stays plain
 
 
@@ -327,6 +331,32 @@ def max_small_rows() -> int:
 
 
 @cache
+def is_fast_for_many_rows() -> bool:
+    """Whether the compiled products of small batches are as fast as oneDNN's for many rows in chunks. They are on processors
+    without AMX tiles; with them it is tried."""
+    functions = _small_batch_functions()
+    if functions is None or not functions.may_use_tiles():
+        return functions is not None
+    return bool(remembered_trial(functions, "many rows", _try_many_rows))
+
+
+def _try_many_rows() -> bool:
+    layers = layers_for_trial()[:MANY_LAYERS]
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not all(layer.struct for layer in layers):
+        return False
+    inputs = torch.linspace(-9, 9, MANY_ROWS * TRIED_SIZES[0]).sin().bfloat16().view(MANY_ROWS, -1)
+
+    def multiply_in_chunks() -> list[Tensor]:
+        return [layer(chunk) for layer in layers for chunk in inputs.split(max_small_rows())]
+
+    with torch.inference_mode():
+        times = best_seconds(
+            {"chunks": multiply_in_chunks, "onednn": lambda: [layer._multiply(inputs) for layer in layers]}
+        )
+    return times["chunks"] <= WORTH_FEWER_CALLS * times["onednn"]
+
+
+@cache
 def _row_limits() -> tuple[int, int]:
     """Return up to how many rows products are left to dot products, and the largest number of rows in a small batch. Where a
     processor has AMX tiles, both are tried."""
@@ -340,8 +370,7 @@ def _row_limits() -> tuple[int, int]:
 
 
 def _try_rows(functions: ctypes.CDLL) -> tuple[int, int]:
-    """Time products of various numbers of rows by dot products, by tiles and by oneDNN. A function for small batches that
-    takes a tenth longer than oneDNN is the better one, since it saves calls."""
+    """Time products of various numbers of rows by dot products, by tiles and by oneDNN."""
     most = int(functions.max_small_rows())
     layers = layers_for_trial() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
     structs = [struct for layer in layers if (struct := layer._open().struct)]
@@ -365,7 +394,7 @@ def _try_rows(functions: ctypes.CDLL) -> tuple[int, int]:
             if not torch.allclose(tiles, dots, atol=1 / 64, rtol=1 / 64):
                 del candidates["tiles"]
             times[rows] = {"tiles": math.inf, **best_seconds(candidates)}
-    small = last_row_count(times, lambda each: min(each["dots"], each["tiles"]) <= 1.1 * each["onednn"])
+    small = last_row_count(times, lambda each: min(each["dots"], each["tiles"]) <= WORTH_FEWER_CALLS * each["onednn"])
     return rows_by_dots(times), small
 
 

@@ -19,6 +19,9 @@ int supports_int8();
 void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y);
+void project_rows(const Layer* layer, const void* x, const void* cosines, const void* sines, int64_t angles,
+                  int64_t angles_in_float32, void* joint, int64_t rows, int64_t threads);
+void complete_rows(const Layer* layer, const void* attended, const void* residual, void* y, int64_t rows, int64_t threads);
 void widen(const void* compressed, int64_t panels, int64_t pairs, void* to, int64_t threads);
 void rms_norm(const void* x, const void* weight, void* y, float offset, float epsilon, int64_t rows, int64_t width,
               int64_t threads);

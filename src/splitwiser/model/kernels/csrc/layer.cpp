@@ -211,19 +211,53 @@ struct Workspace {
     }
 };
 
+Angles angles_of(const Layer& l, const void* cosines, const void* sines, int64_t count, int64_t in_float32) {
+    return {cosines, sines, in_float32, l.half_angles ? 2 * count : count, count};
+}
+
+// joint = the queries, keys and values of each row of x, rotated if there are angles.
+void project(Team& team, const Layer& l, const Angles& angles, const bfloat16* x, bfloat16* joint, int64_t rows,
+             const Workspace& w) {
+    norm(team, l.input, x, w.normed, rows, l.qkv.inputs);
+    multiply(team, l.qkv, w.normed, nullptr, joint, rows, w.quantised);
+    if (angles.cosines) rotate(team, {l.heads, l.kv_heads, l.head_dim}, angles, l.query, l.key, joint, rows, l.qkv.outputs);
+}
+
+// y = the layer's output for rows of which `attended` is that of its attention, with room for whole tiles if l.o uses_tiles().
+void complete(Team& team, const Layer& l, const bfloat16* attended, const bfloat16* residual, bfloat16* y, int64_t rows,
+              const Workspace& w) {
+    multiply(team, l.o, attended, residual, y, rows, w.quantised);
+    norm(team, l.post, y, w.normed, rows, l.up.inputs);
+    multiply(team, l.up, w.normed, nullptr, w.up, rows, w.quantised);
+    if (l.gated) gate(team, w.up, w.gated, l.linear, l.cubic, rows, l.down.inputs);
+    multiply(team, l.down, l.gated ? w.gated : w.up, y, y, rows, w.quantised);
+}
+
+// Calls f(team, workspace, first, count) for all rows of a layer: for chunks of them, each on a thread of its own, so that what
+// an operation leaves for the next one stays in that core's cache; or, if these are too few, for all at once.
+template <typename F>
+void each_chunk(const Layer& l, int64_t rows, int64_t threads, F f) {
+    constexpr int64_t CHUNK = 192, UNIT = HAS_AMX ? 2 * TILE_ROWS : ROWS;  // rows
+    const int64_t wanted = (rows + CHUNK - 1) / CHUNK, chunks = (wanted + threads - 1) / threads * threads;
+    if (wanted < threads) {
+        const Workspace w = Workspace::of(&l, 1, rows);
+        return with_team(threads, [&](Team& team) { f(team, w, 0, rows); });
+    }
+    const int64_t size = ((rows + chunks - 1) / chunks + UNIT - 1) / UNIT * UNIT;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t first = 0; first < rows; first += size) {
+        const int64_t count = std::min(size, rows - first);
+        with_team(1, [&](Team& alone) { f(alone, Workspace::of(&l, 1, count), first, count); });
+    }
+}
+
 Places places_of(const Step& s) { return {s.tables, s.starts, s.offsets, s.lengths, s.block_tokens, s.table_width}; }
 
 // to = layer(from), of which `number` is the number in the step.
 void run_layer(Team& team, const Layer& l, const Step& s, const Spans& spans, int64_t number, const Workspace& w,
                const bfloat16* from, bfloat16* to) {
-    const Heads heads{l.heads, l.kv_heads, l.head_dim};
-    const int64_t width = l.qkv.inputs, joint_width = l.qkv.outputs, kv_width = l.kv_heads * l.head_dim;
-    norm(team, l.input, from, w.normed, s.rows, width);
-    multiply(team, l.qkv, w.normed, nullptr, w.joint, s.rows, w.quantised);
-    if (s.cosines) {
-        const Angles angles{s.cosines, s.sines, s.angles_in_float32, l.half_angles ? 2 * s.angles : s.angles, s.angles};
-        rotate(team, heads, angles, l.query, l.key, w.joint, s.rows, joint_width);
-    }
+    const int64_t joint_width = l.qkv.outputs, kv_width = l.kv_heads * l.head_dim;
+    project(team, l, angles_of(l, s.cosines, s.sines, s.angles, s.angles_in_float32), from, w.joint, s.rows, w);
     team.each(s.rows, [&](int64_t first, int64_t end) {
         const bfloat16* keys = w.joint + first * joint_width + l.heads * l.head_dim;
         const int64_t stride = joint_width * sizeof *keys, bytes = kv_width * sizeof *keys;
@@ -235,14 +269,9 @@ void run_layer(Team& team, const Layer& l, const Step& s, const Spans& spans, in
               static_cast<char*>(s.keys[number]), static_cast<char*>(s.values[number]), end - first, stride, stride, bytes,
               bytes, 1);
     });
-    const Places places = places_of(s);
-    decode_attention(team, heads, places, spans, w.joint, joint_width, s.keys[number], s.values[number], s.int8_pool, l.scaling,
-                     l.softcap, w.attended, s.rows);
-    multiply(team, l.o, w.attended, from, to, s.rows, w.quantised);
-    norm(team, l.post, to, w.normed, s.rows, width);
-    multiply(team, l.up, w.normed, nullptr, w.up, s.rows, w.quantised);
-    if (l.gated) gate(team, w.up, w.gated, l.linear, l.cubic, s.rows, l.down.inputs);
-    multiply(team, l.down, l.gated ? w.gated : w.up, to, to, s.rows, w.quantised);
+    decode_attention(team, {l.heads, l.kv_heads, l.head_dim}, places_of(s), spans, w.joint, joint_width, s.keys[number],
+                     s.values[number], s.int8_pool, l.scaling, l.softcap, w.attended, s.rows);
+    complete(team, l, w.attended, from, to, s.rows, w);
 }
 
 #endif
@@ -283,6 +312,29 @@ extern "C" void layers_small_batch(const Layer* layers, int64_t count, const Ste
         const int64_t size = step->rows * layers->qkv.inputs;
         for (int64_t i = 0; i < count; ++i)
             run_layer(team, layers[i], *step, spans, i, workspace, i ? to + (i - 1) * size : from, to + i * size);
+    });
+}
+
+// The parts of a layer before and after its attention, for any number of rows. x, residual and y are (rows, width); joint holds a
+// row's queries, keys and values; cosines and sines, which may be null, are (rows, angles).
+extern "C" void project_rows(const Layer* layer, const void* x, const void* cosines, const void* sines, int64_t angles,
+                             int64_t angles_in_float32, void* joint, int64_t rows, int64_t threads) {
+    const int64_t angles_size = angles * (angles_in_float32 ? sizeof(float) : sizeof(bfloat16));
+    each_chunk(*layer, rows, threads, [&](Team& team, const Workspace& w, int64_t first, int64_t count) {
+        const auto of_chunk = [&](const void* all) { return all ? static_cast<const char*>(all) + first * angles_size : nullptr; };
+        project(team, *layer, angles_of(*layer, of_chunk(cosines), of_chunk(sines), angles, angles_in_float32),
+                static_cast<const bfloat16*>(x) + first * layer->qkv.inputs,
+                static_cast<bfloat16*>(joint) + first * layer->qkv.outputs, count, w);
+    });
+}
+
+extern "C" void complete_rows(const Layer* layer, const void* attended, const void* residual, void* y, int64_t rows,
+                              int64_t threads) {
+    each_chunk(*layer, rows, threads, [&](Team& team, const Workspace& w, int64_t first, int64_t count) {
+        const auto* own = static_cast<const bfloat16*>(attended) + first * layer->o.inputs;
+        if (uses_tiles(layer->o, count)) own = with_room(own, count, layer->o.inputs);
+        complete(team, *layer, own, static_cast<const bfloat16*>(residual) + first * layer->o.outputs,
+                 static_cast<bfloat16*>(y) + first * layer->o.outputs, count, w);
     });
 }
 

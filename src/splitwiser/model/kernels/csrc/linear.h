@@ -46,9 +46,13 @@ inline __m512 load(const bfloat16* from, __mmask16 mask) {
 }
 
 inline void save(bfloat16* to, __mmask16 mask, __m512 x) {  // rounded to nearest, ties to even
+#if defined(__AVX512BF16__)
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+#else
     const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
 }
 
 // Stores the sums of 16 outputs from `output` on, of the row whose outputs begin at `row`, with bias, residual and relu.
