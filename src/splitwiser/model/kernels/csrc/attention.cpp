@@ -56,13 +56,25 @@ inline float scale_of(const S*, int64_t) {
     return 1.0f;
 }
 
+constexpr int64_t LANES = 16;
+
+// Returns the greatest of f(0) to f(count - 1) and `least`. Compilers do not vectorise a plain loop of it, as a NaN would make
+// the order matter.
+template <typename F>
+inline float greatest(int64_t count, float least, F f) {
+    float most[LANES];
+    std::fill_n(most, LANES, least);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int64_t lane = 0; lane < LANES; ++lane) most[lane] = std::max(most[lane], f(i + lane));
+    for (; i < count; ++i) most[0] = std::max(most[0], f(i));
+    return *std::max_element(most, most + LANES);
+}
+
 // Returns the greatest magnitude of some numbers.
 template <typename T>
-inline float greatest(const T* numbers, int64_t size) {
-    float most = 0.0f;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < size; ++i) most = std::max(most, std::fabs(to_float(numbers[i])));
-    return most;
+inline float greatest_magnitude(const T* numbers, int64_t size) {
+    return greatest(size, 0.0f, [&](int64_t i) { return std::fabs(to_float(numbers[i])); });
 }
 
 // Returns the whole number nearest to x, of less than 22 bits: a sum with 1.5 * 2^23 has it in its last bits.
@@ -136,24 +148,21 @@ class Scratch {
 // ---- decode, one new token: kv heads [first, last) of a request, over `count` of its tokens
 
 constexpr int64_t SPAN = 512;  // tokens of a piece at most; always the same, so that sums do not depend on the threads
-constexpr int64_t LANES = 16;
-
 // Where the keys or values of a span's tokens lie, and what is read after them: rows past the last token are for prefetching.
 template <typename S>
 struct Rows {
-    static constexpr int64_t AHEAD = std::is_same_v<S, int8_t> ? 2 * LANES : LANES;  // tokens, of about as many bytes
-    const S* of[SPAN + AHEAD + LANES];
+    const S* of[SPAN + 2 * LANES];
 
     // `zero` is where those of slot 0 lie, and slots are `stride` apart.
     template <typename T>
     Rows(const Call<T, S>& c, int64_t request, int64_t begin, int64_t count, const S* zero, int64_t stride) {
         c.each_slot(request, begin, count, [&](int64_t token, int64_t slot) { of[token] = zero + slot * stride; });
-        std::fill(of + count, of + count + AHEAD + LANES, of[count - 1]);
+        std::fill(of + count, of + count + 2 * LANES, of[count - 1]);
     }
 
     // Has what is read next follow the `count` tokens, of which 16 are read at a time.
     void follow(const Rows& next, int64_t count) {
-        std::copy_n(next.of, AHEAD, of + (count + LANES - 1) / LANES * LANES);
+        std::copy_n(next.of, LANES, of + (count + LANES - 1) / LANES * LANES);
     }
 };
 
@@ -257,12 +266,13 @@ inline float exponentiate(float* scores, int64_t count, float highest, float sca
     return _mm512_reduce_add_ps(total);
 }
 
-// Prefetches what is to be read next: it may lie in another block, which the processor's own prefetcher cannot foresee.
+// Prefetches what is to be read next: it may lie in another block, which the processor's own prefetcher cannot foresee. It goes
+// to L2, since L1 can wait for too few lines at a time to use all of the memory's bandwidth.
 template <typename S>
 inline void prefetch(const S* const* rows, int64_t offset, int64_t numbers) {
     for (int64_t i = 0; i < LANES; ++i)
         for (int64_t at = 0; at < numbers; at += 64 / sizeof(S))
-            _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T1);
 }
 
 // Returns the scales of 16 keys or values of `size` numbers.
@@ -314,7 +324,7 @@ struct Int8Scores {
         const auto limit = static_cast<float>(std::min<int64_t>(127 * 256, INT32_MAX / (127 * size)));  // sums fit in 32 bits
         for (int64_t row = 0; row < rows; ++row) {
             const bfloat16* own = queries + row * size;
-            const float most = greatest(own, size), factor = most > 0.0f ? limit / most : 0.0f;
+            const float most = greatest_magnitude(own, size), factor = most > 0.0f ? limit / most : 0.0f;
             int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < size; ++i) {
@@ -361,7 +371,7 @@ void score_tokens(const Call<bfloat16, S>& c, int64_t request, int64_t first, in
     const int64_t stored = stored_size<S>(c.key_dim);
     for (int64_t token = 0; token < count; token += LANES)
         for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(keys.of + token + Rows<S>::AHEAD, head * stored, stored);
+            prefetch(keys.of + token + LANES, head * stored, stored);
             products.of(keys.of + token, head * stored, head * c.group(), (head + 1) * c.group(),
                         [&](int64_t row, __m512 sums) { _mm512_storeu_ps(scores + row * SPAN + token, sums); });
         }
@@ -416,7 +426,7 @@ void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const R
     for (int64_t token = 0; token < count; token += LANES) {
         const int64_t tokens = std::min(LANES, count - token);
         for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(values.of + token + Rows<S>::AHEAD, head * stored, stored);
+            prefetch(values.of + token + LANES, head * stored, stored);
             const int64_t end = (head + 1) * c.group();
             for (int64_t row = head * c.group(); row < end; row += AT_A_TIME) {
                 const int64_t some = std::min(AT_A_TIME, end - row);
@@ -475,9 +485,7 @@ void weigh(const Call<T, S>& c, int64_t request, int64_t head, int64_t begin, in
     if (c.softcap != 0.0f)
         for (int64_t i = 0; i < count; ++i) score[i] = c.softcap * std::tanh(score[i] / c.softcap);
     if (c.bias) c.add_bias(head, c.lengths[request] - 1, begin, count, score);
-    float highest = sink ? *sink : score[0];
-#pragma omp simd reduction(max : highest)
-    for (int64_t i = 0; i < count; ++i) highest = std::max(highest, score[i]);
+    const float highest = greatest(count, sink ? *sink : score[0], [&](int64_t i) { return score[i]; });
     *partial.total = exponentiate(score, count, highest, scaling) + (sink ? std::exp(*sink - highest) : 0.0f);
     *partial.highest = highest * scaling;
 }
@@ -1019,7 +1027,7 @@ namespace {
 // Writes `size` numbers as int8, and their scale behind them.
 template <typename T>
 void quantise(const T* from, int64_t size, int8_t* to) {
-    const float most = greatest(from, size), scale = most / 127, factor = most > 0.0f ? 127 / most : 0.0f;
+    const float most = greatest_magnitude(from, size), scale = most / 127, factor = most > 0.0f ? 127 / most : 0.0f;
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) to[i] = static_cast<int8_t>(to_whole(to_float(from[i]) * factor));
     std::memcpy(to + size, &scale, sizeof scale);
