@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitwiser.model.fused import find_compile_problem
 from splitwiser.model.kernels import packed_linear
 from splitwiser.model.loading import load_model
 from splitwiser.model.routes import ROUTES
@@ -46,6 +47,17 @@ def test_a_whole_prompt_of_opt(tiny: Tiny) -> None:
     assert cost.flops == 2 * OPT_WEIGHTS * 10 + 2 * HEAD + attention
     # weights and head once; K and V of 10 tokens written and read, 2 x 48 numbers a layer
     assert cost.nbytes == 4 * (OPT_WEIGHTS + HEAD + 3 * (10 + 10) * 96)
+
+
+@pytest.mark.skipif(find_compile_problem() is not None, reason=f"not compiled: {find_compile_problem()}")
+@pytest.mark.skipif(packed_linear.find_packing_problem() is not None, reason="weights cannot be packed here")
+def test_the_last_layer_of_fused_ones_attends_from_the_ends_of_prompts(tiny: Tiny) -> None:
+    model = load_model(tiny("opt"), dtype="bfloat16", device="cpu", load_format="auto")
+    ROUTES[model.kind].attach(model, pack=True)
+    cost = count_architecture(model, model.dtype).prefill([(0, 10), (0, 10)], rows=2)
+    behind = 48 * 48 + 2 * 48 * 96  # attention's output and the feed-forward matrices
+    attention = (2 * (10 * 11 // 2) + 10) * 4 * 4 * 12  # positions seen in three layers x heads x head size
+    assert cost.flops == 2 * (2 * OPT_WEIGHTS * 10 - 2 * behind * 9 + 2 * HEAD + attention)
 
 
 def test_packed_prompts_share_the_weights_but_not_their_attention(tiny: Tiny) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from splitwiser.errors import UnsupportedModelError
 from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
+from splitwiser.model.fused import FusedLayer
 from splitwiser.model.fusing import run_decoder
 from splitwiser.model.kernels.packed_linear import PackedLinear, compressed_share
 from splitwiser.model.kernels.stored import stored_size
@@ -84,7 +85,9 @@ class Architecture:
     kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes of an expert's
     weight, and ``weight_bytes`` that of another weight on average, less if they are compressed. K and V are stored as
     ``kv_dtype``.
-    ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``notes`` state assumptions.
+    ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``last_weights`` counts those of the
+    ``weights`` that in prefill only the ends of prompts pass through, as they alone attend in the last layer; 0 if all
+    tokens do. ``notes`` state assumptions.
     """
 
     weights: int
@@ -95,6 +98,7 @@ class Architecture:
     kv_dtype: torch.dtype
     head_keeps_rows: bool
     weight_bytes: float
+    last_weights: int = 0
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -110,10 +114,13 @@ class Architecture:
         """
         tokens = sum(count for _, count in chunks)
         products = self._products(tokens, rows if self.head_keeps_rows else tokens)
-        flops = products.flops
+        flops = products.flops - 2 * self.last_weights * (tokens - rows)
         nbytes = products.nbytes
-        for layer in self.layers:
-            flops += sum(_attention_flops(layer, layer.pairs(start, count)) for start, count in chunks)
+        for number, layer in enumerate(self.layers, 1):
+            if self.last_weights and number == len(self.layers):
+                flops += sum(_attention_flops(layer, layer.seen_by(start + count - 1)) for start, count in chunks)
+            else:
+                flops += sum(_attention_flops(layer, layer.pairs(start, count)) for start, count in chunks)
             # the first new token attends furthest back; all positions from there on are read
             read = sum(layer.seen_by(start) - 1 + count for start, count in chunks)
             nbytes += (read + tokens) * self._kv_nbytes(layer)
@@ -227,6 +234,7 @@ def count_architecture(model: LoadedModel, kv_dtype: torch.dtype) -> Architectur
         kv_dtype=kv_dtype,
         head_keeps_rows="logits_to_keep" in inspect.signature(type(module).forward).parameters,
         weight_bytes=weight_bytes,
+        last_weights=_count_last_weights(module),
         notes=tuple(notes),
     )
 
@@ -249,6 +257,12 @@ def _count_weights(module: nn.Module, output: nn.Module | None) -> tuple[int, li
             else:
                 weights += parameter.numel()
     return weights, stacks
+
+
+def _count_last_weights(module: nn.Module) -> int:
+    """Return the number of weights behind the attention of a last layer that computes the ends of prompts alone."""
+    lasts = [part for part in module.modules() if isinstance(part, FusedLayer) and part.is_last]
+    return sum(_count_weights(part, None)[0] for last in lasts for part in (last.self_attn.o_proj, last.mlp))
 
 
 class _Probe(AttentionStep):
