@@ -11,7 +11,8 @@ unset ONEDNN_MAX_CPU_ISA SPLITWISER_MARCH
 files=(
     tests/model/test_paged_attention.py tests/model/test_compatibility.py tests/model/test_fusing.py tests/model/kernels/test_build.py
     tests/model/kernels/test_choose.py tests/model/kernels/test_cpu_attention.py tests/model/kernels/test_packed_linear.py
-    tests/model/kernels/test_tiles.py tests/end_to_end/test_token_identity.py
+    tests/model/kernels/test_int8_linear.py tests/model/kernels/test_tiles.py tests/end_to_end/test_token_identity.py
+    tests/end_to_end/test_int8.py
 )
 # name | environment | what /proc/cpuinfo must list
 sets=(
@@ -22,6 +23,7 @@ sets=(
     "compiled without AVX-512|SPLITWISER_MARCH=x86-64-v3|avx2 fma bmi2"
     "compiled without AVX|SPLITWISER_MARCH=x86-64|sse2"
     "compiled without bfloat16 pairs|SPLITWISER_MARCH=x86-64-v4|avx512f avx512bw avx512vl avx512dq avx512cd"
+    "compiled with VNNI and without bfloat16 pairs|SPLITWISER_MARCH=icelake-server|avx512_vnni avx512_vbmi2 gfni vaes"
     "compiled without AMX|SPLITWISER_MARCH=cooperlake|avx512_bf16 avx512_vnni"
 )
 has=" $(grep -m1 '^flags' /proc/cpuinfo || true) "

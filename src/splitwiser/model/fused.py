@@ -322,7 +322,8 @@ class LayerStack:
 
     def struct_for_many_rows(self, number: int) -> _LayerStruct | None:
         """Return layer ``number`` for calls with any number of rows; None if these do not support it or are slower."""
-        if isinstance(self._layers[number].self_attn.qkv_proj, PackedLinear) and not is_fast_for_many_rows():
+        is_packed = isinstance(self._layers[number].self_attn.qkv_proj, PackedLinear)
+        if not (is_fast_for_many_rows() if is_packed else hasattr(_functions(), "project_rows")):
             return None
         structs, supported = self._find_structs()
         struct: _LayerStruct = structs[number]
