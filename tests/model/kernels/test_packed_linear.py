@@ -351,6 +351,21 @@ def test_weights_are_compressed_where_that_is_faster(faster: bool, monkeypatch: 
     assert (share < 1) == faster
 
 
+@needs_small_batches
+@pytest.mark.parametrize(("onednn", "fast"), [(0.8, False), (0.95, True)])
+def test_many_rows_are_left_to_onednn_where_it_is_faster(
+    onednn: float, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(candidates: dict[str, Callable[[], list[torch.Tensor]]]) -> dict[str, float]:
+        for whole, *chunks in zip(candidates["onednn"](), *[iter(candidates["chunks"]())] * 4, strict=True):
+            assert_same(torch.cat(chunks), whole)
+        return {"chunks": 1.0, "onednn": onednn}
+
+    monkeypatch.setattr(packed, "max_small_rows", lambda: 128)
+    monkeypatch.setattr(packed, "best_seconds", timed)
+    assert packed._try_many_rows() is fast
+
+
 @needs_packing
 def test_only_bfloat16_linear_layers_are_packed() -> None:
     other = nn.Linear(8, 8)
