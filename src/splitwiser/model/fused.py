@@ -355,7 +355,7 @@ def _project_rows(struct: _LayerStruct, hidden_states: Tensor, angles: tuple[Ten
 
 def _complete_rows(struct: _LayerStruct, attended: Tensor, residual: Tensor) -> Tensor:
     """Return a layer's output for what its attention has ``attended`` and the ``residual`` before it."""
-    output = torch.empty_like(residual)
+    attended, output = attended.contiguous(), torch.empty_like(residual)
     _functions().complete_rows(
         ctypes.byref(struct), attended.data_ptr(), residual.data_ptr(), output.data_ptr(), output.shape[1],
         torch.get_num_threads(),

@@ -366,6 +366,12 @@ def test_many_rows_are_left_to_onednn_where_it_is_faster(
     assert packed._try_many_rows() is fast
 
 
+@needs_small_batches
+def test_many_rows_are_left_to_onednn_where_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "max_small_rows", lambda: 0)
+    assert packed._try_many_rows() is False
+
+
 @needs_packing
 def test_only_bfloat16_linear_layers_are_packed() -> None:
     other = nn.Linear(8, 8)

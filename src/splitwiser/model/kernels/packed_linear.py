@@ -38,9 +38,8 @@ PANELS = (64, 32, 48, 16)  # outputs per panel: of AVX-512, of AMX, and what els
 TRIED_SIZES = 1024, 2048  # inputs and outputs of each layer of a trial
 TRIED_BYTES = 64 << 20  # of all their weights
 MANY_ROWS, MANY_LAYERS = 512, 4  # of the trial of products of many rows
-WORTH_FEWER_CALLS = (
-    1.1  # a product of this project's that takes so much longer than oneDNN's is the better one: it saves calls
-)
+# a product of this project's that takes so many times as long as oneDNN's is the better one: it saves calls
+WORTH_FEWER_CALLS = 1.1
 COMPRESSED_AT_MOST = 0.9  # of a weight's bytes; where exponents take so many values that it needs more, it stays plain
 
 
@@ -341,8 +340,10 @@ def is_fast_for_many_rows() -> bool:
 
 
 def _try_many_rows() -> bool:
+    if not max_small_rows() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     layers = layers_for_trial()[:MANY_LAYERS]
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not all(layer.struct for layer in layers):
+    if not all(layer.struct for layer in layers):
         return False
     inputs = torch.linspace(-9, 9, MANY_ROWS * TRIED_SIZES[0]).sin().bfloat16().view(MANY_ROWS, -1)
 
