@@ -105,4 +105,4 @@ def test_a_temporary_folder_ends_with_its_process_even_if_that_is_killed(how: st
             assert [path.name for path in folder.iterdir()] == ["weights"]
             process.kill()
     wait_for(lambda: not folder.exists(), "end of the folder")
-    assert processes_naming(folder) == []
+    wait_for(lambda: not processes_naming(folder), "end of what removed the folder")
