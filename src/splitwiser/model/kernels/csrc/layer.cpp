@@ -207,10 +207,28 @@ void multiply_in_tiles(Team& team, const Linear& p, const bfloat16* x, const bfl
 
 #endif
 
+// Has each thread fetch the first weights of its share of p while it waits for others.
+void fetch_while_waiting(Team& team, const Linear& p) {
+    constexpr int64_t BYTES = 128 << 10;  // at most; 64, 256 and 512 KiB were no better
+    const int64_t blocks = (p.outputs + BLOCK - 1) / BLOCK, first = team.first_of(blocks);
+    int64_t bytes = BLOCK * p.padded_inputs * (p.scales ? 1 : sizeof(bfloat16));  // of the weights of a block
+    const char* weights = static_cast<const char*>(p.packed) + first * bytes;
+#if HAS_COMPRESSED
+    if (p.compressed) {
+        const int64_t pairs = p.padded_inputs / 2;
+        weights = static_cast<const char*>(CompressedPanel(p.packed, blocks, pairs, first).groups());
+        bytes = pairs * GROUP_BYTES;
+    }
+#endif
+    team.fetch_while_waiting(weights, std::min(BYTES, bytes * (blocks - first)));
+}
+
 // y = x W^T + bias + residual, or with relu max(0, x W^T + bias); x is (rows, inputs), with room for whole tiles if it
-// uses_tiles(), and y and residual are (rows, outputs). residual may be null or y. quantised is for int8 weights.
+// uses_tiles(), and y and residual are (rows, outputs). residual may be null or y. quantised is for int8 weights. `next` is what
+// is multiplied by next, or null.
 void multiply(Team& team, const Linear& p, const bfloat16* x, const bfloat16* residual, bfloat16* y, int64_t rows,
-              const Quantised& quantised) {
+              const Quantised& quantised, const Linear* next) {
+    if (next) fetch_while_waiting(team, *next);
     if (p.scales) return multiply_int8(team, p, x, residual, y, rows, quantised);
 #if HAS_AMX
     if (uses_tiles(p, rows)) return multiply_in_tiles(team, p, x, residual, y, rows);
@@ -260,18 +278,18 @@ Angles angles_of(const Layer& l, const void* cosines, const void* sines, int64_t
 void project(Team& team, const Layer& l, const Angles& angles, const bfloat16* x, bfloat16* joint, int64_t rows,
              const Workspace& w) {
     norm(team, l.input, x, w.normed, rows, l.qkv.inputs);
-    multiply(team, l.qkv, w.normed, nullptr, joint, rows, w.quantised);
+    multiply(team, l.qkv, w.normed, nullptr, joint, rows, w.quantised, &l.o);
     if (angles.cosines) rotate(team, {l.heads, l.kv_heads, l.head_dim}, angles, l.query, l.key, joint, rows, l.qkv.outputs);
 }
 
 // y = the layer's output for rows of which `attended` is that of its attention, with room for whole tiles if l.o uses_tiles().
 void complete(Team& team, const Layer& l, const bfloat16* attended, const bfloat16* residual, bfloat16* y, int64_t rows,
-              const Workspace& w) {
-    multiply(team, l.o, attended, residual, y, rows, w.quantised);
+              const Workspace& w, const Linear* next) {
+    multiply(team, l.o, attended, residual, y, rows, w.quantised, &l.up);
     norm(team, l.post, y, w.normed, rows, l.up.inputs);
-    multiply(team, l.up, w.normed, nullptr, w.up, rows, w.quantised);
+    multiply(team, l.up, w.normed, nullptr, w.up, rows, w.quantised, &l.down);
     if (l.gated) gate(team, w.up, w.gated, l.linear, l.cubic, rows, l.down.inputs);
-    multiply(team, l.down, l.gated ? w.gated : w.up, y, y, rows, w.quantised);
+    multiply(team, l.down, l.gated ? w.gated : w.up, y, y, rows, w.quantised, next);
 }
 
 // Calls f(team, workspace, first, count) for all rows of a layer: for chunks of them, each on a thread of its own, so that what
@@ -294,9 +312,9 @@ void each_chunk(const Layer& l, int64_t rows, int64_t threads, F f) {
 
 Places places_of(const Step& s) { return {s.tables, s.starts, s.offsets, s.lengths, s.block_tokens, s.table_width}; }
 
-// to = layer(from), of which `number` is the number in the step.
+// to = layer(from), of which `number` is the number in the step; `next` is multiply()'s.
 void run_layer(Team& team, const Layer& l, const Step& s, const Spans& spans, int64_t number, const Workspace& w,
-               const bfloat16* from, bfloat16* to) {
+               const bfloat16* from, bfloat16* to, const Linear* next) {
     const int64_t joint_width = l.qkv.outputs, kv_width = l.kv_heads * l.head_dim;
     project(team, l, angles_of(l, s.cosines, s.sines, s.angles, s.angles_in_float32), from, w.joint, s.rows, w);
     team.each(s.rows, [&](int64_t first, int64_t end) {
@@ -312,7 +330,7 @@ void run_layer(Team& team, const Layer& l, const Step& s, const Spans& spans, in
     });
     decode_attention(team, {l.heads, l.kv_heads, l.head_dim}, places_of(s), spans, w.joint, joint_width, s.keys[number],
                      s.values[number], s.int8_pool, l.scaling, l.softcap, w.attended, s.rows);
-    complete(team, l, w.attended, from, to, s.rows, w);
+    complete(team, l, w.attended, from, to, s.rows, w, next);
 }
 
 #endif
@@ -335,7 +353,7 @@ extern "C" void multiply_small_batch(const Linear* linear, const void* x, const 
     const auto* from = static_cast<const bfloat16*>(x);
     if (uses_tiles(*linear, rows)) from = with_room(from, rows, linear->inputs);
     with_team(threads, [&](Team& team) {
-        multiply(team, *linear, from, static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y), rows, {});
+        multiply(team, *linear, from, static_cast<const bfloat16*>(residual), static_cast<bfloat16*>(y), rows, {}, nullptr);
     });
 }
 
@@ -352,7 +370,8 @@ extern "C" void layers_small_batch(const Layer* layers, int64_t count, const Ste
     with_team(step->threads, [&](Team& team) {
         const int64_t size = step->rows * layers->qkv.inputs;
         for (int64_t i = 0; i < count; ++i)
-            run_layer(team, layers[i], *step, spans, i, workspace, i ? to + (i - 1) * size : from, to + i * size);
+            run_layer(team, layers[i], *step, spans, i, workspace, i ? to + (i - 1) * size : from, to + i * size,
+                      i + 1 < count ? &layers[i + 1].qkv : nullptr);
     });
 }
 
@@ -375,7 +394,7 @@ extern "C" void complete_rows(const Layer* layer, const void* attended, const vo
         const auto* own = static_cast<const bfloat16*>(attended) + first * layer->o.inputs;
         if (uses_tiles(layer->o, count)) own = with_room(own, count, layer->o.inputs);
         complete(team, *layer, own, static_cast<const bfloat16*>(residual) + first * layer->o.outputs,
-                 static_cast<bfloat16*>(y) + first * layer->o.outputs, count, w);
+                 static_cast<bfloat16*>(y) + first * layer->o.outputs, count, w, nullptr);
     });
 }
 

@@ -31,6 +31,8 @@ class Team {
     Team(Board& board, int64_t threads, int64_t thread) : board_(board), threads_(threads), thread_(thread) {}
 
     int64_t threads() const { return threads_; }
+    // Returns the first task of this thread's own in a part of `count` tasks.
+    int64_t first_of(int64_t count) const { return count * thread_ / threads_; }
 
     // Calls f(first, end) for ranges that together are the tasks 0 to count - 1, and waits until all are done. Each thread has
     // consecutive tasks, since memory is read fastest in order. Having done its own it takes over those of others, which may
@@ -49,6 +51,10 @@ class Team {
         wait(part);
     }
 
+    // Has this thread fetch `bytes` from `from` on, which it reads soon, into its L2 cache whenever it waits for the others:
+    // memory is idle then.
+    void fetch_while_waiting(const char* from, int64_t bytes) { fetched_ = from, fetch_end_ = from + bytes; }
+
   private:
     // Waits until all threads have done the part. A thread that waits longer than it has to if all run lets other processes
     // use its core.
@@ -60,10 +66,17 @@ class Team {
             return;
         }
         for (int64_t waited = 0; board_.part.load(std::memory_order_acquire) == part; ++waited)
-            if (waited < PAUSES)
+            if (fetched_ < fetch_end_)
+                fetch();
+            else if (waited < PAUSES)
                 pause();
             else
                 std::this_thread::yield();
+    }
+
+    void fetch() {
+        constexpr int64_t LINE = 64, LINES = 4;  // so few at a time that the end of the wait is seen at once
+        for (const char* end = fetched_ + LINES * LINE; fetched_ < end; fetched_ += LINE) __builtin_prefetch(fetched_, 0, 2);
     }
 
     static void pause() {
@@ -74,6 +87,7 @@ class Team {
 
     Board& board_;
     const int64_t threads_, thread_;
+    const char *fetched_ = nullptr, *fetch_end_ = nullptr;
 };
 
 // Calls f(team) on each of `threads` threads, of PyTorch's own OpenMP library.
