@@ -3,6 +3,7 @@
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,53 @@ def test_layers_of_a_few_rows_are_one_call(
         *_, expected = _served_logits(model, layers, prompts)
     assert calls == [len(layers)]
     assert_same(made, expected)
+
+
+@needs_compiler
+@needs_small_batches
+@pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if "decoder_layer" in parts])
+def test_a_loop_over_layers_ends_when_all_are_computed(
+    name: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny, name)
+    layers = attach_engine(model, pack=True)
+    called: list[int] = []
+    forward = fused.FusedLayer.forward
+
+    def note(self: fused.FusedLayer, *given: Any, **named: Any) -> torch.Tensor:
+        called.append(self.number)
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(fused.FusedLayer, "forward", note)
+    step = partial(_served_logits, model, layers, [[5, 6, 7, 8], [9, 10, 11, 12]])
+    everyone = list(range(len(layers)))
+    last = [part for part in model.module.modules() if isinstance(part, fused.FusedLayer)][-1]
+    last.stack._is_whole = False
+    with torch.inference_mode():
+        *_, first = step()
+        assert called == 3 * everyone  # two steps of prompts, and the decode step that shows what the model does
+        called.clear()
+        *_, second = step()
+        assert called == [*everyone, *everyone, 0]
+        hook = last.register_forward_hook(lambda *_: None)
+        called.clear()
+        *_, third = step()
+        assert called == 3 * everyone  # since somebody wants to know
+        hook.remove()
+        monkeypatch.setattr(fused, "max_small_rows", lambda: 0)
+        *_, expected = step()
+    for made in (first, second, third):
+        assert_same(made, expected)
+
+
+def test_layers_are_a_list_wherever_no_step_is_run(tiny: Callable[[str], Path]) -> None:
+    model = load(tiny, "llama")
+    attach_engine(model, pack=True)
+    layers = model.module.model.layers
+    assert [layer.number for layer in layers] == [layer.number for layer in layers[:]] == [0, 1, 2]
+    assert [layer.number for layer in layers[1:]] == [1, 2]
+    assert [layer.number for layer in layers[::-1]] == [2, 1, 0]
+    assert [layers[0].number, layers[-1].number, len(layers)] == [0, 2, 3]
 
 
 def long_prompts(count: int) -> list[list[int]]:

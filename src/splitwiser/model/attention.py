@@ -197,9 +197,14 @@ def current_step() -> AttentionStep:
     return _step.get()
 
 
+def find_step() -> AttentionStep | None:
+    """Return :func:`current_step`; None outside of a ``with serving`` block."""
+    return _step.get(None)
+
+
 def current_loras(rows: int) -> Tensor | None:
     """Return :meth:`AttentionStep.loras_of` of the current step; None outside of a ``with serving`` block."""
-    step = _step.get(None)
+    step = find_step()
     return None if step is None else step.loras_of(rows)
 
 

@@ -68,13 +68,14 @@ def forward(
 
     ``token_ids``, ``positions`` and ``rows`` are numbers, or int64 tensors on the model's device of one dimension.
     """
-    kept = torch.as_tensor(rows, device=module.device)
+    device = module.device  # which takes long to ask for
+    kept = torch.as_tensor(rows, device=device)
     keeps = takes_rows(module)
     step.wanted_rows = kept if keeps else None
-    with on_device(module), serving(step):
+    with on_device(device), serving(step):
         output = module(
-            input_ids=torch.as_tensor(token_ids, device=module.device)[None],
-            position_ids=torch.as_tensor(positions, device=module.device)[None],
+            input_ids=torch.as_tensor(token_ids, device=device)[None],
+            position_ids=torch.as_tensor(positions, device=device)[None],
             use_cache=True,
             **{cache_argument(module): step},
             **({"logits_to_keep": kept} if keeps else {}),
@@ -88,9 +89,9 @@ def takes_rows(module: PreTrainedModel) -> bool:
     return "logits_to_keep" in _parameters(type(module).forward)
 
 
-def on_device(module: PreTrainedModel) -> AbstractContextManager[object]:
-    """Return a context in which the current device is that of ``module``, where Triton and cuBLAS launch."""
-    return torch.cuda.device(module.device) if module.device.type == "cuda" else nullcontext()
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which the current device is ``device``, where Triton and cuBLAS launch."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cache_argument(module: PreTrainedModel) -> str:

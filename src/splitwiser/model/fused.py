@@ -2,17 +2,17 @@
 for bfloat16; a GPU has the norm alone. :mod:`splitwiser.model.fusing` puts them into a model."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from splitwiser.model.attention import AttentionOptions, Mask, current_step
+from splitwiser.model.attention import AttentionOptions, Mask, current_step, find_step
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.packed_linear import LinearStruct, PackedLinear, is_fast_for_many_rows, max_small_rows
-from splitwiser.model.paged_attention import ComputedAhead, KernelInputs, PagedAttention
+from splitwiser.model.paged_attention import ComputedAhead, KernelInputs, LayerLoop, PagedAttention
 
 
 class FusedNorm(nn.Module):
@@ -268,18 +268,41 @@ class FusedLayer(nn.Module):
         )  # fmt: skip
 
 
+class StackedLayers(nn.ModuleList):
+    """The layers of a model, which are all in one :class:`LayerStack`; a loop over them is :meth:`LayerStack.loop`."""
+
+    def __iter__(self) -> Iterator[FusedLayer]:
+        first = self[0]
+        assert isinstance(first, FusedLayer)
+        return first.stack.loop()
+
+    @overload
+    def __getitem__(self, idx: slice) -> nn.ModuleList: ...
+    @overload
+    def __getitem__(self, idx: int) -> nn.Module: ...
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        """See :class:`torch.nn.ModuleList`; for a slice of all layers, which models loop over, no other list is made."""
+        if isinstance(idx, int):
+            return super().__getitem__(idx)
+        chosen = list(self.children())[idx]
+        return self if len(chosen) == len(self) and idx.step in (None, 1) else nn.ModuleList(chosen)
+
+
 class LayerStack:
     """Consecutive decoder layers, which a decode step of a small batch computes in one call: with a few rows, separate calls
     take as long as reading the weights does.
 
     The layer that the model calls first computes those after it too, each on the output of the one before. A later one
     returns what is computed already if it is called with that output and the same other arguments. If it is not, the model
-    does something between the two: the layer is computed again, and the calls of later steps end before it.
+    does something between the two: the layer is computed again, and the calls of later steps end before it. If in a step all
+    were asked for what was computed already, in a loop over :class:`StackedLayers`, such a loop ends after the first one in
+    later steps: to call modules that have nothing to compute takes longer than some products.
     """
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = list(layers)
         self._starts: set[int] = set()  # the numbers of layers that are not computed with the one before
+        self._is_whole = False  # whether the model does nothing between any two of its layers
         self._structs: tuple[tuple[int, int], Any, list[bool]] | None = None
 
     @classmethod
@@ -306,6 +329,8 @@ class LayerStack:
         others = attention_mask, position_embeddings
         if ahead := step.computed_ahead.get(layer):
             if all(one is other for one, other in zip((hidden_states, *others), ahead.inputs, strict=True)):
+                if step.loop:
+                    step.loop.answers += 1
                 return ahead.output
             self._starts.add(number)
         structs, supported = self._find_structs()
@@ -316,9 +341,33 @@ class LayerStack:
         if inputs is None:
             return None
         outputs = _run_layers(structs[number], inputs, hidden_states.contiguous(), position_embeddings)
-        for layer, before, output in zip(layers, (hidden_states, *outputs), outputs, strict=False):
+        if self._is_whole and step.loop and len(layers) == len(self._layers) and not self._have_hooks():
+            step.loop.is_done = True
+            return outputs[-1]
+        made = outputs.unbind()
+        for layer, before, output in zip(layers[1:], made, made[1:], strict=False):
             step.computed_ahead[layer] = ComputedAhead((before, *others), output)
-        return outputs[0]
+        return made[0]
+
+    def loop(self) -> Iterator[FusedLayer]:
+        """Yield the layers, for the model to call each before it takes the next: all, or the first one alone if it then has
+        returned the output of the last one."""
+        step = find_step()
+        if not isinstance(step, PagedAttention):
+            yield from self._layers
+            return
+        step.loop = loop = LayerLoop()
+        for layer in self._layers:
+            yield layer
+            if loop.is_done:
+                return
+        step.loop = None
+        if loop.answers == len(self._layers) - 1:
+            self._is_whole = True
+
+    def _have_hooks(self) -> bool:
+        """Whether somebody wants to know of the calls of single layers."""
+        return any(each._forward_hooks or each._forward_pre_hooks for each in self._layers)
 
     def struct_for_many_rows(self, number: int) -> _LayerStruct | None:
         """Return layer ``number`` for calls with any number of rows; None if these do not support it or are slower."""
@@ -365,9 +414,9 @@ def _complete_rows(struct: _LayerStruct, attended: Tensor, residual: Tensor) -> 
 
 def _run_layers(
     first: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
-) -> Sequence[Tensor]:
+) -> Tensor:
     """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call; return the output
-    of each."""
+    of each, shape (layers, 1, tokens, width)."""
     cosines, sines = _contiguous(angles)
     outputs = hidden_states.new_empty(len(inputs.keys), *hidden_states.shape)
     keys, values = (
@@ -383,7 +432,7 @@ def _run_layers(
     _functions().layers_small_batch(
         ctypes.byref(first), len(inputs.keys), ctypes.byref(step), hidden_states.data_ptr(), outputs.data_ptr()
     )
-    return outputs.unbind()
+    return outputs
 
 
 def _contiguous(angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[None, None]:

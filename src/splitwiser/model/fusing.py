@@ -27,6 +27,7 @@ from splitwiser.model.fused import (
     FusedNorm,
     LayerStack,
     PlainMLP,
+    StackedLayers,
     TorchNorm,
     find_compile_problem,
 )
@@ -221,10 +222,13 @@ def _is_layer_norm(part: nn.Module) -> TypeGuard[nn.LayerNorm]:
 
 def _stack_layers(module: nn.Module) -> None:
     """Let consecutive fused layers within ``module`` be computed in one call."""
-    for part in module.modules():
+    for part in list(module.modules()):
         for is_layer, run in itertools.groupby(part.children(), lambda child: isinstance(child, FusedLayer)):
             if is_layer:
                 LayerStack.make([child for child in run if isinstance(child, FusedLayer)])
+        for name, child in list(part.named_children()):
+            if type(child) is nn.ModuleList and len(child) and all(isinstance(each, FusedLayer) for each in child):
+                setattr(part, name, StackedLayers(child))
 
 
 def _mark_last_layer(module: nn.Module) -> None:

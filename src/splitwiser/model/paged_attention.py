@@ -70,6 +70,14 @@ class ComputedAhead(NamedTuple):
     output: Tensor
 
 
+@dataclass
+class LayerLoop:
+    """A model's loop over its layers: how many returned what was computed ahead, and whether all is computed."""
+
+    answers: int = 0
+    is_done: bool = False
+
+
 def find_slots(pool: KVPool, segments: Sequence[Segment], device: torch.device) -> Tensor:
     """Return the slots of the new tokens of ``segments``, one after another: int64 of shape (tokens,)."""
     size = pool.block_tokens
@@ -99,6 +107,7 @@ class PagedAttention(AttentionStep):
         self.segments = segments
         self.device = device
         self.computed_ahead: dict[int, ComputedAhead] = {}  # by layer
+        self.loop: LayerLoop | None = None  # that the model is in
         self._layer = -1  # whose K and V the running attention is over
         self._masks: dict[tuple[Mask, int], Tensor] = {}
         self._starts: dict[Mask, Tensor | None] = {}

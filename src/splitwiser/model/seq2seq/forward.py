@@ -61,7 +61,7 @@ def fixed_logits(model: LoadedModel, step: FixedDecodeStep) -> Tensor:
 
 def encode(module: PreTrainedModel, step: EncoderStep, token_ids: Sequence[int] | Tensor) -> Tensor:
     """Return the encoder's states of packed ``token_ids``, (1, tokens, hidden size)."""
-    with on_device(module), serving(step):
+    with on_device(module.device), serving(step):
         states: Tensor = module.get_encoder()(input_ids=torch.as_tensor(token_ids, device=module.device)[None])[0]
     return states
 
@@ -69,7 +69,7 @@ def encode(module: PreTrainedModel, step: EncoderStep, token_ids: Sequence[int] 
 def decode(module: PreTrainedModel, step: PackedStep, token_ids: Sequence[int] | Tensor, states: Tensor) -> Tensor:
     """Return the decoder's logits after packed ``token_ids``, (tokens, vocabulary); its layers make K and V of ``states`` if
     ``step`` stores them."""
-    with on_device(module), serving(step):
+    with on_device(module.device), serving(step):
         output = module(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             decoder_input_ids=torch.as_tensor(token_ids, device=module.device)[None],
