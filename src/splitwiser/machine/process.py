@@ -1,7 +1,5 @@
-"""Environment variables, signals, processes and memory settings of Linux."""
+"""Environment variables, signals and processes of Linux."""
 
-import ctypes
-import mmap
 import multiprocessing
 import multiprocessing.util
 import os
@@ -10,13 +8,11 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 _LONGEST_TMPDIR = 70  # in bytes; multiprocessing appends up to 37
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
-_MADV_POPULATE_WRITE = 23  # from <linux/mman.h>, since Linux 5.14
 
 
 @contextmanager
@@ -129,27 +125,3 @@ def shorten_socket_paths() -> None:
             multiprocessing.util.get_temp_dir()  # created once per process, and inherited by its children
         finally:
             tempfile.tempdir = saved
-
-
-def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for later allocations. Otherwise it returns the tens of megabytes that each layer
-    frees to the system, which zeroes them again: a tenth of a prefill step's time."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
-    if set_option is not None:
-        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
-        set_option(_M_MMAP_THRESHOLD, 2**25)  # its maximum
-
-
-def use_huge_pages(memory: mmap.mmap) -> None:
-    """Request pages of 2 MiB for ``memory``, if the system supports it: the first use of a page costs microseconds, which a
-    prefill step would pay for every 4 KiB that it writes to a new pool."""
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-
-
-def map_pages(address: int, nbytes: int) -> None:
-    """Map the pages of the ``nbytes`` bytes at ``address`` now rather than at their first use; what is in them stays. Does
-    nothing where the system cannot (Linux before 5.14)."""
-    start = address - address % mmap.PAGESIZE
-    libc = ctypes.CDLL(None)
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), _MADV_POPULATE_WRITE)

@@ -1,8 +1,6 @@
 """Memory shared between processes, so that weights and KV pool exist once for all workers."""
 
-import ctypes
 import io
-import mmap
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -14,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 
-from splitwiser.machine.process import use_huge_pages
-
-_ALIGNMENT = 64  # bytes; a cache line, and good for vector loads
+from splitwiser.machine.pages import gather, map_memory, view
 
 _COUNTER_HANDLE, _COUNTER_OFFSET = 11, 12  # positions in the arguments of torch's rebuild_cuda_tensor
 
@@ -40,7 +36,7 @@ class SharedMemory:
         else:
             self._fd = os.memfd_create("splitwiser", os.MFD_CLOEXEC)
             os.ftruncate(self._fd, nbytes)
-            tensor = map_memory(self._fd, nbytes)
+            tensor = map_memory(nbytes, self._fd)
         self._open: Callable[[], Tensor] = lambda: tensor
 
     @cached_property
@@ -88,13 +84,6 @@ class _SentFd(Protocol):
     def detach(self) -> int: ...
 
 
-def map_memory(fd: int, nbytes: int) -> Tensor:
-    """Return the first ``nbytes`` bytes of the file ``fd``, mapped as uint8 and shared with all who map it."""
-    memory = mmap.mmap(fd, nbytes)
-    use_huge_pages(memory)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
 def _opened(rebuild: Callable[..., Tensor], arguments: tuple[object, ...]) -> SharedMemory:
     shared = SharedMemory.__new__(SharedMemory)
     shared._fd = None
@@ -106,7 +95,7 @@ def _opened(rebuild: Callable[..., Tensor], arguments: tuple[object, ...]) -> Sh
 def _received(fd: "_SentFd", nbytes: int) -> SharedMemory:
     number = fd.detach()
     try:
-        tensor = map_memory(number, nbytes)
+        tensor = map_memory(nbytes, number)
     finally:
         os.close(number)
     return _opened(lambda: tensor, ())
@@ -115,50 +104,36 @@ def _received(fd: "_SentFd", nbytes: int) -> SharedMemory:
 class SharedModule:
     """A module whose weights and buffers are in shared memory.
 
-    On a CPU, creating it moves the tensors of ``module`` into one :class:`SharedMemory`, one by one, so that no complete
-    second copy ever exists; on a GPU they are shared where they are. Sent to another process, :meth:`open` gives the same
-    module over the same memory there.
+    On a CPU, creating it gathers the tensors of ``module`` in one :class:`SharedMemory`; on a GPU they are shared where they
+    are. Sent to another process, :meth:`open` gives the same module over the same memory there.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-        places: dict[int, _Place] = {}
         self.memories: list[SharedMemory] = []
         if device.type == "cuda":
-            for key, tensor in tensors.items():
-                places[key] = len(self.memories), 0
-                tensor.data = tensor.detach().contiguous()
-                self.memories.append(SharedMemory.of(tensor.data))
+            places = self._share(module)
         else:
-            total = 0
-            for key, tensor in tensors.items():
-                places[key] = 0, total
-                total += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-            self.memories.append(SharedMemory(max(total, 1), device))
-            for key, tensor in tensors.items():
-                place = _view(self.memories[0].tensor, places[key][1], tensor.shape, tensor.dtype)
-                place.copy_(tensor.detach())
-                tensor.data = place
-            return_freed_memory()
+            places = {key: (0, offset) for key, offset in gather(module, self._allocate).items()}
         buffer = io.BytesIO()
         _Pickler(buffer, places).dump(module)
         self._skeleton = buffer.getvalue()
+
+    def _share(self, module: nn.Module) -> dict[int, _Place]:
+        """Share the tensors of a GPU's ``module`` and return their places, by ``id``."""
+        tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+        for tensor in tensors.values():
+            tensor.data = tensor.detach().contiguous()
+            self.memories.append(SharedMemory.of(tensor.data))
+        return {key: (number, 0) for number, key in enumerate(tensors)}
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        self.memories.append(SharedMemory(nbytes, torch.device("cpu")))
+        return self.memories[0].tensor
 
     def open(self) -> nn.Module:
         """Return the module over the shared memory."""
         module: nn.Module = _Unpickler(io.BytesIO(self._skeleton), self.memories).load()
         return module
-
-
-def return_freed_memory() -> None:
-    """Make the C library return freed memory to the system; otherwise it keeps that of the moved weights."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not need it
-    if trim is not None:
-        trim(0)
-
-
-def _view(memory: Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return memory[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 class _Pickler(pickle.Pickler):
@@ -186,6 +161,6 @@ class _Unpickler(pickle.Unpickler):
         place, shape, dtype, is_parameter = reference
         if place not in self._opened:
             number, offset = place
-            tensor = _view(self._memories[number].tensor, offset, torch.Size(shape), dtype)
+            tensor = view(self._memories[number].tensor, offset, torch.Size(shape), dtype)
             self._opened[place] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         return self._opened[place]

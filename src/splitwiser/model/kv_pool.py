@@ -1,6 +1,5 @@
 """The paged KV pool: the preallocated KV cache of all requests in blocks, the allocator of its blocks, and its size."""
 
-import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from splitwiser.errors import InputError
 from splitwiser.machine.memory import free_memory
-from splitwiser.machine.process import map_pages, use_huge_pages
+from splitwiser.machine.pages import map_memory, use_pages
 from splitwiser.model.kernels.interface import LayerShape, PoolKernels
 from splitwiser.model.kernels.stored import dequantise, quantise, stored_size
 from splitwiser.text import parse_bytes
@@ -62,8 +61,7 @@ class KVPool:
             return
         first = blocks[: PREFAULT_BYTES // (self.nbytes // self.all_blocks)]
         for tensor in [*self.keys, *self.values]:
-            part = tensor[first.start : first.stop]
-            map_pages(part.data_ptr(), part.nbytes)
+            use_pages(tensor[first.start : first.stop])
 
     @property
     def nbytes(self) -> int:
@@ -107,10 +105,7 @@ def zeroed_memory(nbytes: int, device: torch.device) -> Tensor:
     """Return ``nbytes`` zeros on ``device`` as a uint8 tensor."""
     if device.type == "cuda":
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    # the system's pages are zero and take no memory until they are used; torch would write the zeros
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    use_huge_pages(memory)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return map_memory(nbytes)  # torch would write the zeros
 
 
 def stored_dtype(kv_dtype: str, dtype: torch.dtype) -> torch.dtype:

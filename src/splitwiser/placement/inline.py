@@ -20,7 +20,7 @@ from splitwiser.placement.prepare import (
     load,
     make_pool,
     measure_budget,
-    prepare,
+    prepare_alone,
     scheduler_settings,
 )
 from splitwiser.request import Request
@@ -88,7 +88,7 @@ class InlinePlacement:
 def start(config: EngineConfig, _: ExitStack) -> StartedEngine:
     """See :meth:`splitwiser.placement.start.ModeModule.start`: one worker over the whole device and the whole pool."""
     model = load(config)
-    prepared = prepare(model, config)
+    prepared = prepare_alone(model, config)
     pool = make_pool(model, prepared)
     transport = InlineTransport()
     stepper, graphs = make_stepper(model, pool, config.max_batch, config.step_tokens, {"prefill": (), "decode": ()})

@@ -16,7 +16,7 @@ from splitwiser.engine.schedule import find_schedule, saturating_tokens
 from splitwiser.engine.steps import ModelStepper
 from splitwiser.engine.worker import SchedulerSettings
 from splitwiser.errors import InputError
-from splitwiser.machine.process import keep_freed_memory
+from splitwiser.machine.pages import gather, keep_freed_memory
 from splitwiser.model.adapters.loaded import LoadedAdapter
 from splitwiser.model.adapters.serving import (
     attach_adapters,
@@ -177,6 +177,14 @@ def prepare(model: LoadedModel, config: EngineConfig) -> PreparedModel:
         **attention,
     }
     return PreparedModel(layers, stored, blocks - shared, shared, kernels, tuple(refused), described, adapters)
+
+
+def prepare_alone(model: LoadedModel, config: EngineConfig) -> PreparedModel:
+    """:func:`prepare` ``model`` for this process alone; on a CPU its weights lie in huge pages then."""
+    prepared = prepare(model, config)
+    if model.device.type == "cpu":
+        gather(model.module)
+    return prepared
 
 
 def make_pool(model: LoadedModel, prepared: PreparedModel, memory: Tensor | None = None) -> KVPool:

@@ -20,7 +20,7 @@ from splitwiser import constants
 from splitwiser.engine.messages import PARENT, Failed, Phase, Ready, WorkerSpec
 from splitwiser.engine.steps import make_stepper
 from splitwiser.engine.worker import build_worker, run_worker
-from splitwiser.machine.process import keep_freed_memory
+from splitwiser.machine.pages import keep_freed_memory
 from splitwiser.machine.shared_memory import SharedMemory, SharedModule
 from splitwiser.model.kernels.choose import load_kernels
 from splitwiser.model.kernels.interface import LayerShape

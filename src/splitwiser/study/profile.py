@@ -24,7 +24,7 @@ from splitwiser.machine.nvml import NO_ACTIVITY, Monitor, open_monitor
 from splitwiser.model.kv_pool import BlockAllocator
 from splitwiser.options import option_fields, whole_numbers
 from splitwiser.placement.config import EngineConfig, ModelConfig
-from splitwiser.placement.prepare import load, make_pool, prepare
+from splitwiser.placement.prepare import load, make_pool, prepare_alone
 from splitwiser.request import Request, SamplingParams
 from splitwiser.results.record import Record
 from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, Column, names
@@ -146,7 +146,7 @@ class Bench:
         self.model = load(config)
         most = max(whole_numbers("batch_sizes", config.batch_sizes))
         engine = EngineConfig(max_batch=most, **{name: getattr(config, name) for name in option_fields(ModelConfig)})
-        prepared = prepare(self.model, engine)
+        prepared = prepare_alone(self.model, engine)
         self.pool = make_pool(self.model, prepared)
         self.stepper, graphs = make_stepper(
             self.model, self.pool, most, engine.step_tokens, {"prefill": (), "decode": ()}

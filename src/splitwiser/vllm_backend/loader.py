@@ -26,10 +26,9 @@ from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embed
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from splitwiser.errors import UnsupportedModelError
-from splitwiser.machine.shared_memory import map_memory
+from splitwiser.machine.pages import ALIGNMENT, map_memory, use_pages
 from splitwiser.model.kernels.onednn import open_packed, pack_weight
 
-_ALIGNMENT = 64  # bytes; a cache line, and good for vector loads
 _PACKED = (torch.bfloat16, torch.float32)  # what oneDNN packs
 
 
@@ -77,7 +76,7 @@ class SharedLoader(BaseModelLoader):
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         linear = [module for module in model.modules() if _is_linear(module)]
-        _bind(model, map_memory(self._fd, os.fstat(self._fd).st_size))
+        _bind(model, map_memory(os.fstat(self._fd).st_size, self._fd))
         _finish([module for module in model.modules() if module not in linear], model_config.dtype)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # of what the first engine has read
@@ -106,11 +105,11 @@ def _is_linear(module: Any) -> bool:
 def _fill(fd: int, model: nn.Module) -> None:
     """Write the tensors of ``model`` to the file, and behind them their places, in the order of :func:`_tensors`."""
     copies: list[tuple[int, Tensor]] = []
-    end = _ALIGNMENT  # the first 8 bytes say where the places are
+    end = ALIGNMENT  # the first 8 bytes say where the places are
 
     def place(tensor: Tensor) -> int:
         nonlocal end
-        at, end = end, end + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        at, end = end, end + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         copies.append((at, tensor))
         return at
 
@@ -129,7 +128,8 @@ def _fill(fd: int, model: nn.Module) -> None:
             places[id(tensor)] = _Place(place(data))
     index = pickle.dumps([places[id(tensor)] for _, _, tensor in _tensors(model)])
     os.ftruncate(fd, end + len(index))
-    shared = map_memory(fd, end + len(index))
+    shared = map_memory(end + len(index), fd)
+    use_pages(shared)
     for at, tensor in copies:
         shared[at : at + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
     shared[end:].copy_(torch.frombuffer(bytearray(index), dtype=torch.uint8))

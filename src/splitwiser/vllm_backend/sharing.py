@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitwiser.machine.shared_memory import SharedMemory, map_memory
+from splitwiser.machine.pages import map_memory
+from splitwiser.machine.shared_memory import SharedMemory
 from splitwiser.vllm_backend.messages import SharedFile
 
 
@@ -21,7 +22,7 @@ def open_pool(file: SharedFile, device: torch.device) -> Tensor:
     """Return the memory on ``device`` that ``file`` stands for, uint8 of its size; zeros where this engine is the first."""
     if device.type == "cpu":
         os.ftruncate(file.fd, file.nbytes)
-        return map_memory(file.fd, file.nbytes)
+        return map_memory(file.nbytes, file.fd)
     memory = read_handles(file.fd)
     if memory is None:
         memory = SharedMemory(file.nbytes, device)

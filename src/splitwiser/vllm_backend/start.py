@@ -15,8 +15,8 @@ from splitwiser.engine.messages import PARENT
 from splitwiser.errors import InputError
 from splitwiser.machine.device import resolve_device
 from splitwiser.machine.memory import free_memory
+from splitwiser.machine.pages import map_memory, return_freed_memory
 from splitwiser.machine.process import temporary_folder
-from splitwiser.machine.shared_memory import map_memory, return_freed_memory
 from splitwiser.model.checkpoints.catalog import decoders_only, resolve_model
 from splitwiser.model.checkpoints.configuration import without_bars
 from splitwiser.model.checkpoints.weights import weights_nbytes
@@ -176,7 +176,7 @@ def _start_engines(
         processes,
         {name: to_worker for name, (to_worker, _) in parent_ends.items()},
         PipeInbox({name: from_worker for name, (_, from_worker) in parent_ends.items()}, on_closed=lambda _: None),
-        Board.over(map_memory(board.fd, board.nbytes)),
+        Board.over(map_memory(board.nbytes, board.fd)),
         daemon,
     )
     try:

@@ -104,10 +104,10 @@ def _make_exchange(setup: EngineSetup, transport: MailTransport) -> "Exchange | 
 
 
 def _start_heartbeats(setup: EngineSetup) -> None:
-    from splitwiser.machine.shared_memory import map_memory
+    from splitwiser.machine.pages import map_memory
     from splitwiser.placement.shares import Board
 
-    board = Board.over(map_memory(setup.board.fd, setup.board.nbytes))
+    board = Board.over(map_memory(setup.board.nbytes, setup.board.fd))
 
     def beat() -> None:
         while True:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from splitwiser.machine.shared_memory import return_freed_memory
+from splitwiser.machine.pages import return_freed_memory
 from splitwiser.model.kernels.build import load_native
 from splitwiser.model.kernels.onednn import open_packed, pack_weight
 from splitwiser.model.kernels.tile_trials import (
