@@ -83,6 +83,8 @@ def test_a_gathered_module_computes_the_same_in_one_memory() -> None:
     norm = nn.BatchNorm1d(50)
     module = nn.Sequential(nn.Linear(30, 50), norm, nn.Linear(50, 30)).eval()
     module.register_buffer("again", norm.running_mean)  # which is one tensor at two places
+    with torch.inference_mode():
+        module.register_buffer("steps", torch.arange(5))
     inputs = torch.randn(4, 30)
     expected = module(inputs)
     allocated: list[torch.Tensor] = []
@@ -94,6 +96,7 @@ def test_a_gathered_module_computes_the_same_in_one_memory() -> None:
     places = gather(module, allocate)
     assert torch.equal(module(inputs), expected)
     assert module.again is norm.running_mean
+    assert module.get_buffer("steps").add(1).tolist() == [1, 2, 3, 4, 5]
     tensors = {id(each): each for each in [*module.parameters(), *module.buffers()]}
     (memory,) = allocated
     assert {key: each.data_ptr() - memory.data_ptr() for key, each in tensors.items()} == places

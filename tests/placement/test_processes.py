@@ -1,5 +1,6 @@
 """Mode ``mp``: real processes, real kills, one copy of the memory."""
 
+import gc
 import os
 import random
 import resource
@@ -246,16 +247,23 @@ def test_the_pool_is_the_same_memory_in_every_process(tiny: Callable[[str], Path
     assert mappings[0] <= mappings[2]
 
 
-def test_a_closed_one_leaves_no_handle_of_its_memory(tiny: Callable[[str], Path]) -> None:
-    def handles() -> list[str]:
+def test_a_closed_one_leaves_nothing_of_its_memory(tiny: Callable[[str], Path]) -> None:
+    def handles() -> int:
         links = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-        return [link for link in links if "memfd:splitwiser" in link]
+        return sum("memfd:splitwiser" in link for link in links)
 
-    before = handles()
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:splitwiser")
+
+    gc.collect()
+    before = handles(), mapped()
     llm = LLM(tiny("opt"), mode="mp", kv_memory="1MiB")
-    assert len(handles()) > len(before)
+    assert handles() == before[0]  # workers have their own by now
+    assert mapped() > before[1]
     llm.close()
-    assert handles() == before
+    del llm
+    gc.collect()
+    assert (handles(), mapped()) == before
 
 
 # -- the phases at the same time

@@ -81,10 +81,10 @@ def gather(module: nn.Module, allocate: Callable[[int], Tensor] = map_memory) ->
         total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     memory = allocate(max(total, 1))
     use_pages(memory)
-    for key, tensor in tensors.items():
-        place = view(memory, places[key], tensor.shape, tensor.dtype)
-        place.copy_(tensor.detach())
-        tensor.data = place
+    with torch.inference_mode():  # which some tensors were made in, and can only be changed in
+        for key, tensor in tensors.items():
+            place = view(memory, places[key], tensor.shape, tensor.dtype).copy_(tensor.detach())
+            tensor.set_(place.untyped_storage(), place.storage_offset(), place.shape, place.stride())
     return_freed_memory()
     return places
 
