@@ -31,10 +31,15 @@ namespace {
 // A block is as many rows of inputs as have sums that fit the registers, by 64 outputs.
 constexpr int64_t LANES = 16, PARTS = 4, BLOCK = PARTS * LANES, ROWS = 6;
 
-// Rows of a thread's task, whole blocks: all of them, so that weights are read once, unless that gives too few tasks.
+// Rows of a thread's task, whole blocks: all of them, so that weights are read once, unless that gives too few tasks, or with
+// many rows, which take longer than reading the weights, so few that threads have unequal numbers of them.
 inline int64_t rows_of_task(int64_t rows, int64_t output_blocks, int64_t threads) {
+    constexpr int64_t MANY_BLOCKS = 8, MANY_TASKS = 16;
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
-    return ROWS * std::max<int64_t>(1, std::min(blocks, blocks * output_blocks / (4 * threads)));
+    int64_t size = std::max<int64_t>(1, std::min(blocks, blocks * output_blocks / (4 * threads)));
+    const int64_t tasks = (blocks + size - 1) / size * output_blocks;
+    if (blocks >= MANY_BLOCKS && tasks % threads && tasks < MANY_TASKS * threads) size = (size + 1) / 2;
+    return ROWS * size;
 }
 
 inline __mmask16 first_lanes(int64_t count) {
