@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from splitwiser.machine import pages
+from splitwiser.machine.describe import peak_memory_mb, reset_peak_memory
 from splitwiser.machine.pages import HUGE, gather, map_memory, use_pages
 
 
@@ -77,6 +78,17 @@ def test_pages_that_are_asked_for_are_huge(shared: bool, field: str) -> None:
     use_pages(memory[HUGE // 2 : 5 * HUGE])  # of which four are whole
     assert kib(field) - before == 4 * (HUGE >> 10)
     assert int(memory.sum()) == 400
+
+
+@pytest.mark.parametrize("width", [500, 3000])  # tensors on the heap, and some with mappings of their own
+def test_there_is_no_second_copy_of_a_module_as_it_is_gathered(width: int) -> None:
+    layers = [nn.Linear(width, width) for _ in range((300 << 20) // (4 * width * width))]
+    above = torch.zeros(1000)  # keeps the heap from ending where they did
+    reset_peak_memory(torch.device("cpu"))
+    before = kib("Rss")
+    gather(nn.Sequential(*layers))
+    assert peak_memory_mb(torch.device("cpu")) * 1e6 / 1024 - before < 150 << 10
+    del above
 
 
 def test_a_gathered_module_computes_the_same_in_one_memory() -> None:

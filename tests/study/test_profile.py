@@ -23,7 +23,9 @@ from splitwiser.study.operations import StepWork
 from splitwiser.study.profile import (
     SUMMARY,
     Bench,
+    DecodePoint,
     PrefillPoint,
+    above_ceilings,
     figures,
     profile,
     unsteady,
@@ -178,6 +180,15 @@ def test_a_copy_moves_twice_and_a_sum_once_what_it_holds() -> None:
     probes = {probe.what: probe for probe in measure_ceilings(torch.bfloat16, torch.device("cpu"))}
     assert probes["copy"].amount == 2 * probes["sum"].amount == 2 * probes["sum"].size
     assert probes["matrix product"].amount == 2 * probes["matrix product"].size ** 3
+
+
+def test_points_above_the_ceilings_are_named() -> None:
+    point = DecodePoint(2, 4, 128)
+    below, above = ({"share_of_roofline": share} for share in (1.0, 1.3))
+    assert above_ceilings([(point, below)]) == []
+    (note,) = above_ceilings([(point, below), (point, above)])
+    assert note.startswith("1 of 2 points were faster than the roofline")
+    assert note.endswith("(decode 4 x 128)")
 
 
 def test_unsteady_points_are_named() -> None:

@@ -3,16 +3,19 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from splitwiser.machine.memory import available_memory
+from splitwiser.machine.pages import use_pages
+from splitwiser.model.kv_pool import zeroed_memory
 
 _PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the larger ones exceed the caches; the fastest counts
 _PASS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-_REPEATS = 5
+_REPEATS = {"compute": 5, "memory": 20}  # others use a machine's memory more than its arithmetic
 
 
 @dataclass(frozen=True)
@@ -62,23 +65,24 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingPr
 
     Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations. Memory: a copy, counted as bytes read plus
     bytes written, and a sum over float32, counted as bytes read (a CPU may fetch what a copy overwrites, which is not
-    counted; then the sum is the faster pass). Buffers are larger than the caches.
+    counted; then the sum is the faster pass). Buffers are larger than the caches, and lie in pages as weights do.
     """
     probes = []
     for size in _PRODUCT_SIZES[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = _least_time(lambda left=left, right=right: linear(left, right), device)  # type: ignore[misc]
-        probes.append(CeilingProbe("compute", "matrix product", size, seconds, 2 * size**3))
+        probes.append(_probe("compute", "matrix product", size, 2 * size**3, partial(linear, left, right), device))
     nbytes = min(_PASS_BYTES[device.type], available_memory() // 8)
-    source = torch.ones(nbytes // 4, device=device)
-    target = torch.empty_like(source)
-    probes.append(
-        CeilingProbe(
-            "memory", "copy", source.nbytes, _least_time(lambda: target.copy_(source), device), 2 * source.nbytes
-        )
-    )
-    probes.append(CeilingProbe("memory", "sum", source.nbytes, _least_time(source.sum, device), source.nbytes))
+    source, target = (_buffer(nbytes, device) for _ in range(2))
+    probes.append(_probe("memory", "copy", source.nbytes, 2 * source.nbytes, partial(target.copy_, source), device))
+    probes.append(_probe("memory", "sum", source.nbytes, source.nbytes, source.sum, device))
     return probes
+
+
+def _buffer(nbytes: int, device: torch.device) -> Tensor:
+    memory = zeroed_memory(nbytes // 4 * 4, device)
+    if device.type == "cpu":
+        use_pages(memory)
+    return memory.view(torch.float32)
 
 
 def ceilings_of(probes: list[CeilingProbe]) -> Ceilings:
@@ -91,10 +95,12 @@ def ceilings_of(probes: list[CeilingProbe]) -> Ceilings:
 
 
 @torch.inference_mode()
-def _least_time(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the shortest time of ``run`` in seconds after a warm-up; on a GPU measured by events."""
+def _probe(
+    kind: str, what: str, size: int, amount: float, run: Callable[[], Tensor], device: torch.device
+) -> CeilingProbe:
+    """Return the shortest time of ``run`` after a warm-up; on a GPU measured by events."""
     times: list[float] = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(_REPEATS[kind] + 1):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -106,4 +112,4 @@ def _least_time(run: Callable[[], Tensor], device: torch.device) -> float:
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return CeilingProbe(kind, what, size, min(times[1:]), amount)

@@ -3,7 +3,7 @@
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -47,6 +47,7 @@ TABLES = {"prefill.csv": PREFILL, "decode.csv": DECODE, "ceilings.csv": CEILINGS
 
 _LEAST_S = 0.2  # minimum seconds of a point's measured steps together
 _UNSTEADY = 1.5
+_ABOVE = 1.03  # of the roofline: more than ceilings differ between two measurements of an idle machine
 _LEAST_SAMPLED_S = 1.0  # with NVML, whose counters are means over up to a second
 
 
@@ -172,7 +173,7 @@ class Bench:
                 self._measure_points(directory, monitor, measured, ceilings)
             finally:
                 load = MachineLoad(before, stretch.end())
-                found = [*unsteady(measured), *filter(None, [load.record["note"]])]
+                found = [*unsteady(measured), *above_ceilings(measured), *filter(None, [load.record["note"]])]
                 _print_notes(found)
                 self.notes += found
                 record.content["load"] = load.record
@@ -379,13 +380,29 @@ def _is_drawn(point: Point) -> bool:
 
 def unsteady(measured: Sequence[Measured]) -> list[str]:
     """Return a note that names the points whose slowest step took over 1.5 times the median, if any."""
-    named = [f"{point.phase} {point}" for point, row in measured if row["ms_greatest"] > _UNSTEADY * row["ms"]]
+    return _note(
+        measured,
+        lambda row: row["ms_greatest"] > _UNSTEADY * row["ms"],
+        f"had steps of more than {_UNSTEADY} times the median; was the machine idle otherwise?",
+    )
+
+
+def above_ceilings(measured: Sequence[Measured]) -> list[str]:
+    """Return a note that names the points that were faster than the ceilings allow, if any."""
+    return _note(
+        measured,
+        lambda row: row["share_of_roofline"] > _ABOVE,
+        "were faster than the roofline; others use this machine's memory, and left more of it later than while its "
+        "ceilings were measured, or a part of the weights stays in a cache",
+    )
+
+
+def _note(measured: Sequence[Measured], is_named: Callable[[dict[str, Any]], bool], said: str) -> list[str]:
+    named = [f"{point.phase} {point}" for point, row in measured if is_named(row)]
     if not named:
         return []
-    return [
-        f"{len(named)} of {len(measured)} points had steps of more than {_UNSTEADY} times the median; was the machine idle "
-        f"otherwise? ({', '.join(named[:5])}{', ...' if len(named) > 5 else ''})"
-    ]
+    more = ", ..." if len(named) > 5 else ""
+    return [f"{len(named)} of {len(measured)} points {said} ({', '.join(named[:5])}{more})"]
 
 
 def summarise(measured: Sequence[Measured], ceilings: dict[int, Ceilings]) -> pd.DataFrame:
