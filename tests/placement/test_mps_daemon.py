@@ -283,8 +283,8 @@ def test_ctrl_c_again_and_again_leaves_no_daemon(stand_in: StandIn, running: Run
         if running.process.poll() is None:
             os.killpg(running.process.pid, signal.SIGINT)
         time.sleep(0.5)
-    running.ended()
-    assert running.process.returncode == 130
+    errors = running.ended()
+    assert running.process.returncode == 130, errors
     stand_in.assert_quit_came_last()
     stand_in.assert_nothing_is_left()
 
