@@ -27,14 +27,13 @@ def map_memory(nbytes: int, fd: int | None = None) -> Tensor:
     room = nbytes + HUGE  # in which there is an address where a huge page can begin
     start = _map(_ANYWHERE, room, _NOTHING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     address, access = -(-start // HUGE) * HUGE, mmap.PROT_READ | mmap.PROT_WRITE
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    unmapping = weakref.finalize(memory, _libc().munmap, start, room)
+    unmapping.atexit = False  # tensors may be read until the process has ended
     if fd is None:
         _map(address, nbytes, access, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1)
     else:
         _map(address, nbytes, access, mmap.MAP_SHARED | _MAP_FIXED, fd)
-    memory = (ctypes.c_char * nbytes).from_address(address)
-    weakref.finalize(
-        memory, _libc().munmap, start, room
-    ).atexit = False  # tensors may be read until the process has ended
     _libc().madvise(address, nbytes, mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
