@@ -73,6 +73,8 @@ def test_pages_that_are_asked_for_are_huge(shared: bool, field: str) -> None:
     if fd is not None:
         os.ftruncate(fd, 8 * HUGE)
     memory = map_memory(8 * HUGE, fd)
+    if fd is not None:
+        os.close(fd)
     memory[3 * HUGE + 1 :][:100] = 4
     before = kib(field)
     use_pages(memory[HUGE // 2 : 5 * HUGE])  # of which four are whole

@@ -271,6 +271,7 @@ def test_a_loop_over_layers_ends_when_all_are_computed(
         assert_same(made, expected)
 
 
+@needs_compiler
 def test_layers_are_a_list_wherever_no_step_is_run(tiny: Callable[[str], Path]) -> None:
     model = load(tiny, "llama")
     attach_engine(model, pack=True)

@@ -17,7 +17,7 @@ ALIGNMENT = 64  # bytes of a tensor in gathered memory: a cache line, and good f
 _NOTHING, _ANYWHERE, _FAILED = 0, None, ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # from <linux/mman.h>, as what follows
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25  # since Linux 5.14 and 6.1
-_KEPT_AT_MOST = 64 << 20  # bytes
+_KEPT_AT_MOST = 64 << 20  # bytes of moved tensors, until the C library is told to return them
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 
 
@@ -80,7 +80,7 @@ def gather(module: nn.Module, allocate: Callable[[int], Tensor] = map_memory) ->
         places[key] = total
         total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     memory = allocate(max(total, 1))
-    paged, kept = 0, 0  # bytes that have their pages, and bytes of moved tensors that the C library may still hold
+    paged = kept = 0  # bytes that have their pages, and bytes that the C library may still hold
     with torch.inference_mode():  # which some tensors were made in, and can only be changed in
         for key, tensor in tensors.items():
             end = -(-(places[key] + tensor.nbytes) // HUGE) * HUGE
