@@ -1,4 +1,4 @@
-"""The compiled attention and store kernels for CPUs, csrc/attention.cpp."""
+"""The compiled attention and store kernels for CPUs, csrc/attention.cpp and csrc/store.cpp."""
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
