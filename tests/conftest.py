@@ -3,6 +3,7 @@
 import os
 import pwd
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tests.support.commands import run_here
 from tests.support.models import make_chatty, make_tiny
 from tests.support.stand_in.build import StandIn, build, find_problem
 
+# a shell's background jobs ignore Ctrl-C, and so would the children that tests send it to
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
 
 
