@@ -1,6 +1,7 @@
 // Attention of requests with one new token, which is bound by reading keys and values: work is divided into (request, span of
 // its tokens, range of kv heads), each piece reads its keys once and their values once, and the spans of a request are merged at
-// last (Dao et al., Flash-Decoding, 2023). Numbers of int8 are multiplied as they are, with queries as whole numbers of 16 bits.
+// last (Dao et al., Flash-Decoding, 2023). Numbers of int8 are multiplied as they are, with queries and
+// weights as whole numbers of 16 bits.
 
 #include <algorithm>
 #include <cmath>
@@ -60,7 +61,7 @@ int64_t place_of_sum(int64_t i) {
 }
 
 template <typename T, typename S>
-void sum_values(const Call<T, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, const float* weights,
+void sum_values(const Call<T, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, float* weights,
                 float* sums) {
     const int64_t rows = (last - first) * c.group(), width = partial_size(c.value_dim);
     for (int64_t token = 0; token < count; ++token)
@@ -138,12 +139,11 @@ inline void prefetch(const S* const* rows, int64_t offset, int64_t numbers) {
             _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + at), _MM_HINT_T1);
 }
 
-// Returns the scales of 16 keys or values of `size` numbers.
+// Returns the scales of 16 keys or values of `size` numbers: by single loads, of which a gather takes several times as long.
 inline __m512 scales_of(const int8_t* const* rows, int64_t size) {
-    const auto eight = [&](int64_t from) {
-        return _mm512_i64gather_ps(_mm512_loadu_si512(rows + from), reinterpret_cast<const void*>(size), 1);
-    };
-    return _mm512_insertf32x8(_mm512_castps256_ps512(eight(0)), eight(8), 1);
+    const auto of = [&](int64_t i) { return scale_of(rows[i], size); };
+    return _mm512_setr_ps(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12), of(13),
+                          of(14), of(15));
 }
 
 // Multiplies 16 keys by the queries of one head's group, the span's rows from `row` on.
@@ -169,36 +169,24 @@ struct Bfloat16Scores {
     }
 };
 
-// The same for whole numbers. The queries' are of 16 bits, as 256 times `high` plus `low`; keys have 128 added, since VNNI
-// takes one operand without a sign, which is taken off at last. Sums are exact, modulo 2^32 on the way.
+// The same for whole numbers, the queries' of 16 bits, whose sums are exact.
 struct Int8Scores {
-    int8_t *high, *low;
+    int16_t* queries;
     float* scales;
-    int32_t* excess;
     int64_t size, padded;
 
-    Int8Scores(const bfloat16* queries, int64_t rows, int64_t size) : size(size), padded((size + 63) / 64 * 64) {
-        thread_local Scratch<int8_t> numbers_memory;
+    Int8Scores(const bfloat16* own, int64_t rows, int64_t size) : size(size), padded((size + 31) / 32 * 32) {
+        thread_local Scratch<int16_t> numbers_memory;
         thread_local Scratch<float> scales_memory;
-        thread_local Scratch<int32_t> excess_memory;
-        high = numbers_memory.take(2 * rows * padded), low = high + rows * padded;
-        scales = scales_memory.take(rows), excess = excess_memory.take(rows);
-        std::memset(high, 0, 2 * rows * padded);
-        const auto limit = static_cast<float>(std::min<int64_t>(127 * 256, INT32_MAX / (127 * size)));  // sums fit in 32 bits
-        for (int64_t row = 0; row < rows; ++row) {
-            const bfloat16* own = queries + row * size;
+        queries = numbers_memory.take(rows * padded), scales = scales_memory.take(rows);
+        std::fill_n(queries, rows * padded, int16_t{0});
+        const auto limit = static_cast<float>(std::min<int64_t>(INT16_MAX, INT32_MAX / (127 * size)));  // sums fit in 32 bits
+        for (int64_t row = 0; row < rows; ++row, own += size) {
             const float most = greatest_magnitude(own, size), factor = most > 0.0f ? limit / most : 0.0f;
-            int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < size; ++i) {
-                const int32_t whole = to_whole(to_float(own[i]) * factor);
-                const auto lower = static_cast<int8_t>(whole);
-                low[row * padded + i] = lower;
-                high[row * padded + i] = static_cast<int8_t>((whole - lower) >> 8);
-                sum += whole;
-            }
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i)
+                queries[row * padded + i] = static_cast<int16_t>(to_whole(to_float(own[i]) * factor));
             scales[row] = most / limit;
-            excess[row] = 128 * sum;
         }
     }
 
@@ -208,18 +196,16 @@ struct Int8Scores {
         for (; row < end; ++row) {
             __m512i sums[LANES];
             for (auto& sum : sums) sum = _mm512_setzero_si512();
-            for (int64_t at = 0; at < size; at += 64) {
-                const __mmask64 part = size - at >= 64 ? ~__mmask64{0} : (__mmask64{1} << (size - at)) - 1;
-                const __m512i h = _mm512_load_si512(high + row * padded + at), l = _mm512_load_si512(low + row * padded + at);
+            for (int64_t at = 0; at < size; at += 32) {
+                const __mmask32 part = first_pairs(size - at);
+                const __m512i query = _mm512_load_si512(queries + row * padded + at);
                 for (int64_t i = 0; i < LANES; ++i) {
-                    const __m512i key = _mm512_xor_si512(_mm512_maskz_loadu_epi8(part, keys[i] + offset + at),
-                                                         _mm512_set1_epi8(-128));
-                    const __m512i upper = _mm512_slli_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), key, h), 8);
-                    sums[i] = _mm512_dpbusd_epi32(_mm512_add_epi32(sums[i], upper), key, l);
+                    const __m256i key = _mm256_maskz_loadu_epi8(part, keys[i] + offset + at);
+                    sums[i] = _mm512_dpwssd_epi32(sums[i], query, _mm512_cvtepi8_epi16(key));
                 }
             }
-            const __m512i total = _mm512_sub_epi32(reduce_lanes(sums), _mm512_set1_epi32(excess[row]));
-            store(row, _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(key_scales, _mm512_set1_ps(scales[row]))));
+            const __m512 factors = _mm512_mul_ps(key_scales, _mm512_set1_ps(scales[row]));
+            store(row, _mm512_mul_ps(_mm512_cvtepi32_ps(reduce_lanes(sums)), factors));
         }
     }
 };
@@ -240,16 +226,11 @@ void score_tokens(const Call<bfloat16, S>& c, int64_t request, int64_t first, in
         }
 }
 
-template <>
-inline int64_t place_of_sum<bfloat16, bfloat16>(int64_t i) {
-    return i / 32 * 32 + i % 2 * LANES + i % 32 / 2;
-}
-
 // Adds the weighted values of up to 16 tokens to the sums of ROWS rows of one head, `width` apart, for 64 numbers of the head,
-// of which the last ones may be missing. The weights of consecutive rows are `stride` apart.
-template <int ROWS, typename S>
-inline void sum_part(const S* const* values, int64_t tokens, int64_t offset, int64_t numbers, const float* weights,
-                     int64_t stride, float* sums, int64_t width) {
+// of which the last ones may be missing. The weights of consecutive rows are SPAN apart.
+template <int ROWS>
+inline void sum_part(const bfloat16* const* values, int64_t tokens, int64_t offset, int64_t numbers, const float* weights,
+                     float* sums, int64_t width) {
     const __mmask32 parts[2] = {first_pairs(numbers), first_pairs(std::max<int64_t>(0, numbers - 32))};
     __m512 sum[ROWS][4];
     for (int r = 0; r < ROWS; ++r)
@@ -259,7 +240,7 @@ inline void sum_part(const S* const* values, int64_t tokens, int64_t offset, int
             __m512 a, b;
             load_halves(values[i] + offset + j * 32, parts[j], a, b);
             for (int r = 0; r < ROWS; ++r) {
-                const __m512 weight = _mm512_set1_ps(weights[r * stride + i]);
+                const __m512 weight = _mm512_set1_ps(weights[r * SPAN + i]);
                 sum[r][2 * j] = _mm512_fmadd_ps(weight, a, sum[r][2 * j]);
                 sum[r][2 * j + 1] = _mm512_fmadd_ps(weight, b, sum[r][2 * j + 1]);
             }
@@ -268,42 +249,122 @@ inline void sum_part(const S* const* values, int64_t tokens, int64_t offset, int
         for (int j = 0; j < 4; ++j) _mm512_storeu_ps(sums + r * width + j * LANES, sum[r][j]);
 }
 
-template <typename S>
-void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count,
-                const float* weights, float* sums) {
-    constexpr int64_t AT_A_TIME = 4;  // rows
-    const int64_t stored = stored_size<S>(c.value_dim), width = partial_size(c.value_dim);
-    for (int64_t token = 0; token < count; token += LANES) {
-        const int64_t tokens = std::min(LANES, count - token);
-        for (int64_t head = 0; head < last - first; ++head) {
-            prefetch(values.of + token + LANES, head * stored, stored);
-            const int64_t end = (head + 1) * c.group();
-            for (int64_t row = head * c.group(); row < end; row += AT_A_TIME) {
-                const int64_t some = std::min(AT_A_TIME, end - row);
-                const float* own = weights + row * SPAN + token;
-                int64_t stride = SPAN;
-                alignas(64) float scaled[AT_A_TIME * LANES];
-                if constexpr (std::is_same_v<S, int8_t>) {
-                    const __m512 scales = scales_of(values.of + token, head * stored + c.value_dim);
-                    for (int64_t r = 0; r < some; ++r)
-                        _mm512_store_ps(scaled + r * LANES, _mm512_mul_ps(scales, _mm512_loadu_ps(own + r * SPAN)));
-                    own = scaled, stride = LANES;
+// The same for `rows` rows.
+struct Bfloat16Values {
+    static int64_t place_of_sum(int64_t i) { return i / 32 * 32 + i % 2 * LANES + i % 32 / 2; }
+
+    static void add(const bfloat16* const* values, int64_t tokens, int64_t offset, int64_t value_dim, const float* weights,
+                    int64_t rows, float* sums, int64_t width) {
+        constexpr int64_t AT_A_TIME = 4;  // rows
+        for (int64_t row = 0; row < rows; row += AT_A_TIME)
+            for (int64_t at = 0; at < value_dim; at += 64) {
+                const auto part = [&](auto some) {
+                    sum_part<some()>(values, tokens, offset + at, value_dim - at, weights + row * SPAN, sums + row * width + at,
+                                     width);
+                };
+                switch (std::min(AT_A_TIME, rows - row)) {
+                    case 1: part(std::integral_constant<int, 1>{}); break;
+                    case 2: part(std::integral_constant<int, 2>{}); break;
+                    case 3: part(std::integral_constant<int, 3>{}); break;
+                    default: part(std::integral_constant<int, 4>{});
                 }
-                for (int64_t at = 0; at < c.value_dim; at += 64) {
-                    const auto add = [&](auto rows) {
-                        sum_part<rows()>(values.of + token, tokens, head * stored + at, c.value_dim - at, own, stride,
-                                         sums + row * width + at, width);
-                    };
-                    switch (some) {
-                        case 1: add(std::integral_constant<int, 1>{}); break;
-                        case 2: add(std::integral_constant<int, 2>{}); break;
-                        case 3: add(std::integral_constant<int, 3>{}); break;
-                        default: add(std::integral_constant<int, 4>{});
-                    }
-                }
+            }
+    }
+};
+
+// The same for whole numbers: weights times the scales of their values become whole numbers of 16 bits without a sign, as 256
+// times `high` plus `low`, relative to the greatest of the 16 tokens. For VNNI the numbers of each four tokens are interleaved.
+struct Int8Values {
+    static int64_t place_of_sum(int64_t i) { return i / 64 * 64 + i / 4 % 4 * LANES + i % 64 / 16 * 4 + i % 4; }
+
+    static void add(const int8_t* const* values, int64_t, int64_t offset, int64_t value_dim, const float* weights, int64_t rows,
+                    float* sums, int64_t width) {
+        constexpr int64_t AT_A_TIME = 4;  // rows
+        const __m512 scales = scales_of(values, offset + value_dim);
+        for (int64_t first = 0; first < rows; first += AT_A_TIME) {
+            const int64_t some = std::min(AT_A_TIME, rows - first);
+            Whole whole[AT_A_TIME];
+            for (int64_t r = 0; r < some; ++r)
+                whole[r] = Whole(_mm512_mul_ps(scales, _mm512_loadu_ps(weights + (first + r) * SPAN)));
+            for (int64_t at = 0; at < value_dim; at += 64) {
+                const __mmask64 part = value_dim - at >= 64 ? ~__mmask64{0} : (__mmask64{1} << (value_dim - at)) - 1;
+                __m512i quads[4][4];
+                for (int64_t quad = 0; quad < 4; ++quad) interleave(values + 4 * quad, offset + at, part, quads[quad]);
+                for (int64_t r = 0; r < some; ++r) add_row(quads, whole[r], sums + (first + r) * width + at);
             }
         }
     }
+
+  private:
+    // The weights of 16 tokens: `unit` times 256 times a byte of `high` plus one of `low`.
+    struct Whole {
+        alignas(16) int32_t high[4], low[4];
+        float unit;
+
+        Whole() = default;
+        explicit Whole(__m512 weights) {
+            constexpr float LARGEST = 65535.0f;
+            const float most = _mm512_reduce_max_ps(weights), factor = most > 0.0f ? LARGEST / most : 0.0f;
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(weights, _mm512_set1_ps(factor)));
+            _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
+            _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(whole));
+            unit = most / LARGEST;
+        }
+    };
+
+    static void interleave(const int8_t* const* values, int64_t offset, __mmask64 part, __m512i (&quads)[4]) {
+        const auto load = [&](int64_t i) { return _mm512_maskz_loadu_epi8(part, values[i] + offset); };
+        const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
+        const __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
+        const __m512i low2 = _mm512_unpacklo_epi8(c, d), high2 = _mm512_unpackhi_epi8(c, d);
+        quads[0] = _mm512_unpacklo_epi16(low, low2), quads[1] = _mm512_unpackhi_epi16(low, low2);
+        quads[2] = _mm512_unpacklo_epi16(high, high2), quads[3] = _mm512_unpackhi_epi16(high, high2);
+    }
+
+    static void add_row(const __m512i (&quads)[4][4], const Whole& weights, float* sums) {
+        __m512i upper[4], lower[4];
+        for (int j = 0; j < 4; ++j) upper[j] = lower[j] = _mm512_setzero_si512();
+        for (int quad = 0; quad < 4; ++quad) {
+            const __m512i high = _mm512_set1_epi32(weights.high[quad]), low = _mm512_set1_epi32(weights.low[quad]);
+            for (int j = 0; j < 4; ++j) {
+                upper[j] = _mm512_dpbusd_epi32(upper[j], high, quads[quad][j]);
+                lower[j] = _mm512_dpbusd_epi32(lower[j], low, quads[quad][j]);
+            }
+        }
+        const __m512 unit = _mm512_set1_ps(weights.unit);
+        for (int j = 0; j < 4; ++j) {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[j], 8), lower[j]);
+            float* to = sums + j * LANES;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), unit, _mm512_loadu_ps(to)));
+        }
+    }
+};
+
+template <typename S>
+using Values = std::conditional_t<std::is_same_v<S, int8_t>, Int8Values, Bfloat16Values>;
+
+template <>
+inline int64_t place_of_sum<bfloat16, bfloat16>(int64_t i) {
+    return Bfloat16Values::place_of_sum(i);
+}
+template <>
+inline int64_t place_of_sum<bfloat16, int8_t>(int64_t i) {
+    return Int8Values::place_of_sum(i);
+}
+
+template <typename S>
+void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, float* weights,
+                float* sums) {
+    const int64_t stored = stored_size<S>(c.value_dim), width = partial_size(c.value_dim);
+    for (int64_t row = 0; row < (last - first) * c.group(); ++row)  // of tokens past the last, up to a whole number of 16
+        std::fill(weights + row * SPAN + count, weights + row * SPAN + (count + LANES - 1) / LANES * LANES, 0.0f);
+    for (int64_t token = 0; token < count; token += LANES)
+        for (int64_t head = 0; head < last - first; ++head) {
+            prefetch(values.of + token + LANES, head * stored, stored);
+            const int64_t row = head * c.group();
+            Values<S>::add(values.of + token, std::min(LANES, count - token), head * stored, c.value_dim,
+                           weights + row * SPAN + token, c.group(), sums + row * width, width);
+        }
 }
 
 #else
