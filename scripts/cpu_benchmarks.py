@@ -58,7 +58,8 @@ FIGURES = {
 
 
 # ours, whose dtype is bfloat16, and the engines that a user would run instead
-INT8, INT8_PEER = "--variant 'int8: --quantization int8'", "openvino-int8"
+INT8, INT8_KV = "--variant 'int8: --quantization int8'", "--variant 'int8-kv: --quantization int8 --kv_dtype int8'"
+OURS_INT8, INT8_PEER = ("int8", "int8-kv"), "openvino-int8"  # the peer's K and V have 8 bits, too
 BEST_PEERS = "--peer vllm=$PEERS/vllm --peer openvino=$PEERS/openvino --peer openvino-int8=$PEERS/openvino"
 OTHER_PEERS = "--peer vllm-zentorch=$PEERS/vllm-zentorch --peer pace=$PEERS/pace"
 NEAR_PEERS = f"{BEST_PEERS} --peer openvino-installed=$PEERS/openvino"
@@ -153,6 +154,11 @@ BENCHMARKS = {
         "A prefill and a decode engine of vLLM's over one KV pool, in which blocks change hands, and over a pool each, from "
         "one of which to the other they are copied.",
         f"--repeats 2 {SPLIT} --variant 'vllm-copy: {VLLM} --mode mp --kv_transfer copy' --workload standard {OPT}",
+    ),
+    **both(
+        "int8",
+        "The standard requests in whole numbers: weights alone, and weights, K and V",
+        f"--repeats 4 --modes sequential {INT8} {INT8_KV} --peer openvino-int8=$PEERS/openvino --workload standard",
     ),
     **both(
         "long-prompts",
@@ -302,7 +308,8 @@ def section(kind: Path) -> str:
 
 def ahead(kind: Path) -> str:
     """Return a row for each comparison with peers: the best of them in the dtype of this project's rows, whatever its other
-    settings, this project's throughput over that, round by round, who is ahead in every round, and the same of int8."""
+    settings, this project's throughput over that, round by round, who is ahead in every round, and the same of int8: of the
+    faster of this project's two settings."""
     lines = []
     for name in filter(_records(kind).__contains__, BENCHMARKS):
         rows = read_rows(_rows(kind, name))
@@ -311,15 +318,20 @@ def ahead(kind: Path) -> str:
             str(each): own.set_index("round")["output_throughput"] for each, own in rows.groupby("variant", sort=False)
         }
         others = {peer: own.median() for peer, own in made.items() if peer in ENGINES and peer != INT8_PEER}
-        if not others or OURS not in made:
+        if OURS not in made or (not others and INT8_PEER not in made):
             continue
-        best = max(others, key=others.__getitem__)
-        ratios = made[OURS] / made[best]
-        leader = OURS if ratios.min() > 1 else best if ratios.max() < 1 else "neither"
-        line = {"benchmark": name, "best of the others": best, f"{OURS} over it": _range(ratios), "ahead": leader}
+        line = {"benchmark": name, "best of the others": "-", f"{OURS} over it": "-", "ahead": "-"}
+        if others:
+            best = max(others, key=others.__getitem__)
+            ratios = made[OURS] / made[best]
+            leader = OURS if ratios.min() > 1 else best if ratios.max() < 1 else "neither"
+            line |= {"best of the others": best, f"{OURS} over it": _range(ratios), "ahead": leader}
+        integers = [each for each in OURS_INT8 if each in made]
+        fastest = max(integers, key=lambda each: made[each].median(), default="-")
+        line["best of int8"] = fastest
         for theirs in (INT8_PEER, OURS):
-            known = "int8" in made and theirs in made
-            line[f"int8 over {theirs}"] = _range(made["int8"] / made[theirs]) if known else "-"
+            known = integers and theirs in made
+            line[f"over {theirs}"] = _range(made[fastest] / made[theirs]) if known else "-"
         lines.append(line)
     return f"{_title(kind)}:\n\n{markdown(pd.DataFrame(lines)) if lines else 'no comparison with peers yet.'}"
 

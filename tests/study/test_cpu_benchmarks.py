@@ -12,6 +12,7 @@ STANDARD, SINGLE = "standard-opt-125m", "single-opt-125m"
 RATES = {  # tokens/s of each variant, round by round
     "sequential": (110.0, 120.0),
     "int8": (200.0, 240.0),
+    "int8-kv": (210.0, 250.0),
     "openvino": (100.0, 100.0),
     "openvino-int8": (150.0, 160.0),
     "vllm-installed": (50.0, 60.0),
@@ -93,7 +94,16 @@ def test_who_is_ahead_is_told_from_all_rounds_and_all_settings_of_the_dtype(
     monkeypatch.setattr(cpu_benchmarks, "PROJECT", tmp_path)
     kind = keep(tmp_path, "cpu-amd-avx2-2-cores", AMD, STANDARD, {**RATES, "openvino": openvino})
     assert said in cpu_benchmarks.ahead(kind)
-    assert "| 1.42 (1.33 to 1.50) | 1.91 (1.82 to 2.00) |" in cpu_benchmarks.ahead(kind)
+    assert "| int8-kv | 1.48 (1.40 to 1.56) | 2.00 (1.91 to 2.08) |" in cpu_benchmarks.ahead(kind)  # the faster one
+
+
+def test_whole_numbers_are_compared_where_no_peer_has_the_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_benchmarks, "PROJECT", tmp_path)
+    integers = {variant: own for variant, own in RATES.items() if variant not in ("openvino", "vllm-installed")}
+    kind = keep(tmp_path, "cpu-amd-avx2-2-cores", AMD, "int8-opt-125m", integers)
+    assert "| int8-opt-125m | - | - | - | int8-kv | 1.48 (1.40 to 1.56) |" in cpu_benchmarks.ahead(kind)
 
 
 def test_the_readme_has_columns_for_each_kind_and_no_peers_as_installed(kinds: list[Path]) -> None:
@@ -101,7 +111,7 @@ def test_the_readme_has_columns_for_each_kind_and_no_peers_as_installed(kinds: l
     assert about.startswith("OPT-125m in bf16 on AMD EPYC (Zen 5) with avx512-bf16, 2 cores, 64 requests at once;")
     assert one[0] == "| variant | tokens/s | TTFT p50 ms | ITL p99 ms |"
     assert both[0].count("(Zen 5, 2 cores)") == both[0].count("(Granite Rapids, 2 cores)") == 3
-    assert both[4] == "| openvino | 100 (100 to 100) | 1.00 | 1.00 | 135 (130 to 140) | 1.00 | 1.00 |"
+    assert both[5] == "| openvino | 100 (100 to 100) | 1.00 | 1.00 | 135 (130 to 140) | 1.00 | 1.00 |"
     assert not any("installed" in line for line in both)
 
 
