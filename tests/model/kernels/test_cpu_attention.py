@@ -199,6 +199,13 @@ def test_tokens_are_added_up_alike_by_any_number_of_threads(dtype: torch.dtype) 
     assert torch.equal(made[0], made[2])
 
 
+@pytest.mark.parametrize("dtype", POOLS, ids=str)
+def test_tokens_of_which_hardly_anything_is_seen_do_no_harm(dtype: torch.dtype) -> None:
+    case = make_case((4, 2, 64, 64), dtype, [96], [1], biases=96, bias_by_position=True)
+    case.bias = -torch.arange(96.0).expand(4, 96).contiguous()  # weights down to e^-95, less than float32's smallest
+    check(case)
+
+
 def test_queries_between_other_numbers_are_read_where_they_lie() -> None:
     case = make_case((4, 2, 32, 32), torch.bfloat16, [40, 9], [1, 1])
     expected = case.attend()

@@ -303,8 +303,8 @@ struct Int8Values {
 
         Whole() = default;
         explicit Whole(__m512 weights) {
-            constexpr float LARGEST = 65535.0f;
-            const float most = _mm512_reduce_max_ps(weights), factor = most > 0.0f ? LARGEST / most : 0.0f;
+            constexpr float LARGEST = 65535.0f, LEAST = 1e-30f;  // beside a span's greatest weight, 1; the quotient is finite
+            const float most = _mm512_reduce_max_ps(weights), factor = most > LEAST ? LARGEST / most : 0.0f;
             const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(weights, _mm512_set1_ps(factor)));
             _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
             _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(whole));
