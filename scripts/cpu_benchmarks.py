@@ -331,7 +331,7 @@ def ahead(kind: Path) -> str:
         line["best of int8"] = fastest
         for theirs in (INT8_PEER, OURS):
             known = integers and theirs in made
-            line[f"over {theirs}"] = _range(made[fastest] / made[theirs]) if known else "-"
+            line[f"int8 over {theirs}"] = _range(made[fastest] / made[theirs]) if known else "-"
         lines.append(line)
     return f"{_title(kind)}:\n\n{markdown(pd.DataFrame(lines)) if lines else 'no comparison with peers yet.'}"
 

@@ -1,7 +1,7 @@
 // Attention of requests with one new token, which is bound by reading keys and values: work is divided into (request, span of
 // its tokens, range of kv heads), each piece reads its keys once and their values once, and the spans of a request are merged at
-// last (Dao et al., Flash-Decoding, 2023). Numbers of int8 are multiplied as they are, with queries and
-// weights as whole numbers of 16 bits.
+// last (Dao et al., Flash-Decoding, 2023). Numbers of int8 are multiplied as they are, with queries and weights as whole numbers
+// of 16 bits.
 
 #include <algorithm>
 #include <cmath>
@@ -249,7 +249,7 @@ inline void sum_part(const bfloat16* const* values, int64_t tokens, int64_t offs
         for (int j = 0; j < 4; ++j) _mm512_storeu_ps(sums + r * width + j * LANES, sum[r][j]);
 }
 
-// The same for `rows` rows.
+// The same for all `rows` rows of a head's group.
 struct Bfloat16Values {
     static int64_t place_of_sum(int64_t i) { return i / 32 * 32 + i % 2 * LANES + i % 32 / 2; }
 
