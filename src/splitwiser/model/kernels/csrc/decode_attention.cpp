@@ -61,7 +61,7 @@ int64_t place_of_sum(int64_t i) {
 }
 
 template <typename T, typename S>
-void sum_values(const Call<T, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, float* weights,
+void sum_values(const Call<T, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, const float* weights,
                 float* sums) {
     const int64_t rows = (last - first) * c.group(), width = partial_size(c.value_dim);
     for (int64_t token = 0; token < count; ++token)
@@ -277,15 +277,16 @@ struct Bfloat16Values {
 struct Int8Values {
     static int64_t place_of_sum(int64_t i) { return i / 64 * 64 + i / 4 % 4 * LANES + i % 64 / 16 * 4 + i % 4; }
 
-    static void add(const int8_t* const* values, int64_t, int64_t offset, int64_t value_dim, const float* weights, int64_t rows,
-                    float* sums, int64_t width) {
+    static void add(const int8_t* const* values, int64_t tokens, int64_t offset, int64_t value_dim, const float* weights,
+                    int64_t rows, float* sums, int64_t width) {
         constexpr int64_t AT_A_TIME = 4;  // rows
+        const __mmask16 present = first_lanes(tokens);
         const __m512 scales = scales_of(values, offset + value_dim);
         for (int64_t first = 0; first < rows; first += AT_A_TIME) {
             const int64_t some = std::min(AT_A_TIME, rows - first);
             Whole whole[AT_A_TIME];
             for (int64_t r = 0; r < some; ++r)
-                whole[r] = Whole(_mm512_mul_ps(scales, _mm512_loadu_ps(weights + (first + r) * SPAN)));
+                whole[r] = Whole(_mm512_maskz_mul_ps(present, scales, _mm512_loadu_ps(weights + (first + r) * SPAN)));
             for (int64_t at = 0; at < value_dim; at += 64) {
                 const __mmask64 part = value_dim - at >= 64 ? ~__mmask64{0} : (__mmask64{1} << (value_dim - at)) - 1;
                 __m512i quads[4][4];
@@ -353,11 +354,9 @@ inline int64_t place_of_sum<bfloat16, int8_t>(int64_t i) {
 }
 
 template <typename S>
-void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count, float* weights,
-                float* sums) {
+void sum_values(const Call<bfloat16, S>& c, int64_t first, int64_t last, const Rows<S>& values, int64_t count,
+                const float* weights, float* sums) {
     const int64_t stored = stored_size<S>(c.value_dim), width = partial_size(c.value_dim);
-    for (int64_t row = 0; row < (last - first) * c.group(); ++row)  // of tokens past the last, up to a whole number of 16
-        std::fill(weights + row * SPAN + count, weights + row * SPAN + (count + LANES - 1) / LANES * LANES, 0.0f);
     for (int64_t token = 0; token < count; token += LANES)
         for (int64_t head = 0; head < last - first; ++head) {
             prefetch(values.of + token + LANES, head * stored, stored);
