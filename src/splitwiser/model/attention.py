@@ -38,7 +38,7 @@ MaskFunction = Callable[..., Any]  # of transformers: (batch, head, query positi
 _IGNORED_ARGUMENTS = {"position_ids", "cache_position", "use_cache", "is_causal", "sliding_window"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Mask:
     """A model's mask function, passed where a mask tensor would be and evaluated for absolute positions."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from splitwiser.model.attention import AttentionStep, serving
+from splitwiser.model.direct import direct_decoder
 from splitwiser.model.fixed_step import FixedStep
 from splitwiser.model.kv_pool import KVPool
 from splitwiser.model.loading import LoadedModel
@@ -68,6 +69,11 @@ def forward(
 
     ``token_ids``, ``positions`` and ``rows`` are numbers, or int64 tensors on the model's device of one dimension.
     """
+    if direct := direct_decoder(module):
+        ids, places, kept = (torch.as_tensor(each) for each in (token_ids, positions, rows))
+        step.wanted_rows = kept
+        with serving(step):
+            return direct(ids[None], places[None], kept)
     device = module.device  # which takes long to ask for
     kept = torch.as_tensor(rows, device=device)
     keeps = takes_rows(module)

@@ -4,13 +4,14 @@ for bfloat16; a GPU has the norm alone. :mod:`splitwiser.model.fusing` puts them
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
 
 from splitwiser.model.attention import AttentionOptions, Mask, current_step, find_step
 from splitwiser.model.kernels.build import load_native
+from splitwiser.model.kernels.int8_linear import Int8Linear
 from splitwiser.model.kernels.packed_linear import LinearStruct, PackedLinear, is_fast_for_many_rows, max_small_rows
 from splitwiser.model.paged_attention import ComputedAhead, KernelInputs, LayerLoop, PagedAttention
 
@@ -164,6 +165,11 @@ class _NormStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+def is_layer_norm(part: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether ``part`` is a norm of bfloat16 rows by their mean and standard deviation."""
+    return type(part) is nn.LayerNorm and part.weight is not None and part.weight.dtype == torch.bfloat16
+
+
 def _norm_struct(norm: FusedNorm | nn.LayerNorm | None) -> _NormStruct:
     if norm is None:
         return _NormStruct()
@@ -182,6 +188,12 @@ class _LayerStruct(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("linear", "cubic", "scaling", "softcap")),
         *((name, ctypes.c_int64) for name in ("gated", "heads", "kv_heads", "head_dim", "half_angles")),
     ]
+
+
+class _HeadStruct(ctypes.Structure):
+    """A norm and a linear layer that follow the layers of a model, as csrc/layer.cpp's ``Head``."""
+
+    _fields_: ClassVar = [("norm", _NormStruct), ("linear", LinearStruct)]
 
 
 class _StepStruct(ctypes.Structure):
@@ -271,10 +283,15 @@ class FusedLayer(nn.Module):
 class StackedLayers(nn.ModuleList):
     """The layers of a model, which are all in one :class:`LayerStack`; a loop over them is :meth:`LayerStack.loop`."""
 
-    def __iter__(self) -> Iterator[FusedLayer]:
+    @property
+    def stack(self) -> "LayerStack":
+        """The layers as what computes them in one call."""
         first = self[0]
         assert isinstance(first, FusedLayer)
-        return first.stack.loop()
+        return first.stack
+
+    def __iter__(self) -> Iterator[FusedLayer]:
+        return self.stack.loop()
 
     @overload
     def __getitem__(self, idx: slice) -> nn.ModuleList: ...
@@ -349,6 +366,27 @@ class LayerStack:
             step.computed_ahead[layer] = ComputedAhead((before, *others), output)
         return made[0]
 
+    def logits(
+        self,
+        hidden_states: Tensor,
+        mask: Mask,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        norm: nn.Module,
+        head: nn.Module,
+    ) -> Tensor | None:
+        """Return ``head(norm(...))`` of the output of all layers for ``hidden_states``, shape (1, tokens, vocabulary), in
+        one call; None if the step is not one of decode of a small batch, or the call does not support one of the modules."""
+        step, (structs, supported) = current_step(), self._find_structs()
+        if not (hidden_states.shape[1] <= max_small_rows() and isinstance(step, PagedAttention) and all(supported)):
+            return None
+        struct = _head_struct(norm, head)
+        inputs = step.kernel_inputs([each.self_attn.layer_idx for each in self._layers], mask)
+        if struct is None or inputs is None or self._have_hooks(norm, head):
+            return None
+        logits = hidden_states.new_empty(*hidden_states.shape[:2], struct.linear.outputs)
+        _run_layers(structs[0], inputs, hidden_states.contiguous(), position_embeddings, (struct, logits))
+        return logits
+
     def loop(self) -> Iterator[FusedLayer]:
         """Yield the layers, for the model to call each before it takes the next: all, or the first one alone if it then has
         returned the output of the last one."""
@@ -365,9 +403,9 @@ class LayerStack:
         if loop.answers == len(self._layers) - 1:
             self._is_whole = True
 
-    def _have_hooks(self) -> bool:
-        """Whether somebody wants to know of the calls of single layers."""
-        return any(each._forward_hooks or each._forward_pre_hooks for each in self._layers)
+    def _have_hooks(self, *others: nn.Module) -> bool:
+        """Whether somebody wants to know of the calls of single layers or of the ``others``."""
+        return any(each._forward_hooks or each._forward_pre_hooks for each in (*self._layers, *others))
 
     def struct_for_many_rows(self, number: int) -> _LayerStruct | None:
         """Return layer ``number`` for calls with any number of rows; None if these do not support it or are slower."""
@@ -412,13 +450,25 @@ def _complete_rows(struct: _LayerStruct, attended: Tensor, residual: Tensor) -> 
     return output
 
 
+def _head_struct(norm: nn.Module, head: nn.Module) -> _HeadStruct | None:
+    """Return the two at the addresses of their weights; None if the call for small batches does not support one."""
+    linear = head.struct if isinstance(head, PackedLinear | Int8Linear) else None
+    if linear is None or not (isinstance(norm, FusedNorm) or is_layer_norm(norm)):
+        return None
+    return _HeadStruct(_norm_struct(norm), linear)
+
+
 def _run_layers(
-    first: _LayerStruct, inputs: KernelInputs, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
+    first: _LayerStruct,
+    inputs: KernelInputs,
+    hidden_states: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    final: tuple[_HeadStruct, Tensor] | None = None,
 ) -> Tensor:
-    """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call; return the output
-    of each, shape (layers, 1, tokens, width)."""
+    """Compute the layers from ``first`` on, one for each of ``inputs``' layers of the pool, in one call. Returns the output
+    of each, shape (layers, 1, tokens, width), or, if a ``final`` head and room for its logits are given, of the last."""
     cosines, sines = _contiguous(angles)
-    outputs = hidden_states.new_empty(len(inputs.keys), *hidden_states.shape)
+    outputs = hidden_states.new_empty(1 if final else len(inputs.keys), *hidden_states.shape)
     keys, values = (
         (ctypes.c_void_p * len(layers))(*(each.data_ptr() for each in layers))
         for layers in (inputs.keys, inputs.values)
@@ -430,8 +480,9 @@ def _run_layers(
         *_angles(cosines), torch.get_num_threads(),
     )  # fmt: skip
     _functions().layers_small_batch(
-        ctypes.byref(first), len(inputs.keys), ctypes.byref(step), hidden_states.data_ptr(), outputs.data_ptr()
-    )
+        ctypes.byref(first), len(inputs.keys), ctypes.byref(step), hidden_states.data_ptr(), outputs.data_ptr(),
+        *((ctypes.byref(final[0]), final[1].data_ptr()) if final else (None, None)),
+    )  # fmt: skip
     return outputs
 
 

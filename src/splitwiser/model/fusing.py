@@ -11,14 +11,15 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from splitwiser.model.attention import AttentionOptions, AttentionStep, StepCache, serving
+from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask, StepCache, serving
+from splitwiser.model.direct import DirectDecoder, direct_decoder, use_directly
 from splitwiser.model.forward import forward
 from splitwiser.model.fused import (
     FusedAttention,
@@ -30,6 +31,7 @@ from splitwiser.model.fused import (
     StackedLayers,
     TorchNorm,
     find_compile_problem,
+    is_layer_norm,
 )
 from splitwiser.model.kernels.int8_linear import Int8Linear
 from splitwiser.model.kernels.packed_linear import IDENTITY, RELU, PackedLinear, is_packable, pack_linears
@@ -85,6 +87,8 @@ def fuse_parts(
         _mark_last_layer(module)
     fusing.fuse_activations(module)
     pack_linears(module, keep=_read_by_their_parents(module, calls))
+    if decoder := DirectDecoder.find(module):
+        fusing.call_directly(decoder)
     return fusing.choices
 
 
@@ -99,6 +103,7 @@ def describe_parts(module: nn.Module) -> str:
     counts["activation"] = sum(
         isinstance(part, PackedLinear | Int8Linear) and part.activation != IDENTITY for part in parts
     )
+    counts["decoder"] = int(isinstance(module, PreTrainedModel) and direct_decoder(module) is not None)
     described = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     missing = None if next(module.parameters()).is_cuda else find_compile_problem()
     return described or f"none ({missing or 'no module of the model matches one'})"
@@ -208,16 +213,11 @@ def _layer_candidates(own: nn.Module, _: _Call) -> Iterator[nn.Module]:
 def _plain_layers(
     norm: nn.Module, attention: nn.Module, other_norm: nn.Module, first: nn.Module, _: nn.Module, last: nn.Module
 ) -> Iterator[nn.Module]:
-    norms = [part for part in (norm, other_norm) if _is_layer_norm(part)]
+    norms = [part for part in (norm, other_norm) if is_layer_norm(part)]
     if len(norms) == 2 and isinstance(attention, FusedAttention) and is_packable(first) and is_packable(last):
         up_proj, down_proj = PackedLinear(first), PackedLinear(last)
         for activation in _ACTIVATIONS:
             yield FusedLayer(norms[0], attention, norms[1], PlainMLP(up_proj.with_activation(activation), down_proj))
-
-
-def _is_layer_norm(part: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether ``part`` is a norm of bfloat16 rows by their mean and standard deviation."""
-    return type(part) is nn.LayerNorm and part.weight is not None and part.weight.dtype == torch.bfloat16
 
 
 def _stack_layers(module: nn.Module) -> None:
@@ -313,6 +313,13 @@ class _Fusing:
             setattr(own, names[0], fused)
             setattr(own, names[1], nn.Identity())
 
+    def call_directly(self, decoder: DirectDecoder) -> None:
+        """Let steps of a model be computed by ``decoder``, if that computes the very same as its own forward."""
+        chosen = _computes_the_same(decoder) if self._remembered is None else next(self._remembered) is not None
+        self.choices.append(0 if chosen else None)
+        if chosen:
+            use_directly(decoder)
+
     def _choose(self, own: nn.Module, candidates: _Candidates, call: _Call) -> nn.Module | None:
         """Return the chosen candidate with the attributes of ``own`` that a model might read; None if ``own`` stays."""
         if self._remembered is None:
@@ -362,7 +369,7 @@ class _Recorder(AttentionStep):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: AttentionOptions) -> Tensor:
         """Return random numbers, which do not hide what the module does with them."""
         self.numbers.append(query.float() * options.scaling)
-        self.others += [id(mask), options.softcap, id(options.sinks)]
+        self.others += [mask if isinstance(mask, Mask) else id(mask), options.softcap, id(options.sinks)]
         self.others += [id(options.bias), options.bias_by_position]
         self.options = options
         shape = 1, query.shape[2], query.shape[1], value.shape[3]
@@ -380,6 +387,31 @@ def _agree(expected: Tensor, given: Tensor) -> bool:
         return False
     bounds = _TOLERANCE * expected.float().norm(dim=-1)
     return bool(((expected.float() - given.float()).norm(dim=-1) <= bounds).all())
+
+
+def _computes_the_same(decoder: DirectDecoder) -> bool:
+    """Whether ``decoder`` and the model's own forward store, ask of the attention and return the same numbers, with rows of
+    all scales between their modules and positions far apart."""
+    random, rows = torch.Generator().manual_seed(0), len(_SCALES)
+    config = decoder.module.config.get_text_config()
+    limits = config.vocab_size, getattr(config, "max_position_embeddings", rows)
+    token_ids, positions = (torch.randint(limit, (rows,), generator=random) for limit in limits)
+
+    def scale(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
+        return _scaled(output)
+
+    hooks = [part.register_forward_hook(scale) for part in decoder.parts]
+    own, direct = _Recorder(), _Recorder()
+    try:
+        own.numbers.append(forward(decoder.module, own, token_ids, positions, range(rows)))
+        with serving(direct):
+            direct.numbers.append(decoder(token_ids[None], positions[None], torch.arange(rows)))
+    except Exception:  # as in _find_equivalent
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return own.others == direct.others and all(map(torch.equal, own.numbers, direct.numbers))
 
 
 def _record_calls(module: nn.Module, run: Run) -> _Calls:
@@ -430,5 +462,10 @@ def _randomised(value: object, recorder: _Recorder, random: torch.Generator) -> 
         return value
     if not value.is_floating_point():
         return torch.randint(1 << 20, value.shape, generator=random).to(value.device)
-    scales = torch.tensor(_SCALES).repeat(value.numel())[: value.numel() // value.shape[-1]]
-    return (torch.randn(value.shape, generator=random) * scales.view(*value.shape[:-1], 1)).to(value)
+    return _scaled(torch.randn(value.shape, generator=random)).to(value)
+
+
+def _scaled(numbers: Tensor) -> Tensor:
+    """Return rows of ``numbers`` times :data:`_SCALES`."""
+    scales = torch.tensor(_SCALES).repeat(numbers.numel())[: numbers.numel() // numbers.shape[-1]]
+    return numbers * scales.view(*numbers.shape[:-1], 1).to(numbers.dtype)

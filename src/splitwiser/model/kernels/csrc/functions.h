@@ -7,6 +7,7 @@
 struct Linear;
 struct Layer;
 struct Step;
+struct Head;
 
 extern "C" {
 
@@ -18,7 +19,8 @@ int supports_compressed();
 int supports_int8();
 void multiply_int8(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
 void multiply_small_batch(const Linear* linear, const void* x, const void* residual, void* y, int64_t rows, int64_t threads);
-void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y);
+void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y, const Head* head,
+                        void* logits);
 void project_rows(const Layer* layer, const void* x, const void* cosines, const void* sines, int64_t angles,
                   int64_t angles_in_float32, void* joint, int64_t rows, int64_t threads);
 void complete_rows(const Layer* layer, const void* attended, const void* residual, void* y, int64_t rows, int64_t threads);

@@ -34,6 +34,12 @@ struct Layer {
     int64_t gated, heads, kv_heads, head_dim, half_angles;  // half_angles: both halves of a head are rotated by the same angles
 };
 
+// What follows the layers of a model, fused.py's _HeadStruct.
+struct Head {
+    Norm norm;
+    Linear linear;
+};
+
 // A decode step, fused.py's _StepStruct; one token per request. keys and values hold the pool's of each layer. Without cosines
 // nothing is rotated.
 struct Step {
@@ -250,9 +256,9 @@ struct Workspace {
     bfloat16 *normed, *joint, *attended, *up, *gated;
     Quantised quantised;
 
-    // Returns places for all of `layers`, in memory of the calling thread.
-    static Workspace of(const Layer* layers, int64_t count, int64_t rows) {
-        int64_t width = 0, joint = 0, own = 0, up = 0, inner = 0, inputs = 0;
+    // Returns places for all of `layers` and the head, which may be null, in memory of the calling thread.
+    static Workspace of(const Layer* layers, int64_t count, const Head* head, int64_t rows) {
+        int64_t width = 0, joint = 0, own = 0, up = 0, inner = 0, inputs = head ? head->linear.padded_inputs : 0;
         for (const Layer* l = layers; l < layers + count; ++l) {
             width = std::max(width, l->qkv.inputs), joint = std::max(joint, l->qkv.outputs), own = std::max(own, l->o.inputs);
             up = std::max(up, l->up.outputs), inner = std::max(inner, l->down.inputs);
@@ -299,14 +305,14 @@ void each_chunk(const Layer& l, int64_t rows, int64_t threads, F f) {
     constexpr int64_t CHUNK = 192, UNIT = HAS_AMX ? 2 * TILE_ROWS : ROWS;  // rows
     const int64_t wanted = (rows + CHUNK - 1) / CHUNK, chunks = (wanted + threads - 1) / threads * threads;
     if (wanted < threads) {
-        const Workspace w = Workspace::of(&l, 1, rows);
+        const Workspace w = Workspace::of(&l, 1, nullptr, rows);
         return with_team(threads, [&](Team& team) { f(team, w, 0, rows); });
     }
     const int64_t size = ((rows + chunks - 1) / chunks + UNIT - 1) / UNIT * UNIT;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t first = 0; first < rows; first += size) {
         const int64_t count = std::min(size, rows - first);
-        with_team(1, [&](Team& alone) { f(alone, Workspace::of(&l, 1, count), first, count); });
+        with_team(1, [&](Team& alone) { f(alone, Workspace::of(&l, 1, nullptr, count), first, count); });
     }
 }
 
@@ -358,20 +364,27 @@ extern "C" void multiply_small_batch(const Linear* linear, const void* x, const 
 }
 
 // Runs `count` layers in a decode step of a small batch, each on the output of the one before and the first on x, (rows,
-// width). y is (count, rows, width), the output of each.
-extern "C" void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y) {
-    const Workspace workspace = Workspace::of(layers, count, step->rows);
+// width). Without a head y is (count, rows, width), the output of each; with one it is (rows, width), the output of the last, and
+// logits, (rows, outputs of the head), are the head's of the norm of that.
+extern "C" void layers_small_batch(const Layer* layers, int64_t count, const Step* step, const void* x, void* y,
+                                   const Head* head, void* logits) {
+    const Workspace workspace = Workspace::of(layers, count, head, step->rows);
     int64_t partial_numbers = 0;
     for (const Layer* l = layers; l < layers + count; ++l)
         partial_numbers = std::max(partial_numbers, l->heads * partial_size(l->head_dim));
     const Spans spans = divide_into_spans(places_of(*step), step->rows, partial_numbers);
-    const auto* from = static_cast<const bfloat16*>(x);
-    auto* to = static_cast<bfloat16*>(y);
+    const int64_t width = layers->qkv.inputs, size = head ? 0 : step->rows * width;
     with_team(step->threads, [&](Team& team) {
-        const int64_t size = step->rows * layers->qkv.inputs;
-        for (int64_t i = 0; i < count; ++i)
-            run_layer(team, layers[i], *step, spans, i, workspace, i ? to + (i - 1) * size : from, to + i * size,
-                      i + 1 < count ? &layers[i + 1].qkv : nullptr);
+        const auto* from = static_cast<const bfloat16*>(x);
+        auto* to = static_cast<bfloat16*>(y);
+        for (int64_t i = 0; i < count; ++i, from = to, to += size) {
+            const Linear* next = i + 1 < count ? &layers[i + 1].qkv : head ? &head->linear : nullptr;
+            run_layer(team, layers[i], *step, spans, i, workspace, from, to, next);
+        }
+        if (!head) return;
+        norm(team, head->norm, from, workspace.normed, step->rows, width);
+        multiply(team, head->linear, workspace.normed, nullptr, static_cast<bfloat16*>(logits), step->rows, workspace.quantised,
+                 nullptr);
     });
 }
 
