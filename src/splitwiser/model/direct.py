@@ -80,10 +80,10 @@ class DirectDecoder:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """The modules between whose outputs and the next module's inputs nothing may happen: of the layers the last."""
+        """The modules after which nothing else than what is called here may happen: of the layers the last."""
         own = dict(self.body.named_children())
         made = [own[name] for name in ("embed_tokens", self.names.places, self.names.norm) if name]
-        return [*made, list(own["layers"].children())[-1], getattr(self.module, self.head)]
+        return [*made, list(own["layers"].children())[-1]]
 
     @property
     def has_hooks(self) -> bool:

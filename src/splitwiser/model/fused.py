@@ -318,6 +318,7 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = list(layers)
+        self._numbers = [each.self_attn.layer_idx for each in layers]  # as the pool counts
         self._starts: set[int] = set()  # the numbers of layers that are not computed with the one before
         self._is_whole = False  # whether the model does nothing between any two of its layers
         self._structs: tuple[tuple[int, int], Any, list[bool]] | None = None
@@ -342,7 +343,7 @@ class LayerStack:
         step = current_step()
         if not isinstance(step, PagedAttention):
             return None
-        layer = self._layers[number].self_attn.layer_idx
+        layer = self._numbers[number]
         others = attention_mask, position_embeddings
         if ahead := step.computed_ahead.get(layer):
             if all(one is other for one, other in zip((hidden_states, *others), ahead.inputs, strict=True)):
@@ -353,7 +354,7 @@ class LayerStack:
         structs, supported = self._find_structs()
         numbers = range(number, len(self._layers))
         end = next((at for at in numbers if not supported[at] or (at > number and at in self._starts)), numbers.stop)
-        layers = [each.self_attn.layer_idx for each in self._layers[number:end]]
+        layers = self._numbers[number:end]
         inputs = step.kernel_inputs(layers, attention_mask) if layers else None
         if inputs is None:
             return None
@@ -380,7 +381,7 @@ class LayerStack:
         if not (hidden_states.shape[1] <= max_small_rows() and isinstance(step, PagedAttention) and all(supported)):
             return None
         struct = _head_struct(norm, head)
-        inputs = step.kernel_inputs([each.self_attn.layer_idx for each in self._layers], mask)
+        inputs = step.kernel_inputs(self._numbers, mask)
         if struct is None or inputs is None or self._have_hooks(norm, head):
             return None
         logits = hidden_states.new_empty(*hidden_states.shape[:2], struct.linear.outputs)
