@@ -168,7 +168,7 @@ BENCHMARKS = {
     **both(
         "long-outputs",
         "48 requests of about 32 prompt tokens with 256 new ones",
-        f"--repeats 2 --modes sequential {INT8} {NEAR_PEERS} --workload long_outputs",
+        f"--repeats 2 --modes sequential {INT8} {INT8_KV} {NEAR_PEERS} --workload long_outputs",
     ),
     **both(
         "single",
