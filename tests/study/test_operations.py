@@ -8,6 +8,7 @@ import torch
 
 from splitwiser.model.fused import find_compile_problem
 from splitwiser.model.kernels import packed_linear
+from splitwiser.model.kernels.int8_linear import Int8Linear, quantise_linears
 from splitwiser.model.loading import load_model
 from splitwiser.model.routes import ROUTES
 from splitwiser.study.operations import Architecture, EncoderDecoder, ExpertWeights, count_architecture
@@ -99,6 +100,20 @@ def test_compressed_weights_are_fewer_bytes(tiny: Tiny, monkeypatch: pytest.Monk
     saved = (OPT_WEIGHTS + HEAD) * (2 - small.weight_bytes)
     assert plain.decode([7]).nbytes - small.decode([7]).nbytes == pytest.approx(saved)
     assert saved > 0
+
+
+@pytest.mark.skipif(packed_linear.find_packing_problem() is not None, reason="this processor packs no weights")
+def test_int8_weights_are_a_byte_each_with_their_padding_and_scales(tiny: Tiny) -> None:
+    model = load_model(tiny("opt"), dtype="bfloat16", device="cpu", load_format="auto")
+    ROUTES[model.kind].attach(model, pack=True)
+    plain = count_architecture(model, model.dtype)
+    quantise_linears(model.module)
+    small = count_architecture(model, model.dtype)
+    assert (small.weights, small.head, small.last_weights) == (plain.weights, plain.head, plain.last_weights)
+    layers = [part for part in model.module.modules() if isinstance(part, Int8Linear)]
+    nbytes = sum(each.packed.nbytes + 4 * (len(each.scales) + len(each.offsets)) for each in layers)
+    assert small.weight_bytes * (small.weights + small.head) == pytest.approx(nbytes)
+    assert small.prefill([(0, 10)], rows=1).flops == plain.prefill([(0, 10)], rows=1).flops
 
 
 def test_a_sliding_window_limits_what_is_read(tiny: Tiny) -> None:

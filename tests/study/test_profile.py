@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from splitwiser.machine.load import Load, LoadMeter
+from splitwiser.model.kernels.packed_linear import find_packing_problem
 from splitwiser.results.schema import CEILINGS, DECODE, PREFILL, names
 from splitwiser.study.ceilings import CeilingProbe, Ceilings, ceilings_of, measure_ceilings
 from splitwiser.study.config import ProfileConfig
@@ -69,6 +70,19 @@ def test_every_point_has_a_row(directory: Path) -> None:
     summary = pd.read_csv(directory / "summary.csv")
     assert tuple(summary.columns) == names(SUMMARY)
     assert summary.step.tolist()[-6:] == ["8 after 16", "32 after 16", "1 x 5", "1 x 40", "3 x 5", "3 x 40"]
+
+
+@pytest.mark.skipif(find_packing_problem() is not None, reason="this processor packs no weights")
+def test_int8_weights_are_profiled_beside_products_of_int8(tiny: Tiny, tmp_path: Path) -> None:
+    config = small(tiny("opt"), tmp_path, dtype="bfloat16", quantization="int8", prompts="", starts="")
+    directory = profile(config).directory
+    assert pd.read_csv(directory / "ceilings.csv").what.unique().tolist() == [
+        "matrix product", "product of int8 matrices", "copy", "sum",
+    ]  # fmt: skip
+    record = yaml.safe_load((directory / "profile.yaml").read_text())
+    assert record["configuration"]["quantization"] == "int8"
+    assert "int8" in record["kernels"]["linear_layers"]
+    assert (pd.read_csv(directory / "decode.csv").flops > 0).all()
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -206,7 +220,7 @@ def profiled(tiny: Tiny, tmp_path: Path, during: Load, monkeypatch: pytest.Monke
     """The folder of a profile on a machine that did ``during``, and its notes."""
     monkeypatch.setattr(LoadMeter, "end", lambda _: during)
     probes = [CeilingProbe(kind, "given", 8, 1.0, 1e9) for kind in ("compute", "memory")]
-    monkeypatch.setattr("splitwiser.study.profile.measure_ceilings", lambda *_: probes)
+    monkeypatch.setattr("splitwiser.study.profile.measure_ceilings", lambda *_, **__: probes)
     monkeypatch.setattr("splitwiser.study.profile._LEAST_S", 0.0)
     config = small(tiny("opt"), tmp_path, prompt_lengths="8", prompts="", starts="", batch_sizes="1", contexts="5")
     directory = profile(config).directory

@@ -72,6 +72,10 @@ class ModelConfig(Options):
         constants.KV_DTYPE,
         "what the KV pool stores, on a CPU: bfloat16 (bf16); int8, with a scale for each token and head; auto, as --dtype",
     )
+    quantization: str = option(
+        constants.QUANTIZATION,
+        "int8: weights and inputs of linear layers as whole numbers, on a CPU, the rest in --dtype bfloat16; none",
+    )
     prefill_tokens: int | None = option(
         None,
         f"most prompt tokens in one prefill step (if not given, {constants.PREFILL_TOKENS:,}); with schedule hybrid, most "
@@ -99,6 +103,18 @@ class ModelConfig(Options):
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
         check_counts(self, "prefill_tokens")
+        if self.quantization not in QUANTIZATIONS:
+            raise unknown_name("--quantization", self.quantization, QUANTIZATIONS)
+        if self.quantization != "none":
+            self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.dtype not in ("auto", "bfloat16"):
+            raise InputError(
+                f"--quantization {self.quantization} needs --dtype bfloat16 for the rest, not {self.dtype}"
+            )
+        if self.kernels == "plain":
+            raise InputError(f"--quantization {self.quantization} needs --kernels auto")
 
     @property
     def step_tokens(self) -> int:
@@ -176,10 +192,6 @@ class EngineConfig(ModelConfig):
         constants.PREFIX_CACHING,
         "requests that begin alike share the KV blocks of their beginning; by default for cases with in-context examples",
     )
-    quantization: str = option(
-        constants.QUANTIZATION,
-        "int8: weights and inputs of linear layers as whole numbers, on a CPU, the rest in --dtype bfloat16; none",
-    )
     max_batch: int = option(constants.MAX_BATCH, "most requests in one decode step")
     batch_size: int = option(constants.BATCH_SIZE, "mode generate: rows of a padded batch")
     generation_config: str = option(
@@ -205,8 +217,6 @@ class EngineConfig(ModelConfig):
         check_counts(self, "max_batch", "batch_size")
         if self.generation_config not in GENERATION_CONFIGS:
             raise unknown_name("--generation_config", self.generation_config, GENERATION_CONFIGS)
-        if self.quantization not in QUANTIZATIONS:
-            raise unknown_name("--quantization", self.quantization, QUANTIZATIONS)
         if self.adapters or self.use_adapter or self.merge_adapter:
             self._check_adapters()
         if self.share not in SHARES:
@@ -226,8 +236,8 @@ class EngineConfig(ModelConfig):
                 raise InputError(f"mode {mode.name} runs transformers' own engine; --{name} applies to other modes")
         if self.kv_dtype != "auto" and mode.layout is None:
             raise InputError(f"mode {mode.name} runs transformers' own engine; --kv_dtype applies to other modes")
-        if self.quantization != "none":
-            self._check_quantization(mode)
+        if self.quantization != "none" and mode.layout is None:
+            raise InputError(f"mode {mode.name} runs transformers' own engine; --quantization applies to other modes")
         if self.workers and not mode.laid_out:
             can = ", ".join(each.name for each in MODES.values() if each.laid_out)
             raise InputError(f"--workers are laid out in modes {can}, not in mode {mode.name}")
@@ -356,16 +366,6 @@ class EngineConfig(ModelConfig):
                 raise InputError(f"--{name} does not go with backend {backend.name}: {reason}")
         if backend.modes and self.share == "auto":
             raise InputError(f"--share auto does not go with backend {backend.name}, whose engines keep their cores")
-
-    def _check_quantization(self, mode: Mode) -> None:
-        if mode.layout is None:
-            raise InputError(f"mode {mode.name} runs transformers' own engine; --quantization applies to other modes")
-        if self.dtype not in ("auto", "bfloat16"):
-            raise InputError(
-                f"--quantization {self.quantization} needs --dtype bfloat16 for the rest, not {self.dtype}"
-            )
-        if self.kernels == "plain":
-            raise InputError(f"--quantization {self.quantization} needs --kernels auto")
 
     def _check_mps(self) -> None:
         if self.mps not in MPS_DAEMONS:

@@ -60,10 +60,11 @@ class Ceilings:
         return min(self.flops_per_s, intensity * self.bytes_per_s)
 
 
-def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingProbe]:
+def measure_ceilings(dtype: torch.dtype, device: torch.device, *, int8: bool = False) -> list[CeilingProbe]:
     """Return probes in ``dtype`` on ``device`` with PyTorch's current thread count.
 
-    Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations. Memory: a copy, counted as bytes read plus
+    Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations; with ``int8`` also PyTorch's product of int8
+    matrices. Memory: a copy, counted as bytes read plus
     bytes written, and a sum over float32, counted as bytes read (a CPU may fetch what a copy overwrites, which is not
     counted; then the sum is the faster pass). Buffers are larger than the caches, and lie in pages as weights do.
     """
@@ -71,6 +72,10 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> list[CeilingPr
     for size in _PRODUCT_SIZES[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         probes.append(_probe("compute", "matrix product", size, 2 * size**3, partial(linear, left, right), device))
+        if int8:
+            left, right = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
+            product = partial(torch._int_mm, left, right.t())
+            probes.append(_probe("compute", "product of int8 matrices", size, 2 * size**3, product, device))
     nbytes = min(_PASS_BYTES[device.type], available_memory() // 8)
     source, target = (_buffer(nbytes, device) for _ in range(2))
     probes.append(_probe("memory", "copy", source.nbytes, 2 * source.nbytes, partial(target.copy_, source), device))

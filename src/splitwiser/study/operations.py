@@ -13,6 +13,7 @@ from splitwiser.model import attention
 from splitwiser.model.attention import AttentionOptions, AttentionStep, Mask
 from splitwiser.model.fused import FusedLayer
 from splitwiser.model.fusing import run_decoder
+from splitwiser.model.kernels.int8_linear import Int8Linear
 from splitwiser.model.kernels.packed_linear import PackedLinear, compressed_share
 from splitwiser.model.kernels.stored import stored_size
 from splitwiser.model.loading import LoadedModel
@@ -83,11 +84,10 @@ class Architecture:
 
     ``weights`` counts the weights of the matrix products of every token, ``head`` those of the output layer, which only the
     kept rows pass through; an embedding look-up is not a product. ``itemsize`` is the number of bytes of an expert's
-    weight, and ``weight_bytes`` that of another weight on average, less if they are compressed. K and V are stored as
-    ``kv_dtype``.
-    ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``last_weights`` counts those of the
-    ``weights`` that in prefill only the ends of prompts pass through, as they alone attend in the last layer; 0 if all
-    tokens do. ``notes`` state assumptions.
+    weight, and ``weight_bytes`` that of another weight on average, less if they are compressed or int8. K and V are stored
+    as ``kv_dtype``. ``head_keeps_rows`` is False for a class that computes the logits of all tokens. ``last_weights``
+    counts those of the ``weights`` that in prefill only the ends of prompts pass through, as they alone attend in the last
+    layer; 0 if all tokens do. ``notes`` state assumptions.
     """
 
     weights: int
@@ -203,10 +203,10 @@ def count_architecture(model: LoadedModel, kv_dtype: torch.dtype) -> Architectur
     config = module.config.get_text_config()
     active = next((given for name in _ACTIVE_EXPERTS if isinstance(given := getattr(config, name, None), int)), None)
     weights, stacks = _count_weights(module, output)
-    head = output.weight.numel() if isinstance(output, nn.Linear | PackedLinear) else 0
+    head = output.weight.numel() if isinstance(output, nn.Linear | PackedLinear | Int8Linear) else 0
     layers = _probe_attention(model)
     itemsize = model.dtype.itemsize
-    weight_bytes = itemsize * compressed_share(module)
+    weight_bytes = _find_weight_bytes(module, itemsize)
     if model.encodes:
         answer = tuple(layer for layer in layers if layer.mask.is_causal)  # K and V of a source are of the same shape
         source = _count_weights(module.get_encoder(), output)[0] + config.hidden_size * sum(map(_kv_numbers, answer))
@@ -247,7 +247,7 @@ def _count_weights(module: nn.Module, output: nn.Module | None) -> tuple[int, li
     for part in module.modules():
         if isinstance(part, nn.Embedding) or part is output:
             continue
-        if isinstance(part, PackedLinear):
+        if isinstance(part, PackedLinear | Int8Linear):
             weights += part.weight.numel()
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.ndim < 2 or name.endswith("bias"):
@@ -257,6 +257,15 @@ def _count_weights(module: nn.Module, output: nn.Module | None) -> tuple[int, li
             else:
                 weights += parameter.numel()
     return weights, stacks
+
+
+def _find_weight_bytes(module: nn.Module, itemsize: int) -> float:
+    """Return the bytes of a weight of a linear layer within ``module`` on average; of int8 with those of its scales."""
+    layers = [each for each in module.modules() if isinstance(each, Int8Linear)]
+    if not layers:
+        return itemsize * compressed_share(module)
+    nbytes = sum(buffer.nbytes for each in layers for buffer in each.buffers())
+    return nbytes / sum(each.in_features * each.out_features for each in layers)
 
 
 def _count_last_weights(module: nn.Module) -> int:

@@ -195,7 +195,8 @@ class Bench:
         with tqdm(total=len(self.points), desc="profile", unit="point") as bar:
             for threads in self.threads:
                 with using_threads(threads):
-                    probes = measure_ceilings(self.model.dtype, self.model.device)
+                    int8 = self.config.quantization == "int8"
+                    probes = measure_ceilings(self.model.dtype, self.model.device, int8=int8)
                     ceilings[threads] = ceilings_of(probes)
                     for probe in probes:
                         files["ceilings"].write({"threads": threads, **probe.row()})
