@@ -1,5 +1,6 @@
 """What whole test modules need: tiny random models, saved once a test session as checkpoints, and a stand-in for a GPU."""
 
+import gc
 import os
 import pwd
 import random
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
     # those that take longest begin first: no worker is then left with one of them at the end
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_is_no_garbage() -> None:
+    """The garbage collector leaves out what is there before a module's tests, most of it imported: to look through it each
+    time that an engine is closed would take a third of many tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from splitwiser.errors import InputError, UnsupportedModelError, first_line
 from splitwiser.model.checkpoints.catalog import CatalogEntry
@@ -31,7 +32,8 @@ def auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401  # transformers
 def without_memory(entry: CatalogEntry, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the architecture of ``config`` with its weights on the meta device. Raises :class:`UnsupportedModelError`."""
     try:
-        with init_empty_weights(include_buffers=False):
+        # nothing would come of initialising weights without memory, which takes most of the time
+        with init_empty_weights(include_buffers=False), no_init_weights():
             module: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=_own_attention(config)
             )
