@@ -1,5 +1,7 @@
 """Files as users write them: no value of a YAML becomes another."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,25 @@ from splitwiser import constants
 from splitwiser.files import find_config, load_yaml, named_configs, read_yaml, write_yaml
 from tests.support.assertions import assert_says, refusal
 
+VALUES = [
+    ("10:40", "10:40"), ("1:30.5", "1:30.5"), ("2023-11-16", "2023-11-16"), ("010", "010"), ("0x10", "0x10"),
+    ("64", 64), ("-3", -3), ("0", 0), ("0.5", 0.5), ("1e3", 1000.0), (".inf", float("inf")), ("true", True), ("", None),
+]  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("10:40", "10:40"), ("1:30.5", "1:30.5"), ("2023-11-16", "2023-11-16"), ("010", "010"), ("0x10", "0x10"),
-     ("64", 64), ("-3", -3), ("0", 0), ("0.5", 0.5), ("1e3", 1000.0), (".inf", float("inf")), ("true", True), ("", None)],
-)  # fmt: skip
+
+@pytest.mark.parametrize(("text", "value"), VALUES)
 def test_a_plain_value_is_what_it_reads_as(text: str, value: Any) -> None:
     found = load_yaml(text)
     assert (found, type(found)) == (value, type(value))
+
+
+def test_values_read_alike_where_pyyaml_lacks_libyaml() -> None:
+    program = (
+        "import yaml\ndel yaml.CSafeLoader\nfrom splitwiser.files import load_yaml\nprint(list(map(load_yaml, {})))"
+    )
+    texts, values = zip(*VALUES, strict=True)
+    done = subprocess.run([sys.executable, "-c", program.format(texts)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{list(values)}\n"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:

@@ -394,7 +394,7 @@ def _computes_the_same(decoder: DirectDecoder) -> bool:
     all scales between their modules and positions far apart."""
     random, rows = torch.Generator().manual_seed(0), len(_SCALES)
     config = decoder.module.config.get_text_config()
-    limits = config.vocab_size, getattr(config, "max_position_embeddings", rows)
+    limits = config.vocab_size, getattr(config, "max_position_embeddings", None) or rows
     token_ids, positions = (torch.randint(limit, (rows,), generator=random) for limit in limits)
 
     def scale(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
