@@ -9,10 +9,10 @@ cd "$project"
 export OMP_WAIT_POLICY=passive
 unset ONEDNN_MAX_CPU_ISA SPLITWISER_MARCH
 files=(
-    tests/model/test_paged_attention.py tests/model/test_compatibility.py tests/model/test_fusing.py tests/model/kernels/test_build.py
-    tests/model/kernels/test_choose.py tests/model/kernels/test_cpu_attention.py tests/model/kernels/test_packed_linear.py
-    tests/model/kernels/test_int8_linear.py tests/model/kernels/test_tiles.py tests/end_to_end/test_token_identity.py
-    tests/end_to_end/test_int8.py
+    tests/model/test_paged_attention.py tests/model/test_compatibility.py tests/model/test_direct.py tests/model/test_fusing.py
+    tests/model/kernels/test_build.py tests/model/kernels/test_choose.py tests/model/kernels/test_cpu_attention.py
+    tests/model/kernels/test_packed_linear.py tests/model/kernels/test_int8_linear.py tests/model/kernels/test_tiles.py
+    tests/end_to_end/test_token_identity.py tests/end_to_end/test_int8.py
 )
 # name | environment | what /proc/cpuinfo must list
 sets=(
