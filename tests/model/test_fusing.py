@@ -459,6 +459,7 @@ def test_fused_parts_travel(name: str, tiny: Callable[[str], Path]) -> None:
 
 
 @needs_compiler
+@needs_small_batches
 @pytest.mark.skipif(not packed.supports_compression(), reason="this processor lacks the instructions")
 def test_a_stack_of_layers_finds_weights_that_were_compressed_after_it_ran(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
