@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _what_is_there_is_no_garbage() -> None:
+def _leave_imports_out_of_garbage_collection() -> None:
     """The garbage collector leaves out what is there before a module's tests, most of it imported: to look through it each
     time that an engine is closed would take a third of many tests' time."""
     gc.collect()

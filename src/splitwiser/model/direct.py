@@ -1,8 +1,8 @@
 """The forward of a decoder of fused layers by a few calls of its own modules.
 
 Around its layers, transformers' forward makes masks, copies options and wraps outputs. In a decode step of one request that
-takes a sixth of the time (0.9 of 6 ms with OPT-125m), since the weights that were just read have taken the caches from
-Python. :class:`DirectDecoder` is used in its place where it is shown to compute the very same numbers.
+counts, since the weights that were just read have taken the caches from Python. :class:`DirectDecoder` is used in its place
+where it is shown to compute the very same numbers.
 """
 
 from dataclasses import dataclass

@@ -64,9 +64,9 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device, *, int8: bool = F
     """Return probes in ``dtype`` on ``device`` with PyTorch's current thread count.
 
     Compute: ``linear`` of square matrices, as models call it, 2 n^3 operations; with ``int8`` also PyTorch's product of int8
-    matrices. Memory: a copy, counted as bytes read plus
-    bytes written, and a sum over float32, counted as bytes read (a CPU may fetch what a copy overwrites, which is not
-    counted; then the sum is the faster pass). Buffers are larger than the caches, and lie in pages as weights do.
+    matrices. Memory: a copy, counted as bytes read plus bytes written, and a sum over float32, counted as bytes read (a CPU
+    may fetch what a copy overwrites, which is not counted; then the sum is the faster pass). Buffers are larger than the
+    caches, and lie in pages as weights do.
     """
     probes = []
     for size in _PRODUCT_SIZES[device.type]:
